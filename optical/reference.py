@@ -39,7 +39,7 @@ def sinkhorn(
     after its first iteration whose row sums are within ``tol`` of ``a`` in L1; with ``tol = 0``
     every problem runs ``max_iter`` iterations.
     """
-    cost, allowed = _readable(cost, log_a, log_b)
+    readable, allowed = _readable(cost, log_a, log_b)
     eps = epsilon[:, None, None]
     a, b = log_a.exp(), log_b.exp()
     f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
@@ -49,21 +49,21 @@ def sinkhorn(
     n_iter = torch.zeros_like(stopped, dtype=torch.int32)
 
     for iteration in range(max_iter):
-        score = log_b[:, None, :] + (g[:, None, :] - cost) / eps
+        score = log_b[:, None, :] + (g[:, None, :] - readable) / eps
         f_next = -epsilon[:, None] * _lse(score, allowed, 2)
         if tol > 0 and iteration > 0:
             # The f half-step measures the row sums of the iterate it starts from.
             rows = torch.where(row_alive, a * ((f - f_next) / epsilon[:, None]).exp(), 0.0)
             stopped = stopped | ((rows - a).abs().sum(1) <= tol)
         f = torch.where(stopped[:, None], f, f_next)
-        score = log_a[:, :, None] + (f[:, :, None] - cost) / eps
+        score = log_a[:, :, None] + (f[:, :, None] - readable) / eps
         g_next = -epsilon[:, None] * _lse(score, allowed, 1)
         g = torch.where(stopped[:, None], g, g_next)
         n_iter = n_iter + ~stopped
 
     coupling = plan(cost, log_a, log_b, epsilon, f, g)
     rows, columns = coupling.sum(2), coupling.sum(1)
-    value_linear = (coupling * cost).sum((1, 2))
+    value_linear = (coupling * readable).sum((1, 2))
     excess = a.sum(1) * b.sum(1) - coupling.sum((1, 2))
     value = (rows * f).sum(1) + (columns * g).sum(1) + epsilon * excess
     marginal_error = (rows - a).abs().sum(1) + (columns - b).abs().sum(1)
@@ -74,8 +74,8 @@ def plan(
     cost: Tensor, log_a: Tensor, log_b: Tensor, epsilon: Tensor, f: Tensor, g: Tensor
 ) -> Tensor:
     """The coupling (B, n, m) of the potentials, exactly 0 at absent and forbidden pairs."""
-    cost, allowed = _readable(cost, log_a, log_b)
-    exponent = (f[:, :, None] + g[:, None, :] - cost) / epsilon[:, None, None]
+    readable, allowed = _readable(cost, log_a, log_b)
+    exponent = (f[:, :, None] + g[:, None, :] - readable) / epsilon[:, None, None]
     exponent = exponent + log_a[:, :, None] + log_b[:, None, :]
     return exponent.masked_fill(~allowed, -math.inf).exp()
 
