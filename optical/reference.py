@@ -15,8 +15,6 @@ so is its gradient. A cost of +inf between present entries forbids the pair. Eve
 the dtype it is given and is differentiable by ordinary autograd.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -26,12 +24,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def sinkhorn(
-    cost: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    epsilon: Tensor,
-    max_iter: int,
-    tol: float = 0.0,
+    cost: Tensor, log_a: Tensor, log_b: Tensor, epsilon: Tensor, max_iter: int, tol: float = 0.0
 ) -> Outputs:
     """Solve a batch of problems: cost (B, n, m), log_a (B, n), log_b (B, m), epsilon (B,).
 
