@@ -1,0 +1,133 @@
+"""Parallel sentences in plain files: read, checked, and counted before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from optical.files import read_lines
+
+logger = logging.getLogger("optical")
+
+# The forms that the field's files have, as (English side, other side).
+COLUMN_NAMES = (("source", "target"), ("english", "non_english"), ("en", "other"))
+
+
+def read_pairs(path: str | Path) -> list[tuple[str, str]]:
+    """Read sentence pairs (English, other language) from a file of parallel sentences.
+
+    Accepted, each plain or gzip: TAB-separated lines ``English TAB other [TAB anything]``; JSON
+    lines with the keys ``source``/``target``, ``english``/``non_english`` (Sentence Transformers)
+    or ``translation`` (OPUS on the Hugging Face hub); two aligned files of one sentence a line
+    (Moses), given as ``corpus.en,corpus.sw``. Pairs with an empty side are left out and counted in
+    the log; exact repetitions are kept once.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: wrong column count, not UTF-8, unequal Moses files, or no pair at all; the
+            message names file, line and remedy.
+    """
+    path = str(path)
+    if "," in path and not Path(path).exists():
+        pairs = _moses(path)
+    elif path.removesuffix(".gz").endswith((".jsonl", ".json")):
+        pairs = _json_lines(path)
+    else:
+        pairs = _tab_separated(path)
+    kept: dict[tuple[str, str], None] = {}
+    empty = total = 0
+    for english, other in pairs:
+        total += 1
+        pair = (english.strip(), other.strip())
+        if all(pair):
+            kept[pair] = None
+        else:
+            empty += 1
+    if not kept:
+        raise ValueError(
+            f"{path}: no sentence pair in {total} lines; expected lines `English TAB other language`"
+        )
+    if len(kept) < total:
+        logger.info(
+            "%s: %d pairs (%d with an empty side and %d repetitions left out)",
+            path,
+            len(kept),
+            empty,
+            total - empty - len(kept),
+        )
+    return list(kept)
+
+
+def _tab_separated(path: str) -> Iterator[tuple[str, str]]:
+    for number, line in read_lines(path):
+        columns = line.split("\t")
+        if line.strip() and len(columns) < 2:
+            raise ValueError(
+                f"{path}:{number}: 1 column, expected 2 or more, `English TAB other language`"
+            )
+        if line.strip():
+            yield columns[0], columns[1]
+
+
+def _json_lines(path: str) -> Iterator[tuple[str, str]]:
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
+        yield _pair_of_row(row, f"{path}:{number}")
+
+
+def _pair_of_row(row: Any, place: str) -> tuple[str, str]:
+    if isinstance(row, dict):
+        inner = row.get("translation", row)
+        for names in COLUMN_NAMES:
+            if all(isinstance(inner.get(name), str) for name in names):
+                return inner[names[0]], inner[names[1]]
+        if "en" in inner and len(inner) == 2:
+            other = next(value for key, value in inner.items() if key != "en")
+            return inner["en"], other
+    found = sorted(row) if isinstance(row, dict) else type(row).__name__
+    raise ValueError(
+        f"{place}: keys {found}, expected source/target, english/non_english or translation"
+    )
+
+
+def _moses(path: str) -> Iterator[tuple[str, str]]:
+    sides = path.split(",")
+    if len(sides) != 2:
+        raise ValueError(f"{path}: {len(sides)} files, expected two, `corpus.en,corpus.sw`")
+    english = [line for _, line in read_lines(sides[0])]
+    other = [line for _, line in read_lines(sides[1])]
+    if len(english) != len(other):
+        raise ValueError(
+            f"{sides[1]}: {len(other)} lines, but {sides[0]} has {len(english)}; "
+            "aligned files have one sentence a line, the same number in both"
+        )
+    return zip(english, other, strict=True)
+
+
+def read_bitext(path: str | Path, *, max_pairs: int | None = None) -> Any:
+    """Read a file of parallel sentences as a Hugging Face dataset for the trainer.
+
+    Args:
+        path: as in :func:`read_pairs`.
+        max_pairs: keep the first so many pairs (None: all).
+
+    Returns:
+        A ``datasets.Dataset`` with the columns ``source`` (English) and ``target``.
+    """
+    return pairs_dataset(read_pairs(path)[:max_pairs])
+
+
+def pairs_dataset(pairs: Iterable[tuple[str, str]]) -> Any:
+    """Turn (English, other) pairs into a ``datasets.Dataset`` with columns source and target."""
+    from datasets import Dataset
+
+    source, target = zip(*pairs, strict=True)
+    return Dataset.from_dict({"source": list(source), "target": list(target)})

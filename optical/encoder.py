@@ -1,0 +1,258 @@
+"""Encoders: a small multilingual one trained from plain text, and any one made a retriever.
+
+`train_encoder` is for languages and machines without a pre-trained model: it learns a WordPiece
+tokenizer and a ModernBERT-shaped encoder (pre-norm, so a word's own vector flows unchanged to the
+output, which is what lets a shallow model learn word translation quickly) by masked language
+modelling; sentence pairs are read side by side (translation language modelling, Conneau and Lample
+2019). `load_retriever` turns any Hugging Face name or folder into a late-interaction
+`MultiVectorEncoder`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optical.bitext import read_pairs
+from optical.files import read_lines
+
+logger = logging.getLogger("optical")
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass
+class EncoderOptions:
+    """Options of `optical train encoder`."""
+
+    text: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Plain text (a sentence a line) or JSON lines with a key `text`."},
+    )
+    bitext: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Parallel sentences, `English TAB other`; read side by side."},
+    )
+    vocabulary_size: int = field(default=20_000, metadata={"help": "WordPiece units."})
+    hidden_size: int = field(default=128, metadata={"help": "Width; also the token vectors' size."})
+    layers: int = field(default=2, metadata={"help": "Transformer layers."})
+    heads: int = field(default=2, metadata={"help": "Attention heads."})
+    max_tokens: int = field(default=128, metadata={"help": "Longest text in training, in tokens."})
+    mask_probability: float = field(default=0.15, metadata={"help": "Share of masked tokens."})
+    resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint."})
+
+    def validate(self) -> None:
+        """Raise ValueError for options that cannot work, before anything is read."""
+        if not self.text and not self.bitext:
+            raise ValueError("text, bitext: no file given, expected at least one")
+        if self.hidden_size % self.heads:
+            raise ValueError(
+                f"heads: {self.heads}, expected a divisor of hidden_size {self.hidden_size}"
+            )
+
+
+def read_sentences(path: str | Path) -> list[str]:
+    """Read the non-empty lines of a text file, or the key `text` of a JSON-lines file."""
+    texts = []
+    json_lines = str(path).removesuffix(".gz").endswith((".jsonl", ".json"))
+    for number, line in read_lines(path):
+        if json_lines and line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ValueError(f"{path}:{number}: no key `text` with a string")
+            line = row["text"]
+        if line.strip():
+            texts.append(line.strip())
+    if not texts:
+        raise ValueError(f"{path}: no text in it; expected a sentence a line")
+    return texts
+
+
+def train_tokenizer(texts: Iterator[str], vocabulary_size: int, max_tokens: int) -> Any:
+    """Learn a lower-casing WordPiece tokenizer; accents and vowel signs are kept."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(
+            vocab_size=vocabulary_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            limit_alphabet=1_000,
+            show_progress=False,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=max(max_tokens, 512),
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def new_encoder(options: EncoderOptions, vocabulary_size: int) -> Any:
+    """Build an untrained encoder with a masked-language head for `vocabulary_size` units."""
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    ids = {name.strip("[]").lower(): index for index, name in enumerate(SPECIAL_TOKENS)}
+    config = ModernBertConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=options.hidden_size,
+        # The feed-forward part is gated, so two widths are as large as the usual four.
+        intermediate_size=2 * options.hidden_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        max_position_embeddings=512,
+        global_attn_every_n_layers=1,
+        pad_token_id=ids["pad"],
+        cls_token_id=ids["cls"],
+        sep_token_id=ids["sep"],
+        bos_token_id=ids["cls"],
+        eos_token_id=ids["sep"],
+    )
+    return ModernBertForMaskedLM(config)
+
+
+def encoder_trainer(options: EncoderOptions, args: Any) -> Any:
+    """Configure the masked-language training of a new tokenizer and encoder.
+
+    Args:
+        options: texts and sizes.
+        args: ``transformers.TrainingArguments``; ``max_steps=0`` is not a training and is refused
+            by the Trainer, use one step for an untrained encoder.
+
+    Returns:
+        A ``transformers.Trainer`` whose model saves as an ordinary Hugging Face folder.
+    """
+    from datasets import Dataset
+    from transformers import DataCollatorForLanguageModeling, Trainer, set_seed
+
+    options.validate()
+    texts = [text for path in options.text for text in read_sentences(path)]
+    pairs = [pair for path in options.bitext for pair in read_pairs(path)]
+    tokenizer = train_tokenizer(
+        itertools.chain(texts, itertools.chain.from_iterable(pairs)),
+        options.vocabulary_size,
+        options.max_tokens,
+    )
+    set_seed(args.seed)
+    model = new_encoder(options, len(tokenizer))
+    limits = {"truncation": True, "max_length": options.max_tokens}
+    rows: list[list[int]] = []
+    if texts:
+        rows += tokenizer(texts, **limits)["input_ids"]
+    if pairs:
+        english, other = (list(side) for side in zip(*pairs, strict=True))
+        rows += tokenizer(english, other, **limits)["input_ids"]
+    logger.info(
+        "encoder: %d texts, %d pairs, %d units, %.1f M parameters",
+        len(texts),
+        len(pairs),
+        len(tokenizer),
+        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+    )
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"input_ids": rows}),
+        data_collator=DataCollatorForLanguageModeling(
+            tokenizer, mlm_probability=options.mask_probability
+        ),
+        processing_class=tokenizer,
+    )
+
+
+def load_retriever(
+    name: str | Path,
+    *,
+    dimension: int | None = None,
+    query_length: int = 32,
+    document_length: int = 180,
+    query_expansion: bool = False,
+    skip_words: Sequence[str] = (),
+) -> Any:
+    """Load a `MultiVectorEncoder`, or make one of a plain encoder.
+
+    Args:
+        name: Hugging Face name or folder. A saved `MultiVectorEncoder` keeps all its own settings;
+            the other arguments serve a plain encoder.
+        dimension: size of the token vectors; None keeps the encoder's width with no projection.
+        query_length, document_length: limits in tokens, special tokens counted.
+        query_expansion: fill queries with mask tokens to `query_length` (ColBERT; OPTICAL's
+            equal-length alignment). Needs a mask token.
+        skip_words: document tokens left out of the scores, for example punctuation.
+
+    Raises:
+        ValueError: nothing of that name; the message says what was looked for.
+    """
+    from sentence_transformers import MultiVectorEncoder
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+    from torch import nn
+
+    name = str(name)
+    folder = Path(name)
+    looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise ValueError(f"model {name}: no such folder; train it first or give a hub name")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ValueError(f"model {name}: no config.json in this folder, so it holds no model")
+    try:
+        if _is_multi_vector(name):
+            return MultiVectorEncoder(name)
+        expansion = {"strategy": "fixed", "length": query_length} if query_expansion else None
+        encoder = Transformer(
+            name,
+            query_length=query_length,
+            document_length=document_length,
+            query_expansion=expansion,
+        )
+    except OSError as error:
+        raise ValueError(f"model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    width = encoder.get_embedding_dimension()
+    modules: list[nn.Module] = [encoder]
+    if dimension is not None and dimension != width:
+        modules.append(
+            Dense(
+                in_features=width,
+                out_features=dimension,
+                bias=False,
+                activation_function=nn.Identity(),
+                module_input_name="token_embeddings",
+            )
+        )
+    modules += [
+        MultiVectorMask(skiplist_words=list(skip_words)),
+        Normalize(module_input_name="token_embeddings"),
+    ]
+    return MultiVectorEncoder(modules=modules)
+
+
+def _is_multi_vector(name: str) -> bool:
+    """Whether `name` holds a saved Sentence Transformers model (and not only an encoder)."""
+    folder = Path(name)
+    if folder.is_dir():
+        return (folder / "modules.json").exists()
+    from sentence_transformers.util import is_sentence_transformer_model
+
+    return bool(is_sentence_transformer_model(name))

@@ -1,0 +1,446 @@
+"""The training recipes: each one a configured Sentence Transformers trainer.
+
+teacher     English late interaction from (query, passage) pairs, in-batch softmax   (recipe R0)
+distill     a student pulled onto a frozen teacher through parallel sentences        (recipe R1)
+codeswitch  the teacher recipe on text whose words were replaced through lexicons    (recipe R5)
+
+Each function returns the trainer, which its caller may change before ``run`` trains, resumes and
+saves. There is no training loop here: checkpoints, precision, seeds, progress bars, many GPUs and
+model cards are the trainer's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from sentence_transformers import (
+    MultiVectorEncoder,
+    MultiVectorEncoderTrainer,
+    MultiVectorEncoderTrainingArguments,
+)
+from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.multi_vector_encoder.data_collator import MultiVectorEncoderDataCollator
+from sentence_transformers.multi_vector_encoder.losses import (
+    MultiVectorMultipleNegativesRankingLoss,
+)
+from transformers import set_seed
+
+from optical.bitext import pairs_dataset, read_pairs
+from optical.codeswitch import CodeSwitcher, read_lexicon
+from optical.collections import read_texts
+from optical.encoder import load_retriever
+from optical.files import read_lines, writable_folder, write_text
+from optical.losses import OTDistillationLoss
+
+logger = logging.getLogger("optical")
+
+ROLES = ("query", "document")
+OBJECTIVES = ("ot",)
+
+
+def _option(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TeacherOptions:
+    """Options of `optical train teacher`."""
+
+    model: str = _option("", "Encoder to start from: Hugging Face name or folder.")
+    pairs: list[str] = _option(
+        [], "Training pairs: TSV `query TAB passage`, or JSON lines with query, pos, neg."
+    )
+    queries: str = _option("", "With --passages: TSV `query id TAB passage id TAB query`.")
+    passages: str = _option("", "With --queries: JSON lines or TSV of passage id and text.")
+    dimension: int | None = _option(None, "Size of the token vectors (default: encoder's width).")
+    query_length: int = _option(32, "Longest query in tokens.")
+    document_length: int = _option(180, "Longest passage in tokens.")
+    query_expansion: bool = _option(False, "Fill queries with mask tokens to query_length.")
+    scale: float = _option(1.0, "Factor on the MaxSim scores before the softmax.")
+    resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
+
+    def validate(self) -> None:
+        """Raise ValueError for options that cannot work, before anything is read."""
+        _required("model", self.model)
+        if bool(self.queries) != bool(self.passages):
+            raise ValueError("queries, passages: one of them alone; expected both or neither")
+        if not self.pairs and not self.queries:
+            raise ValueError("pairs: none given; expected --pairs, or --queries with --passages")
+
+
+@dataclass
+class CodeswitchOptions(TeacherOptions):
+    """Options of `optical train codeswitch`."""
+
+    lexicon: list[str] = _option([], "Lexicons `language=file`, file: `English TAB foreign`.")
+    probability: float = _option(0.5, "Chance that a word is replaced.")
+    sides: str = _option("document", "Which side is switched: query, document or both.")
+    copies: int = _option(1, "How often each pair is switched, with draws of its own.")
+
+    def validate(self) -> None:
+        """Raise ValueError for options that cannot work, before anything is read."""
+        super().validate()
+        if not self.lexicon:
+            raise ValueError("lexicon: none given; expected at least one `language=file`")
+        for entry in self.lexicon:
+            if "=" not in entry:
+                raise ValueError(f"lexicon: {entry!r}, expected `language=file`")
+        if self.sides not in (*ROLES, "both"):
+            raise ValueError(f"sides: {self.sides!r}, expected 'query', 'document' or 'both'")
+        if self.copies < 1:
+            raise ValueError(f"copies: {self.copies}, expected 1 or more")
+
+
+@dataclass
+class DistillOptions:
+    """Options of `optical train distill`."""
+
+    teacher: str = _option("", "The frozen English retriever: Hugging Face name or folder.")
+    student: str = _option("", "Model to start the student from (default: the teacher).")
+    bitext: list[str] = _option([], "Parallel sentences `English TAB other`, one file or more.")
+    role: str = _option("", "What the student will read: query or document.")
+    objective: str = _option("ot", "How the two clouds of token vectors are compared.")
+    epsilon: float = _option(0.05, "Temperature of the transport plan.")
+    max_iter: int = _option(50, "Sinkhorn iterations.")
+    tol: float = _option(0.0, "Stop a pair at this L1 marginal error (0: run max_iter).")
+    gradient: str = _option("envelope", "envelope (OPTICAL) or unroll.")
+    backend: str = _option("auto", "Sinkhorn backend; see `optical info`.")
+    max_pairs: int | None = _option(None, "Use the first so many pairs of each file.")
+    dimension: int | None = _option(None, "Size of a new student's vectors (default: teacher's).")
+    resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
+
+    def validate(self) -> None:
+        """Raise ValueError for options that cannot work, before anything is read."""
+        _required("teacher", self.teacher)
+        if self.role not in ROLES:
+            raise ValueError(f"role: {self.role!r}, expected 'query' or 'document'")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective: {self.objective!r}, expected {' or '.join(OBJECTIVES)}")
+        if not self.bitext:
+            raise ValueError("bitext: none given; expected at least one file")
+
+
+def _required(name: str, value: str) -> None:
+    if not value:
+        raise ValueError(f"{name}: none given; expected a Hugging Face name or a folder")
+
+
+class BitextCollator(MultiVectorEncoderDataCollator):
+    """Tokenise parallel sentences: the first column for the teacher, the others for the student.
+
+    Args:
+        student, teacher: the two ``MultiVectorEncoder`` models.
+        role: "query" or "document", the side of retrieval that the student will serve; it decides
+            prompts, lengths and mask-token expansion on both sides.
+        max_length: longest sentence in tokens (None: the models' own limits).
+    """
+
+    def __init__(
+        self,
+        student: MultiVectorEncoder,
+        teacher: MultiVectorEncoder,
+        *,
+        role: str,
+        max_length: int | None = None,
+    ) -> None:
+        if role not in ROLES:
+            raise ValueError(f"role: {role!r}, expected 'query' or 'document'")
+        super().__init__(preprocess_fn=student.preprocess, max_length=max_length)
+        self.student = student
+        self.teacher = teacher
+        self.role = role
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the tensors of a batch, keyed ``{column}_{name}`` as the trainer expects."""
+        batch: dict[str, Any] = {}
+        limit = {} if self.max_length is None else {"max_length": self.max_length}
+        columns = [name for name in features[0] if name != "dataset_name"]
+        if "dataset_name" in features[0]:
+            batch["dataset_name"] = features[0]["dataset_name"]
+        for position, column in enumerate(columns):
+            model = self.student if position else self.teacher
+            tokens = model.preprocess(
+                [row[column] for row in features],
+                prompt=model.prompts.get(self.role),
+                task=self.role,
+                **limit,
+            )
+            batch.update({f"{column}_{name}": value for name, value in tokens.items()})
+            batch[f"{column}_task"] = self.role
+        return batch
+
+
+def arguments(output_dir: str | Path, **changes: Any) -> MultiVectorEncoderTrainingArguments:
+    """Training arguments with this project's defaults: quiet, resumable, nothing sent anywhere."""
+    return MultiVectorEncoderTrainingArguments(
+        output_dir=str(output_dir), **{**ARGUMENT_DEFAULTS, **changes}
+    )
+
+
+# What the recipes change of the trainer's defaults; the command line and the study share them.
+ARGUMENT_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    "learning_rate": 2e-5,
+    "per_device_train_batch_size": 64,
+    "warmup_steps": 0.05,
+    "logging_steps": 50,
+    "save_steps": 500,
+    "save_total_limit": 1,
+}
+
+
+def teacher(
+    options: TeacherOptions, args: MultiVectorEncoderTrainingArguments
+) -> MultiVectorEncoderTrainer:
+    """Configure training on (query, passage) pairs: softmax over the passages of a batch.
+
+    The passages of the other queries in a batch are its negatives (explicit negatives join them);
+    no passage stands twice in a batch. Source: Khattab and Zaharia, ColBERT (SIGIR 2020).
+    """
+    options.validate()
+    return _contrastive(options, args, read_training_pairs(options))
+
+
+def codeswitch(
+    options: CodeswitchOptions, args: MultiVectorEncoderTrainingArguments
+) -> MultiVectorEncoderTrainer:
+    """Configure the teacher recipe on code-switched text (Litschko et al., arXiv 2305.05295).
+
+    One lexicon gives their bilingual variant, several the multilingual one. The side that stays
+    English is left untouched.
+    """
+    options.validate()
+    lexicons = {}
+    for entry in options.lexicon:
+        language, path = entry.split("=", 1)
+        lexicons[language] = read_lexicon(path)
+    rows = read_training_pairs(options)
+    switch = CodeSwitcher(lexicons, probability=options.probability, seed=args.seed)
+    coverage = switch.coverage([row[-1] for row in rows[:2000]])
+    logger.info("code switching: the lexicons know %.0f %% of the words", 100 * coverage)
+    switched = []
+    for copy in range(options.copies):
+        for index, (query, *passages) in enumerate(rows):
+            key = f"{copy}:{index}"
+            if options.sides != "document":
+                query = switch(query, f"{key}:query")
+            if options.sides != "query":
+                passages = [switch(text, f"{key}:{i}") for i, text in enumerate(passages)]
+            switched.append((query, *passages))
+    return _contrastive(options, args, switched)
+
+
+def distill(
+    options: DistillOptions, args: MultiVectorEncoderTrainingArguments
+) -> MultiVectorEncoderTrainer:
+    """Configure OT distillation on parallel sentences (OPTICAL, arXiv 2301.12566).
+
+    The student starts from the teacher unless the options name another model.
+    """
+    options.validate()
+    pairs = [pair for path in options.bitext for pair in read_pairs(path)[: options.max_pairs]]
+    set_seed(args.seed)
+    taught_by = load_retriever(options.teacher)
+    size = options.dimension or taught_by.get_embedding_dimension()
+    student = load_retriever(options.student or options.teacher, dimension=size)
+    loss = OTDistillationLoss(
+        student,
+        taught_by,
+        epsilon=options.epsilon,
+        max_iter=options.max_iter,
+        tol=options.tol,
+        gradient=options.gradient,  # type: ignore[arg-type]
+        backend=options.backend,
+    )
+    limit = args.max_length if isinstance(args.max_length, int) else None
+    return MultiVectorEncoderTrainer(
+        model=student,
+        args=args,
+        train_dataset=pairs_dataset(pairs),
+        loss=loss,
+        data_collator=BitextCollator(student, taught_by, role=options.role, max_length=limit),
+    )
+
+
+def _contrastive(
+    options: TeacherOptions,
+    args: MultiVectorEncoderTrainingArguments,
+    rows: list[tuple[str, ...]],
+) -> MultiVectorEncoderTrainer:
+    set_seed(args.seed)
+    model = load_retriever(
+        options.model,
+        dimension=options.dimension,
+        query_length=options.query_length,
+        document_length=options.document_length,
+        query_expansion=options.query_expansion,
+    )
+    # A passage twice in a batch would be its own negative.
+    args.batch_sampler = BatchSamplers.NO_DUPLICATES
+    names = ["query", "positive", *(f"negative_{i}" for i in range(1, len(rows[0]) - 1))]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return MultiVectorEncoderTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict(dict(zip(names, columns, strict=True))),
+        loss=MultiVectorMultipleNegativesRankingLoss(model, scale=options.scale),
+    )
+
+
+def read_training_pairs(options: TeacherOptions) -> list[tuple[str, ...]]:
+    """Read the (query, passage[, negative ...]) rows that the options name.
+
+    Rows have as many negatives as the row with the fewest.
+
+    Raises:
+        FileNotFoundError, ValueError: with file, line and remedy.
+    """
+    rows: list[tuple[str, ...]] = []
+    for path in options.pairs:
+        json_lines = path.removesuffix(".gz").endswith((".jsonl", ".json"))
+        rows += _query_json(path) if json_lines else _query_tsv(path)
+    if options.queries:
+        rows += _joined(options.queries, options.passages)
+    if not rows:
+        raise ValueError(f"{options.pairs or options.queries}: no training pair in it")
+    width = min(len(row) for row in rows)
+    return [row[:width] for row in rows]
+
+
+def _query_tsv(path: str) -> Iterable[tuple[str, ...]]:
+    for number, line in read_lines(path):
+        columns = tuple(column.strip() for column in line.split("\t"))
+        if line.strip() and (len(columns) < 2 or not all(columns)):
+            raise ValueError(f"{path}:{number}: expected `query TAB passage [TAB negative ...]`")
+        if line.strip():
+            yield columns
+
+
+def _query_json(path: str) -> Iterable[tuple[str, ...]]:
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            positives, negatives = row["pos"], row.get("neg") or []
+            yield from ((row["query"], text, *negatives) for text in positives)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}:{number}: expected JSON with `query`, `pos` (list) and optional `neg`"
+            ) from None
+
+
+def _joined(queries: str, passages: str) -> Iterable[tuple[str, ...]]:
+    texts = read_texts(passages)
+    for number, line in read_lines(queries):
+        if not line.strip():
+            continue
+        columns = line.split("\t")
+        if len(columns) != 3:
+            raise ValueError(
+                f"{queries}:{number}: {len(columns)} columns, "
+                "expected `query id TAB passage id TAB query`"
+            )
+        if columns[1] not in texts:
+            raise ValueError(f"{queries}:{number}: passage {columns[1]!r} is not in {passages}")
+        yield columns[2], texts[columns[1]]
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """Folder of the newest complete checkpoint, or None.
+
+    A checkpoint whose state file is missing or torn was being written when its process died; it is
+    removed, so that training goes on from the one before.
+    """
+    found = [
+        (int(folder.name.rsplit("-", 1)[1]), folder)
+        for folder in Path(output_dir).glob("checkpoint-*")
+        if folder.name.rsplit("-", 1)[1].isdigit()
+    ]
+    for _, folder in sorted(found, reverse=True):
+        try:
+            # The trainer writes this file last.
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(folder)
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete and is removed", folder)
+            shutil.rmtree(folder)
+    return None
+
+
+def run(trainer: Any, options: Any, *, resume: bool) -> Path:
+    """Train, save the model to ``output_dir/final`` and the resolved run to ``run.json``.
+
+    Args:
+        trainer: what a recipe returned.
+        options: the recipe's options, for the record.
+        resume: continue from the newest complete checkpoint where there is one; False refuses a
+            folder that holds checkpoints, so that nothing is overwritten by accident.
+
+    Returns:
+        The folder of the trained model.
+    """
+    output = writable_folder(trainer.args.output_dir)
+    checkpoint = last_checkpoint(output)
+    if checkpoint and not resume:
+        raise ValueError(
+            f"output_dir: {output} holds checkpoints; add --resume to continue, or choose another"
+        )
+    write_text(output / "run.json", json.dumps(record(options, trainer.args), indent=2) + "\n")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    final = output / "final"
+    if trainer.args.should_save:
+        # Complete or not there at all: others take the folder's existence as "trained".
+        partial = output / f".final.{os.getpid()}"
+        trainer.save_model(str(partial))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    return final
+
+
+def record(options: Any, args: Any) -> dict[str, Any]:
+    """What someone needs to repeat a run: options, arguments, versions, commit."""
+    return {
+        "recipe": type(options).__name__.removesuffix("Options").lower(),
+        "options": dataclasses.asdict(options),
+        "arguments": json.loads(args.to_json_string()),
+        **environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the packages that shape results, and the project's commit where it has one."""
+    packages = ("optical", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
+    versions: Mapping[str, str] = {name: _version(name) for name in packages}
+    return {"python": sys.version.split()[0], "versions": versions, "commit": _commit()}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (not a checkout)"
