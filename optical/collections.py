@@ -161,7 +161,7 @@ def load_collection(
         known_queries = read_texts(queries, topic_fields=topic_fields)
     if known_documents is None:
         assert documents is not None
-        name = name or Path(documents).name.split(".")[0]
+        name = name or Path(Path(documents).name.removesuffix(".gz")).stem
         known_documents = read_texts(documents)
     if qrels_path is not None:
         known_qrels = read_qrels(qrels_path)
@@ -459,7 +459,8 @@ def _find_dataset(source: str) -> Any:
             'install it with `pip install "optical[eval]"`'
         ) from error
     try:
-        return ir_datasets.load(source)
+        with _downloading(source):  # the list of CLIRMatrix files is itself a download
+            return ir_datasets.load(source)
     except KeyError:
         near = difflib.get_close_matches(source, list(ir_datasets.registry), n=3, cutoff=0.6)
         hint = f"; nearest ids: {', '.join(near)}" if near else ""
