@@ -145,10 +145,10 @@ BACKENDS: dict[str, Backend] = {
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError unless ``name`` is ``"auto"`` or a backend of the table."""
-    if name != "auto" and name not in BACKENDS:
-        wanted = ", ".join(repr(known) for known in ("auto", *BACKENDS))
-        raise ValueError(f"backend is {name!r}; expected one of {wanted}")
+    """Raise TypeError or ValueError unless ``name`` is ``"auto"`` or a backend of the table."""
+    if not isinstance(name, str):
+        raise TypeError(f"backend is a {type(name).__name__}; expected a str")
+    _check_known("backend", name)
 
 
 def requested(name: str) -> str:
@@ -157,13 +157,14 @@ def requested(name: str) -> str:
     if name != "auto":
         return name
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    if from_environment != "auto" and from_environment not in BACKENDS:
-        wanted = ", ".join(repr(known) for known in ("auto", *BACKENDS))
-        raise ValueError(
-            f"environment variable {ENVIRONMENT_VARIABLE} is {from_environment!r}; "
-            f"expected one of {wanted}"
-        )
+    _check_known(f"environment variable {ENVIRONMENT_VARIABLE}", from_environment)
     return from_environment
+
+
+def _check_known(what: str, name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        wanted = ", ".join(repr(known) for known in ("auto", *BACKENDS))
+        raise ValueError(f"{what} is {name!r}; expected one of {wanted}")
 
 
 def choose(name: str, cost: Tensor) -> Backend:

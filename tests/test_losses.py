@@ -1,0 +1,67 @@
+"""OTAlignmentLoss: the function, its reduction, and nothing else."""
+
+import pytest
+import torch
+
+from optical import OTAlignmentLoss, ot_alignment
+
+
+def clouds():
+    mask = torch.arange(5) < torch.tensor([[5], [2], [0]])
+    return torch.randn(3, 5, 8, requires_grad=True), torch.randn(3, 7, 8), mask
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reduces_the_distances_of_the_pairs(reduction):
+    student, teacher, mask = clouds()
+    options = {"epsilon": 0.1, "max_iter": 7, "tol": 1e-6, "backend": "reference"}
+    found = OTAlignmentLoss(**options, reduction=reduction)(student, teacher, mask)
+    pairs = ot_alignment(student, teacher, mask, **options)
+    assert torch.equal(found, {"mean": pairs.mean(), "sum": pairs.sum(), "none": pairs}[reduction])
+
+
+def test_has_no_state_and_shows_its_options():
+    loss = OTAlignmentLoss(epsilon=0.1, reduction="sum")
+    assert not list(loss.parameters()) and not loss.state_dict()
+    assert repr(loss) == (
+        "OTAlignmentLoss(epsilon=0.1, max_iter=50, tol=0.0, gradient='envelope', backend='auto', "
+        "reduction='sum')"
+    )
+
+
+def test_pulls_the_student_onto_the_teacher():
+    student, teacher, mask = clouds()
+    loss = OTAlignmentLoss()
+    optimizer = torch.optim.Adam([student], lr=0.1)
+    history = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        value = loss(student, teacher, mask)
+        value.backward()
+        optimizer.step()
+        history.append(value.item())
+    assert history[-1] < 0.6 * history[0]
+
+
+def test_a_pair_without_tokens_adds_nothing():
+    student, teacher, mask = clouds()
+    three = OTAlignmentLoss(reduction="sum")(student, teacher, mask)
+    two = OTAlignmentLoss(reduction="sum")(student[:2], teacher[:2], mask[:2])
+    torch.testing.assert_close(three, two)
+    (gradient,) = torch.autograd.grad(three, student)
+    assert not gradient[2].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "max"}, "reduction is 'max'; expected one of 'mean', 'sum', 'none'"),
+        ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"max_iter": -2}, "max_iter is -2"),
+        ({"gradient": "none"}, "gradient is 'none'"),
+        ({"backend": "gpu"}, "backend is 'gpu'"),
+    ],
+)
+def test_bad_options_fail_when_the_loss_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        OTAlignmentLoss(**options)
