@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -444,3 +445,31 @@ def _commit() -> str:
         return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown (not a checkout)"
+
+
+def progress_lines(label: str, every: float = 20.0) -> Any:
+    """Build a trainer callback that logs a line with step, loss and time left, for logs and CI."""
+    from transformers import TrainerCallback
+
+    class ProgressLines(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.begun = self.told = time.monotonic()
+            self.first = state.global_step
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now = time.monotonic()
+            if now - self.told < every or state.global_step >= state.max_steps:
+                return
+            self.told = now
+            rate = (now - self.begun) / (state.global_step - self.first)
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            logger.info(
+                "    %s: step %d of %d%s, %.0f s left in this cell",
+                label,
+                state.global_step,
+                state.max_steps,
+                f", loss {losses[-1]:.3f}" if losses else "",
+                rate * (state.max_steps - state.global_step),
+            )
+
+    return ProgressLines()
