@@ -91,8 +91,6 @@ def _cpu_supports(cost: Tensor) -> str | None:
         return f"the tensors are on {cost.device.type}; the native library runs on the cpu"
     if cost.dtype not in (torch.float32, torch.float64):
         return f"cost is {_name(cost.dtype)}; the native library computes in float32 or float64"
-    if importlib.util.find_spec("optical.native") is None:
-        return "the native library is not part of this installation"
     from optical import native
 
     return native.unavailable_reason()
