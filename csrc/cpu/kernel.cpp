@@ -65,10 +65,11 @@ class Problem {
     static constexpr int width = S::width;
     static constexpr int block = width > 8 ? width : 8;  // rows worked on together: hides latency
     static constexpr int groups = block / width;
+    static constexpr int together = 4;  // exponentials computed side by side
 
     int64_t n, m;                  // present rows and columns
     int64_t row_count, col_count;  // rounded up to whole blocks and vectors
-    int64_t blocks, vectors;
+    int64_t blocks;
     T epsilon, inverse_epsilon;
     double total_a, total_b, dead_mass;  // dead: present rows without an allowed pair
 
@@ -197,9 +198,14 @@ class Problem {
             T* k = tile(kernel, b);
             for (int64_t j = 0; j < col_count; j += width) {
                 const Vector gj = S::load(base_g + j);
-                for (int r = 0; r < block; ++r, c += width, k += width) {
-                    const Vector exponent = (base_f[b * block + r] - S::load(c)) + gj;
-                    S::store(k, S::exp(exponent * inverse_epsilon));
+                for (int r = 0; r < block; r += together, c += together * width) {
+                    Vector x[together];
+                    for (int i = 0; i < together; ++i) {
+                        x[i] = (base_f[b * block + r + i] - S::load(c + i * width)) + gj;
+                        x[i] *= inverse_epsilon;
+                    }
+                    S::template exp<together>(x);
+                    for (int i = 0; i < together; ++i, k += width) S::store(k, x[i]);
                 }
             }
         }
@@ -236,38 +242,28 @@ class Problem {
         }
     };
 
-    // u of one block of rows from K and b v; `miss` collects what the old u misses of the masses.
-    template <bool measure>
-    __attribute__((always_inline)) inline void update_rows(int64_t b, Range& range, Vector& miss) {
-        Vector sum[block];
-        for (int r = 0; r < block; ++r) sum[r] = S::all(0);
-        const T* k = tile(kernel, b);
-        for (int64_t j = 0; j < col_count; j += width, k += block * width) {
-            const Vector weight = S::load(bv + j);
-            for (int r = 0; r < block; ++r) sum[r] += S::load(k + r * width) * weight;
+    // Weighted sums of a block of rows of K; lane r of group q is row q * width + r.
+    static __attribute__((always_inline)) void row_sums(const T* k, const T* weights, int64_t cols,
+                                                        Vector* sum) {
+        Vector line[block];
+        for (int r = 0; r < block; ++r) line[r] = S::all(0);
+        for (int64_t j = 0; j < cols; j += width, k += block * width) {
+            const Vector weight = S::load(weights + j);
+            for (int r = 0; r < block; ++r) line[r] += S::load(k + r * width) * weight;
         }
-        for (int q = 0; q < groups; ++q) {
-            const int64_t i = b * block + q * width;
-            const Vector total =
-                S::template across<typename S::Sum>(sum + q * width) + S::load(pad_a + i);
-            const Vector mass = S::load(weight_a + i);
-            range.add(total);
-            if constexpr (measure) miss += mass * S::absolute(S::load(u + i) * total - T(1));
-            const Vector scaling = T(1) / total;
-            S::store(u_next + i, scaling);
-            S::store(au + i, mass * scaling);
-        }
+        for (int q = 0; q < groups; ++q)
+            sum[q] = S::template across<typename S::Sum>(line + q * width);
     }
 
-    // Adds one block of rows, weighted by a u, into the column sums.
-    __attribute__((always_inline)) inline void add_columns(int64_t b) {
+    // Adds a block of rows of K, each times its weight, to the column sums.
+    static __attribute__((always_inline)) void add_rows(const T* k, const T* weights, int64_t cols,
+                                                        T* sums) {
         Vector weight[block];
-        for (int r = 0; r < block; ++r) weight[r] = S::all(au[b * block + r]);
-        const T* k = tile(kernel, b);
-        for (int64_t j = 0; j < col_count; j += width, k += block * width) {
-            Vector sum = S::load(col_sum + j);
+        for (int r = 0; r < block; ++r) weight[r] = S::all(weights[r]);
+        for (int64_t j = 0; j < cols; j += width, k += block * width) {
+            Vector sum = S::load(sums + j);
             for (int r = 0; r < block; ++r) sum += S::load(k + r * width) * weight[r];
-            S::store(col_sum + j, sum);
+            S::store(sums + j, sum);
         }
     }
 
@@ -280,22 +276,41 @@ class Problem {
     // block's row pass, so that its division and broadcasts are off the critical path.
     template <bool measure>
     __attribute__((noinline)) Step iterate() {
+        // Stores could change members, for all the compiler knows; not these.
+        const T *const pad_of_row = pad_a, *const weight_of_row = weight_a, *const old_u = u;
+        const T *const pad_of_col = pad_b, *const weight_of_col = weight_b;
+        T *const new_u = u_next, *const new_v = v_next, *const row_weights = au;
+        T *const col_weights = bv, *const sums = col_sum;
+        const int64_t cols = col_count, count = blocks, step_size = block * col_count;
+        const T* k = kernel;
+
         Range range;
         Vector miss = S::all(0);
-        for (int64_t j = 0; j < col_count; j += width) S::store(col_sum + j, S::all(0));
-        update_rows<measure>(0, range, miss);
-        for (int64_t b = 1; b < blocks; ++b) {
-            update_rows<measure>(b, range, miss);
-            add_columns(b - 1);
+        for (int64_t j = 0; j < cols; j += width) S::store(sums + j, S::all(0));
+        for (int64_t b = 0; b < count; ++b, k += step_size) {
+            Vector sum[groups];
+            row_sums(k, col_weights, cols, sum);
+            for (int q = 0; q < groups; ++q) {
+                const int64_t i = b * block + q * width;
+                const Vector total = sum[q] + S::load(pad_of_row + i);
+                const Vector mass = S::load(weight_of_row + i);
+                const Vector scaling = T(1) / total;
+                range.add(total);
+                if constexpr (measure)
+                    miss += mass * S::absolute(S::load(old_u + i) * total - T(1));
+                S::store(new_u + i, scaling);
+                S::store(row_weights + i, mass * scaling);
+            }
+            if (b > 0) add_rows(k - step_size, row_weights + (b - 1) * block, cols, sums);
         }
-        add_columns(blocks - 1);
+        add_rows(k - step_size, row_weights + (count - 1) * block, cols, sums);
         const Range rows = range;
-        for (int64_t j = 0; j < col_count; j += width) {
-            const Vector total = S::load(col_sum + j) + S::load(pad_b + j);
-            range.add(total);
+        for (int64_t j = 0; j < cols; j += width) {
+            const Vector total = S::load(sums + j) + S::load(pad_of_col + j);
             const Vector scaling = T(1) / total;
-            S::store(v_next + j, scaling);
-            S::store(bv + j, S::load(weight_b + j) * scaling);
+            range.add(total);
+            S::store(new_v + j, scaling);
+            S::store(col_weights + j, S::load(weight_of_col + j) * scaling);
         }
         Step step = {true, true, range.within(Bounds<T>::drift), 0};
         if (!step.calm) {
@@ -383,11 +398,15 @@ class Problem {
             const T* c = tile(cost, b);
             T* k = tile(kernel, b);
             for (int64_t j = 0; j < col_count; j += width)
-                for (int r = 0; r < block; ++r, c += width, k += width) {
-                    const int64_t i = b * block + r;
-                    const Vector exponent = (f[i] - S::load(c)) + S::load(g + j);
-                    S::store(k, S::exp(exponent * inverse_epsilon +
-                                       (log_a[i] + S::load(log_b + j))));
+                for (int r = 0; r < block; r += together, c += together * width) {
+                    Vector x[together];
+                    for (int i = 0; i < together; ++i) {
+                        const int64_t row = b * block + r + i;
+                        x[i] = (f[row] - S::load(c + i * width)) + S::load(g + j);
+                        x[i] = x[i] * inverse_epsilon + (log_a[row] + S::load(log_b + j));
+                    }
+                    S::template exp<together>(x);
+                    for (int i = 0; i < together; ++i, k += width) S::store(k, x[i]);
                 }
         }
     }
@@ -397,26 +416,28 @@ class Problem {
         double linear = 0, dual = 0, mass = 0, error = 0;
         for (int64_t j = 0; j < col_count; j += width) S::store(col_sum + j, S::all(0));
         for (int64_t b = 0; b < blocks; ++b) {
-            Vector sum[block], spent[block];
-            for (int r = 0; r < block; ++r) {
-                sum[r] = spent[r] = S::all(0);
-                const T* c = tile(cost, b) + r * width;
-                const T* k = tile(kernel, b) + r * width;
-                for (int64_t j = 0; j < col_count; j += width) {
-                    const Vector part = S::load(k + j * block) * S::load(bv + j);
-                    const Vector price = S::load(c + j * block);
-                    sum[r] += part;
-                    spent[r] += part * S::select(price < C::infinity, price, S::all(0));
+            Vector sum[groups], spent[block];
+            row_sums(tile(kernel, b), bv, col_count, sum);
+            for (int r = 0; r < block; ++r) spent[r] = S::all(0);
+            const T *c = tile(cost, b), *k = tile(kernel, b);
+            for (int64_t j = 0; j < col_count; j += width) {
+                const Vector weight = S::load(bv + j);
+                for (int r = 0; r < block; ++r, c += width, k += width) {
+                    // A forbidden pair costs nothing, because nothing moves there.
+                    const Vector price = S::load(c);
+                    const Vector finite = S::select(price < C::infinity, price, S::all(0));
+                    spent[r] += (S::load(k) * weight) * finite;
                 }
             }
-            add_columns(b);
+            add_rows(tile(kernel, b), au + b * block, col_count, col_sum);
             for (int q = 0; q < groups; ++q) {
-                const Vector sums = S::template across<typename S::Sum>(sum + q * width);
-                const Vector spends = S::template across<typename S::Sum>(spent + q * width);
-                for (int lane = 0; lane < width; ++lane) {
-                    const int64_t i = b * block + q * width + lane;
+                T sums[width], spends[width];
+                S::store_unaligned(sums, sum[q]);
+                S::store_unaligned(spends, S::template across<typename S::Sum>(spent + q * width));
+                const int64_t first = b * block + q * width;
+                for (int lane = 0; lane < width && first + lane < n; ++lane) {
+                    const int64_t i = first + lane;
                     const double row = (double)au[i] * (double)sums[lane];
-                    if (i >= n) break;
                     linear += (double)au[i] * (double)spends[lane];
                     dual += row * (double)f[i];
                     mass += row;
@@ -438,8 +459,8 @@ class Problem {
     template <bool measure>
     int32_t solve(int32_t max_iter, double tol) {
         bool log_domain = false;
-        bool scaled = false;  // the state is base, u and v; otherwise it is f and g
-        bool based = false;   // base and K belong to the state
+        bool scaled = false;   // the state is base, u and v; otherwise it is f and g
+        bool drifted = true;   // the base has to be chosen anew before the next iteration
         int32_t done = 0;
         while (done < max_iter) {
             if (log_domain) {
@@ -451,8 +472,11 @@ class Problem {
                 ++done;
                 continue;
             }
-            if (!based) rebase(done == 0, measure && done > 0);
-            based = true;
+            if (drifted) {
+                if (scaled) absorb();
+                rebase(done == 0, measure && done > 0);
+                scaled = drifted = false;
+            }
             const Step step = iterate<measure>();
             if (measure && done > 0 && step.rows_trusted && step.residual <= tol) break;
             if (step.trusted) {
@@ -464,10 +488,7 @@ class Problem {
             } else if (!scaled) {
                 log_domain = true;
             }
-            if (!step.calm && scaled) {
-                absorb();
-                scaled = based = false;
-            }
+            drifted = !step.calm;
         }
         if (scaled) {
             absorb();
@@ -502,7 +523,7 @@ public:
         p.n = list_present(log_a_in, full_n, p.row_index);
         p.m = list_present(log_b_in, full_m, p.col_index);
         p.row_count = round_up(p.n, block), p.col_count = round_up(p.m, width);
-        p.blocks = p.row_count / block, p.vectors = p.col_count / width;
+        p.blocks = p.row_count / block;
         for (int64_t i = 0; i < full_n; ++i) f_out[i] = 0;
         for (int64_t j = 0; j < full_m; ++j) g_out[j] = 0;
         value = value_linear = marginal_error = 0;

@@ -30,8 +30,8 @@ struct Number<float> {
     static constexpr float log2e = 0x1.715476p+0f;
     static constexpr float ln2_high = 0x1.62e4p-1f;  // few enough bits that k * ln2_high is exact
     static constexpr float ln2_low = 0x1.7f7d1cp-20f;
-    static constexpr float exp_underflow = -87.0f;  // the least k is then -126: still normal
-    static constexpr float exp_overflow = 88.3f;    // the greatest k is then 127: still finite
+    static constexpr float exp_zero = -88.1f;      // rounds to k = -127, whose 2^k reads as 0
+    static constexpr float exp_infinity = 88.8f;   // rounds to k = 128, whose 2^k reads as inf
     static constexpr float infinity = __builtin_huge_valf();
     static constexpr Bits one_bits = 0x3f800000;
     static constexpr Bits sqrt_half_bits = 0x3f3504f3;
@@ -52,8 +52,8 @@ struct Number<double> {
     static constexpr double log2e = 0x1.71547652b82fep+0;
     static constexpr double ln2_high = 0x1.62e42fefa3800p-1;
     static constexpr double ln2_low = 0x1.ef35793c76730p-45;
-    static constexpr double exp_underflow = -708.0;
-    static constexpr double exp_overflow = 709.0;
+    static constexpr double exp_zero = -709.1;
+    static constexpr double exp_infinity = 709.8;
     static constexpr double infinity = __builtin_huge_val();
     static constexpr Bits one_bits = 0x3ff0000000000000;
     static constexpr Bits sqrt_half_bits = 0x3fe6a09e667f3bcd;
@@ -91,13 +91,24 @@ struct Simd {
     OPTICAL_INLINE Vector select(Mask condition, Vector yes, Vector no) {
         return condition ? yes : no;
     }
+    // Keeps GCC from swapping the sides of a comparison with a constant, after which it no longer
+    // recognises the minimum or maximum instruction.
+    OPTICAL_INLINE Vector opaque(Vector x) {
+#if defined(__x86_64__)
+        asm("" : "+v"(x));
+#endif
+        return x;
+    }
+    // Of two numbers. With a NaN on either side the result is y, as in the x86 instructions.
     OPTICAL_INLINE Vector min(Vector x, Vector y) { return select(x < y, x, y); }
     OPTICAL_INLINE Vector max(Vector x, Vector y) { return select(x > y, x, y); }
     OPTICAL_INLINE Vector absolute(Vector x) { return select(x < 0, -x, x); }
     OPTICAL_INLINE bool every(Mask condition) {
-        Bits result = -1;
-        for (int lane = 0; lane < width; ++lane) result &= condition[lane];
-        return result != 0;
+        typedef int64_t Words __attribute__((vector_size(OPTICAL_VECTOR_BYTES)));
+        const Words words = (Words)condition;
+        int64_t result = -1;
+        for (int i = 0; i < OPTICAL_VECTOR_BYTES / 8; ++i) result &= words[i];
+        return result == -1;
     }
     OPTICAL_INLINE T sum(Vector x) {
         T total = 0;
@@ -119,25 +130,34 @@ struct Simd {
         return rows[0];
     }
 
-    // exp, to about one unit in the last place; 0 below the normal range, +inf from exp_overflow
-    // on, NaN for NaN. Cody and Waite: x = k ln 2 + r with |r| <= ln 2 / 2.
-    OPTICAL_INLINE Vector exp(Vector x) {
+    // exp, to about one unit in the last place; 0 below the normal range, +inf above the range,
+    // NaN for NaN. Cody and Waite: x = k ln 2 + r with |r| <= ln 2 / 2. Several vectors go through
+    // the steps side by side: one alone would mostly wait for its own previous step.
+    template <int count>
+    OPTICAL_INLINE void exp(Vector* x) {
         typedef Number<T> C;
-        const Mask underflow = x < C::exp_underflow;
-        const Mask overflow = x > C::exp_overflow;
-        const Vector inside = min(max(x, all(C::exp_underflow)), all(C::exp_overflow));
-        const Vector shifted = inside * C::log2e + C::round_shift;
-        const Vector k = shifted - C::round_shift;
-        const Vector r = (inside - k * C::ln2_high) - k * C::ln2_low;
-        Vector p = all(C::exp_coefficient[C::exp_terms - 1]);
-        for (int i = C::exp_terms - 2; i >= 0; --i) p = p * r + C::exp_coefficient[i];
-        p = (p * r) * r + r + T(1);
+        const Vector lowest = opaque(all(C::exp_zero)), highest = opaque(all(C::exp_infinity));
+        Vector shifted[count], r[count], p[count];
+        for (int i = 0; i < count; ++i) {
+            r[i] = min(highest, max(lowest, x[i]));
+            shifted[i] = r[i] * C::log2e + C::round_shift;
+        }
+        for (int i = 0; i < count; ++i) {
+            const Vector k = shifted[i] - C::round_shift;
+            r[i] = (r[i] - k * C::ln2_high) - k * C::ln2_low;
+            p[i] = all(C::exp_coefficient[C::exp_terms - 1]);
+        }
+        for (int term = C::exp_terms - 2; term >= 0; --term)
+            for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + C::exp_coefficient[term];
+        for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + T(1);
+        for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + T(1);
         // The integer k sits in the low bits of `shifted`: move it into the exponent of 2^k.
-        const Mask scale = ((Mask)shifted << C::mantissa) + C::one_bits;
-        Vector result = p * (Vector)scale;
-        result = select(underflow, all(0), result);
-        result = select(overflow, all(C::infinity), result);
-        return select(x == x, result, x);
+        for (int i = 0; i < count; ++i)
+            x[i] = p[i] * (Vector)(((Mask)shifted[i] << C::mantissa) + C::one_bits);
+    }
+    OPTICAL_INLINE Vector exp(Vector x) {
+        exp<1>(&x);
+        return x;
     }
 
     // Natural logarithm of a positive normal number, to a few units in the last place.
