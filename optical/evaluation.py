@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from subprocess import SubprocessError
 from typing import Any
 
 from optical.runs import ranked
@@ -20,7 +22,7 @@ logger = logging.getLogger("optical")
 
 DEFAULT_MEASURES = ("AP", "nDCG@10", "R@10", "R@100", "RR@10")
 
-_SIMPLE = re.compile(r"(\w+)(?:@(\d+))?$")
+_SIMPLE = re.compile(r"(\w+)(?:@([1-9]\d*))?$")
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,13 @@ def evaluate(
         # An empty run is no input that all of its providers take; the zeros stand for it.
         for metric in ir_measures.iter_calc(set(parsed), judged, ordered) if ordered else ():
             per_query[str(metric.measure)][metric.query_id] = float(metric.value)
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (RuntimeError, SubprocessError, ValueError) as error:
+        # Some measures are computed by programs of their own, which may be absent or refuse the ids.
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"ir_measures cannot calculate one of {', '.join(names)}: {error}; "
-            "measures such as R, P and Success need a cutoff, as in R@100"
+            f"ir_measures cannot calculate one of {', '.join(names)}: {reason}"
         ) from error
-    mean = {name: sum(values.values()) / len(values) for name, values in per_query.items()}
+    mean = {name: statistics.fmean(values.values()) for name, values in per_query.items()}
     return Evaluation(per_query, mean, missing, ignored, without_relevant)
 
 
@@ -177,6 +180,8 @@ def _parse(ir_measures: Any, name: str) -> Any:
     )
     simple = _SIMPLE.match(name)
     if simple is None:
+        if "(" not in name:
+            raise ValueError(unknown)
         try:
             return ir_measures.parse_measure(name)
         except (AttributeError, AssertionError, NameError, TypeError, ValueError) as error:
@@ -185,4 +190,13 @@ def _parse(ir_measures: Any, name: str) -> Any:
     measure = ir_measures.measures.registry.get(simple[1])
     if measure is None:
         raise ValueError(unknown)
-    return measure if simple[2] is None else measure @ int(simple[2])
+    if simple[2] is not None:
+        measure = measure @ int(simple[2])
+    try:
+        measure.validate_params()
+    except AssertionError as error:
+        raise ValueError(
+            f"measure {name!r} is not complete; measures such as R, P and Success need a cutoff, "
+            "as in R@100, and others take none"
+        ) from error
+    return measure
