@@ -25,10 +25,11 @@ from __future__ import annotations
 import json
 import random
 import re
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import blake2b
 from importlib.resources import files
 from itertools import accumulate, combinations
@@ -173,11 +174,12 @@ def _template(template: str) -> tuple[tuple[str, str, bool, str], ...]:
     pieces: list[tuple[str, str, bool, str]] = []
     end = 0
     for found in _SLOT.finditer(template):
-        pieces.append(("", "", False, template[end : found.start()]))
         slot, form, tail, alternatives = found.groups()
+        pieces.append(("", "", False, template[end : found.start()]))
         pieces.append((slot or "", form or "", bool(tail), alternatives or ""))
         end = found.end()
-    return *pieces, ("", "", False, template[end:])
+    pieces.append(("", "", False, template[end:]))
+    return tuple(piece for piece in pieces if any(piece))
 
 
 @cache
@@ -249,18 +251,21 @@ def _part(concepts: Iterable[str]) -> str:
 
 @cache
 def _weights(table: str, skewed: bool) -> tuple[float, ...]:
-    """Cumulative weights of a table's concepts; skewed: falling like 1/rank in a fixed order.
-
-    Verbs need no skew: what the objects allow makes some of them rare already.
-    """
-    skewed = skewed and table != "verbs"
-    ranks = list(range(len(_book().tables[table])))
+    """Cumulative weights of a table's concepts; skewed: falling like 1/rank in a fixed order."""
+    concepts = _book().tables[table]
+    if table == "verbs":
+        # One can buy anything but write only letters and books. Without this, hardly any would be
+        # written; with the full reciprocal, hardly any bought.
+        uses = Counter(verb for verbs in _book().verbs.values() for verb in verbs)
+        return tuple(accumulate(uses[verb] ** -0.5 for verb in concepts))
+    ranks = list(range(len(concepts)))
     random.Random(f"ranks {table}").shuffle(ranks)
     return tuple(accumulate(1 / (rank + 1) if skewed else 1.0 for rank in ranks))
 
 
 def _pick(table: str, draw: random.Random, skewed: bool) -> str:
-    return draw.choices(_book().tables[table], cum_weights=_weights(table, skewed))[0]
+    weights = _weights(table, skewed)
+    return _book().tables[table][bisect(weights, draw.random() * weights[-1])]
 
 
 def _suits(slot: str, concept: str, scene: Scene, frames: Iterable[str]) -> bool:
@@ -332,7 +337,7 @@ def _distinct_sentences(
             raise ValueError(f"{count} sentences wanted, the phrasebook has only about {made}")
         frame = frames[made % len(frames)]
         scene = _draw_scene((frame,), draw, skewed=skewed, train=part == "train")
-        if _part(scene.values()) != part:
+        if part != "train" and _part(scene.values()) != part:
             continue
         texts = tuple(_sentence(frame, scene, language) for language in languages)
         if any(text in known for text, known in zip(texts, seen, strict=True)):
@@ -368,9 +373,14 @@ def bitext(language: str, *, pairs: int | None = None, seed: int = 0) -> list[tu
     """
     _language(language)
     count = BITEXT_PAIRS[language] if pairs is None else pairs
+    return list(_bitext(language, count, seed))
+
+
+@lru_cache(maxsize=8)  # the lexicon asks for the same one again
+def _bitext(language: str, count: int, seed: int) -> tuple[tuple[str, str], ...]:
     draw = random.Random(f"bitext {language} {seed}")
     made = _distinct_sentences("train", ("en", language), count, draw, skewed=True)
-    return [(english, foreign) for english, foreign in made]
+    return tuple((english, foreign) for english, foreign in made)
 
 
 def validation_bitext(language: str, *, pairs: int = 100, seed: int = 0) -> list[tuple[str, str]]:
@@ -470,10 +480,15 @@ def _test() -> _Test:
         wanted = frozenset(slots.values())
         if wanted in asked or used[form] == _PER_FORM or _part(wanted) != "test":
             continue
-        missing = {docid: len(wanted - content) for docid, content in contents.items()}
-        relevant = sorted(docid for docid, number in missing.items() if number == 0)
-        near_misses = sum(number == 1 for number in missing.values())
-        if len(relevant) <= _MAX_RELEVANT and near_misses >= _MIN_NEAR_MISSES:
+        missing = {docid: wanted - content for docid, content in contents.items()}
+        relevant = sorted(docid for docid, lacking in missing.items() if not lacking)
+        near_misses = [lacking for lacking in missing.values() if len(lacking) == 1]
+        # Two words at least must matter: leave either out, and wrong documents fit.
+        if (
+            len(relevant) <= _MAX_RELEVANT
+            and len(near_misses) >= _MIN_NEAR_MISSES
+            and len(set(near_misses)) >= 2
+        ):
             qid = f"q{len(queries) + 1:03d}"
             queries[qid] = (form, slots)
             qrels[qid] = dict.fromkeys(relevant, 1)
@@ -494,7 +509,7 @@ def collection(language: str) -> tuple[dict[str, str], dict[str, str], Qrels]:
     Ids are the same in every language; ``"en"`` gives the English documents and so the ceiling. A
     document is relevant (grade 1) if and only if its scene holds everything that the query asks
     about, in whichever of its sentences. Each query has one to four relevant documents and at least
-    three near misses that lack one thing.
+    three near misses that lack one thing, and not all of them the same.
 
     Returns:
         Queries (id -> text), documents (id -> text), judgements (query -> document -> 1).
