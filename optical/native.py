@@ -40,17 +40,14 @@ COMPILERS = ("c++", "g++", "clang++")
 # touches infinities and NaN, which mask entries here, as -ffast-math would. The vector width of
 # each variant is written out, so that no binary depends on the machine that built it.
 FLAGS = (
-    "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast"
-    " -fPIC -fvisibility=hidden -Wall -Wextra"
-).split()
+    *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+)
 BASELINE = ("baseline", ("-DOPTICAL_VECTOR_BYTES=16",))
-X86_VARIANTS = (
-    ("avx2", ("-DOPTICAL_VECTOR_BYTES=32", "-mavx2", "-mfma")),
-    (
-        "avx512",
-        ("-DOPTICAL_VECTOR_BYTES=64", "-mfma")
-        + ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
-    ),
+AVX2 = ("avx2", ("-DOPTICAL_VECTOR_BYTES=32", "-mavx2", "-mfma"))
+AVX512 = (
+    "avx512",
+    ("-DOPTICAL_VECTOR_BYTES=64", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
 )
 
 
@@ -89,7 +86,7 @@ def _compiles(compiler: list[str]) -> bool:
 
 def _variants() -> list[tuple[str, tuple[str, ...]]]:
     x86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
-    return [BASELINE, *(X86_VARIANTS if x86 else ())]
+    return [BASELINE, *((AVX2, AVX512) if x86 else ())]
 
 
 def source_hash(folder: Path) -> str:

@@ -1,0 +1,74 @@
+"""Builds the CPU library when a compiler is at hand, and maps folders to packages.
+
+The library has a plain C interface, so nothing here needs PyTorch and a wheel that holds it serves
+every Python 3. Without a compiler the same command gives a pure-Python wheel, which carries the
+sources and builds them at first use where a compiler is found.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+
+
+def recipe() -> ModuleType:
+    """optical/native.py by its path: importing the package would need PyTorch."""
+    spec = importlib.util.spec_from_file_location("_native", ROOT / "optical" / "native.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+native = recipe()
+compiler = native.find_compiler()
+
+
+class BuildLibrary(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            native.build(ROOT / "csrc", Path(self.get_ext_fullpath(ext.name)), compiler)
+        except native.BuildError as error:
+            # The extension is optional: setuptools reports this and goes on without it.
+            raise CompileError(str(error)) from error
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")[:-1], native.LIBRARY_NAME)
+
+
+class LibraryWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        platform_tag = super().get_tag()[2]
+        return "py3", "none", platform_tag
+
+
+class LibraryDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return compiler is not None
+
+
+if compiler is None:
+    print("optical: no C++ compiler found; the CPU library is left to be built at first use")
+
+setup(
+    packages=["optical", "optical.kernels", "optical.csrc"],
+    package_dir={
+        "optical": "optical",
+        # A package named `kernels` at the top would hide Hugging Face's: see kernels/README.md.
+        "optical.kernels": "kernels/triton",
+        "optical.csrc": "csrc",
+    },
+    package_data={
+        "optical": ["py.typed", "data/**/*"],
+        "optical.csrc": ["*.h", "cpu/*.h", "cpu/*.cpp"],
+    },
+    ext_modules=[Extension("optical._cpu", sources=[], optional=True)] if compiler else [],
+    distclass=LibraryDistribution,
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": LibraryWheel},
+)
