@@ -1,7 +1,7 @@
 """Load a test collection: queries, documents and judgements, checked before anything is computed.
 
-Three sources, one function, :func:`load_collection`: an ``ir_datasets`` id (``wikiclir/sw``), a folder
-in the layout of BEIR, or three files. Files may be TSV, JSONL or TREC markup, plain or gzip.
+Three sources, one function, :func:`load_collection`: an ``ir_datasets`` id (``wikiclir/sw``), a
+folder in the layout of BEIR, or three files. Files may be TSV, JSONL or TREC markup, plain or gzip.
 
 Only ``ir_datasets`` ids need more than the standard library: ``pip install "optical[eval]"``.
 """
@@ -29,8 +29,8 @@ logger = logging.getLogger("optical")
 _ID_KEYS = ("id", "_id", "docid", "doc_id", "qid", "query_id")
 _TEXT_KEYS = ("text", "contents")
 
-# Elements that hold the words of an article in the newswire collections of TREC and CLEF; the others
-# (dates, sections, by-lines, lengths) are data about it.
+# Elements that hold the words of an article in the newswire collections of TREC and CLEF; the
+# others (dates, sections, by-lines, lengths) are data about it.
 _TREC_TEXT = ("TITLE", "HEADLINE", "HEAD", "HL", "TTL", "LEADPARA", "LP", "TEXT")
 _TREC_TEXT_ELEMENT = re.compile(
     rf"<({'|'.join(_TREC_TEXT)})\b[^>]*>(.*?)</\1\s*>", re.IGNORECASE | re.DOTALL
@@ -45,7 +45,7 @@ _TOPIC_LABEL = re.compile(r"^\s*(number|topic|description|narrative)\s*:", re.IG
 
 _ACCEPTED = (
     "accepted are an ir_datasets id (wikiclir/sw, or "
-    "clirmatrix/<documents>/bi139-base/<queries>/<split> with the language of the documents first), "
+    "clirmatrix/<documents>/bi139-base/<queries>/<split>, the language of documents first), "
     "a folder with corpus.jsonl, queries.jsonl and qrels/test.tsv, "
     "or the three files queries=, documents= and qrels="
 )
@@ -86,19 +86,20 @@ def load_collection(
 
     Args:
         source: an ``ir_datasets`` id, or a folder in the layout of BEIR (``corpus.jsonl``,
-            ``queries.jsonl``, ``qrels/<split>.tsv``; each may end in ``.gz``), or ``None``. A folder
-            of that name comes before an id. Texts of an id are its ``default_text()``.
-        queries, documents: text files, see :func:`read_texts`. With ``source`` they replace that part
-            of it: translated queries for a published collection, for example.
+            ``queries.jsonl``, ``qrels/<split>.tsv``; each may end in ``.gz``), or ``None``. A
+            folder of that name comes before an id. Texts of an id are its ``default_text()``.
+        queries, documents: text files, see :func:`read_texts`. With ``source`` they replace that
+            part of it: translated queries for a published collection, for example.
         qrels: judgements, see :func:`optical.runs.read_qrels`.
         name: name for reports; the id, the name of the folder, or that of the documents' file.
         split: which judgements of a BEIR folder.
         topic_fields: which of ``title``, ``desc``, ``narr`` make a query of a TREC topic.
 
-    Queries without a relevant document are left out, kept in ``queries_without_relevant`` and logged:
-    no system can find anything for them. Empty texts are kept and logged. Judgements from a file may
-    only name queries and documents of the collection; judgements of an ``ir_datasets`` id are kept as
-    published when they name an unknown document (it counts as not found), with a logged warning.
+    Queries without a relevant document are left out, kept in ``queries_without_relevant`` and
+    logged: no system can find anything for them. Empty texts are kept and logged. Judgements from a
+    file may only name queries and documents of the collection; judgements of an ``ir_datasets`` id
+    are kept as published when they name an unknown document (it counts as not found), with a logged
+    warning.
 
     Raises:
         ValueError: an unknown source, a missing part, an id that occurs twice, judgements that name
@@ -179,13 +180,14 @@ def read_texts(
 
     - ``.tsv``, ``.txt``: ``id TAB text``.
     - ``.jsonl``, ``.json``: one object a line, ``{"id": …, "text": …}``; ``_id``, ``docid``,
-      ``doc_id``, ``query_id`` and ``contents`` are understood, and a ``title`` goes before the text.
+      ``doc_id``, ``query_id`` and ``contents`` are understood, and a ``title`` goes before the
+      text.
     - ``.trec``, ``.sgml``, ``.sgm``, ``.xml``: ``<DOC>`` elements with a ``<DOCNO>``, or ``<top>``
       elements with a ``<num>``. Of a document, titles, headlines and text are kept.
 
     Raises:
-        ValueError: a line in the wrong form, an id that occurs twice, an empty file; with file, line
-            and what to do.
+        ValueError: a line in the wrong form, an id that occurs twice, an empty file; with file,
+            line and what to do.
     """
     path = Path(path)
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
@@ -207,8 +209,8 @@ def read_texts(
     for number, key, text in readers[suffix](path):
         if key.split() != [key]:
             raise ValueError(
-                f"{path}:{number}: id {key!r} must be one word, because runs and judgements separate "
-                "columns by white space; rename it"
+                f"{path}:{number}: id {key!r} must be one word, because runs separate columns "
+                "by white space; rename it"
             )
         if key in texts:
             raise ValueError(
@@ -227,7 +229,7 @@ def _checked(
     unknown = {docid for grades in qrels.values() for docid in grades if docid not in documents}
     if unknown:
         logger.warning(
-            "%s: judgements name %d documents that the collection lacks (%s); they count as not found",
+            "%s: judgements name %d documents that the collection lacks (%s); they are not found",
             name, len(unknown), _few(sorted(unknown)),
         )  # fmt: skip
     homeless = [qid for qid in qrels if qid not in queries]
@@ -240,8 +242,8 @@ def _checked(
     dropped = tuple(qid for qid in queries if qid not in kept)
     if not kept:
         raise ValueError(
-            f"{name}: none of the {len(queries)} queries has a relevant document (grade 1 or more) in "
-            "the judgements; check that queries and judgements belong together"
+            f"{name}: none of the {len(queries)} queries has a relevant document (grade 1 or more) "
+            "in the judgements; check that queries and judgements belong together"
         )
     if dropped:
         logger.warning(
@@ -302,7 +304,7 @@ def _unique(pairs: Iterable[tuple[str, str]], what: str) -> dict[str, str]:
     return texts
 
 
-# --- files -------------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -429,7 +431,7 @@ def _words(markup: str) -> str:
     return " ".join(html.unescape(_TAG.sub(" ", markup)).split())
 
 
-# --- folders and ir_datasets -------------------------------------------------------------------------
+# --- folders and ir_datasets ---------------------------------------------------------------------
 
 
 def _beir_file(folder: Path, relative: str) -> Path:
@@ -455,8 +457,8 @@ def _find_dataset(source: str) -> Any:
         import ir_datasets
     except ImportError as error:
         raise ImportError(
-            f"{source!r} is no folder, and to look it up as an ir_datasets id that package is needed; "
-            'install it with `pip install "optical[eval]"`'
+            f"{source!r} is no folder, and to look it up as an ir_datasets id that package is "
+            'needed; install it with `pip install "optical[eval]"`'
         ) from error
     try:
         with _downloading(source):  # the list of CLIRMatrix files is itself a download
@@ -482,8 +484,8 @@ class _downloading:
         # Its download errors derive from OSError, its format errors are RuntimeErrors.
         if isinstance(error, (OSError, RuntimeError)):
             raise OSError(
-                f"ir_datasets could not provide {self.source!r}: {error}; check the network, or put "
-                "the files where its documentation says"
+                f"ir_datasets could not provide {self.source!r}: {error}; check the network, "
+                "or put the files where its documentation says"
             ) from error
 
 

@@ -1,7 +1,7 @@
 """Measure how good a run is: one value per query and measure, and their means.
 
-The measures are those of ``ir_measures``, which calls ``trec_eval`` for most; this module decides what
-happens around them. Needs ``pip install "optical[eval]"``.
+The measures are those of ``ir_measures``, which calls ``trec_eval`` for most; this module decides
+what happens around them. Needs ``pip install "optical[eval]"``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Evaluation:
     """What :func:`evaluate` found.
 
     Attributes:
-        per_query: measure -> query id -> value; every evaluated query, in the order of the judgements.
+        per_query: measure -> query id -> value; every evaluated query, in the judgements' order.
         mean: measure -> mean over the evaluated queries.
         missing: evaluated queries for which the run has no document; they count 0.
         ignored: number of queries in the run that have no judgements; they count nothing.
@@ -96,11 +96,11 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run against judgements.
 
-    All judged queries with at least one relevant document (grade 1 or more) are evaluated, whether or
-    not the run has them: a query missing in the run counts 0 and is listed. Queries without a
-    relevant document are left out, as :func:`optical.collections.load_collection` does, because every
-    system scores 0 there. The order of documents is that of :func:`optical.runs.ranked`, for every
-    measure; ``ir_measures`` by itself breaks ties one way for AP and another way for RR@10.
+    All judged queries with at least one relevant document (grade 1 or more) are evaluated: a
+    query missing in the run counts 0 and is listed. Queries without a relevant document are left
+    out, as :func:`optical.collections.load_collection` does: every system scores 0 there. The
+    order of documents is that of :func:`optical.runs.ranked`, for every measure; ``ir_measures`` by
+    itself breaks ties one way for AP and another way for RR@10.
 
     Args:
         run: query id -> document id -> score.
@@ -164,7 +164,7 @@ def evaluate(
         for metric in ir_measures.iter_calc(set(parsed), judged, ordered) if ordered else ():
             per_query[str(metric.measure)][metric.query_id] = float(metric.value)
     except (RuntimeError, SubprocessError, ValueError) as error:
-        # Some measures are computed by programs of their own, which may be absent or refuse the ids.
+        # Some measures are computed by programs of their own, which may be absent or fail.
         reason = " ".join(str(error).split())
         raise ValueError(
             f"ir_measures cannot calculate one of {', '.join(names)}: {reason}"
@@ -174,24 +174,21 @@ def evaluate(
 
 
 def _parse(ir_measures: Any, name: str) -> Any:
-    unknown = (
-        f"unknown measure {name!r}; for example AP, nDCG@10, R@100, RR@10 or P@5 "
-        "(the names of ir_measures)"
-    )
     simple = _SIMPLE.match(name)
-    if simple is None:
-        if "(" not in name:
-            raise ValueError(unknown)
-        try:
-            return ir_measures.parse_measure(name)
-        except (AttributeError, AssertionError, NameError, TypeError, ValueError) as error:
-            raise ValueError(unknown) from error
-    # Not through parse_measure: it relies on parts of `ast` that Python 3.14 no longer has.
-    measure = ir_measures.measures.registry.get(simple[1])
-    if measure is None:
-        raise ValueError(unknown)
-    if simple[2] is not None:
-        measure = measure @ int(simple[2])
+    try:
+        if simple is None:
+            measure = ir_measures.parse_measure(name)
+        else:
+            # Not parse_measure: it relies on parts of `ast` that Python 3.14 no longer has.
+            measure = ir_measures.measures.registry[simple[1]]
+            measure = measure if simple[2] is None else measure @ int(simple[2])
+        if not set(measure.params) <= set(measure.SUPPORTED_PARAMS) or name.endswith("@0"):
+            raise ValueError(f"parameters {measure.params}")
+    except (AttributeError, AssertionError, LookupError, NameError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"unknown measure {name!r}; for example AP, nDCG@10, R@100, RR@10 or P@5 "
+            "(the names of ir_measures)"
+        ) from error
     try:
         measure.validate_params()
     except AssertionError as error:

@@ -1,12 +1,12 @@
 """Read and write the two files that retrieval experiments exchange: runs and judgements.
 
 A run (what a system retrieved) has six columns, ``qid Q0 docid rank score tag``; judgements
-("qrels", what is relevant) have four, ``qid 0 docid grade``. Both are the formats of TREC. Everything
-here needs the standard library only.
+("qrels", what is relevant) have four, ``qid 0 docid grade``. Both are the formats of TREC.
+Everything here needs the standard library only.
 
 The order of a run is defined once, by :func:`ranked`, and is the one that ``trec_eval`` uses: score
-from high to low, equal scores by document id from high to low. So a run evaluates the same in memory,
-after it was written and read again, and in ``trec_eval`` itself.
+from high to low, equal scores by document id from high to low. So a run evaluates the same in
+memory, after it was written and read again, and in ``trec_eval`` itself.
 """
 
 from __future__ import annotations
@@ -104,11 +104,12 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 def write_run(
     run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str], *, tag: str
 ) -> None:
-    """Write a run in the six columns of TREC; ``.gz`` is compressed. The file appears at once or not.
+    """Write a run in the six columns of TREC; ``.gz`` is compressed. Never half a file.
 
     Scores are written with all their digits, so that reading gives the same run. One exception:
     ``trec_eval`` keeps scores in float32, where two different scores may become equal and change
-    places. Such a score is lowered to the next float32 below its predecessor, which keeps the order.
+    places. Such a score is lowered to the next float32 below its predecessor, which keeps the
+    order.
 
     Args:
         run: query id -> document id -> score. A query without documents has no line.
@@ -149,8 +150,8 @@ def read_qrels(path: str | os.PathLike[str]) -> Qrels:
     white space.
 
     Raises:
-        ValueError: wrong number of columns, a grade that is no whole number, a document judged twice
-            for one query, or an empty file; with file and line.
+        ValueError: wrong number of columns, a grade that is no whole number, a document judged
+            twice for one query, or an empty file; with file and line.
     """
     qrels: Qrels = {}
     for number, qid, docid, grade in iter_qrels(path):

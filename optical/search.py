@@ -1,14 +1,14 @@
 """Exact late-interaction search: every document is scored for every query, in bounded memory.
 
-The score is MaxSim (Khattab and Zaharia, SIGIR 2020, ColBERT): for token vectors q_i of the query and
-d_j of the document,
+The score is MaxSim (Khattab and Zaharia, SIGIR 2020, ColBERT): for token vectors q_i of the query
+and d_j of the document,
 
     score = sum_i max_j q_i . d_j
 
-Vectors come from a :class:`sentence_transformers.MultiVectorEncoder`, which decides what counts as a
-token (prompts, [MASK] expansion, skip lists) and whether vectors have unit length. This is for
-collections that fit an exhaustive search, about 10^5 to 10^6 documents; beyond that, export the model
-and use an index.
+Vectors come from a :class:`sentence_transformers.MultiVectorEncoder`, which decides what counts as
+a token (prompts, [MASK] expansion, skip lists) and whether vectors have unit length. This is for
+collections that fit an exhaustive search, about 10^5 to 10^6 documents; beyond that, export the
+model and use an index.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = ["EMPTY_DOCUMENT_SCORE", "TokenVectors", "encode", "search", "search_v
 logger = logging.getLogger("optical")
 
 EMPTY_DOCUMENT_SCORE = -1e9
-"""Score of a document without any token: below every real one, the value sentence-transformers uses."""
+"""Score of a document without tokens, below every real one; as in sentence-transformers."""
 
-# Size of the (query tokens x document tokens) tile. On a CPU the tile should stay near the cache: 8 MB
-# took half the time of 64 MB. An accelerator wants few large products.
+# Size of the (query tokens x document tokens) tile. On a CPU the tile should stay near the cache: 8
+# MB took half the time of 64 MB. An accelerator wants few large products.
 _TILE_ELEMENTS = {"cpu": 2**21}
 _TILE_ELEMENTS_ACCELERATOR = 2**27
 
@@ -83,8 +83,8 @@ def encode(
         progress: show a progress bar.
 
     Returns:
-        Vectors in the order of ``texts``, float32 whatever the model's precision, on the device that
-        encoded them, without gradients.
+        Vectors in the order of ``texts``, float32 whatever the model's precision, on the device
+        that encoded them, without gradients.
 
     Raises:
         ValueError: ``role`` is neither of the two.
@@ -95,7 +95,8 @@ def encode(
     method = getattr(model, f"encode_{role}", None)
     if method is None:
         raise TypeError(
-            f"model must be a sentence_transformers.MultiVectorEncoder, found {type(model).__name__}"
+            "model must be a sentence_transformers.MultiVectorEncoder, "
+            f"found {type(model).__name__}"
         )
     # `show_progress_bar=None` would show a bar whenever the application logs at INFO.
     encoded = method(list(texts), batch_size=batch_size, device=device, show_progress_bar=progress)
@@ -128,7 +129,7 @@ def search(
     that fits in memory, not by its vectors. Documents with the same text are encoded once.
 
     Args:
-        model: a ``MultiVectorEncoder``; encodes queries, and documents unless ``document_model`` does.
+        model: a ``MultiVectorEncoder``; encodes queries, and documents without ``document_model``.
         collection: what to search, see :func:`optical.collections.load_collection`.
         depth: documents kept per query.
         batch_size: texts in one forward pass.
@@ -142,7 +143,7 @@ def search(
     Returns:
         Query id -> document id -> float32 score, best first, in the order of
         :func:`optical.runs.ranked`. A document without tokens has
-        :data:`EMPTY_DOCUMENT_SCORE`; a query without tokens has no documents, and a warning is logged.
+        :data:`EMPTY_DOCUMENT_SCORE`; a query without tokens has no documents (logged).
 
     Raises:
         ValueError: dimensions of queries and documents differ, ``depth``, ``batch_size`` or
@@ -160,7 +161,7 @@ def search(
         model, list(collection.queries.values()), "query", batch_size=batch_size, device=device
     )
 
-    # Equal texts must have equal scores, which they would miss by rounding in two different batches.
+    # Equal texts must have equal scores, which rounding in two batches would prevent.
     owners: dict[str, list[str]] = {}
     for docid, text in collection.documents.items():
         owners.setdefault(text, []).append(docid)
@@ -238,7 +239,7 @@ def _search(
     chunk_elements: int | None,
     device: torch.device,
 ) -> Run:
-    """Score batches of ``(ids that share the vectors, vectors)`` and keep the best of each query."""
+    """Score batches of ``(ids that share the vectors, vectors)``; keep the best of each query."""
     pieces = queries.split()
     # Queries of similar length share a block, so that little of it is padding.
     order = sorted((i for i in range(len(pieces)) if len(pieces[i])), key=lambda i: len(pieces[i]))
@@ -274,7 +275,7 @@ def _search(
 
 
 def _query_blocks(pieces: list[Tensor], chunk_elements: int) -> list[Tensor]:
-    """Pad queries to (block, tokens, dim) with zeros: a zero vector adds exactly 0 to every score."""
+    """Pad queries to (block, tokens, dim) with zeros: a zero vector adds exactly 0 to a score."""
     rows = max(1, math.isqrt(chunk_elements) // 2)
     blocks: list[Tensor] = []
     start = 0
@@ -292,9 +293,9 @@ def _maxsim(blocks: list[Tensor], documents: list[Tensor], chunk_elements: int) 
     """Scores, (queries, documents), float32.
 
     One plain matrix product per tile. sentence_transformers.util.maxsim gives the same numbers (a
-    test compares them) through masks over a four-dimensional tensor: for 281 queries by 281 documents
-    of dimension 128 it took 2.1 s of one CPU core in its best setting and 5.4 s by default, this
-    function 1.0 s, of which 0.9 s are the products.
+    test compares them) through masks over a four-dimensional tensor: for 281 queries by 281
+    documents of dimension 128 it took 2.1 s of one CPU core in its best setting and 5.4 s by
+    default, this function 1.0 s, of which 0.9 s are the products.
     """
     queries = sum(len(block) for block in blocks)
     rows = max(block.shape[0] * block.shape[1] for block in blocks)
@@ -395,8 +396,8 @@ def _unpack(
 def _require_same_dimension(queries: int, documents: int) -> None:
     if queries != documents:
         raise ValueError(
-            f"query vectors have {queries} dimensions and document vectors {documents}; both models "
-            "must end in the same dimension (add a Dense module to one of them)"
+            f"query vectors have {queries} dimensions and document vectors {documents}; both "
+            "models must end in the same dimension (add a Dense module to one of them)"
         )
 
 

@@ -5,8 +5,9 @@ do not differ, each query's difference could as well have the other sign. With x
 
     p = P( |sum_i s_i x_i| >= |sum_i x_i| ),    s_i = +1 or -1 with probability 1/2
 
-All numbers are functions of the values and the seed alone: not of the order of queries, of rows in a
-table, of calls, or of which of the two systems comes first. Needs ``pip install "optical[eval]"``.
+All numbers are functions of the values and the seed alone: not of the order of queries, of rows in
+a table, of calls, or of which of the two systems comes first. Needs ``pip install
+"optical[eval]"``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ __all__ = [
 TESTS = ("randomization", "t")
 CORRECTIONS = ("holm", "bonferroni", "none")
 
-# Up to 2^16 sign patterns are tried one by one: fewer than the usual number of random ones, and exact.
+# Up to 2^16 sign patterns are tried one by one: fewer than the usual number of random ones, and
+# exact.
 _EXACT_QUERIES = 16
 # Numbers drawn at a time, 16 MB as float64. It is part of the result (the generator's stream is cut
 # here), so it is no argument.
@@ -51,7 +53,7 @@ Values = Sequence[float] | Mapping[str, float]
 
 
 class Interval(NamedTuple):
-    """A mean and its confidence interval; ``low`` and ``high`` are NaN for fewer than two values."""
+    """A mean and its confidence interval; ``low`` and ``high`` are NaN below two values."""
 
     mean: float
     low: float
@@ -59,7 +61,7 @@ class Interval(NamedTuple):
 
 
 class PairedTest(NamedTuple):
-    """The result of :func:`paired_test`; ``difference`` is the mean of the first minus the second."""
+    """The result of :func:`paired_test`; ``difference`` is the first mean minus the second."""
 
     difference: float
     low: float
@@ -109,8 +111,8 @@ class Comparison:
         """The table, one measure after the other; ``*`` marks corrected p below ``alpha``."""
         percent = f"{100 * self.confidence:g} %"
         lines = [
-            f"| measure | system | mean | difference | {percent} interval | p | p corrected | queries "
-            + "| missing |",
+            f"| measure | system | mean | difference | {percent} interval | p "
+            + "| p corrected | queries | missing |",
             "|---|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for measure in dict.fromkeys(row.measure for row in self.rows):
@@ -122,9 +124,9 @@ class Comparison:
             for row in rows:
                 star = " *" if row.p_corrected < alpha else ""
                 lines.append(
-                    f"| {measure} | {_cell(row.system)} | {row.mean:.4f} | {row.difference:+.4f}{star} "
-                    f"| {_range(row.low, row.high)} | {_p(row.p)} | {_p(row.p_corrected)} "
-                    f"| {row.queries} | {row.missing} |"
+                    f"| {measure} | {_cell(row.system)} | {row.mean:.4f} "
+                    f"| {row.difference:+.4f}{star} | {_range(row.low, row.high)} "
+                    f"| {_p(row.p)} | {_p(row.p_corrected)} | {row.queries} | {row.missing} |"
                 )
         name = {"randomization": "paired randomisation test", "t": "paired t-test"}[self.test]
         if self.test == "randomization":
@@ -168,7 +170,8 @@ def compare(
         baseline: name of the system to compare with; the first one if ``None``.
         measures: which measures, as named in the evaluations; all of the baseline's if ``None``.
         test: ``"randomization"`` or ``"t"``.
-        correction: ``"holm"`` (Holm, 1979) over all rows of the table, ``"bonferroni"`` or ``"none"``.
+        correction: ``"holm"`` (Holm, 1979) over all rows of the table, ``"bonferroni"`` or
+            ``"none"``.
         samples, seed, confidence: see :func:`paired_test`.
 
     Raises:
@@ -249,8 +252,8 @@ def paired_test(
     """Test two-sided whether two systems differ in the mean over the same queries.
 
     Args:
-        first, second: values per query, both as mappings with the same queries, or both as sequences
-            in the same order.
+        first, second: values per query, both as mappings with the same queries, or both as
+            sequences in the same order.
         test: ``"randomization"``: all sign patterns when at most 16 differences are not zero, else
             ``samples`` random ones and p = (k + 1) / (samples + 1), which is never 0 and never too
             small on average (Phipson and Smyth, 2010). ``"t"``: Student's paired test, for which
@@ -260,8 +263,8 @@ def paired_test(
         confidence: level of the interval of the mean difference, see :func:`interval`.
 
     Raises:
-        ValueError: different queries, lengths, no values, values that are not finite, or an argument
-            out of its range.
+        ValueError: different queries, lengths, no values, values that are not finite, or an
+            argument out of its range.
         ImportError: numpy, or scipy for ``"t"``, is not installed.
 
     Example:
@@ -291,7 +294,8 @@ def interval(
 
     The percentile interval (Efron, 1979): the quantiles of the means of ``resamples`` samples drawn
     with replacement. It stays inside the range of the values, follows their skew, and exists where
-    BCa does not (all values but one equal); like BCa it is somewhat too narrow below about 20 values.
+    BCa does not (all values but one equal); like BCa it is somewhat too narrow below about 20
+    values.
 
     Args:
         values: one value per query, in any order. For a difference of two systems give the
@@ -332,7 +336,8 @@ def correct(p: Sequence[float], correction: str = "holm") -> list[float]:
     """Correct p-values for their number, in the order given.
 
     ``"holm"`` is the step-down method of Holm (Scandinavian Journal of Statistics, 1979): with
-    p_(1) <= … <= p_(m), the corrected value of rank k is max over j <= k of min(1, (m - j + 1) p_(j)).
+    p_(1) <= … <= p_(m), the corrected value of rank k is max over j <= k of min(1, (m - j + 1)
+    p_(j)).
 
     Raises:
         ValueError: the correction is unknown, or a value is not between 0 and 1.
@@ -359,8 +364,8 @@ def correct(p: Sequence[float], correction: str = "holm") -> list[float]:
 
 def _randomization(differences: NDArray[numpy.float64], samples: int, seed: int) -> float:
     np = _numpy()
-    # A difference of 0 has no sign, and a sign flips nothing but the sum: magnitudes are enough, and
-    # sorted they make p the same whichever system or query comes first.
+    # A difference of 0 has no sign, and a sign flips nothing but the sum: magnitudes are enough,
+    # and sorted they make p the same whichever system or query comes first.
     x = np.sort(np.abs(differences[differences != 0.0]))
     n = len(x)
     if n == 0:
@@ -369,8 +374,8 @@ def _randomization(differences: NDArray[numpy.float64], samples: int, seed: int)
     # Sums of the same numbers in another order differ by rounding and must count as equal.
     least = observed - 1e-12 * float(x.sum())
 
-    # Signs by the byte: the signed sums of eight queries are a table of 256, so a random pattern costs
-    # one look-up per eight queries instead of eight products.
+    # Signs by the byte: the signed sums of eight queries are a table of 256, so a random pattern
+    # costs one look-up per eight queries instead of eight products.
     groups = np.zeros((-(-n // 8), 8))
     groups.flat[:n] = x
     signs = 1.0 - 2.0 * ((np.arange(256)[:, None] >> np.arange(8)) & 1)
@@ -414,8 +419,8 @@ def _differences(first: Values, second: Values) -> NDArray[numpy.float64]:
         different = set(first) ^ set(second)
         if different:
             raise ValueError(
-                f"the systems have different queries: {len(different)} are in one of them only, such "
-                f"as {min(different)!r}"
+                f"the systems have different queries: {len(different)} are in one of them only, "
+                f"such as {min(different)!r}"
             )
         queries = sorted(first)
         first, second = [first[q] for q in queries], [second[q] for q in queries]
