@@ -243,7 +243,7 @@ class Study:
                 collection = self.collection(name, language)
                 ranking = search(towers[0], collection, document_model=towers[1], progress=False)
                 path = self.output / "runs" / f"{name}.{stem}.run.gz"
-                write_run(path, ranking, tag=f"optical-{_file_name(arm)}")
+                write_run(ranking, path, tag=f"optical-{_file_name(arm)}")
                 found[name] = evaluate(ranking, collection.qrels, self.config.measures).per_query
             row = {"arm": arm, "language": language, "seed": seed, "measures": found}
             write_text(mark, json.dumps(row) + "\n")

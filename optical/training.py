@@ -36,7 +36,7 @@ from sentence_transformers.multi_vector_encoder.data_collator import MultiVector
 from sentence_transformers.multi_vector_encoder.losses import (
     MultiVectorMultipleNegativesRankingLoss,
 )
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
 from optical.bitext import pairs_dataset, read_pairs
 from optical.codeswitch import CodeSwitcher, read_lexicon
@@ -396,6 +396,8 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
         The folder of the trained model.
     """
     output = writable_folder(trainer.args.output_dir)
+    # The bar tells the same; without a bar the callers log lines of their own.
+    trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(output)
     if checkpoint and not resume:
         raise ValueError(
