@@ -64,6 +64,7 @@ setup(
         "optical.kernels": "kernels/triton",
         "optical.csrc": "csrc",
     },
+    include_package_data=False,  # the lists below are complete
     package_data={
         "optical": ["py.typed", "data/**/*"],
         "optical.csrc": ["*.h", "cpu/*.h", "cpu/*.cpp"],

@@ -14,6 +14,12 @@
 #error "OPTICAL_VECTOR_BYTES gives the width of a vector register: 16, 32 or 64"
 #endif
 
+#if (OPTICAL_VECTOR_BYTES == 16 && defined(__SSE2__)) || \
+    (OPTICAL_VECTOR_BYTES == 32 && defined(__AVX__)) ||  \
+    (OPTICAL_VECTOR_BYTES == 64 && defined(__AVX512F__))
+#define OPTICAL_X86_REGISTERS  // a vector is one register
+#endif
+
 #define OPTICAL_INLINE static inline __attribute__((always_inline))
 
 // The bits, range and polynomials of each number type. The polynomials are minimax on the reduced
@@ -94,7 +100,7 @@ struct Simd {
     // Keeps GCC from swapping the sides of a comparison with a constant, after which it no longer
     // recognises the minimum or maximum instruction.
     OPTICAL_INLINE Vector opaque(Vector x) {
-#if defined(__x86_64__)
+#if defined(OPTICAL_X86_REGISTERS)
         asm("" : "+v"(x));
 #endif
         return x;

@@ -1,0 +1,139 @@
+"""What is installed, under which names, and what importing it costs."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from optical import native
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a build reads. Building in a copy leaves the checkout clean and finds no stale leftovers.
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "csrc", "kernels", "optical")
+
+
+def fresh(code, folder=ROOT):
+    """What a new interpreter prints when it runs ``code`` in ``folder``."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return result.stdout.strip()
+
+
+def build_wheel(folder, environment):
+    """The names inside the wheel built from a copy of the sources, and the wheel's own name."""
+    source = folder / "source"
+    source.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, source / name)
+    (source / "README.md").touch()
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    command += ["--no-build-isolation", "--wheel-dir", str(folder), str(source)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel.name, zipfile.ZipFile(wheel).namelist()
+
+
+def check_contents(names):
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"optical"}
+    kernels = [path.name for path in (ROOT / "kernels" / "triton").glob("*.py")]
+    csrc = [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.[hc]*")]
+    expected = {f"optical/kernels/{name}" for name in kernels}
+    expected |= {f"optical/{name}" for name in csrc if name.endswith((".h", ".cpp"))}
+    expected |= {f"optical/{path.name}" for path in (ROOT / "optical").glob("*.py")}
+    data = (path for path in (ROOT / "optical" / "data").rglob("*") if path.is_file())
+    expected |= {path.relative_to(ROOT).as_posix() for path in data}
+    expected.add("optical/py.typed")
+    assert expected <= set(names)
+    assert len(names) == len(set(names))
+    assert not [name for name in names if "__pycache__" in name or "/triton/" in name]
+
+
+def test_kernels_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    link = ROOT / "optical" / "kernels"
+    assert not link.is_symlink() or link.readlink() == Path("../kernels/triton")
+    found = fresh(
+        "from importlib.util import find_spec; spec = find_spec('kernels');"
+        "print(spec.origin if spec and spec.origin else '')"
+    )
+    assert not found.startswith(str(ROOT))
+
+
+def test_the_kernels_are_found_as_part_of_the_package():
+    found = fresh(
+        "from importlib.util import find_spec; print(find_spec('optical.kernels').origin)"
+    )
+    assert Path(found).resolve() == ROOT / "kernels" / "triton" / "__init__.py"
+
+
+def test_import_needs_torch_only_and_builds_nothing():
+    loaded = fresh(
+        "import sys, torch; before = set(sys.modules); import optical;"
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    ).split()
+    outside = set(loaded) - set(sys.stdlib_module_names) - {"optical"}
+    # torch loads parts of itself, and numpy, when they are first touched.
+    assert outside <= {"torch", "torchgen", "functorch", "typing_extensions"}, outside
+    state = fresh(
+        "import optical; from optical import native; print(native._state.cache_info().currsize)"
+    )
+    assert state == "0"
+
+
+def test_setup_loads_the_recipe_without_torch():
+    code = (
+        "import importlib.util as u, sys; sys.modules['torch'] = None;"
+        "s = u.spec_from_file_location('_native', 'optical/native.py');"
+        "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.source_folder().name)"
+    )
+    assert fresh(code) == "csrc"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_library_and_its_sources(tmp_path):
+    if native.find_compiler() is None:
+        pytest.skip(reason="no C++ compiler")
+    name, names = build_wheel(tmp_path, None)
+    check_contents(names)
+    assert f"optical/{native.LIBRARY_NAME}" in names
+    assert "-py3-none-" in name
+    assert not name.endswith("-any.whl")
+    unpacked = tmp_path / "unpacked"
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        wheel.extractall(unpacked)
+    code = (
+        "from optical import native; print(native.load()._name);"
+        "import torch, optical; print(optical.sinkhorn(torch.rand(2, 3, 4), epsilon=1.).n_iter[0])"
+    )
+    loaded, count = fresh(code, unpacked).split("\n")
+    assert Path(loaded) == unpacked / "optical" / native.LIBRARY_NAME
+    assert count == "tensor(100, dtype=torch.int32)"
+
+
+def test_without_a_compiler_the_wheel_is_pure(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    name, names = build_wheel(tmp_path, None)
+    check_contents(names)
+    assert f"optical/{native.LIBRARY_NAME}" not in names
+    assert name.endswith("-py3-none-any.whl")
+    unpacked = tmp_path / "unpacked"
+    with zipfile.ZipFile(tmp_path / name) as wheel:
+        wheel.extractall(unpacked)
+    found = fresh("from optical import native; print(native.source_folder())", unpacked)
+    assert Path(found) == unpacked / "optical" / "csrc"
+    code = (
+        "import torch, optical, warnings; warnings.simplefilter('ignore');"
+        "result = optical.sinkhorn(torch.rand(2, 3, 4), epsilon=1.0);"
+        "from optical import backends; print(backends.choose('auto', result.cost).name)"
+    )
+    assert fresh(code, unpacked) == "reference"
