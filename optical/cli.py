@@ -213,7 +213,7 @@ def _compare(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     if options.json:
-        print(json.dumps(dataclasses.asdict(comparison), indent=1))
+        print(json.dumps(comparison.to_dict(), indent=1))
     else:
         print(comparison.to_markdown())
     return 0
@@ -237,12 +237,13 @@ def _train(argv: list[str]) -> int:
         if argv and argv[0] not in ("-h", "--help"):
             raise ValueError(f"recipe {argv[0]!r} is unknown; expected one of {', '.join(RECIPES)}")
         return 0 if argv else 2
+    from sentence_transformers import MultiVectorEncoderTrainingArguments
     from transformers import HfArgumentParser, TrainingArguments
 
     from optical import encoder, training
 
     recipe, argv = argv[0], argv[1:]
-    kinds = {
+    kinds: dict[str, tuple[Any, Any]] = {
         "teacher": (training.TeacherOptions, training.teacher),
         "distill": (training.DistillOptions, training.distill),
         "codeswitch": (training.CodeswitchOptions, training.codeswitch),
@@ -250,11 +251,10 @@ def _train(argv: list[str]) -> int:
     }
     options_kind, make_trainer = kinds[recipe]
     arguments_kind: Any = (
-        TrainingArguments
-        if recipe == "encoder"
-        else training.MultiVectorEncoderTrainingArguments
+        TrainingArguments if recipe == "encoder" else MultiVectorEncoderTrainingArguments
     )
-    parser = HfArgumentParser(
+    make_parser: Any = HfArgumentParser
+    parser = make_parser(
         (options_kind, arguments_kind),
         prog=f"optical train {recipe}",
         add_help=False,
@@ -335,10 +335,11 @@ def _quiet_libraries() -> None:
     """Loading reports and shard bars of the libraries would hide the project's own lines."""
     import warnings
 
-    import transformers
+    from transformers.utils import logging as transformers_logging
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    silence: Any = transformers_logging
+    silence.set_verbosity_error()
+    silence.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     import datasets
 

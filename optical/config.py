@@ -271,7 +271,9 @@ class _Reader:
     def known(self, raw: Mapping[str, Any], keys: Iterable[str], place: str) -> None:
         for key in raw:
             if key not in keys:
-                raise ValueError(f"{self.place}: unknown key `{key}` in {place}{nearest(key, keys)}")
+                raise ValueError(
+                    f"{self.place}: unknown key `{key}` in {place}{nearest(key, keys)}"
+                )
 
     def one_of(self, value: Any, wanted: Iterable[str], place: str) -> str:
         if value not in wanted:
@@ -306,5 +308,3 @@ def _fill(value: Any, language: str) -> Any:
     if isinstance(value, list):
         return [_fill(entry, language) for entry in value]
     return value.replace("{language}", language) if isinstance(value, str) else value
-
-

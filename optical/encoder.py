@@ -10,6 +10,7 @@ modelling; sentence pairs are read side by side (translation language modelling,
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import logging
@@ -98,7 +99,7 @@ def train_tokenizer(texts: Iterator[str], vocabulary_size: int, max_tokens: int)
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         model_max_length=max(max_tokens, 512),
         pad_token="[PAD]",
@@ -123,7 +124,7 @@ def new_encoder(options: EncoderOptions, vocabulary_size: int) -> Any:
         num_hidden_layers=options.layers,
         num_attention_heads=options.heads,
         max_position_embeddings=512,
-        global_attn_every_n_layers=1,
+        layer_types=["full_attention"] * options.layers,
         pad_token_id=ids["pad"],
         cls_token_id=ids["cls"],
         sep_token_id=ids["sep"],
@@ -200,7 +201,8 @@ def load_retriever(
         query_length, document_length: limits in tokens, special tokens counted.
         query_expansion: fill queries with mask tokens to `query_length` (ColBERT; OPTICAL's
             equal-length alignment). Needs a mask token.
-        skip_words: document tokens left out of the scores, for example punctuation.
+        skip_words: query tokens that count nothing in a score: function words and punctuation,
+            which a document in another language matches by accident.
 
     Raises:
         ValueError: nothing of that name; the message says what was looked for.
@@ -242,10 +244,24 @@ def load_retriever(
             )
         )
     modules += [
-        MultiVectorMask(skiplist_words=list(skip_words)),
+        # Documents keep every token: transport aligns whole sentences.
+        MultiVectorMask(skiplist_words=list(skip_words), skiplist_tasks=["query"]),
         Normalize(module_input_name="token_embeddings"),
     ]
     return MultiVectorEncoder(modules=modules)
+
+
+def frequent_tokens(tokenizer: Any, texts: Sequence[str], count: int) -> list[str]:
+    """The `count` most frequent tokens of `texts`, as the tokenizer spells them."""
+    seen: collections.Counter[int] = collections.Counter()
+    for start in range(0, len(texts), 1000):
+        for ids in tokenizer(list(texts[start : start + 1000]), add_special_tokens=False)[
+            "input_ids"
+        ]:
+            seen.update(ids)
+    # Equal counts in the order of the vocabulary, so that the list is the same everywhere.
+    ordered = sorted(seen, key=lambda token: (-seen[token], token))
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(ordered[:count])]
 
 
 def _is_multi_vector(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                 f"{path}:{number}: not UTF-8 (byte {error.start} of the line); convert it with "
                 f"`iconv -f LATIN1 -t UTF-8` or name the right file"
             ) from None
-        except (EOFError, gzip.BadGzipFile, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             if not zipped:
                 raise
             raise ValueError(

@@ -30,7 +30,10 @@ Scores = dict[tuple[str, str, str], Values]
 
 
 def write_report(
-    config: StudyConfig, results: Sequence[Mapping[str, Any]], times: Mapping[str, float], output: Path
+    config: StudyConfig,
+    results: Sequence[Mapping[str, Any]],
+    times: Mapping[str, float],
+    output: Path,
 ) -> Path:
     """Write ``report.md``, ``report.html``, ``report.json`` and ``figures/`` into `output`.
 
@@ -117,10 +120,7 @@ class Summary:
                 name: {key: _mean(values) for key, values in table.items()}
                 for name, table in every.items()
             },
-            intervals={
-                key: interval(values, seed=SEED)[1:]
-                for key, values in scores.items()
-            },
+            intervals={key: interval(values, seed=SEED)[1:] for key, values in scores.items()},
         )
         summary.comparisons = summary._compare()
         if config.low and config.high:
@@ -350,7 +350,12 @@ def _tables(config: StudyConfig, summary: Summary) -> list[Block]:
         Table(
             ["collection", "language", "arm", *summary.means],
             [
-                [collection, language, arm, *(f"{t[collection, arm, language]:.3f}" for t in summary.means.values())]
+                [
+                    collection,
+                    language,
+                    arm,
+                    *(f"{t[collection, arm, language]:.3f}" for t in summary.means.values()),
+                ]
                 for collection, arm, language in summary.scores
             ],
             "Means over queries and seeds.",
@@ -406,7 +411,9 @@ def _markdown(block: Block) -> str:
     if isinstance(block, Code):
         return f"```yaml\n{block.text}\n```"
     if isinstance(block, Figure):
-        return f"![{block.caption}]({block.path.parent.name}/{block.path.name})\n\n*{block.caption}*"
+        return (
+            f"![{block.caption}]({block.path.parent.name}/{block.path.name})\n\n*{block.caption}*"
+        )
     lines = [block.head, ["---"] * len(block.head), *block.rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{table}\n\n*{block.caption}*"
@@ -453,7 +460,8 @@ def _html_block(block: Block) -> str:
         )
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.head)
     rows = "\n".join(
-        "<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in block.rows
+        "<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>"
+        for row in block.rows
     )
     return (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>'
@@ -490,7 +498,10 @@ def _figures(
         path = folder / "gap_per_arm.png"
         _draw_gaps(summary, path)
         blocks.append(
-            Figure(path, f"High- minus low-resource {name} per arm with 95 % intervals; less is fairer.")
+            Figure(
+                path,
+                f"High- minus low-resource {name} per arm with 95 % intervals; less is fairer.",
+            )
         )
     for row in results:
         if "plan" in row:
@@ -571,9 +582,7 @@ def _draw_alignment(row: Mapping[str, Any], path: Path) -> None:
 
     plan = np.array(row["plan"])
     shares = plan / plan.sum(axis=1, keepdims=True)
-    figure, axis = plt.subplots(
-        figsize=(2.0 + 0.45 * plan.shape[1], 1.4 + 0.36 * plan.shape[0])
-    )
+    figure, axis = plt.subplots(figsize=(2.0 + 0.45 * plan.shape[1], 1.4 + 0.36 * plan.shape[0]))
     image = axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
     axis.set_xticks(range(plan.shape[1]), row["english_tokens"], rotation=60, ha="right")
     axis.set_yticks(range(plan.shape[0]), row["other_tokens"])

@@ -215,9 +215,7 @@ class Study:
                 f"{arm.name} {language} seed {seed}",
                 arm.recipe,
                 folder,
-                lambda: recipe(
-                    options, training.arguments(**arm.arguments | _quiet(folder, seed))
-                ),
+                lambda: recipe(options, training.arguments(**arm.arguments | _quiet(folder, seed))),
                 options,
                 arm.arguments,
             )

@@ -36,12 +36,12 @@ from sentence_transformers.multi_vector_encoder.data_collator import MultiVector
 from sentence_transformers.multi_vector_encoder.losses import (
     MultiVectorMultipleNegativesRankingLoss,
 )
-from transformers import PrinterCallback, set_seed
+from transformers import AutoTokenizer, PrinterCallback, set_seed
 
 from optical.bitext import pairs_dataset, read_pairs
 from optical.codeswitch import CodeSwitcher, read_lexicon
 from optical.collections import read_texts
-from optical.encoder import load_retriever
+from optical.encoder import frequent_tokens, load_retriever
 from optical.files import read_lines, writable_folder, write_text
 from optical.losses import OTDistillationLoss
 
@@ -71,6 +71,9 @@ class TeacherOptions:
     query_length: int = _option(32, "Longest query in tokens.")
     document_length: int = _option(180, "Longest passage in tokens.")
     query_expansion: bool = _option(False, "Fill queries with mask tokens to query_length.")
+    skip_frequent: int = _option(
+        0, "Leave the so many most frequent tokens of the training texts out of queries' scores."
+    )
     scale: float = _option(1.0, "Factor on the MaxSim scores before the softmax.")
     resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
 
@@ -283,12 +286,18 @@ def _contrastive(
     rows: list[tuple[str, ...]],
 ) -> MultiVectorEncoderTrainer:
     set_seed(args.seed)
+    frequent: list[str] = []
+    if options.skip_frequent:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        texts = [text for row in rows for text in row]
+        frequent = frequent_tokens(tokenizer, texts, options.skip_frequent)
     model = load_retriever(
         options.model,
         dimension=options.dimension,
         query_length=options.query_length,
         document_length=options.document_length,
         query_expansion=options.query_expansion,
+        skip_words=frequent,
     )
     # A passage twice in a batch would be its own negative.
     args.batch_sampler = BatchSamplers.NO_DUPLICATES

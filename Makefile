@@ -1,0 +1,46 @@
+# Two commands for a fresh machine: `make study` and `make test`. Both build .venv and reuse it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Versions tested together; a plain `torch` would bring whatever is newest.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install study test test-slow check format bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt csrc/*.h csrc/cpu/*
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	touch $@
+
+study: $(STAMP)
+	$(BIN)/optical study $(CONFIG)
+
+# The interpreter of Triton has a process of its own: it is chosen when kernels are imported.
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton_interpreter
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks sinkhorn
+
+clean:
+	rm -rf build dist *.egg-info optical/_cpu.* .pytest_cache .mypy_cache .ruff_cache
