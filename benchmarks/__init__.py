@@ -1,0 +1,1 @@
+"""Benchmarks of the operator: ``python -m benchmarks sinkhorn``, or ``pytest benchmarks``."""
