@@ -48,7 +48,7 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
             empty += 1
     if not kept:
         raise ValueError(
-            f"{path}: no sentence pair in {total} lines; expected lines `English TAB other language`"
+            f"{path}: no sentence pair in {total} lines; expected lines `English TAB other`"
         )
     if len(kept) < total:
         logger.info(

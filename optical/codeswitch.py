@@ -75,7 +75,7 @@ class CodeSwitcher:
         self.seed = seed
 
     def __call__(self, text: str, key: int | str) -> str:
-        """Return `text` with words replaced; `key` names the text, so that its draws are its own."""
+        """Return `text` with words replaced; `key` names the text, so its draws are its own."""
         draw = random.Random(f"{self.seed}:{key}")
 
         def replace(match: re.Match[str]) -> str:

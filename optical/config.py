@@ -92,6 +92,10 @@ class StudyConfig:
     phrasebook: bool = False
     text: str = ""
 
+    def resource(self, language: str) -> str:
+        """Group of a language: "low", "high", or "" where the configuration names none."""
+        return "low" if language in self.low else "high" if language in self.high else ""
+
 
 def read_config(path: str | Path | None, output: str | Path | None = None) -> StudyConfig:
     """Read and check a configuration; None reads the embedded demonstration.

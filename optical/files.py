@@ -1,4 +1,4 @@
-"""Text files in and out: UTF-8 or a one-line error, gzip read everywhere, writes that never tear."""
+"""Text files: UTF-8 or a one-line error, gzip read everywhere, writes that never tear."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     number = 0
     with open(path, "rb") as raw:
         zipped = raw.peek(2)[:2] == GZIP_MAGIC
-        stream = gzip.open(raw) if zipped else raw
+        stream = gzip.GzipFile(fileobj=raw) if zipped else raw
         try:
             for number, line in enumerate(stream, start=1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")

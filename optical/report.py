@@ -5,28 +5,19 @@ from __future__ import annotations
 import base64
 import datetime
 import html
-import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from optical.config import StudyConfig
+from optical.figures import draw_alignment, draw_gaps, draw_languages
 from optical.files import write_text
-from optical.significance import correct, interval, paired_test
-from optical.training import environment
-
-SEED = 0
-RESAMPLES = 10_000
-# Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-Values = dict[str, float]
-# (collection, arm, language) -> query id -> the measure, averaged over seeds
-Scores = dict[tuple[str, str, str], Values]
+from optical.provenance import environment
+from optical.summary import SEED, Estimate, Summary, measure_name
 
 
 def write_report(
@@ -54,165 +45,6 @@ def write_report(
     write_text(output / "report.html", _html(config.title, blocks, output))
     write_text(output / "report.md", "\n\n".join(_markdown(block) for block in blocks) + "\n")
     return output / "report.md"
-
-
-# Numbers
-
-
-@dataclass
-class Comparison:
-    """Two arms on one language of one collection, query by query."""
-
-    collection: str
-    language: str
-    arm: str
-    against: str
-    difference: float
-    low: float
-    high: float
-    p: float
-    queries: int
-    p_holm: float = 1.0
-
-
-@dataclass
-class Gap:
-    """Mean over the high-resource languages minus mean over the low-resource ones."""
-
-    collection: str
-    arm: str
-    gap: float
-    low: float
-    high: float
-    closed: float | None
-    closed_low: float | None
-    closed_high: float | None
-
-
-@dataclass
-class Summary:
-    """Everything that the report says in numbers."""
-
-    arms: list[str]
-    languages: list[str]
-    collections: list[str]
-    measure: str
-    scores: Scores
-    means: dict[str, dict[tuple[str, str, str], float]]
-    intervals: dict[tuple[str, str, str], tuple[float, float]]
-    comparisons: list[Comparison] = field(default_factory=list)
-    gaps: list[Gap] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, config: StudyConfig, results: Sequence[Mapping[str, Any]]) -> Summary:
-        rows = [row for row in results if "measures" in row]
-        measure = next(iter(next(iter(rows[0]["measures"].values()))))
-        names = next(iter(rows[0]["measures"].values())).keys()
-        every = {name: _scores(rows, name) for name in names}
-        scores = every[measure]
-        summary = cls(
-            arms=[arm.name for arm in config.arms],
-            languages=list(config.languages),
-            collections=list(config.collections),
-            measure=measure,
-            scores=scores,
-            means={
-                name: {key: _mean(values) for key, values in table.items()}
-                for name, table in every.items()
-            },
-            intervals={key: interval(values, seed=SEED)[1:] for key, values in scores.items()},
-        )
-        summary.comparisons = summary._compare()
-        if config.low and config.high:
-            summary.gaps = summary._gaps(config)
-        return summary
-
-    def _compare(self) -> list[Comparison]:
-        found = []
-        pairs = [(new, old) for old, new in itertools.combinations(self.arms, 2)]
-        for collection, language, (arm, against) in itertools.product(
-            self.collections, self.languages, pairs
-        ):
-            new, old = (self.scores[collection, name, language] for name in (arm, against))
-            tested = paired_test(new, old, seed=SEED)
-            found.append(Comparison(collection, language, arm, against, *tested))
-        for comparison, corrected in zip(found, correct([one.p for one in found]), strict=True):
-            comparison.p_holm = corrected
-        return found
-
-    def _gaps(self, config: StudyConfig) -> list[Gap]:
-        found = []
-        for collection in self.collections:
-            base: np.ndarray | None = None
-            for arm in self.arms:
-                draws = self._gap_draws(config, collection, arm)
-                point = self._gap(config, collection, arm)
-                low, high = np.quantile(draws, [0.025, 0.975])
-                gap = Gap(collection, arm, point, float(low), float(high), None, None, None)
-                if base is None:
-                    base, base_point = draws, point
-                elif np.quantile(base, 0.025) > 0:
-                    # A share of a gap that may be zero says nothing.
-                    share = 1 - draws / base
-                    gap.closed = 1 - point / base_point
-                    gap.closed_low, gap.closed_high = (
-                        float(value) for value in np.quantile(share, [0.025, 0.975])
-                    )
-                found.append(gap)
-        return found
-
-    def _gap(self, config: StudyConfig, collection: str, arm: str) -> float:
-        means = self.means[self.measure]
-        high, low = (
-            np.mean([means[collection, arm, language] for language in group])
-            for group in (config.high, config.low)
-        )
-        return float(high - low)
-
-    def _gap_draws(self, config: StudyConfig, collection: str, arm: str) -> np.ndarray:
-        """Bootstrap over queries; languages that share their queries share the draws."""
-        total = np.zeros(RESAMPLES)
-        for group, sign in ((config.high, 1), (config.low, -1)):
-            for language in group:
-                values = self.scores[collection, arm, language]
-                x = np.array(list(values.values()))
-                draw = np.random.default_rng([SEED, *",".join(values).encode()])
-                chosen = draw.integers(0, len(x), (RESAMPLES, len(x)))
-                total += sign / len(group) * x[chosen].mean(axis=1)
-        return total
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything in the tables as plain data; the numbers that a repeated run must equal."""
-        return {
-            "measure": self.measure,
-            "means": [
-                {"measure": name, "collection": c, "arm": arm, "language": language, "mean": mean}
-                for name, table in self.means.items()
-                for (c, arm, language), mean in table.items()
-            ],
-            "intervals": [
-                {"collection": c, "arm": arm, "language": language, "low": low, "high": high}
-                for (c, arm, language), (low, high) in self.intervals.items()
-            ],
-            "comparisons": [vars(comparison) for comparison in self.comparisons],
-            "gaps": [vars(gap) for gap in self.gaps],
-        }
-
-
-def _scores(rows: Iterable[Mapping[str, Any]], measure: str) -> Scores:
-    grouped: dict[tuple[str, str, str], list[Values]] = {}
-    for row in rows:
-        for collection, measures in row["measures"].items():
-            key = (collection, row["arm"], row["language"])
-            grouped.setdefault(key, []).append(measures[measure])
-    return {
-        key: {query: float(np.mean([seed[query] for seed in seeds])) for query in seeds[0]}
-        for key, seeds in grouped.items()
-    }
-
-
-def _mean(values: Values) -> float:
-    return float(np.mean(list(values.values())))
 
 
 # The report as blocks, which are written once as Markdown and once as HTML
@@ -255,7 +87,7 @@ def _answer(config: StudyConfig, summary: Summary) -> list[Block]:
     if config.note:
         blocks.append(Text(config.note))
     sentences = []
-    name = _measure_name(summary.measure)
+    name = measure_name(summary.measure)
     baseline = summary.arms[0]
     for collection in summary.collections:
         for arm in summary.arms[1:]:
@@ -277,17 +109,18 @@ def _answer(config: StudyConfig, summary: Summary) -> list[Block]:
                 f"{len(won)} languages (Holm-corrected p < 0.05)."
             )
     for gap in summary.gaps:
-        if gap.closed is not None:
+        if gap.recovered_low and gap.recovered_high:
             sentences.append(
-                f"On {gap.collection}, {gap.arm} closes {gap.closed:.0%} "
-                f"[{gap.closed_low:.0%}, {gap.closed_high:.0%}] of the gap between high- and "
-                f"low-resource languages that {baseline} leaves."
+                f"On {gap.collection}, **{gap.arm}** goes {_share(gap.recovered_low)} of the way "
+                f"from {baseline} to English documents in the low-resource languages and "
+                f"{_share(gap.recovered_high)} in the high-resource ones; high minus low is "
+                f"{_signed(gap.gap)}."
             )
     return [*blocks, Heading("Result"), Text("\n".join(f"- {line}" for line in sentences))]
 
 
 def _tables(config: StudyConfig, summary: Summary) -> list[Block]:
-    name = _measure_name(summary.measure)
+    name = measure_name(summary.measure)
     blocks: list[Block] = [Heading(f"{name} per language and arm")]
     ceilings = [key for key in summary.scores if key[1] not in summary.arms]
     for collection in summary.collections:
@@ -295,7 +128,7 @@ def _tables(config: StudyConfig, summary: Summary) -> list[Block]:
         rows = [
             [
                 config.names.get(language, language),
-                _resource(config, language),
+                config.resource(language),
                 *(_cell(summary, (collection, arm, language)) for arm in summary.arms),
             ]
             for language in summary.languages
@@ -309,20 +142,34 @@ def _tables(config: StudyConfig, summary: Summary) -> list[Block]:
         blocks.append(Heading("The gap between high- and low-resource languages"))
         blocks.append(
             Table(
-                ["collection", "arm", "high minus low", f"of the {summary.arms[0]} gap closed"],
+                [
+                    "collection",
+                    "arm",
+                    "low",
+                    "high",
+                    "high minus low",
+                    f"of the {summary.arms[0]} gap closed",
+                    "low: way to English",
+                    "high: way to English",
+                ],
                 [
                     [
                         gap.collection,
                         gap.arm,
-                        f"{gap.gap:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]",
-                        "–"
-                        if gap.closed is None
-                        else f"{gap.closed:.0%} [{gap.closed_low:.0%}, {gap.closed_high:.0%}]",
+                        f"{gap.low_mean:.3f}",
+                        f"{gap.high_mean:.3f}",
+                        _signed(gap.gap),
+                        *(
+                            _share(share) if share else "–"
+                            for share in (gap.closed, gap.recovered_low, gap.recovered_high)
+                        ),
                     ]
                     for gap in summary.gaps
                 ],
-                f"{name}, mean of {', '.join(config.high)} minus mean of {', '.join(config.low)}; "
-                f"95 % bootstrap intervals over queries.",
+                f"{name}; low: mean of {', '.join(config.low)}, high: mean of "
+                f"{', '.join(config.high)}. Way to English: how far the arm goes from "
+                f"{summary.arms[0]} to English documents. A share of a gap is given where the gap "
+                "is above zero. 95 % bootstrap intervals over queries.",
             )
         )
     blocks.append(Heading("Comparisons"))
@@ -334,7 +181,7 @@ def _tables(config: StudyConfig, summary: Summary) -> list[Block]:
                     one.collection,
                     one.language,
                     f"{one.arm} – {one.against}",
-                    f"{one.difference:+.3f} [{one.low:+.3f}, {one.high:+.3f}]",
+                    _signed((one.difference, one.low, one.high)),
                     _p(one.p),
                     f"**{_p(one.p_holm)}**" if one.p_holm < 0.05 else _p(one.p_holm),
                     str(one.queries),
@@ -388,12 +235,14 @@ def _cell(summary: Summary, key: tuple[str, str, str]) -> str:
     return f"{summary.means[summary.measure][key]:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _resource(config: StudyConfig, language: str) -> str:
-    return "low" if language in config.low else "high" if language in config.high else ""
+def _signed(estimate: Estimate) -> str:
+    point, low, high = estimate
+    return f"{point:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def _measure_name(measure: str) -> str:
-    return {"AP": "MAP", "RR@10": "MRR@10"}.get(measure, measure)
+def _share(estimate: Estimate) -> str:
+    point, low, high = estimate
+    return f"{point:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def _p(p: float) -> str:
@@ -475,28 +324,22 @@ def _inline(text: str) -> str:
     return "".join(f"<strong>{part}</strong>" if i % 2 else part for i, part in enumerate(parts))
 
 
-# Figures
-
-
 def _figures(
     config: StudyConfig,
     summary: Summary,
     results: Sequence[Mapping[str, Any]],
     folder: Path,
 ) -> list[Block]:
-    import matplotlib
-
-    matplotlib.use("Agg")
     blocks: list[Block] = [Heading("Figures")]
-    name = _measure_name(summary.measure)
+    name = measure_name(summary.measure)
     path = folder / "measure_per_language.png"
-    _draw_languages(config, summary, path)
+    draw_languages(config, summary, path)
     blocks.append(
         Figure(path, f"{name} per language and arm with 95 % intervals; dashed: English documents.")
     )
     if summary.gaps:
         path = folder / "gap_per_arm.png"
-        _draw_gaps(summary, path)
+        draw_gaps(summary, path)
         blocks.append(
             Figure(
                 path,
@@ -506,7 +349,7 @@ def _figures(
     for row in results:
         if "plan" in row:
             path = folder / "alignment.png"
-            _draw_alignment(row, path)
+            draw_alignment(row, path)
             language = config.names.get(row["language"], row["language"])
             blocks.append(
                 Figure(
@@ -517,83 +360,3 @@ def _figures(
                 )
             )
     return blocks
-
-
-def _draw_languages(config: StudyConfig, summary: Summary, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    count = len(summary.collections)
-    figure, axes = plt.subplots(
-        count, 1, figsize=(max(6.0, 1.3 * len(summary.languages) + 2), 3.4 * count), squeeze=False
-    )
-    step = 0.7 / max(len(summary.arms), 1)
-    for axis, collection in zip(axes[:, 0], summary.collections, strict=True):
-        for index, arm in enumerate(summary.arms):
-            keys = [(collection, arm, language) for language in summary.languages]
-            means = np.array([summary.means[summary.measure][key] for key in keys])
-            bounds = np.array([summary.intervals[key] for key in keys])
-            place = np.arange(len(keys)) + (index - (len(summary.arms) - 1) / 2) * step
-            axis.bar(
-                place,
-                means,
-                0.9 * step,
-                color=COLOURS[index % len(COLOURS)],
-                label=arm,
-                yerr=np.abs(bounds.T - means),
-                error_kw={"elinewidth": 1, "ecolor": "#333333"},
-            )
-        for c, arm, language in summary.scores:
-            if c == collection and arm not in summary.arms:
-                level = summary.means[summary.measure][c, arm, language]
-                axis.axhline(level, color="#555555", linestyle="--", linewidth=1, label=arm)
-        labels = [
-            f"{config.names.get(language, language)}\n{_resource(config, language)}".strip()
-            for language in summary.languages
-        ]
-        axis.set_xticks(range(len(labels)), labels)
-        axis.set_ylabel(_measure_name(summary.measure))
-        axis.set_title(collection)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
-    _save(figure, path)
-
-
-def _draw_gaps(summary: Summary, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7.0, 0.8 + 0.45 * len(summary.gaps)))
-    labels = [
-        f"{gap.collection}: {gap.arm}" if len(summary.collections) > 1 else gap.arm
-        for gap in summary.gaps
-    ]
-    points = np.array([gap.gap for gap in summary.gaps])
-    bounds = np.array([(gap.low, gap.high) for gap in summary.gaps])
-    colours = [COLOURS[summary.arms.index(gap.arm) % len(COLOURS)] for gap in summary.gaps]
-    axis.barh(labels, points, color=colours, xerr=np.abs(bounds.T - points), ecolor="#333333")
-    axis.axvline(0, color="#333333", linewidth=0.8)
-    axis.invert_yaxis()
-    axis.set_xlabel(f"{_measure_name(summary.measure)}, high minus low resource")
-    axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
-
-
-def _draw_alignment(row: Mapping[str, Any], path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    plan = np.array(row["plan"])
-    shares = plan / plan.sum(axis=1, keepdims=True)
-    figure, axis = plt.subplots(figsize=(2.0 + 0.45 * plan.shape[1], 1.4 + 0.36 * plan.shape[0]))
-    image = axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
-    axis.set_xticks(range(plan.shape[1]), row["english_tokens"], rotation=60, ha="right")
-    axis.set_yticks(range(plan.shape[0]), row["other_tokens"])
-    figure.colorbar(image, ax=axis, label="share of the row's mass")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    figure.tight_layout()
-    # No time stamp inside: the same numbers give the same file.
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)

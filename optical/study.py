@@ -111,7 +111,7 @@ class Study:
         from optical.bitext import read_pairs
         from optical.codeswitch import read_lexicon
         from optical.encoder import read_sentences
-        from optical.training import read_training_pairs
+        from optical.training_pairs import read_training_pairs
 
         config = self.config
         if config.encoder_options:
@@ -121,7 +121,8 @@ class Study:
             for path in config.encoder_options.bitext:
                 read_pairs(path)
         if config.teacher_options:
-            read_training_pairs(config.teacher_options)
+            taught = config.teacher_options
+            read_training_pairs(taught.pairs, taught.queries, taught.passages)
         for arm in config.arms:
             for language in config.languages:
                 options = arm.options(language, "teacher", config)
@@ -152,8 +153,9 @@ class Study:
         ]
 
     def _base_cells(self) -> Iterator[Cell]:
-        from optical import encoder, training
         from transformers import TrainingArguments
+
+        from optical import encoder, training
 
         config = self.config
         if config.encoder_options:

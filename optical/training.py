@@ -16,12 +16,8 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +36,11 @@ from transformers import AutoTokenizer, PrinterCallback, set_seed
 
 from optical.bitext import pairs_dataset, read_pairs
 from optical.codeswitch import CodeSwitcher, read_lexicon
-from optical.collections import read_texts
 from optical.encoder import frequent_tokens, load_retriever
-from optical.files import read_lines, writable_folder, write_text
+from optical.files import writable_folder, write_text
 from optical.losses import OTDistillationLoss
+from optical.provenance import environment
+from optical.training_pairs import read_training_pairs
 
 logger = logging.getLogger("optical")
 
@@ -51,31 +48,45 @@ ROLES = ("query", "document")
 OBJECTIVES = ("ot",)
 
 
-def _option(default: Any, text: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class TeacherOptions:
     """Options of `optical train teacher`."""
 
-    model: str = _option("", "Encoder to start from: Hugging Face name or folder.")
-    pairs: list[str] = _option(
-        [], "Training pairs: TSV `query TAB passage`, or JSON lines with query, pos, neg."
+    model: str = field(
+        default="", metadata={"help": "Encoder to start from: Hugging Face name or folder."}
     )
-    queries: str = _option("", "With --passages: TSV `query id TAB passage id TAB query`.")
-    passages: str = _option("", "With --queries: JSON lines or TSV of passage id and text.")
-    dimension: int | None = _option(None, "Size of the token vectors (default: encoder's width).")
-    query_length: int = _option(32, "Longest query in tokens.")
-    document_length: int = _option(180, "Longest passage in tokens.")
-    query_expansion: bool = _option(False, "Fill queries with mask tokens to query_length.")
-    skip_frequent: int = _option(
-        0, "Leave the so many most frequent tokens of the training texts out of queries' scores."
+    pairs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Training pairs: TSV `query TAB passage`, or JSON lines with query, pos, neg."
+        },
     )
-    scale: float = _option(1.0, "Factor on the MaxSim scores before the softmax.")
-    resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
+    queries: str = field(
+        default="", metadata={"help": "With --passages: TSV `query id TAB passage id TAB query`."}
+    )
+    passages: str = field(
+        default="", metadata={"help": "With --queries: JSON lines or TSV of passage id and text."}
+    )
+    dimension: int | None = field(
+        default=None, metadata={"help": "Size of the token vectors (default: encoder's width)."}
+    )
+    query_length: int = field(default=32, metadata={"help": "Longest query in tokens."})
+    document_length: int = field(default=180, metadata={"help": "Longest passage in tokens."})
+    query_expansion: bool = field(
+        default=False, metadata={"help": "Fill queries with mask tokens to query_length."}
+    )
+    skip_frequent: int = field(
+        default=0,
+        metadata={
+            "help": "Leave the N most frequent tokens of the training texts out of queries' scores."
+        },
+    )
+    scale: float = field(
+        default=1.0, metadata={"help": "Factor on the MaxSim scores before the softmax."}
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Continue from the last checkpoint in output_dir."}
+    )
 
     def validate(self) -> None:
         """Raise ValueError for options that cannot work, before anything is read."""
@@ -90,10 +101,17 @@ class TeacherOptions:
 class CodeswitchOptions(TeacherOptions):
     """Options of `optical train codeswitch`."""
 
-    lexicon: list[str] = _option([], "Lexicons `language=file`, file: `English TAB foreign`.")
-    probability: float = _option(0.5, "Chance that a word is replaced.")
-    sides: str = _option("document", "Which side is switched: query, document or both.")
-    copies: int = _option(1, "How often each pair is switched, with draws of its own.")
+    lexicon: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Lexicons `language=file`, file: `English TAB foreign`."},
+    )
+    probability: float = field(default=0.5, metadata={"help": "Chance that a word is replaced."})
+    sides: str = field(
+        default="document", metadata={"help": "Which side is switched: query, document or both."}
+    )
+    copies: int = field(
+        default=1, metadata={"help": "How often each pair is switched, with draws of its own."}
+    )
 
     def validate(self) -> None:
         """Raise ValueError for options that cannot work, before anything is read."""
@@ -113,19 +131,38 @@ class CodeswitchOptions(TeacherOptions):
 class DistillOptions:
     """Options of `optical train distill`."""
 
-    teacher: str = _option("", "The frozen English retriever: Hugging Face name or folder.")
-    student: str = _option("", "Model to start the student from (default: the teacher).")
-    bitext: list[str] = _option([], "Parallel sentences `English TAB other`, one file or more.")
-    role: str = _option("", "What the student will read: query or document.")
-    objective: str = _option("ot", "How the two clouds of token vectors are compared.")
-    epsilon: float = _option(0.05, "Temperature of the transport plan.")
-    max_iter: int = _option(50, "Sinkhorn iterations.")
-    tol: float = _option(0.0, "Stop a pair at this L1 marginal error (0: run max_iter).")
-    gradient: str = _option("envelope", "envelope (OPTICAL) or unroll.")
-    backend: str = _option("auto", "Sinkhorn backend; see `optical info`.")
-    max_pairs: int | None = _option(None, "Use the first so many pairs of each file.")
-    dimension: int | None = _option(None, "Size of a new student's vectors (default: teacher's).")
-    resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
+    teacher: str = field(
+        default="", metadata={"help": "The frozen English retriever: Hugging Face name or folder."}
+    )
+    student: str = field(
+        default="", metadata={"help": "Model to start the student from (default: the teacher)."}
+    )
+    bitext: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Parallel sentences `English TAB other`, one file or more."},
+    )
+    role: str = field(
+        default="", metadata={"help": "What the student will read: query or document."}
+    )
+    objective: str = field(
+        default="ot", metadata={"help": "How the two clouds of token vectors are compared."}
+    )
+    epsilon: float = field(default=0.05, metadata={"help": "Temperature of the transport plan."})
+    max_iter: int = field(default=50, metadata={"help": "Sinkhorn iterations."})
+    tol: float = field(
+        default=0.0, metadata={"help": "Stop a pair at this L1 marginal error (0: run max_iter)."}
+    )
+    gradient: str = field(default="envelope", metadata={"help": "envelope (OPTICAL) or unroll."})
+    backend: str = field(default="auto", metadata={"help": "Sinkhorn backend; see `optical info`."})
+    max_pairs: int | None = field(
+        default=None, metadata={"help": "Use the first so many pairs of each file."}
+    )
+    dimension: int | None = field(
+        default=None, metadata={"help": "Size of a new student's vectors (default: teacher's)."}
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Continue from the last checkpoint in output_dir."}
+    )
 
     def validate(self) -> None:
         """Raise ValueError for options that cannot work, before anything is read."""
@@ -216,7 +253,9 @@ def teacher(
     no passage stands twice in a batch. Source: Khattab and Zaharia, ColBERT (SIGIR 2020).
     """
     options.validate()
-    return _contrastive(options, args, read_training_pairs(options))
+    return _contrastive(
+        options, args, read_training_pairs(options.pairs, options.queries, options.passages)
+    )
 
 
 def codeswitch(
@@ -232,7 +271,7 @@ def codeswitch(
     for entry in options.lexicon:
         language, path = entry.split("=", 1)
         lexicons[language] = read_lexicon(path)
-    rows = read_training_pairs(options)
+    rows = read_training_pairs(options.pairs, options.queries, options.passages)
     switch = CodeSwitcher(lexicons, probability=options.probability, seed=args.seed)
     coverage = switch.coverage([row[-1] for row in rows[:2000]])
     logger.info("code switching: the lexicons know %.0f %% of the words", 100 * coverage)
@@ -311,65 +350,6 @@ def _contrastive(
     )
 
 
-def read_training_pairs(options: TeacherOptions) -> list[tuple[str, ...]]:
-    """Read the (query, passage[, negative ...]) rows that the options name.
-
-    Rows have as many negatives as the row with the fewest.
-
-    Raises:
-        FileNotFoundError, ValueError: with file, line and remedy.
-    """
-    rows: list[tuple[str, ...]] = []
-    for path in options.pairs:
-        json_lines = path.removesuffix(".gz").endswith((".jsonl", ".json"))
-        rows += _query_json(path) if json_lines else _query_tsv(path)
-    if options.queries:
-        rows += _joined(options.queries, options.passages)
-    if not rows:
-        raise ValueError(f"{options.pairs or options.queries}: no training pair in it")
-    width = min(len(row) for row in rows)
-    return [row[:width] for row in rows]
-
-
-def _query_tsv(path: str) -> Iterable[tuple[str, ...]]:
-    for number, line in read_lines(path):
-        columns = tuple(column.strip() for column in line.split("\t"))
-        if line.strip() and (len(columns) < 2 or not all(columns)):
-            raise ValueError(f"{path}:{number}: expected `query TAB passage [TAB negative ...]`")
-        if line.strip():
-            yield columns
-
-
-def _query_json(path: str) -> Iterable[tuple[str, ...]]:
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            positives, negatives = row["pos"], row.get("neg") or []
-            yield from ((row["query"], text, *negatives) for text in positives)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(
-                f"{path}:{number}: expected JSON with `query`, `pos` (list) and optional `neg`"
-            ) from None
-
-
-def _joined(queries: str, passages: str) -> Iterable[tuple[str, ...]]:
-    texts = read_texts(passages)
-    for number, line in read_lines(queries):
-        if not line.strip():
-            continue
-        columns = line.split("\t")
-        if len(columns) != 3:
-            raise ValueError(
-                f"{queries}:{number}: {len(columns)} columns, "
-                "expected `query id TAB passage id TAB query`"
-            )
-        if columns[1] not in texts:
-            raise ValueError(f"{queries}:{number}: passage {columns[1]!r} is not in {passages}")
-        yield columns[2], texts[columns[1]]
-
-
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """Folder of the newest complete checkpoint, or None.
 
@@ -432,30 +412,6 @@ def record(options: Any, args: Any) -> dict[str, Any]:
         "arguments": json.loads(args.to_json_string()),
         **environment(),
     }
-
-
-def environment() -> dict[str, Any]:
-    """Versions of the packages that shape results, and the project's commit where it has one."""
-    packages = ("optical", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
-    versions: Mapping[str, str] = {name: _version(name) for name in packages}
-    return {"python": sys.version.split()[0], "versions": versions, "commit": _commit()}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown (not a checkout)"
 
 
 def progress_lines(label: str, every: float = 20.0) -> Any:

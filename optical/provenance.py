@@ -1,0 +1,33 @@
+"""What someone needs to repeat a run: versions of packages and of this project."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the packages that shape results, and the project's commit where it has one."""
+    packages = ("optical", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
+    versions = {name: _version(name) for name in packages}
+    return {"python": sys.version.split()[0], "versions": versions, "commit": _commit()}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (not a checkout)"
