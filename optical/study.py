@@ -128,11 +128,17 @@ class Study:
                 options = arm.options(language, "teacher", config)
                 if options is None:
                     continue
-                options.validate()
-                for path in getattr(options, "bitext", []):
-                    read_pairs(path)
-                for entry in getattr(options, "lexicon", []):
-                    read_lexicon(entry.split("=", 1)[1])
+                try:
+                    options.validate()
+                    for path in getattr(options, "bitext", []):
+                        read_pairs(path)
+                    for entry in getattr(options, "lexicon", []):
+                        read_lexicon(entry.split("=", 1)[1])
+                except (OSError, ValueError) as error:
+                    raise ValueError(
+                        f"arm {arm.name}, language {language}: {error}; "
+                        "mend the file, or leave the arm or the language out"
+                    ) from None
         for language in (*config.languages, *config.ceiling):
             for name in config.collections:
                 self.collection(name, language)
@@ -338,6 +344,11 @@ class Study:
             len(cells) - len(todo),
             self.output,
         )
+        # What finished cells took, in earlier runs too, tells what the others will take.
+        times = self._times()
+        for cell in cells:
+            if cell.done and cell.label in times:
+                progress.add(cell, times[cell.label])
         started = time.monotonic()
         for position, cell in enumerate(todo):
             begun = time.monotonic()
