@@ -1,16 +1,14 @@
 """Shared fixtures. Helpers live in ``optical.testing``: files here cannot import one another."""
 
+import json
 import os
+import random
 
 import pytest
 import torch
 
 # TRITON_INTERPRET is read when kernels are decorated, so interpreted tests need their own process.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton_interpreter"]
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes many seconds; run with -m slow")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -44,3 +42,131 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
+
+
+# --- a tiny parallel world and tiny models, for everything that trains ---------------------------
+
+# Models are made here and nothing may be looked up; huggingface_hub reads this when imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WHO = [
+    "teacher mwalimu Lehrer",
+    "farmer mkulima Bauer",
+    "doctor daktari Arzt",
+    "child mtoto Kind",
+    "mother mama Mutter",
+    "driver dereva Fahrer",
+]
+VERBS = [
+    "buys ananunua kauft",
+    "sees anaona sieht",
+    "carries anabeba trägt",
+    "sells anauza verkauft",
+]
+WHAT = [
+    "bread mkate Brot",
+    "water maji Wasser",
+    "fish samaki Fisch",
+    "basket kikapu Korb",
+    "book kitabu Buch",
+    "lamp taa Lampe",
+]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder of parallel text in English, Swahili and German words, with a test collection.
+
+    ``text/XX.txt``, ``bitext/en-XX.tsv``, ``lexicon/en-XX.tsv``, ``documents/XX.jsonl``,
+    ``teacher.tsv``, ``queries.tsv`` and ``qrels.txt``. No sentence of the training is a document.
+    """
+    folder = tmp_path_factory.mktemp("world")
+    for name in ("text", "bitext", "lexicon", "documents"):
+        (folder / name).mkdir()
+    scenes = [
+        (i + j + k, [words.split() for words in (who, verb, what)])
+        for i, who in enumerate(WHO)
+        for j, verb in enumerate(VERBS)
+        for k, what in enumerate(WHAT)
+    ]
+    # Shuffled, so that the first pairs of a file are about different things.
+    random.Random(0).shuffle(scenes)
+    train = [words for number, words in scenes if number % 3]
+    tested = [words for number, words in scenes if number % 3 == 0]
+
+    def write(name, lines):
+        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def sentence(words, column):
+        who, verb, what = (word[column] for word in words)
+        return [f"the {who} {verb} the {what}", f"{who} {verb} {what}", f"{what} {verb} {who}"][
+            column
+        ]
+
+    for column, language in enumerate(("en", "sw", "de")):
+        write(f"text/{language}.txt", [sentence(words, column) for words in train])
+        write(
+            f"documents/{language}.jsonl",
+            [
+                json.dumps({"id": f"d{i}", "text": sentence(words, column)}, ensure_ascii=False)
+                for i, words in enumerate(tested)
+            ],
+        )
+        if column:
+            pairs = [f"{sentence(words, 0)}\t{sentence(words, column)}" for words in train]
+            write(f"bitext/en-{language}.tsv", pairs)
+            entries = [words.split() for words in (*WHO, *VERBS, *WHAT)]
+            write(f"lexicon/en-{language}.tsv", [f"{w[0]}\t{w[column]}" for w in entries])
+    write("teacher.tsv", [f"{w[0][0]} {w[2][0]}\t{sentence(w, 0)}" for w in train])
+    asked = sorted({(words[0][0], words[2][0]) for words in tested})[::3]
+    write("queries.tsv", [f"q{i}\t{who} {what}" for i, (who, what) in enumerate(asked)])
+    judged = [
+        f"q{i} 0 d{j} 1"
+        for i, pair in enumerate(asked)
+        for j, words in enumerate(tested)
+        if (words[0][0], words[2][0]) == pair
+    ]
+    write("qrels.txt", judged)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(world, tmp_path_factory):
+    """Folders of trained models: two encoders with different tokenizers, and a retriever.
+
+    ``mixed`` reads the three languages and is 16 wide, ``wide`` English and Swahili and 24 wide;
+    ``teacher`` is an English retriever made of ``mixed``.
+    """
+    pytest.importorskip("sentence_transformers")
+    from types import SimpleNamespace
+
+    from transformers import TrainingArguments
+
+    from optical import encoder, training
+
+    folder = tmp_path_factory.mktemp("models")
+
+    def make(name, width, units, text, bitext):
+        options = encoder.EncoderOptions(
+            text=[str(world / f"text/{language}.txt") for language in text],
+            bitext=[str(world / f"bitext/en-{language}.tsv") for language in bitext],
+            vocabulary_size=units,
+            hidden_size=width,
+            layers=1,
+            heads=2,
+            max_tokens=24,
+        )
+        arguments = {"max_steps": 3, "report_to": "none", "disable_tqdm": True}
+        args = TrainingArguments(str(folder / name), learning_rate=1e-2, **arguments)
+        return str(training.run(encoder.encoder_trainer(options, args), options, resume=False))
+
+    mixed = make("mixed", 16, 200, ("en", "sw", "de"), ("sw",))
+    wide = make("wide", 24, 90, ("en", "sw"), ())
+    options = training.TeacherOptions(
+        model=mixed, pairs=[str(world / "teacher.tsv")], document_length=24
+    )
+    arguments = {"max_steps": 15, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
+    args = training.arguments(folder / "teacher", **arguments, disable_tqdm=True)
+    teacher = training.run(training.teacher(options, args), options, resume=False)
+    return SimpleNamespace(mixed=mixed, wide=wide, teacher=str(teacher))
