@@ -86,12 +86,17 @@ def _json_lines(path: str) -> Iterator[tuple[str, str]]:
 def _pair_of_row(row: Any, place: str) -> tuple[str, str]:
     if isinstance(row, dict):
         inner = row.get("translation", row)
-        for names in COLUMN_NAMES:
-            if all(isinstance(inner.get(name), str) for name in names):
-                return inner[names[0]], inner[names[1]]
-        if "en" in inner and len(inner) == 2:
-            other = next(value for key, value in inner.items() if key != "en")
-            return inner["en"], other
+        texts = (
+            {key: value for key, value in inner.items() if isinstance(value, str)}
+            if isinstance(inner, dict)
+            else {}
+        )
+        for english, other in COLUMN_NAMES:
+            if english in texts and other in texts:
+                return texts[english], texts[other]
+        if "en" in texts and len(texts) == len(inner) == 2:
+            (other,) = texts.keys() - {"en"}
+            return texts["en"], texts[other]
     found = sorted(row) if isinstance(row, dict) else type(row).__name__
     raise ValueError(
         f"{place}: keys {found}, expected source/target, english/non_english or translation"
