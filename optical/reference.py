@@ -89,7 +89,7 @@ def sinkhorn_backward(
 
 
 def _readable(cost: Tensor, log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
-    """The cost with 0 wherever it must not be read, and the mask of the pairs that may carry mass."""
+    """The cost with 0 wherever it must not be read, and the mask of pairs that may carry mass."""
     present = (log_a > -math.inf)[:, :, None] & (log_b > -math.inf)[:, None, :]
     allowed = present & (cost != math.inf)
     return torch.where(allowed, cost, 0.0), allowed

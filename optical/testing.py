@@ -99,6 +99,7 @@ def problems() -> Iterator[Problem]:
     yield random_problem("63x64", 2, 63, 64, epsilon=0.05)
     yield random_problem("252x123", 1, 252, 123, epsilon=0.05, max_iter=10)
     yield random_problem("no_problem", 0, 7, 5)
+    yield random_problem("4099_problems", 4099, 3, 2, max_iter=5)
     yield random_problem("ragged", 4, 12, 17, rows=[12, 1, 7, 9], columns=[3, 17, 16, 1])
     yield random_problem("one_fully_masked", 3, 6, 8, rows=[6, 0, 4], columns=[8, 5, 0])
     yield random_problem("one_token_sides", 3, 5, 5, rows=[1, 5, 1], columns=[5, 1, 1])
@@ -205,7 +206,10 @@ def assert_backend_correct(
 def solve(backend: str, problem: Problem) -> dict[str, Tensor]:
     """All outputs and gradients of the registered operator, under fixed upstream gradients."""
     inputs = [x.detach().requires_grad_() for x in (problem.cost, problem.log_a, problem.log_b)]
-    outputs = ops.sinkhorn(*inputs, problem.epsilon, problem.max_iter, problem.tol, backend)
+    cost, log_a, log_b = inputs
+    outputs = ops.sinkhorn(
+        cost, log_a, log_b, problem.epsilon, problem.max_iter, problem.tol, backend
+    )
     value, value_linear = outputs[:2]
     upstream = torch.linspace(0, 1, len(value), dtype=value.dtype, device=value.device)
     gradients = torch.autograd.grad([value, value_linear], inputs, [upstream, 1 - 3 * upstream])

@@ -181,7 +181,7 @@ def test_falling_back_to_the_reference_warns_once_per_reason(table):
 
 def test_a_backend_asked_for_by_name_never_falls_back(table):
     table(stub("fast", ("cpu",), "it is Sunday"))
-    with pytest.raises(BackendUnsupported, match="backend 'fast' cannot .*: it is Sunday"):
+    with pytest.raises(BackendUnsupported, match=r"backend 'fast' cannot .*: it is Sunday"):
         backends.choose("fast", COST)
 
 

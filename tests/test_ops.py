@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optical import OTAlignmentLoss, ot_alignment, sinkhorn
 from optical.testing import problems, random_problem
@@ -19,21 +20,23 @@ def arguments(problem, backend="reference"):
 
 
 @pytest.mark.parametrize("name", ["7x5", "ragged", "transposed_strides", "no_problem"])
-def test_opcheck_forward(name):
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_opcheck_forward(name, backend):
     problem = ALL[name]
-    inputs = arguments(problem)
+    inputs = arguments(problem, backend)
     inputs[0] = inputs[0].clone(memory_format=torch.preserve_format).requires_grad_()
     inputs[1:3] = [x.clone().requires_grad_() for x in inputs[1:3]]
     torch.library.opcheck(FORWARD, tuple(inputs))
 
 
 @pytest.mark.parametrize("name", ["7x5", "transposed_strides"])
-def test_opcheck_backward(name):
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_opcheck_backward(name, backend):
     problem = ALL[name]
     _, _, f, g, *_ = FORWARD(*arguments(problem))
     upstream = torch.rand(2, len(f), dtype=torch.float64)
     inputs = (*upstream, problem.cost, problem.log_a, problem.log_b, problem.epsilon, f, g)
-    torch.library.opcheck(BACKWARD, (*inputs, "reference"))
+    torch.library.opcheck(BACKWARD, (*inputs, backend))
 
 
 def test_gradcheck_of_the_value_at_convergence():
@@ -169,3 +172,15 @@ def test_autocast_changes_nothing():
     gradient = torch.autograd.grad(found.sum(), student)[0]
     assert gradient.dtype == torch.float32
     torch.testing.assert_close(result.value, unrolled.value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", ["envelope", "unroll"])
+def test_nothing_waits_for_a_device(gradient):
+    """A fake tensor has no values, so reading one on the host, as a check might, would raise."""
+    with FakeTensorMode():
+        student, teacher = torch.randn(3, 5, 8, requires_grad=True), torch.randn(3, 7, 8)
+        mask = torch.ones(3, 5, dtype=torch.int64)
+        options = {"epsilon": torch.full((3,), 0.1), "tol": 1e-3, "max_iter": 3}
+        loss = ot_alignment(student, teacher, mask, **options, gradient=gradient).sum()
+        loss.backward()
+        assert student.grad.shape == student.shape
