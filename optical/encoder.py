@@ -79,12 +79,21 @@ def read_sentences(path: str | Path) -> list[str]:
 
 def train_tokenizer(texts: Iterator[str], vocabulary_size: int, max_tokens: int) -> Any:
     """Learn a lower-casing WordPiece tokenizer; accents and vowel signs are kept."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
     tokenizer.train_from_iterator(
         texts,
         trainers.WordPieceTrainer(
@@ -229,7 +238,7 @@ def load_retriever(
             document_length=document_length,
             query_expansion=expansion,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
     width = encoder.get_embedding_dimension()
     modules: list[nn.Module] = [encoder]
