@@ -1,0 +1,250 @@
+"""What the documentation shows is true: code runs, commands parse, links lead somewhere."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENGLISH = ["the book is old", "the house is big", "a child reads", "water is cold", "we eat bread"]
+SWAHILI = ["kitabu ni cha zamani", "nyumba ni kubwa", "mtoto anasoma", "maji ni baridi", "tunakula"]
+
+
+def blocks(page, kind):
+    """(first line, text) of every fenced block whose fence says exactly ``kind``."""
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        if match[1] == kind:
+            yield text[: match.start()].count("\n") + 2, match[2]
+
+
+def shell_lines(page):
+    for _, text in blocks(page, "sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+def commands(page):
+    return [words[1:] for words in shell_lines(page) if words[0] == "optical"]
+
+
+def named(items):
+    return [pytest.param(item, id=f"{name}") for name, item in items]
+
+
+README_CODE = list(blocks(ROOT / "README.md", "python"))
+COMMANDS = named(
+    (f"{p.name}: {' '.join(words)[:40]}", words) for p in PAGES for words in commands(p)
+)
+
+
+def tiny_encoder(folder, texts):
+    from optical import encoder
+
+    tokenizer = encoder.train_tokenizer(iter(texts), 100, 32)
+    options = encoder.EncoderOptions(hidden_size=16, layers=1, heads=2)
+    encoder.new_encoder(options, len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder that holds what the documentation takes for granted, on a small scale."""
+    from optical.encoder import load_retriever
+
+    folder = tmp_path_factory.mktemp("workplace")
+    tiny_encoder(folder / "english", ENGLISH)
+    tiny_encoder(folder / "swahili", SWAHILI)
+    for source, name in (
+        ("english", "teacher/final"),
+        ("swahili", "student"),
+        ("swahili", "sw/final"),
+    ):
+        load_retriever(folder / source).save_pretrained(str(folder / "runs" / name))
+
+    def write(name, lines):
+        (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    pairs = list(zip(ENGLISH, SWAHILI, strict=True))
+    write("en-sw.tsv", (f"{english}\t{other}" for english, other in pairs))
+    write("queries.tsv", (f"q{i}\t{english}" for i, (english, _) in enumerate(pairs)))
+    write(
+        "documents.jsonl",
+        (f'{{"id": "d{i}", "text": "{text}"}}' for i, (_, text) in enumerate(pairs)),
+    )
+    write("qrels.txt", (f"q{i} 0 d{i} 1" for i in range(len(pairs))))
+    return folder
+
+
+@pytest.mark.parametrize("code", named((f"line {line}", text) for line, text in README_CODE))
+def test_code_runs(code, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    exec(compile(code, "documentation", "exec"), {"__name__": "documentation"})
+
+
+def test_no_code_is_left_unrun():
+    """Other tests run the readme's blocks, and the one block of docs/method.md."""
+    kinds = {p.name: re.findall(r"^```(py.*)$", p.read_text(), re.MULTILINE) for p in PAGES}
+    expected = {"README.md": ["python"] * len(README_CODE), "method.md": ["python"]}
+    assert {name: found for name, found in kinds.items() if found} == expected
+
+
+def test_the_distances_between_gradients_are_those_printed():
+    page = ROOT / "docs" / "method.md"
+    (_, code), (_, shown) = next(blocks(page, "python")), next(blocks(page, "text"))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "method", "exec"), {})
+    found, expected = (re.findall(r"[\d.]+", text) for text in (printed.getvalue(), shown))
+    assert [float(x) for x in found] == pytest.approx([float(x) for x in expected], abs=0.2)
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_command_is_understood(words, monkeypatch, tmp_path):
+    """Parsed by the real command line, which stops where the work would begin."""
+    from optical import cli
+
+    monkeypatch.chdir(tmp_path)
+    if words[0] != "train":
+        cli._parser().parse_args(words)
+        return
+    from optical import encoder, training
+
+    for module, name in (
+        (training, "teacher"),
+        (training, "distill"),
+        (training, "codeswitch"),
+        (encoder, "encoder_trainer"),
+    ):
+        monkeypatch.setattr(module, name, lambda options, args: (options, args))
+    made = []
+    monkeypatch.setattr(training, "run", lambda *args, **options: made.append(args[0]) or "done")
+    monkeypatch.setenv("OPTICAL_TRACEBACK", "1")
+    assert cli.main(words) == 0
+    ((options, arguments),) = made
+    for flag, value in itertools.pairwise(words):
+        if flag.startswith("--") and not value.startswith("--"):
+            holder = options if hasattr(options, flag[2:]) else arguments
+            given = getattr(holder, flag[2:])
+            assert value in (given if isinstance(given, list) else [str(given)])
+
+
+def test_search_evaluate_compare_and_info_run(workplace, monkeypatch, capsys):
+    from optical import cli
+
+    monkeypatch.chdir(workplace)
+    names = ("search", "evaluate", "compare", "info")
+    ran = [words[0] for words in commands(ROOT / "README.md") if words[0] in names
+           and cli.main(words) == 0]  # fmt: skip
+    assert ran == ["search", "search", "evaluate", "compare", "info"]
+    assert (workplace / "ot.run").is_file()
+    printed = capsys.readouterr().out
+    assert "nDCG@10" in printed
+    assert "reference  supported" in printed
+
+
+def test_every_command_and_recipe_is_shown():
+    from optical import cli
+
+    shown = commands(ROOT / "README.md")
+    (action,) = (a for a in cli._parser()._actions if hasattr(a, "choices") and a.choices)
+    assert {words[0] for words in shown} == set(action.choices)
+    assert {words[1] for words in shown if words[0] == "train"} == set(cli.RECIPES)
+
+
+def test_every_option_of_every_recipe_is_described():
+    from optical import encoder, training
+
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    parts = re.split(r"^## (\w+)\n", text, flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    kinds = {
+        "teacher": training.TeacherOptions,
+        "distill": training.DistillOptions,
+        "codeswitch": training.CodeswitchOptions,
+        "encoder": encoder.EncoderOptions,
+    }
+    assert set(sections) == set(kinds)
+    for recipe, kind in kinds.items():
+        rows = re.findall(r"^\| (`.*?) \|", sections[recipe], re.MULTILINE)
+        described = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+        inherited = {entry.name for entry in dataclasses.fields(training.TeacherOptions)}
+        own = {entry.name for entry in dataclasses.fields(kind)}
+        assert described == (own - inherited if recipe == "codeswitch" else own), recipe
+
+
+def test_the_example_configuration_has_every_key(monkeypatch, tmp_path):
+    import yaml
+
+    from optical.config import ArmConfig, read_config
+
+    monkeypatch.setenv("OPTICAL_DATA", "data")
+    (_, text), *more = blocks(ROOT / "docs" / "study.md", "yaml")
+    assert not more
+    path = tmp_path / "study.yaml"
+    path.write_text(text, encoding="utf-8")
+    config = read_config(path)
+    assert [arm.name for arm in config.arms] == ["zeroshot", "ot", "ot-1000", "codeswitch"]
+    assert all(isinstance(arm, ArmConfig) for arm in config.arms)
+    assert all(arm.options("sw", "teacher", config) for arm in config.arms[1:])
+    derived = {"encoder_options", "encoder_arguments", "teacher_options", "teacher_arguments"}
+    keys = {entry.name for entry in dataclasses.fields(config)} - derived - {"phrasebook", "text"}
+    assert set(yaml.safe_load(text)) == keys | {"arguments"}
+
+
+def test_shown_files_of_configuration_are_read(monkeypatch):
+    from optical.config import read_config
+
+    monkeypatch.setenv("OPTICAL_DATA", "data")
+    configs = [words[1] for words in commands(ROOT / "README.md") if words[:1] == ["study"]
+               and len(words) > 1]  # fmt: skip
+    for name in configs:
+        read_config(ROOT / name)
+    assert configs
+
+
+def test_make_targets_and_extras_exist():
+    tomllib = pytest.importorskip("tomllib")
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for page in PAGES:
+        for target in re.findall(r"\bmake ((?:test|check|study|bench|install|format)[\w-]*)",
+                                 page.read_text()):  # fmt: skip
+            assert target in targets
+        for words in shell_lines(page):
+            for extras in re.findall(r"\[([\w,]+)\]", " ".join(words) if "pip" in words else ""):
+                assert set(extras.split(",")) <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name) if name else page
+        assert file.is_file(), target
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
+
+
+def test_the_results_block_is_marked():
+    text = (ROOT / "README.md").read_text()
+    assert 0 < text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")
+
+
+def test_the_drop_in_example_learns(capsys):
+    first, last = runpy.run_path(str(ROOT / "examples" / "dropin.py"))["main"]()
+    assert last < first / 2
