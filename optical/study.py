@@ -32,6 +32,8 @@ from optical.files import writable_folder, write_text
 logger = logging.getLogger("optical")
 
 CEILING = "English documents"
+# Arguments of the trainer that change what is kept and said, never what is learnt.
+WITHOUT_EFFECT = ("save_steps", "save_strategy", "save_total_limit", "logging_steps", "report_to")
 # Relative cost of a training token, by recipe, until a finished cell of the kind tells better.
 COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0}
 
@@ -284,7 +286,11 @@ class Study:
     @property
     def encoder_folder(self) -> Path:
         config = self.config
-        parts = [_contents(config.encoder_options), config.encoder_arguments, config.seeds[0]]
+        parts = [
+            _contents(config.encoder_options),
+            _effective(config.encoder_arguments),
+            config.seeds[0],
+        ]
         return self.output / "models" / f"encoder-{_print(parts)}"
 
     @property
@@ -297,7 +303,7 @@ class Study:
         config = self.config
         parts = [
             _contents(config.teacher_options, without="model"),
-            config.teacher_arguments,
+            _effective(config.teacher_arguments),
             config.seeds[0],
             _relative(self.encoder_name),
         ]
@@ -312,7 +318,13 @@ class Study:
         options = arm.options(language, "", self.config)
         if options is None:
             return self.teacher_name
-        parts = [arm.recipe, _contents(options), arm.arguments, seed, _relative(self.teacher_name)]
+        parts = [
+            arm.recipe,
+            _contents(options),
+            _effective(arm.arguments),
+            seed,
+            _relative(self.teacher_name),
+        ]
         name = f"{_file_name(arm.name)}-{language}-{seed}-{_print(parts)}"
         return str(self.output / "models" / name / "final")
 
@@ -409,6 +421,10 @@ def _training_cell(
 def _quiet(folder: Path, seed: int) -> dict[str, Any]:
     """Arguments that a study sets itself: where, which seed, and no bars in its log."""
     return {"output_dir": str(folder), "seed": seed, "disable_tqdm": True}
+
+
+def _effective(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in WITHOUT_EFFECT}
 
 
 def _contents(options: Any, without: str = "") -> Any:
