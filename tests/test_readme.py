@@ -60,11 +60,11 @@ def tiny_encoder(folder, texts):
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def folder_of_examples(tmp_path_factory):
     """A folder that holds what the documentation takes for granted, on a small scale."""
     from optical.encoder import load_retriever
 
-    folder = tmp_path_factory.mktemp("workplace")
+    folder = tmp_path_factory.mktemp("folder_of_examples")
     tiny_encoder(folder / "english", ENGLISH)
     tiny_encoder(folder / "swahili", SWAHILI)
     for source, name in (
@@ -89,8 +89,8 @@ def workplace(tmp_path_factory):
 
 
 @pytest.mark.parametrize("code", named((f"line {line}", text) for line, text in README_CODE))
-def test_code_runs(code, workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
+def test_code_runs(code, folder_of_examples, monkeypatch):
+    monkeypatch.chdir(folder_of_examples)
     exec(compile(code, "documentation", "exec"), {"__name__": "documentation"})
 
 
@@ -140,15 +140,15 @@ def test_command_is_understood(words, monkeypatch, tmp_path):
             assert value in (given if isinstance(given, list) else [str(given)])
 
 
-def test_search_evaluate_compare_and_info_run(workplace, monkeypatch, capsys):
+def test_search_evaluate_compare_and_info_run(folder_of_examples, monkeypatch, capsys):
     from optical import cli
 
-    monkeypatch.chdir(workplace)
+    monkeypatch.chdir(folder_of_examples)
     names = ("search", "evaluate", "compare", "info")
     ran = [words[0] for words in commands(ROOT / "README.md") if words[0] in names
            and cli.main(words) == 0]  # fmt: skip
     assert ran == ["search", "search", "evaluate", "compare", "info"]
-    assert (workplace / "ot.run").is_file()
+    assert (folder_of_examples / "ot.run").is_file()
     printed = capsys.readouterr().out
     assert "nDCG@10" in printed
     assert "reference  supported" in printed
