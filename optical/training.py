@@ -38,6 +38,7 @@ from optical.bitext import pairs_dataset, read_pairs
 from optical.codeswitch import CodeSwitcher, read_lexicon
 from optical.encoder import frequent_tokens, load_retriever
 from optical.files import writable_folder, write_text
+from optical.functional import check_options
 from optical.losses import OTDistillationLoss
 from optical.provenance import environment
 from optical.training_pairs import read_training_pairs
@@ -125,6 +126,8 @@ class CodeswitchOptions(TeacherOptions):
             raise ValueError(f"sides: {self.sides!r}, expected 'query', 'document' or 'both'")
         if self.copies < 1:
             raise ValueError(f"copies: {self.copies}, expected 1 or more")
+        if not 0.0 <= self.probability <= 1.0:
+            raise ValueError(f"probability: {self.probability}, expected a number from 0 to 1")
 
 
 @dataclass
@@ -173,6 +176,9 @@ class DistillOptions:
             raise ValueError(f"objective: {self.objective!r}, expected {' or '.join(OBJECTIVES)}")
         if not self.bitext:
             raise ValueError("bitext: none given; expected at least one file")
+        if self.max_pairs is not None and self.max_pairs < 1:
+            raise ValueError(f"max_pairs: {self.max_pairs}, expected 1 or more")
+        check_options(self.epsilon, self.max_iter, self.tol, self.gradient, self.backend)
 
 
 def _required(name: str, value: str) -> None:

@@ -50,12 +50,16 @@ def _query_json(path: str) -> Iterable[tuple[str, ...]]:
             continue
         try:
             row = json.loads(line)
-            positives, negatives = row["pos"], row.get("neg") or []
-            yield from ((row["query"], text, *negatives) for text in positives)
+            query, positives, negatives = row["query"], row["pos"], row.get("neg") or []
+            if not (isinstance(positives, list) and isinstance(negatives, list)):
+                raise TypeError
+            if not all(isinstance(text, str) for text in (query, *positives, *negatives)):
+                raise TypeError
         except (json.JSONDecodeError, KeyError, TypeError):
             raise ValueError(
                 f"{path}:{number}: expected JSON with `query`, `pos` (list) and optional `neg`"
             ) from None
+        yield from ((query, text, *negatives) for text in positives)
 
 
 def _joined(queries: str, passages: str) -> Iterable[tuple[str, ...]]:
