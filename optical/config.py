@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from sentence_transformers import MultiVectorEncoderTrainingArguments
 
 from optical.encoder import EncoderOptions
+from optical.files import read_lines
 from optical.training import (
     ROLES,
     CodeswitchOptions,
@@ -30,6 +32,13 @@ RECIPES: dict[str, type[Any] | None] = {
 DEFAULT_MEASURES = ("AP", "nDCG@10", "R@10", "R@100", "RR@10")
 COLLECTION_KEYS = ("source", "queries", "documents", "qrels")
 ALIGNMENT_KEYS = ("language", "english", "other")
+PLAIN: dict[str, Any] = {
+    "bool": bool,
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "list[str]": list,
+}
 NOT_FOR_STUDIES = ("output_dir", "seed", "disable_tqdm")
 
 
@@ -100,8 +109,9 @@ class StudyConfig:
 def read_config(path: str | Path | None, output: str | Path | None = None) -> StudyConfig:
     """Read and check a configuration; None reads the embedded demonstration.
 
-    ``${NAME}`` stands for an environment variable, ``{language}`` for each language in turn;
-    relative paths are relative to the configuration file, the output folder to the current one.
+    ``${NAME}`` stands for an environment variable, ``{language}`` for each language in turn. Paths
+    that begin with ``./`` or ``../`` are relative to the configuration file, others to the current
+    folder, and so is the output folder.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not YAML, an unknown key (with the nearest
@@ -118,7 +128,8 @@ def read_config(path: str | Path | None, output: str | Path | None = None) -> St
     else:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such configuration file")
-        text, place, folder = Path(path).read_text(encoding="utf-8"), str(path), Path(path).parent
+        text = "".join(f"{line}\n" for _, line in read_lines(path))
+        place, folder = str(path), Path(path).parent
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -182,7 +193,10 @@ class _Reader:
             arms=[],
             low=self.words(raw.get("low", []), "low"),
             high=self.words(raw.get("high", []), "high"),
-            names={str(key): str(name) for key, name in (raw.get("names") or {}).items()},
+            names={
+                str(key): str(name)
+                for key, name in self.mapping(raw.get("names") or {}, "names").items()
+            },
             note=str(raw.get("note", "")),
             role=self.one_of(raw.get("role", "document"), ROLES, "role"),
             seeds=self.numbers(raw.get("seeds", [0]), "seeds"),
@@ -198,7 +212,7 @@ class _Reader:
                 raw["encoder"], EncoderOptions, {}, "encoder"
             )
         else:
-            config.encoder = str(raw.get("encoder") or "")
+            config.encoder = self.located(str(raw.get("encoder") or ""))
         if isinstance(raw["teacher"], dict):
             if not raw.get("encoder") and "model" not in raw["teacher"]:
                 raise ValueError(f"{self.place}: no key `encoder` for the teacher to start from")
@@ -207,16 +221,20 @@ class _Reader:
             )
             config.encoder = config.encoder or config.teacher_options.model
         else:
-            config.teacher = str(raw["teacher"])
-        config.arms = [self.arm(str(name), arm, common) for name, arm in raw["arms"].items()]
+            config.teacher = self.located(str(raw["teacher"]))
+        arms = self.mapping(raw["arms"], "arms")
+        config.arms = [self.arm(str(name), arm, common) for name, arm in arms.items()]
         if config.alignment is not None:
-            self.known(config.alignment, ALIGNMENT_KEYS, "alignment")
+            self.known(self.mapping(config.alignment, "alignment"), ALIGNMENT_KEYS, "alignment")
+            for key in ALIGNMENT_KEYS:
+                if key not in config.alignment:
+                    raise ValueError(f"{self.place}: alignment: no key `{key}`; it is required")
             self.one_of(config.alignment.get("language"), languages, "alignment.language")
         return config
 
     def arm(self, name: str, raw: Any, common: dict[str, Any]) -> ArmConfig:
         place = f"arms.{name}"
-        raw = dict(raw or {})
+        raw = dict(self.mapping(raw or {}, place))
         recipe = self.one_of(raw.pop("recipe", "none"), tuple(RECIPES), f"{place}.recipe")
         kind = RECIPES[recipe]
         # Distillation leaves the other side to the teacher, so an index of it stays valid.
@@ -244,33 +262,59 @@ class _Reader:
             # A single file may be written without the brackets of a list.
             if str(fields[key].type).startswith("list") and isinstance(value, str):
                 value = [value]
-            settings[key] = self.located(value)
+            settings[key] = self.located(self.typed(value, fields[key].type, f"{place}.{key}"))
         return settings
+
+    def typed(self, value: Any, kind: Any, place: str) -> Any:
+        """Check a value against the type of its field; others than the plain ones pass."""
+        name = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind)
+        base = str(name).removesuffix(" | None")
+        if base not in PLAIN or (value is None and base != name):
+            return value
+        if base == "float" and isinstance(value, str):
+            # YAML 1.1 reads 1e-3 as text.
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        if not isinstance(value, PLAIN[base]) or (isinstance(value, bool) and base != "bool"):
+            raise ValueError(f"{self.place}: {place}: {value!r}, expected {base}")
+        if base == "list[str]" and not all(isinstance(entry, str) for entry in value):
+            raise ValueError(f"{self.place}: {place}: {value!r}, expected {base}")
+        return value
+
+    def mapping(self, raw: Any, place: str) -> dict[str, Any]:
+        if not isinstance(raw, dict):
+            raise ValueError(f"{self.place}: {place}: expected keys and values, found {raw!r}")
+        return raw
 
     def located(self, value: Any) -> Any:
         """Relative paths become relative to the configuration file."""
         if isinstance(value, list):
             return [self.located(entry) for entry in value]
-        if isinstance(value, str) and value.startswith(("./", "../")):
-            return str(self.folder / value)
-        return value
+        if not isinstance(value, str):
+            return value
+        # A lexicon is written `language=file`.
+        head, equals, path = value.rpartition("=")
+        return head + equals + str(self.folder / path) if path.startswith(("./", "../")) else value
 
     def collections(self, raw: Any) -> dict[str, dict[str, str]]:
         if not isinstance(raw, dict):
             raise ValueError(f"{self.place}: collections: expected names with their files")
         for name, parts in raw.items():
-            if not isinstance(parts, dict):
-                raise ValueError(f"{self.place}: collections.{name}: expected keys and values")
-            self.known(parts, COLLECTION_KEYS, f"collections.{name}")
+            self.known(
+                self.mapping(parts, f"collections.{name}"), COLLECTION_KEYS, f"collections.{name}"
+            )
         return {
             str(name): {key: self.located(str(value)) for key, value in parts.items()}
             for name, parts in raw.items()
         }
 
     def arguments(self, raw: Any, place: str) -> dict[str, Any]:
-        known = {entry.name for entry in dataclasses.fields(MultiVectorEncoderTrainingArguments)}
-        self.known(raw or {}, known - set(NOT_FOR_STUDIES), place)
-        return dict(raw or {})
+        fields = {e.name: e for e in dataclasses.fields(MultiVectorEncoderTrainingArguments)}
+        raw = self.mapping(raw or {}, place)
+        self.known(raw, fields.keys() - set(NOT_FOR_STUDIES), place)
+        return {
+            key: self.typed(value, fields[key].type, f"{place}.{key}") for key, value in raw.items()
+        }
 
     def known(self, raw: Mapping[str, Any], keys: Iterable[str], place: str) -> None:
         for key in raw:

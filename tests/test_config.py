@@ -1,0 +1,212 @@
+"""A study's configuration: read whole, and every mistake said in one line before anything runs."""
+
+import copy
+import json
+
+import pytest
+
+pytest.importorskip("yaml", reason="needs the extra `study`")
+pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
+
+import yaml
+
+from optical.config import nearest, read_config
+from optical.training import CodeswitchOptions, DistillOptions
+
+USUAL = {
+    "output": "out",
+    "languages": ["sw", "de"],
+    "low": ["sw"],
+    "high": ["de"],
+    "encoder": "some/encoder",
+    "arguments": {"max_steps": 5, "learning_rate": 0.001},
+    "teacher": {"pairs": "./teacher.tsv", "arguments": {"max_steps": 7}},
+    "arms": {
+        "zeroshot": {"recipe": "none"},
+        "ot": {"recipe": "distill", "bitext": "../bitext/en-{language}.tsv", "epsilon": 0.1},
+        "switched": {
+            "recipe": "codeswitch",
+            "lexicon": "${LEXICA}/en-{language}.tsv",
+            "arguments": {"max_steps": 9},
+        },
+    },
+    "collections": {
+        "news": {"queries": "./q.tsv", "documents": "./{language}.tsv", "qrels": "./r"}
+    },
+}
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """Read USUAL with a change: a dotted key and its value, None to remove it."""
+    monkeypatch.setenv("LEXICA", "/lexica")
+
+    def make(key="", value=None):
+        raw = copy.deepcopy(USUAL)
+        *parents, last = key.split(".")
+        place = raw
+        for name in parents:
+            place = place[name]
+        if value is None:
+            place.pop(last, None)
+        else:
+            place[last] = value
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+        return read_config(path)
+
+    return make
+
+
+def test_reads_everything(read, tmp_path):
+    config = read()
+    assert config.title == "study" and str(config.output) == "out" and config.role == "document"
+    assert config.languages == ("sw", "de") and config.seeds == (0,)
+    assert (config.resource("sw"), config.resource("de"), config.resource("fi")) == (
+        "low",
+        "high",
+        "",
+    )
+    assert config.teacher_options.pairs == [str(tmp_path / "teacher.tsv")]
+    # The arguments of a part add to the common ones.
+    assert config.teacher_arguments == {"max_steps": 7, "learning_rate": 0.001}
+    zeroshot, ot, switched = config.arms
+    assert (zeroshot.recipe, zeroshot.encodes, ot.encodes, switched.encodes) == (
+        "none",
+        "both",
+        "role",
+        "both",
+    )
+    assert zeroshot.options("sw", "teacher", config) is None
+    assert ot.options("sw", "teacher", config) == DistillOptions(
+        teacher="teacher",
+        role="document",
+        epsilon=0.1,
+        bitext=[str(tmp_path / "../bitext/en-sw.tsv")],
+    )
+    assert switched.options("de", "teacher", config) == CodeswitchOptions(
+        model="teacher",
+        sides="document",
+        pairs=config.teacher_options.pairs,
+        lexicon=["de=/lexica/en-de.tsv"],
+    )
+    assert (ot.arguments["max_steps"], switched.arguments["max_steps"]) == (5, 9)
+    assert config.text == (tmp_path / "study.yaml").read_text()
+
+
+def test_output_of_the_command_line_wins(read, tmp_path):
+    read()
+    assert str(read_config(tmp_path / "study.yaml", "other").output) == "other"
+
+
+def test_the_embedded_study(tmp_path):
+    config = read_config(None, tmp_path / "out")
+    assert config.phrasebook and len(config.languages) == 7
+    assert config.teacher_options.pairs == [str(tmp_path / "out/data/teacher.tsv")]
+    for arm in config.arms:
+        options = arm.options("sw", "teacher", config)
+        assert options is None or options.validate() is None
+
+
+def test_yaml_reads_norwegian_as_false(read):
+    assert read("languages", ["sw", "de", False]).languages == ("sw", "de", "no")
+
+
+def test_numbers_may_be_written_without_a_point(read, tmp_path):
+    # YAML 1.1 reads 1e-3 as text.
+    read("arms.ot.epsilon", "5e-2")
+    path = tmp_path / "study.yaml"
+    text = path.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3")
+    path.write_text(text)
+    assert yaml.safe_load(text)["arguments"]["learning_rate"] == "1e-3"
+    config = read_config(path)
+    assert config.arms[1].settings["epsilon"] == 0.05
+    assert config.arms[1].arguments["learning_rate"] == 0.001
+    assert isinstance(config.arms[1].arguments["max_steps"], int)
+
+
+WRONG = [
+    ("languagez", ["sw"], "unknown key `languagez` in the study; did you mean `languages`"),
+    ("arms.ot.epsilom", 1, "unknown key `epsilom` in arms.ot; did you mean `epsilon`"),
+    ("arms.ot.resume", True, "unknown key `resume` in arms.ot"),
+    ("arms.zeroshot.epsilon", 1, "unknown key `epsilon` in arms.zeroshot"),
+    ("teacher.pair", "a", "unknown key `pair` in teacher; did you mean `pairs`"),
+    ("arguments.max_step", 1, "unknown key `max_step` in arguments; did you mean `max_steps`"),
+    ("teacher.arguments.lr", 1, "unknown key `lr` in teacher.arguments"),
+    ("arms.ot.arguments", {"output_dir": "x"}, "unknown key `output_dir` in arms.ot.arguments"),
+    ("collections.news.query", "q", "unknown key `query` in collections.news; did you mean `quer"),
+    ("collections.news", "wikiclir/sw", "collections.news: expected keys and values"),
+    ("collections", ["news"], "collections: expected names with their files"),
+    ("languages", None, "no key `languages`; it is required"),
+    ("languages", "sw", "languages: 'sw', expected a list"),
+    ("teacher", None, "no key `teacher`; it is required"),
+    ("arms", None, "no key `arms`; it is required"),
+    ("arms", ["ot"], "arms: expected keys and values"),
+    ("arms.ot", ["distill"], "arms.ot: expected keys and values"),
+    ("arms.ot.arguments", "fast", "arms.ot.arguments: expected keys and values"),
+    ("collections", None, "no key `collections`; it is required"),
+    ("encoder", None, "no key `encoder` for the teacher to start from"),
+    ("output", None, "no key `output`, and no --output given"),
+    ("role", "passage", "role: 'passage', expected query or document"),
+    ("arms.ot.recipe", "ot", "arms.ot.recipe: 'ot', expected none or distill or codeswitch"),
+    ("arms.ot.encodes", "all", "arms.ot.encodes: 'all', expected both or role"),
+    ("low", ["so"], "low: 'so', expected sw or de"),
+    ("seeds", "many", "seeds: 'many', expected whole numbers"),
+    ("seeds", [], "seeds: [], expected whole numbers"),
+    ("names", ["Swahili"], "names: expected keys and values"),
+    ("alignment", ["sw"], "alignment: expected keys and values"),
+    (
+        "alignment",
+        {"language": "so", "english": "a", "other": "b"},
+        "alignment.language: 'so', expected sw or de",
+    ),
+    ("alignment", {"language": "sw", "english": "water"}, "alignment: no key `other`"),
+    ("note", "${NO_SUCH_VARIABLE}", "the environment variable NO_SUCH_VARIABLE is not set; set it"),
+    ("arguments.max_steps", "many", "arguments.max_steps: 'many', expected int"),
+    ("arms.ot.max_iter", 2.5, "arms.ot.max_iter: 2.5, expected int"),
+    ("arms.ot.epsilon", "small", "arms.ot.epsilon: 'small', expected float"),
+    ("arms.ot.epsilon", [1], "arms.ot.epsilon: [1], expected float"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), WRONG, ids=[f"{k}={v}" for k, v, _ in WRONG])
+def test_a_mistake_is_said_in_one_line(read, tmp_path, key, value, message):
+    with pytest.raises(ValueError) as error:
+        read(key, value)
+    assert str(error.value).startswith(f"{tmp_path / 'study.yaml'}: {message}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"title: [a\nb: c\n", r"study\.yaml:\d: not YAML"),
+        (b"a: b: c\n", r"study\.yaml:1: not YAML"),
+        (b"\ttitle: a\n", r"study\.yaml:1: not YAML"),
+        (b"- a\n- b\n", r"study\.yaml: expected keys and values, found list"),
+        (b"", r"study\.yaml: expected keys and values, found NoneType"),
+        ("title: Müller\n".encode("latin-1"), r"study\.yaml:1: not UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path, data, message):
+    path = tmp_path / "study.yaml"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        read_config(path)
+    assert "\n" not in str(error.value)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no\.yaml: no such configuration file"):
+        read_config(tmp_path / "no.yaml")
+
+
+def test_nearest():
+    assert nearest("epsilom", ["epsilon", "tol"]) == "; did you mean `epsilon`?"
+    assert nearest("zzz", ["b", "a"]) == "; known: a, b"
+    assert nearest("zzz", []) == ""
+
+
+def test_the_resolved_options_are_plain_data(read):
+    config = read()
+    assert json.dumps(config.teacher_arguments) and json.dumps(config.arms[1].settings)
