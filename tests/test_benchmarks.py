@@ -32,7 +32,7 @@ def test_every_provider_meets_the_gate(name, mode, truth):
     if (name, mode) == ("geomloss", "both"):
         pytest.skip(reason="geomloss 0.3.1: the gradient of solve_batch is not its plan")
     error = measure.check(provider, mode, CASE, truth)
-    assert 0 <= error < 0.1
+    assert 0 <= error < (0.1 if provider.same_iterates else 0.5)
 
 
 def test_the_gate_refuses_a_wrong_value_plan_or_gradient(truth):

@@ -85,15 +85,15 @@ class Problem {
     static int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
     template <typename Element>
-    static Element* take(char*& next, int64_t count) {
-        char* taken = next;
-        next += round_up(count * (int64_t)sizeof(Element), 64);
+    static Element* take(uintptr_t& next, int64_t count) {
+        const uintptr_t taken = next;
+        next += (uintptr_t)round_up(count * (int64_t)sizeof(Element), 64);
         return (Element*)taken;
     }
 
-    // Hands out the scratch memory from `start` on; returns its end.
-    char* lay_out(char* start, int64_t max_n, int64_t max_m) {
-        char* next = start;
+    // Hands out the memory from address `start` on; returns its end.
+    uintptr_t lay_out(uintptr_t start, int64_t max_n, int64_t max_m) {
+        uintptr_t next = start;
         const int64_t rows = round_up(max_n, block), cols = round_up(max_m, width);
         cost = take<T>(next, rows * cols), kernel = take<T>(next, rows * cols);
         mass_a = take<T>(next, rows), log_a = take<T>(next, rows);
@@ -156,7 +156,7 @@ class Problem {
     }
 
     // Chooses the base potentials for the current g and rebuilds K and v from them; `measure`
-    // rebuilds u too, which the stopping rule compares with.
+    // rebuilds a u too, from which the stopping rule has the row sums.
     void rebase(bool first, bool measure) {
         for (int64_t b = 0; b < blocks; ++b) {
             Vector least[block];
@@ -209,16 +209,20 @@ class Problem {
                 }
             }
         }
-        // The cap keeps a row without mass from producing 0 * inf; it is far beyond any tolerance.
+        // a u together: apart, with extreme masses, one could be 0 and the other infinite.
         if (measure)
-            for (int64_t i = 0; i < row_count; i += width) {
-                const Vector exponent = (S::load(f + i) - S::load(base_f + i)) * inverse_epsilon;
-                S::store(u + i, S::exp(S::min(exponent, S::all(T(60)))));
-            }
+            for (int64_t i = 0; i < row_count; i += width)
+                S::store(au + i, row_share(i, S::load(base_f + i)));
         if (first) {
             dead_mass = 0;
             for (int64_t i = 0; i < n; ++i) dead_mass += (double)(mass_a[i] - weight_a[i]);
         }
+    }
+
+    // a exp((f - origin) / epsilon) of a vector of rows, 0 for rows without an allowed pair.
+    Vector row_share(int64_t i, Vector origin) const {
+        const Vector exponent = (S::load(f + i) - origin) * inverse_epsilon + S::load(log_a + i);
+        return S::select(S::load(pad_a + i) > 0, S::all(0), S::exp(exponent));
     }
 
     // A line whose least cost is +inf has no allowed pair.
@@ -277,7 +281,7 @@ class Problem {
     template <bool measure>
     __attribute__((noinline)) Step iterate() {
         // Stores could change members, for all the compiler knows; not these.
-        const T *const pad_of_row = pad_a, *const weight_of_row = weight_a, *const old_u = u;
+        const T *const pad_of_row = pad_a, *const weight_of_row = weight_a;
         const T *const pad_of_col = pad_b, *const weight_of_col = weight_b;
         T *const new_u = u_next, *const new_v = v_next, *const row_weights = au;
         T *const col_weights = bv, *const sums = col_sum;
@@ -297,7 +301,7 @@ class Problem {
                 const Vector scaling = T(1) / total;
                 range.add(total);
                 if constexpr (measure)
-                    miss += mass * S::absolute(S::load(old_u + i) * total - T(1));
+                    miss += S::absolute(S::load(row_weights + i) * total - mass);
                 S::store(new_u + i, scaling);
                 S::store(row_weights + i, mass * scaling);
             }
@@ -357,9 +361,7 @@ class Problem {
                     S::template across<typename S::Sum>(line + q * width) + S::load(pad_a + i);
                 const Vector next =
                     epsilon * (S::load_unaligned(origin + q * width) - S::log(total));
-                const Vector ratio = S::exp(
-                    S::min((S::load(f + i) - next) * inverse_epsilon, S::all(T(60))));
-                miss += S::load(weight_a + i) * S::absolute(ratio - T(1));
+                miss += S::absolute(row_share(i, next) - S::load(weight_a + i));
                 S::store(u_next + i, next);
             }
         }
@@ -503,7 +505,7 @@ class Problem {
 public:
     static int64_t scratch_bytes(int64_t n, int64_t m) {
         Problem sizing;
-        return sizing.lay_out(nullptr, n, m) - (char*)nullptr;
+        return (int64_t)sizing.lay_out(0, n, m);
     }
 
     static void forward(const ForwardArguments<T>& arguments, int64_t problem, void* scratch) {
@@ -519,7 +521,7 @@ public:
         int32_t& n_iter = arguments.n_iter[problem];
 
         Problem p;
-        p.lay_out((char*)scratch, full_n, full_m);
+        p.lay_out((uintptr_t)scratch, full_n, full_m);
         p.n = list_present(log_a_in, full_n, p.row_index);
         p.m = list_present(log_b_in, full_m, p.col_index);
         p.row_count = round_up(p.n, block), p.col_count = round_up(p.m, width);
