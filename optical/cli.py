@@ -58,8 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader of a pipe, `head` for one, has what it wanted.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get("OPTICAL_TRACEBACK"):
+        if sys.flags.dev_mode:  # python -X dev -m optical.cli ...
             raise
         print(f"optical: error: {error}", file=sys.stderr)
         return 2
@@ -239,7 +243,6 @@ def _train(argv: list[str]) -> int:
         if argv and argv[0] not in ("-h", "--help"):
             raise ValueError(f"recipe {argv[0]!r} is unknown; expected one of {', '.join(RECIPES)}")
         return 0 if argv else 2
-    from sentence_transformers import MultiVectorEncoderTrainingArguments
     from transformers import HfArgumentParser, TrainingArguments
 
     from optical import encoder, training
@@ -253,7 +256,7 @@ def _train(argv: list[str]) -> int:
     }
     options_kind, make_trainer = kinds[recipe]
     arguments_kind: Any = (
-        TrainingArguments if recipe == "encoder" else MultiVectorEncoderTrainingArguments
+        TrainingArguments if recipe == "encoder" else training.CommandLineArguments
     )
     make_parser: Any = HfArgumentParser
     parser = make_parser(

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sentence_transformers import MultiVectorEncoderTrainingArguments
 
@@ -32,12 +33,12 @@ RECIPES: dict[str, type[Any] | None] = {
 DEFAULT_MEASURES = ("AP", "nDCG@10", "R@10", "R@100", "RR@10")
 COLLECTION_KEYS = ("source", "queries", "documents", "qrels")
 ALIGNMENT_KEYS = ("language", "english", "other")
-PLAIN: dict[str, Any] = {
-    "bool": bool,
-    "int": int,
-    "float": (int, float),
-    "str": str,
-    "list[str]": list,
+PLAIN: dict[Any, Any] = {
+    bool: bool,
+    int: int,
+    float: (int, float),
+    str: str,
+    list[str]: list,
 }
 NOT_FOR_STUDIES = ("output_dir", "seed", "disable_tqdm")
 
@@ -255,30 +256,34 @@ class _Reader:
         return kind(**self.settings(raw, kind, place)), {**common, **arguments}
 
     def settings(self, raw: dict[str, Any], kind: type[Any], place: str) -> dict[str, Any]:
-        fields = {entry.name: entry for entry in dataclasses.fields(kind)}
-        self.known(raw, set(fields) - {"resume"}, place)
+        hints = get_type_hints(kind)
+        self.known(raw, hints.keys() - {"resume"}, place)
         settings = {}
         for key, value in raw.items():
             # A single file may be written without the brackets of a list.
-            if str(fields[key].type).startswith("list") and isinstance(value, str):
+            if hints[key] == list[str] and isinstance(value, str):
                 value = [value]
-            settings[key] = self.located(self.typed(value, fields[key].type, f"{place}.{key}"))
+            settings[key] = self.located(self.typed(value, hints[key], f"{place}.{key}"))
         return settings
 
-    def typed(self, value: Any, kind: Any, place: str) -> Any:
-        """Check a value against the type of its field; others than the plain ones pass."""
-        name = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind)
-        base = str(name).removesuffix(" | None")
-        if base not in PLAIN or (value is None and base != name):
+    def typed(self, value: Any, hint: Any, place: str) -> Any:
+        """Check a value against a type; what is no plain type passes."""
+        kinds = set(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
+        if value is None and NoneType in kinds:
             return value
-        if base == "float" and isinstance(value, str):
+        kind = next(iter(kinds - {NoneType}))
+        if len(kinds - {NoneType}) > 1 or kind not in PLAIN:
+            return value
+        if kind is float and isinstance(value, str):
             # YAML 1.1 reads 1e-3 as text.
             with contextlib.suppress(ValueError):
                 value = float(value)
-        if not isinstance(value, PLAIN[base]) or (isinstance(value, bool) and base != "bool"):
-            raise ValueError(f"{self.place}: {place}: {value!r}, expected {base}")
-        if base == "list[str]" and not all(isinstance(entry, str) for entry in value):
-            raise ValueError(f"{self.place}: {place}: {value!r}, expected {base}")
+        fits = isinstance(value, PLAIN[kind]) and (kind is bool or not isinstance(value, bool))
+        if fits and kind == list[str]:
+            fits = all(isinstance(entry, str) for entry in value)
+        if not fits:
+            name = getattr(kind, "__name__", "") if isinstance(kind, type) else str(kind)
+            raise ValueError(f"{self.place}: {place}: {value!r}, expected {name}")
         return value
 
     def mapping(self, raw: Any, place: str) -> dict[str, Any]:
@@ -309,11 +314,12 @@ class _Reader:
         }
 
     def arguments(self, raw: Any, place: str) -> dict[str, Any]:
-        fields = {e.name: e for e in dataclasses.fields(MultiVectorEncoderTrainingArguments)}
+        hints = get_type_hints(MultiVectorEncoderTrainingArguments)
+        fields = {entry.name for entry in dataclasses.fields(MultiVectorEncoderTrainingArguments)}
         raw = self.mapping(raw or {}, place)
-        self.known(raw, fields.keys() - set(NOT_FOR_STUDIES), place)
+        self.known(raw, fields - set(NOT_FOR_STUDIES), place)
         return {
-            key: self.typed(value, fields[key].type, f"{place}.{key}") for key, value in raw.items()
+            key: self.typed(value, hints[key], f"{place}.{key}") for key, value in raw.items()
         }
 
     def known(self, raw: Mapping[str, Any], keys: Iterable[str], place: str) -> None:

@@ -1,6 +1,6 @@
 """Encoders: a small multilingual one trained from plain text, and any one made a retriever.
 
-`train_encoder` is for languages and machines without a pre-trained model: it learns a WordPiece
+`encoder_trainer` is for languages and machines without a pre-trained model: it learns a WordPiece
 tokenizer and a ModernBERT-shaped encoder (pre-norm, so a word's own vector flows unchanged to the
 output, which is what lets a shallow model learn word translation quickly) by masked language
 modelling; sentence pairs are read side by side (translation language modelling, Conneau and Lample

@@ -88,9 +88,9 @@ def sinkhorn(
         gradient: how ``value`` and ``value_linear`` are differentiated. "envelope" holds the plan
             fixed: the gradient of both with respect to cost is the plan, and with respect to log_a
             it is a * f for ``value`` and zero for ``value_linear``. That is exact for ``value`` at
-            convergence. For ``value_linear`` it is 11-75 % away from the true gradient; it is the
-            choice of OPTICAL. "unroll" differentiates every iteration of the plain PyTorch
-            reference, exactly and slowly.
+            convergence. For ``value_linear`` it is not the true gradient and can be most of the way
+            off (docs/method.md measures 0 to 82 %); it is the choice of OPTICAL. "unroll"
+            differentiates every iteration of the plain PyTorch reference, exactly and slowly.
         backend: "auto", "triton", "cpu" or "reference"; the environment variable OPTICAL_BACKEND
             replaces "auto". ``optical.backends.explain`` says which one serves a problem and why.
 
@@ -160,7 +160,7 @@ def ot_alignment(
         teacher_mask: (batch, m) the same for the teacher.
         epsilon, max_iter, tol, gradient, backend: see ``optical.sinkhorn``. With the default
             "envelope" the plan is a fixed target, as in OPTICAL, and the gradient is that of the
-            cost alone, 11-75 % away from the total derivative.
+            cost alone, which is not the total derivative (see ``optical.sinkhorn``).
 
     Returns:
         (batch,) float32 (float64 for float64 vectors), 0 where either text has no real token.

@@ -231,6 +231,22 @@ class BitextCollator(MultiVectorEncoderDataCollator):
         return batch
 
 
+@dataclass
+class CommandLineArguments(MultiVectorEncoderTrainingArguments):
+    """The trainer's arguments in a form that a command line can hold."""
+
+    # A number, or the limits of both roles in JSON; argparse has no type for "either".
+    max_length: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": 'Longest text in training: 32, or \'{"query": 32, "document": 64}\'.'},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_length, str) and self.max_length.isdigit():
+            self.max_length = int(self.max_length)  # type: ignore[assignment]
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+
 def arguments(output_dir: str | Path, **changes: Any) -> MultiVectorEncoderTrainingArguments:
     """Training arguments with this project's defaults: quiet, resumable, nothing sent anywhere."""
     return MultiVectorEncoderTrainingArguments(
@@ -315,7 +331,9 @@ def distill(
         gradient=options.gradient,  # type: ignore[arg-type]
         backend=options.backend,
     )
-    limit = args.max_length if isinstance(args.max_length, int) else None
+    limit = args.max_length
+    if isinstance(limit, dict):
+        limit = limit.get(options.role)
     return MultiVectorEncoderTrainer(
         model=student,
         args=args,

@@ -130,7 +130,6 @@ def test_command_is_understood(words, monkeypatch, tmp_path):
         monkeypatch.setattr(module, name, lambda options, args: (options, args))
     made = []
     monkeypatch.setattr(training, "run", lambda *args, **options: made.append(args[0]) or "done")
-    monkeypatch.setenv("OPTICAL_TRACEBACK", "1")
     assert cli.main(words) == 0
     ((options, arguments),) = made
     for flag, value in itertools.pairwise(words):
