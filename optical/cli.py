@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -77,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    exact: Any = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=exact)
     commands.add_parser("train", help="train a model: " + ", ".join(RECIPES), add_help=False)
 
     command = commands.add_parser("study", help="train, search, evaluate, compare and report")
@@ -246,6 +248,7 @@ def _train(argv: list[str]) -> int:
     from transformers import HfArgumentParser, TrainingArguments
 
     from optical import encoder, training
+    from optical.files import writable_folder
 
     recipe, argv = argv[0], argv[1:]
     kinds: dict[str, tuple[Any, Any]] = {
@@ -286,6 +289,8 @@ def _train(argv: list[str]) -> int:
     names = {entry.name for entry in dataclasses.fields(options_kind)}
     options = options_kind(**{name: values[name] for name in names})
     options.validate()
+    # Before anything is read: the trainer would say it late and in its own words.
+    writable_folder(namespace.output_dir)
     _quiet_libraries()
     init = {entry.name for entry in dataclasses.fields(arguments_kind) if entry.init}
     args = arguments_kind(**{name: values[name] for name in init & set(values)})
@@ -300,18 +305,9 @@ def _with_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
     given, rest = reader.parse_known_args(argv)
     if given.config is None:
         return rest
-    import yaml
+    from optical.config import nearest, read_yaml
 
-    from optical.config import nearest
-
-    if not Path(given.config).is_file():
-        raise FileNotFoundError(f"{given.config}: no such configuration file")
-    try:
-        settings = yaml.safe_load(Path(given.config).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{given.config}: not YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{given.config}: expected keys and values")
+    settings, _ = read_yaml(given.config)
     known = {action.dest for action in parser._actions}
     for key in settings:
         if key not in known:

@@ -118,19 +118,35 @@ def read_config(path: str | Path | None, output: str | Path | None = None) -> St
         FileNotFoundError, ValueError: no such file, not YAML, an unknown key (with the nearest
             known one), a missing key, an unset variable, a value of the wrong kind.
     """
-    import yaml
-
     variables = dict(os.environ)
     if path is None:
         source = resources.files("optical") / "data" / "phrasebook" / "study.yaml"
         text, place, folder = source.read_text(encoding="utf-8"), "embedded study", Path()
         output = output or "runs/phrasebook"
         variables["PHRASEBOOK"] = str(Path(output) / "data")
+        raw = parse_yaml(text, place)
     else:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such configuration file")
-        text = "".join(f"{line}\n" for _, line in read_lines(path))
+        raw, text = read_yaml(path)
         place, folder = str(path), Path(path).parent
+    reader = _Reader(place, folder, variables)
+    config = reader.study(reader.expand(raw), output)
+    config.phrasebook = path is None
+    config.text = text
+    return config
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], str]:
+    """Read a YAML file of keys and values; returns them and the file's text."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    text = "".join(f"{line}\n" for _, line in read_lines(path))
+    return parse_yaml(text, str(path)), text
+
+
+def parse_yaml(text: str, place: str) -> dict[str, Any]:
+    """Keys and values of YAML text; `place` names it in errors, which have one line."""
+    import yaml
+
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -139,11 +155,7 @@ def read_config(path: str | Path | None, output: str | Path | None = None) -> St
         raise ValueError(f"{place}{where}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{place}: expected keys and values, found {type(raw).__name__}")
-    reader = _Reader(place, folder, variables)
-    config = reader.study(reader.expand(raw), output)
-    config.phrasebook = path is None
-    config.text = text
-    return config
+    return raw
 
 
 @dataclass
@@ -318,9 +330,7 @@ class _Reader:
         fields = {entry.name for entry in dataclasses.fields(MultiVectorEncoderTrainingArguments)}
         raw = self.mapping(raw or {}, place)
         self.known(raw, fields - set(NOT_FOR_STUDIES), place)
-        return {
-            key: self.typed(value, hints[key], f"{place}.{key}") for key, value in raw.items()
-        }
+        return {key: self.typed(value, hints[key], f"{place}.{key}") for key, value in raw.items()}
 
     def known(self, raw: Mapping[str, Any], keys: Iterable[str], place: str) -> None:
         for key in raw:

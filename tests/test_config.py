@@ -9,9 +9,10 @@ pytest.importorskip("yaml", reason="needs the extra `study`")
 pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
 
 import yaml
+from transformers import HfArgumentParser
 
 from optical.config import nearest, read_config
-from optical.training import CodeswitchOptions, DistillOptions
+from optical.training import CodeswitchOptions, CommandLineArguments, DistillOptions
 
 USUAL = {
     "output": "out",
@@ -100,6 +101,8 @@ def test_output_of_the_command_line_wins(read, tmp_path):
 
 
 def test_the_embedded_study(tmp_path):
+    # The parser of the command line changes the types in the trainer's fields.
+    HfArgumentParser((CommandLineArguments,), add_help=False)
     config = read_config(None, tmp_path / "out")
     assert config.phrasebook and len(config.languages) == 7
     assert config.teacher_options.pairs == [str(tmp_path / "out/data/teacher.tsv")]
