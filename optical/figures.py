@@ -70,6 +70,7 @@ def draw_gaps(summary: Summary, path: Path) -> None:
     axis.barh(labels, points, color=colours, xerr=np.abs(bounds.T - points), ecolor="#333333")
     axis.axvline(0, color="#333333", linewidth=0.8)
     axis.invert_yaxis()
+    axis.locator_params(axis="x", nbins=6)
     axis.set_xlabel(f"{measure_name(summary.measure)}, high minus low resource")
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
