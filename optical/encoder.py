@@ -14,7 +14,7 @@ import collections
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,12 @@ def read_sentences(path: str | Path) -> list[str]:
     return texts
 
 
-def train_tokenizer(texts: Iterator[str], vocabulary_size: int, max_tokens: int) -> Any:
-    """Learn a lower-casing WordPiece tokenizer; accents and vowel signs are kept."""
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int, max_tokens: int) -> Any:
+    """Learn a lower-casing WordPiece tokenizer; accents and vowel signs are kept.
+
+    Equal texts give equal tokenizers, in every process: a training that is resumed finds the units
+    that it began with.
+    """
     from tokenizers import (
         Tokenizer,
         decoders,
@@ -90,19 +94,29 @@ def train_tokenizer(texts: Iterator[str], vocabulary_size: int, max_tokens: int)
     )
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    tokenizer.train_from_iterator(
+    texts = list(texts)
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    letters, inner = _alphabet(map(learner.normalizer.normalize_str, texts))
+    learner.train_from_iterator(
         texts,
         trainers.WordPieceTrainer(
             vocab_size=vocabulary_size,
-            special_tokens=list(SPECIAL_TOKENS),
-            limit_alphabet=1_000,
+            # The trainer numbers letters inside of words in the order of a randomly seeded hash
+            # map, and breaks ties by these numbers, unless it is given them first.
+            special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in inner)],
+            initial_alphabet=letters,
+            limit_alphabet=len(letters),
             show_progress=False,
         ),
     )
+    # A tokenizer anew, in which those letters are units like all others.
+    vocabulary = learner.get_vocab()
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = learner.normalizer
+    tokenizer.pre_tokenizer = learner.pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -118,6 +132,18 @@ def train_tokenizer(texts: Iterator[str], vocabulary_size: int, max_tokens: int)
         mask_token="[MASK]",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def _alphabet(texts: Iterable[str], limit: int = 1_000) -> tuple[list[str], list[str]]:
+    """The most frequent letters, and those of them that stand inside of words; both in order."""
+    words = collections.Counter(word for text in texts for word in text.split())
+    count: collections.Counter[str] = collections.Counter()
+    for word, times in words.items():
+        for letter in word:
+            count[letter] += times
+    letters = sorted(sorted(count, key=lambda letter: (-count[letter], letter))[:limit])
+    inner = {letter for word in words for letter in word[1:]}
+    return letters, [letter for letter in letters if letter in inner]
 
 
 def new_encoder(options: EncoderOptions, vocabulary_size: int) -> Any:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import shutil
 
 import pytest
@@ -66,6 +67,25 @@ def test_every_script_keeps_its_letters():
         for text in texts:
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.decode(ids, skip_special_tokens=True) == text.lower()
+
+
+def test_equal_texts_give_equal_tokenizers():
+    # Many ties: every unit that is learnt hangs on the numbers of the letters before.
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgłéह", k=draw.randint(2, 9))) for _ in range(300)]
+    found = [train_tokenizer(iter(words), 150, 32) for _ in range(3)]
+    assert found[0].get_vocab() == found[1].get_vocab() == found[2].get_vocab()
+    assert len(found[0]) == 150
+    # The letters inside of words are units, not special tokens.
+    assert found[0].all_special_tokens and set(found[0].all_special_tokens) == set(SPECIAL_TOKENS)
+    assert found[0].tokenize("##a") == ["[UNK]", "[UNK]", "a"]
+
+
+def test_rare_letters_are_left_out():
+    letters = [chr(0x4E00 + i) for i in range(1200)]
+    tokenizer = train_tokenizer(iter(["".join(letters[:600]) * 2, "".join(letters)]), 3000, 32)
+    assert len(tokenizer.tokenize(letters[0])) == 1 and tokenizer.tokenize(letters[0]) != ["[UNK]"]
+    assert tokenizer.tokenize(letters[-1]) == ["[UNK]"]
 
 
 def test_pairs_are_read_side_by_side(world, tmp_path):
