@@ -131,8 +131,6 @@ def _judgement_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _study(options: argparse.Namespace) -> int:
-    # A study logs a line per cell; bars of the libraries would tear it apart.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     _quiet_libraries()
     from optical.study import run_study
 
