@@ -139,11 +139,12 @@ def _study(options: argparse.Namespace) -> int:
 
 
 def _search(options: argparse.Namespace) -> int:
-    from optical.collections import Collection, load_collection, read_texts
+    from optical.collections import Collection, load_collection
     from optical.encoder import load_retriever
     from optical.files import writable_folder
     from optical.runs import write_run
     from optical.search import search
+    from optical.texts import read_texts
 
     writable_folder(Path(options.output).parent)
     if options.collection:

@@ -428,6 +428,8 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
     final = output / "final"
     if trainer.args.should_save:
         # Complete or not there at all: others take the folder's existence as "trained".
+        for stale in output.glob(".final.*"):
+            shutil.rmtree(stale)
         partial = output / f".final.{os.getpid()}"
         trainer.save_model(str(partial))
         shutil.rmtree(final, ignore_errors=True)

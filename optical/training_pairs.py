@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from optical.collections import read_texts
 from optical.files import read_lines
+from optical.texts import read_texts
 
 
 def read_training_pairs(
@@ -18,7 +18,7 @@ def read_training_pairs(
         pairs: files of TAB-separated lines ``query TAB passage [TAB negative ...]``, or of JSON
             lines with ``query``, ``pos`` (a list) and optionally ``neg`` (FlagEmbedding).
         queries, passages: instead or besides, ``query id TAB passage id TAB query`` and the texts
-            of the passage ids (:func:`optical.collections.read_texts`).
+            of the passage ids (:func:`optical.texts.read_texts`).
 
     Raises:
         FileNotFoundError, ValueError: with file, line and remedy.

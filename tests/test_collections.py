@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from optical.collections import Collection, load_collection, read_texts
+from optical.collections import Collection, load_collection
+from optical.texts import read_texts
 
 TSV = "d1\tmaji ni uhai\nd2\tbahari\n"
 JSONL = (

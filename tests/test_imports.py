@@ -14,7 +14,7 @@ PACKAGE = Path(optical.__file__).parent
 ORDER = [
     *("files", "provenance", "reference", "native", "kernels"),
     *("backends", "ops", "functional", "losses", "alignment"),
-    *("runs", "collections", "search", "evaluation", "significance"),
+    *("runs", "texts", "collections", "search", "evaluation", "significance"),
     *("bitext", "codeswitch", "encoder", "training_pairs", "training"),
     *("config", "summary", "figures", "report", "phrasebook", "study", "cli"),
 ]
