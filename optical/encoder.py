@@ -248,12 +248,7 @@ def load_retriever(
     from torch import nn
 
     name = str(name)
-    folder = Path(name)
-    looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_local and not folder.is_dir():
-        raise ValueError(f"model {name}: no such folder; train it first or give a hub name")
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise ValueError(f"model {name}: no config.json in this folder, so it holds no model")
+    check_model(name)
     try:
         if _is_multi_vector(name):
             return MultiVectorEncoder(name)
@@ -284,6 +279,16 @@ def load_retriever(
         Normalize(module_input_name="token_embeddings"),
     ]
     return MultiVectorEncoder(modules=modules)
+
+
+def check_model(name: str) -> None:
+    """Raise ValueError if `name` is a folder that is missing or holds no model; hub names pass."""
+    folder = Path(name)
+    looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise ValueError(f"model {name}: no such folder; train it first or give a hub name")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ValueError(f"model {name}: no config.json in this folder, so it holds no model")
 
 
 def frequent_tokens(tokenizer: Any, texts: Sequence[str], count: int) -> list[str]:

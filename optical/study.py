@@ -15,6 +15,7 @@ changed is never mistaken for what is there. The report is made from the results
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -112,10 +113,17 @@ class Study:
         """Read every input once, so that what is wrong shows before any training."""
         from optical.bitext import read_pairs
         from optical.codeswitch import read_lexicon
-        from optical.encoder import read_sentences
+        from optical.encoder import check_model, read_sentences
+        from optical.evaluation import evaluate
+        from optical.training import arguments
         from optical.training_pairs import read_training_pairs
 
         config = self.config
+        # One query and one document tell whether every measure can be calculated.
+        evaluate({"q": {"d": 1.0}}, {"q": {"d": 1}}, config.measures)
+        for name in (config.encoder, config.teacher):
+            if name:
+                check_model(name)
         if config.encoder_options:
             config.encoder_options.validate()
             for path in config.encoder_options.text:
@@ -124,6 +132,8 @@ class Study:
                 read_pairs(path)
         if config.teacher_options:
             taught = config.teacher_options
+            dataclasses.replace(taught, model=self.encoder_name).validate()
+            arguments(self.output, **config.teacher_arguments)
             read_training_pairs(taught.pairs, taught.queries, taught.passages)
         for arm in config.arms:
             for language in config.languages:
@@ -132,6 +142,9 @@ class Study:
                     continue
                 try:
                     options.validate()
+                    arguments(self.output, **arm.arguments)
+                    if getattr(options, "student", ""):
+                        check_model(options.student)
                     for path in getattr(options, "bitext", []):
                         read_pairs(path)
                     for entry in getattr(options, "lexicon", []):
@@ -234,7 +247,8 @@ class Study:
     def _evaluation_cell(
         self, arm: str, language: str, seed: int, model: str, encodes: str
     ) -> Cell:
-        stem = f"{_file_name(arm)}-{language}-{seed}-{self._evaluation_print(model, language)}"
+        fingerprint = self._evaluation_print(model, language, encodes)
+        stem = f"{_file_name(arm)}-{language}-{seed}-{fingerprint}"
         mark = self.output / "results" / f"{stem}.json"
 
         def run() -> None:
@@ -264,7 +278,7 @@ class Study:
         if not chosen or arm is None:
             return
         model = self.student_name(arm, chosen["language"], self.config.seeds[0])
-        mark = self.output / "results" / f"alignment-{_print([model, chosen])}.json"
+        mark = self.output / "results" / f"alignment-{_print([_relative(model), chosen])}.json"
 
         def run() -> None:
             from optical.alignment import align
@@ -328,7 +342,7 @@ class Study:
         name = f"{_file_name(arm.name)}-{language}-{seed}-{_print(parts)}"
         return str(self.output / "models" / name / "final")
 
-    def _evaluation_print(self, model: str, language: str) -> str:
+    def _evaluation_print(self, model: str, language: str, encodes: str) -> str:
         config = self.config
         files = {
             name: {
@@ -338,7 +352,7 @@ class Study:
             for name, parts in config.collections.items()
         }
         models = [_relative(model), _relative(self.teacher_name)]
-        return _print([models, files, list(config.measures), config.role])
+        return _print([models, files, list(config.measures), config.role, encodes])
 
     # Running
 
@@ -442,9 +456,16 @@ def _digest_all(value: Any) -> Any:
     if isinstance(value, list):
         return [_digest_all(entry) for entry in value]
     if isinstance(value, str):
-        head, equals, path = value.rpartition("=")
-        return head + equals + _digest(path)
+        # `file`, `language=file`, or two aligned files `corpus.en,corpus.sw`.
+        whole = _digest_named(value)
+        return whole if whole != value else ",".join(map(_digest_named, value.split(",")))
     return value
+
+
+def _digest_named(value: str) -> str:
+    whole = _digest(value)
+    name, equals, path = value.partition("=")
+    return whole if whole != value or not equals else f"{name}={_digest(path)}"
 
 
 def _digest(value: str) -> str:
