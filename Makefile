@@ -7,8 +7,6 @@ STAMP := $(VENV)/.installed
 # Versions tested together; a plain `torch` would bring whatever is newest.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-export HF_HUB_OFFLINE ?= 1
-export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install study test test-slow check format bench clean
 
@@ -21,6 +19,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt csrc/*.h csrc/cpu/*
 
 study: $(STAMP)
 	$(BIN)/optical study $(CONFIG)
+
+# Tests make every model and text they need.
+test test-slow: export HF_HUB_OFFLINE := 1
+test test-slow: export TOKENIZERS_PARALLELISM := false
 
 # The interpreter of Triton has a process of its own: it is chosen when kernels are imported.
 test: $(STAMP)
