@@ -49,7 +49,8 @@ class Gap:
         closed: share of the baseline's gap that the arm closes; None where the baseline's gap may
             be zero, because a share of nothing says nothing.
         recovered: for low- and high-resource languages, the share of the way from the baseline to
-            English documents; None without English documents or for the baseline itself.
+            English documents; None for the baseline itself, without English documents, or where
+            these may be no better than the baseline.
     """
 
     collection: str
@@ -127,11 +128,10 @@ class Summary:
                 gap = Gap(collection, arm, float(low[0]), float(high[0]), _estimate(high - low))
                 if arm != self.arms[0]:
                     left = baseline[1] - baseline[0]
-                    if np.quantile(left[1:], 0.025) > 0:
-                        gap.closed = _estimate(1 - (high - low) / left)
+                    gap.closed = _share(left - (high - low), left)
                     if ceiling:
                         gap.recovered_low, gap.recovered_high = (
-                            _estimate((reached - start) / (ceiling[0] - start))
+                            _share(reached - start, ceiling[0] - start)
                             for reached, start in zip(groups, baseline, strict=True)
                         )
                 found.append(gap)
@@ -190,6 +190,14 @@ def _draws(values: Values) -> Draws:
 def _estimate(draws: Draws) -> Estimate:
     low, high = np.quantile(draws[1:], [0.025, 0.975])
     return float(draws[0]), float(low), float(high)
+
+
+def _share(part: Draws, whole: Draws) -> Estimate | None:
+    """`part` of `whole`, or None where the whole may be zero: a share of nothing says nothing."""
+    if whole[0] <= 0 or np.quantile(whole[1:], 0.025) <= 0:
+        return None
+    # The few resamples in which the whole is zero have no share.
+    return _estimate(part[whole > 0] / whole[whole > 0])
 
 
 def measure_name(measure: str) -> str:
