@@ -132,8 +132,13 @@ def _judgement_arguments(command: argparse.ArgumentParser) -> None:
 
 def _study(options: argparse.Namespace) -> int:
     _quiet_libraries()
+    from tqdm.std import tqdm
+
     from optical.study import run_study
 
+    # A study logs a line per cell, and the libraries' bars would tear it apart. The variable that
+    # turns them off is read when tqdm is imported, which torch has done before this line runs.
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     print(run_study(options.config, options.output))
     return 0
 

@@ -237,6 +237,8 @@ class _Reader:
             config.teacher = self.located(str(raw["teacher"]))
         arms = self.mapping(raw["arms"], "arms")
         config.arms = [self.arm(str(name), arm, common) for name, arm in arms.items()]
+        if len({arm.name.lower() for arm in config.arms}) < len(config.arms):
+            raise ValueError(f"{self.place}: arms: two names differ in capitals only")
         if config.alignment is not None:
             self.known(self.mapping(config.alignment, "alignment"), ALIGNMENT_KEYS, "alignment")
             for key in ALIGNMENT_KEYS:
@@ -247,6 +249,11 @@ class _Reader:
 
     def arm(self, name: str, raw: Any, common: dict[str, Any]) -> ArmConfig:
         place = f"arms.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ValueError(
+                f"{self.place}: arms: {name!r}, expected a name of letters, digits, `-` and `_`, "
+                "because files are called by it"
+            )
         raw = dict(self.mapping(raw or {}, place))
         recipe = self.one_of(raw.pop("recipe", "none"), tuple(RECIPES), f"{place}.recipe")
         kind = RECIPES[recipe]

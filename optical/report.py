@@ -219,8 +219,7 @@ def _provenance(config: StudyConfig, times: Mapping[str, float]) -> list[Block]:
         f"Python {known['python']}; {versions}.",
         f"Seeds: {', '.join(map(str, config.seeds))}; scores are averaged over them. "
         f"Role of the student: {config.role}.",
-        f"Computing time of all cells, interrupted runs included: {sum(times.values()) / 60:.1f} "
-        "minutes.",
+        f"Computing time of the cells: {sum(times.values()) / 60:.1f} minutes.",
     ]
     return [
         Heading("How it was made"),

@@ -469,17 +469,28 @@ def _digest_named(value: str) -> str:
 
 
 def _digest(value: str) -> str:
-    """SHA-256 of the file that `value` names, or `value` itself where it names none."""
+    """SHA-256 of the file that `value` names, or `value` itself where it names none.
+
+    Of a folder (a model, a collection) names, sizes and times count, because weights are large.
+    """
+    path = Path(value)
     try:
-        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+        if path.is_dir():
+            files = sorted(entry for entry in path.rglob("*") if entry.is_file())
+            found = [(str(entry.relative_to(path)), entry.stat()) for entry in files]
+            return _print([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found])
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return value
 
 
 def _relative(model: str) -> str:
-    """A model of the study by its fingerprinted name, so that the output folder can be moved."""
+    """A model of the study by its fingerprinted name, so that the output folder can be moved;
+    a model from elsewhere by what is in its folder."""
     path = Path(model)
-    return path.parent.name if path.name == "final" else model
+    if path.name == "final" and path.parent.parent.name == "models":
+        return path.parent.name
+    return _digest(model) if path.is_dir() else model
 
 
 def _print(parts: Any) -> str:
@@ -487,7 +498,7 @@ def _print(parts: Any) -> str:
 
 
 def _file_name(text: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in text.lower())
+    return "".join(c if c.isalnum() or c == "-" else "_" for c in text.lower())
 
 
 def _duration(seconds: float) -> str:

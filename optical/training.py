@@ -322,7 +322,6 @@ def distill(
     taught_by = load_retriever(options.teacher)
     size = options.dimension or taught_by.get_embedding_dimension()
     student = load_retriever(options.student or options.teacher, dimension=size)
-    _quote_nothing(student)
     loss = OTDistillationLoss(
         student,
         taught_by,
@@ -363,7 +362,6 @@ def _contrastive(
         query_expansion=options.query_expansion,
         skip_words=frequent,
     )
-    _quote_nothing(model)
     # A passage twice in a batch would be its own negative.
     args.batch_sampler = BatchSamplers.NO_DUPLICATES
     names = ["query", "positive", *(f"negative_{i}" for i in range(1, len(rows[0]) - 1))]
@@ -374,11 +372,6 @@ def _contrastive(
         train_dataset=Dataset.from_dict(dict(zip(names, columns, strict=True))),
         loss=MultiVectorMultipleNegativesRankingLoss(model, scale=options.scale),
     )
-
-
-def _quote_nothing(model: MultiVectorEncoder) -> None:
-    """Keep training texts, which may not be public, out of the model card's examples."""
-    model.model_card_data.generate_widget_examples = False
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -397,7 +390,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
             # The trainer writes this file last.
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
             return str(folder)
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             logger.warning("%s is incomplete and is removed", folder)
             shutil.rmtree(folder)
     return None
