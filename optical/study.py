@@ -16,9 +16,11 @@ changed is never mistaken for what is there. The report is made from the results
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -346,7 +348,9 @@ class Study:
         config = self.config
         files = {
             name: {
-                part: _digest(value.replace("{language}", language))
+                part: (_relative if part == "source" else _digest)(
+                    value.replace("{language}", language)
+                )
                 for part, value in parts.items()
             }
             for name, parts in config.collections.items()
@@ -442,11 +446,11 @@ def _effective(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _contents(options: Any, without: str = "") -> Any:
-    """Options as plain data, every file replaced by a digest of what is in it."""
+    """Options as plain data, every file and model replaced by a digest of what is in it."""
     if options is None:
         return None
     return {
-        name: _digest_all(value)
+        name: _relative(value) if name in ("model", "teacher", "student") else _digest_all(value)
         for name, value in vars(options).items()
         if name not in ("resume", without)
     }
@@ -469,19 +473,25 @@ def _digest_named(value: str) -> str:
 
 
 def _digest(value: str) -> str:
-    """SHA-256 of the file that `value` names, or `value` itself where it names none.
-
-    Of a folder (a model, a collection) names, sizes and times count, because weights are large.
-    """
-    path = Path(value)
+    """SHA-256 of the file that `value` names, or `value` itself where it names none."""
     try:
-        if path.is_dir():
-            files = sorted(entry for entry in path.rglob("*") if entry.is_file())
-            found = [(str(entry.relative_to(path)), entry.stat()) for entry in files]
-            return _print([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found])
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        stat = os.stat(value)
+        return _file_digest(value, stat.st_size, stat.st_mtime_ns)
     except OSError:
         return value
+
+
+@functools.lru_cache(maxsize=1000)
+def _file_digest(path: str, size: int, time_ns: int) -> str:
+    # Size and time are in the key alone: a changed file is read again.
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _folder_digest(folder: Path) -> str:
+    """Names, sizes and times of a model or collection from elsewhere; weights are too large."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
+    return _print([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found])
 
 
 def _relative(model: str) -> str:
@@ -490,7 +500,7 @@ def _relative(model: str) -> str:
     path = Path(model)
     if path.name == "final" and path.parent.parent.name == "models":
         return path.parent.name
-    return _digest(model) if path.is_dir() else model
+    return _folder_digest(path) if model and path.is_dir() else model
 
 
 def _print(parts: Any) -> str:

@@ -19,6 +19,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def test_example_fits_the_data(tmp_path: Path):
+    from optical.config import read_config
+    from optical.study import Study
+
+    Study(read_config(EXAMPLE, tmp_path)).check()
+
+
+@pytest.mark.slow
 def test_example_reads_all_its_inputs_and_reports(tmp_path: Path):
     from optical.study import run_study
 
