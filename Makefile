@@ -23,6 +23,8 @@ study: $(STAMP)
 # Tests make every model and text they need.
 test test-slow: export HF_HUB_OFFLINE := 1
 test test-slow: export TOKENIZERS_PARALLELISM := false
+# Their problems are tiny: a second thread costs more than it brings.
+test test-slow: export OMP_NUM_THREADS := 1
 
 # The interpreter of Triton has a process of its own: it is chosen when kernels are imported.
 test: $(STAMP)
