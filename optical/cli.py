@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +133,27 @@ def _judgement_arguments(command: argparse.ArgumentParser) -> None:
 
 def _study(options: argparse.Namespace) -> int:
     _quiet_libraries()
-    from tqdm.std import tqdm
-
     from optical.study import run_study
 
-    # A study logs a line per cell, and the libraries' bars would tear it apart. The variable that
-    # turns them off is read when tqdm is imported, which torch has done before this line runs.
-    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
-    print(run_study(options.config, options.output))
+    with _without_bars():
+        print(run_study(options.config, options.output))
     return 0
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """A study logs a line per cell, and the libraries' bars would tear it apart.
+
+    The variable that turns them off is read when tqdm is imported, which torch has done by now.
+    """
+    from tqdm.std import tqdm
+
+    make = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(make, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = make
 
 
 def _search(options: argparse.Namespace) -> int:
