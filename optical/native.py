@@ -172,7 +172,7 @@ def unavailable_reason() -> str | None:
 @functools.lru_cache(maxsize=1)
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"{reason}; the CPU Sinkhorn falls back to PyTorch operations, about 15x slower",
+        f"{reason}; the CPU Sinkhorn falls back to PyTorch operations, about 100 times slower",
         RuntimeWarning,
         stacklevel=3,
     )
