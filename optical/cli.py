@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from optical.evaluation import DEFAULT_MEASURES
+
 # What `optical train RECIPE --help` shows of the trainer's hundred arguments.
 COMMON_ARGUMENTS = (
     "output_dir",
@@ -127,7 +129,7 @@ def _collection_arguments(command: argparse.ArgumentParser) -> None:
 
 def _judgement_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--qrels", required=True, help="judgements: file, or ir_datasets id")
-    command.add_argument("--measures", default="AP nDCG@10 R@10 R@100 RR@10")
+    command.add_argument("--measures", default=" ".join(DEFAULT_MEASURES))
     command.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -17,6 +17,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from sentence_transformers import MultiVectorEncoderTrainingArguments
 
 from optical.encoder import EncoderOptions
+from optical.evaluation import DEFAULT_MEASURES
 from optical.files import read_lines
 from optical.training import (
     ROLES,
@@ -30,7 +31,6 @@ RECIPES: dict[str, type[Any] | None] = {
     "distill": DistillOptions,
     "codeswitch": CodeswitchOptions,
 }
-DEFAULT_MEASURES = ("AP", "nDCG@10", "R@10", "R@100", "RR@10")
 COLLECTION_KEYS = ("source", "queries", "documents", "qrels")
 ALIGNMENT_KEYS = ("language", "english", "other")
 PLAIN: dict[Any, Any] = {

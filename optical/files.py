@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import os
 import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -56,28 +59,41 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
             ) from None
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file as a whole: a reader meets the old content or the new, never a part.
+@contextlib.contextmanager
+def atomic_text(path: str | os.PathLike[str]) -> Iterator[TextIO]:
+    """Open ``path`` for writing so that it appears whole or not at all (``.gz`` is compressed).
 
-    A name that ends in ``.gz`` is compressed (without a time stamp, so equal content gives equal
-    bytes). Raises OSError when the folder cannot be written.
+    The text goes into a file beside ``path``, which takes its name only when the block ends without
+    an error: an interrupted program leaves an older file as it was, and never half a new one.
+    Missing folders are made. Raises OSError when the folder cannot be written.
     """
     path = Path(path)
-    data = text.encode("utf-8")
-    if path.suffix == ".gz":
-        data = gzip.compress(data, mtime=0)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes private files; results are meant to be read by others.
-        os.chmod(temporary, 0o644)
+        with temporary.open("wb") as raw:
+            with contextlib.ExitStack() as stack:
+                binary: Any = raw
+                if path.suffix == ".gz":
+                    # No name and no time inside, so that equal content gives equal bytes.
+                    packed = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
+                    binary = stack.enter_context(packed)
+                text = io.TextIOWrapper(binary, encoding="utf-8", newline="\n")
+                yield text
+                text.flush()
+                text.detach()
+            raw.flush()
+            os.fsync(raw.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file as a whole, as :func:`atomic_text` does."""
+    with atomic_text(path) as file:
+        file.write(text)
 
 
 def writable_folder(path: str | Path) -> Path:

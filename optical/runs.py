@@ -11,18 +11,14 @@ memory, after it was written and read again, and in ``trec_eval`` itself.
 
 from __future__ import annotations
 
-import gzip
-import io
 import logging
 import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
 
-from optical.files import read_lines
+from optical.files import atomic_text, read_lines
 
 __all__ = [
     "Qrels",
@@ -121,7 +117,7 @@ def write_run(
     """
     _require_word(tag, "tag")
     lowered = 0
-    with _atomic_text(path) as file:
+    with atomic_text(path) as file:
         for qid, scores in run.items():
             _require_word(qid, "query id")
             for docid, score in scores.items():
@@ -204,7 +200,7 @@ def write_qrels(qrels: Mapping[str, Mapping[str, int]], path: str | os.PathLike[
     Raises:
         ValueError: an id is empty or has white space in it.
     """
-    with _atomic_text(path) as file:
+    with atomic_text(path) as file:
         for qid, grades in qrels.items():
             _require_word(qid, "query id")
             for docid, grade in grades.items():
@@ -244,32 +240,3 @@ def _float32_below(value: float) -> float:
     else:
         bits += -1 if value > 0.0 else 1
     return float(struct.unpack("<f", struct.pack("<I", bits))[0])
-
-
-@contextmanager
-def _atomic_text(path: str | os.PathLike[str]) -> Iterator[TextIO]:
-    """Open ``path`` for writing so that it appears whole or not at all (``.gz`` is compressed).
-
-    The text goes into a file beside ``path``, which takes its name only when the block ends without
-    an error: an interrupted program leaves an older file as it was, and never half a new one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as raw:
-            if path.suffix == ".gz":
-                # No name and no time inside, so that equal content gives equal bytes.
-                with (
-                    gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed,
-                    io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as text,
-                ):
-                    yield text
-            else:
-                with io.TextIOWrapper(raw, encoding="utf-8", newline="\n") as text:
-                    yield text
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
