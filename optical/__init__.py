@@ -4,9 +4,11 @@ The names below are the whole public interface. Importing the package needs PyTo
 queries no device, compiles nothing and loads neither Triton nor the native library.
 """
 
+from optical.arguments import Status
 from optical.backends import BackendUnsupported
-from optical.functional import SinkhornResult, ot_alignment, sinkhorn
+from optical.functional import ot_alignment, sinkhorn, sinkhorn_divergence, sinkhorn_vectors
 from optical.losses import OTAlignmentLoss
+from optical.result import SinkhornResult
 
 __version__ = "0.1.0.dev0"
 
@@ -14,7 +16,10 @@ __all__ = [
     "BackendUnsupported",
     "OTAlignmentLoss",
     "SinkhornResult",
+    "Status",
     "__version__",
     "ot_alignment",
     "sinkhorn",
+    "sinkhorn_divergence",
+    "sinkhorn_vectors",
 ]

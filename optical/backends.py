@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optical import reference
-from optical.reference import Outputs
+from optical import derivatives, reference
+from optical.arguments import Arguments, Gradients, Outputs, Status, example
+from optical.iterations import Problems
 
 ENVIRONMENT_VARIABLE = "OPTICAL_BACKEND"
 
@@ -28,100 +31,160 @@ class BackendUnsupported(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the operator and of its gradient.
+    """One implementation of the operator, of its gradient and of products with its plan.
 
     Attributes:
         name: what users write in ``backend=``.
         automatic_on: device types on which ``"auto"`` considers it; empty means every device.
-        supports: cost -> None when it can serve it, otherwise the reason in words.
-        forward: (cost, log_a, log_b, epsilon, max_iter, tol) -> the six outputs.
-        backward: (cost, log_a, log_b, epsilon, f, g, grad_value, grad_value_linear) -> grad_cost.
+        dense: it only ever sees padded problems with a given cost; ``optical.dense`` makes them.
+        supports: arguments -> None when it can serve them, otherwise the reason in words.
+        forward, backward, apply_plan: as in ``optical.reference``.
     """
 
     name: str
     automatic_on: tuple[str, ...]
-    supports: Callable[[Tensor], str | None]
-    forward: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Outputs]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    dense: bool
+    supports: Callable[[Arguments], str | None]
+    forward: Callable[[Arguments], Outputs]
+    backward: Callable[..., Gradients]
+    apply_plan: Callable[[Arguments, Tensor, Tensor, Tensor, bool], Tensor]
 
 
-def _triton_supports(cost: Tensor) -> str | None:
+def _beyond_plain(arguments: Arguments) -> str | None:
+    """Which option keeps a problem from being a plain one, None when none does."""
+    p = arguments
+    options = {
+        f"gradient={p.gradient!r}": p.gradient != "envelope",
+        "rho": (p.rho_a, p.rho_b) != (math.inf, math.inf),
+        "init": p.f0 is not None,
+        "omega": p.omega != 1,
+        "anderson": p.anderson > 0,
+        "anneal": p.anneal_start > 0,
+    }
+    used = [name for name, is_used in options.items() if is_used]
+    return None if not used else f"it does not know {', '.join(used)}"
+
+
+def _plain_outputs(arguments: Arguments, *six: Tensor) -> Outputs:
+    """What a kernel of plain problems found, completed with the status."""
+    value, value_linear, f, g, marginal_error, n_iter = six
+    problems = Problems(arguments)
+    broken = problems.broken
+    # A problem stops before an iteration that it does not count.
+    status = torch.where(n_iter < arguments.max_iter, int(Status.CONVERGED), int(Status.MAX_ITER))
+    status = torch.where(broken | problems.infeasible(), int(Status.INFEASIBLE), status)
+    status = torch.where(problems.empty, int(Status.EMPTY), status)
+    present_a, present_b = arguments.log_a != -math.inf, arguments.log_b != -math.inf
+    return Outputs(
+        value.masked_fill(broken, math.nan),
+        value_linear.masked_fill(broken, math.nan),
+        f.masked_fill(~present_a, 0.0).masked_fill(broken[:, None] & present_a, math.nan),
+        g.masked_fill(~present_b, 0.0).masked_fill(broken[:, None] & present_b, math.nan),
+        marginal_error.masked_fill(broken, math.nan),
+        n_iter.masked_fill(broken, arguments.max_iter),
+        status.to(torch.int32),
+        f.new_zeros(0),
+        f.new_zeros(0),
+        torch.zeros_like(value),
+    )
+
+
+def _plain_gradients(
+    grad_cost: Tensor, grad_value: Tensor, arguments: Arguments, f: Tensor, g: Tensor
+) -> Gradients:
+    """What a kernel gave the cost, completed with the masses."""
+    problems = Problems(arguments)
+    live = problems.live[:, None]
+    f, g = torch.where(live, f, 0.0), torch.where(live, g, 0.0)
+    masses = derivatives.envelope_of_masses(problems, grad_value, f, g)
+    return torch.where(live[:, :, None], grad_cost, 0.0), None, *masses
+
+
+def _triton_supports(arguments: Arguments) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if not cost.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {cost.device.type}; the Triton kernel needs a CUDA device"
-    if cost.dtype != torch.float32:
-        return f"cost is {_name(cost.dtype)}; the Triton kernel computes in float32"
+    x = arguments.x
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {x.device.type}; the Triton kernel needs a CUDA device"
+    if arguments.log_a.dtype != torch.float32:
+        return f"the problem is {_name(arguments.log_a.dtype)}; the kernel computes in float32"
     from optical import kernels
 
-    n, m = cost.shape[1:]
+    if arguments.packed:
+        return "the problems are packed; the kernel reads padded ones"
+    n, m = arguments.log_a.shape[1], arguments.log_b.shape[1]
     if max(n, m) > kernels.MAX_TOKENS:
         limit = kernels.MAX_TOKENS
         return f"cost is {n} x {m}; the register-resident kernel handles up to {limit} x {limit}"
-    return None
+    return _beyond_plain(arguments)
 
 
-def _triton_forward(
-    cost: Tensor, log_a: Tensor, log_b: Tensor, epsilon: Tensor, max_iter: int, tol: float
-) -> Outputs:
+def _triton_forward(arguments: Arguments) -> Outputs:
     from optical import kernels
 
-    return kernels.sinkhorn_forward(cost, log_a, log_b, epsilon, max_iter, tol)
+    p = arguments
+    six = kernels.sinkhorn_forward(p.x, p.log_a, p.log_b, p.epsilon, p.max_iter, p.tol)
+    return _plain_outputs(arguments, *six)
 
 
 def _triton_backward(
-    cost: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    epsilon: Tensor,
-    f: Tensor,
-    g: Tensor,
     grad_value: Tensor,
     grad_value_linear: Tensor,
-) -> Tensor:
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    arguments: Arguments,
+    f: Tensor,
+    g: Tensor,
+    *_: Tensor | bool,
+) -> Gradients:
     from optical import kernels
 
-    return kernels.sinkhorn_backward(
-        cost, log_a, log_b, epsilon, f, g, grad_value, grad_value_linear
+    p = arguments
+    grad_cost = kernels.sinkhorn_backward(
+        p.x, p.log_a, p.log_b, p.epsilon, f, g, grad_value, grad_value_linear
     )
+    return _plain_gradients(grad_cost, grad_value, arguments, f, g)
 
 
-def _cpu_supports(cost: Tensor) -> str | None:
-    if cost.device.type != "cpu":
-        return f"the tensors are on {cost.device.type}; the native library runs on the cpu"
-    if cost.dtype not in (torch.float32, torch.float64):
-        return f"cost is {_name(cost.dtype)}; the native library computes in float32 or float64"
+def _cpu_supports(arguments: Arguments) -> str | None:
+    x, dtype = arguments.x, arguments.log_a.dtype
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device.type}; the native library runs on the cpu"
+    if dtype not in (torch.float32, torch.float64):
+        return f"the problem is {_name(dtype)}; the native library computes in float32 or float64"
     from optical import native
 
-    return native.unavailable_reason()
+    return native.unavailable_reason() or _beyond_plain(arguments)
 
 
-def _cpu_forward(
-    cost: Tensor, log_a: Tensor, log_b: Tensor, epsilon: Tensor, max_iter: int, tol: float
-) -> Outputs:
+def _cpu_forward(arguments: Arguments) -> Outputs:
     from optical import native
 
-    return native.forward(_dense_rows(cost), log_a, log_b, epsilon, max_iter, tol)
+    p = arguments
+    six = native.forward(_dense_rows(p.x), p.log_a, p.log_b, p.epsilon, p.max_iter, p.tol)
+    return _plain_outputs(arguments, *six)
 
 
 def _cpu_backward(
-    cost: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    epsilon: Tensor,
-    f: Tensor,
-    g: Tensor,
     grad_value: Tensor,
     grad_value_linear: Tensor,
-) -> Tensor:
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    arguments: Arguments,
+    f: Tensor,
+    g: Tensor,
+    *_: Tensor | bool,
+) -> Gradients:
     from optical import native
 
-    return native.backward(
-        _dense_rows(cost), log_a, log_b, epsilon, f, g, grad_value, grad_value_linear
+    p = arguments
+    grad_cost = native.backward(
+        _dense_rows(p.x), p.log_a, p.log_b, p.epsilon, f, g, grad_value, grad_value_linear
     )
+    return _plain_gradients(grad_cost, grad_value, arguments, f, g)
 
 
-def _reference_supports(cost: Tensor) -> str | None:
+def _reference_supports(arguments: Arguments) -> str | None:
     return None
 
 
@@ -129,14 +192,32 @@ def _reference_supports(cost: Tensor) -> str | None:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("triton", ("cuda",), _triton_supports, _triton_forward, _triton_backward),
-        Backend("cpu", ("cpu",), _cpu_supports, _cpu_forward, _cpu_backward),
+        Backend(
+            "triton",
+            ("cuda",),
+            True,
+            _triton_supports,
+            _triton_forward,
+            _triton_backward,
+            reference.apply_plan,
+        ),
+        Backend(
+            "cpu",
+            ("cpu",),
+            True,
+            _cpu_supports,
+            _cpu_forward,
+            _cpu_backward,
+            reference.apply_plan,
+        ),
         Backend(
             "reference",
             (),
+            True,
             _reference_supports,
-            reference.sinkhorn,
-            reference.sinkhorn_backward,
+            reference.forward,
+            reference.backward,
+            reference.apply_plan,
         ),
     )
 }
@@ -165,26 +246,26 @@ def _check_known(what: str, name: str) -> None:
         raise ValueError(f"{what} is {name!r}; expected one of {wanted}")
 
 
-def choose(name: str, cost: Tensor) -> Backend:
-    """The backend that serves ``cost``: the one named, or the first of the table for ``"auto"``.
+def choose(name: str, arguments: Arguments) -> Backend:
+    """The backend that serves the problems: the one named, or for ``"auto"`` the first that can.
 
     Raises:
         ValueError: the name is unknown.
-        BackendUnsupported: a backend asked for by name cannot serve the problem.
+        BackendUnsupported: a backend asked for by name cannot serve the problems.
     """
     name = requested(name)
     if name != "auto":
         backend = BACKENDS[name]
-        reason = backend.supports(cost)
+        reason = backend.supports(arguments)
         if reason is not None:
             raise BackendUnsupported(f"backend {name!r} cannot serve this problem: {reason}")
         return backend
 
     refusals: list[str] = []
     for backend in BACKENDS.values():
-        if backend.automatic_on and cost.device.type not in backend.automatic_on:
+        if backend.automatic_on and arguments.x.device.type not in backend.automatic_on:
             continue
-        reason = backend.supports(cost)
+        reason = backend.supports(arguments)
         if reason is None:
             if refusals and not backend.automatic_on:
                 _warn_once("optical runs its plain PyTorch reference: " + "; ".join(refusals))
@@ -193,8 +274,19 @@ def choose(name: str, cost: Tensor) -> Backend:
     raise AssertionError("the reference serves every problem")
 
 
-def explain(cost: Tensor, backend: str = "auto") -> str:
+def explain(
+    cost: Tensor,
+    backend: str = "auto",
+    *,
+    y: Tensor | None = None,
+    kind: str = "given",
+    **options: Any,
+) -> str:
     """Say which backend serves ``cost`` (batch, n, m), and why each other one does or does not.
+
+    For token vectors give x (batch, n, dim) in the place of the cost, y (batch, m, dim) and
+    ``kind="cosine"``, say. ``options`` are fields of ``optical.arguments.Arguments`` by name, such
+    as ``gradient="implicit"`` or ``rho_a=1.0``.
 
     Example:
         >>> import torch
@@ -203,13 +295,15 @@ def explain(cost: Tensor, backend: str = "auto") -> str:
         cost (2, 3, 4) float32 on cpu, backend='reference'
     """
     name = requested(backend)
-    shape = tuple(cost.shape)
-    lines = [f"cost {shape} {_name(cost.dtype)} on {cost.device}, backend={backend!r}"]
+    arguments = example(cost, y, kind, **options)
+    what = "cost" if y is None else f"{kind} cost of x {tuple(cost.shape)} and y"
+    shape = tuple(cost.shape if y is None else y.shape)
+    lines = [f"{what} {shape} {_name(cost.dtype)} on {cost.device}, backend={backend!r}"]
     if name != backend:
         lines[0] += f" ({ENVIRONMENT_VARIABLE}={name})"
     chosen = None
     for candidate in BACKENDS.values():
-        reason = candidate.supports(cost)
+        reason = candidate.supports(arguments)
         if name == "auto":
             eligible = not candidate.automatic_on or cost.device.type in candidate.automatic_on
         else:

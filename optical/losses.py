@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from optical.functional import Gradient, check_options, ot_alignment
+from optical.checks import check_options
+from optical.functional import AlignmentOptions, Cost, ot_alignment
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Reduction = Literal["mean", "sum", "none"]
+
+
+class DistillationOptions(AlignmentOptions, total=False):
+    """The options of ``OTDistillationLoss``."""
+
+    cost: Cost
+    epsilon: float
+    max_iter: int
+    tol: float
 
 
 class OTAlignmentLoss(nn.Module):
@@ -19,7 +32,7 @@ class OTAlignmentLoss(nn.Module):
     A module around ``optical.ot_alignment``, which documents the tensors and the options.
 
     Args:
-        epsilon, max_iter, tol, gradient, backend: see ``optical.ot_alignment``.
+        cost, epsilon, max_iter, tol, **options: see ``optical.ot_alignment``.
         reduction: "mean" over the pairs of the batch (a pair without tokens counts as 0), "sum",
             or "none" for one value per pair.
 
@@ -42,23 +55,27 @@ class OTAlignmentLoss(nn.Module):
     def __init__(
         self,
         *,
+        cost: Cost = "cosine",
         epsilon: float = 0.05,
         max_iter: int = 50,
         tol: float = 0.0,
-        gradient: Gradient = "envelope",
-        backend: str = "auto",
         reduction: Reduction = "mean",
+        **options: Unpack[AlignmentOptions],
     ) -> None:
         super().__init__()
-        check_options(epsilon, max_iter, tol, gradient, backend)
+        check_options(epsilon=epsilon, max_iter=max_iter, tol=tol, cost=cost, **options)
         if reduction not in get_args(Reduction):
             wanted = ", ".join(repr(name) for name in get_args(Reduction))
             raise ValueError(f"reduction is {reduction!r}; expected one of {wanted}")
-        self.epsilon = epsilon
-        self.max_iter = max_iter
-        self.tol = tol
-        self.gradient: Gradient = gradient
-        self.backend = backend
+        self.options: dict[str, Any] = {
+            "cost": cost,
+            "epsilon": epsilon,
+            "max_iter": max_iter,
+            "tol": tol,
+            "gradient": "envelope",
+            "backend": "auto",
+            **options,
+        }
         self.reduction: Reduction = reduction
 
     def forward(
@@ -69,17 +86,7 @@ class OTAlignmentLoss(nn.Module):
         teacher_mask: Tensor | None = None,
     ) -> Tensor:
         """Return the loss: a scalar, or (batch,) with ``reduction="none"``."""
-        distance = ot_alignment(
-            student,
-            teacher,
-            student_mask,
-            teacher_mask,
-            epsilon=self.epsilon,
-            max_iter=self.max_iter,
-            tol=self.tol,
-            gradient=self.gradient,
-            backend=self.backend,
-        )
+        distance = ot_alignment(student, teacher, student_mask, teacher_mask, **self.options)
         if self.reduction == "mean":
             return distance.mean()
         if self.reduction == "sum":
@@ -87,8 +94,8 @@ class OTAlignmentLoss(nn.Module):
         return distance
 
     def extra_repr(self) -> str:
-        names = ("epsilon", "max_iter", "tol", "gradient", "backend", "reduction")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        shown = self.options | {"reduction": self.reduction}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 class OTDistillationLoss(nn.Module):
@@ -105,7 +112,7 @@ class OTDistillationLoss(nn.Module):
         model: the student, a ``MultiVectorEncoder``; the only part that is trained.
         teacher: a ``MultiVectorEncoder`` with vectors of the same size. It is frozen here and stays
             in evaluation mode.
-        epsilon, max_iter, tol, gradient, backend: see ``optical.ot_alignment``.
+        **options: those of ``optical.ot_alignment``: cost, epsilon, max_iter, tol, gradient, ...
 
     Raises:
         ValueError: teacher and student vectors differ in size.
@@ -117,12 +124,7 @@ class OTDistillationLoss(nn.Module):
         self,
         model: nn.Module,
         teacher: nn.Module,
-        *,
-        epsilon: float = 0.05,
-        max_iter: int = 50,
-        tol: float = 0.0,
-        gradient: Gradient = "envelope",
-        backend: str = "auto",
+        **options: Unpack[DistillationOptions],
     ) -> None:
         super().__init__()
         sizes = [_vector_size(module) for module in (model, teacher)]
@@ -133,9 +135,7 @@ class OTDistillationLoss(nn.Module):
             )
         self.model = model
         self.teacher = teacher.requires_grad_(False).eval()
-        self.alignment = OTAlignmentLoss(
-            epsilon=epsilon, max_iter=max_iter, tol=tol, gradient=gradient, backend=backend
-        )
+        self.alignment = OTAlignmentLoss(**options)
 
     def forward(
         self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
@@ -169,8 +169,7 @@ class OTDistillationLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the options, as shown in the model card."""
-        names = ("epsilon", "max_iter", "tol", "gradient", "backend")
-        return {name: getattr(self.alignment, name) for name in names}
+        return dict(self.alignment.options)
 
     @property
     def citation(self) -> str:

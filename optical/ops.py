@@ -1,167 +1,194 @@
-"""The operator as PyTorch sees it: two schemas, their shapes, and one derivative formula.
+"""The operator as PyTorch sees it: three schemas, their shapes, their derivatives, their batching.
 
-This is the only file that talks to ``torch.library``. The backend's name is part of the schema, so
-a compiled graph keeps the choice, and every backend shares the same shape rule and derivative.
+This is the only file that talks to ``torch.library``. The backend's name is part of the schemas, so
+a compiled graph keeps the choice, and every backend shares the same shape rules and derivatives.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optical import backends
-from optical.reference import Outputs
+from optical.arguments import Arguments, Outputs
+from optical.dense import Dense
 
+# The fields of Arguments, in their order.
+_ARGUMENTS = (
+    "Tensor x, Tensor? y, str kind, Tensor? cu_a, Tensor? cu_b, Tensor log_a, Tensor log_b,"
+    " Tensor epsilon, Tensor? f0, Tensor? g0, int max_iter, float tol, float rho_a, float rho_b,"
+    " float omega, int anderson, float anneal_start, float anneal_ratio, str gradient,"
+    " bool low_memory, str backend"
+)
+_COUNT = len(Arguments._fields)
 _library: Any = torch.library.Library("optical", "DEF")  # type: ignore[no-untyped-call]
-_library.define(
-    "sinkhorn(Tensor cost, Tensor log_a, Tensor log_b, Tensor epsilon, int max_iter, float tol,"
-    " str backend) -> (Tensor value, Tensor value_linear, Tensor f, Tensor g,"
-    " Tensor marginal_error, Tensor n_iter)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "sinkhorn_backward(Tensor grad_value, Tensor grad_value_linear, Tensor cost, Tensor log_a,"
-    " Tensor log_b, Tensor epsilon, Tensor f, Tensor g, str backend)"
-    " -> (Tensor grad_cost, Tensor grad_log_a, Tensor grad_log_b)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _schema in (
+    f"sinkhorn({_ARGUMENTS}) -> (Tensor value, Tensor value_linear, Tensor f, Tensor g,"
+    " Tensor marginal_error, Tensor n_iter, Tensor status, Tensor w, Tensor z, Tensor residual)",
+    "sinkhorn_backward(Tensor grad_value, Tensor grad_value_linear, Tensor? grad_f, Tensor? grad_g,"
+    f" {_ARGUMENTS}, Tensor f, Tensor g, Tensor w, Tensor z, Tensor n_iter, bool need_x,"
+    " bool need_y) -> (Tensor grad_x, Tensor grad_y, Tensor grad_log_a, Tensor grad_log_b)",
+    f"apply_plan({_ARGUMENTS}, Tensor f, Tensor g, Tensor v, bool transpose) -> Tensor",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def sinkhorn(
-    cost: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    epsilon: Tensor,
-    max_iter: int,
-    tol: float,
-    backend: str,
-) -> Outputs:
-    """Call the registered operator; the arguments are those of ``optical.reference.sinkhorn``."""
-    outputs: Outputs = torch.ops.optical.sinkhorn.default(
-        cost, log_a, log_b, epsilon, max_iter, tol, backend
-    )
-    return outputs
+def sinkhorn(arguments: Arguments) -> Outputs:
+    """Solve a batch of problems by the registered operator; differentiable as it asks."""
+    return Outputs(*torch.ops.optical.sinkhorn.default(*arguments))
 
 
-def _implementation(name: str, cost: Tensor) -> backends.Backend:
-    chosen = backends.choose(name, cost)
-    # With no entry there is nothing to launch, and no kernel needs to think about it.
-    return chosen if cost.numel() else backends.BACKENDS["reference"]
+def apply_plan(arguments: Arguments, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
+    """The plan times v by the registered operator; only v receives a gradient.
+
+    v is (B, m, k) and the result (B, n, k), packed (M, k) and (N, k); with ``transpose`` the other
+    way round. v has the computing dtype.
+    """
+    product: Tensor = torch.ops.optical.apply_plan.default(*arguments, f, g, v, transpose)
+    return product
 
 
-def _forward(
-    cost: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    epsilon: Tensor,
-    max_iter: int,
-    tol: float,
-    backend: str,
-) -> Outputs:
-    run = _implementation(backend, cost).forward
-    # Backends may rely on dense vectors; only the cost keeps the strides of its caller.
-    value, value_linear, f, g, marginal_error, n_iter = run(
-        cost, log_a.contiguous(), log_b.contiguous(), epsilon.contiguous(), max_iter, tol
-    )
+# ------------------------------------------------------------------------------- implementations
+
+
+def _prepared(values: tuple[Any, ...]) -> tuple[backends.Backend, Arguments]:
+    arguments = Arguments(*values)
+    backend = backends.choose(arguments.backend, arguments)
+    if not (arguments.x.numel() and arguments.log_a.numel() and arguments.log_b.numel()):
+        # With no entry there is nothing to launch, and no kernel needs to think about it.
+        backend = backends.BACKENDS["reference"]
+    # Backends may rely on dense tensors; only a given cost keeps the strides of its caller.
+    dense: list[Any] = [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
+    if arguments.y is None:
+        dense[0] = arguments.x
+    return backend, Arguments(*dense)
+
+
+def _forward(*values: Any) -> tuple[Tensor, ...]:
+    backend, arguments = _prepared(values)
+    with torch.autocast(arguments.x.device.type, enabled=False):
+        if backend.dense:
+            outputs = Dense(arguments).forward(backend.forward)
+        else:
+            outputs = backend.forward(arguments)
     # The fake below promises dense outputs, whatever the strides of the inputs.
-    return (
-        value.contiguous(),
-        value_linear.contiguous(),
-        f.contiguous(),
-        g.contiguous(),
-        marginal_error.contiguous(),
-        n_iter.contiguous(),
-    )
-
-
-def _forward_fake(
-    cost: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    epsilon: Tensor,
-    max_iter: int,
-    tol: float,
-    backend: str,
-) -> Outputs:
-    batch, n, m = cost.shape
-    return (
-        cost.new_empty(batch),
-        cost.new_empty(batch),
-        cost.new_empty(batch, n),
-        cost.new_empty(batch, m),
-        cost.new_empty(batch),
-        cost.new_empty(batch, dtype=torch.int32),
-    )
+    return tuple(x.contiguous() for x in outputs)
 
 
 def _backward(
     grad_value: Tensor,
     grad_value_linear: Tensor,
-    cost: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    epsilon: Tensor,
-    f: Tensor,
-    g: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    run = _implementation(backend, cost).backward
-    grad_cost = run(
-        cost,
-        log_a.contiguous(),
-        log_b.contiguous(),
-        epsilon.contiguous(),
-        f.contiguous(),
-        g.contiguous(),
-        grad_value.contiguous(),
-        grad_value_linear.contiguous(),
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    *values: Any,
+) -> tuple[Tensor, ...]:
+    backend, arguments = _prepared(values[:_COUNT])
+    f, g, w, z, n_iter, need_x, need_y = values[_COUNT:]
+    upstream, saved = (
+        tuple(x if x is None else x.contiguous() for x in tensors)
+        for tensors in ((grad_value, grad_value_linear, grad_f, grad_g), (f, g, w, z, n_iter))
     )
-    return (
-        grad_cost.contiguous(),
-        _marginal_gradient(grad_value, log_a, f),
-        _marginal_gradient(grad_value, log_b, g),
-    )
+    with torch.autocast(arguments.x.device.type, enabled=False):
+        if backend.dense:
+            gradients = Dense(arguments).backward(
+                backend.backward, *upstream, *saved, need_x, need_y
+            )
+        else:
+            gradients = backend.backward(*upstream, arguments, *saved, need_x, need_y)
+    like = arguments.x, arguments.y if arguments.y is not None else arguments.x
+    grads = [
+        grad if grad is not None else source.new_zeros(0)
+        for grad, source in zip(gradients[:2], like, strict=True)
+    ]
+    return tuple(x.contiguous() for x in (*grads, *gradients[2:]))
 
 
-def _marginal_gradient(grad_value: Tensor, log_mass: Tensor, potential: Tensor) -> Tensor:
-    """The potential is the derivative of the value with respect to the mass, so mass * potential
-    is the one with respect to its logarithm; nothing flows to an absent entry."""
-    gradient = grad_value[:, None] * log_mass.exp() * potential
-    return torch.where(log_mass > -math.inf, gradient, 0.0).contiguous()
+def _apply_plan(*values: Any) -> Tensor:
+    backend, arguments = _prepared(values[:_COUNT])
+    f, g, v, transpose = values[_COUNT:]
+    f, g, v = f.contiguous(), g.contiguous(), v.contiguous()
+    with torch.autocast(arguments.x.device.type, enabled=False):
+        if backend.dense:
+            product = Dense(arguments).apply_plan(backend.apply_plan, f, g, v, transpose)
+        else:
+            product = backend.apply_plan(arguments, f, g, v, transpose)
+    return product.contiguous()
 
 
-def _backward_fake(
-    grad_value: Tensor,
-    grad_value_linear: Tensor,
-    cost: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    epsilon: Tensor,
-    f: Tensor,
-    g: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return cost.new_empty(cost.shape), f.new_empty(f.shape), g.new_empty(g.shape)
+# ----------------------------------------------------------------------------------------- shapes
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    cost, log_a, log_b, epsilon, _max_iter, _tol, backend = inputs
-    _value, _value_linear, f, g, marginal_error, n_iter = output
-    ctx.save_for_backward(cost, log_a, log_b, epsilon, f, g)
-    ctx.mark_non_differentiable(f, g, marginal_error, n_iter)
-    ctx.backend = backend
+def _forward_fake(*values: Any) -> tuple[Tensor, ...]:
+    p = Arguments(*values)
+    per_problem = [p.epsilon.new_empty(p.epsilon.shape) for _ in range(4)]
+    counts = [p.epsilon.new_empty(p.epsilon.shape, dtype=torch.int32) for _ in range(2)]
+    f, g = p.log_a.new_empty(p.log_a.shape), p.log_b.new_empty(p.log_b.shape)
+    implicit = p.gradient == "implicit"
+    w = p.log_a.new_empty(p.log_a.shape if implicit else 0)
+    z = p.log_b.new_empty(p.log_b.shape if implicit else 0)
+    value, value_linear, marginal_error, residual = per_problem
+    return value, value_linear, f, g, marginal_error, *counts, w, z, residual
+
+
+def _backward_fake(*values: Any) -> tuple[Tensor, ...]:
+    p = Arguments(*values[4 : 4 + _COUNT])
+    need_x, need_y = values[-2:]
+    y = p.x if p.y is None else p.y
+    grad_x = p.x.new_empty(p.x.shape if need_x else 0)
+    grad_y = y.new_empty(y.shape if need_y else 0)
+    return grad_x, grad_y, p.log_a.new_empty(p.log_a.shape), p.log_b.new_empty(p.log_b.shape)
+
+
+def _apply_plan_fake(*values: Any) -> Tensor:
+    p, (_f, _g, v, transpose) = Arguments(*values[:_COUNT]), values[_COUNT:]
+    lines = p.log_b if transpose else p.log_a
+    product: Tensor = v.new_empty(*lines.shape, v.shape[-1])
+    return product
+
+
+# ------------------------------------------------------------------------------------- derivatives
+
+
+def _keep(ctx: Any, values: tuple[Any, ...], *outputs: Tensor) -> None:
+    """Save the fields of Arguments, of which only tensors may be saved as such, and outputs."""
+    ctx.places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    ctx.others = [None if isinstance(value, Tensor) else value for value in values]
+    ctx.save_for_backward(*(values[i] for i in ctx.places), *outputs)
+
+
+def _kept(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    values, count = list(ctx.others), len(ctx.places)
+    for place, tensor in zip(ctx.places, ctx.saved_tensors[:count], strict=True):
+        values[place] = tensor
+    return values, ctx.saved_tensors[count:]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    outputs = Outputs(*output)
+    _keep(ctx, inputs, outputs.f, outputs.g, outputs.w, outputs.z, outputs.n_iter)
+    ctx.unrolled = Arguments(*inputs).gradient == "unroll"
+    ctx.mark_non_differentiable(*(outputs[4:] if ctx.unrolled else outputs[2:]))
 
 
 def _derivative(
-    ctx: Any, grad_value: Tensor, grad_value_linear: Tensor, *_unused: Tensor | None
+    ctx: Any,
+    grad_value: Tensor,
+    grad_value_linear: Tensor,
+    grad_f: Tensor,
+    grad_g: Tensor,
+    *_unused: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    grad_cost, grad_log_a, grad_log_b = torch.ops.optical.sinkhorn_backward.default(
-        grad_value, grad_value_linear, *ctx.saved_tensors, ctx.backend
+    values, outputs = _kept(ctx)
+    need_x, need_y = ctx.needs_input_grad[:2]
+    potentials = (grad_f, grad_g) if ctx.unrolled else (None, None)
+    grad_x, grad_y, grad_log_a, grad_log_b = torch.ops.optical.sinkhorn_backward.default(
+        grad_value, grad_value_linear, *potentials, *values, *outputs, need_x, need_y
     )
-    return grad_cost, grad_log_a, grad_log_b, None, None, None, None
+    gradients: dict[str, Tensor | None] = {"log_a": grad_log_a, "log_b": grad_log_b}
+    gradients["x"], gradients["y"] = grad_x if need_x else None, grad_y if need_y else None
+    return tuple(gradients.get(name) for name in Arguments._fields)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -170,16 +197,72 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _no_second_derivative(ctx: Any, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     raise RuntimeError(
-        "optical.sinkhorn has no second derivative with gradient='envelope'; "
-        "use gradient='unroll', which differentiates the plain PyTorch iterations"
+        "optical.sinkhorn has no second derivative; differentiate optical.reference.sinkhorn, "
+        "which is plain PyTorch, with autograd instead"
     )
+
+
+def _save_for_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    f, g, _v, ctx.transpose = inputs[_COUNT:]
+    _keep(ctx, inputs[:_COUNT], f, g)
+
+
+def _derivative_of_product(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, (f, g) = _kept(ctx)
+    grad_v = apply_plan(Arguments(*values), f, g, grad, not ctx.transpose)
+    return *[None] * (_COUNT + 2), grad_v, None
+
+
+# ----------------------------------------------------------------------------------------- batching
+
+
+def _flattened(size: int, values: tuple[Any, ...], dims: tuple[Any, ...]) -> list[Any]:
+    """Every tensor with the mapped dimension put into its first one, the problems."""
+    flat = []
+    for value, dim in zip(values, dims, strict=True):
+        if isinstance(value, Tensor):
+            value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+            value = value.flatten(0, 1)
+        flat.append(value)
+    return flat
+
+
+def _batched(op: Any, first: int) -> Any:
+    """The vmap rule of an operator whose Arguments begin at position ``first``."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *values: Any) -> tuple[Any, Any]:
+        if Arguments(*values[first : first + _COUNT]).packed:
+            raise NotImplementedError(
+                "vmap over packed problems is not possible: give cu_seqlens of all of them instead"
+            )
+        size = info.batch_size
+        results = op(*_flattened(size, values, in_dims))
+        single = isinstance(results, Tensor)
+        # What was not asked for has shape (0,) and no problems to separate.
+        separate = [
+            (x, None) if x.dim() == 1 and not len(x) else (x.unflatten(0, (size, -1)), 0)
+            for x in ([results] if single else results)
+        ]
+        outputs, dims = zip(*separate, strict=True)
+        return (outputs[0], dims[0]) if single else (outputs, dims)
+
+    return rule
 
 
 _library.impl("sinkhorn", _forward, "CompositeExplicitAutograd")
 _library.impl("sinkhorn_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("optical::sinkhorn", _forward_fake, lib=_library)
-torch.library.register_fake("optical::sinkhorn_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("optical::sinkhorn", _derivative, setup_context=_save, lib=_library)
-torch.library.register_autograd(
-    "optical::sinkhorn_backward", _no_second_derivative, setup_context=_save_nothing, lib=_library
-)
+_library.impl("apply_plan", _apply_plan, "CompositeExplicitAutograd")
+for _name, _fake, _setup, _formula, _first in (
+    ("sinkhorn", _forward_fake, _save, _derivative, 0),
+    ("sinkhorn_backward", _backward_fake, _save_nothing, _no_second_derivative, 4),
+    ("apply_plan", _apply_plan_fake, _save_for_product, _derivative_of_product, 0),
+):
+    torch.library.register_fake(f"optical::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(
+        f"optical::{_name}", _formula, setup_context=_setup, lib=_library
+    )
+    torch.library.register_vmap(
+        f"optical::{_name}",
+        _batched(getattr(torch.ops.optical, _name).default, _first),
+        lib=_library,
+    )

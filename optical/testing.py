@@ -10,54 +10,119 @@ where truth is the float64 reference run for the same number of iterations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optical import ops
+from optical.arguments import GRADIENTS, Arguments
+from optical.dense import Dense
 
 # A change of this table is a decision about the project, never a way to make one test pass.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-FIELDS = ("value", "value_linear", "f", "g", "marginal_error", "n_iter")
+# The L1 error at which runs that are compared at convergence stop: what the dtype can reach.
+CONVERGED = {torch.float64: 1e-13, torch.float32: 3e-6}
+FIELDS = ("value", "value_linear", "f", "g", "marginal_error", "n_iter", "status")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A batch of transport problems in float64, and how far to iterate."""
+    """A batch of transport problems in float64: a name and the fields of ``Arguments``.
+
+    ``x`` is a cost (B, n, m), or with ``y`` and another ``kind`` the vectors of the rows. With
+    ``converged``, implementations may take different ways and are compared where they stop.
+    """
 
     name: str
-    cost: Tensor
+    x: Tensor
     log_a: Tensor
     log_b: Tensor
     epsilon: Tensor
     max_iter: int = 20
     tol: float = 0.0
+    y: Tensor | None = None
+    kind: str = "given"
+    cu_a: Tensor | None = None
+    cu_b: Tensor | None = None
+    f0: Tensor | None = None
+    g0: Tensor | None = None
+    rho_a: float = math.inf
+    rho_b: float = math.inf
+    omega: float = 1.0
+    anderson: int = 0
+    anneal_start: float = 0.0
+    anneal_ratio: float = 0.5
+    low_memory: bool = False
+    converged: bool = False
+
+    def arguments(self, gradient: str = "envelope", backend: str = "auto") -> Arguments:
+        own = {name: getattr(self, name) for name in Arguments._fields if hasattr(self, name)}
+        return Arguments(**own, gradient=gradient, backend=backend)
+
+    @property
+    def cost(self) -> Tensor:
+        """(B, n, m), built and padded where the problem has vectors."""
+        return Dense(self.arguments()).given.x
 
     @property
     def scale(self) -> float:
         """The size of a cost, against which errors of values and potentials are measured."""
-        present = (self.log_a > -math.inf)[:, :, None] & (self.log_b > -math.inf)[:, None, :]
-        readable = self.cost[present & self.cost.isfinite()]
+        p = Dense(self.arguments()).given
+        present = (p.log_a > -math.inf)[:, :, None] & (p.log_b > -math.inf)[:, None, :]
+        readable = p.x[present & p.x.isfinite()]
         largest = [x.abs().max().item() for x in (readable, self.epsilon) if x.numel()]
         return max(largest, default=1.0)
 
-    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Problem:
-        """The same problem as an implementation of that dtype and device receives it."""
-        names = ("cost", "log_a", "log_b", "epsilon")
-        return replace(self, **{name: getattr(self, name).to(device, dtype) for name in names})
+    def to(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        vectors: torch.dtype | None = None,
+    ) -> Problem:
+        """The same problem as an implementation of that dtype and device receives it.
+
+        ``vectors`` is the dtype of x and y where they are vectors, if another.
+        """
+        moved = {}
+        for name in ("x", "y", "log_a", "log_b", "epsilon", "f0", "g0", "cu_a", "cu_b"):
+            value = getattr(self, name)
+            if value is not None:
+                wanted = dtype if value.is_floating_point() else value.dtype
+                if name in ("x", "y") and self.kind != "given":
+                    wanted = vectors or dtype
+                moved[name] = value.to(device, wanted)
+        return replace(self, **moved)
+
+    def one(self, index: int) -> Problem:
+        """Problem ``index`` alone, as a batch of one."""
+        rows = columns = slice(index, index + 1)
+        changes: dict[str, Any] = {"epsilon": self.epsilon[rows]}
+        if self.cu_a is not None and self.cu_b is not None:
+            rows = slice(int(self.cu_a[index]), int(self.cu_a[index + 1]))
+            columns = slice(int(self.cu_b[index]), int(self.cu_b[index + 1]))
+            changes["cu_a"] = self.cu_a[index : index + 2] - self.cu_a[index]
+            changes["cu_b"] = self.cu_b[index : index + 2] - self.cu_b[index]
+        for name, part in (("x", rows), ("log_a", rows), ("f0", rows)):
+            changes[name] = None if getattr(self, name) is None else getattr(self, name)[part]
+        for name, part in (("y", columns), ("log_b", columns), ("g0", columns)):
+            changes[name] = None if getattr(self, name) is None else getattr(self, name)[part]
+        return replace(self, name=f"{self.name}[{index}]", **changes)
 
     def without_padding(self, index: int) -> Problem:
         """Problem ``index`` alone, as a batch of one from which absent entries were cut."""
-        rows, columns = self.log_a[index] > -math.inf, self.log_b[index] > -math.inf
+        p = self.one(index)
+        rows, columns = p.log_a[0] > -math.inf, p.log_b[0] > -math.inf
         return replace(
-            self,
-            name=f"{self.name}[{index}]",
-            cost=self.cost[index, rows][:, columns][None],
-            log_a=self.log_a[index, rows][None],
-            log_b=self.log_b[index, columns][None],
-            epsilon=self.epsilon[index : index + 1],
+            p,
+            x=p.x[:, rows] if p.y is not None else p.x[:, rows][:, :, columns],
+            y=None if p.y is None else p.y[:, columns],
+            log_a=p.log_a[:, rows],
+            log_b=p.log_b[:, columns],
+            f0=None if p.f0 is None else p.f0[:, rows],
+            g0=None if p.g0 is None else p.g0[:, columns],
         )
 
 
@@ -88,8 +153,60 @@ def random_problem(
     return Problem(name, cost, log_a, log_b, temperature, max_iter)
 
 
+def random_clouds(
+    name: str,
+    kind: str,
+    *,
+    batch: int = 3,
+    n: int = 9,
+    m: int = 12,
+    dim: int = 8,
+    epsilon: float = 0.1,
+    rows: list[int] | None = None,
+    columns: list[int] | None = None,
+    max_iter: int = 20,
+    seed: int = 0,
+) -> Problem:
+    """Normal random vectors, exact in every floating type, with uniform marginals."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, n, dim, generator=generator).bfloat16().double()
+    y = torch.randn(batch, m, dim, generator=generator).bfloat16().double()
+    temperature = torch.full((batch,), epsilon, dtype=torch.float64)
+    log_a, log_b = uniform(batch, n, rows), uniform(batch, m, columns)
+    return Problem(name, x, log_a, log_b, temperature, max_iter, y=y, kind=kind)
+
+
+def packed(problem: Problem) -> Problem:
+    """The same problems behind one another, without padding."""
+
+    def ends(present: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(1, dtype=torch.int64), present.sum(1).cumsum(0)])
+
+    rows, columns = problem.log_a > -math.inf, problem.log_b > -math.inf
+    assert problem.y is not None, "only vectors can be packed"
+    return replace(
+        problem,
+        name=f"{problem.name}_packed",
+        x=problem.x[rows],
+        y=problem.y[columns],
+        cu_a=ends(rows),
+        cu_b=ends(columns),
+        log_a=problem.log_a[rows],
+        log_b=problem.log_b[columns],
+        f0=None if problem.f0 is None else problem.f0[rows],
+        g0=None if problem.g0 is None else problem.g0[columns],
+    )
+
+
 def problems() -> Iterator[Problem]:
-    """Every named problem: shapes, ragged batches, degenerate ones, hard ones."""
+    """Every named problem."""
+    yield from plain_problems()
+    yield from option_problems()
+    yield from vector_problems()
+
+
+def plain_problems() -> Iterator[Problem]:
+    """Given costs without options: shapes, ragged batches, degenerate ones, hard ones."""
     yield random_problem("1x1", 2, 1, 1)
     yield random_problem("1x9", 2, 1, 9)
     yield random_problem("9x1", 2, 9, 1)
@@ -109,10 +226,10 @@ def problems() -> Iterator[Problem]:
     yield random_problem("one_iteration", 2, 7, 5, max_iter=1)
 
     base = random_problem("", 3, 13, 10, seed=1)
-    yield replace(base, name="equal_costs", cost=torch.full_like(base.cost, 0.5))
-    yield replace(base, name="large_costs", cost=1e3 * base.cost, epsilon=100 * base.epsilon)
-    yield replace(base, name="negative_costs", cost=base.cost - 2)
-    yield replace(base, name="transposed_strides", cost=base.cost.mT.contiguous().mT)
+    yield replace(base, name="equal_costs", x=torch.full_like(base.x, 0.5))
+    yield replace(base, name="large_costs", x=1e3 * base.x, epsilon=100 * base.epsilon)
+    yield replace(base, name="negative_costs", x=base.x - 2)
+    yield replace(base, name="transposed_strides", x=base.x.mT.contiguous().mT)
     yield replace(base, name="epsilon_per_problem", epsilon=torch.tensor([1.0, 0.1, 0.01]).double())
     generator = torch.Generator().manual_seed(2)
     log_a = torch.randn(3, 13, generator=generator, dtype=torch.float64).mul(3).log_softmax(1)
@@ -120,30 +237,128 @@ def problems() -> Iterator[Problem]:
     yield replace(base, name="marginals", log_a=log_a, log_b=log_b)
     yield replace(base, name="unequal_mass", log_a=log_a + math.log(2), log_b=log_b, max_iter=5)
     yield replace(base, name="tiny_mass", log_a=log_a.sub(log_a.min()).neg().mul(8).log_softmax(1))
+    light = log_a.clone()
+    light[:, ::3] = math.log(1e-30)
+    yield replace(base, name="mass_1e-30", log_a=light.log_softmax(1))
     forbidden = torch.rand(3, 13, 10, generator=generator) < 0.3
     forbidden[:, range(10), range(10)] = False
-    yield replace(base, name="forbidden_pairs", cost=base.cost.masked_fill(forbidden, math.inf))
+    yield replace(base, name="forbidden_pairs", x=base.x.masked_fill(forbidden, math.inf))
     forbidden[0, 4, :] = True
     forbidden[1, :, 3] = True
     forbidden[2] = True
-    yield replace(base, name="forbidden_lines", cost=base.cost.masked_fill(forbidden, math.inf))
+    yield replace(base, name="forbidden_lines", x=base.x.masked_fill(forbidden, math.inf))
     yield poisoned(
         random_problem("nan_padding", 4, 9, 11, rows=[9, 3, 0, 5], columns=[2, 11, 4, 8])
     )
     # Two far clusters whose masses differ: the potentials move far before the plan settles.
     blocks = (torch.arange(16)[:, None] < 8) ^ (torch.arange(16)[None, :] < 4)
     clusters = random_problem("clusters", 2, 16, 16, epsilon=0.02, max_iter=60, seed=3)
-    yield replace(clusters, cost=0.1 * clusters.cost + 2 * blocks)
+    yield replace(clusters, x=0.1 * clusters.x + 2 * blocks)
+
+
+def option_problems() -> Iterator[Problem]:
+    """Given costs with every option, alone and together."""
+    base = random_problem("", 3, 11, 14, rows=[11, 6, 9], columns=[14, 14, 5], seed=4)
+    generator = torch.Generator().manual_seed(5)
+    f0 = torch.randn(3, 11, generator=generator, dtype=torch.float64)
+    g0 = torch.randn(3, 14, generator=generator, dtype=torch.float64)
+    # What stands at absent lines is not read.
+    g0[:, -1] = torch.where(base.log_b[:, -1] > -math.inf, g0[:, -1], math.nan)
+    forbidden = base.x.clone()
+    forbidden[0, 2], forbidden[1, :, 3], forbidden[2, 1, 1] = math.inf, math.inf, math.inf
+    heavy = replace(base, log_a=base.log_a + 0.7, log_b=base.log_b - 0.4)
+    yield replace(base, name="init", f0=f0, g0=g0)
+    yield replace(base, name="init_no_iteration", f0=f0, g0=g0, max_iter=0)
+    yield replace(base, name="rho", rho_a=0.5, rho_b=0.5)
+    yield replace(heavy, name="rho_of_each_side", rho_a=0.3, rho_b=2.0)
+    yield replace(heavy, name="rho_of_rows", rho_a=0.3)
+    yield replace(heavy, name="rho_of_columns", rho_b=1.0)
+    yield replace(heavy, name="rho_weak", rho_a=0.01, rho_b=0.02)
+    yield replace(base, name="rho_strong", rho_a=1e3, rho_b=1e3, max_iter=60)
+    yield replace(heavy, name="rho_forbidden_lines", rho_a=0.5, rho_b=0.5, x=forbidden)
+    yield replace(
+        heavy, name="rho_large_costs", rho_a=50.0, x=1e3 * base.x, epsilon=base.epsilon * 100
+    )
+    yield replace(base, name="omega", omega=1.5)
+    yield replace(heavy, name="omega_below_one", omega=0.6, rho_b=0.4)
+    yield replace(base, name="omega_1.8_forbidden", omega=1.8, x=forbidden)
+    yield replace(base, name="anneal", anneal_start=5.0, anneal_ratio=0.5)
+    yield replace(base, name="anneal_unfinished", anneal_start=1e3, anneal_ratio=0.9)
+    per_problem = torch.tensor([2.0, 0.1, 0.02], dtype=torch.float64)
+    everything = replace(heavy, epsilon=per_problem, f0=f0, g0=g0, rho_a=0.7, x=forbidden)
+    everything = replace(everything, omega=1.3, anneal_start=1.0, anneal_ratio=0.6)
+    yield replace(everything, name="everything")
+    stopping: dict[str, Any] = {"tol": CONVERGED[torch.float64], "max_iter": 300}
+    stopping["converged"] = True
+    hard = random_problem("", 3, 12, 15, epsilon=0.03, rows=[12, 12, 5], seed=6)
+    for memory in (1, 5, 16):
+        yield replace(hard, name=f"anderson_{memory}", anderson=memory, **stopping)
+    yield replace(hard, name="anderson_rho", anderson=6, rho_a=0.5, rho_b=1.0, **stopping)
+    yield replace(hard, name="anderson_anneal", anderson=6, anneal_start=1.0, **stopping)
+
+
+def vector_problems() -> Iterator[Problem]:
+    """Token vectors of each kind, padded and packed, ordinary and hard."""
+    lengths: dict[str, Any] = {"batch": 4, "rows": [9, 3, 0, 5], "columns": [2, 12, 4, 7]}
+    for kind in ("cosine", "sqeuclidean", "dot"):
+        epsilon = 0.1 if kind == "cosine" else 2.0
+        yield random_clouds(f"{kind}_1x1", kind, n=1, m=1, epsilon=epsilon)
+        yield random_clouds(f"{kind}_1x5", kind, n=1, m=5, dim=1, epsilon=epsilon)
+        yield random_clouds(f"{kind}_6x1", kind, n=6, m=1, dim=3, epsilon=epsilon)
+        yield random_clouds(f"{kind}_33x31", kind, n=33, m=31, dim=65, epsilon=4 * epsilon, seed=1)
+        ragged = random_clouds(f"{kind}_ragged", kind, epsilon=epsilon, seed=2, **lengths)
+        yield poisoned(ragged)
+        yield packed(ragged)
+        yield replace(packed(ragged), name=f"{kind}_packed_rho", rho_a=0.5, rho_b=math.inf)
+        yield replace(ragged, name=f"{kind}_low_memory", low_memory=True)
+    clouds = random_clouds("", "cosine", n=10, m=10, dim=16, seed=3)
+    x, y = clouds.x, clouds.y
+    assert y is not None
+    zero = x.clone()
+    zero[0, 3] = zero[1, 0] = zero[2] = 0
+    yield replace(clouds, name="zero_vectors", x=zero)
+    twins = x.clone()
+    twins[:, 1], twins[:, 2] = x[:, 0], -x[:, 0]
+    yield replace(clouds, name="duplicate_points", x=twins, y=twins.clone())
+    yield replace(
+        clouds, name="duplicates_sqeuclidean", x=twins, y=twins.clone(), kind="sqeuclidean"
+    )
+    sign = torch.where(torch.arange(10) < 5, 1.0, -1.0).double()[:, None]
+    axis = x[:, :1] + 0.05 * torch.randn(3, 10, 16, generator=torch.Generator().manual_seed(4))
+    yield replace(
+        clouds,
+        name="antipodal_clusters",
+        x=sign * axis,
+        y=-sign * axis.flip(1),
+        epsilon=clouds.epsilon / 2,
+    )
+    yield replace(clouds, name="cosine_epsilon_0.001", epsilon=clouds.epsilon / 100, max_iter=50)
+    sizes = torch.logspace(-18, 18, 10, dtype=torch.float64)[:, None]
+    yield replace(clouds, name="norms_1e-18_to_1e18", x=x * sizes, y=y / sizes)
+    far = replace(clouds, kind="sqeuclidean", epsilon=clouds.epsilon * 100)
+    yield replace(far, name="far_from_the_origin", x=x + 4096, y=y + 4096)
+    yield replace(far, name="vectors_x1e3", x=1e3 * x, y=1e3 * y, epsilon=1e6 * far.epsilon)
+    generator = torch.Generator().manual_seed(7)
+    log_a = torch.randn(3, 10, generator=generator, dtype=torch.float64).mul(3).log_softmax(1)
+    everything = replace(clouds, log_a=log_a, f0=log_a, g0=-log_a, rho_b=0.4, omega=1.2)
+    yield replace(everything, name="cosine_all", anneal_start=0.5, anneal_ratio=0.7)
+    converged = replace(packed(clouds), tol=CONVERGED[torch.float64], max_iter=300, converged=True)
+    yield replace(converged, name="packed_anderson", anderson=5)
 
 
 def poisoned(problem: Problem) -> Problem:
     """The same problem with NaN and infinities wherever a row or a column is absent."""
-    absent = (problem.log_a == -math.inf)[:, :, None] | (problem.log_b == -math.inf)[:, None, :]
-    poison = torch.tensor([math.nan, math.inf, -math.inf, 1e30], dtype=problem.cost.dtype)
-    pattern = poison.to(problem.cost.device)[torch.arange(problem.cost[0].numel()) % 4]
-    return replace(
-        problem, cost=torch.where(absent, pattern.view_as(problem.cost[0]), problem.cost)
-    )
+    absent_a, absent_b = problem.log_a == -math.inf, problem.log_b == -math.inf
+    if problem.y is None:
+        return replace(problem, x=_poison(problem.x, absent_a[:, :, None] | absent_b[:, None, :]))
+    x, y = _poison(problem.x, absent_a[..., None]), _poison(problem.y, absent_b[..., None])
+    return replace(problem, x=x, y=y)
+
+
+def _poison(values: Tensor, where: Tensor) -> Tensor:
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 1e30], dtype=values.dtype)
+    pattern = bad.to(values.device)[torch.arange(values[0].numel()) % 4].view_as(values[0])
+    return torch.where(where, pattern, values)
 
 
 def assert_close_to_truth(
@@ -177,45 +392,95 @@ def assert_close_to_truth(
 
 
 def assert_backend_correct(
-    backend: str, problem: Problem, dtype: torch.dtype, device: torch.device | str = "cpu"
+    backend: str,
+    problem: Problem,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    gradients: Sequence[str] = GRADIENTS,
+    vectors: torch.dtype | None = None,
 ) -> None:
-    """Run forward and backward on ``problem`` and apply the tolerance rule to every output."""
-    given = problem.to(dtype, device)
-    truth = solve("reference", given.to(torch.float64, "cpu"))
-    same_dtype = solve("reference", given)
-    out = solve(backend, given)
-    if not torch.equal(out["n_iter"].cpu(), truth["n_iter"]):
-        raise AssertionError(f"{problem.name}: n_iter {out['n_iter']}; expected {truth['n_iter']}")
-    mass = max(1.0, given.log_a.exp().sum(1).max().item() if given.cost.numel() else 1.0)
-    scales = {"marginal_error": mass, "grad_cost": mass, "n_iter": 1.0}
-    for field, expected in truth.items():
-        scale = scales.get(field, problem.scale)
-        assert_close_to_truth(
-            out[field].cpu(),
-            expected,
-            same_dtype[field].cpu(),
-            dtype=dtype,
-            scale=scale,
-            name=f"{backend} {problem.name} {field}",
-        )
-    absent = (given.log_a == -math.inf)[:, :, None] | (given.log_b == -math.inf)[:, None, :]
-    if out["grad_cost"][absent].any():
-        raise AssertionError(f"{problem.name}: gradient of absent entries is not exactly 0")
+    """Run ``problem`` forward and backward and apply the tolerance rule to every output.
+
+    Args:
+        backend: the implementation.
+        problem: what it solves.
+        dtype: what it computes in.
+        device: where.
+        gradients: the modes to run; "unroll" is left out under Anderson, which has none.
+        vectors: the dtype of token vectors, if another.
+    """
+    given = problem.to(dtype, device, vectors)
+    exact = given.to(torch.float64, "cpu")
+    skipped = {"residual"}
+    if problem.converged:
+        given = replace(given, tol=CONVERGED[dtype])
+        skipped.add("n_iter")
+        if problem.rho_a == problem.rho_b == math.inf:
+            # Then (f + t, g - t) is a solution for every t, and each way ends at its own.
+            skipped |= {"f", "g", "grad_log_a", "grad_log_b"}
+    mass = max(1.0, *(_mass(log_mass) for log_mass in (exact.log_a, exact.log_b)))
+    for gradient in gradients:
+        if gradient == "unroll" and problem.anderson:
+            continue
+        truth = solve("reference", exact, gradient)
+        same_dtype = solve("reference", given, gradient)
+        out = solve(backend, given, gradient)
+        label = f"{backend} {problem.name} {gradient}"
+        for field in {"status", "n_iter"} - skipped:
+            if not torch.equal(out[field].cpu(), truth[field]):
+                raise AssertionError(f"{label} {field}: {out[field]}; expected {truth[field]}")
+        for field, expected in truth.items():
+            if field in skipped:
+                continue
+            scale = mass if field in ("marginal_error", "grad_x") else exact.scale
+            if field.startswith("grad") and expected.numel():
+                scale = max(scale, expected.abs().max().item())
+            assert_close_to_truth(
+                out[field].cpu(),
+                expected,
+                same_dtype[field].cpu(),
+                dtype=dtype,
+                scale=scale,
+                name=f"{label} {field}",
+            )
+        _assert_absent_gradients_are_zero(given, out, label)
 
 
-def solve(backend: str, problem: Problem) -> dict[str, Tensor]:
+def _mass(log_mass: Tensor) -> float:
+    total = log_mass.exp().sum(-1)
+    return total.max().item() if total.numel() else 1.0
+
+
+def _assert_absent_gradients_are_zero(problem: Problem, out: dict[str, Tensor], label: str) -> None:
+    rows, columns = problem.log_a == -math.inf, problem.log_b == -math.inf
+    absent = {"grad_log_a": rows, "grad_log_b": columns, "grad_x": rows, "grad_y": columns}
+    if problem.y is None:
+        absent["grad_x"] = rows[:, :, None] | columns[:, None, :]
+    for field, where in absent.items():
+        if field in out and out[field][where].any():
+            raise AssertionError(f"{label}: {field} of absent entries is not exactly 0")
+
+
+def solve(backend: str, problem: Problem, gradient: str = "envelope") -> dict[str, Tensor]:
     """All outputs and gradients of the registered operator, under fixed upstream gradients."""
-    inputs = [x.detach().requires_grad_() for x in (problem.cost, problem.log_a, problem.log_b)]
-    cost, log_a, log_b = inputs
-    outputs = ops.sinkhorn(
-        cost, log_a, log_b, problem.epsilon, problem.max_iter, problem.tol, backend
+    arguments = problem.arguments(gradient, backend)
+    names = [name for name in ("x", "y", "log_a", "log_b") if getattr(arguments, name) is not None]
+    inputs = {name: getattr(arguments, name).detach().requires_grad_() for name in names}
+    outputs = ops.sinkhorn(arguments._replace(**inputs))
+    upstream = torch.linspace(0, 1, len(outputs.value)).to(outputs.value)
+    differentiated = {"value": upstream, "value_linear": 1 - 3 * upstream}
+    if gradient == "unroll":
+        for name in ("f", "g"):
+            potential = getattr(outputs, name)
+            wave = torch.arange(potential.numel(), device=potential.device).to(potential).sin()
+            differentiated[name] = wave.view_as(potential)
+    gradients = torch.autograd.grad(
+        [getattr(outputs, name) for name in differentiated],
+        list(inputs.values()),
+        list(differentiated.values()),
     )
-    value, value_linear = outputs[:2]
-    upstream = torch.linspace(0, 1, len(value), dtype=value.dtype, device=value.device)
-    gradients = torch.autograd.grad([value, value_linear], inputs, [upstream, 1 - 3 * upstream])
-    results = dict(zip(FIELDS, (x.detach() for x in outputs), strict=True))
-    names = ("grad_cost", "grad_log_a", "grad_log_b")
-    return results | dict(zip(names, gradients, strict=True))
+    results = {name: getattr(outputs, name).detach() for name in (*FIELDS, "residual")}
+    return results | {f"grad_{name}": grad for name, grad in zip(names, gradients, strict=True)}
 
 
 __all__ = [
@@ -224,9 +489,14 @@ __all__ = [
     "Problem",
     "assert_backend_correct",
     "assert_close_to_truth",
+    "option_problems",
+    "packed",
+    "plain_problems",
     "poisoned",
     "problems",
+    "random_clouds",
     "random_problem",
     "solve",
     "uniform",
+    "vector_problems",
 ]

@@ -35,10 +35,10 @@ from sentence_transformers.multi_vector_encoder.losses import (
 from transformers import AutoTokenizer, PrinterCallback, set_seed
 
 from optical.bitext import pairs_dataset, read_pairs
+from optical.checks import check_options
 from optical.codeswitch import CodeSwitcher, read_lexicon
 from optical.encoder import frequent_tokens, load_retriever
 from optical.files import writable_folder, write_text
-from optical.functional import check_options
 from optical.losses import OTDistillationLoss
 from optical.provenance import environment
 from optical.training_pairs import read_training_pairs
@@ -155,7 +155,9 @@ class DistillOptions:
     tol: float = field(
         default=0.0, metadata={"help": "Stop a pair at this L1 marginal error (0: run max_iter)."}
     )
-    gradient: str = field(default="envelope", metadata={"help": "envelope (OPTICAL) or unroll."})
+    gradient: str = field(
+        default="envelope", metadata={"help": "envelope (OPTICAL), implicit or unroll."}
+    )
     backend: str = field(default="auto", metadata={"help": "Sinkhorn backend; see `optical info`."})
     max_pairs: int | None = field(
         default=None, metadata={"help": "Use the first so many pairs of each file."}
@@ -178,7 +180,13 @@ class DistillOptions:
             raise ValueError("bitext: none given; expected at least one file")
         if self.max_pairs is not None and self.max_pairs < 1:
             raise ValueError(f"max_pairs: {self.max_pairs}, expected 1 or more")
-        check_options(self.epsilon, self.max_iter, self.tol, self.gradient, self.backend)
+        check_options(
+            epsilon=self.epsilon,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            gradient=self.gradient,
+            backend=self.backend,
+        )
 
 
 def _required(name: str, value: str) -> None:

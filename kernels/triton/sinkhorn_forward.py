@@ -23,7 +23,6 @@ import torch
 
 import triton
 import triton.language as tl
-from optical.reference import Outputs
 
 MAX_TOKENS = 128
 
@@ -196,7 +195,7 @@ def sinkhorn_forward(
     epsilon: torch.Tensor,
     max_iter: int,
     tol: float,
-) -> Outputs:
+) -> tuple[torch.Tensor, ...]:
     """Launch one program per problem.
 
     cost: (B, n, m) float32 of any strides, n and m at most ``MAX_TOKENS``, B, n, m > 0; log_a
