@@ -64,12 +64,13 @@ def adjoint(p: Problems, coupling: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scaled = by_row[:, :, None] * coupling * by_column[:, None, :]
     system = (by_column > 0).to(scaled).diag_embed() - scaled.mT @ scaled
     right = by_column * moved.sum(1) - _times(scaled.mT, by_row * moved.sum(2))
-    # What overflowed has no solution; the solver must not see it.
+    # What overflowed has no solution, and of subnormal numbers LAPACK makes NaN.
     solvable = system.isfinite().all(2).all(1) & right.isfinite().all(1)
-    system = torch.where(solvable[:, None, None], system, 0.0)
+    normal = system.abs() >= torch.finfo(system.dtype).tiny
+    system = torch.where(normal & solvable[:, None, None], system, 0.0)
     solution = _times(torch.linalg.pinv(system, hermitian=True), right)
     z = by_column * solution
-    w = by_row**2 * (moved.sum(2) - _times(coupling, z))
+    w = (moved.sum(2) - _times(coupling, z)) / torch.where(rows > 0, stiff_rows, math.inf)
     if p.arguments.rho_a == p.arguments.rho_b == math.inf:
         total = rows.sum(1, keepdim=True)
         shift = (rows * w).sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)

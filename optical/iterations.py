@@ -143,6 +143,8 @@ class Problems:
             minimum = self.column_minimum(f, epsilon)
             g = torch.where(stopped[:, None], g, alpha * g + beta_b * minimum)
             yield f, g, ~stopped, stopped
+            if self._over(stopped):
+                return
 
     def _accelerated(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Anderson acceleration of g -> T(g), one plain iteration, with a safeguard.
@@ -198,6 +200,12 @@ class Problems:
             last_residual = torch.where(accepted, residual, last_residual)
             has_last, g = accepted, g_next
             yield f, image, counted, stopped
+            if self._over(stopped):
+                return
+
+    def _over(self, stopped: Tensor) -> bool:
+        """Whether nothing can happen any more, asked only where the answer is at hand."""
+        return self.arguments.tol > 0 and stopped.device.type == "cpu" and bool(stopped.all())
 
 
 def _readable_scores(score: Tensor, allowed: Tensor, dim: int) -> Tensor:

@@ -290,7 +290,7 @@ def option_problems() -> Iterator[Problem]:
     yield replace(everything, name="everything")
     stopping: dict[str, Any] = {"tol": CONVERGED[torch.float64], "max_iter": 300}
     stopping["converged"] = True
-    hard = random_problem("", 3, 12, 15, epsilon=0.03, rows=[12, 12, 5], seed=6)
+    hard = random_problem("", 3, 12, 15, epsilon=0.05, rows=[12, 12, 5], seed=6)
     for memory in (1, 5, 16):
         yield replace(hard, name=f"anderson_{memory}", anderson=memory, **stopping)
     yield replace(hard, name="anderson_rho", anderson=6, rho_a=0.5, rho_b=1.0, **stopping)
@@ -413,6 +413,8 @@ def assert_backend_correct(
     exact = given.to(torch.float64, "cpu")
     skipped = {"residual"}
     if problem.converged:
+        # Masses rounded to float32 sum to different totals, and no truth gets below that.
+        exact = replace(exact, tol=min(1e-6, CONVERGED[dtype]))
         given = replace(given, tol=CONVERGED[dtype])
         skipped.add("n_iter")
         if problem.rho_a == problem.rho_b == math.inf:
