@@ -343,7 +343,7 @@ def sinkhorn_divergence(
     result = _solve(p)
     own = (_solve(within_x).value + _solve(within_y).value) / 2
     divergence = result.value - own + p.epsilon / 2 * excess**2
-    return divergence.masked_fill(result.status == Status.EMPTY, 0.0)
+    return divergence.masked_fill(result.status == int(Status.EMPTY), 0.0)
 
 
 def _solve(arguments: Arguments) -> SinkhornResult:

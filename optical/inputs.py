@@ -90,15 +90,15 @@ def of_clouds(
     check_device(names[1], y, names[0], x)
     if x.shape[-1] < 1:
         raise ValueError(f"{names[0]} has shape {tuple(x.shape)}; expected dim >= 1")
-    if x.shape[-1] != y.shape[-1] or (not packed and len(x) != len(y)):
-        size = "M" if packed else f"batch={len(x)}, m"
+    if x.shape[-1] != y.shape[-1] or (not packed and x.shape[0] != y.shape[0]):
+        size = "M" if packed else f"batch={x.shape[0]}, m"
         wanted = f"({size}, dim={x.shape[-1]}) as in {names[0]}"
         raise ValueError(f"{names[1]} has shape {tuple(y.shape)}; expected {wanted}")
     dtype = _compute_dtype(torch.promote_types(x.dtype, y.dtype))
     cu_a, cu_b = _offsets(rows), _offsets(columns)
-    batch = len(x)
+    batch = x.shape[0]
     if cu_a is not None and cu_b is not None:
-        batch = len(cu_a) - 1
+        batch = cu_a.shape[0] - 1
         wanted = f"as {rows.side.offsets}"
         check_shape(columns.side.offsets, cu_b, (batch + 1,), wanted)
     log_a, log_b = _log_masses(rows, x.shape[:-1], dtype), _log_masses(columns, y.shape[:-1], dtype)
@@ -161,7 +161,7 @@ def _uniform(
         place = torch.arange(shape[0], device=tokens.device)
         problem = torch.searchsorted(offsets[1:], place, right=True)
         # Offsets on a device are not checked: a token behind the last one belongs to the last.
-        problem = problem.clamp(max=len(offsets) - 2)
+        problem = problem.clamp(max=offsets.shape[0] - 2)
         return -offsets.diff().to(dtype).log()[problem]
     if present is None:
         return tokens.new_full(shape, -math.log(max(shape[1], 1)), dtype=dtype)
@@ -199,7 +199,7 @@ def _offsets(cloud: Cloud) -> Tensor | None:
     if offsets is None:
         return None
     check_integers(name, offsets, "(batch + 1,)")
-    if offsets.dim() != 1 or not len(offsets):
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
         raise ValueError(f"{name} has shape {tuple(offsets.shape)}; expected (batch + 1,)")
     check_device(name, offsets, cloud.side.tokens, tokens)
     if readable(offsets):
@@ -209,8 +209,8 @@ def _offsets(cloud: Cloud) -> Tensor | None:
         for i, (before, after) in enumerate(itertools.pairwise(found)):
             if after < before:
                 raise ValueError(f"{name} falls from {before} to {after} at {i + 1}; it must not")
-        if found[-1] != len(tokens):
-            wanted = f"{len(tokens)}, the length of {cloud.side.tokens}"
+        if found[-1] != tokens.shape[0]:
+            wanted = f"{tokens.shape[0]}, the length of {cloud.side.tokens}"
             raise ValueError(f"{name} ends with {found[-1]}; expected {wanted}")
     return offsets.to(torch.int64)
 

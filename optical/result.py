@@ -90,9 +90,9 @@ class SinkhornResult:
                      [2.5000]]])
         """
         lines = self.f if transpose else self.g
-        layout = "(" + ", ".join([*map(str, lines.shape), "k"]) + ")"
-        checks.check_floating("v", v, layout, lines.dim() + 1)
-        checks.check_shape("v", v, (*lines.shape, v.shape[-1]), f"{layout} of the result")
+        layout = "one vector per row" if transpose else "one vector per column"
+        checks.check_floating("v", v, f"{lines.dim() + 1} dimensions, {layout}", lines.dim() + 1)
+        checks.check_shape("v", v, (*lines.shape, v.shape[-1]), layout)
         checks.check_device("v", v, "the result", lines)
         fixed, f, g = detached(self.arguments), self.f.detach(), self.g.detach()
         return ops.apply_plan(fixed, f, g, v.to(f.dtype), transpose)
