@@ -112,8 +112,8 @@ class Problems:
 
     def factors(self, iteration: int) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 1) alpha, beta_a, beta_b: a potential moves to alpha * old + beta * minimum."""
-        omega = torch.where(self.plain(iteration), 1.0, self.arguments.omega)[:, None]
-        omega = omega.to(self.epsilon)
+        omega = torch.full_like(self.epsilon, self.arguments.omega)
+        omega = omega.masked_fill(self.plain(iteration), 1.0)[:, None]
         epsilon = self.temperature(iteration)[:, None]
         rho_a, rho_b = self.arguments.rho_a, self.arguments.rho_b
         beta_a = omega if rho_a == math.inf else omega * (rho_a / (rho_a + epsilon))
