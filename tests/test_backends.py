@@ -1,29 +1,38 @@
 """Every backend on every problem by the one tolerance rule, and the choice between backends."""
 
+import math
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
-from optical import BackendUnsupported, backends, ops, sinkhorn
+from optical import BackendUnsupported, Status, backends, ops, sinkhorn
+from optical.arguments import GRADIENTS, example, given
 from optical.testing import (
     FIELDS,
     TOLERANCE,
     assert_backend_correct,
     assert_close_to_truth,
+    packed,
     poisoned,
     problems,
+    random_clouds,
     random_problem,
     solve,
 )
 
 ALL = {problem.name: problem for problem in problems()}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = [torch.float64, torch.float32]
 
 
-def skip_unless_supported(backend, cost):
-    reason = backends.BACKENDS[backend].supports(cost)
+def named(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def skip_unless_supported(backend, problem, gradient="envelope"):
+    reason = backends.BACKENDS[backend].supports(problem.arguments(gradient))
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 
@@ -32,16 +41,47 @@ def skip_unless_supported(backend, cost):
 def place(request):
     """A backend and a device it serves."""
     backend, device = request.param
-    skip_unless_supported(backend, torch.zeros(1, 1, 1, device=device))
+    skip_unless_supported(backend, random_problem("", 1, 1, 1).to(torch.float32, device))
     return backend, device
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
 @pytest.mark.parametrize("name", ALL)
-def test_every_problem_by_the_tolerance_rule(place, name, dtype, poisoned_memory):
+def test_every_problem_by_the_tolerance_rule(place, name, dtype, gradient, poisoned_memory):
     backend, device = place
-    skip_unless_supported(backend, ALL[name].to(dtype, device).cost)
-    assert_backend_correct(backend, ALL[name], dtype, device)
+    problem = ALL[name]
+    if problem.anderson and gradient == "unroll":
+        pytest.skip("no derivative of Anderson acceleration, in any backend")
+    skip_unless_supported(backend, problem.to(dtype, device), gradient)
+    if backend == "reference" and dtype == torch.float64 and device == "cpu":
+        pytest.skip("it is the truth")
+    assert_backend_correct(backend, problem, dtype, device, (gradient,))
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("half", HALVES, ids=named)
+@pytest.mark.parametrize("kind", ["cosine", "sqeuclidean", "dot"])
+def test_half_vectors_by_the_tolerance_rule(place, kind, half, gradient):
+    """The truth is that of the rounded vectors: after their own rounding nothing is lost."""
+    backend, device = place
+    clouds = random_clouds(kind, kind, batch=2, n=7, m=6, dim=24, epsilon=1.0)
+    for problem in (clouds, packed(clouds)):
+        skip_unless_supported(backend, problem.to(torch.float32, device, half), gradient)
+        given_half = problem.to(torch.float32, device, half)
+        out = solve(backend, given_half, gradient)
+        same = solve("reference", given_half.to(torch.float32, "cpu"), gradient)
+        truth = solve("reference", given_half.to(torch.float64, "cpu"), gradient)
+        for field in truth:
+            # A gradient is rounded to the vectors' dtype at the end.
+            dtype = half if field in ("grad_x", "grad_y") else torch.float32
+            assert out[field].dtype == dtype or field in ("n_iter", "status")
+            scale = max(1.0, truth[field].abs().max().item())
+            rule = {"dtype": dtype, "scale": scale, "name": f"{backend} {problem.name} {field}"}
+            assert_close_to_truth(out[field].cpu(), truth[field], same[field], **rule)
 
 
 def test_stops_each_problem_at_the_iteration_the_truth_stops_at(place):
@@ -58,7 +98,7 @@ def test_stops_each_problem_at_the_iteration_the_truth_stops_at(place):
         for i, count in enumerate(n_iter.tolist()):
             same = {"max_iter": count, "tol": 0.0}
             single = problem.without_padding(i)
-            if not single.cost.numel():
+            if not single.x.numel():
                 continue
             truth = solve("reference", replace(single, **same))
             in_dtype = solve("reference", replace(single.to(torch.float32), **same))
@@ -73,31 +113,83 @@ def test_stops_each_problem_at_the_iteration_the_truth_stops_at(place):
                 )
 
 
-@pytest.mark.parametrize("name", ["ragged", "nan_padding", "clusters", "marginals"])
-def test_is_deterministic_and_independent_of_the_batch(place, name):
+SOME = ["ragged", "nan_padding", "clusters", "everything", "cosine_ragged", "dot_ragged_packed"]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", SOME)
+def test_is_deterministic_and_independent_of_the_batch(place, name, gradient):
     backend, device = place
     problem = ALL[name].to(torch.float32, device)
-    together, again = solve(backend, problem), solve(backend, problem)
-    for field in FIELDS:
-        assert torch.equal(together[field], again[field])
+    skip_unless_supported(backend, problem, gradient)
+    together, again = solve(backend, problem, gradient), solve(backend, problem, gradient)
+    for field in together:
+        assert torch.equal(together[field], again[field]), field
     if backend == "reference":
         return  # PyTorch chooses its reductions by the shape of the whole batch.
-    for i in range(len(problem.cost)):
-        one = {k: getattr(problem, k)[i : i + 1] for k in ("cost", "log_a", "log_b", "epsilon")}
-        alone = solve(backend, replace(problem, **one))
+    for i in range(len(problem.epsilon)):
+        alone = solve(backend, problem.one(i), gradient)
         for field in FIELDS:
-            assert torch.equal(alone[field], together[field][i : i + 1]), field
+            part = slice(i, i + 1)
+            if problem.cu_a is not None and field in "fg":
+                offsets = problem.cu_a if field == "f" else problem.cu_b
+                part = slice(int(offsets[i]), int(offsets[i + 1]))
+            assert torch.equal(alone[field], together[field][part]), field
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
-def test_the_content_of_padding_changes_no_bit(place, dtype):
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "dot"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_the_content_of_padding_changes_no_bit(place, dtype, kind, gradient):
     backend, device = place
-    problem = random_problem("padded", 4, 9, 11, rows=[9, 3, 0, 5], columns=[2, 11, 4, 8])
-    problem = problem.to(dtype, device)
-    skip_unless_supported(backend, problem.cost)
-    clean, dirty = solve(backend, problem), solve(backend, poisoned(problem))
+    lengths = {"rows": [9, 3, 0, 5], "columns": [2, 11, 4, 8]}
+    problem = random_problem("padded", 4, 9, 11, **lengths)
+    if kind != "given":
+        problem = random_clouds("padded", kind, batch=4, n=9, m=11, **lengths)
+    dirty = poisoned(problem)
+    absent = problem.log_a == -math.inf
+    clean = replace(problem, f0=absent * 0.0, g0=torch.zeros_like(problem.log_b), max_iter=8)
+    dirty = replace(dirty, f0=torch.where(absent, math.nan, 0.0), g0=clean.g0, max_iter=8)
+    options = {"rho_a": 0.5, "omega": 1.2, "anneal_start": 1.0}
+    if backends.BACKENDS[backend].supports(clean.to(dtype, device).arguments(gradient)):
+        clean, dirty = (replace(x, f0=None, g0=None) for x in (clean, dirty))
+    else:
+        clean, dirty = (replace(x, **options) for x in (clean, dirty))
+    skip_unless_supported(backend, clean.to(dtype, device), gradient)
+    clean, dirty = (solve(backend, x.to(dtype, device), gradient) for x in (clean, dirty))
     for field in clean:
         assert torch.equal(clean[field], dirty[field]), field
+
+
+BROKEN = [(field, value) for field in ("x", "log_a", "log_b", "epsilon") for value in (math.nan,)]
+BROKEN += [("x", -math.inf), ("log_b", math.inf), ("epsilon", 0.0), ("epsilon", -1.0)]
+
+
+@pytest.mark.parametrize("kind", ["given", "cosine"])
+@pytest.mark.parametrize(("field", "value"), BROKEN)
+def test_what_is_not_a_number_spoils_its_own_problem_alone(place, kind, field, value):
+    backend, device = place
+    problem = random_problem("", 3, 5, 6) if kind == "given" else random_clouds("", kind, n=5, m=6)
+    problem = problem.to(torch.float32, device)
+    broken = getattr(problem, field).clone()
+    broken[1].view(-1)[0] = value
+    clean, out = (solve(backend, x) for x in (problem, replace(problem, **{field: broken})))
+    assert out["status"].tolist() == [Status.MAX_ITER, Status.INFEASIBLE, Status.MAX_ITER]
+    assert out["n_iter"].tolist() == [problem.max_iter] * 3
+    for name in ("value", "value_linear", "marginal_error", "f", "g"):
+        assert out[name][1].isnan().all(), name
+    for name in clean:
+        for i in (0, 2):
+            assert torch.equal(out[name][i], clean[name][i]), name
+
+
+def test_status_agrees_with_the_reference(place):
+    backend, device = place
+    for name in ("one_fully_masked", "unequal_mass", "forbidden_lines", "epsilon_per_problem"):
+        for tol in (0.0, 1e-2):
+            problem = replace(ALL[name], tol=tol, max_iter=60).to(torch.float32, device)
+            expected = solve("reference", problem)["status"]
+            assert torch.equal(solve(backend, problem)["status"], expected), (name, tol)
 
 
 def test_a_problem_is_the_same_with_and_without_padding(place):
@@ -138,11 +230,14 @@ def test_the_tolerance_rule_names_the_worst_entry():
 
 
 COST = torch.zeros(2, 3, 4)
+PROBLEM = example(COST)
 
 
 def stub(name, automatic_on, reason):
     reference = backends.BACKENDS["reference"]
-    return replace(reference, name=name, automatic_on=automatic_on, supports=lambda cost: reason)
+    return replace(
+        reference, name=name, automatic_on=automatic_on, supports=lambda arguments: reason
+    )
 
 
 @pytest.fixture
@@ -163,40 +258,40 @@ def test_auto_takes_the_first_backend_of_the_device_that_supports_the_problem(ta
     table(stub("gpu", ("cuda",), None), stub("fast", ("cpu",), None))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("auto", COST).name == "fast"
-        assert backends.choose("gpu", COST).name == "gpu"
+        assert backends.choose("auto", PROBLEM).name == "fast"
+        assert backends.choose("gpu", PROBLEM).name == "gpu"
 
 
 def test_falling_back_to_the_reference_warns_once_per_reason(table):
     table(stub("fast", ("cpu",), "too small"))
     with pytest.warns(RuntimeWarning, match="plain PyTorch reference: fast: too small"):
-        assert backends.choose("auto", COST).name == "reference"
+        assert backends.choose("auto", PROBLEM).name == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backends.choose("auto", COST).name == "reference"
+        assert backends.choose("auto", PROBLEM).name == "reference"
     backends.BACKENDS["fast"] = stub("fast", ("cpu",), "too big")
     with pytest.warns(RuntimeWarning, match="too big"):
-        backends.choose("auto", COST)
+        backends.choose("auto", PROBLEM)
 
 
 def test_a_backend_asked_for_by_name_never_falls_back(table):
     table(stub("fast", ("cpu",), "it is Sunday"))
     with pytest.raises(BackendUnsupported, match=r"backend 'fast' cannot .*: it is Sunday"):
-        backends.choose("fast", COST)
+        backends.choose("fast", PROBLEM)
 
 
 def test_the_environment_variable_replaces_auto_only_and_is_read_at_each_call(table, monkeypatch):
     table(stub("fast", ("cpu",), None))
-    assert backends.choose("auto", COST).name == "fast"
+    assert backends.choose("auto", PROBLEM).name == "fast"
     monkeypatch.setenv("OPTICAL_BACKEND", "reference")
-    assert backends.choose("auto", COST).name == "reference"
-    assert backends.choose("fast", COST).name == "fast"
+    assert backends.choose("auto", PROBLEM).name == "reference"
+    assert backends.choose("fast", PROBLEM).name == "fast"
     monkeypatch.setenv("OPTICAL_BACKEND", "auto")
-    assert backends.choose("auto", COST).name == "fast"
+    assert backends.choose("auto", PROBLEM).name == "fast"
     monkeypatch.setenv("OPTICAL_BACKEND", "fastest")
     wanted = "OPTICAL_BACKEND is 'fastest'; expected one of 'auto', 'fast', 'reference'"
     with pytest.raises(ValueError, match=wanted):
-        backends.choose("auto", COST)
+        backends.choose("auto", PROBLEM)
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
@@ -228,12 +323,41 @@ def test_explain_prints_the_table_with_reasons(table, monkeypatch):
     assert not any(line.startswith("->") for line in lines)
 
 
+def test_explain_takes_vectors_and_options(table):
+    table(
+        replace(stub("fast", ("cpu",), None), supports=lambda p: f"no {p.kind}, {p.gradient}"),
+    )
+    x, y = torch.zeros(2, 3, 8).half(), torch.zeros(2, 4, 8)
+    lines = backends.explain(x, y=y, kind="cosine", gradient="implicit").splitlines()
+    assert lines == [
+        "cosine cost of x (2, 3, 8) and y (2, 4, 8) float16 on cpu, backend='auto'",
+        "   fast       no cosine, implicit",
+        "-> reference  supported",
+    ]
+
+
 def test_reasons_say_what_was_found_and_what_is_possible():
     supports = {name: backend.supports for name, backend in backends.BACKENDS.items()}
-    assert "float16" in supports["cpu"](COST.half())
-    assert "meta" in supports["cpu"](COST.to("meta"))
-    triton = supports["triton"](COST)
+    assert "meta" in supports["cpu"](example(COST.to("meta")))
+    triton = supports["triton"](PROBLEM)
     assert triton is None or "CUDA" in triton or "not installed" in triton
+
+
+def test_triton_says_which_options_it_does_not_know(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    supports = backends.BACKENDS["triton"].supports
+    for options, reason in (
+        ({"gradient": "implicit"}, "gradient='implicit'"),
+        ({"rho_a": 1.0}, "rho"),
+        ({"f0": COST[0], "g0": COST[0]}, "init"),
+        ({"omega": 1.5, "anneal_start": 1.0}, "omega, anneal"),
+        ({"anderson": 4}, "anderson"),
+    ):
+        assert reason in supports(PROBLEM._replace(**options))
+    assert "float64" in supports(example(COST.double()))
+    assert "200 x 4" in supports(example(torch.zeros(1, 200, 4)))
+    assert supports(PROBLEM) is None
 
 
 def test_empty_batches_never_reach_a_kernel(table):
@@ -249,6 +373,21 @@ def test_empty_batches_never_reach_a_kernel(table):
 
 
 def test_the_registered_operator_knows_the_backend_by_name():
-    arguments = (COST, torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2), 1, 0.0)
+    masses = torch.zeros(2, 3), torch.zeros(2, 4)
     with pytest.raises(ValueError, match="nowhere"):
-        ops.sinkhorn(*arguments, "nowhere")
+        ops.sinkhorn(given(COST, *masses, torch.ones(2), 1, backend="nowhere"))
+
+
+def test_a_backend_that_is_not_dense_sees_vectors_and_offsets_as_they_are(table):
+    seen = []
+
+    def forward(arguments):
+        seen.append(arguments)
+        raise ZeroDivisionError("seen enough")
+
+    table(replace(stub("fast", ("cpu",), None), forward=forward, dense=False))
+    problem = ALL["dot_ragged_packed"]
+    with pytest.raises(ZeroDivisionError):
+        ops.sinkhorn(problem.arguments())
+    (found,) = seen
+    assert found.kind == "dot" and found.x.dim() == 2 and found.cu_a is not None
