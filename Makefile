@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install study test test-slow check format bench clean
+.PHONY: install study test test-slow check format bench plots clean
 
 install: $(STAMP)
 
@@ -43,8 +43,24 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# An interpreter with ott-jax, where the environment has none: it runs in a process of its own.
+OTT_PYTHON ?= $(BIN)/python
+ROWS := benchmarks/results/cpu.csv
+MEASURE := $(BIN)/python -m benchmarks
+MEASURED := --ott-python $(OTT_PYTHON) --output $(ROWS)
+
+# One machine, nothing else on it: first as a suite of tests, then as rows of the committed CSV.
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks sinkhorn
+	$(BIN)/python -m pytest -q benchmarks
+	$(MEASURE) solve --threads 1 $(MEASURED)
+	$(MEASURE) solve --threads 2 $(MEASURED)
+	$(MEASURE) vectors --threads 2 --memory $(MEASURED)
+	$(MEASURE) residual --threads 2 --rounds 3 $(MEASURED)
+	$(MEASURE) large --threads 2 --rounds 3 --memory $(MEASURED)
+	$(MEASURE) accuracy --threads 1 $(MEASURED)
+
+plots: $(STAMP)
+	$(MEASURE) report
 
 clean:
 	rm -rf build dist *.egg-info optical/_cpu.* .pytest_cache .mypy_cache .ruff_cache

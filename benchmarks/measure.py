@@ -1,270 +1,299 @@
-"""How it is measured: a gate on accuracy, then interleaved timing, then rows of one CSV format."""
+"""How it is measured: a gate on accuracy, then turns in rounds."""
 
 from __future__ import annotations
 
-import csv
-import datetime
+import functools
+import json
 import math
 import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 import optical
+from benchmarks import jobs
 from benchmarks.cases import Case
+from benchmarks.jobs import MODES, ROOT, Job, Results, Task
 from benchmarks.providers import PROVIDERS, Provider
-from optical import reference
-from optical.testing import TOLERANCE, assert_close_to_truth, uniform
+from benchmarks.rows import Row, row_of
+from optical.testing import TOLERANCE, assert_close_to_truth
 
-MODES = ("forward", "both")
+# Ratios are to the first of these that was timed.
+OURS = ("cuda", "triton", "cpu", "reference")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the CSV. A provider that fails the gate has ``failed`` where the time belongs."""
-
-    benchmark: str
-    provider: str
-    mode: str
-    batch: int
-    n: int
-    m: int
-    dim: int
-    dtype: str
-    epsilon: float
-    max_iter: int
-    marginal_error: float | str
-    ms_p50: float | str
-    ms_p20: float | str
-    ms_p80: float | str
-    peak_mb: float | str
-    device: str
-    threads: int
-    torch: str
-    commit: str
-    date: str
-    ratio_to_reference: float | str
+# ---------------------------------------------------------------------------------------- gate
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What a case is compared with: float64 at the same iterate, the same in the case's dtype."""
+    """What a task is compared with: float64 at the same iterate, and the same in its dtype."""
 
-    value: Tensor
-    plan: Tensor
-    same_dtype_value: Tensor
-    same_dtype_plan: Tensor
-    limit: Tensor
-
-    @classmethod
-    def of(cls, case: Case) -> Truth:
-        exact, rounded = (_reference(case, dtype) for dtype in (torch.float64, case.dtype))
-        limit = optical.sinkhorn(case.cost(), epsilon=case.epsilon, max_iter=100_000, tol=1e-9)
-        return cls(*exact, *rounded, limit.value)
+    exact: Results
+    same_dtype: Results
+    limit_only: bool
 
 
-def _reference(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    cost = case.cost().to(dtype)
-    log_a, log_b = (uniform(case.batch, size).to(dtype) for size in (case.n, case.m))
-    epsilon = torch.full((case.batch,), case.epsilon, dtype=dtype)
-    value, _, f, g, *_ = reference.sinkhorn(cost, log_a, log_b, epsilon, case.max_iter)
-    return value, reference.plan(cost, log_a, log_b, epsilon, f, g)
+def truth_of(task: Task, first: str | None, dual: bool) -> Truth:
+    """The truth for a provider whose iterations update ``first``, with the value it reports."""
+    kind, _, case = task
+    if first is None or case.tol:
+        return _truth(kind, replace(case, max_iter=10_000, tol=1e-9), "f", dual, True)
+    return _truth(kind, case, first, dual, False)
 
 
-def check(provider: Provider, mode: str, case: Case, truth: Truth) -> float:
-    """Raise AssertionError unless the provider is right on this very case.
+@functools.lru_cache(maxsize=6)
+def _truth(kind: str, case: Case, first: str, dual: bool, limit_only: bool) -> Truth:
+    if limit_only:
+        # Plain iterations of the reference would take hours.
+        options: dict[str, Any] = {"backend": "auto", "anderson": 5}
+        exact = _solved(kind, case, first, dual, torch.float64, options)
+        return Truth(exact, exact, True)
+    options = {"backend": "reference"}
+    exact, rounded = (
+        _solved(kind, case, first, dual, dtype, options) for dtype in (torch.float64, case.dtype)
+    )
+    return Truth(exact, rounded, False)
 
-    Returns its marginal error, the worst of the batch. In mode "both" the gradient of the value
-    must be the plan.
-    """
-    cost = case.cost().to(case.device, case.dtype).requires_grad_(mode == "both")
-    solution = provider.solve(cost, case)
-    plan = solution.plan().detach().cpu().double()
-    error = (plan.sum(2) - 1 / case.n).abs().sum(1) + (plan.sum(1) - 1 / case.m).abs().sum(1)
-    value, scale = solution.value.detach().cpu(), case.cost().abs().max().item()
-    same = {"dtype": case.dtype, "name": f"{provider.name} {case.name}"}
-    if provider.same_iterates:
-        assert_close_to_truth(value, truth.value, truth.same_dtype_value, scale=scale, **same)
-        expected, in_dtype = truth.plan, truth.same_dtype_plan
-        assert_close_to_truth(plan, expected, in_dtype, scale=1.0, **same)
+
+def _solved(
+    kind: str, case: Case, first: str, dual: bool, dtype: torch.dtype, options: dict[str, Any]
+) -> Results:
+    x, y, log_a, log_b = (z.to(dtype, copy=True) for z in case.inputs[:4])
+    if kind == "vectors":
+        x.requires_grad_(), y.requires_grad_()
+        cost = 1 - normalize(x, dim=2) @ normalize(y, dim=2).mT
     else:
-        # A plan that misses its marginals by e in L1 can miss the value by e times the cost.
-        slack = error.max().item() * scale + TOLERANCE[case.dtype] * scale
-        wrong = (value - truth.limit).abs().max().item()
-        if not wrong <= slack:
-            raise AssertionError(f"{same['name']}: value is off by {wrong:.3g}, more than {slack}")
-    if mode == "both":
-        (gradient,) = torch.autograd.grad(solution.value.sum(), cost)
-        assert_close_to_truth(gradient.cpu(), plan, plan, scale=1.0, **same)
-    return error.max().item()
+        cost = case.cost().to(dtype)
+    options = options | {"epsilon": case.epsilon, "max_iter": case.max_iter, "tol": case.tol}
+    given = cost.detach()
+    if first == "f":
+        result = optical.sinkhorn(given, log_a, log_b, **options)
+        f, g, plan = result.f, result.g, result.plan()
+    else:
+        result = optical.sinkhorn(given.mT.contiguous(), log_b, log_a, **options)
+        f, g, plan = result.g, result.f, result.plan().mT
+    value, a, b = result.value, log_a.exp(), log_b.exp()
+    if dual:
+        excess = 1 - plan.sum((1, 2))
+        value = (a * f).sum(1) + (b * g).sum(1) + case.epsilon * excess
+    gradients = (plan,) if kind == "solve" else torch.autograd.grad(cost, (x, y), plan)
+    value, f, g, plan = (z.detach().double().contiguous() for z in (value, f, g, plan))
+    return Results(value, f, g, plan, tuple(x.double().contiguous() for x in gradients))
 
 
-def call(provider: Provider, mode: str, case: Case) -> Callable[[], None]:
-    """What is timed: the solution's value, or the value and its gradient."""
-    cost = case.cost().to(case.device, case.dtype).requires_grad_(mode == "both")
+def errors(results: Results, truth: Results, case: Case) -> dict[str, float]:
+    """The error columns of a row, which are reported beside every time."""
+    log_a, log_b = case.inputs.log_a, case.inputs.log_b
+    plan, value = results.plan, truth.value
+    rows = (plan.sum(2) - log_a.exp()).abs().sum(1)
+    columns = (plan.sum(1) - log_b.exp()).abs().sum(1)
+    # A constant may move between the potentials: it is fitted before they are compared.
+    df = (results.f - truth.f).masked_fill(log_a == -math.inf, 0)
+    dg = (results.g - truth.g).masked_fill(log_b == -math.inf, 0)
+    shift = ((df * log_a.exp()).sum(1) - (dg * log_b.exp()).sum(1)) / 2
+    df = (df - shift[:, None])[log_a > -math.inf]
+    dg = (dg + shift[:, None])[log_b > -math.inf]
+    found = {
+        "marginal_error": rows + columns,
+        "error_value": (results.value - value).abs() / value.abs().max(),
+        "error_plan": (plan - truth.plan).abs().sum((1, 2)),
+        "error_potentials": torch.cat([df, dg]).abs() / case.epsilon,
+    }
+    if results.gradients:
+        wrong = [(x - y).norm() for x, y in zip(results.gradients, truth.gradients, strict=True)]
+        whole = [y.norm() for y in truth.gradients]
+        found["error_gradient"] = torch.stack(wrong).norm() / torch.stack(whole).norm()
+    return {name: error.max().item() for name, error in found.items()}
 
-    def forward() -> None:
-        _ = provider.solve(cost, case).value
 
-    def both() -> None:
-        torch.autograd.grad(provider.solve(cost, case).value.sum(), cost)
+def check(name: str, results: Results, truth: Truth, task: Task) -> dict[str, float]:
+    """Raise AssertionError unless the results are right on this very task; return the errors.
 
-    return both if mode == "both" else forward
+    Where the iterates are the reference's, by the one rule of ``optical.testing``. Otherwise the
+    value may be off the limit by what the missed marginals explain, and the gradient must be that
+    of the provider's own plan.
+    """
+    kind, _, case = task
+    found = errors(results, truth.exact, case)
+    scale = case.cost().abs().max().item()
+    dtype = case.dtype
+
+    def follow_the_rule(
+        what: str, out: Tensor, expected: Tensor, rounded: Tensor, size: float
+    ) -> None:
+        label = f"{name} {case.name} {what}"
+        assert_close_to_truth(out, expected, rounded, dtype=dtype, scale=size, name=label)
+
+    if not truth.limit_only:
+        exact, rounded = truth.exact, truth.same_dtype
+        follow_the_rule("value", results.value, exact.value, rounded.value, scale)
+        follow_the_rule("plan", results.plan, exact.plan, rounded.plan, 1.0)
+        for out, expected, other in zip(
+            results.gradients, exact.gradients, rounded.gradients, strict=bool(results.gradients)
+        ):
+            size = 1.0 if kind == "solve" else expected.abs().max().item()
+            follow_the_rule("gradient", out, expected, other, size)
+        return found
+    # A plan that misses its marginals by e in L1 can miss the value by e times the cost.
+    slack = (found["marginal_error"] + TOLERANCE[dtype]) * scale
+    wrong = (results.value - truth.exact.value).abs().max().item()
+    if not wrong <= slack:
+        raise AssertionError(
+            f"{name} {case.name} value is off by {wrong:.3g}; expected at most {slack:.3g}"
+        )
+    if case.tol and not found["marginal_error"] <= 1.05 * case.tol:
+        raise AssertionError(
+            f"{name} {case.name} misses its marginals by {found['marginal_error']:.3g}; "
+            f"expected at most {case.tol:g}"
+        )
+    if results.gradients:
+        own = gradients_of_plan(results.plan, task)
+        for out, expected in zip(results.gradients, own, strict=True):
+            off = (out - expected).norm().item()
+            # Both half-steps carry gradient, each through a plan that misses one marginal.
+            slack = 2 * (found["marginal_error"] + TOLERANCE[dtype]) * expected.norm().item()
+            if not off <= slack:
+                raise AssertionError(
+                    f"{name} {case.name} gradient is {off:.3g} away from that of its own plan; "
+                    f"expected at most {slack:.3g}"
+                )
+    return found
+
+
+def gradients_of_plan(plan: Tensor, task: Task) -> tuple[Tensor, ...]:
+    """The envelope gradient that belongs to a plan, in float64."""
+    if task.kind == "solve":
+        return (plan,)
+    x, y = (z.clone().requires_grad_() for z in task.case.inputs[:2])
+    return torch.autograd.grad(1 - normalize(x, dim=2) @ normalize(y, dim=2).mT, (x, y), plan)
+
+
+# -------------------------------------------------------------------------------------- timing
 
 
 def interleave(
-    calls: dict[str, Callable[[], None]], device: str, seconds: float, least: int = 5
+    started: Mapping[str, Job], seconds: float, least: int = 5
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call, in rounds in which each runs once.
+    """Milliseconds per call of every job, in rounds in which each has one turn.
 
     Whatever disturbs the machine for a while then disturbs all of them, and ratios hold. Rounds
-    go on for ``seconds``, but at least ``least`` are run.
+    go on for ``seconds``, but at least ``least`` are run, after one that does not count.
     """
-    for run in calls.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in started}
+    for job in started.values():
+        job.turn(0.0)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
-        for name, run in calls.items():
-            times[name].append(_milliseconds(run, device))
+    rounds = 0
+    while rounds < least or time.perf_counter() < end:
+        for name, job in started.items():
+            # OpenMP's threads spin for a moment after their work, in the next one's time.
+            time.sleep(0.002)
+            times[name].append(job.turn())
+        rounds += 1
     return times
 
 
-def _milliseconds(run: Callable[[], None], device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e3
-    started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # More than the second cache level holds: no run starts with the inputs of the last one in it.
-    torch.empty(256 * 2**20, dtype=torch.int8, device=device).zero_()
-    started.record()
-    run()
-    ended.record()
-    torch.cuda.synchronize()
-    return started.elapsed_time(ended)
-
-
-def peak_megabytes(run: Callable[[], None], device: str) -> float | str:
-    """Device memory of one call beyond what was there; empty on the CPU, which counts none."""
-    if device == "cpu":
-        return ""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 3)
-
-
-def measure(case: Case, names: Sequence[str], seconds: float) -> list[Row]:
-    """The rows of one case: every named provider that can run it, forward and with gradient."""
-    truth = Truth.of(case)
-    reasons = {name: PROVIDERS[name].unavailable(case) for name in names}
-    for name, reason in reasons.items():
-        if reason is not None:
-            print(f"  {name} left out: {reason}")
-    rows = []
-    for mode in MODES:
-        calls, gated = {}, {}
-        for name in (name for name, reason in reasons.items() if reason is None):
-            gated[name] = _row(name, mode, case)
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    error = check(PROVIDERS[name], mode, case, truth)
-            except AssertionError as failure:
-                print(f"  {name} failed ({mode}): {failure}")
-                continue
-            gated[name] = replace(gated[name], marginal_error=float(f"{error:.3g}"))
-            calls[name] = call(PROVIDERS[name], mode, case)
-        times = interleave(calls, case.device, seconds) if calls else {}
-        for name, row in gated.items():
-            if name in times:
-                row = _timed(row, times[name], times.get("reference"))
-                row = replace(row, peak_mb=peak_megabytes(calls[name], case.device))
-            rows.append(row)
-    return rows
-
-
-def _row(name: str, mode: str, case: Case) -> Row:
-    return Row(
-        benchmark="sinkhorn",
-        provider=name,
-        mode=mode,
-        batch=case.batch,
-        n=case.n,
-        m=case.m,
-        dim=case.dim,
-        dtype=str(case.dtype).removeprefix("torch."),
-        epsilon=case.epsilon,
-        max_iter=case.max_iter,
-        marginal_error="",
-        ms_p50="failed",
-        ms_p20="",
-        ms_p80="",
-        peak_mb="",
-        device=_device_name(case.device),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        commit=_commit(),
-        date=datetime.date.today().isoformat(),
-        ratio_to_reference="",
-    )
-
-
-def _timed(row: Row, times: list[float], base: list[float] | None) -> Row:
+def with_times(row: Row, times: Sequence[float], ours: Sequence[float] | None) -> Row:
+    """The row with quantiles, and with its ratio to our times in the same rounds."""
     wanted = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     quantiles = torch.tensor(times, dtype=torch.float64).quantile(wanted).tolist()
     p50, p20, p80 = (float(f"{x:.4g}") for x in quantiles)
     ratio: float | str = ""
-    if base is not None:
+    if ours is not None:
         # Of neighbours in time, so that a slow spell enters both sides.
-        pairs = [math.log(b / t) for b, t in zip(base, times, strict=True)]
+        pairs = [math.log(t / o) for t, o in zip(times, ours, strict=True)]
         ratio = float(f"{math.exp(torch.tensor(pairs).median().item()):.4g}")
-    return replace(row, ms_p50=p50, ms_p20=p20, ms_p80=p80, ratio_to_reference=ratio)
+    return replace(row, ms_p50=p50, ms_p20=p20, ms_p80=p80, ratio=ratio)
 
 
-def _device_name(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "cpu"
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "cpu")
+def peak_megabytes(name: str, task: Task) -> float | str:
+    """Memory of one call beyond its inputs, measured in a process that does nothing else."""
+    about = {"provider": name, "kind": task.kind, "mode": task.mode}
+    request = {**about, "ott_python": jobs.ott_python, **task.case.to_dict()}
+    command = [sys.executable, "-m", "benchmarks.peak", json.dumps(request)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = result.stdout.split()
+    return float(lines[-1]) if result.returncode == 0 and lines else ""
 
 
-def _commit() -> str:
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return result.stdout.strip()
+def measure(
+    benchmark: str,
+    kind: str,
+    case: Case,
+    names: Sequence[str],
+    seconds: float,
+    *,
+    modes: Sequence[str] = MODES,
+    memory: bool = False,
+    least: int = 5,
+) -> list[Row]:
+    """The rows of one case: every named provider that can run it, in every mode."""
+    rows, told = [], set()
+    for mode in modes:
+        task = Task(kind, mode, case)
+        started: dict[str, Job] = {}
+        measured: dict[str, tuple[Row, Task]] = {}
+        for name in names:
+            provider = PROVIDERS[name]
+            reason = provider.unavailable(task)
+            if reason is not None:
+                if (name, reason) not in told:
+                    print(f"  {name} left out: {reason}")
+                told.add((name, reason))
+                continue
+            row, ran, job = gated(benchmark, provider, task)
+            measured[name] = row, ran
+            if job is not None:
+                started[name] = job
+        times = interleave(started, seconds, least) if started else {}
+        for job in started.values():
+            job.close()
+        base = next((times[name] for name in OURS if name in times), None)
+        for name, (row, ran) in measured.items():
+            if name in times:
+                row = with_times(row, times[name], base)
+                row = replace(row, peak_mb=peak_megabytes(name, ran) if memory else "")
+            rows.append(row)
+    return rows
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+def gated(benchmark: str, provider: Provider, task: Task) -> tuple[Row, Task, Job | None]:
+    """Start a provider and hold it to the gate: its row, the task it was given, and its job.
 
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text, for the terminal."""
-    head = f"{'problem':<18} {'mode':<8} {'provider':<12} {'ms':>9} {'p20':>9} {'p80':>9} {'x':>7}"
-    lines = [head]
-    for row in rows:
-        problem = f"{row.batch}x{row.n}x{row.m}x{row.max_iter}"
-        times = f"{row.ms_p50!s:>9} {row.ms_p20!s:>9} {row.ms_p80!s:>9}"
-        ratio = f"{row.ratio_to_reference!s:>7}"
-        lines.append(f"{problem:<18} {row.mode:<8} {row.provider:<12} {times} {ratio}")
-    return "\n".join(lines)
+    With a tolerance, a provider gets the loosest of its own stopping rules whose result has the
+    residual that is asked of everyone.
+    """
+    row = row_of(benchmark, provider.name, task)
+    attempts = provider.rules(task.case) if task.case.tol else iter([task.case])
+    failure = ""
+    for attempt in attempts:
+        tried = task._replace(case=attempt)
+        job = None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                job = provider.start(tried)
+                results = job.results()
+            if results is None:
+                return row, tried, job
+            truth = truth_of(task, provider.first, provider.dual)
+            found = check(provider.name, results, truth, task)
+        except (AssertionError, RuntimeError) as error:
+            if job is not None:
+                job.close()
+            failure = f"{error}".splitlines()[0]
+            continue
+        rounded: dict[str, Any] = {name: float(f"{x:.3g}") for name, x in found.items()}
+        if task.case.tol:
+            rounded = {"marginal_error": rounded["marginal_error"]}
+        return replace(row, **rounded), tried, job
+    print(f"  {provider.name} failed ({task.mode}): {failure}")
+    return replace(row, note=failure), task, None

@@ -1,36 +1,36 @@
-"""The same cases and providers as a pytest-benchmark suite: ``pytest benchmarks``."""
+"""The same tasks and providers as a pytest-benchmark suite: ``pytest benchmarks``."""
 
-import functools
+import itertools
 
 import pytest
 import torch
 
-from benchmarks.cases import CPU_SHAPES, GPU_SHAPES, Case, parse_shape
-from benchmarks.measure import MODES, Truth, call, check
+from benchmarks.cases import CPU_SHAPES, GPU_SHAPES, parse_shape
+from benchmarks.jobs import MODES, Task
+from benchmarks.measure import gated
 from benchmarks.providers import PROVIDERS
 
-CASES = [Case(*parse_shape(text)) for text in CPU_SHAPES]
-if torch.cuda.is_available():
-    CASES += [Case(*parse_shape(text), device="cuda") for text in GPU_SHAPES]
+DEVICES = {"cpu": CPU_SHAPES, **({"cuda": GPU_SHAPES} if torch.cuda.is_available() else {})}
+TASKS = [
+    Task(kind, mode, parse_shape(shape, device=device))
+    for device, shapes in DEVICES.items()
+    for kind, shape, mode in itertools.product(("solve", "vectors"), shapes["solve"], MODES)
+]
 
-truth_of = functools.lru_cache(maxsize=1)(Truth.of)
 
-
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", PROVIDERS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.device}")
-def test_sinkhorn(case, name, mode, benchmark):
-    provider = PROVIDERS[name]
-    reason = provider.unavailable(case)
+@pytest.mark.parametrize(
+    "task", TASKS, ids=lambda task: f"{task.kind}-{task.mode}-{task.case.name}-{task.case.device}"
+)
+def test_sinkhorn(task, name, benchmark):
+    reason = PROVIDERS[name].unavailable(task)
     if reason is not None:
         pytest.skip(reason=reason)
-    check(provider, mode, case, truth_of(case))
-    benchmark.group = f"{case.name} {case.device} {mode}"
-    run = call(provider, mode, case)
-
-    def finished():
-        run()
-        if case.device == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(finished, rounds=10, warmup_rounds=1)
+    row, _, job = gated(task.kind, PROVIDERS[name], task)
+    assert job is not None, row.note
+    benchmark.group = f"{task.kind} {task.mode} {task.case.name} {task.case.device}"
+    try:
+        # Turns of one call: this plugin repeats them itself.
+        benchmark.pedantic(job.turn, kwargs={"seconds": 0.0}, rounds=10, warmup_rounds=1)
+    finally:
+        job.close()
