@@ -154,34 +154,29 @@ def _cpu_supports(arguments: Arguments) -> str | None:
         return f"the problem is {_name(dtype)}; the native library computes in float32 or float64"
     from optical import native
 
-    return native.unavailable_reason() or _beyond_plain(arguments)
+    if arguments.gradient == "unroll" and arguments.anneal_start > 0:
+        return "gradient='unroll' does not undo annealing in the native library"
+    return native.unavailable_reason()
 
 
 def _cpu_forward(arguments: Arguments) -> Outputs:
     from optical import native
 
-    p = arguments
-    six = native.forward(_dense_rows(p.x), p.log_a, p.log_b, p.epsilon, p.max_iter, p.tol)
-    return _plain_outputs(arguments, *six)
+    return native.forward(arguments)
 
 
-def _cpu_backward(
-    grad_value: Tensor,
-    grad_value_linear: Tensor,
-    grad_f: Tensor | None,
-    grad_g: Tensor | None,
-    arguments: Arguments,
-    f: Tensor,
-    g: Tensor,
-    *_: Tensor | bool,
-) -> Gradients:
+def _cpu_backward(*upstream_arguments_and_outputs: Any) -> Gradients:
     from optical import native
 
-    p = arguments
-    grad_cost = native.backward(
-        _dense_rows(p.x), p.log_a, p.log_b, p.epsilon, f, g, grad_value, grad_value_linear
-    )
-    return _plain_gradients(grad_cost, grad_value, arguments, f, g)
+    return native.backward(*upstream_arguments_and_outputs)
+
+
+def _cpu_apply_plan(
+    arguments: Arguments, f: Tensor, g: Tensor, v: Tensor, transpose: bool
+) -> Tensor:
+    from optical import native
+
+    return native.apply_plan(arguments, f, g, v, transpose)
 
 
 def _reference_supports(arguments: Arguments) -> str | None:
@@ -204,11 +199,11 @@ BACKENDS: dict[str, Backend] = {
         Backend(
             "cpu",
             ("cpu",),
-            True,
+            False,
             _cpu_supports,
             _cpu_forward,
             _cpu_backward,
-            reference.apply_plan,
+            _cpu_apply_plan,
         ),
         Backend(
             "reference",
@@ -318,10 +313,6 @@ def explain(
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-
-def _dense_rows(cost: Tensor) -> Tensor:
-    return cost if cost.stride(-1) == 1 else cost.contiguous()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -26,13 +26,14 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-ABI_VERSION = 1
+    from optical.arguments import Arguments, Gradients, Outputs
+
+ABI_VERSION = 2
 LIBRARY_NAME = "_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -268,73 +269,240 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+class _Problem(ctypes.Structure):
+    """``optical_problem`` of csrc/sinkhorn.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "n", "m", "dim")),
+        *((name, ctypes.c_int32) for name in ("kind", "precision")),
+        *((name, ctypes.c_void_p) for name in ("x", "y")),
+        *((name, ctypes.c_int32) for name in ("x_type", "y_type")),
+        *((name, ctypes.c_int64) for name in ("x_stride_batch", "x_stride_line", "x_stride_entry")),
+        *((name, ctypes.c_int64) for name in ("y_stride_batch", "y_stride_line")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("offset_a", "offset_b", "log_a", "log_b", "epsilon", "init_f", "init_g")
+        ),
+        ("max_iter", ctypes.c_int32),
+        *((name, ctypes.c_double) for name in ("tol", "rho_a", "rho_b", "omega")),
+        ("anderson", ctypes.c_int32),
+        *((name, ctypes.c_double) for name in ("anneal_start", "anneal_ratio")),
+        *((name, ctypes.c_int32) for name in ("gradient", "low_memory", "num_threads")),
+    ]
+
+
+class _Solution(ctypes.Structure):
+    """``optical_solution``."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            *("value", "value_linear", "marginal_error", "f", "g"),
+            *("n_iter", "status", "w", "z", "residual"),
+        )
+    ]
+
+
+class _Gradient(ctypes.Structure):
+    """``optical_gradient``."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            *("grad_value", "grad_value_linear", "grad_f", "grad_g", "f", "g", "w", "z"),
+            *("n_iter", "grad_x", "grad_y", "grad_log_a", "grad_log_b"),
+        )
+    ]
+
+
 def _declare(library: ctypes.CDLL) -> None:
-    pointer, size, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    problem = [size, size, size, pointer, size, size, pointer, pointer, pointer]
-    for suffix in ("f32", "f64"):
-        forward = getattr(library, f"optical_sinkhorn_forward_{suffix}")
-        forward.argtypes = [*problem, int32, ctypes.c_double, *[pointer] * 6, int32]
-        backward = getattr(library, f"optical_sinkhorn_backward_{suffix}")
-        backward.argtypes = [*problem, *[pointer] * 5, int32]
+    pointer = ctypes.c_void_p
+    problem = ctypes.POINTER(_Problem)
+    library.optical_sinkhorn_forward.argtypes = [problem, ctypes.POINTER(_Solution)]
+    library.optical_sinkhorn_backward.argtypes = [problem, ctypes.POINTER(_Gradient)]
+    library.optical_apply_plan.argtypes = [
+        *(problem, pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int32, pointer)
+    ]
     library.optical_cpu_isa.restype = ctypes.c_char_p
 
 
 # --------------------------------------------------------------------------------------- calls
 
+KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
+GRADIENTS = {"envelope": 0, "implicit": 1, "unroll": 2}
+TYPES = {"torch.float32": 0, "torch.float64": 1, "torch.float16": 2, "torch.bfloat16": 3}
 
-def forward(
-    cost: Tensor, log_a: Tensor, log_b: Tensor, epsilon: Tensor, max_iter: int, tol: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Solve a batch of problems: cost (B, n, m), log_a (B, n), log_b (B, m), epsilon (B,).
 
-    All are CPU tensors of one dtype, float32 or float64; the last dimension of ``cost`` is
-    adjacent, its rows and problems may lie apart. Returns value, value_linear (B,), f (B, n),
-    g (B, m), marginal_error (B,) and n_iter (B,) int32.
+def forward(arguments: Arguments) -> Outputs:
+    """Solve a batch of problems; see ``optical.arguments`` for what goes in and comes out.
+
+    All tensors are on the CPU. Nothing is allocated but the outputs and the memory of one problem
+    per thread: no (batch, n, m) tensor where the cost comes from vectors.
     """
     import torch
 
-    suffix = _check(cost, log_a, log_b, epsilon)
-    batch, n, m = cost.shape
-    log_a, log_b, epsilon = log_a.contiguous(), log_b.contiguous(), epsilon.contiguous()
-    value, value_linear = torch.empty_like(epsilon), torch.empty_like(epsilon)
-    marginal_error = torch.empty_like(epsilon)
-    f, g = torch.empty_like(log_a), torch.empty_like(log_b)
-    n_iter = torch.empty(batch, dtype=torch.int32)
-    status = getattr(_library(), f"optical_sinkhorn_forward_{suffix}")(
-        *(batch, n, m, cost.data_ptr(), cost.stride(0), cost.stride(1)),
-        *(log_a.data_ptr(), log_b.data_ptr(), epsilon.data_ptr(), max_iter, tol),
-        *(value.data_ptr(), value_linear.data_ptr(), f.data_ptr(), g.data_ptr()),
-        *(marginal_error.data_ptr(), n_iter.data_ptr(), torch.get_num_threads()),
+    from optical.arguments import Outputs
+
+    call = _Call(arguments)
+    log_a, log_b, epsilon = call.lines_a, call.lines_b, call.epsilon
+    implicit = arguments.gradient == "implicit"
+    outputs = Outputs(
+        value=torch.empty_like(epsilon),
+        value_linear=torch.empty_like(epsilon),
+        f=torch.empty_like(log_a),
+        g=torch.empty_like(log_b),
+        marginal_error=torch.empty_like(epsilon),
+        n_iter=torch.empty(len(epsilon), dtype=torch.int32),
+        status=torch.empty(len(epsilon), dtype=torch.int32),
+        w=torch.empty_like(log_a) if implicit else log_a.new_empty(0),
+        z=torch.empty_like(log_b) if implicit else log_b.new_empty(0),
+        residual=torch.empty_like(epsilon),
     )
-    _raise_for(status, f"max_iter={max_iter}, cost {tuple(cost.shape)}")
-    return value, value_linear, f, g, marginal_error, n_iter
+    solution = _Solution(**{name: _address(x) for name, x in outputs._asdict().items()})
+    call.run("optical_sinkhorn_forward", solution)
+    return outputs
 
 
 def backward(
-    cost: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    epsilon: Tensor,
-    f: Tensor,
-    g: Tensor,
     grad_value: Tensor,
     grad_value_linear: Tensor,
-) -> Tensor:
-    """Gradient (B, n, m) of both values with respect to the cost, with the plan held fixed."""
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    arguments: Arguments,
+    f: Tensor,
+    g: Tensor,
+    w: Tensor,
+    z: Tensor,
+    n_iter: Tensor,
+    need_x: bool,
+    need_y: bool,
+) -> Gradients:
+    """Gradients with respect to x, y (None where not needed), log_a and log_b, by the mode of
+    ``arguments.gradient``; the other tensors are outputs of ``forward``."""
     import torch
 
-    upstream = (grad_value, grad_value_linear)
-    suffix = _check(cost, log_a, log_b, epsilon, f, g, *upstream)
-    batch, n, m = cost.shape
-    grad_cost = torch.empty(cost.shape, dtype=cost.dtype)
-    vectors = [x.contiguous() for x in (log_a, log_b, epsilon, f, g, *upstream)]
-    status = getattr(_library(), f"optical_sinkhorn_backward_{suffix}")(
-        *(batch, n, m, cost.data_ptr(), cost.stride(0), cost.stride(1)),
-        *(vector.data_ptr() for vector in vectors),
-        *(grad_cost.data_ptr(), torch.get_num_threads()),
+    call = _Call(arguments)
+    dtype = call.epsilon.dtype
+    x, y = arguments.x, arguments.y
+    grad_x = torch.empty(x.shape, dtype=dtype) if need_x else None
+    grad_y = torch.empty(y.shape, dtype=dtype) if need_y and y is not None else None
+    grad_log_a, grad_log_b = torch.empty_like(call.lines_a), torch.empty_like(call.lines_b)
+    upstream = {
+        "grad_value": grad_value,
+        "grad_value_linear": grad_value_linear,
+        "grad_f": grad_f,
+        "grad_g": grad_g,
+        "f": f,
+        "g": g,
+        "w": w,
+        "z": z,
+        "n_iter": n_iter,
+    }
+    given = {name: None if t is None else t.contiguous() for name, t in upstream.items()}
+    call.check(*(t for name, t in given.items() if name != "n_iter"))
+    made = {"grad_x": grad_x, "grad_y": grad_y, "grad_log_a": grad_log_a, "grad_log_b": grad_log_b}
+    gradient = _Gradient(**{name: _address(t) for name, t in (given | made).items()})
+    call.run("optical_sinkhorn_backward", gradient)
+    return (
+        None if grad_x is None else grad_x.to(x.dtype),
+        None if grad_y is None or y is None else grad_y.to(y.dtype),
+        grad_log_a,
+        grad_log_b,
     )
-    _raise_for(status, f"cost {tuple(cost.shape)}")
-    return grad_cost
+
+
+def apply_plan(arguments: Arguments, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
+    """P v for v by line of side b (or, transposed, P' v for v by line of side a), tile by tile."""
+    call = _Call(arguments)
+    f, g, v = f.contiguous(), g.contiguous(), v.contiguous()
+    call.check(f, g, v)
+    lines = call.lines_b if transpose else call.lines_a
+    out = v.new_empty(*lines.shape, v.shape[-1])
+    pointers = (_address(f), _address(g), _address(v))
+    call.run("optical_apply_plan", *pointers, v.shape[-1], int(transpose), _address(out))
+    return out
+
+
+class _Call:
+    """Arguments as the library reads them, with the tensors they point into kept alive."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        import torch
+
+        self.lines_a, self.lines_b = arguments.log_a.contiguous(), arguments.log_b.contiguous()
+        self.epsilon = arguments.epsilon.contiguous()
+        self.dtype = self.epsilon.dtype
+        if str(self.dtype) not in ("torch.float32", "torch.float64"):
+            raise TypeError(f"epsilon is {self.dtype}; expected torch.float32 or torch.float64")
+        x, y, cu_a, cu_b = arguments.x, arguments.y, arguments.cu_a, arguments.cu_b
+        if arguments.kind == "given":
+            self.check(x)
+        else:
+            x, y = _adjacent(x), _adjacent(y if y is not None else x)
+        starts = [None if t is None else t.contiguous() for t in (arguments.f0, arguments.g0)]
+        self.check(self.lines_a, self.lines_b, *starts)
+        batch = len(self.epsilon)
+        if cu_a is not None and cu_b is not None:
+            cu_a, cu_b = (t.to(torch.int64).contiguous() for t in (cu_a, cu_b))
+            n, m = (int(t.diff().max()) if batch else 0 for t in (cu_a, cu_b))
+            between_x, between_y = 0, 0
+        else:
+            n, m = self.lines_a.shape[1], self.lines_b.shape[1]
+            between_x, between_y = x.stride(0), 0 if y is None else y.stride(0)
+        self.kept = (x, y, cu_a, cu_b, *starts)
+        self.problem = _Problem(
+            batch=batch,
+            n=n,
+            m=m,
+            dim=0 if arguments.kind == "given" else x.shape[-1],
+            kind=KINDS[arguments.kind],
+            precision=TYPES[str(self.dtype)],
+            x=_address(x),
+            y=_address(y),
+            x_type=_type("x", x),
+            y_type=0 if y is None else _type("y", y),
+            x_stride_batch=between_x,
+            x_stride_line=x.stride(-2),
+            x_stride_entry=x.stride(-1),
+            y_stride_batch=between_y,
+            y_stride_line=0 if y is None else y.stride(-2),
+            offset_a=_address(cu_a),
+            offset_b=_address(cu_b),
+            log_a=_address(self.lines_a),
+            log_b=_address(self.lines_b),
+            epsilon=_address(self.epsilon),
+            init_f=_address(starts[0]),
+            init_g=_address(starts[1]),
+            max_iter=arguments.max_iter,
+            tol=arguments.tol,
+            rho_a=arguments.rho_a,
+            rho_b=arguments.rho_b,
+            omega=arguments.omega,
+            anderson=arguments.anderson,
+            anneal_start=arguments.anneal_start,
+            anneal_ratio=arguments.anneal_ratio,
+            gradient=GRADIENTS[arguments.gradient],
+            low_memory=arguments.low_memory,
+            num_threads=torch.get_num_threads(),
+        )
+
+    def check(self, *tensors: Tensor | None) -> None:
+        for tensor in tensors:
+            if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype != self.dtype):
+                found = f"{tensor.dtype} on {tensor.device}"
+                raise TypeError(f"a tensor is {found}; expected {self.dtype} on cpu, like epsilon")
+
+    def run(self, name: str, *others: Any) -> None:
+        structures = [
+            ctypes.byref(other) if isinstance(other, ctypes.Structure) else other
+            for other in (self.problem, *others)
+        ]
+        status = getattr(_library(), name)(*structures)
+        sizes = f"batch={self.problem.batch}, n={self.problem.n}, m={self.problem.m}"
+        if status == 2:
+            raise MemoryError(f"no memory for the workspace of the CPU Sinkhorn ({sizes})")
+        if status != 0:
+            raise ValueError(f"the CPU Sinkhorn refused its arguments ({sizes})")
 
 
 def _library() -> ctypes.CDLL:
@@ -344,25 +512,16 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _check(cost: Tensor, *others: Tensor) -> str:
-    """The suffix of the functions for these tensors, which share a dtype."""
-    import torch
-
-    suffixes: dict[torch.dtype, str] = {torch.float32: "f32", torch.float64: "f64"}
-    if cost.dtype not in suffixes:
-        raise TypeError(f"cost is {cost.dtype}; expected torch.float32 or torch.float64")
-    for tensor in (cost, *others):
-        if tensor.device.type != "cpu" or tensor.dtype != cost.dtype:
-            found = f"{tensor.dtype} on {tensor.device}"
-            raise TypeError(f"a tensor is {found}; expected {cost.dtype} on cpu, like cost")
-    if cost.dim() != 3 or (cost.shape[2] > 1 and cost.stride(2) != 1):
-        found = f"shape {tuple(cost.shape)}, strides {cost.stride()}"
-        raise ValueError(f"cost has {found}; expected (batch, n, m) with adjacent columns")
-    return suffixes[cost.dtype]
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
-def _raise_for(status: int, arguments: str) -> None:
-    if status == 2:
-        raise MemoryError(f"no memory for the workspace of the CPU Sinkhorn ({arguments})")
-    if status != 0:
-        raise ValueError(f"the CPU Sinkhorn refused its arguments ({arguments})")
+def _adjacent(vectors: Tensor) -> Tensor:
+    return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+
+
+def _type(name: str, tensor: Tensor) -> int:
+    if tensor.device.type != "cpu" or str(tensor.dtype) not in TYPES:
+        found = f"{tensor.dtype} on {tensor.device}"
+        raise TypeError(f"{name} is {found}; expected {', '.join(TYPES)} on cpu")
+    return TYPES[str(tensor.dtype)]

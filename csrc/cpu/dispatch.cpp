@@ -1,13 +1,16 @@
 // The C interface: checks sizes, chooses the instruction set once, shares problems out to threads.
-#include "../sinkhorn.h"
-
 #include <stdlib.h>
 
 #include <atomic>
-#if !defined(_OPENMP)
+#include <condition_variable>
+#include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#include <pthread.h>
 #endif
 
 #include "kernel.h"
@@ -36,112 +39,189 @@ const Kernels& kernels() {
 #endif
 }
 
-template <typename T>
-const Kernel<T>& kernel();
-template <>
-const Kernel<float>& kernel() {
-    return kernels().f32;
-}
-template <>
-const Kernel<double>& kernel() {
-    return kernels().f64;
+// Where the threads of a team wait for one another: spinning for as long as the others usually
+// need, then asleep, since there may be fewer cores than threads.
+struct Meeting {
+    int size = 0;
+    std::atomic<int> arrived{0}, round{0};
+    std::mutex door;
+    std::condition_variable opened;
+
+    static void meet(void* self) {
+        Meeting& m = *(Meeting*)self;
+        const int round = m.round.load(std::memory_order_relaxed);
+        if (m.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == m.size) {
+            m.arrived.store(0, std::memory_order_relaxed);
+            {
+                const std::lock_guard<std::mutex> lock(m.door);
+                m.round.store(round + 1, std::memory_order_release);
+            }
+            m.opened.notify_all();
+            return;
+        }
+        for (int spin = 0; spin < 20000; ++spin)
+            if (m.round.load(std::memory_order_acquire) != round) return;
+        std::unique_lock<std::mutex> lock(m.door);
+        m.opened.wait(lock, [&] { return m.round.load(std::memory_order_acquire) != round; });
+    }
+};
+
+#if defined(_OPENMP)
+// The threads of OpenMP do not survive a fork, and it would wait for them for ever in the child.
+std::atomic<bool> forked{false};
+const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+// Runs work(rank, size) on `threads` threads, or on fewer where no more are to be had.
+template <typename Work>
+void on_threads(int threads, Work work) {
+    if (threads <= 1) return work(0, 1);
+#if defined(_OPENMP)
+    if (!forked && watching == 0) {
+#pragma omp parallel num_threads(threads)
+        work(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    std::atomic<int> size{0};  // 0 until it is known
+    std::vector<std::thread> others;
+    try {
+        others.reserve((size_t)threads);
+        for (int rank = 1; rank < threads; ++rank)
+            others.emplace_back([&size, &work, rank] {
+                while (size == 0) std::this_thread::yield();
+                work(rank, size);
+            });
+    } catch (const std::system_error&) {
+        // Those that run share the work.
+    }
+    size = 1 + (int)others.size();
+    work(0, size);
+    for (std::thread& other : others) other.join();
 }
 
-// Calls solve(problem, scratch) for every problem, each on one of at most num_threads threads.
+// Aligned memory, freed at the end of its scope.
+struct Memory {
+    void* start = nullptr;
+    explicit Memory(int64_t bytes) {
+        if (posix_memalign(&start, 64, (size_t)(bytes > 0 ? bytes : 64)) != 0) start = nullptr;
+    }
+    Memory(const Memory&) = delete;
+    ~Memory() { free(start); }
+};
+
+// Entries and iterations worth a thread of their own, and entries of a problem worth a team.
+constexpr double least_work = 1 << 15, least_entries = 1 << 20;
+
+// Calls solve(index, shared, own, team) for every problem: several problems at a time, one thread
+// each, or, where they are large or few, one after another by all threads together.
 template <typename Solve>
-int for_each_problem(int64_t batch, int64_t scratch_bytes, int32_t num_threads, Solve solve) {
+int for_each_problem(const optical_problem& p, const Scratch& scratch, double visits, Solve solve) {
+    const double entries = (double)p.n * (double)p.m;
+    const double work = (double)p.batch * entries * (visits + (double)p.dim / 8);
+    int64_t threads = p.num_threads;
+    if (work < least_work * (double)threads) threads = (int64_t)(work / least_work);
+    if (threads < 1) threads = 1;
+
+    // Rows are shared out 256 at a time.
+    if (threads > 1 && p.n > 256 && (entries >= least_entries || p.batch < threads)) {
+        // One piece for all: a team must not lose a member to a lack of memory.
+        const Memory memory(scratch.shared + threads * scratch.own);
+        if (!memory.start) return OPTICAL_OUT_OF_MEMORY;
+        Meeting meeting;
+        std::once_flag counted;
+        on_threads((int)threads, [&](int rank, int size) {
+            std::call_once(counted, [&] { meeting.size = size; });
+            char* const own = (char*)memory.start + scratch.shared + rank * scratch.own;
+            const Team team = {rank, size, &meeting, Meeting::meet};
+            for (int64_t b = 0; b < p.batch; ++b) {
+                solve(b, memory.start, own, team);
+                if (size > 1) Meeting::meet(&meeting);
+            }
+        });
+        return OPTICAL_OK;
+    }
+
     std::atomic<int64_t> next{0};
     std::atomic<int> status{OPTICAL_OK};
+    if (threads > p.batch) threads = p.batch;
     // Small enough shares that ragged problems balance, large enough that sharing is free.
-    const int64_t threads = num_threads < batch ? num_threads : batch;
-    const int64_t share = batch / (threads * 16) > 1 ? batch / (threads * 16) : 1;
-    const auto work = [&]() {
-        void* scratch = nullptr;
-        if (scratch_bytes > 0 && posix_memalign(&scratch, 64, (size_t)scratch_bytes) != 0) {
+    const int64_t share = p.batch / (threads * 16) > 1 ? p.batch / (threads * 16) : 1;
+    on_threads((int)threads, [&](int, int) {
+        const Memory memory(scratch.shared + scratch.own);
+        if (!memory.start) {
             status = OPTICAL_OUT_OF_MEMORY;
             return;
         }
-        for (int64_t start; (start = next.fetch_add(share)) < batch;)
-            for (int64_t b = start; b < start + share && b < batch; ++b) solve(b, scratch);
-        free(scratch);
-    };
-    if (threads <= 1) {
-        work();
-        return status;
-    }
-#if defined(_OPENMP)
-#pragma omp parallel num_threads((int)threads)
-    work();
-#else
-    std::vector<std::thread> others;
-    try {
-        for (int64_t t = 1; t < threads; ++t) others.emplace_back(work);
-    } catch (const std::system_error&) {
-        // No more threads to be had: those that run share the work.
-    }
-    work();
-    for (std::thread& other : others) other.join();
-#endif
+        const Team team = {0, 1, nullptr, nullptr};
+        for (int64_t start; (start = next.fetch_add(share)) < p.batch;)
+            for (int64_t b = start; b < start + share && b < p.batch; ++b)
+                solve(b, memory.start, (char*)memory.start + scratch.shared, team);
+    });
     return status;
 }
 
-bool valid(int64_t batch, int64_t n, int64_t m, int32_t num_threads) {
-    return batch >= 0 && n >= 0 && m >= 0 && num_threads >= 1;
+bool valid(const optical_problem& p) {
+    const bool sizes = p.batch >= 0 && p.n >= 0 && p.m >= 0 && p.dim >= 0 && p.max_iter >= 0;
+    const bool choices = p.kind >= OPTICAL_GIVEN && p.kind <= OPTICAL_DOT &&
+                         (p.precision == OPTICAL_F32 || p.precision == OPTICAL_F64) &&
+                         p.x_type >= OPTICAL_F32 && p.x_type <= OPTICAL_BF16 &&
+                         p.y_type >= OPTICAL_F32 && p.y_type <= OPTICAL_BF16 &&
+                         p.gradient >= OPTICAL_ENVELOPE && p.gradient <= OPTICAL_UNROLL;
+    const bool numbers = p.rho_a > 0 && p.rho_b > 0 && p.omega > 0 && p.omega < 2 &&
+                         p.anderson >= 0 && p.anderson <= 16;
+    const bool pairs = !p.offset_a == !p.offset_b && !p.init_f == !p.init_g;
+    return sizes && choices && numbers && pairs && p.num_threads >= 1;
 }
 
-template <typename T>
-int forward(int64_t batch, const ForwardArguments<T>& arguments, int32_t num_threads) {
-    if (!valid(batch, arguments.n, arguments.m, num_threads) || arguments.max_iter < 0)
-        return OPTICAL_INVALID_ARGUMENT;
-    if (batch == 0) return OPTICAL_OK;
-    const Kernel<T>& chosen = kernel<T>();
-    const int64_t bytes = chosen.scratch_bytes(arguments.n, arguments.m);
-    return for_each_problem(batch, bytes, num_threads, [&](int64_t problem, void* scratch) {
-        chosen.forward(arguments, problem, scratch);
-    });
-}
-
-template <typename T>
-int backward(int64_t batch, const BackwardArguments<T>& arguments, int32_t num_threads) {
-    if (!valid(batch, arguments.n, arguments.m, num_threads)) return OPTICAL_INVALID_ARGUMENT;
-    if (batch == 0) return OPTICAL_OK;
-    const Kernel<T>& chosen = kernel<T>();
-    return for_each_problem(batch, 0, num_threads, [&](int64_t problem, void* scratch) {
-        chosen.backward(arguments, problem, scratch);
-    });
+const Kernel& kernel(const optical_problem& p) {
+    return p.precision == OPTICAL_F64 ? kernels().f64 : kernels().f32;
 }
 
 }  // namespace
 }  // namespace optical
 
-#define OPTICAL_DEFINE(suffix, T)                                                               \
-    int optical_sinkhorn_forward_##suffix(                                                      \
-        int64_t batch, int64_t n, int64_t m, const T* cost, int64_t cost_stride_batch,          \
-        int64_t cost_stride_row, const T* log_a, const T* log_b, const T* epsilon,              \
-        int32_t max_iter, double tol, T* value, T* value_linear, T* f, T* g, T* marginal_error, \
-        int32_t* n_iter, int32_t num_threads) {                                                 \
-        return optical::forward<T>(                                                             \
-            batch,                                                                              \
-            {n, m, cost, cost_stride_batch, cost_stride_row, log_a, log_b, epsilon, max_iter,   \
-             tol, value, value_linear, f, g, marginal_error, n_iter},                           \
-            num_threads);                                                                       \
-    }                                                                                           \
-    int optical_sinkhorn_backward_##suffix(                                                     \
-        int64_t batch, int64_t n, int64_t m, const T* cost, int64_t cost_stride_batch,          \
-        int64_t cost_stride_row, const T* log_a, const T* log_b, const T* epsilon, const T* f,  \
-        const T* g, const T* grad_value, const T* grad_value_linear, T* grad_cost,              \
-        int32_t num_threads) {                                                                  \
-        return optical::backward<T>(                                                            \
-            batch,                                                                              \
-            {n, m, cost, cost_stride_batch, cost_stride_row, log_a, log_b, epsilon, f, g,       \
-             grad_value, grad_value_linear, grad_cost},                                         \
-            num_threads);                                                                       \
-    }
+using namespace optical;
 
-OPTICAL_DEFINE(f32, float)
-OPTICAL_DEFINE(f64, double)
+int optical_sinkhorn_forward(const optical_problem* problem, const optical_solution* solution) {
+    const optical_problem& p = *problem;
+    if (!valid(p)) return OPTICAL_INVALID_ARGUMENT;
+    if (p.batch == 0) return OPTICAL_OK;
+    const Kernel& chosen = kernel(p);
+    return for_each_problem(p, chosen.scratch(p, Operation::forward, 0), p.max_iter,
+                            [&](int64_t b, void* shared, void* own, const Team& team) {
+                                chosen.forward(p, *solution, b, shared, own, team);
+                            });
+}
 
-const char* optical_cpu_isa(void) { return optical::kernels().isa; }
+int optical_sinkhorn_backward(const optical_problem* problem, const optical_gradient* gradient) {
+    const optical_problem& p = *problem;
+    const bool unroll = p.gradient == OPTICAL_UNROLL;
+    if (!valid(p) || (unroll && (p.anderson > 0 || p.anneal_start > 0)))
+        return OPTICAL_INVALID_ARGUMENT;
+    if (p.batch == 0) return OPTICAL_OK;
+    const Kernel& chosen = kernel(p);
+    return for_each_problem(p, chosen.scratch(p, Operation::backward, 0),
+                            unroll ? 3.0 * p.max_iter : 1,
+                            [&](int64_t b, void* shared, void* own, const Team& team) {
+                                chosen.backward(p, *gradient, b, shared, own, team);
+                            });
+}
+
+int optical_apply_plan(const optical_problem* problem, const void* f, const void* g, const void* v,
+                       int64_t width, int32_t transpose, void* out) {
+    const optical_problem& p = *problem;
+    if (!valid(p) || width < 0) return OPTICAL_INVALID_ARGUMENT;
+    if (p.batch == 0 || width == 0) return OPTICAL_OK;
+    const Kernel& chosen = kernel(p);
+    const Apply call = {f, g, v, width, transpose, out};
+    return for_each_problem(p, chosen.scratch(p, Operation::apply, transpose ? -width : width), 1,
+                            [&](int64_t b, void* shared, void* own, const Team& team) {
+                                chosen.apply(p, call, b, shared, own, team);
+                            });
+}
+
+const char* optical_cpu_isa(void) { return kernels().isa; }
 
 int optical_abi_version(void) { return OPTICAL_ABI_VERSION; }
 

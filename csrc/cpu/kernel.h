@@ -3,41 +3,47 @@
 
 #include <stdint.h>
 
+#include "../sinkhorn.h"
+
 namespace optical {
 
-template <typename T>
-struct ForwardArguments {
-    int64_t n, m;
-    const T* cost;
-    int64_t cost_stride_batch, cost_stride_row;
-    const T *log_a, *log_b, *epsilon;
-    int32_t max_iter;
-    double tol;
-    T *value, *value_linear, *f, *g, *marginal_error;
-    int32_t* n_iter;
+// The threads that work on one problem together. They run the same code, each on its share of the
+// rows and columns, and meet at barriers; alone, a thread meets nobody.
+struct Team {
+    int rank, size;
+    void* meeting;
+    void (*meet)(void* meeting);
 };
 
-template <typename T>
-struct BackwardArguments {
-    int64_t n, m;
-    const T* cost;
-    int64_t cost_stride_batch, cost_stride_row;
-    const T *log_a, *log_b, *epsilon, *f, *g, *grad_value, *grad_value_linear;
-    T* grad_cost;
+enum class Operation { forward, backward, apply };
+
+struct Apply {
+    const void *f, *g, *v;
+    int64_t width;
+    int32_t transpose;
+    void* out;
 };
 
-// One problem of the batch, in scratch memory that one thread keeps for all its problems.
-template <typename T>
+// Memory of one problem, and of one thread working on it.
+struct Scratch {
+    int64_t shared, own;
+};
+
+// One problem of the batch. Memory is given by the caller and reused from problem to problem.
 struct Kernel {
-    int64_t (*scratch_bytes)(int64_t n, int64_t m);
-    void (*forward)(const ForwardArguments<T>& arguments, int64_t problem, void* scratch);
-    void (*backward)(const BackwardArguments<T>& arguments, int64_t problem, void* scratch);
+    // width: of the vectors of `apply`, negative for the transposed product.
+    Scratch (*scratch)(const optical_problem& problem, Operation operation, int64_t width);
+    void (*forward)(const optical_problem& problem, const optical_solution& solution,
+                    int64_t index, void* shared, void* own, const Team& team);
+    void (*backward)(const optical_problem& problem, const optical_gradient& gradient,
+                     int64_t index, void* shared, void* own, const Team& team);
+    void (*apply)(const optical_problem& problem, const Apply& apply, int64_t index, void* shared,
+                  void* own, const Team& team);
 };
 
 struct Kernels {
     const char* isa;
-    Kernel<float> f32;
-    Kernel<double> f64;
+    Kernel f32, f64;
 };
 
 extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;

@@ -20,7 +20,8 @@
 #define OPTICAL_X86_REGISTERS  // a vector is one register
 #endif
 
-#define OPTICAL_INLINE static inline __attribute__((always_inline))
+#define OPTICAL_INLINE_MEMBER inline __attribute__((always_inline))
+#define OPTICAL_INLINE static OPTICAL_INLINE_MEMBER
 
 // The bits, range and polynomials of each number type. The polynomials are minimax on the reduced
 // range (found by Remez exchange at 50 digits), with relative errors 3e-9 and 4e-18 for exp and
@@ -136,6 +137,9 @@ struct Simd {
         return rows[0];
     }
 
+    // rows[k][lane] <-> rows[lane][k], for k < width.
+    OPTICAL_INLINE void transpose(Vector* rows) { exchange<width / 2>(rows); }
+
     // exp, to about one unit in the last place; 0 below the normal range, +inf above the range,
     // NaN for NaN. Cody and Waite: x = k ln 2 + r with |r| <= ln 2 / 2. Several vectors go through
     // the steps side by side: one alone would mostly wait for its own previous step.
@@ -193,6 +197,20 @@ private:
     static constexpr int source(int lane) {
         const int block = lane / half;
         return (block % 2) * width + (block / 2) * 2 * half + odd * half + lane % half;
+    }
+    // Exchanges the off-diagonal blocks of every pair of rows `half` apart, then those within.
+    template <int half>
+    OPTICAL_INLINE void exchange(Vector* rows) {
+        if constexpr (half > 0) {
+            const std::make_integer_sequence<int, width> lanes{};
+            for (int k = 0; k < width; ++k) {
+                if (k & half) continue;
+                const Vector low = interleave<half, 0>(rows[k], rows[k + half], lanes);
+                const Vector high = interleave<half, 1>(rows[k], rows[k + half], lanes);
+                rows[k] = low, rows[k + half] = high;
+            }
+            exchange<half / 2>(rows);
+        }
     }
     template <typename Operation, int half>
     OPTICAL_INLINE void fold(Vector* rows) {

@@ -1,0 +1,590 @@
+// Gradients, and products with the plan: what is read off the potentials of a solution.
+//
+// G = dL/dC of a problem is made tile by tile and multiplied with the vectors at once, or kept for
+// both sides where it is small; a large problem is passed a second time with its sides exchanged
+// instead. With G, for the cosine and unit vectors,
+//
+//     dL/dx_i = -(sum_j G_ij y_j - (x_i . sum_j G_ij y_j) x_i) / |x_i|
+#pragma once
+
+#include "solver.h"
+
+namespace optical {
+namespace OPTICAL_ISA {
+namespace {
+
+template <typename T>
+struct Gradient {
+    typedef Solver<T> Solve;
+    typedef Product<T> P;
+    typedef Simd<T> S;
+    typedef typename S::Vector Vector;
+    typedef Number<T> C;
+    static constexpr int width = S::width;
+    static constexpr int block = Solve::block;
+    static constexpr int rank = 32;  // columns of the low-rank sum in the reverse sweep
+
+    Solve s;
+    T* tiles;       // G, where it is kept
+    // The vectors of both sides as right sides of products, and the products.
+    T *x_packed, *y_packed, *x_product, *y_product;
+    T *bar_f, *bar_g, *bar_a, *bar_b, *from_f, *from_g, *to_f, *to_g, *left, *right;
+    T up, linear;   // upstream: of both values together, of value_linear
+
+    static bool keeps(const optical_problem& p) {
+        if (p.gradient == OPTICAL_UNROLL) return true;
+        return p.kind != OPTICAL_GIVEN &&
+               round_up(p.n, block) * round_up(p.m, block) <= kept_entries;
+    }
+
+    void lay_out(Arena& shared, Arena& own, const optical_problem& p, bool swapped) {
+        const bool unroll = p.gradient == OPTICAL_UNROLL;
+        s.lay_out(shared, own, p, swapped, unroll, unroll);
+        const int64_t rows = round_up(swapped ? p.m : p.n, block);
+        const int64_t cols = round_up(swapped ? p.n : p.m, block);
+        tiles = keeps(p) ? shared.take<T>(rows * cols) : nullptr;
+        const int64_t padded = p.kind == OPTICAL_GIVEN ? 0 : round_up(p.dim, width);
+        x_packed = shared.take<T>(rows * padded), x_product = shared.take<T>(rows * padded);
+        y_packed = shared.take<T>(cols * padded), y_product = shared.take<T>(cols * padded);
+        if (!unroll) return;
+        T** by_row[] = {&bar_f, &bar_a, &from_f, &to_f};
+        for (T** array : by_row) *array = shared.take<T>(rows);
+        T** by_column[] = {&bar_g, &bar_b, &from_g, &to_g};
+        for (T** array : by_column) *array = shared.take<T>(cols);
+        left = shared.take<T>(rank * rows), right = shared.take<T>(rank * cols);
+    }
+
+    static void run(const optical_problem& p, const optical_gradient& out, int64_t index,
+                    void* shared, void* own, const Team& team) {
+        // The vectors of the other side get theirs in a second pass when G is not kept.
+        const bool twice = p.kind != OPTICAL_GIVEN && !keeps(p);
+        for (int pass = 0; pass < (twice ? 2 : 1); ++pass) {
+            Gradient gradient;
+            gradient.s.team = team;
+            Arena of_team = {(uintptr_t)shared}, of_thread = {(uintptr_t)own};
+            gradient.lay_out(of_team, of_thread, p, pass == 1);
+            gradient.differentiate(p, out, index, pass == 1, twice);
+            sync(team);
+        }
+    }
+
+    void differentiate(const optical_problem& p, const optical_gradient& out, int64_t index,
+                       bool swapped, bool twice) {
+        Side a = side_a(p, index), b = side_b(p, index);
+        T *x_out = (T*)out.grad_x, *y_out = (T*)out.grad_y;
+        T *a_out = (T*)out.grad_log_a + a.first, *b_out = (T*)out.grad_log_b + b.first;
+        const T *f = (const T*)out.f + a.first, *g = (const T*)out.g + b.first;
+        const bool implicit = p.gradient == OPTICAL_IMPLICIT;
+        const T *w = implicit ? (const T*)out.w + a.first : nullptr;
+        const T *z = implicit ? (const T*)out.z + b.first : nullptr;
+        if (x_out) x_out += p.kind == OPTICAL_GIVEN ? index * p.n * p.m : a.first * p.dim;
+        if (y_out) y_out += b.first * p.dim;
+        if (swapped) {
+            Solve::exchange(a, b), Solve::exchange(x_out, y_out), Solve::exchange(a_out, b_out);
+            Solve::exchange(f, g), Solve::exchange(w, z);
+        }
+        int32_t status;
+        const bool valid = s.read(p, index, swapped, status);
+        const int64_t width_x = p.kind == OPTICAL_GIVEN ? p.m : p.dim;
+        if (s.team.rank == 0) {
+            const bool full = valid && s.n == a.full && s.m == b.full;
+            if (x_out && !full) fill(x_out, a.full * width_x, 0);
+            if (y_out && !full && !twice) fill(y_out, b.full * p.dim, 0);
+            fill(a_out, a.full, 0);
+            if (!twice) fill(b_out, b.full, 0);
+        }
+        sync(s.team);
+        if (!valid) return;
+        if (x_out && p.kind != OPTICAL_GIVEN) pack(s.y, s.m, y_packed);
+        if (y_out && p.kind != OPTICAL_GIVEN && !twice) pack(s.x, s.n, x_packed);
+        sync(s.team);
+
+        const T grad_value = ((const T*)out.grad_value)[index];
+        linear = ((const T*)out.grad_value_linear)[index];
+        up = grad_value + linear;
+        if (p.gradient == OPTICAL_UNROLL) {
+            unroll(p, out, index, a, b, grad_value);
+            s.own_rows([&](int64_t i) { scatter(a_out, s.row_index, i, s.n, S::load(bar_a + i)); });
+            s.own_columns([&](int64_t j) { scatter(b_out, s.col_index, j, s.m, S::load(bar_b + j)); });
+            if (p.kind == OPTICAL_GIVEN && x_out)
+                s.own_chunks([&](int64_t, int64_t from, int64_t to) {
+                    for (int64_t k = from; k < to; ++k) write(s.tile(tiles, k), k, x_out, p.m);
+                });
+        } else {
+            s.take_potentials(f, g);
+            if (s.rho_a < C::infinity || s.rho_b < C::infinity) {
+                s.rebase(true);  // finds the lines without a pair
+                s.plan_is_kernel = true;
+                sync(s.team);
+            }
+            for_lines(w, z);
+            const bool rows_only = twice || !implicit;
+            s.own_chunks([&](int64_t chunk, int64_t from, int64_t to) {
+                T* sums = s.part + chunk * s.col_count;
+                if (!rows_only) fill(sums, s.col_count, 0);
+                if (tiles) s.fill(from, to, s.tile(tiles, from));
+                for (int64_t k = from; k < to; ++k) {
+                    T* tile = tiles ? s.tile(tiles, k) : s.panels;
+                    if (!tiles) s.fill(k, k + 1, tile);
+                    make(k, tile, implicit, rows_only ? nullptr : sums);
+                    if (x_out && p.kind == OPTICAL_GIVEN) write(tile, k, x_out, p.m);
+                    if (x_out && twice) multiply_rows(tile, k, k + 1, x_out, p.dim);
+                }
+            });
+            sync(s.team);
+            s.own_rows([&](int64_t i) {
+                Vector d = mass_gradient(grad_value, s.mass_a, s.pad_a, s.f, i, s.rho_a, s.total_b);
+                if (implicit) d += adjoint_mass(s.miss_a, s.w, i, s.rho_a);
+                scatter(a_out, s.row_index, i, s.n, d);
+            });
+            if (!twice)
+                s.own_columns([&](int64_t j) {
+                    Vector d = mass_gradient(grad_value, s.mass_b, s.pad_b, s.g, j, s.rho_b, s.total_a);
+                    if (implicit) {
+                        Vector sum = S::load(s.part + j);
+                        for (int64_t c = 1; c < s.chunks; ++c)
+                            sum += S::load(s.part + c * s.col_count + j);
+                        S::store(s.col_mass + j, sum);
+                        d += adjoint_mass(s.col_mass, s.z, j, s.rho_b);
+                    }
+                    scatter(b_out, s.col_index, j, s.m, d);
+                });
+        }
+        if (p.kind == OPTICAL_GIVEN || twice) return;
+        sync(s.team);
+        if (x_out)
+            s.own_chunks([&](int64_t, int64_t from, int64_t to) {
+                multiply_rows(s.tile(tiles, from), from, to, x_out, p.dim);
+            });
+        if (y_out)
+            s.own_segments(
+                [&](int64_t, int64_t from, int64_t to) { multiply_columns(from, to, y_out, p.dim); });
+    }
+
+    // The vectors of a side as the right side of a product, vectors shared out to the team.
+    void pack(const T* vectors, int64_t lines, T* to) const {
+        const int64_t count = s.dim_padded / width;
+        for (int64_t i = s.team.rank; i < lines; i += s.team.size)
+            for (int64_t v = 0; v < count; ++v)
+                S::store(to + P::packed(i, v, lines, count),
+                         S::load(vectors + i * s.dim_padded + v * width));
+    }
+
+    static void fill(T* to, int64_t count, T value) {
+        for (int64_t i = 0; i < count; ++i) to[i] = value;
+    }
+
+    static void scatter(T* to, const int64_t* index, int64_t at, int64_t count, Vector values) {
+        for (int lane = 0; lane < width && at + lane < count; ++lane)
+            to[index[at + lane]] = values[lane];
+    }
+
+    void for_lines(const T* w, const T* z) {
+        s.own_rows([&](int64_t i) {
+            for (int lane = 0; lane < width; ++lane)
+                s.w[i + lane] = w && i + lane < s.n ? w[s.row_index[i + lane]] : 0;
+        });
+        s.own_columns([&](int64_t j) {
+            for (int lane = 0; lane < width; ++lane)
+                s.z[j + lane] = z && j + lane < s.m ? z[s.col_index[j + lane]] : 0;
+        });
+        sync(s.team);
+    }
+
+    // The plan held fixed, or with w and z the fixed point; row sums of the plan go to miss_a and
+    // column sums are added to `sums`.
+    __attribute__((noinline)) void make(int64_t b, T* to, bool implicit, T* sums) {
+        if (implicit) make<true>(b, to, sums);
+        else make<false>(b, to, sums);
+    }
+
+    template <bool implicit>
+    __attribute__((always_inline)) inline void make(int64_t b, T* to, T* sums) {
+        static constexpr int together = Solve::together;
+        const T scale = s.inverse_epsilon, upstream = up, slope = linear * scale;
+        const T *const fs = s.f + b * block, *const logs = s.log_a + b * block;
+        const T *const gs = s.g, *const log_bs = s.log_b, *const zs = s.z;
+        Vector line[block];
+        for (int r = 0; r < block; ++r) line[r] = S::all(0);
+        for (int64_t j = 0; j < s.col_count; j += width) {
+            const Vector gj = S::load(gs + j), log_bj = S::load(log_bs + j), zj = S::load(zs + j);
+            Vector column = S::all(0);
+            for (int r = 0; r < block; r += together, to += together * width) {
+                Vector x[together], factor[together];
+                for (int i = 0; i < together; ++i) {
+                    const Vector cost = S::load(to + i * width);
+                    x[i] = ((fs[r + i] - cost) + gj) * scale + (logs[r + i] + log_bj);
+                    if constexpr (implicit)
+                        factor[i] = upstream + slope * ((s.w[b * block + r + i] + zj) - Solve::price(to + i * width));
+                    else
+                        factor[i] = S::all(upstream);
+                }
+                S::template exp<together>(x);
+                for (int i = 0; i < together; ++i) {
+                    if constexpr (implicit) line[r + i] += x[i], column += x[i];
+                    S::store(to + i * width, x[i] * factor[i]);
+                }
+            }
+            if (implicit && sums) S::store(sums + j, S::load(sums + j) + column);
+        }
+        if constexpr (implicit)
+            for (int q = 0; q < Solve::groups; ++q)
+                S::store(s.miss_a + b * block + q * width,
+                         S::template across<typename S::Sum>(line + q * width));
+    }
+
+    // The partial derivative of the dual; a line without a pair gives all its mass up.
+    Vector mass_gradient(T grad_value, const T* mass, const T* pad, const T* potential, int64_t i,
+                         T rho, double other) const {
+        const Vector phi = S::load(potential + i);
+        Vector slope = phi + s.target * (T)(other - 1);
+        if (rho < C::infinity) {
+            const Vector share = S::select(S::load(pad + i) > 0, S::all(0), S::exp(phi * (-1 / rho)));
+            slope = rho * (1 - share) + s.target * ((T)other - share);
+        }
+        return grad_value * S::load(mass + i) * slope;
+    }
+
+    Vector adjoint_mass(const T* sums, const T* solution, int64_t i, T rho) const {
+        const T relief = rho < C::infinity ? 1 + s.target / rho : (T)1;
+        return (linear * relief) * S::load(sums + i) * S::load(solution + i);
+    }
+
+    // A tile into the rows of a (n, m) matrix.
+    void write(const T* tile, int64_t b, T* to, int64_t columns) const {
+        const bool adjacent = s.col_index[s.m - 1] - s.col_index[0] == s.m - 1;
+        for (int r = 0; r < block && b * block + r < s.n; ++r) {
+            T* line = to + s.row_index[b * block + r] * columns;
+            const T* from = tile + r * width;
+            for (int64_t j = 0; j < s.m; j += width, from += block * width) {
+                const Vector values = S::load(from);
+                if (adjacent && j + width <= s.m) S::store_unaligned(line + s.col_index[0] + j, values);
+                else scatter(line, s.col_index, j, s.m, values);
+            }
+        }
+    }
+
+    // Rows of tiles that lie one behind the other, and columns of them, as left sides of products.
+    struct TileRows {
+        const T* tile;
+        int64_t size;
+        OPTICAL_INLINE_MEMBER const T* operator()(int64_t group, int64_t j) const {
+            const int64_t row = group * P::rows;
+            return tile + row / block * size + j / width * (block * width) + row % block * width + j % width;
+        }
+        OPTICAL_INLINE_MEMBER int64_t row(int r) const { return r * width; }
+    };
+    struct TileColumns {
+        const T* tile;
+        int64_t size;
+        OPTICAL_INLINE_MEMBER const T* operator()(int64_t group, int64_t i) const {
+            const int64_t j = group * P::rows;
+            return tile + i / block * size + j / width * (block * width) + i % block * width + j % width;
+        }
+        OPTICAL_INLINE_MEMBER int64_t row(int r) const { return r; }
+    };
+
+    template <typename Left>
+    void multiply(Left left, int64_t lines, const T* right, int64_t depth, T* to) const {
+        const int64_t padded = s.dim_padded;
+        P::multiply((lines + P::rows - 1) / P::rows, left, right, depth, padded / width,
+                    [&](int64_t group, int r, int64_t v, Vector sum, bool more)
+                        __attribute__((always_inline)) {
+                            T* const at = to + (group * P::rows + r) * padded + v * width;
+                            if (more) sum += S::load(at);
+                            S::store(at, sum);
+                        });
+    }
+
+    __attribute__((noinline)) void multiply_rows(const T* tile, int64_t b, int64_t end, T* out,
+                                                 int64_t dim) {
+        const int64_t first = b * block, last = end * block < s.n ? end * block : s.n;
+        T* const product = x_product + first * s.dim_padded;
+        const int64_t size = block * s.col_count;
+        multiply(TileRows{tile, size}, last - first, y_packed, s.m, product);
+        for (int64_t i = first; i < last; ++i) {
+            Vector total = S::all(0);
+            const T* from = tile + (i - first) / block * size + i % block * width;
+            if (s.kind == OPTICAL_SQEUCLIDEAN)
+                for (int64_t j = 0; j < s.col_count; j += width, from += block * width)
+                    total += S::load(from);
+            finish(product + (i - first) * s.dim_padded, s.x + i * s.dim_padded, s.length_a[i],
+                   S::sum(total), out + s.row_index[i] * dim);
+        }
+    }
+
+    __attribute__((noinline)) void multiply_columns(int64_t first, int64_t end, T* out, int64_t dim) {
+        const int64_t last = end < s.m ? end : s.m, size = block * s.col_count;
+        const T* column = tiles + first * block;
+        T* const product = y_product + first * s.dim_padded;
+        multiply(TileColumns{column, size}, last - first, x_packed, s.n, product);
+        for (int64_t j = first; j < last; ++j) {
+            T total = 0;
+            const int64_t at = (j - first) / width * (block * width) + j % width;
+            if (s.kind == OPTICAL_SQEUCLIDEAN)
+                for (int64_t i = 0; i < s.n; ++i)
+                    total += column[i / block * size + i % block * width + at];
+            finish(product + (j - first) * s.dim_padded, s.y + j * s.dim_padded, s.length_b[j], total,
+                   out + s.col_index[j] * dim);
+        }
+    }
+
+    // From sum_j G_ij y_j to the gradient of x_i; `total` is sum_j G_ij.
+    void finish(T* product, const T* vector, T length, T total, T* out) const {
+        const int64_t padded = s.dim_padded;
+        if (s.kind == OPTICAL_COSINE) {
+            Vector sum = S::all(0);
+            for (int64_t k = 0; k < padded; k += width) sum += S::load(product + k) * S::load(vector + k);
+            const T along = S::sum(sum), scale = length > 0 ? -1 / length : (T)0;
+            for (int64_t k = 0; k < padded; k += width)
+                S::store(product + k, scale * (S::load(product + k) - along * S::load(vector + k)));
+        } else {
+            const T own = s.kind == OPTICAL_SQEUCLIDEAN ? 2 * total : (T)0;
+            const T other = s.kind == OPTICAL_SQEUCLIDEAN ? -2 : -1;
+            for (int64_t k = 0; k < padded; k += width)
+                S::store(product + k, own * S::load(vector + k) + other * S::load(product + k));
+        }
+        memcpy(out, product, (size_t)s.dim * sizeof(T));
+    }
+
+    // ------------------------------------------------------------------------ the reverse sweep
+
+    // The derivative of the iterations as they ran: they run again, keeping f_k and g_k, and are
+    // then undone one by one. With pi_ij = a_i exp((f_i + g_j - C_ij) / epsilon) and
+    // sigma_ij = b_j exp(...) at the values of a step, all products are with K, and the sum over
+    // the steps of what the cost receives is K times a matrix of rank two per step.
+    void unroll(const optical_problem& p, const optical_gradient& out, int64_t index, const Side& a,
+                const Side& b, T grad_value) {
+        s.start(p, a, b);
+        typename Solve::Options options = {0, 0, (T)p.omega, 0, 0, 1};
+        const int32_t ran = out.n_iter[index];
+        options.max_iter = ran < 0 ? 0 : ran < p.max_iter ? ran : p.max_iter;
+        bool converged;
+        const int32_t steps = s.solve(options, converged);
+        s.sum_up(true);
+        start(out, a.first, b.first, grad_value);
+
+        int used = 0;
+        bool based = false;
+        for (int32_t k = steps - 1; k >= 0; --k) {
+            const int64_t size = s.row_count + s.col_count;
+            const T *before = s.history + k * size, *after = before + size;
+            const T *f = after, *g = after + s.row_count, *old_g = before + s.row_count;
+            s.set_step(k == 0 ? (T)1 : (T)p.omega);
+            if (!based || !replay(f, old_g)) {
+                flush(used);
+                used = 0;
+                rebase_at(f, old_g);
+                based = replay(f, old_g);
+            }
+            if (based) {
+                reverse(used, true, true);
+                used += 2;
+            } else {
+                // Each half on the base of its own potentials, where K is pi / a or sigma / b.
+                exact_base(f, g), replay(f, old_g), reverse(0, true, false), flush(2);
+                exact_base(f, old_g), replay(f, old_g), reverse(0, false, true), flush(2);
+            }
+            if (used == rank) {
+                flush(used);
+                used = 0;
+            }
+        }
+        flush(used);
+        sync(s.team);
+    }
+
+    // What the results receive, before any iteration is undone.
+    void start(const optical_gradient& out, int64_t first_a, int64_t first_b, T grad_value) {
+        const T *grad_f = out.grad_f ? (const T*)out.grad_f + first_a : nullptr;
+        const T *grad_g = out.grad_g ? (const T*)out.grad_g + first_b : nullptr;
+        const T scale = s.inverse_epsilon, eps = s.target;
+        T *const p_row = from_f, *const q_col = from_g;  // M_ij = grad_value (p_i + q_j) + linear C_ij
+        s.own_rows([&](int64_t i) {
+            S::store(p_row + i, dual_slope(s.f, s.miss_a, s.mass_a, i, s.rho_a));
+        });
+        s.own_columns([&](int64_t j) {
+            const Vector q = dual_slope(s.g, s.col_mass, s.mass_b, j, s.rho_b);
+            S::store(q_col + j, q);
+            S::store(to_g + j, S::load(s.bv + j) * q);
+        });
+        sync(s.team);
+        s.sweep(
+            to_g, to_f,
+            [&](int64_t i, Vector sum) {
+                const Vector share = S::load(s.au + i), mass = S::load(s.miss_a + i);
+                const Vector slope = grad_value * (S::load(p_row + i) * mass + share * sum) +
+                                     linear * S::load(s.row_spent + i);
+                S::store(bar_f + i, slope * scale + given(grad_f, s.row_index, i, s.n));
+                Vector direct = eps * (S::load(s.mass_a + i) * (T)s.total_b - mass);
+                if (s.rho_a < C::infinity) direct += s.rho_a * (S::load(s.mass_a + i) - mass);
+                S::store(bar_a + i, slope + grad_value * direct);
+                return share * S::load(p_row + i);
+            },
+            [&](int64_t j, Vector sum) {
+                const Vector mass = S::load(s.col_mass + j);
+                const Vector slope = grad_value * (S::load(q_col + j) * mass + S::load(s.bv + j) * sum) +
+                                     linear * S::load(s.col_spent + j);
+                S::store(bar_g + j, slope * scale + given(grad_g, s.col_index, j, s.m));
+                Vector direct = eps * (S::load(s.mass_b + j) * (T)s.total_a - mass);
+                if (s.rho_b < C::infinity) direct += s.rho_b * (S::load(s.mass_b + j) - mass);
+                S::store(bar_b + j, slope + grad_value * direct);
+            });
+        sync(s.team);
+        s.own_chunks([&](int64_t, int64_t from, int64_t to) {
+            for (int64_t b = from; b < to; ++b) {
+                const T *kernel = s.kernel_tile(b), *cost = s.cost_tile(b, s.panels + (b + 1) % 2 * block * s.col_count);
+                T* tile = s.tile(tiles, b);
+                for (int64_t j = 0; j < s.col_count; j += width)
+                    for (int r = 0; r < block; ++r, kernel += width, cost += width, tile += width) {
+                        const int64_t i = b * block + r;
+                        const Vector plan = (S::load(kernel) * s.au[i]) * S::load(s.bv + j);
+                        const Vector slope = grad_value * (p_row[i] + S::load(q_col + j)) +
+                                             linear * Solve::price(cost);
+                        S::store(tile, plan * (up - slope * scale));
+                    }
+            }
+        });
+    }
+
+    static Vector dual_slope(const T* potential, const T* found, const T* mass, int64_t i, T rho) {
+        Vector slope = S::load(potential + i);
+        if (rho < C::infinity) {
+            const Vector r = S::load(found + i), m = S::load(mass + i);
+            const Vector ratio = S::select((r > 0) & (m > 0), r / m, S::all(1));
+            slope += rho * S::log(ratio);
+        }
+        return slope;
+    }
+
+    static Vector given(const T* gradient, const int64_t* index, int64_t at, int64_t count) {
+        Vector values = S::all(0);
+        for (int lane = 0; gradient && lane < width && at + lane < count; ++lane)
+            values[lane] = gradient[index[at + lane]];
+        return values;
+    }
+
+    // Runs one iteration again on the present base, from g to f: leaves the scales with which the
+    // rows of sigma and the columns of pi sum to 1 whatever was rounded, and a u and b v. False: a
+    // number on the way was not harmless.
+    bool replay(const T* f, const T* g) {
+        typename Solve::Range range;
+        T *const of_row = from_f, *const of_column = from_g;
+        const bool moved = s.relaxed;
+        s.own_columns([&](int64_t j) {
+            const Vector scale = S::exp((S::load(g + j) - S::load(s.base_g + j)) * s.inverse_epsilon);
+            range.add(S::select(S::load(s.weight_b + j) > 0, scale, S::all(1)));
+            S::store(s.bv + j, S::load(s.weight_b + j) * scale);
+        });
+        sync(s.team);
+        s.sweep(
+            s.bv, s.au,
+            [&](int64_t i, Vector sum) {
+                const Vector total = sum + S::load(s.pad_a + i);
+                Vector scale = T(1) / total;
+                range.add(total);
+                S::store(of_row + i, scale);
+                if (moved) {
+                    scale = S::exp((S::load(f + i) - S::load(s.base_f + i)) * s.inverse_epsilon);
+                    range.add(S::select(S::load(s.weight_a + i) > 0, scale, S::all(1)));
+                }
+                return S::load(s.weight_a + i) * scale;
+            },
+            [&](int64_t j, Vector sum) {
+                const Vector total = sum + S::load(s.pad_b + j);
+                range.add(total);
+                S::store(of_column + j, T(1) / total);
+            });
+        return s.agreed(range).within(Bounds<T>::trusted);
+    }
+
+    void rebase_at(const T* f, const T* g) {
+        sync(s.team);
+        s.own_rows([&](int64_t i) { S::store(s.f + i, S::load(f + i)); });
+        s.own_columns([&](int64_t j) { S::store(s.g + j, S::load(g + j)); });
+        sync(s.team);
+        s.rebase(false);
+        sync(s.team);
+    }
+
+    void exact_base(const T* f, const T* g) {
+        sync(s.team);
+        s.own_rows([&](int64_t i) { S::store(s.base_f + i, S::load(f + i)); });
+        s.own_columns([&](int64_t j) { S::store(s.base_g + j, S::load(g + j)); });
+        sync(s.team);
+        s.build_kernel();
+        sync(s.team);
+    }
+
+    // Undoes the step that was replayed, the half that made g, the half that made f, or both, and
+    // appends what the cost receives to the low-rank sum: a u (v Gbar)' and u Fbar (b v)'.
+    void reverse(int used, bool of_columns, bool of_rows) {
+        const T eps = s.target;
+        const int64_t count = s.col_count / width;
+        const Vector none = S::all(0);
+        s.own_columns([&](int64_t j) {
+            const Vector moved = S::load(from_g + j) * (s.share_b * S::load(bar_g + j));
+            S::store(to_g + j, of_columns ? moved : none);
+            S::store(right + P::packed(used, j / width, rank, count), of_columns ? moved : none);
+            S::store(right + P::packed(used + 1, j / width, rank, count),
+                     of_rows ? S::load(s.bv + j) : none);
+        });
+        sync(s.team);
+        s.sweep(
+            to_g, to_f,
+            [&](int64_t i, Vector sum) {
+                const Vector share = of_columns ? S::load(s.au + i) : none;
+                const Vector received = of_columns ? share * sum : none;
+                const Vector bar = S::load(bar_f + i) - received;
+                const Vector moved = of_rows ? S::load(from_f + i) * (s.share_a * bar) : none;
+                S::store(bar_a + i, S::load(bar_a + i) - eps * received);
+                S::store(bar_f + i, of_rows ? s.alpha * bar : bar);
+                for (int lane = 0; lane < width; ++lane) {
+                    left[(i + lane) * rank + used] = share[lane];
+                    left[(i + lane) * rank + used + 1] = moved[lane];
+                }
+                return moved;
+            },
+            [&](int64_t j, Vector sum) {
+                const Vector received = of_rows ? S::load(s.bv + j) * sum : none;
+                const Vector bar = S::load(bar_g + j);
+                S::store(bar_b + j, S::load(bar_b + j) - eps * received);
+                S::store(bar_g + j, (of_columns ? s.alpha * bar : bar) - received);
+            });
+        sync(s.team);
+    }
+
+    // Adds K times the low-rank sum to G.
+    void flush(int used) {
+        if (used == 0) return;
+        const int64_t count = s.col_count / width;
+        s.own_rows([&](int64_t i) {
+            for (int lane = 0; lane < width; ++lane)
+                fill(left + (i + lane) * rank + used, rank - used, 0);
+        });
+        s.own_columns([&](int64_t j) {
+            for (int k = used; k < rank; ++k)
+                S::store(right + P::packed(k, j / width, rank, count), S::all(0));
+        });
+        sync(s.team);
+        s.own_chunks([&](int64_t, int64_t from, int64_t to) {
+            for (int64_t b = from; b < to; ++b) {
+                const T* kernel = s.kernel_tile(b);
+                T* tile = s.tile(tiles, b);
+                P::multiply(block / P::rows, Rows<T>{left + b * block * rank, rank}, right, rank,
+                            count,
+                            [&](int64_t group, int r, int64_t v, Vector sum, bool)
+                                __attribute__((always_inline)) {
+                                    const int64_t at = (v * block + group * P::rows + r) * width;
+                                    S::store(tile + at,
+                                             S::load(tile + at) + S::load(kernel + at) * sum);
+                                });
+            }
+        });
+        sync(s.team);
+    }
+};
+
+}  // namespace
+}  // namespace OPTICAL_ISA
+}  // namespace optical
