@@ -57,10 +57,9 @@ def test_kinds_of_data_are_what_they_are_called():
     random, aligned, clusters, mixed = (
         cases.parse_shape(f"{shape}:{data}").cost() for data in cases.DATA[:4]
     )
-    assert (random.amin(2) > 0.4).all()
-    assert (aligned.amin(2) < 0.55).all()
-    assert (mixed[::2].amin(2) > 0.4).all()
-    assert (mixed[1::2].amin(2) < 0.55).all()
+    for independent, partners in ((random, aligned), (mixed[::2], mixed[1::2])):
+        assert independent.amin(2).mean() > 0.7
+        assert partners.amin(2).mean() < 0.5
     # 13 and 5 of 16 tokens are in the first group.
     assert (clusters[:, :13, :5] < 0.5).all()
     assert (clusters[:, :13, 5:] > 1.5).all()
