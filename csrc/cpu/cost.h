@@ -97,7 +97,8 @@ private:
     }
 };
 
-// The left side of a product: a matrix by row.
+// Left sides of products: a matrix by row, and one by blocks of rows, in which the entries of a
+// block that are wanted together lie together.
 template <typename T>
 struct Rows {
     const T* start;
@@ -106,6 +107,17 @@ struct Rows {
         return start + group * Product<T>::rows * stride + k;
     }
     OPTICAL_INLINE_MEMBER int64_t row(int r) const { return r * stride; }
+};
+
+template <typename T, int block>
+struct Blocks {
+    const T* start;
+    int64_t columns;
+    OPTICAL_INLINE_MEMBER const T* operator()(int64_t group, int64_t k) const {
+        const int64_t row = group * Product<T>::rows;
+        return start + (row / block * columns + k) * block + row % block;
+    }
+    OPTICAL_INLINE_MEMBER int64_t row(int r) const { return r; }
 };
 
 // One side of one problem in the caller's memory.
@@ -159,9 +171,9 @@ struct Cost {
     int64_t stride_row, stride_column;
     bool adjacent;
     // Vectors by row and by column, scaled or moved, in whole SIMD vectors with zeros behind; and
-    // those by column once more, packed as the right side of products.
+    // both once more as the left and the right side of their products.
     int64_t dim, dim_padded;
-    T *x, *y, *y_packed, *base_a, *base_b, *length_a, *length_b;
+    T *x, *y, *x_left, *y_right, *base_a, *base_b, *length_a, *length_b;
     double* centre;
     T factor, least;
 
@@ -171,7 +183,7 @@ struct Cost {
         kind = cost_kind, dim = max_dim, dim_padded = round_up(max_dim, width);
         if (kind == OPTICAL_GIVEN) return;
         x = arena.take<T>(rows * dim_padded), y = arena.take<T>(cols * dim_padded);
-        y_packed = arena.take<T>(cols * dim_padded);
+        x_left = arena.take<T>(rows * dim_padded), y_right = arena.take<T>(cols * dim_padded);
         base_a = arena.take<T>(rows), base_b = arena.take<T>(cols);
         length_a = arena.take<T>(rows), length_b = arena.take<T>(cols);
         centre = arena.take<double>(dim_padded);
@@ -347,16 +359,29 @@ private:
     };
 
     void pack() {
+        for (int64_t i = 0; i < row_count; i += width)
+            for (int64_t k = 0; k < dim_padded; k += width) {
+                T* const to = x_left + (i / block * dim_padded + k) * block + i % block;
+                turn(x + i * dim_padded + k, [&](int lane, Vector entries) {
+                    S::store(to + lane * block, entries);
+                });
+            }
         const int64_t count = col_count / width;
         for (int64_t v = 0; v < count; ++v)
-            for (int64_t k = 0; k < dim_padded; k += width) {
-                Vector square[width];
-                for (int lane = 0; lane < width; ++lane)
-                    square[lane] = S::load(y + (v * width + lane) * dim_padded + k);
-                S::transpose(square);
-                for (int lane = 0; lane < width && k + lane < dim; ++lane)
-                    S::store(y_packed + P::packed(k + lane, v, dim, count), square[lane]);
-            }
+            for (int64_t k = 0; k < dim_padded; k += width)
+                turn(y + v * width * dim_padded + k, [&](int lane, Vector entries) {
+                    if (k + lane < dim)
+                        S::store(y_right + P::packed(k + lane, v, dim, count), entries);
+                });
+    }
+
+    // A square of `width` vectors by entry.
+    template <typename Out>
+    OPTICAL_INLINE_MEMBER void turn(const T* from, Out out) const {
+        Vector square[width];
+        for (int i = 0; i < width; ++i) square[i] = S::load(from + i * dim_padded);
+        S::transpose(square);
+        for (int lane = 0; lane < width; ++lane) out(lane, square[lane]);
     }
 
     __attribute__((noinline)) bool fill_product(int64_t from, int64_t end, T* to) const {
@@ -365,7 +390,7 @@ private:
         const T *const of_row = base_a + from * block, *const of_column = base_b;
         const int64_t tile = block * col_count, depth = dim;
         P::multiply((end - from) * (block / P::rows),
-                    Rows<T>{x + from * block * dim_padded, dim_padded}, y_packed, depth,
+                    Blocks<T, block>{x_left + from * block * dim_padded, dim_padded}, y_right, depth,
                     col_count / width,
                     [&, depth](int64_t group, int r, int64_t v, Vector dot, bool more)
                         __attribute__((always_inline)) {
