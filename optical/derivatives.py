@@ -13,6 +13,9 @@ from torch import Tensor
 
 from optical.iterations import Problems
 
+# Parts of a plan that exchange less than this share of their mass do not move one another.
+DISCONNECTED = 1e-9
+
 
 def envelope(
     p: Problems, gv: Tensor, gl: Tensor, f: Tensor, g: Tensor
@@ -54,9 +57,12 @@ def adjoint(p: Problems, coupling: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r' and c' are the row and column sums times 1 + epsilon / rho of their side. w is eliminated
     and the rest solved densely, scaled by c' on both sides, which bounds its eigenvalues by 1. With
     both marginals fixed (w - k, z + k) is a solution too; the one with sum_i r_i w_i = 0 is taken.
+    Everything is in float64: a plan rounded to float32 still determines the solution well, because
+    the system is built of its sums alone, but sums rounded to float32 do not.
     """
+    dtype, coupling = coupling.dtype, coupling.double()
     rows, columns = coupling.sum(2), coupling.sum(1)
-    epsilon = p.epsilon[:, None]
+    epsilon = p.epsilon[:, None].double()
     stiff_rows = rows * (1 + epsilon / p.arguments.rho_a)
     stiff_columns = columns * (1 + epsilon / p.arguments.rho_b)
     moved = coupling * p.cost
@@ -68,7 +74,7 @@ def adjoint(p: Problems, coupling: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     solvable = system.isfinite().all(2).all(1) & right.isfinite().all(1)
     normal = system.abs() >= torch.finfo(system.dtype).tiny
     system = torch.where(normal & solvable[:, None, None], system, 0.0)
-    solution = _times(torch.linalg.pinv(system, hermitian=True), right)
+    solution = _times(torch.linalg.pinv(system, hermitian=True, rtol=DISCONNECTED), right)
     z = by_column * solution
     w = (moved.sum(2) - _times(coupling, z)) / torch.where(rows > 0, stiff_rows, math.inf)
     if p.arguments.rho_a == p.arguments.rho_b == math.inf:
@@ -77,8 +83,8 @@ def adjoint(p: Problems, coupling: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         w, z = torch.where(rows > 0, w - shift, 0.0), torch.where(columns > 0, z + shift, 0.0)
     error, size = (right - _times(system, solution)).norm(dim=1), right.norm(dim=1)
     residual = torch.where(size > 0, error / size, 0.0)
-    unsolved = ~solvable[:, None]
-    return w.masked_fill(unsolved, math.nan), z.masked_fill(unsolved, math.nan), residual
+    w, z = (x.masked_fill(~solvable[:, None], math.nan).to(dtype) for x in (w, z))
+    return w, z, residual.to(dtype)
 
 
 def unrolled(

@@ -268,7 +268,7 @@ def option_problems() -> Iterator[Problem]:
     forbidden[0, 2], forbidden[1, :, 3], forbidden[2, 1, 1] = math.inf, math.inf, math.inf
     heavy = replace(base, log_a=base.log_a + 0.7, log_b=base.log_b - 0.4)
     yield replace(base, name="init", f0=f0, g0=g0)
-    yield replace(base, name="init_no_iteration", f0=f0, g0=g0, max_iter=0)
+    yield replace(base, name="init_no_iteration", f0=0.1 * f0, g0=0.1 * g0, max_iter=0)
     yield replace(base, name="rho", rho_a=0.5, rho_b=0.5)
     yield replace(heavy, name="rho_of_each_side", rho_a=0.3, rho_b=2.0)
     yield replace(heavy, name="rho_of_rows", rho_a=0.3)
@@ -283,7 +283,7 @@ def option_problems() -> Iterator[Problem]:
     yield replace(heavy, name="omega_below_one", omega=0.6, rho_b=0.4)
     yield replace(base, name="omega_1.8_forbidden", omega=1.8, x=forbidden)
     yield replace(base, name="anneal", anneal_start=5.0, anneal_ratio=0.5)
-    yield replace(base, name="anneal_unfinished", anneal_start=1e3, anneal_ratio=0.9)
+    yield replace(base, name="anneal_unfinished", anneal_start=0.5, anneal_ratio=0.95)
     per_problem = torch.tensor([2.0, 0.1, 0.02], dtype=torch.float64)
     everything = replace(heavy, epsilon=per_problem, f0=f0, g0=g0, rho_a=0.7, x=forbidden)
     everything = replace(everything, omega=1.3, anneal_start=1.0, anneal_ratio=0.6)
@@ -425,7 +425,8 @@ def assert_backend_correct(
         if gradient == "unroll" and problem.anderson:
             continue
         truth = solve("reference", exact, gradient)
-        same_dtype = solve("reference", given, gradient)
+        is_truth = dtype == torch.float64 and given.x.device.type == "cpu" and vectors is None
+        same_dtype = truth if is_truth else solve("reference", given, gradient)
         out = solve(backend, given, gradient)
         label = f"{backend} {problem.name} {gradient}"
         for field in {"status", "n_iter"} - skipped:

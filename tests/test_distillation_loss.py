@@ -139,6 +139,7 @@ def test_bad_options_fail_when_the_loss_is_made(models, option):
 def test_tells_the_model_card_its_options_and_its_source(models):
     loss = OTDistillationLoss(*models, epsilon=0.2)
     assert loss.get_config_dict() == {
+        "cost": "cosine",
         "epsilon": 0.2,
         "max_iter": 50,
         "tol": 0.0,

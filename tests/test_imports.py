@@ -12,8 +12,9 @@ import optical
 PACKAGE = Path(optical.__file__).parent
 # A module may import those before it.
 ORDER = [
-    *("files", "provenance", "reference", "native", "kernels"),
-    *("backends", "ops", "functional", "losses", "alignment"),
+    *("files", "provenance", "arguments", "native", "kernels", "iterations", "derivatives"),
+    *("reference", "costs", "dense", "backends", "ops", "checks", "inputs", "result"),
+    *("functional", "losses", "alignment"),
     *("runs", "texts", "collections", "search", "evaluation", "significance"),
     *("bitext", "codeswitch", "encoder", "training_pairs", "training"),
     *("config", "summary", "figures", "report", "phrasebook", "study", "cli"),
@@ -21,16 +22,20 @@ ORDER = [
 # Narrower than the order.
 ONLY = {
     "phrasebook": {"files", "runs"},
-    "testing": {"reference", "backends", "ops", "functional", "losses"},
-    "kernels": {"kernels", "reference"},
+    "testing": {"arguments", "dense", "ops"},
+    "native": {"arguments"},
+    "kernels": {"kernels"},
 }
 PUBLIC = [
     "BackendUnsupported",
     "OTAlignmentLoss",
     "SinkhornResult",
+    "Status",
     "__version__",
     "ot_alignment",
     "sinkhorn",
+    "sinkhorn_divergence",
+    "sinkhorn_vectors",
 ]
 HEAVY = {
     "transformers", "sentence_transformers", "datasets", "tokenizers", "triton", "matplotlib",

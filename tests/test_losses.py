@@ -24,9 +24,19 @@ def test_has_no_state_and_shows_its_options():
     loss = OTAlignmentLoss(epsilon=0.1, reduction="sum")
     assert not list(loss.parameters()) and not loss.state_dict()
     assert repr(loss) == (
-        "OTAlignmentLoss(epsilon=0.1, max_iter=50, tol=0.0, gradient='envelope', backend='auto', "
-        "reduction='sum')"
+        "OTAlignmentLoss(cost='cosine', epsilon=0.1, max_iter=50, tol=0.0, gradient='envelope', "
+        "backend='auto', reduction='sum')"
     )
+
+
+def test_takes_every_option_of_the_function():
+    student, teacher, mask = clouds()
+    options = {"cost": "sqeuclidean", "rho": (0.5, None), "gradient": "implicit", "tol": 1e-4}
+    options |= {"anderson": 4, "max_iter": 60, "epsilon": 2.0, "anneal": (8.0, 0.5)}
+    loss = OTAlignmentLoss(**options, reduction="none")
+    found = loss(student, teacher, mask)
+    assert torch.equal(found, ot_alignment(student, teacher, mask, **options))
+    assert "rho=(0.5, None)" in repr(loss)
 
 
 def test_pulls_the_student_onto_the_teacher():
@@ -59,9 +69,16 @@ def test_a_pair_without_tokens_adds_nothing():
         ({"epsilon": 0.0}, "epsilon is 0.0"),
         ({"max_iter": -2}, "max_iter is -2"),
         ({"gradient": "none"}, "gradient is 'none'"),
+        ({"cost": "manhattan"}, "cost is 'manhattan'; expected one of 'cosine', 'sqeuclidean'"),
+        ({"rho": 0.0}, "rho is 0.0"),
         ({"backend": "gpu"}, "backend is 'gpu'"),
     ],
 )
 def test_bad_options_fail_when_the_loss_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         OTAlignmentLoss(**options)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(TypeError, match="temperature"):
+        OTAlignmentLoss(temperature=0.1)

@@ -134,6 +134,6 @@ def test_without_a_compiler_the_wheel_is_pure(tmp_path, monkeypatch):
     code = (
         "import torch, optical, warnings; warnings.simplefilter('ignore');"
         "result = optical.sinkhorn(torch.rand(2, 3, 4), epsilon=1.0);"
-        "from optical import backends; print(backends.choose('auto', result.cost).name)"
+        "from optical import backends; print(backends.choose('auto', result.arguments).name)"
     )
     assert fresh(code, unpacked) == "reference"
