@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from optical import sinkhorn
+from optical import Status, sinkhorn, sinkhorn_divergence, sinkhorn_vectors
 
 SETTINGS = settings(
     max_examples=25,
@@ -156,3 +156,133 @@ def test_the_value_falls_with_epsilon_towards_the_transport(epsilon):
     cool = sinkhorn(cost, epsilon=epsilon / 2, max_iter=4000)
     assert (cool.value <= warm.value + 1e-6).all()
     assert (cool.value_linear <= warm.value_linear + 1e-6).all()
+
+
+PENALTIES = st.sampled_from([1.0, (0.3, None), (None, 2.0), (0.2, 5.0)])
+
+
+def turned(rho):
+    return rho[::-1] if isinstance(rho, tuple) else rho
+
+
+@SETTINGS
+@given(drawn(), PENALTIES, st.floats(-1, 1))
+def test_penalised_problems_turn_permute_and_scale(problem, rho, more):
+    cost, log_a, log_b, epsilon = problem
+    log_a = log_a + more
+    straight = solve(cost, log_a, log_b, epsilon, rho=rho, max_iter=2000)
+    other = solve(cost.mT, log_b, log_a, epsilon, rho=turned(rho), max_iter=2000)
+    close(other.plan().mT, straight.plan(), 1e-6)
+    close(other.value, straight.value, 1e-6)
+    flipped = solve(cost.flip(1), log_a.flip(1), log_b, epsilon, rho=rho, max_iter=2000)
+    close(flipped.plan().flip(1), straight.plan(), 1e-9)
+    larger = rho * 3 if isinstance(rho, float) else tuple(x and 3 * x for x in rho)
+    scaled = solve(3 * cost, log_a, log_b, 3 * epsilon, rho=larger, max_iter=2000)
+    close(scaled.value, 3 * straight.value, 1e-8)
+
+
+@SETTINGS
+@given(drawn(), PENALTIES)
+def test_a_penalty_only_lowers_the_value_and_the_more_the_weaker_it_is(problem, rho):
+    fixed = solve(*problem, max_iter=2000)
+    slack = 1e-6 + 10 * fixed.marginal_error.max().item()
+    strong, weak = (
+        solve(
+            *problem,
+            rho=tuple(x and factor * x for x in (rho if isinstance(rho, tuple) else (rho, rho))),
+            max_iter=2000,
+        )
+        for factor in (4.0, 1.0)
+    )
+    assert (weak.value <= strong.value + 1e-8).all()
+    assert (strong.value <= fixed.value + slack).all()
+
+
+@SETTINGS
+@given(drawn(), st.sampled_from([{"omega": 1.5}, {"anderson": 4}, {"anneal": (2.0, 0.5)}]))
+def test_faster_ways_end_at_the_same_plan(problem, options):
+    plain = solve(*problem, max_iter=3000, tol=1e-10)
+    fast = solve(*problem, max_iter=3000, tol=1e-10, **options)
+    assert (fast.status == Status.CONVERGED).all()
+    close(fast.plan(), plain.plan(), 1e-7)
+
+
+@SETTINGS
+@given(drawn())
+def test_the_divergence_is_symmetric_and_not_negative(problem):
+    _cost, log_a, log_b, _epsilon = problem
+    x, y = torch.randn(2, log_a.shape[1], 3).double(), torch.randn(2, log_b.shape[1], 3).double()
+    options = {"epsilon": 0.7, "cost": "sqeuclidean", "max_iter": 1000, "tol": 1e-11}
+    there = sinkhorn_divergence(x, y, log_a, log_b, **options)
+    back = sinkhorn_divergence(y, x, log_b, log_a, **options)
+    close(there, back, 1e-7)
+    assert (there > -1e-7).all()
+
+
+def test_a_hundred_thousand_problems_in_one_call():
+    cost = torch.rand(100_000, 3, 2)
+    result = sinkhorn(cost, epsilon=0.2, max_iter=5)
+    assert result.value.isfinite().all() and result.n_iter.eq(5).all()
+    for i in (0, 54_321, 99_999):
+        alone = sinkhorn(cost[i : i + 1], epsilon=0.2, max_iter=5)
+        close(result.value[i : i + 1], alone.value)
+
+
+# ------------------------------------------------------------------- closed forms on the real line
+
+
+def gaussian(mean, variance, mass=1.0):
+    """A grid of points (1, n, 1) with the log-masses of a Gaussian."""
+    points = torch.linspace(-9, 9, 400, dtype=torch.float64)
+    log_mass = (-((points - mean) ** 2) / (2 * variance)).log_softmax(0) + math.log(mass)
+    return points[None, :, None], log_mass[None]
+
+
+def test_the_value_between_gaussians_has_a_closed_form():
+    """Janati, Muzellec, Peyré, Cuturi (arXiv 2006.02572), theorem 1; epsilon is 2 sigma ** 2."""
+    for mean, a, b, epsilon in ((1.0, 0.5, 1.5, 1.0), (-2.0, 1.0, 0.3, 0.4)):
+        (x, log_a), (y, log_b) = gaussian(0.0, a), gaussian(mean, b)
+        options = {"epsilon": epsilon, "cost": "sqeuclidean", "max_iter": 300, "tol": 1e-10}
+        found = sinkhorn_vectors(x, y, log_a, log_b, **options).value.item()
+        s = epsilon / 2
+        root = math.sqrt(4 * a * b + s**2)
+        expected = mean**2 + a + b - root + s * (1 - math.log(2 * s)) + s * math.log(root + s)
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_value_between_unbalanced_gaussians_is_that_of_quadratic_potentials():
+    """Gaussians have quadratic potentials, so the fixed point is one of three numbers a side."""
+    (mean_a, var_a, mass_a), (mean_b, var_b, mass_b) = (0.3, 0.5, 0.8), (-1.0, 1.2, 1.7)
+    epsilon, rho = 0.6, 2.5
+
+    def update(quadratic, mean, variance, mass):
+        """-rho / (rho + epsilon) * epsilon * log integral exp((g(y) - (x - y)^2) / epsilon)."""
+        g2, g1, g0 = quadratic
+        # exp(-p y^2 / 2 + q y + r) in y, where q is linear in x.
+        p = 1 / variance - 2 * (g2 - 1) / epsilon
+        q0, q1 = mean / variance + g1 / epsilon, 2 / epsilon
+        r = g0 / epsilon - mean**2 / (2 * variance) + math.log(mass / math.sqrt(variance * p))
+        log_integral = (q1**2 / (2 * p) - 1 / epsilon, q0 * q1 / p, q0**2 / (2 * p) + r)
+        return tuple(-rho / (rho + epsilon) * epsilon * c for c in log_integral)
+
+    f = g = (0.0, 0.0, 0.0)
+    for _ in range(500):
+        f = update(g, mean_b, var_b, mass_b)
+        g = update(f, mean_a, var_a, mass_a)
+
+    def transported(quadratic, mean, variance, mass):
+        """The integral of exp(-f / rho) against the measure: the mass of the plan."""
+        f2, f1, f0 = (-c / rho for c in quadratic)
+        p, q = 1 / variance - 2 * f2, mean / variance + f1
+        exponent = q**2 / (2 * p) + f0 - mean**2 / (2 * variance)
+        return mass / math.sqrt(variance * p) * math.exp(exponent)
+
+    mass = transported(f, mean_a, var_a, mass_a)
+    assert mass == pytest.approx(transported(g, mean_b, var_b, mass_b))
+    expected = rho * (mass_a + mass_b) + epsilon * mass_a * mass_b - (2 * rho + epsilon) * mass
+    (x, log_a), (y, log_b) = gaussian(mean_a, var_a, mass_a), gaussian(mean_b, var_b, mass_b)
+    found = sinkhorn_vectors(
+        x, y, log_a, log_b, epsilon=epsilon, rho=rho, cost="sqeuclidean", max_iter=500
+    )
+    assert found.value.item() == pytest.approx(expected, abs=1e-6)
+    assert found.plan().sum().item() == pytest.approx(mass, abs=1e-6)
