@@ -158,8 +158,10 @@ def check(name: str, results: Results, truth: Truth, task: Task) -> dict[str, fl
         own = gradients_of_plan(results.plan, task)
         for out, expected in zip(results.gradients, own, strict=True):
             off = (out - expected).norm().item()
-            # Both half-steps carry gradient, each through a plan that misses one marginal.
-            slack = 2 * (found["marginal_error"] + TOLERANCE[dtype]) * expected.norm().item()
+            # Both half-steps carry gradient, each through a plan that misses one marginal; and
+            # the terms of a token's gradient nearly cancel, which magnifies what they miss.
+            share = 0.01 + 2 * (found["marginal_error"] + TOLERANCE[dtype])
+            slack = share * expected.norm().item()
             if not off <= slack:
                 raise AssertionError(
                     f"{name} {case.name} gradient is {off:.3g} away from that of its own plan; "
