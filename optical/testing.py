@@ -33,7 +33,10 @@ class Problem:
     """A batch of transport problems in float64: a name and the fields of ``Arguments``.
 
     ``x`` is a cost (B, n, m), or with ``y`` and another ``kind`` the vectors of the rows. With
-    ``converged``, implementations may take different ways and are compared where they stop.
+    ``converged``, implementations may take different ways and are compared where they stop. With
+    ``singular``, entries of the plan that round to 0 decide how much mass flows between parts of
+    the problem: the linear system behind implicit gradients is then solved, but its solution has
+    no digits to compare.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Problem:
     anneal_ratio: float = 0.5
     low_memory: bool = False
     converged: bool = False
+    singular: bool = False
 
     def arguments(self, gradient: str = "envelope", backend: str = "auto") -> Arguments:
         own = {name: getattr(self, name) for name in Arguments._fields if hasattr(self, name)}
@@ -221,7 +225,8 @@ def plain_problems() -> Iterator[Problem]:
     yield random_problem("one_fully_masked", 3, 6, 8, rows=[6, 0, 4], columns=[8, 5, 0])
     yield random_problem("one_token_sides", 3, 5, 5, rows=[1, 5, 1], columns=[5, 1, 1])
     for epsilon in (1.0, 0.01, 0.001):
-        yield random_problem(f"epsilon_{epsilon:g}", 2, 20, 24, epsilon=epsilon, max_iter=50)
+        problem = random_problem(f"epsilon_{epsilon:g}", 2, 20, 24, epsilon=epsilon, max_iter=50)
+        yield replace(problem, singular=epsilon == 0.001)
     yield random_problem("no_iteration", 2, 7, 5, max_iter=0)
     yield random_problem("one_iteration", 2, 7, 5, max_iter=1)
 
@@ -253,7 +258,7 @@ def plain_problems() -> Iterator[Problem]:
     # Two far clusters whose masses differ: the potentials move far before the plan settles.
     blocks = (torch.arange(16)[:, None] < 8) ^ (torch.arange(16)[None, :] < 4)
     clusters = random_problem("clusters", 2, 16, 16, epsilon=0.02, max_iter=60, seed=3)
-    yield replace(clusters, x=0.1 * clusters.x + 2 * blocks)
+    yield replace(clusters, x=0.1 * clusters.x + 2 * blocks, singular=True)
 
 
 def option_problems() -> Iterator[Problem]:
@@ -332,7 +337,13 @@ def vector_problems() -> Iterator[Problem]:
         y=-sign * axis.flip(1),
         epsilon=clouds.epsilon / 2,
     )
-    yield replace(clouds, name="cosine_epsilon_0.001", epsilon=clouds.epsilon / 100, max_iter=50)
+    yield replace(
+        clouds,
+        name="cosine_epsilon_0.001",
+        epsilon=clouds.epsilon / 100,
+        max_iter=50,
+        singular=True,
+    )
     sizes = torch.logspace(-18, 18, 10, dtype=torch.float64)[:, None]
     yield replace(clouds, name="norms_1e-18_to_1e18", x=x * sizes, y=y / sizes)
     far = replace(clouds, kind="sqeuclidean", epsilon=clouds.epsilon * 100)
@@ -429,11 +440,16 @@ def assert_backend_correct(
         same_dtype = truth if is_truth else solve("reference", given, gradient)
         out = solve(backend, given, gradient)
         label = f"{backend} {problem.name} {gradient}"
+        ignored = skipped
+        if problem.singular and gradient == "implicit":
+            ignored = skipped | {"grad_x", "grad_y", "grad_log_a", "grad_log_b"}
+            if not (out["residual"] <= 1e-2).all():
+                raise AssertionError(f"{label} residual: {out['residual']}; expected <= 0.01")
         for field in {"status", "n_iter"} - skipped:
             if not torch.equal(out[field].cpu(), truth[field]):
                 raise AssertionError(f"{label} {field}: {out[field]}; expected {truth[field]}")
         for field, expected in truth.items():
-            if field in skipped:
+            if field in ignored:
                 continue
             scale = mass if field in ("marginal_error", "grad_x") else exact.scale
             if field.startswith("grad") and expected.numel():
