@@ -72,11 +72,10 @@ def ratio_table(rows: Sequence[Row]) -> str:
             lines.append(_table_row(label, f"`{name}`", MODES[mode], ms, *cells, share, shown))
     row = rows[0]
     versions = sorted({r.version for r in rows if r.version} | {f"PyTorch {row.torch}"})
-    plural = "s" if threads > 1 else ""
     caption = (
         "*How many times longer the others take, in the same rounds "
-        f"([rows](benchmarks/results/{RESULTS.name})) on {threads} "
-        f"thread{plural} of an {row.device}; {', '.join(versions)}. Problems are batch x n x m x "
+        f"([rows](benchmarks/results/{RESULTS.name})) on "
+        f"{_threads(threads)} of an {row.device}; {', '.join(versions)}. Problems are batch x n x m x "
         "dim x iterations. Starred solvers keep one kernel and have no log-domain safety.*"
     )
     return "\n".join([*lines, "", caption])
@@ -85,6 +84,10 @@ def ratio_table(rows: Sequence[Row]) -> str:
 def _order(item: tuple[tuple[str, str, str], dict[str, Row]]) -> tuple[int, int, int]:
     (task, _, mode), group = item
     return list(TASKS).index(task), min(row.n for row in group.values()), list(MODES).index(mode)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _first(group: dict[str, Row], names: Sequence[str]) -> Row | None:
@@ -172,13 +175,11 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
         _bars(axis, cases, series)
         axis.set_yscale("log")
         axis.axhline(1, color="#333333", linewidth=1)
-        axis.set_ylabel(f"time over ours ({most} threads, cost given)")
+        axis.set_ylabel(f"time over ours, cost given, {_threads(most)}")
 
     def ceiling(axis: Any) -> None:
         series = {
-            f"{count} thread{'s' if count > 1 else ''}": [
-                100 * values.get((c, "sweeps", count), float("nan")) for c in cases
-            ]
+            _threads(count): [100 * values.get((c, "sweeps", count), float("nan")) for c in cases]
             for count in threads
         }
         _bars(axis, cases, series)
