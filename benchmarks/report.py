@@ -75,8 +75,8 @@ def ratio_table(rows: Sequence[Row]) -> str:
     caption = (
         "*How many times longer the others take, in the same rounds "
         f"([rows](benchmarks/results/{RESULTS.name})) on "
-        f"{_threads(threads)} of an {row.device}; {', '.join(versions)}. Problems are batch x n x m x "
-        "dim x iterations. Starred solvers keep one kernel and have no log-domain safety.*"
+        f"{_threads(threads)} of an {row.device}; {', '.join(versions)}. "
+        "Problems are batch x n x m x dim x iterations. Starred solvers keep one kernel and have no log-domain safety.*"
     )
     return "\n".join([*lines, "", caption])
 
@@ -207,7 +207,7 @@ def _save(paint: Callable[[Any], None], path: Path) -> None:
     from matplotlib import pyplot
 
     # Neither a time stamp nor random names inside: the same numbers give the same file.
-    same = {"svg.hashsalt": path.name, "svg.fonttype": "none"}
+    same: Any = {"svg.hashsalt": path.name, "svg.fonttype": "none"}
     with pyplot.style.context("tableau-colorblind10"), matplotlib.rc_context(same):
         figure, axis = pyplot.subplots(figsize=(8.4, 3.4))
         paint(axis)

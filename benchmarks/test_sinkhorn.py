@@ -1,6 +1,7 @@
 """The same tasks and providers as a pytest-benchmark suite: ``pytest benchmarks``."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ TASKS = [
 @pytest.mark.parametrize(
     "task", TASKS, ids=lambda task: f"{task.kind}-{task.mode}-{task.case.name}-{task.case.device}"
 )
-def test_sinkhorn(task, name, benchmark):
+def test_sinkhorn(task: Task, name: str, benchmark: Any) -> None:
     reason = PROVIDERS[name].unavailable(task)
     if reason is not None:
         pytest.skip(reason=reason)
