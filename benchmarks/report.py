@@ -76,7 +76,8 @@ def ratio_table(rows: Sequence[Row]) -> str:
         "*How many times longer the others take, in the same rounds "
         f"([rows](benchmarks/results/{RESULTS.name})) on "
         f"{_threads(threads)} of an {row.device}; {', '.join(versions)}. "
-        "Problems are batch x n x m x dim x iterations. Starred solvers keep one kernel and have no log-domain safety.*"
+        "Problems are batch x n x m x dim x iterations. "
+        "Starred solvers keep one kernel and have no log-domain safety.*"
     )
     return "\n".join([*lines, "", caption])
 
