@@ -87,11 +87,15 @@ class Problems:
 
     def row_scores(self, g: Tensor, epsilon: Tensor) -> Tensor:
         score = self.log_b[:, None, :] + (g[:, None, :] - self.cost) / epsilon[:, None, None]
-        return _readable_scores(score, self.allowed, 2)
+        return self._readable(score, self.alive_a[:, :, None])
 
     def column_scores(self, f: Tensor, epsilon: Tensor) -> Tensor:
         score = self.log_a[:, :, None] + (f[:, :, None] - self.cost) / epsilon[:, None, None]
-        return _readable_scores(score, self.allowed, 1)
+        return self._readable(score, self.alive_b[:, None, :])
+
+    def _readable(self, score: Tensor, alive: Tensor) -> Tensor:
+        """-inf where not allowed, but zeros on a dead line, where a gradient would become NaN."""
+        return torch.where(self.allowed, score, torch.where(alive, -math.inf, 0.0).to(score))
 
     def row_minimum(self, g: Tensor, epsilon: Tensor) -> Tensor:
         minimum = -epsilon[:, None] * self.row_scores(g, epsilon).logsumexp(2)
@@ -112,8 +116,9 @@ class Problems:
 
     def factors(self, iteration: int) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 1) alpha, beta_a, beta_b: a potential moves to alpha * old + beta * minimum."""
-        omega = torch.full_like(self.epsilon, self.arguments.omega)
-        omega = omega.masked_fill(self.plain(iteration), 1.0)[:, None]
+        omega = torch.full_like(self.epsilon, self.arguments.omega)[:, None]
+        if self.arguments.omega != 1:
+            omega = omega.masked_fill(self.plain(iteration)[:, None], 1.0)
         epsilon = self.temperature(iteration)[:, None]
         rho_a, rho_b = self.arguments.rho_a, self.arguments.rho_b
         beta_a = omega if rho_a == math.inf else omega * (rho_a / (rho_a + epsilon))
@@ -206,14 +211,6 @@ class Problems:
     def _over(self, stopped: Tensor) -> bool:
         """Whether nothing can happen any more, asked only where the answer is at hand."""
         return self.arguments.tol > 0 and stopped.device.type == "cpu" and bool(stopped.all())
-
-
-def _readable_scores(score: Tensor, allowed: Tensor, dim: int) -> Tensor:
-    """-inf where not allowed; a line of nothing else is given zeros to read.
-
-    A logsumexp of nothing but -inf has a NaN gradient.
-    """
-    return score.masked_fill(~allowed, -math.inf).masked_fill(~allowed.any(dim, True), 0.0)
 
 
 def _mixture(

@@ -54,9 +54,17 @@ def test_every_problem_by_the_tolerance_rule(place, name, dtype, gradient, poiso
     if problem.anderson and gradient == "unroll":
         pytest.skip("no derivative of Anderson acceleration, in any backend")
     skip_unless_supported(backend, problem.to(dtype, device), gradient)
-    if backend == "reference" and dtype == torch.float64 and device == "cpu":
-        pytest.skip("it is the truth")
+    if place == ("reference", "cpu"):
+        pytest.skip("it is what the others are compared with")
     assert_backend_correct(backend, problem, dtype, device, (gradient,))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_reference_in_float32_stops_and_ends_as_in_float64(name, poisoned_memory):
+    """The rest of the rule holds by itself: exact zeros, the same status, nothing but numbers."""
+    problem = ALL[name]
+    gradient = "implicit" if problem.anderson else "unroll"
+    assert_backend_correct("reference", problem, torch.float32, gradients=(gradient,))
 
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -70,6 +78,8 @@ def test_half_vectors_by_the_tolerance_rule(place, kind, half, gradient):
     backend, device = place
     epsilon = 1.0 if kind == "cosine" else 16.0
     clouds = random_clouds(kind, kind, batch=2, n=7, m=6, dim=24, epsilon=epsilon)
+    if place == ("reference", "cpu"):
+        pytest.skip("it is what the others are compared with")
     for problem in (clouds, packed(clouds)):
         skip_unless_supported(backend, problem.to(torch.float32, device, half), gradient)
         given_half = problem.to(torch.float32, device, half)

@@ -34,18 +34,21 @@ def arguments(name, gradient="envelope", backend="reference"):
 # ----------------------------------------------------------------------------------- registration
 
 CHECKED = [
-    ("7x5", "envelope"),
     ("transposed_strides", "envelope"),
     ("no_problem", "implicit"),
-    ("ragged", "unroll"),
     ("everything", "unroll"),
     ("cosine_ragged", "implicit"),
     ("dot_ragged_packed", "unroll"),
 ]
 
 
-@pytest.mark.parametrize(("name", "gradient"), CHECKED)
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(
+    ("name", "gradient", "backend"),
+    [
+        *((*case, "reference") for case in CHECKED),
+        ("dot_ragged_packed", "implicit", "auto"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:optical runs its plain PyTorch reference")
 def test_opcheck_forward(name, gradient, backend):
     inputs = arguments(name, gradient, backend)
@@ -65,12 +68,12 @@ def test_opcheck_backward(name, gradient):
     if gradient == "unroll":
         potentials = torch.rand_like(outputs.f), None
     saved = outputs.f, outputs.g, outputs.w, outputs.z, outputs.n_iter
-    for needs in ((True, False), (False, inputs[1] is not None)):
-        torch.library.opcheck(BACKWARD, (*upstream, *potentials, *inputs, *saved, *needs))
+    needs = (gradient != "implicit", inputs[1] is not None)
+    torch.library.opcheck(BACKWARD, (*upstream, *potentials, *inputs, *saved, *needs))
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("name", ["7x5", "cosine_ragged", "dot_ragged_packed"])
+@pytest.mark.parametrize("name", ["7x5", "dot_ragged_packed"])
 def test_opcheck_apply_plan(name, transpose):
     inputs = arguments(name)
     outputs = Outputs(*FORWARD(*inputs))
@@ -126,8 +129,12 @@ def solver(problem, options):
     return solve
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "dot"])
+KINDS = ["cosine", "sqeuclidean", "dot"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [*(("given", mode) for mode in MODES), *((kind, "semi") for kind in KINDS)]
+)
 def test_gradcheck_of_unroll(kind, mode):
     problem = small(kind)
     options = {"gradient": "unroll", "max_iter": 3, **MODES[mode]}
@@ -141,8 +148,13 @@ def test_gradcheck_of_unroll(kind, mode):
     assert torch.autograd.gradcheck(outputs, [x for x in leaves if x is not None], fast_mode=True)
 
 
-@pytest.mark.parametrize("mode", ["plain", "rho", "semi", "omega", "anneal", "anderson"])
-@pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "dot"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("given", mode) for mode in ("plain", "rho", "semi", "omega", "anneal", "anderson")),
+        *((kind, mode) for kind in KINDS for mode in ("plain", "rho")),
+    ],
+)
 def test_gradcheck_of_implicit(kind, mode):
     """Finite differences of the converged run, of both values and of every input."""
     problem = small(kind)
@@ -200,23 +212,19 @@ def test_the_envelope_of_the_transport_part_is_the_plan_and_not_its_total_deriva
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_the_operator_gives_what_autograd_through_the_reference_gives(gradient):
     """Vectors, packed, penalised: cost, padding and iterations differentiated by PyTorch alone."""
-    problem = replace(ALL["cosine_packed_rho"], max_iter=150 if gradient == "implicit" else 15)
-    found, wanted = [], []
-    for grads, solve in ((found, FORWARD), (wanted, lambda *values: by_autograd(*values))):
+    problem = replace(ALL["cosine_packed_rho"], max_iter=8 if gradient == "unroll" else 150)
+    found = []
+    for solve in (FORWARD, by_autograd):
         inputs = list(problem.arguments(gradient, "reference"))
         leaves = [inputs[place].clone().requires_grad_() for place in DIFFERENTIABLE]
         for place, leaf in zip(DIFFERENTIABLE, leaves, strict=True):
             inputs[place] = leaf
         value, value_linear, *_ = solve(*inputs)
-        up = torch.linspace(-1, 2, len(value), dtype=torch.float64)
-        # The envelope is exact for the value at convergence alone.
-        loss = (value * up).sum() + (0 if gradient == "envelope" else value_linear.square().sum())
-        grads += torch.autograd.grad(loss, leaves)
-    if gradient == "envelope":
-        found, wanted = found[:2], [grad.detach() for grad in wanted[:2]]
-        problem = replace(problem, max_iter=300)
-        return
-    for grad, expected in zip(found, wanted, strict=True):
+        loss = (value * torch.linspace(-1, 2, len(value), dtype=torch.float64)).sum()
+        if gradient != "envelope":  # which is exact for the value alone
+            loss = loss + value_linear.square().sum()
+        found.append(torch.autograd.grad(loss, leaves))
+    for grad, expected in zip(*found, strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-9)
 
 
@@ -332,7 +340,7 @@ def loss_of(student, teacher, mask):
 )
 def test_compiles_as_one_graph_with_dynamic_shapes(compiler):
     compiled = torch.compile(loss_of, fullgraph=True, backend=compiler, dynamic=True)
-    for size in (5, 6, 9):
+    for size in (5, 9):
         teacher = torch.randn(3, 7, 8)
         mask = torch.arange(size)[None, :] < torch.tensor([[size], [2], [0]])
         results = []

@@ -537,7 +537,7 @@ def test_gradcheck_of_every_output_and_input(name, options):
 
     inputs = [x.nan_to_num(0, 0, 0).requires_grad_() for x in (cost, log_a, log_b)]
     epsilon = torch.full((len(cost),), 0.3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(outputs, (*inputs, epsilon))
+    assert torch.autograd.gradcheck(outputs, (*inputs, epsilon), fast_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -563,14 +563,14 @@ def on_the_simplex(gradient, log_mass):
     return torch.where(log_mass > -math.inf, gradient - mass * gradient.sum(1, keepdim=True), 0.0)
 
 
-RHOS = [(math.inf, math.inf), (0.4, math.inf), (math.inf, 1.2), (0.4, 1.2)]
+RHOS = [(math.inf, math.inf), (0.4, math.inf), (math.inf, 0.8), (0.4, 0.8)]
 
 
 @pytest.mark.parametrize("rho", RHOS)
 @pytest.mark.parametrize("name", ["7x5", "ragged", "forbidden_pairs", "marginals"])
 def test_implicit_gradients_are_the_total_derivative_at_the_fixed_point(name, rho):
     # No tol: potentials may settle at once where their derivatives do not.
-    problem = replace(ALL[name], rho_a=rho[0], rho_b=rho[1], max_iter=300)
+    problem = replace(ALL[name], rho_a=rho[0], rho_b=rho[1], max_iter=150)
     problem = replace(problem, epsilon=problem.epsilon.clamp(min=0.2))
     expected, upstream = unrolled_by_autograd(problem, fields=("value", "value_linear"))
     found = written_out(problem, "implicit", (*upstream, None, None))
