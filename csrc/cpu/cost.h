@@ -228,6 +228,12 @@ struct Cost {
         least = kind == OPTICAL_SQEUCLIDEAN ? 0 : -C::infinity;
     }
 
+    // A forbidden pair costs nothing, because nothing moves there.
+    static __attribute__((always_inline)) Vector price(const T* c) {
+        const Vector cost = S::load(c);
+        return S::select(cost < C::infinity, cost, S::all(0));
+    }
+
     // Some tiles of the cost, one behind the other. False: NaN or -inf in them.
     bool fill(int64_t from, int64_t end, T* to) const {
         if (kind != OPTICAL_GIVEN) return fill_product(from, end, to);

@@ -7,7 +7,8 @@
 //     dL/dx_i = -(sum_j G_ij y_j - (x_i . sum_j G_ij y_j) x_i) / |x_i|
 #pragma once
 
-#include "solver.h"
+#include "anderson.h"
+#include "results.h"
 
 namespace optical {
 namespace OPTICAL_ISA {
@@ -361,7 +362,7 @@ struct Gradient {
         options.max_iter = ran < 0 ? 0 : ran < p.max_iter ? ran : p.max_iter;
         bool converged;
         const int32_t steps = s.solve(options, converged);
-        s.sum_up(true);
+        Results<T>{s}.sum_up(true);
         start(out, a.first, b.first, grad_value);
 
         int used = 0;

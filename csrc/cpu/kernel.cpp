@@ -2,6 +2,7 @@
 // the build and OPTICAL_VECTOR_BYTES giving its vector width.
 #include "kernel.h"
 
+#include "adjoint.h"
 #include "gradient.h"
 
 namespace optical {
@@ -28,12 +29,13 @@ void forward(const optical_problem& p, const optical_solution& out, int64_t inde
         bool converged;
         ran = s.solve({p.max_iter, p.tol, (T)p.omega, p.anderson, p.anneal_start, p.anneal_ratio},
                       converged);
-        const typename Solve::Totals totals = s.sum_up(implicit);
-        value = s.value(totals), linear = totals.linear, error = totals.error;
-        status = !s.feasible() ? OPTICAL_INFEASIBLE
+        Results<T> results{s};
+        const typename Solve::Totals totals = results.sum_up(implicit);
+        value = results.value(totals), linear = totals.linear, error = totals.error;
+        status = !results.feasible() ? OPTICAL_INFEASIBLE
                  : converged   ? OPTICAL_CONVERGED
                                : OPTICAL_MAX_ITER;
-        if (implicit) residual = s.solve_adjoint();
+        if (implicit) residual = Adjoint<T>{s}.solve();
     } else if (status == OPTICAL_INFEASIBLE) {
         value = linear = error = __builtin_nan("");
         residual = implicit ? value : 0;
