@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from optical import native, reference
-from optical.arguments import Status
+from optical.arguments import GRADIENTS, Status
 from optical.testing import (
     assert_backend_correct,
     assert_close_to_truth,
@@ -144,7 +144,9 @@ def test_costs_of_a_thousand(epsilon):
     """In float32 only: exponents of a million leave ten good digits to the float64 truth itself."""
     problem = random_problem("thousand", 3, 20, 33, epsilon=epsilon, max_iter=30)
     problem = replace(problem, x=1e3 * problem.x, singular=True)
-    assert_backend_correct("cpu", problem, torch.float32)
+    # At exponents of a million thirty unrolled steps have lost their digits in both.
+    gradients = ("envelope", "implicit") if epsilon == 1e-3 else GRADIENTS
+    assert_backend_correct("cpu", problem, torch.float32, gradients=gradients)
 
 
 @needs_library
