@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install study test test-slow check format bench plots clean
+.PHONY: install study test test-slow check format fuzz sanitize bench plots clean
 
 install: $(STAMP)
 
@@ -33,6 +33,14 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+# Random calls, valid ones against the float64 reference, as many as the time allows.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --calls 100000 --seconds $(or $(SECONDS),300)
+
+# The same against a library that watches its memory and its arithmetic.
+sanitize: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py --calls 2000 --seconds $(or $(SECONDS),120)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -402,10 +402,10 @@ struct Gradient {
         const T scale = s.inverse_epsilon, eps = s.target;
         T *const p_row = from_f, *const q_col = from_g;  // M_ij = grad_value (p_i + q_j) + linear C_ij
         s.own_rows([&](int64_t i) {
-            S::store(p_row + i, dual_slope(s.f, s.miss_a, s.mass_a, i, s.rho_a));
+            S::store(p_row + i, dual_slope(s.f, s.miss_a, s.log_a, i, s.rho_a));
         });
         s.own_columns([&](int64_t j) {
-            const Vector q = dual_slope(s.g, s.col_mass, s.mass_b, j, s.rho_b);
+            const Vector q = dual_slope(s.g, s.col_mass, s.log_b, j, s.rho_b);
             S::store(q_col + j, q);
             S::store(to_g + j, S::load(s.bv + j) * q);
         });
@@ -448,14 +448,12 @@ struct Gradient {
         });
     }
 
-    static Vector dual_slope(const T* potential, const T* found, const T* mass, int64_t i, T rho) {
-        Vector slope = S::load(potential + i);
-        if (rho < C::infinity) {
-            const Vector r = S::load(found + i), m = S::load(mass + i);
-            const Vector ratio = S::select((r > 0) & (m > 0), r / m, S::all(1));
-            slope += rho * S::log(ratio);
-        }
-        return slope;
+    static Vector dual_slope(const T* potential, const T* found, const T* log_mass, int64_t i,
+                             T rho) {
+        const Vector slope = S::load(potential + i), r = S::load(found + i);
+        if (!(rho < C::infinity)) return slope;
+        const Vector ratio = S::log(S::select(r > 0, r, S::all(1))) - S::load(log_mass + i);
+        return slope + S::select(r > 0, rho * ratio, S::all(0));
     }
 
     static Vector given(const T* gradient, const int64_t* index, int64_t at, int64_t count) {
