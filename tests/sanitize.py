@@ -19,7 +19,13 @@ from optical import native
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build" / "sanitized" / native.LIBRARY_NAME
-FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
+FLAGS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=vptr",
+    "-fno-sanitize-recover=undefined",
+    "-g",
+    "-O1",
+)
 
 
 def build() -> None:
@@ -35,11 +41,16 @@ def build() -> None:
 
 def restart() -> None:
     compiler = native.find_compiler() or ["c++"]
-    ask = [compiler[0], "-print-file-name=libasan.so"]
-    library = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    libraries = []
+    for name in ("libasan.so", "libubsan.so"):
+        ask = [compiler[0], f"-print-file-name={name}"]
+        found = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+        libraries.append(found)
     # Python and PyTorch keep what they allocate until they end.
     os.environ.update(
-        LD_PRELOAD=library, ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1"
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
     )
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
@@ -52,7 +63,7 @@ def main() -> int:
     native._declare(library)
     state = native._State(library, None)
     native._state = lambda: state
-    return fuzz.main()
+    return fuzz.main(sys.argv[1:])
 
 
 if __name__ == "__main__":
