@@ -541,6 +541,7 @@ def test_a_stale_library_is_not_used(quick_compiler, monkeypatch, tmp_path):
         native._open(library, None)
 
 
+@pytest.mark.slow
 def test_a_damaged_library_in_the_cache_is_built_anew(quick_compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with monkeypatch.context() as patch:
@@ -554,6 +555,7 @@ def test_a_damaged_library_in_the_cache_is_built_anew(quick_compiler, monkeypatc
     assert cached.read_bytes()[:4] == good[:4]
 
 
+@pytest.mark.slow
 def test_processes_that_build_together_agree(tmp_path):
     if native.find_compiler() is None:
         pytest.skip(reason="no C++ compiler")
