@@ -15,6 +15,7 @@ from torch import Tensor
 
 KINDS = ("given", "cosine", "sqeuclidean", "dot")
 GRADIENTS = ("envelope", "implicit", "unroll")
+PRECISIONS = ("exact", "fast")
 
 
 class Status(enum.IntEnum):
@@ -56,6 +57,7 @@ class Arguments(NamedTuple):
             0 means no annealing.
         gradient: "envelope", "implicit" or "unroll".
         low_memory: trade time for never holding an n x m matrix.
+        precision: "exact", or "fast", which lets a backend keep the plan in half precision.
         backend: a name of ``optical.backends.BACKENDS``, or "auto".
     """
 
@@ -79,6 +81,7 @@ class Arguments(NamedTuple):
     anneal_ratio: float = 0.5
     gradient: str = "envelope"
     low_memory: bool = False
+    precision: str = "exact"
     backend: str = "auto"
 
     @property

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optical import backends
-from optical.arguments import GRADIENTS, KINDS
+from optical.arguments import GRADIENTS, KINDS, PRECISIONS
 
 MAX_MEMORY = 16
 
@@ -33,6 +33,7 @@ def check_options(
     gradient: str = "envelope",
     backend: str = "auto",
     low_memory: bool = False,
+    precision: str = "exact",
     cost: str = "cosine",
 ) -> dict[str, Any]:
     """Raise TypeError or ValueError for an option that no tensor is needed to judge.
@@ -70,6 +71,7 @@ def check_options(
         )
     if not isinstance(low_memory, bool):
         raise TypeError(f"low_memory is a {type(low_memory).__name__}; expected a bool")
+    _one_of("precision", precision, PRECISIONS)
     _one_of("cost", cost, KINDS[1:])
     backends.check_name(backend)
     return {
@@ -83,6 +85,7 @@ def check_options(
         "anneal_ratio": float(ratio),
         "gradient": gradient,
         "low_memory": low_memory,
+        "precision": precision,
         "backend": backend,
     }
 

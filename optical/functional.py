@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Cost = Literal["cosine", "sqeuclidean", "dot"]
 Gradient = Literal["envelope", "implicit", "unroll"]
+Precision = Literal["exact", "fast"]
 Rho = float | tuple[float | None, float | None] | None
 
 
@@ -29,6 +30,7 @@ class AlignmentOptions(TypedDict, total=False):
     anderson: int
     anneal: tuple[float, float] | None
     gradient: Gradient
+    precision: Precision
     backend: str
     low_memory: bool
 
@@ -59,6 +61,7 @@ def sinkhorn(
     anderson: int = 0,
     anneal: tuple[float, float] | None = None,
     gradient: Gradient = "envelope",
+    precision: Precision = "exact",
     backend: str = "auto",
 ) -> SinkhornResult:
     """Solve a batch of entropy-regularised optimal transport problems.
@@ -97,6 +100,9 @@ def sinkhorn(
             it means changes of the masses that keep their sums equal. "unroll" is the total
             derivative of the iterations that were run, potentials included, converged or not; it
             cannot be combined with anderson.
+        precision: "exact" computes in float32 (float64 for float64 inputs) throughout. "fast" lets
+            a GPU backend keep the plan of the iterations in float16, which rounds the cost by up to
+            epsilon / 2048. Backends that gain nothing by it, the CPU's among them, stay exact.
         backend: "auto", "triton", "cpu" or "reference"; the environment variable OPTICAL_BACKEND
             replaces "auto". ``optical.backends.explain`` says which one serves a problem and why.
 
@@ -135,6 +141,7 @@ def sinkhorn(
         anderson=anderson,
         anneal=anneal,
         gradient=gradient,
+        precision=precision,
         backend=backend,
     )
     rows = Cloud(inputs.ROWS, cost, log_a, mask_a, lengths_a)
@@ -164,6 +171,7 @@ def sinkhorn_vectors(
     anderson: int = 0,
     anneal: tuple[float, float] | None = None,
     gradient: Gradient = "envelope",
+    precision: Precision = "exact",
     backend: str = "auto",
     low_memory: bool = False,
 ) -> SinkhornResult:
@@ -183,7 +191,7 @@ def sinkhorn_vectors(
             their values are not checked.
         low_memory: allow a slower run that holds no (n, m) matrix; same numbers to rounding.
         epsilon, mask_a, mask_b, lengths_a, lengths_b, max_iter, tol, init, rho, omega, anderson,
-            anneal, gradient, backend: see ``sinkhorn``; init is shaped like the masses.
+            anneal, gradient, precision, backend: see ``sinkhorn``; init is shaped like the masses.
 
     Returns:
         SinkhornResult, differentiable with respect to x, y, log_a and log_b.
@@ -211,6 +219,7 @@ def sinkhorn_vectors(
         anderson=anderson,
         anneal=anneal,
         gradient=gradient,
+        precision=precision,
         backend=backend,
         low_memory=low_memory,
         cost=cost,
@@ -252,7 +261,7 @@ def ot_alignment(
         teacher_mask: (batch, m), the same for the teacher.
         cost: "cosine", "sqeuclidean" or "dot"; see ``optical.sinkhorn_vectors``.
         epsilon, max_iter, tol: see ``optical.sinkhorn``.
-        **options: rho, omega, anderson, anneal, gradient, backend and low_memory, see
+        **options: rho, omega, anderson, anneal, gradient, precision, backend and low_memory, see
             ``optical.sinkhorn_vectors``. With the default gradient "envelope" the plan is a fixed
             target, as in OPTICAL, which is not the total derivative; "implicit" is.
 
@@ -304,7 +313,7 @@ def sinkhorn_divergence(
         x, y, log_a, log_b, epsilon, mask_a, mask_b, lengths_a, lengths_b, cu_seqlens_a,
             cu_seqlens_b: see ``sinkhorn_vectors``.
         **options: cost, max_iter, tol, rho (one for both sides), omega, anderson, anneal, gradient,
-            backend and low_memory, see ``sinkhorn_vectors``.
+            precision, backend and low_memory, see ``sinkhorn_vectors``.
 
     Returns:
         (batch,), differentiable with respect to x, y, log_a and log_b, and 0 where a side is

@@ -20,7 +20,7 @@ _ARGUMENTS = (
     "Tensor x, Tensor? y, str kind, Tensor? cu_a, Tensor? cu_b, Tensor log_a, Tensor log_b,"
     " Tensor epsilon, Tensor? f0, Tensor? g0, int max_iter, float tol, float rho_a, float rho_b,"
     " float omega, int anderson, float anneal_start, float anneal_ratio, str gradient,"
-    " bool low_memory, str backend"
+    " bool low_memory, str precision, str backend"
 )
 _COUNT = len(Arguments._fields)
 _library: Any = torch.library.Library("optical", "DEF")  # type: ignore[no-untyped-call]

@@ -340,6 +340,7 @@ def _options(
     options["gradient"] = d.pick("envelope", "implicit", "unroll")
     options["max_iter"] = d.pick(0, 1, 2, 3, 5, 8, 8, 12, 12, 20, 40)
     options["backend"] = d.pick("auto", "cpu")
+    options["precision"] = d.pick("exact", "fast")
     one_rho = call.function == "sinkhorn_divergence"
     if not balanced:
         strengths = [call.scale * d.power(-2, 3) for _ in range(2)]
@@ -646,6 +647,7 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     "gradient": ("none", None, 1, "Envelope"),
     "backend": ("gpu", None, 1, "triton"),
     "low_memory": (1, None, "yes"),
+    "precision": ("half", None, 1, torch.float16),
     "cost": ("euclidean", None, 2),
     "surprise": (1,),
 }

@@ -532,6 +532,7 @@ BAD_CLOUDS = [
     ),
     (TypeError, "temperature", {"temperature": 0.1}),
     (TypeError, "low_memory is a int; expected a bool", {"low_memory": 1}),
+    (ValueError, "precision is 'half'; expected one of 'exact', 'fast'", {"precision": "half"}),
 ]
 
 
