@@ -80,20 +80,31 @@ private:
     template <int some, typename Left, typename Out>
     OPTICAL_INLINE void panel(int64_t group, const Left& left, const T* right, int64_t top,
                               int64_t deep, int64_t v, const Out& out) {
+        Vector sum[rows * some];
+        accumulate<some>(left, group, top, deep, right, sum);
+        for (int r = 0; r < rows; ++r)
+            for (int i = 0; i < some; ++i) out(group, r, v + i, sum[r * some + i], top > 0);
+    }
+
+    // Apart from its callers, whose variables would push accumulators out of their registers.
+    template <int some, typename Left>
+    static __attribute__((noinline)) void accumulate(const Left& left, int64_t group, int64_t top,
+                                                     int64_t deep, const T* right, Vector* to) {
+        const Left from = left;
         Vector sum[rows][some];
         for (int r = 0; r < rows; ++r)
             for (int i = 0; i < some; ++i) sum[r][i] = S::all(0);
         for (int64_t k = 0; k < deep; ++k, right += some * width) {
-            const T* from = left(group, top + k);
+            const T* const column = from(group, top + k);
             Vector y[some];
             for (int i = 0; i < some; ++i) y[i] = S::load(right + i * width);
             for (int r = 0; r < rows; ++r) {
-                const Vector x = S::all(from[left.row(r)]);
+                const Vector x = S::all(column[from.row(r)]);
                 for (int i = 0; i < some; ++i) sum[r][i] += x * y[i];
             }
         }
         for (int r = 0; r < rows; ++r)
-            for (int i = 0; i < some; ++i) out(group, r, v + i, sum[r][i], top > 0);
+            for (int i = 0; i < some; ++i) S::store((T*)(to + r * some + i), sum[r][i]);
     }
 };
 
