@@ -66,9 +66,10 @@ struct Adjoint {
             sync(s.team);
             s.sweep(
                 scaled, s.w,
-                [&](int64_t i, Vector sum) {
-                    const Vector share = S::load(s.au + i);
-                    return share * (share * sum * S::load(inverse_r + i));
+                [&](auto lanes, int64_t i, auto sum) {
+                    typedef decltype(lanes) L;
+                    const auto share = L::load(s.au + i);
+                    return share * (share * sum * L::load(inverse_r + i));
                 },
                 [&](int64_t j, Vector sum) {
                     S::store(s.cg_q + j,
@@ -106,10 +107,11 @@ struct Adjoint {
         sync(s.team);
         s.sweep(
             scaled, s.f_next,
-            [&](int64_t i, Vector sum) {
-                const Vector found = S::load(s.row_spent + i) - S::load(s.au + i) * sum;
-                S::store(s.w + i, found * S::load(inverse_r + i));
-                return S::all(0);
+            [&](auto lanes, int64_t i, auto sum) {
+                typedef decltype(lanes) L;
+                const auto found = L::load(s.row_spent + i) - L::load(s.au + i) * sum;
+                L::store(s.w + i, found * L::load(inverse_r + i));
+                return L::all(0);
             },
             [&](int64_t, Vector) {});
         sync(s.team);

@@ -22,7 +22,7 @@ struct Gradient {
     typedef typename S::Vector Vector;
     typedef Number<T> C;
     static constexpr int width = S::width;
-    static constexpr int block = Solve::block;
+    static constexpr int block = Solve::block, unit = Solve::unit;
     static constexpr int rank = 32;  // columns of the low-rank sum in the reverse sweep
 
     Solve s;
@@ -35,14 +35,14 @@ struct Gradient {
     static bool keeps(const optical_problem& p) {
         if (p.gradient == OPTICAL_UNROLL) return true;
         return p.kind != OPTICAL_GIVEN &&
-               round_up(p.n, block) * round_up(p.m, block) <= kept_entries;
+               round_up(p.n, unit) * round_up(p.m, unit) <= kept_entries;
     }
 
     void lay_out(Arena& shared, Arena& own, const optical_problem& p, bool swapped) {
         const bool unroll = p.gradient == OPTICAL_UNROLL;
         s.lay_out(shared, own, p, swapped, unroll, unroll);
-        const int64_t rows = round_up(swapped ? p.m : p.n, block);
-        const int64_t cols = round_up(swapped ? p.n : p.m, block);
+        const int64_t rows = round_up(swapped ? p.m : p.n, unit);
+        const int64_t cols = round_up(swapped ? p.n : p.m, unit);
         tiles = keeps(p) ? shared.take<T>(rows * cols) : nullptr;
         const int64_t padded = p.kind == OPTICAL_GIVEN ? 0 : round_up(p.dim, width);
         x_packed = shared.take<T>(rows * padded), x_product = shared.take<T>(rows * padded);
@@ -230,8 +230,8 @@ struct Gradient {
         }
         if constexpr (implicit)
             for (int q = 0; q < Solve::groups; ++q)
-                S::store(s.miss_a + b * block + q * width,
-                         S::template across<typename S::Sum>(line + q * width));
+                Solve::R::store(s.miss_a + b * block + q * Solve::R::width,
+                                s.template rows_of<typename S::Sum>(line, q));
     }
 
     // The partial derivative of the dual; a line without a pair gives all its mass up.
@@ -412,21 +412,22 @@ struct Gradient {
         sync(s.team);
         s.sweep(
             to_g, to_f,
-            [&](int64_t i, Vector sum) {
-                const Vector share = S::load(s.au + i), mass = S::load(s.miss_a + i);
-                const Vector slope = grad_value * (S::load(p_row + i) * mass + share * sum) +
-                                     linear * S::load(s.row_spent + i);
-                S::store(bar_f + i, slope * scale + given(grad_f, s.row_index, i, s.n));
-                Vector direct = eps * (S::load(s.mass_a + i) * (T)s.total_b - mass);
-                if (s.rho_a < C::infinity) direct += s.rho_a * (S::load(s.mass_a + i) - mass);
-                S::store(bar_a + i, slope + grad_value * direct);
-                return share * S::load(p_row + i);
+            [&](auto lanes, int64_t i, auto sum) {
+                typedef decltype(lanes) L;
+                const auto share = L::load(s.au + i), mass = L::load(s.miss_a + i);
+                const auto slope = grad_value * (L::load(p_row + i) * mass + share * sum) +
+                                   linear * L::load(s.row_spent + i);
+                L::store(bar_f + i, slope * scale + given<L>(grad_f, s.row_index, i, s.n));
+                auto direct = eps * (L::load(s.mass_a + i) * (T)s.total_b - mass);
+                if (s.rho_a < C::infinity) direct += s.rho_a * (L::load(s.mass_a + i) - mass);
+                L::store(bar_a + i, slope + grad_value * direct);
+                return share * L::load(p_row + i);
             },
             [&](int64_t j, Vector sum) {
                 const Vector mass = S::load(s.col_mass + j);
                 const Vector slope = grad_value * (S::load(q_col + j) * mass + S::load(s.bv + j) * sum) +
                                      linear * S::load(s.col_spent + j);
-                S::store(bar_g + j, slope * scale + given(grad_g, s.col_index, j, s.m));
+                S::store(bar_g + j, slope * scale + given<S>(grad_g, s.col_index, j, s.m));
                 Vector direct = eps * (S::load(s.mass_b + j) * (T)s.total_a - mass);
                 if (s.rho_b < C::infinity) direct += s.rho_b * (S::load(s.mass_b + j) - mass);
                 S::store(bar_b + j, slope + grad_value * direct);
@@ -434,7 +435,7 @@ struct Gradient {
         sync(s.team);
         s.own_chunks([&](int64_t, int64_t from, int64_t to) {
             for (int64_t b = from; b < to; ++b) {
-                const T *kernel = s.kernel_tile(b), *cost = s.cost_tile(b, s.panels + (b + 1) % 2 * block * s.col_count);
+                const T *kernel = s.kernel_tile(b), *cost = s.cost_tile(b, s.spare_panel(b));
                 T* tile = s.tile(tiles, b);
                 for (int64_t j = 0; j < s.col_count; j += width)
                     for (int r = 0; r < block; ++r, kernel += width, cost += width, tile += width) {
@@ -456,9 +457,11 @@ struct Gradient {
         return slope + S::select(r > 0, rho * ratio, S::all(0));
     }
 
-    static Vector given(const T* gradient, const int64_t* index, int64_t at, int64_t count) {
-        Vector values = S::all(0);
-        for (int lane = 0; gradient && lane < width && at + lane < count; ++lane)
+    template <typename Lanes>
+    static typename Lanes::Vector given(const T* gradient, const int64_t* index, int64_t at,
+                                        int64_t count) {
+        typename Lanes::Vector values = Lanes::all(0);
+        for (int lane = 0; gradient && lane < Lanes::width && at + lane < count; ++lane)
             values[lane] = gradient[index[at + lane]];
         return values;
     }
@@ -478,16 +481,18 @@ struct Gradient {
         sync(s.team);
         s.sweep(
             s.bv, s.au,
-            [&](int64_t i, Vector sum) {
-                const Vector total = sum + S::load(s.pad_a + i);
-                Vector scale = T(1) / total;
-                range.add(total);
-                S::store(of_row + i, scale);
+            [&](auto lanes, int64_t i, auto sum) {
+                typedef decltype(lanes) L;
+                const auto total = sum + L::load(s.pad_a + i);
+                auto scale = T(1) / total;
+                range.template add_lanes<L>(total);
+                L::store(of_row + i, scale);
                 if (moved) {
-                    scale = S::exp((S::load(f + i) - S::load(s.base_f + i)) * s.inverse_epsilon);
-                    range.add(S::select(S::load(s.weight_a + i) > 0, scale, S::all(1)));
+                    scale = L::exp((L::load(f + i) - L::load(s.base_f + i)) * s.inverse_epsilon);
+                    range.template add_lanes<L>(
+                        L::select(L::load(s.weight_a + i) > 0, scale, L::all(1)));
                 }
-                return S::load(s.weight_a + i) * scale;
+                return L::load(s.weight_a + i) * scale;
             },
             [&](int64_t j, Vector sum) {
                 const Vector total = sum + S::load(s.pad_b + j);
@@ -531,14 +536,16 @@ struct Gradient {
         sync(s.team);
         s.sweep(
             to_g, to_f,
-            [&](int64_t i, Vector sum) {
-                const Vector share = of_columns ? S::load(s.au + i) : none;
-                const Vector received = of_columns ? share * sum : none;
-                const Vector bar = S::load(bar_f + i) - received;
-                const Vector moved = of_rows ? S::load(from_f + i) * (s.share_a * bar) : none;
-                S::store(bar_a + i, S::load(bar_a + i) - eps * received);
-                S::store(bar_f + i, of_rows ? s.alpha * bar : bar);
-                for (int lane = 0; lane < width; ++lane) {
+            [&](auto lanes, int64_t i, auto sum) {
+                typedef decltype(lanes) L;
+                const auto none = L::all(0);
+                const auto share = of_columns ? L::load(s.au + i) : none;
+                const auto received = of_columns ? share * sum : none;
+                const auto bar = L::load(bar_f + i) - received;
+                const auto moved = of_rows ? L::load(from_f + i) * (s.share_a * bar) : none;
+                L::store(bar_a + i, L::load(bar_a + i) - eps * received);
+                L::store(bar_f + i, of_rows ? s.alpha * bar : bar);
+                for (int lane = 0; lane < L::width; ++lane) {
                     left[(i + lane) * rank + used] = share[lane];
                     left[(i + lane) * rank + used + 1] = moved[lane];
                 }

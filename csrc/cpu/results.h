@@ -14,6 +14,7 @@ struct Results {
     typedef Number<T> C;
     static constexpr int width = S::width, block = Solver<T>::block;
     static constexpr int groups = Solver<T>::groups;
+    typedef typename Solver<T>::R R;
     typedef typename Solver<T>::Totals Totals;
 
     Solver<T>& s;
@@ -28,22 +29,23 @@ struct Results {
             T *sums = s.part + chunk * s.col_count;
             for (int64_t j = 0; j < s.col_count; j += width) S::store(sums + j, S::all(0));
             for (int64_t b = from; b < to; ++b) {
-                Vector sum[groups], spent[block];
-                const T *k = s.kernel_tile(b), *c = s.cost_tile(b, s.panels + (b + 1) % 2 * block * s.col_count);
-                s.row_sums(k, s.bv, s.col_count, sum);
+                Vector line[block], spent[block];
+                const T *k = s.kernel_tile(b), *c = s.cost_tile(b, s.spare_panel(b));
                 s.add_rows(k, s.au + b * block, s.col_count, sums);
-                for (int r = 0; r < block; ++r) spent[r] = S::all(0);
+                for (int r = 0; r < block; ++r) line[r] = spent[r] = S::all(0);
                 for (int64_t j = 0; j < s.col_count; j += width) {
                     const Vector weight = S::load(s.bv + j);
-                    for (int r = 0; r < block; ++r, c += width, k += width)
-                        spent[r] += (S::load(k) * weight) * Solver<T>::price(c);
+                    for (int r = 0; r < block; ++r, c += width, k += width) {
+                        const Vector share = S::load(k) * weight;
+                        line[r] += share;
+                        spent[r] += share * Solver<T>::price(c);
+                    }
                 }
                 for (int q = 0; q < groups; ++q) {
-                    const int64_t i = b * block + q * width;
-                    const Vector share = S::load(s.au + i);
-                    S::store(row_mass + i, share * sum[q]);
-                    S::store(s.row_spent + i,
-                             share * S::template across<typename S::Sum>(spent + q * width));
+                    const int64_t i = b * block + q * R::width;
+                    const auto share = R::load(s.au + i);
+                    R::store(row_mass + i, share * s.template rows_of<typename S::Sum>(line, q));
+                    R::store(s.row_spent + i, share * s.template rows_of<typename S::Sum>(spent, q));
                 }
             }
             for (int64_t i = from * block; i < to * block && i < s.n; ++i) {
@@ -83,7 +85,7 @@ struct Results {
             T* sums = s.part + chunk * s.col_count;
             for (int64_t j = 0; j < s.col_count; j += width) S::store(sums + j, S::all(0));
             for (int64_t b = from; b < to; ++b) {
-                const T *k = s.kernel_tile(b), *c = s.cost_tile(b, s.panels + (b + 1) % 2 * block * s.col_count);
+                const T *k = s.kernel_tile(b), *c = s.cost_tile(b, s.spare_panel(b));
                 const T* weight = s.au + b * block;
                 for (int64_t j = 0; j < s.col_count; j += width) {
                     Vector sum = S::load(sums + j);

@@ -14,6 +14,9 @@
 #error "OPTICAL_VECTOR_BYTES gives the width of a vector register: 16, 32 or 64"
 #endif
 
+// 32 vector registers of 64 bytes rather than 16 or fewer.
+#define OPTICAL_MANY_REGISTERS (OPTICAL_VECTOR_BYTES == 64)
+
 #if (OPTICAL_VECTOR_BYTES == 16 && defined(__SSE2__)) || \
     (OPTICAL_VECTOR_BYTES == 32 && defined(__AVX__)) ||  \
     (OPTICAL_VECTOR_BYTES == 64 && defined(__AVX512F__))
@@ -77,13 +80,30 @@ struct Number<double> {
         0.13249787679682680861, 0.13254346977546325782};
 };
 
-template <typename T>
+// GCC wants the size of a vector of a fixed type to be a plain number.
+template <int bytes>
+struct Words;
+template <>
+struct Words<16> {
+    typedef int64_t Type __attribute__((vector_size(16)));
+};
+template <>
+struct Words<32> {
+    typedef int64_t Type __attribute__((vector_size(32)));
+};
+template <>
+struct Words<64> {
+    typedef int64_t Type __attribute__((vector_size(64)));
+};
+
+// Vectors of the whole register, and of half of one.
+template <typename T, int bytes = OPTICAL_VECTOR_BYTES>
 struct Simd {
     typedef typename Number<T>::Bits Bits;
-    typedef T Vector __attribute__((vector_size(OPTICAL_VECTOR_BYTES)));
-    typedef T Memory __attribute__((vector_size(OPTICAL_VECTOR_BYTES), may_alias));
-    typedef Bits Mask __attribute__((vector_size(OPTICAL_VECTOR_BYTES)));
-    static constexpr int width = OPTICAL_VECTOR_BYTES / (int)sizeof(T);
+    typedef T Vector __attribute__((vector_size(bytes)));
+    typedef T Memory __attribute__((vector_size(bytes), may_alias));
+    typedef Bits Mask __attribute__((vector_size(bytes)));
+    static constexpr int width = bytes / (int)sizeof(T);
 
     OPTICAL_INLINE Vector all(T x) { return x - Vector{}; }  // x - 0 keeps the sign of a zero
     OPTICAL_INLINE Vector load(const T* from) { return *(const Memory*)from; }
@@ -111,10 +131,9 @@ struct Simd {
     OPTICAL_INLINE Vector max(Vector x, Vector y) { return select(x > y, x, y); }
     OPTICAL_INLINE Vector absolute(Vector x) { return select(x < 0, -x, x); }
     OPTICAL_INLINE bool every(Mask condition) {
-        typedef int64_t Words __attribute__((vector_size(OPTICAL_VECTOR_BYTES)));
-        const Words words = (Words)condition;
+        const typename Words<bytes>::Type words = (typename Words<bytes>::Type)condition;
         int64_t result = -1;
-        for (int i = 0; i < OPTICAL_VECTOR_BYTES / 8; ++i) result &= words[i];
+        for (int i = 0; i < bytes / 8; ++i) result &= words[i];
         return result == -1;
     }
     OPTICAL_INLINE T sum(Vector x) {
@@ -126,15 +145,40 @@ struct Simd {
     // rows[k] for k < width -> a vector whose lane k is the sum (or minimum) of rows[k]: adding
     // halves of neighbours transposes while it reduces, in width - 1 additions.
     struct Sum {
-        OPTICAL_INLINE Vector of(Vector x, Vector y) { return x + y; }
+        template <typename Any>
+        OPTICAL_INLINE Any of(Any x, Any y) { return x + y; }
     };
     struct Minimum {
-        OPTICAL_INLINE Vector of(Vector x, Vector y) { return min(x, y); }
+        template <typename Any>
+        OPTICAL_INLINE Any of(Any x, Any y) { return x < y ? x : y; }
     };
     template <typename Operation>
     OPTICAL_INLINE Vector across(Vector* rows) {
         fold<Operation, width / 2>(rows);
         return rows[0];
+    }
+
+    // The same for as many rows as a vector of another width has lanes, into such a vector.
+    template <typename Operation, typename Narrow>
+    OPTICAL_INLINE typename Narrow::Vector across_into(Vector* rows) {
+        if constexpr (Narrow::width == width) return across<Operation>(rows);
+        else {
+            static_assert(2 * Narrow::width == width, "half a vector");
+            fold<Operation, width / 4>(rows);
+            return Operation::of(part<Narrow, 0>(rows[0]), part<Narrow, 1>(rows[0]));
+        }
+    }
+    // The lower (0) or the upper half (1) of the lanes; all of them as a vector of the same width.
+    template <typename Narrow, int which>
+    OPTICAL_INLINE typename Narrow::Vector part(Vector x) {
+        if constexpr (Narrow::width == width) return x;
+        else return lanes_of<Narrow, which * Narrow::width>(x, std::make_integer_sequence<int, Narrow::width>{});
+    }
+    // A mask or bits with the lanes of a narrower one, as often as they fit.
+    template <typename Narrow>
+    OPTICAL_INLINE Mask repeated(Narrow x) {
+        if constexpr (sizeof x == sizeof(Mask)) return (Mask)x;
+        else return repeated(x, std::make_integer_sequence<int, width>{});
     }
 
     // rows[k][lane] <-> rows[lane][k], for k < width.
@@ -212,14 +256,42 @@ private:
             exchange<half / 2>(rows);
         }
     }
+    template <typename Narrow, int first, int... lane>
+    OPTICAL_INLINE typename Narrow::Vector lanes_of(Vector x, std::integer_sequence<int, lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+        return __builtin_shufflevector(x, x, (first + lane)...);
+#else
+        return typename Narrow::Vector{x[first + lane]...};
+#endif
+    }
+    template <typename Narrow, int... lane>
+    OPTICAL_INLINE Mask repeated(Narrow x, std::integer_sequence<int, lane...>) {
+        constexpr int few = width * (int)sizeof(Narrow) / (int)sizeof(Mask);
+#if defined(__clang__) || __GNUC__ >= 12
+        return __builtin_shufflevector(x, x, (lane % few)...);
+#else
+        return Mask{x[lane % few]...};
+#endif
+    }
+    // Lanes of which the bit `half` is set come from y, the others from x; with `crossed`, each from
+    // the lane in which that bit is the other way round.
+    template <int half, bool crossed, int... lane>
+    OPTICAL_INLINE Vector mixed(Vector x, Vector y, std::integer_sequence<int, lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+        return __builtin_shufflevector(x, y, (lane & half ? width : 0) + (crossed ? lane ^ half : lane)...);
+#else
+        return __builtin_shuffle(x, y, Mask{(lane & half ? width : 0) + (crossed ? lane ^ half : lane)...});
+#endif
+    }
     template <typename Operation, int half>
     OPTICAL_INLINE void fold(Vector* rows) {
         if constexpr (half > 0) {
             const std::make_integer_sequence<int, width> lanes{};
             for (int k = 0; k < half; ++k) {
-                const Vector low = interleave<half, 0>(rows[k], rows[k + half], lanes);
-                const Vector high = interleave<half, 1>(rows[k], rows[k + half], lanes);
-                rows[k] = Operation::of(low, high);
+                // A blend and one shuffle, of which a core does fewer at a time.
+                const Vector own = mixed<half, false>(rows[k], rows[k + half], lanes);
+                const Vector other = mixed<half, true>(rows[k], rows[k + half], lanes);
+                rows[k] = Operation::of(own, other);
             }
             fold<Operation, half / 2>(rows);
         }
