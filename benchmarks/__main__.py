@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             parser.error(str(error))
         limits.enter_context(_threads(given.threads))
+        meter.keep_memory()
         made = _accuracy(names, asked) if given.benchmark == "accuracy" else []
         for case in asked if given.benchmark in TIMED else ():
             made += _measured(given, names, case)

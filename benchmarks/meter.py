@@ -12,6 +12,19 @@ from collections.abc import Callable, Iterator
 TURN_SECONDS = 0.02
 
 
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, where its C library can be told so (glibc).
+
+    Otherwise a provider pays, call by call, for pages that another one's large arrays made the
+    library hand back to the system: on some machines that is most of a short call.
+    """
+    trim_threshold, mmap_max = -1, -4
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(trim_threshold, 2**31 - 1)
+        library.mallopt(mmap_max, 0)
+
+
 def turn(run: Callable[[], object], seconds: float = TURN_SECONDS) -> float:
     """Milliseconds per call, of as many calls as fit into a turn and at least one."""
     start, calls = time.perf_counter(), 0

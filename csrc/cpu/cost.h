@@ -169,10 +169,7 @@ struct Cost {
     typedef typename S::Mask Mask;
     typedef Number<T> C;
     static constexpr int width = S::width;
-    static constexpr int block = 8;  // rows of a tile, worked on together: hides latency
-    static constexpr int unit = width > block ? width : block;  // rows come in whole vectors too
-    typedef Simd<T, block * (int)sizeof(T) < OPTICAL_VECTOR_BYTES ? block * (int)sizeof(T)
-                                                                  : OPTICAL_VECTOR_BYTES> R;
+    static constexpr int block = width > 8 ? width : 8;  // rows worked on together: hides latency
 
     int64_t n, m;                  // present rows and columns
     int64_t row_count, col_count;  // rounded up to whole blocks and vectors
@@ -192,7 +189,7 @@ struct Cost {
     T factor, least;
 
     void lay_out(Arena& arena, int64_t max_n, int64_t max_m, int32_t cost_kind, int64_t max_dim) {
-        const int64_t rows = round_up(max_n, unit), cols = round_up(max_m, unit);
+        const int64_t rows = round_up(max_n, block), cols = round_up(max_m, block);
         row_index = arena.take<int64_t>(rows + 1), col_index = arena.take<int64_t>(cols + 1);
         kind = cost_kind, dim = max_dim, dim_padded = round_up(max_dim, width);
         if (kind == OPTICAL_GIVEN) return;
@@ -216,7 +213,7 @@ struct Cost {
     bool list(const T* log_a, int64_t full_n, const T* log_b, int64_t full_m) {
         n = list_present(log_a, full_n, row_index);
         m = list_present(log_b, full_m, col_index);
-        row_count = round_up(n, unit), col_count = round_up(m, width);
+        row_count = round_up(n, block), col_count = round_up(m, width);
         blocks = row_count / block;
         return n > 0 && m > 0;
     }
@@ -230,7 +227,7 @@ struct Cost {
     bool read(const Side& a, const Side& b) {
         set_kind();
         bool finite = read_side(a, row_index, n, row_count, x, base_a, length_a, 0);
-        finite &= read_side(b, col_index, m, round_up(m, unit), y, base_b, length_b,
+        finite &= read_side(b, col_index, m, round_up(m, block), y, base_b, length_b,
                             kind == OPTICAL_COSINE ? 1 : 0);
         if (kind == OPTICAL_SQEUCLIDEAN) move();
         pack();
@@ -381,15 +378,9 @@ private:
     void pack() {
         for (int64_t i = 0; i < row_count; i += width)
             for (int64_t k = 0; k < dim_padded; k += width) {
-                const int64_t size = dim_padded * block;
-                T* const to = x_left + i / block * size + k * block + i % block;
+                T* const to = x_left + (i / block * dim_padded + k) * block + i % block;
                 turn(x + i * dim_padded + k, [&](int lane, Vector entries) {
-                    if constexpr (width > block) {
-                        R::store(to + lane * block, S::template part<R, 0>(entries));
-                        R::store(to + size + lane * block, S::template part<R, 1>(entries));
-                    } else {
-                        S::store(to + lane * block, entries);
-                    }
+                    S::store(to + lane * block, entries);
                 });
             }
         const int64_t count = col_count / width;

@@ -22,7 +22,7 @@ struct Gradient {
     typedef typename S::Vector Vector;
     typedef Number<T> C;
     static constexpr int width = S::width;
-    static constexpr int block = Solve::block, unit = Solve::unit;
+    static constexpr int block = Solve::block;
     static constexpr int rank = 32;  // columns of the low-rank sum in the reverse sweep
 
     Solve s;
@@ -35,14 +35,14 @@ struct Gradient {
     static bool keeps(const optical_problem& p) {
         if (p.gradient == OPTICAL_UNROLL) return true;
         return p.kind != OPTICAL_GIVEN &&
-               round_up(p.n, unit) * round_up(p.m, unit) <= kept_entries;
+               round_up(p.n, block) * round_up(p.m, block) <= kept_entries;
     }
 
     void lay_out(Arena& shared, Arena& own, const optical_problem& p, bool swapped) {
         const bool unroll = p.gradient == OPTICAL_UNROLL;
         s.lay_out(shared, own, p, swapped, unroll, unroll);
-        const int64_t rows = round_up(swapped ? p.m : p.n, unit);
-        const int64_t cols = round_up(swapped ? p.n : p.m, unit);
+        const int64_t rows = round_up(swapped ? p.m : p.n, block);
+        const int64_t cols = round_up(swapped ? p.n : p.m, block);
         tiles = keeps(p) ? shared.take<T>(rows * cols) : nullptr;
         const int64_t padded = p.kind == OPTICAL_GIVEN ? 0 : round_up(p.dim, width);
         x_packed = shared.take<T>(rows * padded), x_product = shared.take<T>(rows * padded);
@@ -230,8 +230,8 @@ struct Gradient {
         }
         if constexpr (implicit)
             for (int q = 0; q < Solve::groups; ++q)
-                Solve::R::store(s.miss_a + b * block + q * Solve::R::width,
-                                s.template rows_of<typename S::Sum>(line, q));
+                S::store(s.miss_a + b * block + q * width,
+                         S::template across<typename S::Sum>(line + q * width));
     }
 
     // The partial derivative of the dual; a line without a pair gives all its mass up.
@@ -435,7 +435,7 @@ struct Gradient {
         sync(s.team);
         s.own_chunks([&](int64_t, int64_t from, int64_t to) {
             for (int64_t b = from; b < to; ++b) {
-                const T *kernel = s.kernel_tile(b), *cost = s.cost_tile(b, s.spare_panel(b));
+                const T *kernel = s.kernel_tile(b), *cost = s.cost_tile(b, s.panels + (b + 1) % 2 * block * s.col_count);
                 T* tile = s.tile(tiles, b);
                 for (int64_t j = 0; j < s.col_count; j += width)
                     for (int r = 0; r < block; ++r, kernel += width, cost += width, tile += width) {
@@ -538,11 +538,11 @@ struct Gradient {
             to_g, to_f,
             [&](auto lanes, int64_t i, auto sum) {
                 typedef decltype(lanes) L;
-                const auto none = L::all(0);
-                const auto share = of_columns ? L::load(s.au + i) : none;
-                const auto received = of_columns ? share * sum : none;
+                const auto nothing = L::all(0);
+                const auto share = of_columns ? L::load(s.au + i) : nothing;
+                const auto received = of_columns ? share * sum : nothing;
                 const auto bar = L::load(bar_f + i) - received;
-                const auto moved = of_rows ? L::load(from_f + i) * (s.share_a * bar) : none;
+                const auto moved = of_rows ? L::load(from_f + i) * (s.share_a * bar) : nothing;
                 L::store(bar_a + i, L::load(bar_a + i) - eps * received);
                 L::store(bar_f + i, of_rows ? s.alpha * bar : bar);
                 for (int lane = 0; lane < L::width; ++lane) {

@@ -14,7 +14,6 @@ struct Results {
     typedef Number<T> C;
     static constexpr int width = S::width, block = Solver<T>::block;
     static constexpr int groups = Solver<T>::groups;
-    typedef typename Solver<T>::R R;
     typedef typename Solver<T>::Totals Totals;
 
     Solver<T>& s;
@@ -30,7 +29,7 @@ struct Results {
             for (int64_t j = 0; j < s.col_count; j += width) S::store(sums + j, S::all(0));
             for (int64_t b = from; b < to; ++b) {
                 Vector line[block], spent[block];
-                const T *k = s.kernel_tile(b), *c = s.cost_tile(b, s.spare_panel(b));
+                const T *k = s.kernel_tile(b), *c = s.cost_tile(b, s.panels + (b + 1) % 2 * block * s.col_count);
                 s.add_rows(k, s.au + b * block, s.col_count, sums);
                 for (int r = 0; r < block; ++r) line[r] = spent[r] = S::all(0);
                 for (int64_t j = 0; j < s.col_count; j += width) {
@@ -42,10 +41,12 @@ struct Results {
                     }
                 }
                 for (int q = 0; q < groups; ++q) {
-                    const int64_t i = b * block + q * R::width;
-                    const auto share = R::load(s.au + i);
-                    R::store(row_mass + i, share * s.template rows_of<typename S::Sum>(line, q));
-                    R::store(s.row_spent + i, share * s.template rows_of<typename S::Sum>(spent, q));
+                    const int64_t i = b * block + q * width;
+                    const Vector share = S::load(s.au + i);
+                    S::store(row_mass + i,
+                             share * S::template across<typename S::Sum>(line + q * width));
+                    S::store(s.row_spent + i,
+                             share * S::template across<typename S::Sum>(spent + q * width));
                 }
             }
             for (int64_t i = from * block; i < to * block && i < s.n; ++i) {
@@ -85,7 +86,7 @@ struct Results {
             T* sums = s.part + chunk * s.col_count;
             for (int64_t j = 0; j < s.col_count; j += width) S::store(sums + j, S::all(0));
             for (int64_t b = from; b < to; ++b) {
-                const T *k = s.kernel_tile(b), *c = s.cost_tile(b, s.spare_panel(b));
+                const T *k = s.kernel_tile(b), *c = s.cost_tile(b, s.panels + (b + 1) % 2 * block * s.col_count);
                 const T* weight = s.au + b * block;
                 for (int64_t j = 0; j < s.col_count; j += width) {
                     Vector sum = S::load(sums + j);

@@ -86,10 +86,7 @@ struct Solver : Cost<T> {
     typedef Number<T> C;
     static constexpr int width = S::width;
     static constexpr int block = Base::block;
-    static constexpr int unit = Base::unit;
-    // Vectors by row of a block: of the whole register, or of half of one where that is a block.
-    typedef typename Base::R R;
-    static constexpr int groups = block / R::width;
+    static constexpr int groups = block / width;
     static constexpr int together = 4;  // exponentials computed side by side
     static constexpr int64_t chunk_blocks = 256 / block;
     static constexpr int64_t woven_bytes = 512;  // of a row: measured, half as wide gains nothing
@@ -166,13 +163,13 @@ struct Solver : Cost<T> {
                  bool reversible) {
         const int64_t max_n = swapped ? p.m : p.n, max_m = swapped ? p.n : p.m;
         Base::lay_out(shared, max_n, max_m, p.kind, p.dim);
-        const int64_t rows = round_up(max_n, unit), cols = round_up(max_m, unit);
+        const int64_t rows = round_up(max_n, block), cols = round_up(max_m, block);
         const int64_t entries = rows * cols;
         whole = keep && entries <= kept_entries;
         stored = keep && (whole || !p.low_memory || p.kind == OPTICAL_GIVEN);
         if (whole) cost_tiles = shared.take<T>(entries);
         if (stored) kernel_tiles = shared.take<T>(entries);
-        panels = own.take<T>(2 * unit * cols);
+        panels = own.take<T>(2 * block * cols);
         T** by_row[] = {&mass_a, &log_a, &pad_a, &weight_a, &base_f, &f, &f_next,
                         &u,      &u_next, &au,   &miss_a,   &row_spent, &w};
         for (T** array : by_row) *array = shared.take<T>(array == &miss_a ? 2 * rows : rows);
@@ -248,7 +245,7 @@ struct Solver : Cost<T> {
         n = ((int64_t*)cg_scalars)[0], m = ((int64_t*)cg_scalars)[1];
         finite = ((int64_t*)cg_scalars)[2];
         sync(team);
-        row_count = round_up(n, unit), col_count = round_up(m, width);
+        row_count = round_up(n, block), col_count = round_up(m, width);
         blocks = row_count / block;
         chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
         segments = (col_count + segment - 1) / segment;
@@ -375,15 +372,12 @@ struct Solver : Cost<T> {
         return panel;
     }
 
-    // One tile of K, or some that lie one behind the other; the last two asked for remain.
-    const T* kernel_tile(int64_t b, int count = 1) const {
+    const T* kernel_tile(int64_t b) const {
         if (stored) return tile(kernel_tiles, b);
-        T* const panel = panels + b / count % 2 * unit * col_count;
-        for (int i = 0; i < count; ++i) make_kernel(b + i, panel + i * block * col_count);
+        T* panel = panels + b % 2 * block * col_count;
+        make_kernel(b, panel);
         return panel;
     }
-    // Where the cost may be computed beside the tile of K that was asked for last.
-    T* spare_panel(int64_t b) const { return panels + (b + 1) % 2 * unit * col_count; }
 
     // K, or with `plan_is_kernel` the plan of f and g, which replaces it with weights of 1.
     __attribute__((noinline)) void make_kernel(int64_t b, T* to) const {
@@ -437,10 +431,10 @@ struct Solver : Cost<T> {
                         least[r] = S::min(least[r], S::load(c + r * width) - gj);
                 }
                 for (int q = 0; q < groups; ++q) {
-                    const int64_t i = b * block + q * R::width;
-                    const auto base = rows_of<typename S::Minimum>(least, q);
-                    if (first) mark_dead<R>(base, mass_a + i, pad_a + i, weight_a + i);
-                    R::store(base_f + i, R::select(R::load(pad_a + i) > 0, R::all(0), base));
+                    const int64_t i = b * block + q * width;
+                    const Vector base = S::template across<typename S::Minimum>(least + q * width);
+                    if (first) mark_dead(base, mass_a + i, pad_a + i, weight_a + i);
+                    S::store(base_f + i, S::select(S::load(pad_a + i) > 0, S::all(0), base));
                 }
                 c = tiles;
                 for (int64_t j = 0; j < col_count; j += width, c += block * width) {
@@ -456,7 +450,7 @@ struct Solver : Cost<T> {
             Vector base = S::load(part + j);
             for (int64_t c = 1; c < chunks; ++c)
                 base = S::min(base, S::load(part + c * col_count + j));
-            if (first) mark_dead<S>(base, mass_b + j, pad_b + j, weight_b + j);
+            if (first) mark_dead(base, mass_b + j, pad_b + j, weight_b + j);
             S::store(base_g + j, S::select(S::load(pad_b + j) > 0, S::all(0), base));
             if (first) S::store(g + j, S::select(S::load(pad_b + j) > 0, S::all(0), S::load(g + j)));
             scale_columns(j);
@@ -484,28 +478,19 @@ struct Solver : Cost<T> {
         S::store(v + j, scaling);
         S::store(bv + j, S::load(weight_b + j) * scaling);
     }
-    void scale_rows(int64_t i) { S::store(au + i, row_share<S>(i, S::load(f + i), S::load(base_f + i))); }
+    void scale_rows(int64_t i) { S::store(au + i, row_share(i, S::load(f + i), S::load(base_f + i))); }
 
     // a exp((f - origin) / epsilon) of a vector of rows, 0 for rows without an allowed pair.
-    template <typename Lanes>
-    typename Lanes::Vector row_share(int64_t i, typename Lanes::Vector potential,
-                                     typename Lanes::Vector origin) const {
-        const auto exponent = (potential - origin) * inverse_epsilon + Lanes::load(log_a + i);
-        return Lanes::select(Lanes::load(pad_a + i) > 0, Lanes::all(0), Lanes::exp(exponent));
+    Vector row_share(int64_t i, Vector potential, Vector origin) const {
+        const Vector exponent = (potential - origin) * inverse_epsilon + S::load(log_a + i);
+        return S::select(S::load(pad_a + i) > 0, S::all(0), S::exp(exponent));
     }
 
     // A line whose least cost is +inf has no allowed pair.
-    template <typename Lanes>
-    static void mark_dead(typename Lanes::Vector least, const T* mass, T* pad, T* weight) {
-        const auto dead = least == C::infinity;
-        Lanes::store(pad, Lanes::select(dead, Lanes::all(1), Lanes::all(0)));
-        Lanes::store(weight, Lanes::select(dead, Lanes::all(0), Lanes::load(mass)));
-    }
-
-    // Group q of the rows of a block, from a vector of lanes for each of them.
-    template <typename Operation>
-    static __attribute__((always_inline)) typename R::Vector rows_of(Vector* line, int q) {
-        return S::template across_into<Operation, R>(line + q * R::width);
+    static void mark_dead(Vector least, const T* mass, T* pad, T* weight) {
+        const Mask dead = least == C::infinity;
+        S::store(pad, S::select(dead, S::all(1), S::all(0)));
+        S::store(weight, S::select(dead, S::all(0), S::load(mass)));
     }
 
     // -------------------------------------------------------------------------- reading K once
@@ -513,80 +498,27 @@ struct Solver : Cost<T> {
     // Adds a vector of columns of some rows of K, each row times its weight, to their sum. Two
     // chains: one would mostly wait for its own last addition.
     template <int lines>
-    static __attribute__((always_inline)) Vector added(Vector sum, const T* k, int64_t size,
-                                                       const Vector* weight) {
+    static __attribute__((always_inline)) Vector added(Vector sum, const T* k, const Vector* weight) {
         Vector other = S::all(0);
         for (int r = 0; r < lines; r += 2) {
-            sum += S::load(k + r / block * size + r % block * width) * weight[r];
-            other += S::load(k + (r + 1) / block * size + (r + 1) % block * width) * weight[r + 1];
+            sum += S::load(k + r * width) * weight[r];
+            other += S::load(k + (r + 1) * width) * weight[r + 1];
         }
         return sum + other;
     }
 
-    // Adds one or more tiles of K, each row times its weight, to the column sums.
+    // Adds some rows of a tile of K, each row times its weight, to the column sums.
     template <int lines = block>
     static __attribute__((always_inline)) void add_rows(const T* k, const T* weights, int64_t cols,
                                                         T* sums) {
         Vector weight[lines];
         for (int r = 0; r < lines; ++r) weight[r] = S::all(weights[r]);
         for (int64_t j = 0; j < cols; j += width, k += block * width)
-            S::store(sums + j, added<lines>(S::load(sums + j), k, block * cols, weight));
+            S::store(sums + j, added<lines>(S::load(sums + j), k, weight));
     }
 
-    // Reads each tile twice in quick succession: for the sums of its rows, which go to `row`, and
-    // for those of the columns, in which the rows have the weights that `row` answers with. The
-    // second reading follows the first of the next tiles, so that what `row` computes is off the
-    // critical path. `lines` rows are read at a time, and finished in vectors of `Lanes`.
-    template <typename Lanes, int lines, typename Row>
-    __attribute__((always_inline)) inline void read_in_turn(int64_t from, int64_t to,
-                                                            const T* column_weights,
-                                                            T* row_weights, T* sums,
-                                                            const Row& row) {
-        constexpr int tiles = lines / block;
-        const int64_t cols = col_count, size = block * cols;
-        const T* last = nullptr;
-        for (int64_t b = from; b < to; b += tiles) {
-            const T *const first = kernel_tile(b, tiles), *k = first;
-            Vector line[lines];
-            for (int r = 0; r < lines; ++r) line[r] = S::all(0);
-            for (int64_t j = 0; j < cols; j += width, k += block * width) {
-                const Vector weight = S::load(column_weights + j);
-                for (int r = 0; r < lines; ++r)
-                    line[r] += S::load(k + r / block * size + r % block * width) * weight;
-            }
-            finish_rows<Lanes, lines>(b * block, line, row_weights, row);
-            if (last) add_rows<lines>(last, row_weights + (b - tiles) * block, cols, sums);
-            last = first;
-        }
-        add_rows<lines>(last, row_weights + (to - tiles) * block, cols, sums);
-    }
-
-    // The same, where registers suffice, with the second reading of one tile woven into the first
-    // of the next: a tile on its way from the outer cache and one in the inner take turns.
-    template <typename Row>
-    __attribute__((always_inline)) inline void read_woven(int64_t from, int64_t to,
-                                                          const T* column_weights, T* row_weights,
-                                                          T* sums, const Row& row) {
-        const int64_t cols = col_count;
-        const T* last = nullptr;
-        for (int64_t b = from; b < to; ++b) {
-            const T *const first = kernel_tile(b), *k = first;
-            Vector line[block], weight[block];
-            for (int r = 0; r < block; ++r) line[r] = S::all(0);
-            for (int r = 0; r < block; ++r)
-                weight[r] = S::all(last ? row_weights[(b - 1) * block + r] : 0);
-            const T* before = last ? last : first;
-            for (int64_t j = 0; j < cols; j += width, k += block * width, before += block * width) {
-                const Vector of_column = S::load(column_weights + j);
-                for (int r = 0; r < block; ++r) line[r] += S::load(k + r * width) * of_column;
-                S::store(sums + j, added<block>(S::load(sums + j), before, 0, weight));
-            }
-            finish_rows<R, block>(b * block, line, row_weights, row);
-            last = first;
-        }
-        add_rows(last, row_weights + (to - 1) * block, cols, sums);
-    }
-
+    // The sums of rows i and so on, from a vector of lanes for each, go to `row`, which answers
+    // with the weights of these rows in the sums of the columns.
     template <typename Lanes, int lines, typename Row>
     static __attribute__((always_inline)) inline void finish_rows(int64_t i, Vector* line,
                                                                   T* row_weights, const Row& row) {
@@ -594,6 +526,61 @@ struct Solver : Cost<T> {
             Lanes::store(row_weights + i + r,
                          row(Lanes(), i + r,
                              S::template across_into<typename S::Sum, Lanes>(line + r)));
+    }
+
+    // Reads each tile twice in quick succession. A tile's column pass follows the next tile's row
+    // pass, so that what `row` computes is off the critical path.
+    template <typename Row>
+    __attribute__((always_inline)) inline void read_in_turn(int64_t from, int64_t to,
+                                                            const T* column_weights,
+                                                            T* row_weights, T* sums,
+                                                            const Row& row) {
+        const int64_t cols = col_count;
+        const T* last = nullptr;
+        for (int64_t b = from; b < to; ++b) {
+            const T *const tile = kernel_tile(b), *k = tile;
+            Vector line[block];
+            for (int r = 0; r < block; ++r) line[r] = S::all(0);
+            for (int64_t j = 0; j < cols; j += width, k += block * width) {
+                const Vector weight = S::load(column_weights + j);
+                for (int r = 0; r < block; ++r) line[r] += S::load(k + r * width) * weight;
+            }
+            finish_rows<S, block>(b * block, line, row_weights, row);
+            if (last) add_rows(last, row_weights + (b - 1) * block, cols, sums);
+            last = tile;
+        }
+        add_rows(last, row_weights + (to - 1) * block, cols, sums);
+    }
+
+    // The same, where registers suffice, eight rows at a time, with the column pass of the last
+    // ones woven into the row pass of the next: so what comes from the outer cache is waited for
+    // while there is work from the inner one, which needs to hold no more than these rows.
+    static constexpr int few = 8;
+    typedef Simd<T, few * (int)sizeof(T) < OPTICAL_VECTOR_BYTES ? few * (int)sizeof(T)
+                                                                : OPTICAL_VECTOR_BYTES> Few;
+    template <typename Row>
+    __attribute__((always_inline)) inline void read_woven(int64_t from, int64_t to,
+                                                          const T* column_weights, T* row_weights,
+                                                          T* sums, const Row& row) {
+        const int64_t cols = col_count;
+        const T *tile = nullptr, *last = nullptr;
+        for (int64_t i = from * block; i < to * block; i += few) {
+            if (i % block == 0) tile = kernel_tile(i / block);
+            const T *const first = tile + i % block * width, *k = first;
+            Vector line[few], weight[few];
+            for (int r = 0; r < few; ++r) line[r] = S::all(0);
+            // The first rows have none before them, and read themselves with weights of zero.
+            for (int r = 0; r < few; ++r) weight[r] = S::all(last ? row_weights[i - few + r] : 0);
+            const T* before = last ? last : first;
+            for (int64_t j = 0; j < cols; j += width, k += block * width, before += block * width) {
+                const Vector of_column = S::load(column_weights + j);
+                for (int r = 0; r < few; ++r) line[r] += S::load(k + r * width) * of_column;
+                S::store(sums + j, added<few>(S::load(sums + j), before, weight));
+            }
+            finish_rows<Few, few>(i, line, row_weights, row);
+            last = first;
+        }
+        add_rows<few>(last, row_weights + to * block - few, cols, sums);
     }
 
     // The sums of the rows of K, weighted by `column_weights`, go to `row`, with the vectors to use
@@ -608,10 +595,10 @@ struct Solver : Cost<T> {
         own_chunks([&](int64_t c, int64_t from, int64_t to) __attribute__((always_inline)) {
             T* sums = parts + c * cols;
             for (int64_t j = 0; j < cols; j += width) S::store(sums + j, S::all(0));
-            if (OPTICAL_MANY_REGISTERS && cols * (int64_t)sizeof(T) >= woven_bytes)
-                read_woven(from, to, column_weights, row_weights, sums, row);
-            else
-                read_in_turn<S, unit>(from, to, column_weights, row_weights, sums, row);
+            if constexpr (OPTICAL_MANY_REGISTERS)
+                if (cols * (int64_t)sizeof(T) >= woven_bytes)
+                    return read_woven(from, to, column_weights, row_weights, sums, row);
+            read_in_turn(from, to, column_weights, row_weights, sums, row);
         });
         sync(team);
         own_columns([&](int64_t j) __attribute__((always_inline)) {
@@ -653,27 +640,26 @@ struct Solver : Cost<T> {
             col_weights, row_weights,
             [&](auto lanes, int64_t i, auto sum) __attribute__((always_inline)) {
                 typedef decltype(lanes) L;
-                typedef typename L::Vector Few;
-                const Few total = sum + L::load(pad_of_row + i), mass = L::load(weight_of_row + i);
+                const auto total = sum + L::load(pad_of_row + i), mass = L::load(weight_of_row + i);
                 rows.template add_lanes<L>(total);
                 if constexpr (measure == Measure::rows) {
-                    const Few wanted = potentials ? asked<L>(weight_of_row + i,
-                                                             L::load(old_f + i), strength_a)
-                                                  : mass;
+                    auto wanted = mass;
+                    if constexpr (potentials)
+                        wanted = asked<L>(weight_of_row + i, L::load(old_f + i), strength_a);
                     L::store(row_miss + i, L::absolute(L::load(row_weights + i) * total - wanted));
                 }
+                auto scaling = T(1) / total;
                 if constexpr (potentials) {
-                    const Few origin = L::load(origin_f + i);
-                    const Few next = keep * L::load(old_f + i) + take_a * (origin - eps * L::log(total));
-                    const Few scaling = L::exp((next - origin) * scale);
+                    const auto origin = L::load(origin_f + i);
+                    const auto next =
+                        keep * L::load(old_f + i) + take_a * (origin - eps * L::log(total));
+                    scaling = L::exp((next - origin) * scale);
                     rows.template add_lanes<L>(scaling);
                     L::store(new_u + i, next);
-                    return mass * scaling;
                 } else {
-                    const Few scaling = T(1) / total;
                     L::store(new_u + i, scaling);
-                    return mass * scaling;
                 }
+                return mass * scaling;
             },
             [&](int64_t j, Vector sum) __attribute__((always_inline)) {
                 const Vector total = sum + S::load(pad_of_col + j);
@@ -749,10 +735,10 @@ struct Solver : Cost<T> {
                 }
                 T origin[block];
                 for (int q = 0; q < groups; ++q) {
-                    const int64_t i = b * block + q * R::width;
-                    const auto x = rows_of<typename S::Minimum>(least, q);
-                    R::store_unaligned(origin + q * R::width,
-                                       R::select(R::load(pad_a + i) > 0, R::all(0), x));
+                    const int64_t i = b * block + q * width;
+                    const Vector x = S::template across<typename S::Minimum>(least + q * width);
+                    S::store_unaligned(origin + q * width,
+                                       S::select(S::load(pad_a + i) > 0, S::all(0), x));
                 }
                 for (int r = 0; r < block; ++r) {
                     line[r] = S::all(0);
@@ -760,14 +746,15 @@ struct Solver : Cost<T> {
                         line[r] += S::exp(origin[r] - row_exponent(c, r, j));
                 }
                 for (int q = 0; q < groups; ++q) {
-                    const int64_t i = b * block + q * R::width;
-                    const auto total = rows_of<typename S::Sum>(line, q) + R::load(pad_a + i);
-                    const auto softmin =
-                        epsilon * (R::load_unaligned(origin + q * R::width) - R::log(total));
-                    const auto old = R::load(f + i);
-                    R::store(row_miss + i, R::absolute(row_share<R>(i, old, softmin) -
-                                                       asked<R>(weight_a + i, old, rho_a)));
-                    R::store(f_next + i, alpha * old + share_a * softmin);
+                    const int64_t i = b * block + q * width;
+                    const Vector total =
+                        S::template across<typename S::Sum>(line + q * width) + S::load(pad_a + i);
+                    const Vector softmin =
+                        epsilon * (S::load_unaligned(origin + q * width) - S::log(total));
+                    const Vector old = S::load(f + i);
+                    S::store(row_miss + i, S::absolute(row_share(i, old, softmin) -
+                                                       asked(weight_a + i, old, rho_a)));
+                    S::store(f_next + i, alpha * old + share_a * softmin);
                 }
                 for (int r = 0; r < block; ++r)
                     for (int64_t j = 0; j < col_count; j += width)
