@@ -493,8 +493,8 @@ class _Family:
             largest = max(largest, _difference(self.members[k][name][known], truth[known]))
         allowed = own + MARGIN * largest
         implicit = self.call.option("gradient") == "implicit"
-        if implicit and name.startswith("grad") and self.call.function != "sinkhorn_divergence":
-            allowed += self.size(name) * _uncertainty(self.call, self.found, self.truth)
+        if implicit and name.startswith("grad"):
+            allowed += self.size(name) * max(_uncertainty(c) for c in _solved_by(self.call))
         if error <= allowed:
             return ""
         worst = torch.where(known.reshape(-1), _differences(found, truth), 0.0).argmax()
@@ -584,7 +584,7 @@ def _check_residuals(call: Call, found: dict[str, Tensor]) -> None:
         assert error <= limit, f"problem {i} is CONVERGED with marginal_error {error} > {limit}"
 
 
-def _uncertainty(call: Call, found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+def _uncertainty(call: Call) -> float:
     """How far implicit gradients may be off, as a share of their size.
 
     Their linear system is singular up to the shift of the potentials, and nearly so where parts of
@@ -593,31 +593,40 @@ def _uncertainty(call: Call, found: dict[str, Tensor], truth: dict[str, Tensor])
     solution is not defined. Nor is there a fixed point to speak of where the sums of the plan are
     far from any that were asked for.
     """
-    if _largest(truth.get("marginal_error", torch.zeros(1))) > 10 * call.mass:
+    found, truth = call.run(), call.rounded(torch.float64).run()
+    if _largest(truth.marginal_error.detach()) > 10 * call.mass:
         return INF
-    result = _as_vectors(call).rounded(torch.float64).run()
-    plan = result.plan().detach()
+    plan = truth.plan().detach()
     rows, columns = plan.sum(2), plan.sum(1)
     epsilon = torch.as_tensor(call.arguments["epsilon"]).double().expand(len(plan))
-    stiff = [1 + epsilon[:, None] / rho for rho in (result.arguments.rho_a, result.arguments.rho_b)]
+    stiff = [1 + epsilon[:, None] / rho for rho in (truth.arguments.rho_a, truth.arguments.rho_b)]
     share_a, share_b = ((x * y).rsqrt() for x, y in zip((rows, columns), stiff, strict=True))
     scaled = share_a.nan_to_num(0, 0)[:, :, None] * plan * share_b.nan_to_num(0, 0)[:, None, :]
     values = 1 - torch.linalg.svdvals(scaled.nan_to_num(0, 0, 0)) ** 2
     values = values[values > 1e-12]
     least = values.min().item() if values.numel() else 1.0
-    residual = found.get("gradient_residual", torch.zeros(1)).nan_to_num(0).max().item()
+    residual = found.gradient_residual.nan_to_num(0).max().item()
     rounding = 1e2 * torch.finfo(call.dtype).eps
     amplified = call.scale / epsilon[epsilon > 0].min().item()
     return INF if least < 1e-7 else (residual + rounding) * amplified / least
 
 
-def _as_vectors(call: Call) -> Call:
-    """The same problem as a call that returns a ``SinkhornResult``."""
-    if call.function.startswith("sinkhorn"):
-        return call
+def _solved_by(call: Call) -> list[Call]:
+    """The problems behind a call, as calls that return a ``SinkhornResult``."""
     names = {"student": "x", "teacher": "y", "student_mask": "mask_a", "teacher_mask": "mask_b"}
     arguments = {names.get(name, name): value for name, value in call.arguments.items()}
-    return replace(call, function="sinkhorn_vectors", arguments=arguments)
+    if call.function == "sinkhorn":
+        return [call]
+    solved = [replace(call, function="sinkhorn_vectors", arguments=arguments)]
+    if call.function == "sinkhorn_divergence":
+        for own, other in (("a", "b"), ("b", "a")):
+            within = {name: x for name, x in arguments.items() if not name.endswith(f"_{other}")}
+            within |= {
+                f"{name[:-1]}{other}": x for name, x in within.items() if name.endswith(f"_{own}")
+            }
+            within["x"] = within["y"] = arguments[{"a": "x", "b": "y"}[own]]
+            solved.append(replace(call, function="sinkhorn_vectors", arguments=within))
+    return solved
 
 
 def _check_threads(call: Call, found: dict[str, Tensor]) -> None:

@@ -115,7 +115,7 @@ struct Gradient {
             s.take_potentials(f, g);
             if (s.rho_a < C::infinity || s.rho_b < C::infinity) {
                 s.rebase(true);  // finds the lines without a pair
-                s.plan_is_kernel = true;
+                s.holding = Solve::Holding::plan;
                 sync(s.team);
             }
             for_lines(w, z);
@@ -382,9 +382,9 @@ struct Gradient {
                 reverse(used, true, true);
                 used += 2;
             } else {
-                // Each half on the base of its own potentials, where K is pi / a or sigma / b.
-                exact_base(f, g), replay(f, old_g), reverse(0, true, false), flush(2);
-                exact_base(f, old_g), replay(f, old_g), reverse(0, false, true), flush(2);
+                // One half after the other, each with pi or sigma itself in the place of K.
+                replay_half(before, f, old_g, g, true), reverse(0, true, false), flush(2);
+                replay_half(before, f, old_g, g, false), reverse(0, false, true), flush(2);
             }
             if (used == rank) {
                 flush(used);
@@ -475,24 +475,25 @@ struct Gradient {
         const bool moved = s.relaxed;
         s.own_columns([&](int64_t j) {
             const Vector scale = S::exp((S::load(g + j) - S::load(s.base_g + j)) * s.inverse_epsilon);
-            range.add(S::select(S::load(s.weight_b + j) > 0, scale, S::all(1)));
-            S::store(s.bv + j, S::load(s.weight_b + j) * scale);
+            const Vector weight = S::load(s.weight_b + j);
+            range.add(S::select(weight > 0, scale, S::all(1)));
+            // A mass too small for a number counts for nothing, whatever its potential became.
+            S::store(s.bv + j, S::select(weight > 0, weight * scale, S::all(0)));
         });
         sync(s.team);
         s.sweep(
             s.bv, s.au,
             [&](auto lanes, int64_t i, auto sum) {
                 typedef decltype(lanes) L;
-                const auto total = sum + L::load(s.pad_a + i);
+                const auto total = sum + L::load(s.pad_a + i), weight = L::load(s.weight_a + i);
                 auto scale = T(1) / total;
                 range.template add_lanes<L>(total);
                 L::store(of_row + i, scale);
                 if (moved) {
                     scale = L::exp((L::load(f + i) - L::load(s.base_f + i)) * s.inverse_epsilon);
-                    range.template add_lanes<L>(
-                        L::select(L::load(s.weight_a + i) > 0, scale, L::all(1)));
+                    range.template add_lanes<L>(L::select(weight > 0, scale, L::all(1)));
                 }
-                return L::load(s.weight_a + i) * scale;
+                return L::select(weight > 0, weight * scale, L::all(0));
             },
             [&](int64_t j, Vector sum) {
                 const Vector total = sum + S::load(s.pad_b + j);
@@ -511,12 +512,35 @@ struct Gradient {
         sync(s.team);
     }
 
-    void exact_base(const T* f, const T* g) {
+    // Makes pi of the half step that found g from f, or sigma of the one that found f from old_g,
+    // out of what was given to it and the minimum that it found, of which it kept a share. With the
+    // masses inside, no entry exceeds 1, however small they are. Weights are 1.
+    void replay_half(const T* old_f, const T* f, const T* old_g, const T* g, bool of_columns) {
+        T *const of_row = from_f, *const of_column = from_g;
         sync(s.team);
-        s.own_rows([&](int64_t i) { S::store(s.base_f + i, S::load(f + i)); });
-        s.own_columns([&](int64_t j) { S::store(s.base_g + j, S::load(g + j)); });
+        s.own_rows([&](int64_t i) {
+            const Vector found = (S::load(f + i) - s.alpha * S::load(old_f + i)) / s.share_a;
+            S::store(s.base_f + i, of_columns ? S::load(f + i) : found);
+        });
+        s.own_columns([&](int64_t j) {
+            const Vector found = (S::load(g + j) - s.alpha * S::load(old_g + j)) / s.share_b;
+            S::store(s.base_g + j, of_columns ? found : S::load(old_g + j));
+            S::store(s.bv + j, S::all(1));
+        });
         sync(s.team);
+        s.holding = of_columns ? Solve::Holding::columns : Solve::Holding::rows;
         s.build_kernel();
+        sync(s.team);
+        s.sweep(
+            s.bv, s.au,
+            [&](auto lanes, int64_t i, auto sum) {
+                typedef decltype(lanes) L;
+                L::store(of_row + i, T(1) / (sum + L::load(s.pad_a + i)));
+                return L::all(1);
+            },
+            [&](int64_t j, Vector sum) {
+                S::store(of_column + j, T(1) / (sum + S::load(s.pad_b + j)));
+            });
         sync(s.team);
     }
 

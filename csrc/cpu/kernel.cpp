@@ -119,7 +119,7 @@ void apply(const optical_problem& p, const Apply& call, int64_t index, void* sha
     sync(team);
     if (!valid) return;
     s.take_potentials(f, g);
-    s.plan_is_kernel = true;
+    s.holding = Solve::Holding::plan;
     s.own_chunks([&](int64_t, int64_t from, int64_t to) {
         for (int64_t k = from; k < to; ++k) {
             const T* tile = s.kernel_tile(k);

@@ -139,7 +139,9 @@ struct Solver : Cost<T> {
     bool relaxed;  // the state is f and g, not u and v
     bool whole;    // the cost is stored, and so is K
     bool stored;   // K is stored
-    bool plan_is_kernel = false;
+    // What the tiles of K hold: exp((F_i + G_j - C_ij) / epsilon); the same with b_j or with a_i in
+    // it, for rows or columns that sum to about 1; or the plan of f and g.
+    enum class Holding { kernel, rows, columns, plan } holding = Holding::kernel;
     int parity = 0;
 
     T *cost_tiles, *kernel_tiles, *panels;
@@ -379,19 +381,20 @@ struct Solver : Cost<T> {
         return panel;
     }
 
-    // K, or with `plan_is_kernel` the plan of f and g, which replaces it with weights of 1.
     __attribute__((noinline)) void make_kernel(int64_t b, T* to) const {
         const T* c = cost_tile(b, to);
-        const T* rows = plan_is_kernel ? f : base_f;
-        const T* columns = plan_is_kernel ? g : base_g;
+        const bool plan = holding == Holding::plan;
+        const bool with_a = plan || holding == Holding::columns;
+        const bool with_b = plan || holding == Holding::rows;
+        const T *rows = plan ? f : base_f, *columns = plan ? g : base_g;
         T row[block], extra[block];
         for (int r = 0; r < block; ++r) {
             row[r] = rows[b * block + r];
-            extra[r] = plan_is_kernel ? log_a[b * block + r] : 0;
+            extra[r] = with_a ? log_a[b * block + r] : 0;
         }
         for (int64_t j = 0; j < col_count; j += width) {
             const Vector gj = S::load(columns + j);
-            const Vector log_bj = plan_is_kernel ? S::load(log_b + j) : S::all(0);
+            const Vector log_bj = with_b ? S::load(log_b + j) : S::all(0);
             for (int r = 0; r < block; r += together, c += together * width) {
                 Vector x[together];
                 for (int i = 0; i < together; ++i) {
@@ -416,7 +419,7 @@ struct Solver : Cost<T> {
     // Chooses the base potentials for the current g and rebuilds K, v and b v from them, and a u
     // too, from which the stopping rule has the row sums.
     void rebase(bool first) {
-        plan_is_kernel = false;
+        holding = Holding::kernel;
         own_chunks([&](int64_t chunk, int64_t from, int64_t to) {
             T* nearest = part + chunk * col_count;
             for (int64_t j = 0; j < col_count; j += width) S::store(nearest + j, S::all(C::infinity));
@@ -930,7 +933,7 @@ struct Solver : Cost<T> {
         if (current) return;
         if (first) rebase(true);  // marks the lines without a pair
         set_temperature(target);
-        plan_is_kernel = true;
+        holding = Holding::plan;
         own_rows([&](int64_t i) { S::store(au + i, S::all(1)); });
         own_columns([&](int64_t j) { S::store(bv + j, S::all(1)); });
         sync(team);
