@@ -8,6 +8,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(_OPENMP)
 #include <omp.h>
 #include <pthread.h>
@@ -102,9 +106,16 @@ void on_threads(int threads, Work work) {
 
 // Aligned memory, freed at the end of its scope.
 struct Memory {
+    static constexpr int64_t huge_page = (int64_t)2 << 20;
     void* start = nullptr;
     explicit Memory(int64_t bytes) {
-        if (posix_memalign(&start, 64, (size_t)(bytes > 0 ? bytes : 64)) != 0) start = nullptr;
+        const bool large = bytes >= 2 * huge_page;
+        const size_t size = (size_t)(bytes > 0 ? bytes : 64);
+        if (posix_memalign(&start, large ? huge_page : 64, size) != 0) start = nullptr;
+#if defined(MADV_HUGEPAGE)
+        // A large problem reads all of it again and again: fewer pages to ask for and to look up.
+        if (large && start) madvise(start, size, MADV_HUGEPAGE);
+#endif
     }
     Memory(const Memory&) = delete;
     ~Memory() { free(start); }
