@@ -8,7 +8,6 @@ before everything else, so the program starts itself again with them.
 
 import ctypes
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -33,9 +32,11 @@ def build() -> None:
     if compiler is None:
         sys.exit("no C++ compiler was found")
     native.FLAGS = tuple(x for x in native.FLAGS if x != "-O3") + FLAGS
-    # One instruction set: the widest that every machine of this kind has.
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        native._variants = lambda: [("baseline", native.AVX2[1])]
+    # One instruction set: the one that is used here.
+    installed = native.load()
+    isa = "baseline" if installed is None else installed.optical_cpu_isa().decode()
+    flags = dict(native._variants())[isa]
+    native._variants = lambda: [("baseline", flags)]
     native.build(ROOT / "csrc", LIBRARY, compiler)
 
 
