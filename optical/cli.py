@@ -96,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     _collection_arguments(command)
     command.add_argument("--depth", type=int, default=1000, help="documents per query")
     command.add_argument("--batch-size", type=int, default=32, help="texts in one forward pass")
+    command.add_argument("--passage-length", type=int, help="cut documents, in tokens (MaxP)")
+    command.add_argument("--passage-stride", type=int, help="default: half the length")
     command.add_argument("--output", required=True, help="the run to write; .gz compresses")
     command.add_argument("--tag", help="name in the run's last column (default: the model's)")
     command.set_defaults(command=_search)
@@ -186,6 +188,8 @@ def _search(options: argparse.Namespace) -> int:
         depth=options.depth,
         batch_size=options.batch_size,
         document_model=documents,
+        passage_length=options.passage_length,
+        passage_stride=options.passage_stride,
         progress=sys.stderr.isatty(),
     )
     write_run(run, options.output, tag=options.tag or _run_name(options.model))

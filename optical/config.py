@@ -16,22 +16,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sentence_transformers import MultiVectorEncoderTrainingArguments
 
+from optical.arms import ENCODER, RECIPES, TEACHER, ArmConfig, LexiconConfig
 from optical.encoder import EncoderOptions
 from optical.evaluation import DEFAULT_MEASURES
 from optical.files import read_lines
-from optical.training import (
-    ROLES,
-    CodeswitchOptions,
-    DistillOptions,
-    TeacherOptions,
-)
+from optical.options import ROLES, TeacherOptions
 
-RECIPES: dict[str, type[Any] | None] = {
-    "none": None,
-    "distill": DistillOptions,
-    "codeswitch": CodeswitchOptions,
-}
-COLLECTION_KEYS = ("source", "queries", "documents", "qrels")
+COLLECTION_KEYS = ("source", "queries", "documents", "qrels", "role")
+SIDES = ("queries", "documents")
 ALIGNMENT_KEYS = ("language", "english", "other")
 PLAIN: dict[Any, Any] = {
     bool: bool,
@@ -41,38 +33,6 @@ PLAIN: dict[Any, Any] = {
     list[str]: list,
 }
 NOT_FOR_STUDIES = ("output_dir", "seed", "disable_tqdm")
-
-
-@dataclass
-class ArmConfig:
-    """One arm: a recipe with its options, applied to every language and seed."""
-
-    name: str
-    recipe: str
-    settings: dict[str, Any]
-    arguments: dict[str, Any]
-    # "both": the model reads queries and documents; "role": the teacher keeps the other side.
-    encodes: str
-
-    def options(self, language: str, teacher: str, config: StudyConfig) -> Any:
-        """The recipe's options for one language, or None for an arm without training."""
-        kind = RECIPES[self.recipe]
-        if kind is None:
-            return None
-        settings = _fill(self.settings, language)
-        if kind is DistillOptions:
-            return DistillOptions(**{"teacher": teacher, "role": config.role, **settings})
-        taught = config.teacher_options
-        shared = (
-            {name: getattr(taught, name) for name in ("pairs", "queries", "passages", "scale")}
-            if taught
-            else {}
-        )
-        settings["lexicon"] = [
-            entry if "=" in entry else f"{language}={entry}"
-            for entry in settings.get("lexicon", [])
-        ]
-        return CodeswitchOptions(**{"model": teacher, "sides": config.role, **shared, **settings})
 
 
 @dataclass
@@ -96,6 +56,18 @@ class StudyConfig:
     teacher: str = ""
     teacher_options: TeacherOptions | None = None
     teacher_arguments: dict[str, Any] = field(default_factory=dict)
+    lexicons: dict[str, LexiconConfig] = field(default_factory=dict)
+    # Vectors of the teacher are written once per text and shared by all arms and seeds.
+    store_teacher: bool = False
+    passage_length: int | None = None
+    passage_stride: int | None = None
+    # Arms that every other arm is tested against; all earlier ones when empty.
+    against: tuple[str, ...] = ()
+    # The arm whose relative gain is asked for: a translation baseline.
+    translation: str = ""
+    # Name of a curve -> its arms, from few pairs to many.
+    curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    word_alignment: dict[str, Any] | None = None
     measures: tuple[str, ...] = DEFAULT_MEASURES
     ceiling: tuple[str, ...] = ("en",)
     alignment: dict[str, str] | None = None
@@ -105,6 +77,19 @@ class StudyConfig:
     def resource(self, language: str) -> str:
         """Group of a language: "low", "high", or "" where the configuration names none."""
         return "low" if language in self.low else "high" if language in self.high else ""
+
+    def role_of(self, collection: str) -> str:
+        """What the student reads in a collection: "query" or "document"."""
+        return self.collections[collection].get("role", self.role)
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles of all collections, the study's own first."""
+        found = {self.role_of(name) for name in self.collections}
+        return sorted(found, key=lambda role: role != self.role)
+
+    def arm(self, name: str) -> ArmConfig:
+        return next(arm for arm in self.arms if arm.name == name)
 
 
 def read_config(path: str | Path | None, output: str | Path | None = None) -> StudyConfig:
@@ -216,6 +201,13 @@ class _Reader:
             measures=self.words(raw.get("measures", DEFAULT_MEASURES), "measures"),
             ceiling=self.words(raw.get("ceiling", ["en"]), "ceiling"),
             alignment=raw.get("alignment"),
+            store_teacher=self.typed(raw.get("store_teacher", False), bool, "store_teacher"),
+            passage_length=self.typed(raw.get("passage_length"), int | None, "passage_length"),
+            passage_stride=self.typed(raw.get("passage_stride"), int | None, "passage_stride"),
+            lexicons={
+                str(name): self.recipe(entry, LexiconConfig, {}, f"lexicons.{name}")[0]
+                for name, entry in self.mapping(raw.get("lexicons") or {}, "lexicons").items()
+            },
         )
         for group in ("low", "high"):
             for language in getattr(config, group):
@@ -236,9 +228,11 @@ class _Reader:
         else:
             config.teacher = self.located(str(raw["teacher"]))
         arms = self.mapping(raw["arms"], "arms")
-        config.arms = [self.arm(str(name), arm, common) for name, arm in arms.items()]
+        taught = config.teacher_arguments or common
+        config.arms = [self.arm(str(name), arm, common, taught) for name, arm in arms.items()]
         if len({arm.name.lower() for arm in config.arms}) < len(config.arms):
             raise ValueError(f"{self.place}: arms: two names differ in capitals only")
+        self.references(config, raw)
         if config.alignment is not None:
             self.known(self.mapping(config.alignment, "alignment"), ALIGNMENT_KEYS, "alignment")
             for key in ALIGNMENT_KEYS:
@@ -247,7 +241,56 @@ class _Reader:
             self.one_of(config.alignment.get("language"), languages, "alignment.language")
         return config
 
-    def arm(self, name: str, raw: Any, common: dict[str, Any]) -> ArmConfig:
+    def references(self, config: StudyConfig, raw: dict[str, Any]) -> None:
+        """Check and read what names arms and word tables, now that all are known."""
+        names = [arm.name for arm in config.arms]
+        trained = [arm.name for arm in config.arms if arm.trains]
+        config.against = self.words(raw.get("against", []), "against")
+        for name in config.against:
+            self.one_of(name, names, "against")
+        if raw.get("translation"):
+            config.translation = self.one_of(raw["translation"], names, "translation")
+        for curve, members in self.mapping(raw.get("curves") or {}, "curves").items():
+            config.curves[str(curve)] = self.words(members, f"curves.{curve}")
+            for name in config.curves[str(curve)]:
+                self.one_of(name, trained, f"curves.{curve}")
+        for table, made in config.lexicons.items():
+            if made.arm:
+                self.one_of(made.arm, trained, f"lexicons.{table}.arm")
+        earlier: list[str] = []
+        for arm in config.arms:
+            if arm.start:
+                accepted = [TEACHER, ENCODER, *earlier]
+                self.one_of(arm.start, accepted, f"arms.{arm.name}.start")
+                if arm.start == ENCODER and not (config.encoder or config.encoder_options):
+                    raise ValueError(f"{self.place}: no key `encoder` for arms.{arm.name} to start")
+                start = config.arm(arm.start) if arm.start in earlier else arm
+                if arm.multilingual and not start.multilingual:
+                    raise ValueError(
+                        f"{self.place}: arms.{arm.name} is multilingual but starts from "
+                        f"{arm.start}, which has a model for each language"
+                    )
+            for table in arm.lexicons(config):
+                made = config.lexicons[table]
+                if made.arm and made.arm not in earlier:
+                    raise ValueError(
+                        f"{self.place}: arms.{arm.name}: the table {table} is read off the arm "
+                        f"{made.arm}, which must stand before it"
+                    )
+            if arm.trains:
+                earlier.append(arm.name)
+        if raw.get("word_alignment") is not None:
+            place = "word_alignment"
+            found = dict(self.mapping(raw[place], place))
+            self.known(found, ("bitext", "lexicon", "max_pairs"), place)
+            for key in ("bitext", "lexicon"):
+                if not isinstance(found.get(key), str):
+                    raise ValueError(f"{self.place}: {place}: no key `{key}` with a name or file")
+                found[key] = self.located(found[key])
+            found["max_pairs"] = self.typed(found.get("max_pairs", 200), int, f"{place}.max_pairs")
+            config.word_alignment = found
+
+    def arm(self, name: str, raw: Any, common: dict[str, Any], taught: dict[str, Any]) -> ArmConfig:
         place = f"arms.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ValueError(
@@ -256,21 +299,39 @@ class _Reader:
             )
         raw = dict(self.mapping(raw or {}, place))
         recipe = self.one_of(raw.pop("recipe", "none"), tuple(RECIPES), f"{place}.recipe")
-        kind = RECIPES[recipe]
+        kind, trains = RECIPES[recipe]
         # Distillation leaves the other side to the teacher, so an index of it stays valid.
         default = "role" if recipe == "distill" else "both"
-        encodes = self.one_of(raw.pop("encodes", default), ("both", "role"), f"{place}.encodes")
-        if kind is None:
-            self.known(raw, (), place)
-            return ArmConfig(name, recipe, {}, {}, encodes)
-        own = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
-        settings = self.settings(raw, kind, place)
-        return ArmConfig(name, recipe, settings, {**common, **own}, encodes)
+        arm = ArmConfig(
+            name,
+            recipe,
+            {},
+            {},
+            self.one_of(raw.pop("encodes", default), ("both", "role"), f"{place}.encodes"),
+            translate=self.sides(raw.pop("translate", {}), f"{place}.translate"),
+            replace=self.sides(raw.pop("replace", {}), f"{place}.replace"),
+        )
+        if trains:
+            own = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
+            arm.arguments = {**(taught if recipe == "teacher" else common), **own}
+            if "seeds" in raw:
+                arm.seeds = self.numbers(raw.pop("seeds"), f"{place}.seeds")
+            # A retriever taught in English alone is the same for every language.
+            arm.multilingual = self.typed(
+                raw.pop("multilingual", recipe == "teacher"), bool, f"{place}.multilingual"
+            )
+            arm.start = str(raw.pop("start", ENCODER if recipe == "teacher" else ""))
+        arm.settings = self.settings(raw, kind, place)
+        return arm
+
+    def sides(self, raw: Any, place: str) -> dict[str, str]:
+        self.known(self.mapping(raw, place), SIDES, place)
+        return {str(side): self.located(str(value)) for side, value in raw.items()}
 
     def recipe(
         self, raw: dict[str, Any], kind: type[Any], common: dict[str, Any], place: str
     ) -> tuple[Any, dict[str, Any]]:
-        raw = dict(raw)
+        raw = dict(self.mapping(raw, place))
         arguments = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
         return kind(**self.settings(raw, kind, place)), {**common, **arguments}
 
@@ -324,9 +385,10 @@ class _Reader:
         if not isinstance(raw, dict):
             raise ValueError(f"{self.place}: collections: expected names with their files")
         for name, parts in raw.items():
-            self.known(
-                self.mapping(parts, f"collections.{name}"), COLLECTION_KEYS, f"collections.{name}"
-            )
+            place = f"collections.{name}"
+            self.known(self.mapping(parts, place), COLLECTION_KEYS, place)
+            if "role" in parts:
+                self.one_of(parts["role"], ROLES, f"{place}.role")
         return {
             str(name): {key: self.located(str(value)) for key, value in parts.items()}
             for name, parts in raw.items()
@@ -371,11 +433,3 @@ def nearest(key: str, keys: Iterable[str]) -> str:
         return f"; did you mean `{close[0]}`?"
     listed = sorted(keys)
     return f"; known: {', '.join(listed)}" if 0 < len(listed) < 30 else ""
-
-
-def _fill(value: Any, language: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _fill(entry, language) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_fill(entry, language) for entry in value]
-    return value.replace("{language}", language) if isinstance(value, str) else value

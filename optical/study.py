@@ -4,6 +4,8 @@ A study is a list of cells, each in a folder of its own under the output folder:
 
     models/encoder-<print>      tokenizer and encoder, where the configuration trains one
     models/teacher-<print>      the English retriever
+    vectors/<bitext>-<print>    the teacher's vectors of a bitext, where they are stored
+    lexicons/<name>-<language>-<print>.tsv   a word table made of bitext
     models/<arm>-<language>-<seed>-<print>   one trained student
     results/<arm>-<language>-<seed>-<print>.json   its measures, query by query (and runs/*.run.gz)
 
@@ -16,68 +18,26 @@ changed is never mistaken for what is there. The report is made from the results
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from optical import phrasebook
+from optical.arms import ENCODER, TEACHER, ArmConfig, filled, pairs_read
+from optical.cells import Cell, Costs, duration, run_cells, training_cell
 from optical.collections import Collection, load_collection
-from optical.config import ArmConfig, StudyConfig, read_config
+from optical.config import StudyConfig, read_config
 from optical.files import writable_folder, write_text
+from optical.fingerprints import Fingerprints, effective
 
 logger = logging.getLogger("optical")
 
 CEILING = "English documents"
-# Arguments of the trainer that change what is kept and said, never what is learnt.
-WITHOUT_EFFECT = ("save_steps", "save_strategy", "save_total_limit", "logging_steps", "report_to")
-# Relative cost of a training token, by recipe, until a finished cell of the kind tells better.
-COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0}
-
-
-@dataclass
-class Cell:
-    """One unit of work that is either finished, with its file in place, or not."""
-
-    label: str
-    kind: str
-    mark: Path
-    work: float
-    run: Callable[[], None]
-
-    @property
-    def done(self) -> bool:
-        return self.mark.exists()
-
-
-@dataclass
-class Progress:
-    """Tells after each cell how long the rest will take, from what finished cells took."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    work: dict[str, float] = field(default_factory=dict)
-
-    def add(self, cell: Cell, seconds: float) -> None:
-        self.seconds[cell.kind] = self.seconds.get(cell.kind, 0.0) + seconds
-        self.work[cell.kind] = self.work.get(cell.kind, 0.0) + cell.work
-
-    def left(self, cells: list[Cell]) -> float | None:
-        """Seconds for `cells`, or None while nothing is known."""
-        known = sum(self.seconds.values()), sum(self.work.values())
-        if not known[1]:
-            return None
-        total = 0.0
-        for cell in cells:
-            seconds, work = self.seconds.get(cell.kind, 0.0), self.work.get(cell.kind, 0.0)
-            rate = seconds / work if work else known[0] / known[1]
-            total += rate * cell.work
-        return total
+# Models of all languages are called so.
+ALL = "all"
 
 
 def run_study(config: str | Path | None, output: str | Path | None = None) -> Path:
@@ -89,7 +49,7 @@ def run_study(config: str | Path | None, output: str | Path | None = None) -> Pa
         output: folder for everything that is written; None takes the configuration's ``output``.
 
     Returns:
-        The path of ``report.md``; ``report.html`` and ``figures/`` are beside it.
+        The path of ``report.md``; ``report.html``, ``results.csv`` and ``figures/`` are beside it.
 
     Raises:
         ValueError, FileNotFoundError, OSError: the configuration or a file it names is wrong, or
@@ -106,15 +66,15 @@ class Study:
     def __init__(self, config: StudyConfig) -> None:
         self.config = config
         self.output = writable_folder(config.output)
+        self.prints = Fingerprints(self.output)
         if config.phrasebook:
             phrasebook.write(self.output / "data")
-        for name in ("models", "results", "runs", "figures"):
+        for name in ("models", "lexicons", "vectors", "results", "runs", "figures"):
             writable_folder(self.output / name)
 
     def check(self) -> None:
         """Read every input once, so that what is wrong shows before any training."""
         from optical.bitext import read_pairs
-        from optical.codeswitch import read_lexicon
         from optical.encoder import check_model, read_sentences
         from optical.evaluation import evaluate
         from optical.training import arguments
@@ -134,46 +94,81 @@ class Study:
                 read_pairs(path)
         if config.teacher_options:
             taught = config.teacher_options
-            dataclasses.replace(taught, model=self.encoder_name).validate()
+            dataclasses.replace(taught, model=self.teacher_start).validate()
+            if taught.model:
+                check_model(taught.model)
             arguments(self.output, **config.teacher_arguments)
             read_training_pairs(taught.pairs, taught.queries, taught.passages)
+        for name, made in config.lexicons.items():
+            for path in filled(made.bitext, config.languages) or [""]:
+                try:
+                    read_pairs(path)
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"lexicons.{name}: {error}") from None
         for arm in config.arms:
             for language in config.languages:
-                options = arm.options(language, "teacher", config)
-                if options is None:
-                    continue
                 try:
-                    options.validate()
-                    arguments(self.output, **arm.arguments)
-                    if getattr(options, "student", ""):
-                        check_model(options.student)
-                    for path in getattr(options, "bitext", []):
-                        read_pairs(path)
-                    for entry in getattr(options, "lexicon", []):
-                        read_lexicon(entry.split("=", 1)[1])
+                    self._check_arm(arm, language)
                 except (OSError, ValueError) as error:
                     raise ValueError(
                         f"arm {arm.name}, language {language}: {error}; "
                         "mend the file, or leave the arm or the language out"
                     ) from None
+        if config.word_alignment:
+            for path in filled([config.word_alignment["bitext"]], config.languages):
+                read_pairs(path)
         for language in (*config.languages, *config.ceiling):
             for name in config.collections:
                 self.collection(name, language)
 
+    def _check_arm(self, arm: ArmConfig, language: str) -> None:
+        from optical.bitext import read_pairs
+        from optical.encoder import check_model
+        from optical.lexicon import read_lexicon
+        from optical.texts import read_texts
+        from optical.training import arguments
+
+        for side, table in arm.translate.items():
+            if table not in self.config.lexicons:
+                read_lexicon(filled(table, [language]))
+            if side in arm.replace:
+                raise ValueError(f"{side}: both translated and replaced; expected one of them")
+        for path in arm.replace.values():
+            for name in self.config.collections:
+                read_texts(filled(path, [language]).replace("{collection}", name))
+        options = arm.options(language, "teacher", self.config)
+        if options is None:
+            return
+        options.validate()
+        arguments(self.output, **arm.arguments)
+        if getattr(options, "student", ""):
+            check_model(options.student)
+        for path in getattr(options, "bitext", []):
+            read_pairs(path)
+        for entry in getattr(options, "lexicon", []):
+            path = entry.split("=", 1)[1]
+            if path not in self.config.lexicons:
+                read_lexicon(path)
+
     def collection(self, name: str, language: str) -> Collection:
         """Load one collection with the documents (or queries) of one language."""
         parts = self.config.collections[name]
-        filled = {key: value.replace("{language}", language) for key, value in parts.items()}
-        return load_collection(filled.pop("source", None), name=name, **filled)
+        texts = {key: filled(value, [language]) for key, value in parts.items() if key != "role"}
+        return load_collection(texts.pop("source", None), name=name, **texts)
 
     # The cells, in the order in which they run.
 
     def cells(self) -> list[Cell]:
-        return [
+        every = [
             *self._base_cells(),
             *(cell for job in self._jobs() for cell in self._job_cells(*job)),
             *self._alignment_cells(),
         ]
+        # What several arms need stands once, where it is needed first.
+        first: dict[Path, Cell] = {}
+        for cell in every:
+            first.setdefault(cell.mark, cell)
+        return list(first.values())
 
     def _base_cells(self) -> Iterator[Cell]:
         from transformers import TrainingArguments
@@ -184,7 +179,7 @@ class Study:
         if config.encoder_options:
             options = config.encoder_options
             folder = self.encoder_folder
-            yield _training_cell(
+            yield training_cell(
                 "encoder",
                 "encoder",
                 folder,
@@ -200,10 +195,9 @@ class Study:
                 config.encoder_arguments,
             )
         if config.teacher_options:
-            teacher_options = config.teacher_options
+            teacher_options = dataclasses.replace(config.teacher_options, model=self.teacher_start)
             teacher_folder = self.teacher_folder
-            teacher_options.model = self.encoder_name
-            yield _training_cell(
+            yield training_cell(
                 "teacher",
                 "teacher",
                 teacher_folder,
@@ -216,71 +210,214 @@ class Study:
                 teacher_options,
                 config.teacher_arguments,
             )
-        for language in config.ceiling:
-            yield self._evaluation_cell(CEILING, language, 0, self.teacher_name, "both")
+        for role in config.roles:
+            for language in config.ceiling:
+                ceiling = ArmConfig(CEILING, "none", {}, {}, "both")
+                yield self._evaluation_cell(ceiling, language, 0, role)
+        for language in (*config.languages, *config.ceiling):
+            yield self._token_cell(language)
 
-    def _jobs(self) -> Iterator[tuple[ArmConfig, str, int]]:
-        for seed in self.config.seeds:
-            for arm in self.config.arms:
+    def _jobs(self) -> Iterator[tuple[ArmConfig, str, int, str]]:
+        config = self.config
+        seeds = sorted({*config.seeds, *(seed for arm in config.arms for seed in arm.seeds)})
+        for seed in seeds:
+            for arm in config.arms:
+                own = arm.seeds or config.seeds
                 # An arm without training is the same for every seed.
-                if arm.recipe == "none" and seed != self.config.seeds[0]:
+                if seed not in (own if arm.trains else config.seeds[:1]):
                     continue
-                for language in self.config.languages:
-                    yield arm, language, seed
+                for language in config.languages:
+                    for role in config.roles:
+                        yield arm, language, seed, role
 
-    def _job_cells(self, arm: ArmConfig, language: str, seed: int) -> Iterator[Cell]:
+    def _job_cells(self, arm: ArmConfig, language: str, seed: int, role: str) -> Iterator[Cell]:
+        yield from self._training_cells(arm, language, seed, role)
+        for table in arm.translate.values():
+            yield from self._lexicon_cells(table, language, role)
+        yield self._evaluation_cell(arm, language, seed, role)
+        if self.config.word_alignment and arm.recipe != "bm25":
+            yield from self._word_cells(arm, language, seed, role)
+
+    def _training_cells(
+        self, arm: ArmConfig, language: str, seed: int, role: str
+    ) -> Iterator[Cell]:
+        """The training of an arm's model, behind everything that it needs."""
         from optical import training
 
-        model = self.student_name(arm, language, seed)
-        options = arm.options(language, self.teacher_name, self.config)
-        if options is not None:
-            recipe = getattr(training, arm.recipe)
-            folder = Path(model).parent
-            yield _training_cell(
-                f"{arm.name} {language} seed {seed}",
-                arm.recipe,
-                folder,
-                lambda: recipe(options, training.arguments(**arm.arguments | _quiet(folder, seed))),
-                options,
-                arm.arguments,
-            )
-        yield self._evaluation_cell(arm.name, language, seed, model, arm.encodes)
+        config = self.config
+        options = self._options(arm, language, seed, role)
+        if options is None:
+            return
+        if arm.start not in ("", TEACHER, ENCODER):
+            yield from self._training_cells(config.arm(arm.start), language, seed, role)
+        for name in arm.lexicons(config):
+            for one in self._languages(arm, language):
+                yield from self._lexicon_cells(name, one, role)
+        limit = arm.arguments.get("max_length")
+        length = limit.get(role) if isinstance(limit, dict) else limit
+        if config.store_teacher and arm.recipe == "distill":
+            stores = [self._vector_cell(path, role, length) for path in options.bitext]
+            options.teacher_vectors = [str(cell.mark.parent) for cell in stores]
+            yield from stores
+        folder = Path(self.student_name(arm, language, seed, role)).parent
+        recipe = getattr(training, arm.recipe)
+        where = ALL if arm.multilingual else language
+        yield training_cell(
+            f"{arm.name} {where} seed {seed}{self._of_role(role)}",
+            arm.recipe,
+            folder,
+            lambda: recipe(options, training.arguments(**arm.arguments | _quiet(folder, seed))),
+            options,
+            arm.arguments,
+        )
 
-    def _evaluation_cell(
-        self, arm: str, language: str, seed: int, model: str, encodes: str
-    ) -> Cell:
-        fingerprint = self._evaluation_print(model, language, encodes)
-        stem = f"{_file_name(arm)}-{language}-{seed}-{fingerprint}"
+    def _evaluation_cell(self, arm: ArmConfig, language: str, seed: int, role: str) -> Cell:
+        config = self.config
+        model = self.student_name(arm, language, seed, role)
+        names = [name for name in config.collections if config.role_of(name) == role]
+        parts = self._evaluation_parts(arm, model, language, role, names)
+        stem = f"{_file_name(arm.name)}-{language}-{seed}-{self.prints.of(parts)}"
         mark = self.output / "results" / f"{stem}.json"
 
         def run() -> None:
-            from optical.encoder import load_retriever
             from optical.evaluation import evaluate
             from optical.runs import write_run
-            from optical.search import search
 
-            student = load_retriever(model)
-            teacher = student if encodes == "both" else load_retriever(self.teacher_name)
-            towers = (student, teacher) if self.config.role == "query" else (teacher, student)
             found: dict[str, Any] = {}
-            for name in self.config.collections:
-                collection = self.collection(name, language)
-                ranking = search(towers[0], collection, document_model=towers[1], progress=False)
+            searcher = self._searcher(arm, model, role)
+            for name in names:
+                collection = self._read_by(arm, self.collection(name, language), language, role)
+                ranking = searcher(collection)
                 path = self.output / "runs" / f"{name}.{stem}.run.gz"
-                write_run(ranking, path, tag=f"optical-{_file_name(arm)}")
-                found[name] = evaluate(ranking, collection.qrels, self.config.measures).per_query
-            row = {"arm": arm, "language": language, "seed": seed, "measures": found}
+                write_run(ranking, path, tag=f"optical-{_file_name(arm.name)}")
+                found[name] = evaluate(ranking, collection.qrels, config.measures).per_query
+            row = {
+                "arm": arm.name,
+                "language": language,
+                "seed": seed,
+                "measures": found,
+                "pairs": self._pairs(arm, language),
+            }
             write_text(mark, json.dumps(row) + "\n")
 
-        return Cell(f"evaluate {arm} {language} seed {seed}", "evaluate", mark, 1.0, run)
+        label = f"evaluate {arm.name} {language} seed {seed}{self._of_role(role)}"
+        return Cell(label, "evaluate", mark, 1.0, run)
+
+    def _searcher(self, arm: ArmConfig, model: str, role: str) -> Any:
+        """A function that searches a collection as the arm does."""
+        from optical.bm25 import search_bm25
+        from optical.encoder import load_retriever
+        from optical.search import search
+
+        if arm.recipe == "bm25":
+            return lambda collection: search_bm25(collection, **arm.settings)
+        student = load_retriever(model)
+        teacher = student if arm.encodes == "both" else load_retriever(self.teacher_name)
+        queries, documents = (student, teacher) if role == "query" else (teacher, student)
+        return lambda collection: search(
+            queries,
+            collection,
+            document_model=documents,
+            passage_length=self.config.passage_length,
+            passage_stride=self.config.passage_stride,
+            progress=False,
+        )
+
+    def _read_by(
+        self, arm: ArmConfig, collection: Collection, language: str, role: str
+    ) -> Collection:
+        """The collection with the texts that the arm reads: translated, or as they are."""
+        from optical.lexicon import inverted, read_lexicon, translate
+        from optical.texts import read_texts
+
+        texts: dict[str, Any] = {
+            "queries": collection.queries,
+            "documents": collection.documents,
+        }
+        for side, path in arm.replace.items():
+            where = filled(path, [language]).replace("{collection}", collection.name)
+            given = read_texts(where)
+            missing = [key for key in texts[side] if key not in given]
+            if missing:
+                raise ValueError(
+                    f"{where}: no text for {len(missing)} {side} of {collection.name}, such as "
+                    f"{missing[0]!r}; add them"
+                )
+            texts[side] = {key: given[key] for key in texts[side]}
+        for side, table in arm.translate.items():
+            lexicon = read_lexicon(self._table(table, language, role))
+            foreign = "queries" if role == "query" else "documents"
+            chosen = inverted(lexicon) if side == foreign else lexicon
+            texts[side] = {key: translate(text, chosen) for key, text in texts[side].items()}
+        return dataclasses.replace(collection, **texts)
+
+    def _lexicon_cells(self, name: str, language: str, role: str) -> Iterator[Cell]:
+        """The making of a word table of the study, with what it needs; nothing for a file."""
+        config = self.config
+        if name not in config.lexicons:
+            return
+        made = config.lexicons[name]
+        mark = Path(self._table(name, language, role))
+        arm = config.arm(made.arm) if made.arm else None
+        if arm:
+            yield from self._training_cells(arm, language, config.seeds[0], role)
+
+        def run() -> None:
+            from optical.alignment import word_links
+            from optical.bitext import read_pairs
+            from optical.encoder import load_retriever
+            from optical.lexicon import from_links, induce, write_lexicon
+
+            pairs = [
+                pair
+                for path in filled(made.bitext, [language])
+                for pair in read_pairs(path)[: made.max_pairs]
+            ]
+            limits: dict[str, Any] = {
+                "least_probability": made.least_probability,
+                "least_count": made.least_count,
+            }
+            if arm is None:
+                write_lexicon(induce(pairs, **limits), mark)
+                return
+            model = self.student_name(arm, language, config.seeds[0], role)
+            towers = load_retriever(model), load_retriever(self.teacher_name)
+            links = (
+                (english, foreign, share)
+                for found in word_links(*towers, pairs, role=role)
+                for (english, foreign), share in found.items()
+            )
+            write_lexicon(from_links(links, **limits), mark)
+
+        yield Cell(f"lexicon {name} {language}{self._of_role(role)}", "lexicon", mark, 1.0, run)
+
+    def _vector_cell(self, bitext: str, role: str, length: int | None) -> Cell:
+        parts = [self.prints.files(bitext), self.prints.model(self.teacher_name), role, length]
+        stem = _file_name(Path(bitext.split(",")[-1]).name.split(".")[0])
+        folder = self.output / "vectors" / f"{stem}-{self.prints.of(parts)}"
+
+        def run() -> None:
+            from optical.bitext import read_pairs
+            from optical.encoder import load_retriever
+            from optical.vectors import write_vectors
+
+            english = [pair[0] for pair in read_pairs(bitext)]
+            model = load_retriever(self.teacher_name)
+            write_vectors(model, english, folder, role=role, max_length=length)
+
+        label = f"teacher vectors {stem}{self._of_role(role)}"
+        return Cell(label, "vectors", folder / "index.json", 10.0, run)
 
     def _alignment_cells(self) -> Iterator[Cell]:
         chosen = self.config.alignment
         arm = next((arm for arm in self.config.arms if arm.recipe == "distill"), None)
         if not chosen or arm is None:
             return
-        model = self.student_name(arm, chosen["language"], self.config.seeds[0])
-        mark = self.output / "results" / f"alignment-{_print([_relative(model), chosen])}.json"
+        role = self.config.role
+        seed = (arm.seeds or self.config.seeds)[0]
+        model = self.student_name(arm, chosen["language"], seed, role)
+        parts = self.prints.of([self.prints.model(model), chosen])
+        mark = self.output / "results" / f"alignment-{parts}.json"
 
         def run() -> None:
             from optical.alignment import align
@@ -291,11 +428,70 @@ class Study:
                 load_retriever(self.teacher_name),
                 chosen["other"],
                 chosen["english"],
-                role=self.config.role,
+                role=role,
             )
             write_text(mark, json.dumps({"language": chosen["language"], **aligned}) + "\n")
 
         yield Cell("alignment", "evaluate", mark, 0.2, run)
+
+    def _word_cells(self, arm: ArmConfig, language: str, seed: int, role: str) -> Iterator[Cell]:
+        """How far an arm's plans link the words that a word table calls translations."""
+        chosen = self.config.word_alignment
+        assert chosen is not None
+        yield from self._lexicon_cells(chosen["lexicon"], language, role)
+        model = self.student_name(arm, language, seed, role)
+        bitext = filled(chosen["bitext"], [language])
+        table = self._table(chosen["lexicon"], language, role)
+        models = [self.prints.model(model), self.prints.model(self.teacher_name)]
+        parts = [models, self.prints.files([bitext, table]), chosen["max_pairs"], role]
+        name = f"words-{_file_name(arm.name)}-{language}-{seed}-{self.prints.of(parts)}.json"
+        mark = self.output / "results" / name
+
+        def run() -> None:
+            from optical.alignment import alignment_error_rate, word_links
+            from optical.bitext import read_pairs
+            from optical.encoder import load_retriever
+            from optical.lexicon import read_lexicon
+
+            pairs = read_pairs(bitext)[: chosen["max_pairs"]]
+            towers = load_retriever(model), load_retriever(self.teacher_name)
+            links = word_links(*towers, pairs, role=role)
+            rate, sure = alignment_error_rate(links, pairs, read_lexicon(table))
+            row = {"arm": arm.name, "language": language, "seed": seed, "role": role}
+            write_text(mark, json.dumps({**row, "aer": rate, "links": sure}) + "\n")
+
+        label = f"words {arm.name} {language} seed {seed}{self._of_role(role)}"
+        yield Cell(label, "words", mark, 0.5, run)
+
+    def _token_cell(self, language: str) -> Cell:
+        """How finely the tokenizers cut a language, and what they do not know of it."""
+        config = self.config
+        names = {TEACHER: self.teacher_name}
+        if any(arm.start == ENCODER for arm in config.arms):
+            names[ENCODER] = self.encoder_name
+        parts = [
+            {key: self.prints.model(name) for key, name in names.items()},
+            self._files(list(config.collections), language),
+        ]
+        mark = self.output / "results" / f"tokens-{language}-{self.prints.of(parts)}.json"
+
+        def run() -> None:
+            from transformers import AutoTokenizer
+
+            from optical.encoder import fertility, located
+
+            texts: list[str] = []
+            for name in config.collections:
+                collection = self.collection(name, language)
+                query = config.role_of(name) == "query"
+                texts += (collection.queries if query else collection.documents).values()
+            row = {
+                key: fertility(AutoTokenizer.from_pretrained(located(name)), texts)
+                for key, name in names.items()
+            }
+            write_text(mark, json.dumps({"language": language, "tokens": row}) + "\n")
+
+        return Cell(f"tokens {language}", "words", mark, 0.1, run)
 
     # Where cells keep their results: every name carries the fingerprint of what it depends on.
 
@@ -303,137 +499,157 @@ class Study:
     def encoder_folder(self) -> Path:
         config = self.config
         parts = [
-            _contents(config.encoder_options),
-            _effective(config.encoder_arguments),
+            self.prints.options(config.encoder_options),
+            effective(config.encoder_arguments),
             config.seeds[0],
         ]
-        return self.output / "models" / f"encoder-{_print(parts)}"
+        return self.output / "models" / f"encoder-{self.prints.of(parts)}"
 
     @property
     def encoder_name(self) -> str:
-        """Folder or Hugging Face name of the encoder that the teacher starts from."""
+        """Folder or Hugging Face name of the encoder that models are made of."""
         return self.config.encoder or str(self.encoder_folder / "final")
+
+    @property
+    def teacher_start(self) -> str:
+        """What the teacher is trained from: its own `model`, or the study's encoder."""
+        taught = self.config.teacher_options
+        return (taught.model if taught else "") or self.encoder_name
 
     @property
     def teacher_folder(self) -> Path:
         config = self.config
         parts = [
-            _contents(config.teacher_options, without="model"),
-            _effective(config.teacher_arguments),
+            self.prints.options(config.teacher_options, without="model"),
+            effective(config.teacher_arguments),
             config.seeds[0],
-            _relative(self.encoder_name),
+            self.prints.model(self.teacher_start),
         ]
-        return self.output / "models" / f"teacher-{_print(parts)}"
+        return self.output / "models" / f"teacher-{self.prints.of(parts)}"
 
     @property
     def teacher_name(self) -> str:
         return self.config.teacher or str(self.teacher_folder / "final")
 
-    def student_name(self, arm: ArmConfig, language: str, seed: int) -> str:
+    def student_name(self, arm: ArmConfig, language: str, seed: int, role: str = "") -> str:
         """Folder of an arm's trained model; the teacher itself for an arm without training."""
-        options = arm.options(language, "", self.config)
+        role = role or self.config.role
+        options = self._options(arm, language, seed, role)
         if options is None:
             return self.teacher_name
         parts = [
             arm.recipe,
-            _contents(options),
-            _effective(arm.arguments),
+            self.prints.options(options),
+            effective(arm.arguments),
             seed,
-            _relative(self.teacher_name),
+            self.prints.model(self.teacher_name),
         ]
-        name = f"{_file_name(arm.name)}-{language}-{seed}-{_print(parts)}"
+        where = ALL if arm.multilingual else language
+        name = f"{_file_name(arm.name)}-{where}-{seed}-{self.prints.of(parts)}"
         return str(self.output / "models" / name / "final")
 
-    def _evaluation_print(self, model: str, language: str, encodes: str) -> str:
-        config = self.config
-        files = {
-            name: {
-                part: (_relative if part == "source" else _digest)(
-                    value.replace("{language}", language)
-                )
-                for part, value in parts.items()
-            }
-            for name, parts in config.collections.items()
-        }
-        models = [_relative(model), _relative(self.teacher_name)]
-        return _print([models, files, list(config.measures), config.role, encodes])
+    def _options(self, arm: ArmConfig, language: str, seed: int, role: str) -> Any:
+        """An arm's options with every model and word table in its place."""
+        if arm.start == ENCODER:
+            start = self.encoder_name
+        elif arm.start in ("", TEACHER):
+            start = self.teacher_name if arm.recipe != "distill" else ""
+        else:
+            start = self.student_name(self.config.arm(arm.start), language, seed, role)
+        return arm.options(
+            self._languages(arm, language),
+            self.teacher_name,
+            self.config,
+            role=role,
+            start=start,
+            lexicon=lambda name, one: self._table(name, one, role),
+        )
 
-    # Running
+    def _languages(self, arm: ArmConfig, language: str) -> list[str]:
+        return list(self.config.languages) if arm.multilingual else [language]
+
+    def _table(self, name: str, language: str, role: str) -> str:
+        """Path of a word table: one that the study makes, or a file."""
+        config = self.config
+        if name not in config.lexicons:
+            return str(filled(name, [language]))
+        made = config.lexicons[name]
+        model = ""
+        if made.arm:
+            arm = config.arm(made.arm)
+            model = self.prints.model(self.student_name(arm, language, config.seeds[0], role))
+            model += role + self.prints.model(self.teacher_name)
+        options = vars(made) | {"bitext": filled(made.bitext, [language])}
+        parts = self.prints.of([self.prints.files(options), model])
+        return str(self.output / "lexicons" / f"{_file_name(name)}-{language}-{parts}.tsv")
+
+    def _evaluation_parts(
+        self, arm: ArmConfig, model: str, language: str, role: str, names: list[str]
+    ) -> Any:
+        config = self.config
+        tables = {side: self._table(table, language, role) for side, table in arm.translate.items()}
+        replaced = {
+            side: [filled(path, [language]).replace("{collection}", name) for name in names]
+            for side, path in arm.replace.items()
+        }
+        parts: list[Any] = [
+            self._files(names, language),
+            list(config.measures),
+            role,
+            self.prints.files([tables, replaced]),
+        ]
+        if arm.recipe == "bm25":
+            return [*parts, arm.recipe, arm.settings]
+        models = [self.prints.model(model), self.prints.model(self.teacher_name)]
+        return [*parts, models, arm.encodes, config.passage_length, config.passage_stride]
+
+    def _files(self, names: list[str], language: str) -> Any:
+        """What is in the files of collections."""
+        return {
+            name: self.prints.files(
+                {
+                    part: self.prints.model(value) if part == "source" else value
+                    for part, value in (
+                        (part, filled(value, [language]))
+                        for part, value in self.config.collections[name].items()
+                    )
+                }
+            )
+            for name in names
+        }
+
+    def _pairs(self, arm: ArmConfig, language: str) -> int | None:
+        """How many sentence pairs of a language an arm learns from."""
+        from optical.bitext import read_pairs
+
+        read = pairs_read(arm, language)
+        counts = [len(read_pairs(path)[: read["max_pairs"]]) for path in read["bitext"]]
+        return sum(counts) if counts else None
+
+    def _of_role(self, role: str) -> str:
+        """The end of a label, where a study has cells of both roles."""
+        return f" {role}" if len(self.config.roles) > 1 else ""
 
     def run(self) -> Path:
         """Run what is not finished, then write the report. Returns the path of report.md."""
+        cells = self.cells()
+        started = time.monotonic()
+        run_cells(self.config.title, cells, self.output)
+        report = self.report(cells)
+        logger.info("%s written in %s", report, duration(time.monotonic() - started))
+        return report
+
+    def report(self, cells: list[Cell]) -> Path:
+        """Write the report from the finished cells."""
         from optical.report import write_report
 
-        cells = self.cells()
-        progress = Progress()
-        todo = [cell for cell in cells if not cell.done]
-        logger.info(
-            "%s: %d cells, %d finished before; output in %s",
-            self.config.title,
-            len(cells),
-            len(cells) - len(todo),
-            self.output,
-        )
-        # What finished cells took, in earlier runs too, tells what the others will take.
-        times = self._times()
-        for cell in cells:
-            if cell.done and cell.label in times:
-                progress.add(cell, times[cell.label])
-        started = time.monotonic()
-        for position, cell in enumerate(todo):
-            begun = time.monotonic()
-            cell.run()
-            seconds = time.monotonic() - begun
-            progress.add(cell, seconds)
-            self._add_time(cell.label, seconds)
-            left = progress.left(todo[position + 1 :])
-            logger.info(
-                "[%*d/%d] %-32s %7s, about %s left",
-                len(str(len(cells))),
-                len(cells) - len(todo) + position + 1,
-                len(cells),
-                cell.label,
-                _duration(seconds),
-                _duration(left or 0.0),
-            )
         results = [
             json.loads(cell.mark.read_text(encoding="utf-8"))
             for cell in cells
-            if cell.mark.suffix == ".json"
+            if cell.mark.suffix == ".json" and cell.mark.parent.name == "results"
         ]
-        report = write_report(self.config, results, self._times(), self.output)
-        logger.info("%s written in %s", report, _duration(time.monotonic() - started))
-        return report
-
-    def _times(self) -> dict[str, float]:
-        path = self.output / "times.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    def _add_time(self, label: str, seconds: float) -> None:
-        times = self._times()
-        times[label] = round(times.get(label, 0.0) + seconds, 1)
-        write_text(self.output / "times.json", json.dumps(times, indent=1) + "\n")
-
-
-def _training_cell(
-    label: str,
-    kind: str,
-    folder: Path,
-    make_trainer: Callable[[], Any],
-    options: Any,
-    arguments: Mapping[str, Any],
-) -> Cell:
-    def run() -> None:
-        from optical import training
-
-        trainer = make_trainer()
-        trainer.add_callback(training.progress_lines(label))
-        training.run(trainer, options, resume=True)
-
-    steps = arguments.get("max_steps", 1000)
-    rows = arguments.get("per_device_train_batch_size", 64)
-    work = COST[kind] * steps * rows / 1000
-    return Cell(f"train {label}", kind, folder / "final" / "config.json", work, run)
+        costs = Costs(self.output / "costs.json").read()
+        return write_report(self.config, results, costs, self.output)
 
 
 def _quiet(folder: Path, seed: int) -> dict[str, Any]:
@@ -441,76 +657,5 @@ def _quiet(folder: Path, seed: int) -> dict[str, Any]:
     return {"output_dir": str(folder), "seed": seed, "disable_tqdm": True}
 
 
-def _effective(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if name not in WITHOUT_EFFECT}
-
-
-def _contents(options: Any, without: str = "") -> Any:
-    """Options as plain data, every file and model replaced by a digest of what is in it."""
-    if options is None:
-        return None
-    return {
-        name: _relative(value) if name in ("model", "teacher", "student") else _digest_all(value)
-        for name, value in vars(options).items()
-        if name not in ("resume", without)
-    }
-
-
-def _digest_all(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_digest_all(entry) for entry in value]
-    if isinstance(value, str):
-        # `file`, `language=file`, or two aligned files `corpus.en,corpus.sw`.
-        whole = _digest_named(value)
-        return whole if whole != value else ",".join(map(_digest_named, value.split(",")))
-    return value
-
-
-def _digest_named(value: str) -> str:
-    whole = _digest(value)
-    name, equals, path = value.partition("=")
-    return whole if whole != value or not equals else f"{name}={_digest(path)}"
-
-
-def _digest(value: str) -> str:
-    """SHA-256 of the file that `value` names, or `value` itself where it names none."""
-    try:
-        stat = os.stat(value)
-        return _file_digest(value, stat.st_size, stat.st_mtime_ns)
-    except OSError:
-        return value
-
-
-@functools.lru_cache(maxsize=1000)
-def _file_digest(path: str, size: int, time_ns: int) -> str:
-    # Size and time are in the key alone: a changed file is read again.
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _folder_digest(folder: Path) -> str:
-    """Names, sizes and times of a model or collection from elsewhere; weights are too large."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
-    return _print([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found])
-
-
-def _relative(model: str) -> str:
-    """A model of the study by its fingerprinted name, so that the output folder can be moved;
-    a model from elsewhere by what is in its folder."""
-    path = Path(model)
-    if path.name == "final" and path.parent.parent.name == "models":
-        return path.parent.name
-    return _folder_digest(path) if model and path.is_dir() else model
-
-
-def _print(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
-
-
 def _file_name(text: str) -> str:
     return "".join(c if c.isalnum() or c == "-" else "_" for c in text.lower())
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

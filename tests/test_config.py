@@ -151,7 +151,11 @@ WRONG = [
     ("encoder", None, "no key `encoder` for the teacher to start from"),
     ("output", None, "no key `output`, and no --output given"),
     ("role", "passage", "role: 'passage', expected query or document"),
-    ("arms.ot.recipe", "ot", "arms.ot.recipe: 'ot', expected none or distill or codeswitch"),
+    (
+        "arms.ot.recipe",
+        "ot",
+        "arms.ot.recipe: 'ot', expected none or bm25 or distill or codeswitch or teacher",
+    ),
     ("arms.ot.encodes", "all", "arms.ot.encodes: 'all', expected both or role"),
     ("low", ["so"], "low: 'so', expected sw or de"),
     ("seeds", "many", "seeds: 'many', expected whole numbers"),

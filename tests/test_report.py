@@ -18,6 +18,12 @@ from optical.summary import Summary
 QUERIES = [f"q{i}" for i in range(40)]
 
 
+COSTS = {
+    "train ot sw seed 0": {"seconds": 60.0, "peak_mb": 10.0},
+    "evaluate ot sw seed 0": {"seconds": 30.0, "peak_mb": 20.0},
+}
+
+
 def config(arms=("zeroshot", "ot"), collections=("news",), **changes):
     usual = {
         "title": "A & <B>",
@@ -65,14 +71,19 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def write(tmp_path, *arguments, times=None):
+def write(tmp_path, *arguments, costs=None):
     (tmp_path / "figures").mkdir(exist_ok=True)
-    path = write_report(*arguments, times or {}, tmp_path)
+    path = write_report(*arguments, costs or {}, tmp_path)
     return path.read_text(encoding="utf-8"), strict((tmp_path / "report.json").read_text())
 
 
 def test_means_and_differences(tmp_path):
-    text, found = write(tmp_path, config(), RESULTS, times={"a": 60.0, "b": 30.0})
+    text, found = write(
+        tmp_path,
+        config(),
+        RESULTS,
+        costs=COSTS,
+    )
     assert found["measure"] == "AP"
     means = {
         (r["measure"], r["arm"], r["language"]): pytest.approx(r["mean"]) for r in found["means"]
@@ -209,7 +220,7 @@ def test_equal_results_give_equal_files(tmp_path):
         folder.mkdir()
         write(folder, config(), RESULTS)
         found.append({path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
-    assert found[0].keys() == found[1].keys() and len(found[0]) == 5
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 6
     assert found[0] == found[1]
 
 
