@@ -135,11 +135,12 @@ class ArmConfig:
         chosen = {"model": start or teacher, **shared, **settings}
         if self.recipe == "teacher":
             return TeacherOptions(**chosen)
-        chosen["lexicon"] = [
+        named = (
             path
             for entry in self.settings.get("lexicon", [])
             for path in _lexicons(entry, languages, config, lexicon)
-        ]
+        )
+        chosen["lexicon"] = list(dict.fromkeys(named))
         return CodeswitchOptions(**{"sides": role, **chosen})
 
     def lexicons(self, config: Defaults) -> list[str]:

@@ -168,6 +168,8 @@ def new_encoder(options: EncoderOptions, vocabulary_size: int) -> Any:
         sep_token_id=ids["sep"],
         bos_token_id=ids["cls"],
         eos_token_id=ids["sep"],
+        # Only masked tokens have a loss; logits of the others would be most of the work.
+        sparse_prediction=True,
     )
     return ModernBertForMaskedLM(config)
 

@@ -40,10 +40,11 @@ def write_report(
     """
     summary = Summary.of(config, results)
     write_rows(result_rows(config, summary, costs), output / "results.csv")
+    (output / "alignment.csv").unlink(missing_ok=True)
     for row in results:
         if "plan" in row:
             write_rows(plan_rows(row), output / "alignment.csv", PLAN_COLUMNS)
-    blocks = [*_answer(config, summary), *_figures(config, summary, output)]
+    blocks = [*_answer(config, summary), *_figures(config, summary, results, output)]
     blocks += [*_tables(config, summary), *_costs(summary, costs)]
     blocks += _provenance(config, costs)
     write_text(output / "report.json", json.dumps(summary.to_dict(), indent=1) + "\n")
@@ -407,7 +408,9 @@ def _inline(text: str) -> str:
     return "".join(f"<strong>{part}</strong>" if i % 2 else part for i, part in enumerate(parts))
 
 
-def _figures(config: StudyConfig, summary: Summary, output: Path) -> list[Block]:
+def _figures(
+    config: StudyConfig, summary: Summary, results: Sequence[Mapping[str, Any]], output: Path
+) -> list[Block]:
     name = measure_name(summary.measure)
     captions = {
         "measure_per_language": f"{name} per language and arm with 95 % intervals; dashed: English "
@@ -416,13 +419,17 @@ def _figures(config: StudyConfig, summary: Summary, output: Path) -> list[Block]
         "fairer.",
         "pairs": f"{name} over the number of sentence pairs, with 95 % intervals; dashed: "
         "high-resource languages.",
-        "alignment": "",
     }
-    if config.alignment:
-        language = config.alignment["language"]
-        captions["alignment"] = (
-            f"Transport plan of one {config.names.get(language, language)} sentence (rows) and its "
-            "English translation (columns), each row as shares of its mass."
-        )
+    for row in results:
+        if "plan" in row:
+            language = config.names.get(row["language"], row["language"])
+            captions["alignment"] = (
+                f"Transport plan of one {language} sentence (rows) and its English translation "
+                f"(columns), each row as shares of its mass; mean transported cosine distance "
+                f"{row['value_linear']:.3f}."
+            )
     drawn = draw_figures(output / "results.csv", output / "figures")
-    return [Heading("Figures"), *(Figure(path, captions[key]) for key, path in drawn.items())]
+    return [
+        Heading("Figures"),
+        *(Figure(path, captions[key]) for key, path in drawn.items() if key in captions),
+    ]

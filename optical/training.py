@@ -175,10 +175,12 @@ def codeswitch(
     English is left untouched.
     """
     options.validate()
-    lexicons = {}
+    lexicons: dict[str, dict[str, list[str]]] = {}
     for entry in options.lexicon:
         language, path = entry.split("=", 1)
-        lexicons[language] = read_lexicon(path)
+        for word, translations in read_lexicon(path).items():
+            known = lexicons.setdefault(language, {}).setdefault(word, [])
+            known += [one for one in translations if one not in known]
     rows = read_training_pairs(options.pairs, options.queries, options.passages)
     switch = CodeSwitcher(lexicons, probability=options.probability, seed=args.seed)
     coverage = switch.coverage([row[-1] for row in rows[:2000]])

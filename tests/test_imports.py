@@ -28,7 +28,7 @@ ORDER = [
     ),
     *("bitext", "codeswitch", "encoder", "vectors", "training_pairs", "options", "training"),
     *("arms", "config", "summary", "results", "figures", "report", "phrasebook"),
-    *("fingerprints", "cells", "study", "cli"),
+    *("fingerprints", "cells", "places", "measuring", "study", "cli"),
 ]
 # Narrower than the order.
 ONLY = {

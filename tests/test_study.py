@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib", reason="needs the extra `study`")
 import yaml
 from transformers import TrainerCallback
 
-from optical import study, training
+from optical import measuring, study, training
 from optical.cells import Cell, Progress
 from optical.config import read_config
 from optical.study import Study, run_study
@@ -316,7 +316,7 @@ class StopAt(TrainerCallback):
 def test_an_interrupted_study_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch, caplog):
     config, uninterrupted = finished
     out = tmp_path / "out"
-    cells, lines, write_text = Study.cells, training.progress_lines, study.write_text
+    cells, lines, write_text = Study.cells, training.progress_lines, measuring.write_text
     ran = []
 
     def counted(self):
@@ -346,7 +346,7 @@ def test_an_interrupted_study_ends_as_if_it_had_not_been(finished, tmp_path, mon
     for target, name, value in (
         (Study, "cells", lambda self: list(stop_between(self))),
         (training, "progress_lines", stop_in_training),
-        (study, "write_text", stop_in_writing),
+        (measuring, "write_text", stop_in_writing),
     ):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(target, name, value)
