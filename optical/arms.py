@@ -123,6 +123,13 @@ class ArmConfig:
         languages = [language] if isinstance(language, str) else list(language)
         role = role or config.role
         settings = {key: filled(value, languages) for key, value in self.settings.items()}
+        named = (
+            path
+            for entry in self.settings.get("lexicon", [])
+            for path in _lexicons(entry, languages, config, lexicon)
+        )
+        if "lexicon" in settings:
+            settings["lexicon"] = list(dict.fromkeys(named))
         if self.recipe == "distill":
             chosen = {"teacher": teacher, "role": role, **settings}
             return DistillOptions(**({"student": start} if start else {}) | chosen)
@@ -135,12 +142,6 @@ class ArmConfig:
         chosen = {"model": start or teacher, **shared, **settings}
         if self.recipe == "teacher":
             return TeacherOptions(**chosen)
-        named = (
-            path
-            for entry in self.settings.get("lexicon", [])
-            for path in _lexicons(entry, languages, config, lexicon)
-        )
-        chosen["lexicon"] = list(dict.fromkeys(named))
         return CodeswitchOptions(**{"sides": role, **chosen})
 
     def lexicons(self, config: Defaults) -> list[str]:

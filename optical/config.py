@@ -22,7 +22,7 @@ from optical.evaluation import DEFAULT_MEASURES
 from optical.files import read_lines
 from optical.options import ROLES, TeacherOptions
 
-COLLECTION_KEYS = ("source", "queries", "documents", "qrels", "role")
+COLLECTION_KEYS = ("source", "queries", "documents", "qrels", "role", "languages")
 SIDES = ("queries", "documents")
 ALIGNMENT_KEYS = ("language", "english", "other")
 PLAIN: dict[Any, Any] = {
@@ -57,6 +57,10 @@ class StudyConfig:
     teacher_options: TeacherOptions | None = None
     teacher_arguments: dict[str, Any] = field(default_factory=dict)
     lexicons: dict[str, LexiconConfig] = field(default_factory=dict)
+    # Collections that exist in some languages only.
+    collection_languages: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # Folder of the report inside of the output folder.
+    report: str = ""
     # Vectors of the teacher are written once per text and shared by all arms and seeds.
     store_teacher: bool = False
     passage_length: int | None = None
@@ -82,6 +86,10 @@ class StudyConfig:
         """What the student reads in a collection: "query" or "document"."""
         return self.collections[collection].get("role", self.role)
 
+    def languages_of(self, collection: str) -> tuple[str, ...]:
+        """The languages that a collection has files for, those of the ceiling among them."""
+        return self.collection_languages.get(collection, (*self.languages, *self.ceiling))
+
     @property
     def roles(self) -> list[str]:
         """The roles of all collections, the study's own first."""
@@ -97,7 +105,8 @@ def read_config(path: str | Path | None, output: str | Path | None = None) -> St
 
     ``${NAME}`` stands for an environment variable, ``{language}`` for each language in turn. Paths
     that begin with ``./`` or ``../`` are relative to the configuration file, others to the current
-    folder, and so is the output folder.
+    folder, and so is the output folder. ``base`` names a file beside this one that is read first;
+    keys of this one go on top, level by level.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not YAML, an unknown key (with the nearest
@@ -111,13 +120,39 @@ def read_config(path: str | Path | None, output: str | Path | None = None) -> St
         variables["PHRASEBOOK"] = str(Path(output) / "data")
         raw = parse_yaml(text, place)
     else:
-        raw, text = read_yaml(path)
+        raw, text = _with_base(Path(path))
         place, folder = str(path), Path(path).parent
     reader = _Reader(place, folder, variables)
     config = reader.study(reader.expand(raw), output)
     config.phrasebook = path is None
     config.text = text
     return config
+
+
+def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
+    """A configuration file on top of the one that its key `base` names, and the text of both."""
+    raw, text = read_yaml(path)
+    name = raw.pop("base", None)
+    if name is None:
+        return raw, text
+    base = path.parent / str(name)
+    if base in (*seen, path):
+        raise ValueError(f"{path}: base: {name} is based on this file itself")
+    below, text_below = _with_base(base, (*seen, path))
+    return _merged(below, raw), f"{text}\n# base: {name}\n{text_below}"
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values of both; where both have one, that of `above`; null takes a key away."""
+    found = {**below}
+    for key, value in above.items():
+        if value is None:
+            found.pop(key, None)
+        elif isinstance(value, dict) and isinstance(found.get(key), dict):
+            found[key] = _merged(found[key], value)
+        else:
+            found[key] = value
+    return found
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], str]:
@@ -173,7 +208,7 @@ class _Reader:
             entry.name
             for entry in dataclasses.fields(StudyConfig)
             if not entry.name.endswith(("_options", "_arguments"))
-            and entry.name not in ("phrasebook", "text")
+            and entry.name not in ("phrasebook", "text", "collection_languages")
         }
         self.known(raw, keys | {"arguments"}, "the study")
         for key in ("languages", "collections", "arms", "teacher"):
@@ -183,12 +218,19 @@ class _Reader:
             raise ValueError(f"{self.place}: no key `output`, and no --output given")
         common = self.arguments(raw.get("arguments"), "arguments")
         languages = self.words(raw["languages"], "languages")
+        collections = self.collections(raw["collections"])
         config = StudyConfig(
             title=str(raw.get("title", Path(self.place).stem)),
             output=Path(output or raw["output"]),
             languages=languages,
-            collections=self.collections(raw["collections"]),
+            collections=collections,
             arms=[],
+            collection_languages={
+                str(name): self.words(parts["languages"], f"collections.{name}.languages")
+                for name, parts in raw["collections"].items()
+                if "languages" in parts
+            },
+            report=str(raw.get("report") or ""),
             low=self.words(raw.get("low", []), "low"),
             high=self.words(raw.get("high", []), "high"),
             names={
@@ -212,6 +254,10 @@ class _Reader:
         for group in ("low", "high"):
             for language in getattr(config, group):
                 self.one_of(language, languages, group)
+        for name, found in config.collection_languages.items():
+            for language in found:
+                accepted = (*languages, *config.ceiling)
+                self.one_of(language, accepted, f"collections.{name}.languages")
         if isinstance(raw.get("encoder"), dict):
             config.encoder_options, config.encoder_arguments = self.recipe(
                 raw["encoder"], EncoderOptions, {}, "encoder"
@@ -224,7 +270,8 @@ class _Reader:
             config.teacher_options, config.teacher_arguments = self.recipe(
                 raw["teacher"], TeacherOptions, common, "teacher"
             )
-            config.encoder = config.encoder or config.teacher_options.model
+            if not config.encoder_options:
+                config.encoder = config.encoder or config.teacher_options.model
         else:
             config.teacher = self.located(str(raw["teacher"]))
         arms = self.mapping(raw["arms"], "arms")
@@ -390,7 +437,9 @@ class _Reader:
             if "role" in parts:
                 self.one_of(parts["role"], ROLES, f"{place}.role")
         return {
-            str(name): {key: self.located(str(value)) for key, value in parts.items()}
+            str(name): {
+                key: self.located(str(value)) for key, value in parts.items() if key != "languages"
+            }
             for name, parts in raw.items()
         }
 

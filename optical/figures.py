@@ -47,10 +47,9 @@ def draw_languages(rows: Sequence[Row], path: Path) -> bool:
     if not drawn:
         return False
     plt = _pyplot()
-    collections, arms, languages = (
-        _distinct(drawn, column) for column in ("collection", "arm", "language")
-    )
-    width = max(6.0, 0.16 * len(arms) * len(languages) + 3, 1.3 * len(languages) + 2)
+    collections, arms = _distinct(drawn, "collection"), _distinct(drawn, "arm")
+    most = len(_distinct(drawn, "language"))
+    width = max(6.0, 0.16 * len(arms) * most + 3, 1.3 * most + 2)
     figure, axes = plt.subplots(
         len(collections), 1, figsize=(width, 3.4 * len(collections)), squeeze=False
     )
@@ -58,6 +57,7 @@ def draw_languages(rows: Sequence[Row], path: Path) -> bool:
     for axis, collection in zip(axes[:, 0], collections, strict=True):
         here = [row for row in drawn if row["collection"] == collection]
         cells = {(row["arm"], row["language"]): row for row in here}
+        languages = _distinct(here, "language")
         for index, arm in enumerate(arms):
             bars = [cells[arm, language] for language in languages]
             place = np.arange(len(bars)) + (index - (len(arms) - 1) / 2) * step

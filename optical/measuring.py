@@ -20,7 +20,7 @@ class Measuring(Places):
     def evaluation_cell(self, arm: ArmConfig, language: str, seed: int, role: str) -> Cell:
         config = self.config
         model = self.student_name(arm, language, seed, role)
-        names = [name for name in config.collections if config.role_of(name) == role]
+        names = self.searched(language, role)
         parts = self.evaluation_parts(arm, model, language, role, names)
         stem = f"{file_name(arm.name)}-{language}-{seed}-{self.prints.of(parts)}"
         mark = self.output / "results" / f"{stem}.json"
@@ -154,12 +154,13 @@ class Measuring(Places):
     def token_cell(self, language: str) -> Cell:
         """How finely the tokenizers cut a language, and what they do not know of it."""
         config = self.config
-        names = {TEACHER: self.teacher_name}
+        names = [name for role in config.roles for name in self.searched(language, role)]
+        models = {TEACHER: self.teacher_name}
         if any(arm.start == ENCODER for arm in config.arms):
-            names[ENCODER] = self.encoder_name
+            models[ENCODER] = self.encoder_name
         parts = [
-            {key: self.prints.model(name) for key, name in names.items()},
-            self.files(list(config.collections), language),
+            {key: self.prints.model(name) for key, name in models.items()},
+            self.files(names, language),
         ]
         mark = self.output / "results" / f"tokens-{language}-{self.prints.of(parts)}.json"
 
@@ -169,13 +170,13 @@ class Measuring(Places):
             from optical.encoder import fertility, located
 
             texts: list[str] = []
-            for name in config.collections:
+            for name in names:
                 collection = self.collection(name, language)
                 query = config.role_of(name) == "query"
                 texts += (collection.queries if query else collection.documents).values()
             row = {
                 key: fertility(AutoTokenizer.from_pretrained(located(name)), texts)
-                for key, name in names.items()
+                for key, name in models.items()
             }
             write_text(mark, json.dumps({"language": language, "tokens": row}) + "\n")
 

@@ -9,6 +9,7 @@ from optical.checks import check_options
 ROLES = ("query", "document")
 OBJECTIVES = ("ot", "position", "pooled", "greedy", "contrastive")
 MASSES = ("uniform", "idf")
+READS = ("other", "english", "both")
 
 
 @dataclass
@@ -81,15 +82,11 @@ class CodeswitchOptions(TeacherOptions):
         super().validate()
         if not self.lexicon:
             raise ValueError("lexicon: none given; expected at least one `language=file`")
-        for entry in self.lexicon:
-            if "=" not in entry:
-                raise ValueError(f"lexicon: {entry!r}, expected `language=file`")
+        _check_switching(self.lexicon, self.probability)
         if self.sides not in (*ROLES, "both"):
             raise ValueError(f"sides: {self.sides!r}, expected 'query', 'document' or 'both'")
         if self.copies < 1:
             raise ValueError(f"copies: {self.copies}, expected 1 or more")
-        if not 0.0 <= self.probability <= 1.0:
-            raise ValueError(f"probability: {self.probability}, expected a number from 0 to 1")
 
 
 @dataclass
@@ -134,9 +131,15 @@ class DistillOptions:
     skip_frequent: int = field(
         default=0, metadata={"help": "Leave out the N most frequent tokens of either side."}
     )
-    keep_english: bool = field(
-        default=False, metadata={"help": "The student reads the English side too."}
+    reads: str = field(
+        default="other",
+        metadata={"help": "Which sides the student learns to read: other, english or both."},
     )
+    lexicon: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Lexicons `language=file` that switch the English that it reads."},
+    )
+    probability: float = field(default=0.5, metadata={"help": "Chance that a word is switched."})
     teacher_vectors: list[str] = field(
         default_factory=list,
         metadata={"help": "Stored vectors of the teacher, a folder for each file of bitext."},
@@ -160,6 +163,11 @@ class DistillOptions:
             raise ValueError(f"objective: {self.objective!r}, expected {' or '.join(OBJECTIVES)}")
         if self.mass not in MASSES:
             raise ValueError(f"mass: {self.mass!r}, expected {' or '.join(MASSES)}")
+        if self.reads not in READS:
+            raise ValueError(f"reads: {self.reads!r}, expected {' or '.join(READS)}")
+        if self.lexicon and self.reads == "other":
+            raise ValueError("lexicon: given, but the student reads no English; set reads to both")
+        _check_switching(self.lexicon, self.probability)
         if self.skip_frequent < 0:
             raise ValueError(f"skip_frequent: {self.skip_frequent}, expected 0 or more")
         if not self.temperature > 0:
@@ -181,6 +189,14 @@ class DistillOptions:
             rho=self.rho,
             backend=self.backend,
         )
+
+
+def _check_switching(lexicon: list[str], probability: float) -> None:
+    for entry in lexicon:
+        if "=" not in entry:
+            raise ValueError(f"lexicon: {entry!r}, expected `language=file`")
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"probability: {probability}, expected a number from 0 to 1")
 
 
 def _required(name: str, value: str) -> None:

@@ -142,6 +142,15 @@ class Places:
         models = [self.prints.model(model), self.prints.model(self.teacher_name)]
         return [*parts, models, arm.encodes, config.passage_length, config.passage_stride]
 
+    def searched(self, language: str, role: str) -> list[str]:
+        """The collections that students of a role search in a language."""
+        config = self.config
+        return [
+            name
+            for name in config.collections
+            if config.role_of(name) == role and language in config.languages_of(name)
+        ]
+
     def files(self, names: list[str], language: str) -> Any:
         """What is in the files of collections."""
         return {

@@ -104,7 +104,10 @@ def _answer(config: StudyConfig, summary: Summary) -> list[Block]:
             ]
             means = [
                 np.mean(
-                    [summary.means[summary.measure][collection, a, x] for x in summary.languages]
+                    [
+                        summary.means[summary.measure][collection, a, x]
+                        for x in summary.languages_of(collection)
+                    ]
                 )
                 for a in (arm, baseline)
             ]
@@ -137,9 +140,10 @@ def _tables(config: StudyConfig, summary: Summary) -> list[Block]:
                 config.resource(language),
                 *(_cell(summary, (collection, arm, language)) for arm in summary.arms),
             ]
-            for language in summary.languages
+            for language in summary.languages_of(collection)
         ]
-        queries = len(summary.scores[collection, summary.arms[0], summary.languages[0]])
+        first = summary.languages_of(collection)[0]
+        queries = len(summary.scores[collection, summary.arms[0], first])
         caption = f"{collection}: {name} with 95 % intervals, {queries} queries."
         blocks.append(
             Table(["language", "resource", *summary.arms], rows, " ".join([caption, *ceiling]))

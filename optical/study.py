@@ -28,6 +28,7 @@ from typing import Any
 from optical.arms import ENCODER, TEACHER, ArmConfig, filled
 from optical.cells import Cell, Costs, duration, run_cells, training_cell
 from optical.config import read_config
+from optical.files import writable_folder
 from optical.measuring import Measuring
 from optical.places import ALL, file_name
 
@@ -104,8 +105,8 @@ class Study(Measuring):
         if config.word_alignment:
             for path in filled([config.word_alignment["bitext"]], config.languages):
                 read_pairs(path)
-        for language in (*config.languages, *config.ceiling):
-            for name in config.collections:
+        for name in config.collections:
+            for language in config.languages_of(name):
                 self.collection(name, language)
 
     def _check_arm(self, arm: ArmConfig, language: str) -> None:
@@ -122,6 +123,8 @@ class Study(Measuring):
                 raise ValueError(f"{side}: both translated and replaced; expected one of them")
         for path in arm.replace.values():
             for name in self.config.collections:
+                if language not in self.config.languages_of(name):
+                    continue
                 read_texts(filled(path, [language]).replace("{collection}", name))
         options = arm.options(language, "teacher", self.config)
         if options is None:
@@ -193,6 +196,8 @@ class Study(Measuring):
             )
         for role in config.roles:
             for language in config.ceiling:
+                if not self.searched(language, role):
+                    continue
                 ceiling = ArmConfig(CEILING, "none", {}, {}, "both")
                 yield self.evaluation_cell(ceiling, language, 0, role)
         for language in (*config.languages, *config.ceiling):
@@ -209,7 +214,8 @@ class Study(Measuring):
                     continue
                 for language in config.languages:
                     for role in config.roles:
-                        yield arm, language, seed, role
+                        if self.searched(language, role):
+                            yield arm, language, seed, role
 
     def _job_cells(self, arm: ArmConfig, language: str, seed: int, role: str) -> Iterator[Cell]:
         yield from self._training_cells(arm, language, seed, role)
@@ -329,7 +335,8 @@ class Study(Measuring):
             if cell.mark.suffix == ".json" and cell.mark.parent.name == "results"
         ]
         costs = Costs(self.output / "costs.json").read()
-        return write_report(self.config, results, costs, self.output)
+        folder = writable_folder(self.output / self.config.report)
+        return write_report(self.config, results, costs, folder)
 
 
 def _quiet(folder: Path, seed: int) -> dict[str, Any]:

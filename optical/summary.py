@@ -118,6 +118,11 @@ class Summary:
             summary.gaps = summary._gaps(config)
         return summary
 
+    def languages_of(self, collection: str) -> list[str]:
+        """The languages in which the arms searched a collection."""
+        arm = self.arms[0]
+        return [x for x in self.languages if (collection, arm, x) in self.scores]
+
     def _compare(self, config: StudyConfig) -> list[Comparison]:
         found = []
         pairs = [(new, old) for old, new in itertools.combinations(self.arms, 2)]
@@ -129,9 +134,8 @@ class Summary:
                 for new in self.arms
                 if new != old and (new not in config.against or (new, old) in pairs)
             ]
-        for collection, language, (arm, against) in itertools.product(
-            self.collections, self.languages, pairs
-        ):
+        places = [(c, x) for c in self.collections for x in self.languages_of(c)]
+        for (collection, language), (arm, against) in itertools.product(places, pairs):
             keys = (collection, arm, language), (collection, against, language)
             tested = paired_test(*(self.scores[key] for key in keys), seed=SEED)
             # Over queries and seeds; the test's own interval knows queries alone.
@@ -149,6 +153,8 @@ class Summary:
     def _gaps(self, config: StudyConfig) -> list[Gap]:
         found = []
         for collection in self.collections:
+            if not {*config.low, *config.high} <= {*self.languages_of(collection)}:
+                continue
             baseline = self._groups(config, collection, self.arms[0])
             translated = (
                 self._groups(config, collection, config.translation) if config.translation else []

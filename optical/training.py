@@ -175,13 +175,8 @@ def codeswitch(
     English is left untouched.
     """
     options.validate()
-    lexicons: dict[str, dict[str, list[str]]] = {}
-    for entry in options.lexicon:
-        language, path = entry.split("=", 1)
-        for word, translations in read_lexicon(path).items():
-            known = lexicons.setdefault(language, {}).setdefault(word, [])
-            known += [one for one in translations if one not in known]
     rows = read_training_pairs(options.pairs, options.queries, options.passages)
+    lexicons = _lexicons(options.lexicon)
     switch = CodeSwitcher(lexicons, probability=options.probability, seed=args.seed)
     coverage = switch.coverage([row[-1] for row in rows[:2000]])
     logger.info("code switching: the lexicons know %.0f %% of the words", 100 * coverage)
@@ -228,27 +223,46 @@ def distill(
         # A sentence that stands twice in a batch would be its own negative.
         args.batch_sampler = BatchSamplers.NO_DUPLICATES
     dataset = pairs_dataset(pairs)
-    if options.keep_english:
-        dataset = dataset.add_column("english", dataset["source"])
+    if options.reads != "other":
+        english = [source for source, _ in pairs]
+        if options.lexicon:
+            switch = CodeSwitcher(
+                _lexicons(options.lexicon), probability=options.probability, seed=args.seed
+            )
+            english = [switch(text, f"{index}") for index, text in enumerate(english)]
+        dataset = dataset.add_column("english", english)
+    if options.reads == "english":
+        dataset = dataset.remove_columns("target")
     return MultiVectorEncoderTrainer(
         model=student,
         args=args,
         train_dataset=dataset,
-        loss=_objective(options, student, taught_by, pairs),
+        loss=_objective(options, student, taught_by, dataset),
         data_collator=BitextCollator(
             student, taught_by, role=options.role, max_length=limit, vectors=stored
         ),
     )
 
 
+def _lexicons(entries: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Read `language=file` entries; several files of a language are one lexicon."""
+    lexicons: dict[str, dict[str, list[str]]] = {}
+    for entry in entries:
+        language, path = entry.split("=", 1)
+        for word, translations in read_lexicon(path).items():
+            known = lexicons.setdefault(language, {}).setdefault(word, [])
+            known += [one for one in translations if one not in known]
+    return lexicons
+
+
 def _objective(
-    options: DistillOptions, student: Any, taught_by: Any, pairs: list[tuple[str, str]]
+    options: DistillOptions, student: Any, taught_by: Any, dataset: Dataset
 ) -> DistillationLoss:
-    english, other = zip(*pairs, strict=True)
-    read = [*english, *other] if options.keep_english else other
+    source, *columns = dataset.column_names
+    read = [text for column in columns for text in dataset[column]]
     masses: dict[str, Any] = {
         "student_mass": _mass(student, read, options),
-        "teacher_mass": _mass(taught_by, english, options),
+        "teacher_mass": _mass(taught_by, list(dataset[source]), options),
     }
     if options.objective == "ot":
         return OTDistillationLoss(
@@ -289,7 +303,8 @@ def _mass(model: Any, texts: Sequence[str], options: DistillOptions) -> torch.Te
     seen[list(counts)] = torch.tensor([float(count) for count in counts.values()])
     mass = torch.ones(size)
     if options.mass == "idf":
-        mass = ((len(texts) + 1) / (seen + 1)).log()
+        # Rounding must not leave a trace of mass, or less than none, to tokens of every text.
+        mass = ((len(texts) + 1) / (seen + 1)).log().where(seen < len(texts), 0.0)
     if options.skip_frequent:
         # Equal counts in the order of the vocabulary; special tokens are the most frequent ones.
         mass[(-seen).argsort(stable=True)[: options.skip_frequent]] = 0.0

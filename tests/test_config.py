@@ -150,6 +150,27 @@ def test_a_table_read_off_an_arm_stands_behind_it(read, tmp_path):
         read_config(path)
 
 
+def test_a_base_is_read_below(read, tmp_path):
+    read()
+    path = tmp_path / "more.yaml"
+    path.write_text(
+        "base: study.yaml\nseeds: [1, 2]\narguments: {max_steps: 9}\n"
+        "arms: {ot: {epsilon: 0.3}, zeroshot: null}\n"
+    )
+    config = read_config(path)
+    assert config.seeds == (1, 2) and config.languages == ("sw", "de")
+    assert [arm.name for arm in config.arms] == ["ot", "switched"]
+    assert config.arm("ot").settings["epsilon"] == 0.3 and config.arm("ot").settings["bitext"]
+    assert config.arm("ot").arguments == {"max_steps": 9, "learning_rate": 0.001}
+    assert "epsilon: 0.3" in config.text and "some/encoder" in config.text
+    path.write_text("base: more.yaml\n")
+    with pytest.raises(ValueError, match="is based on this file itself"):
+        read_config(path)
+    path.write_text("base: no.yaml\n")
+    with pytest.raises(FileNotFoundError, match=r"no\.yaml: no such configuration file"):
+        read_config(path)
+
+
 def test_output_of_the_command_line_wins(read, tmp_path):
     read()
     assert str(read_config(tmp_path / "study.yaml", "other").output) == "other"
@@ -234,6 +255,7 @@ WRONG = [
     ("arms.ot.multilingual", "yes", "arms.ot.multilingual: 'yes', expected bool"),
     ("arms.zeroshot.seeds", [1], "unknown key `seeds` in arms.zeroshot"),
     ("collections.news.role", "both", "collections.news.role: 'both', expected query or document"),
+    ("collections.news.languages", ["fi"], "collections.news.languages: 'fi', expected sw or de"),
     ("against", ["nothing"], "against: 'nothing', expected zeroshot or ot or switched"),
     ("translation", "bm25", "translation: 'bm25', expected zeroshot or ot or switched"),
     ("curves", {"c": ["zeroshot"]}, "curves.c: 'zeroshot', expected ot or switched"),

@@ -281,6 +281,22 @@ def test_changed_files_run_what_reads_them(finished, tmp_path):
             assert found == ["tokens de", *searched]
 
 
+def test_the_teacher_may_start_from_a_model_of_its_own(finished, tiny_models, tmp_path):
+    config, out = finished
+    raw = yaml.safe_load(config.read_text())
+    raw["teacher"]["model"] = tiny_models.wide
+    raw["arms"]["ot"]["start"] = "encoder"
+    found = Study(read_config(write(tmp_path, raw), out))
+    assert found.teacher_start == tiny_models.wide
+    assert found.encoder_name == str(found.encoder_folder / "final")
+    student = found.options(found.config.arm("ot"), "sw", 0, "document").student
+    assert student == found.encoder_name
+    assert "train encoder" not in left(tmp_path / "study.yaml", out)
+    # Without an encoder of its own, a study's students start where the teacher did.
+    del raw["encoder"]
+    assert Study(read_config(write(tmp_path, raw), out)).encoder_name == tiny_models.wide
+
+
 def test_both_of_two_aligned_files_are_read(finished, tmp_path):
     config, out = finished
     raw = yaml.safe_load(config.read_text())

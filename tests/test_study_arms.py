@@ -60,13 +60,15 @@ def configuration(world, tiny_models, folder):
             "ot-20": {**distilled, "max_pairs": 20},
             "ot-idf": {**distilled, "mass": "idf", "rho": 0.5, "gradient": "implicit"},
             "position": {**distilled, "objective": "position"},
-            "pooled": {**distilled, "objective": "pooled", "keep_english": True},
+            "pooled": {**distilled, "objective": "pooled", "reads": "both"},
             "greedy": {**distilled, "objective": "greedy", "skip_frequent": 3},
             "contrastive": {**distilled, "objective": "contrastive"},
             "switched": {**switched, "lexicon": lexicon, "multilingual": True},
             "switched-table": {**switched, "lexicon": "table"},
             "switched-plan": {**switched, "lexicon": "plan"},
             "both": {**switched, "start": "ot", "lexicon": "table"},
+            "together": {**distilled, "reads": "both", "lexicon": "table", "probability": 1.0},
+            "english": {**distilled, "reads": "english"},
         },
         "against": ["zeroshot", "ot"],
         "translation": "bm25-queries",
@@ -117,7 +119,7 @@ def test_each_arm_trains_what_it_says(finished, world):
         "teacher", "zeroshot-all-0", "ot-all-all-0", "ot-all-all-1", "switched-all-0",
         *(f"{arm}-{language}-0" for language in ("sw", "de") for arm in (
             "ot", "ot-20", "ot-idf", "position", "pooled", "greedy", "contrastive",
-            "switched-table", "switched-plan", "both",
+            "switched-table", "switched-plan", "both", "together", "english",
         )),
     ]  # fmt: skip
     assert trained == sorted(expected)
@@ -168,7 +170,7 @@ def test_the_report_answers_what_was_asked(finished):
     tested = {(row["arm"], row["against"]) for row in found["comparisons"]}
     assert {against for _, against in tested} == {"zeroshot", "ot"}
     assert ("ot", "zeroshot") in tested and ("zeroshot", "ot") not in tested
-    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (16 + 15)
+    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (18 + 17)
     gaps = {row["arm"]: row for row in found["gaps"]}
     assert gaps["ot"]["gain_low"] and gaps["bm25-queries"]["gain_low"] is None
     rates = {(row["arm"], row["language"]): row["rate"] for row in found["alignment_error_rates"]}
@@ -240,8 +242,10 @@ def test_both_roles_in_one_study(world, tiny_models, tmp_path):
     raw["arms"] = {name: raw["arms"][name] for name in ("zeroshot", "ot")}
     raw["lexicons"], raw["curves"], raw["translation"] = {}, {}, ""
     raw["ceiling"] = []
+    raw["report"] = "one"
     raw["collections"]["asked"] = {
         "role": "query",
+        "languages": ["de"],
         "queries": str(tmp_path / "queries.{language}.tsv"),
         "documents": str(world / "documents/en.jsonl"),
         "qrels": str(world / "qrels.txt"),
@@ -251,9 +255,14 @@ def test_both_roles_in_one_study(world, tiny_models, tmp_path):
     run_study(path)
     out = tmp_path / "out"
     roles = {record_["options"]["role"] for record_ in map(json.loads, (
-        found.read_text() for found in (out / "models").glob("ot-sw-*/run.json")
+        found.read_text() for found in (out / "models").glob("ot-de-*/run.json")
     ))}  # fmt: skip
     assert roles == {"document", "query"}
-    found = json.loads((out / "report.json").read_text())
-    assert {row["collection"] for row in found["means"]} == {"tiny", "asked"}
+    assert len(list((out / "models").glob("ot-sw-*"))) == 1
+    found = json.loads((out / "one/report.json").read_text())
+    places = {(row["collection"], row["language"]) for row in found["means"]}
+    assert places == {("tiny", "sw"), ("tiny", "de"), ("asked", "de")}
+    # No gap where a language is missing.
+    assert {row["collection"] for row in found["gaps"]} == {"tiny"}
+    assert "asked" in (out / "one/report.md").read_text()
     assert len(list((out / "models").glob("zeroshot-*"))) == 1
