@@ -7,6 +7,8 @@ have neither in one quality.
 
 from __future__ import annotations
 
+import logging
+
 from optical.collections import Collection
 from optical.lexicon import words
 from optical.runs import Run, ranked
@@ -40,6 +42,8 @@ def search_bm25(
     run: Run = {query: {} for query in collection.queries}
     if not any(texts):
         return run
+    # It logs every step, and sets its own level when it is imported.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     index = bm25s.BM25(k1=k1, b=b, method="lucene")
     index.index(texts, show_progress=False)
     for query, text in collection.queries.items():
