@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from optical.arms import ENCODER, TEACHER, ArmConfig, filled
 from optical.cells import Cell
 from optical.collections import Collection
+from optical.config import StudyConfig
 from optical.files import write_text
 from optical.places import Places, file_name
+from optical.runs import Run
+from optical.search import TokenVectors
 
 
 class Measuring(Places):
     """Makes the cells that measure what the trainings made."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        super().__init__(config)
+        # Vectors of queries by the teacher.
+        self._asked: dict[tuple[str, ...], TokenVectors] = {}
 
     def evaluation_cell(self, arm: ArmConfig, language: str, seed: int, role: str) -> Cell:
         config = self.config
@@ -49,25 +57,37 @@ class Measuring(Places):
         label = f"evaluate {arm.name} {language} seed {seed}{self.of_role(role)}"
         return Cell(label, "evaluate", mark, 1.0, run)
 
-    def _searcher(self, arm: ArmConfig, model: str, role: str) -> Any:
+    def _searcher(self, arm: ArmConfig, model: str, role: str) -> Callable[[Collection], Run]:
         """A function that searches a collection as the arm does."""
         from optical.bm25 import search_bm25
         from optical.encoder import load_retriever
-        from optical.search import search
+        from optical.search import encode, search
 
         if arm.recipe == "bm25":
             return lambda collection: search_bm25(collection, **arm.settings)
         student = load_retriever(model)
         teacher = student if arm.encodes == "both" else load_retriever(self.teacher_name)
         queries, documents = (student, teacher) if role == "query" else (teacher, student)
-        return lambda collection: search(
-            queries,
-            collection,
-            document_model=documents,
-            passage_length=self.config.passage_length,
-            passage_stride=self.config.passage_stride,
-            progress=False,
-        )
+
+        def searched(collection: Collection) -> Run:
+            vectors = None
+            if queries is teacher and teacher is not student:
+                # The teacher reads the same queries for every arm and language.
+                texts = tuple(collection.queries.values())
+                if texts not in self._asked:
+                    self._asked[texts] = encode(teacher, texts, "query")
+                vectors = self._asked[texts]
+            return search(
+                queries,
+                collection,
+                document_model=documents,
+                query_vectors=vectors,
+                passage_length=self.config.passage_length,
+                passage_stride=self.config.passage_stride,
+                progress=False,
+            )
+
+        return searched
 
     def _read_by(
         self, arm: ArmConfig, collection: Collection, language: str, role: str

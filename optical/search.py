@@ -151,6 +151,7 @@ def search(
     batch_size: int = 32,
     chunk_elements: int | None = None,
     document_model: Any | None = None,
+    query_vectors: TokenVectors | None = None,
     passage_length: int | None = None,
     passage_stride: int | None = None,
     device: str | torch.device | None = None,
@@ -170,6 +171,8 @@ def search(
             ``None`` is 2 million on a CPU, 134 million elsewhere. One document is never divided.
         document_model: a second ``MultiVectorEncoder`` for the documents: a student's queries can
             search the index of its teacher. Both must give vectors of the same dimension.
+        query_vectors: the queries as :func:`encode` gave them before, in the collection's order,
+            which spares encoding them; None encodes them.
         passage_length: cut documents into passages of so many tokens (None: documents are read to
             the model's limit); a document scores as its best passage does (MaxP).
         passage_stride: tokens from the begin of one passage to the next; half the length by
@@ -200,9 +203,15 @@ def search(
         passage_stride=passage_stride,
     )
     document_model = model if document_model is None else document_model
-    queries = encode(
-        model, list(collection.queries.values()), "query", batch_size=batch_size, device=device
-    )
+    if query_vectors is None:
+        texts = list(collection.queries.values())
+        query_vectors = encode(model, texts, "query", batch_size=batch_size, device=device)
+    queries = query_vectors
+    if len(queries) != len(collection.queries):
+        raise ValueError(
+            f"query_vectors: of {len(queries)} texts, but the collection has "
+            f"{len(collection.queries)} queries"
+        )
 
     # Equal texts must have equal scores, which rounding in two batches would prevent.
     owners: dict[str, list[str]] = {}

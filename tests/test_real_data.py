@@ -34,26 +34,33 @@ def test_example_fits_the_data(tmp_path: Path, name: str):
     Study(read_config(EXAMPLES / f"{name}.yaml", tmp_path)).check()
 
 
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def keep(path: Path, kept: list[str]) -> None:
+    path.write_text("".join(kept), encoding="utf-8")
+
+
 def cut(source: Path, target: Path, lines: int) -> None:
-    """The data pack with the first lines of what is trained on, and its collections whole."""
+    """The first lines of the data pack, and of its collections what belongs together."""
     for path in sorted(source.rglob("*.*")):
         place = target / path.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if path.parent.name in ("bitext", "english"):
-            text = text[:lines]
-        place.write_text("".join(text), encoding="utf-8")
-    passages = {
-        json.loads(line)["id"]
-        for line in (target / "english/passages.jsonl").read_text(encoding="utf-8").splitlines()
-    }
+        found = lines_of(path)
+        keep(place, found if "qrels" in path.name or "queries" in path.name else found[:lines])
+    passages = {json.loads(line)["id"] for line in lines_of(target / "english/passages.jsonl")}
     queries = target / "english/queries.train.tsv"
-    kept = [
-        line
-        for line in queries.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line.split("\t")[1] in passages
-    ]
-    queries.write_text("".join(kept), encoding="utf-8")
+    keep(queries, [line for line in lines_of(queries) if line.split("\t")[1] in passages][:lines])
+    for qrels in target.glob("clir/*/qrels*.tsv"):
+        kind = qrels.name.removeprefix("qrels").removesuffix(".tsv")
+        (first, *_) = qrels.parent.glob(f"docs{kind}.*.jsonl")
+        documents = {json.loads(line)["id"] for line in lines_of(first)}
+        judged = [line for line in lines_of(qrels) if line.split()[2] in documents][:lines]
+        keep(qrels, judged)
+        asked = {line.split()[0] for line in judged}
+        for path in qrels.parent.glob(f"queries{kind}.*.tsv"):
+            keep(path, [line for line in lines_of(path) if line.split("\t")[0] in asked])
 
 
 @pytest.mark.slow
@@ -64,7 +71,7 @@ def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
     from optical.study import Study
 
     needs_weights(name)
-    cut(Path(os.environ["OPTICAL_DATA"]), tmp_path / "pack", 120)
+    cut(Path(os.environ["OPTICAL_DATA"]), tmp_path / "pack", 40)
     monkeypatch.setenv("OPTICAL_DATA", str(tmp_path / "pack"))
     config = read_config(EXAMPLES / f"{name}.yaml", tmp_path / "out")
     few = {"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_num_workers": 0}

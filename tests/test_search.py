@@ -248,6 +248,16 @@ def test_encode_packs_what_the_model_returns(model):
     assert len(encode(model, [], "query")) == 0
 
 
+def test_queries_may_be_encoded_before(model, collection):
+    vectors = encode(model, list(collection.queries.values()), "query")
+    # The model of the queries is not asked again.
+    found = search(None, collection, document_model=model, query_vectors=vectors)
+    assert found == search(model, collection)
+    wrong = encode(model, ["maji"], "query")
+    with pytest.raises(ValueError, match="query_vectors: of 1 texts, but the collection has 5 que"):
+        search(model, collection, query_vectors=wrong)
+
+
 def test_search_equals_the_model_s_own_similarity(model, collection):
     run = search(model, collection)
     similarity = model.similarity(
