@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -161,6 +162,9 @@ def training_cell(
         trainer = make_trainer()
         trainer.add_callback(training.progress_lines(label))
         training.run(trainer, options, resume=True)
+        # The cell is finished, and a hundred of them would fill a disk with optimizer states.
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
     steps = arguments.get("max_steps", 1000)
     rows = arguments.get("per_device_train_batch_size", 64)

@@ -201,7 +201,8 @@ class Study(Measuring):
                 ceiling = ArmConfig(CEILING, "none", {}, {}, "both")
                 yield self.evaluation_cell(ceiling, language, 0, role)
         for language in (*config.languages, *config.ceiling):
-            yield self.token_cell(language)
+            if any(self.searched(language, role) for role in config.roles):
+                yield self.token_cell(language)
 
     def _jobs(self) -> Iterator[tuple[ArmConfig, str, int, str]]:
         config = self.config

@@ -176,6 +176,8 @@ def test_runs_and_records_are_kept(finished, world):
     assert len(records) == 6
     recipes = {json.loads(path.read_text())["recipe"] for path in records}
     assert recipes == {"encoder", "teacher", "distill", "codeswitch"}
+    # What is finished needs no checkpoint.
+    assert not list((out / "models").glob("*/checkpoint-*"))
     (row,) = [json.loads(path.read_text()) for path in (out / "results").glob("alignment-*")]
     total = sum(sum(masses) for masses in row["plan"])
     assert total == pytest.approx(1, abs=1e-3) and row["language"] == "sw"
