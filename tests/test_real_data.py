@@ -66,7 +66,7 @@ def cut(source: Path, target: Path, lines: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["clir_cpu", "clir_gpu", "clir_heldout"])
 def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
-    """The whole table in miniature: the pack's first lines, a tiny encoder, two steps an arm."""
+    """The whole table in miniature: the pack's first lines, two languages, two steps an arm."""
     from optical.config import read_config
     from optical.study import Study
 
@@ -76,6 +76,7 @@ def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
     config = read_config(EXAMPLES / f"{name}.yaml", tmp_path / "out")
     few = {"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_num_workers": 0}
     few |= {"bf16": False}
+    config.languages, config.low, config.high = ("sw", "de"), ("sw",), ("de",)
     config.seeds = config.seeds[:2]
     config.encoder_options.vocabulary_size = 3000
     config.encoder_options.layers = 1
