@@ -73,8 +73,17 @@ def read_lexicon(path: str | Path) -> dict[str, list[str]]:
 
 
 def write_lexicon(entries: Iterable[Entry], path: str | Path) -> None:
-    """Write a table that :func:`read_lexicon` reads; the likeliest translation of a word first."""
+    """Write a table that :func:`read_lexicon` reads; the likeliest translation of a word first.
+
+    Raises:
+        ValueError: there is no entry.
+    """
     ordered = sorted(entries, key=lambda entry: (entry[0], -entry[2], entry[1]))
+    if not ordered:
+        raise ValueError(
+            f"{path}: no pair of words is probable enough for a table; lower least_probability or "
+            "least_count, or give more sentence pairs"
+        )
     write_text(path, "".join(f"{e}\t{f}\t{p:.3f}\n" for e, f, p in ordered))
 
 

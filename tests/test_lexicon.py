@@ -90,6 +90,9 @@ def test_a_table_is_written_and_read(tmp_path):
     write_lexicon([("b", "x", 0.4), ("a", "y", 0.5), ("b", "z", 0.6)], path)
     assert path.read_text() == "a\ty\t0.500\nb\tz\t0.600\nb\tx\t0.400\n"
     assert read_lexicon(path) == {"a": ["y"], "b": ["z", "x"]}
+    with pytest.raises(ValueError, match="no pair of words is probable enough for a table; lower"):
+        write_lexicon([], tmp_path / "empty.tsv")
+    assert not (tmp_path / "empty.tsv").exists()
 
 
 def test_translation_and_its_inverse():
