@@ -50,9 +50,9 @@ def draw_languages(rows: Sequence[Row], path: Path) -> bool:
     collections, arms = _distinct(drawn, "collection"), _distinct(drawn, "arm")
     most = len(_distinct(drawn, "language"))
     width = max(6.0, 0.16 * len(arms) * most + 3, 1.3 * most + 2)
-    figure, axes = plt.subplots(
-        len(collections), 1, figsize=(width, 3.4 * len(collections)), squeeze=False
-    )
+    # High enough for the legend, which stands once beside all panels.
+    height = max(3.4 * len(collections), 0.22 * len(arms) + 1.5)
+    figure, axes = plt.subplots(len(collections), 1, figsize=(width, height), squeeze=False)
     step = 0.8 / max(len(arms), 1)
     for axis, collection in zip(axes[:, 0], collections, strict=True):
         here = [row for row in drawn if row["collection"] == collection]
@@ -81,7 +81,7 @@ def draw_languages(rows: Sequence[Row], path: Path) -> bool:
         axis.set_ylabel(measure_name(here[0]["measure"]))
         axis.set_title(collection)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=8)
+    axes[0, 0].legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=8)
     _save(figure, path)
     return True
 
