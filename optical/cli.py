@@ -1,4 +1,4 @@
-"""The command line: `optical train | search | evaluate | compare | study | info`."""
+"""The command line: `optical train | search | evaluate | compare | study | …`; see --help."""
 
 from __future__ import annotations
 
@@ -96,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     _collection_arguments(command)
     command.add_argument("--depth", type=int, default=1000, help="documents per query")
     command.add_argument("--batch-size", type=int, default=32, help="texts in one forward pass")
+    command.add_argument("--passage-length", type=int, help="cut documents, in tokens (MaxP)")
+    command.add_argument("--passage-stride", type=int, help="default: half the length")
     command.add_argument("--output", required=True, help="the run to write; .gz compresses")
     command.add_argument("--tag", help="name in the run's last column (default: the model's)")
     command.set_defaults(command=_search)
@@ -115,6 +117,27 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--samples", type=int, default=100_000, help="random sign patterns")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(command=_compare)
+
+    command = commands.add_parser("lexicon", help="learn a word table from parallel sentences")
+    command.add_argument("bitext", nargs="+", help="files of `English TAB other`")
+    command.add_argument("--max-pairs", type=int, help="the first so many pairs of each file")
+    command.add_argument("--least-probability", type=float, default=0.3)
+    command.add_argument("--least-count", type=int, default=3, help="pairs that have the word")
+    command.add_argument("--output", required=True, help="the table to write; .gz compresses")
+    command.set_defaults(command=_lexicon)
+
+    command = commands.add_parser("vectors", help="store a teacher's token vectors of bitext")
+    command.add_argument("model", help="the teacher: name or folder")
+    command.add_argument("--bitext", required=True, help="file of `English TAB other`")
+    command.add_argument("--role", required=True, help="query or document, as in training")
+    command.add_argument("--max-length", type=int, help="in tokens, as in training")
+    command.add_argument("--output", required=True, help="folder to write; continues in it")
+    command.set_defaults(command=_vectors)
+
+    command = commands.add_parser("figures", help="draw a study's figures from its results.csv")
+    command.add_argument("results", help="results.csv of a study")
+    command.add_argument("--output", required=True, help="folder for the figures")
+    command.set_defaults(command=_figures)
 
     command = commands.add_parser("info", help="versions, and which Sinkhorn backends work here")
     command.set_defaults(command=_info)
@@ -186,6 +209,8 @@ def _search(options: argparse.Namespace) -> int:
         depth=options.depth,
         batch_size=options.batch_size,
         document_model=documents,
+        passage_length=options.passage_length,
+        passage_stride=options.passage_stride,
         progress=sys.stderr.isatty(),
     )
     write_run(run, options.output, tag=options.tag or _run_name(options.model))
@@ -243,6 +268,48 @@ def _compare(options: argparse.Namespace) -> int:
         print(json.dumps(comparison.to_dict(), indent=1))
     else:
         print(comparison.to_markdown())
+    return 0
+
+
+def _lexicon(options: argparse.Namespace) -> int:
+    from optical.bitext import read_pairs
+    from optical.lexicon import induce, write_lexicon
+
+    pairs = [pair for path in options.bitext for pair in read_pairs(path)[: options.max_pairs]]
+    entries = induce(
+        pairs,
+        least_probability=options.least_probability,
+        least_count=options.least_count,
+    )
+    write_lexicon(entries, options.output)
+    print(f"{options.output}: {len(entries)} entries from {len(pairs)} sentence pairs")
+    return 0
+
+
+def _vectors(options: argparse.Namespace) -> int:
+    from optical.bitext import read_pairs
+    from optical.options import ROLES
+
+    if options.role not in ROLES:
+        raise ValueError(f"role: {options.role!r}, expected 'query' or 'document'")
+    texts = [english for english, _ in read_pairs(options.bitext)]
+    _quiet_libraries()
+    from optical.encoder import load_retriever
+    from optical.vectors import write_vectors
+
+    model = load_retriever(options.model)
+    limits = {"role": options.role, "max_length": options.max_length}
+    print(write_vectors(model, texts, options.output, **limits))
+    return 0
+
+
+def _figures(options: argparse.Namespace) -> int:
+    from optical.figures import draw_figures
+    from optical.files import writable_folder
+
+    folder = writable_folder(options.output)
+    for path in draw_figures(Path(options.results), folder).values():
+        print(path)
     return 0
 
 

@@ -11,41 +11,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from optical.files import read_lines
+from optical.lexicon import Lexicon
 
-Lexicon = Mapping[str, Sequence[str]]
 # English words with inner apostrophes and hyphens; everything between them is kept as it stands.
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
-
-
-def read_lexicon(path: str | Path) -> dict[str, list[str]]:
-    """Read a bilingual lexicon, ``English TAB foreign [TAB anything]`` a line, plain or gzip.
-
-    English is lower-cased; an entry with several translations stands in several lines; repetitions
-    are kept once. Entries of several English words are kept but match single words only where they
-    have no space.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: wrong column count, not UTF-8 or no entry; the message names file and line.
-    """
-    entries: dict[str, list[str]] = {}
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        columns = [column.strip() for column in line.split("\t")]
-        if len(columns) < 2 or not columns[0] or not columns[1]:
-            raise ValueError(
-                f"{path}:{number}: expected `English TAB foreign`, found {line[:60]!r}"
-            )
-        translations = entries.setdefault(columns[0].lower(), [])
-        if columns[1] not in translations:
-            translations.append(columns[1])
-    if not entries:
-        raise ValueError(f"{path}: an empty lexicon; expected lines `English TAB foreign`")
-    return entries
 
 
 class CodeSwitcher:

@@ -16,22 +16,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sentence_transformers import MultiVectorEncoderTrainingArguments
 
+from optical.arms import ENCODER, RECIPES, TEACHER, ArmConfig, LexiconConfig
 from optical.encoder import EncoderOptions
 from optical.evaluation import DEFAULT_MEASURES
 from optical.files import read_lines
-from optical.training import (
-    ROLES,
-    CodeswitchOptions,
-    DistillOptions,
-    TeacherOptions,
-)
+from optical.options import ROLES, TeacherOptions
 
-RECIPES: dict[str, type[Any] | None] = {
-    "none": None,
-    "distill": DistillOptions,
-    "codeswitch": CodeswitchOptions,
-}
-COLLECTION_KEYS = ("source", "queries", "documents", "qrels")
+COLLECTION_KEYS = ("source", "queries", "documents", "qrels", "role", "languages")
+SIDES = ("queries", "documents")
 ALIGNMENT_KEYS = ("language", "english", "other")
 PLAIN: dict[Any, Any] = {
     bool: bool,
@@ -41,38 +33,6 @@ PLAIN: dict[Any, Any] = {
     list[str]: list,
 }
 NOT_FOR_STUDIES = ("output_dir", "seed", "disable_tqdm")
-
-
-@dataclass
-class ArmConfig:
-    """One arm: a recipe with its options, applied to every language and seed."""
-
-    name: str
-    recipe: str
-    settings: dict[str, Any]
-    arguments: dict[str, Any]
-    # "both": the model reads queries and documents; "role": the teacher keeps the other side.
-    encodes: str
-
-    def options(self, language: str, teacher: str, config: StudyConfig) -> Any:
-        """The recipe's options for one language, or None for an arm without training."""
-        kind = RECIPES[self.recipe]
-        if kind is None:
-            return None
-        settings = _fill(self.settings, language)
-        if kind is DistillOptions:
-            return DistillOptions(**{"teacher": teacher, "role": config.role, **settings})
-        taught = config.teacher_options
-        shared = (
-            {name: getattr(taught, name) for name in ("pairs", "queries", "passages", "scale")}
-            if taught
-            else {}
-        )
-        settings["lexicon"] = [
-            entry if "=" in entry else f"{language}={entry}"
-            for entry in settings.get("lexicon", [])
-        ]
-        return CodeswitchOptions(**{"model": teacher, "sides": config.role, **shared, **settings})
 
 
 @dataclass
@@ -96,6 +56,22 @@ class StudyConfig:
     teacher: str = ""
     teacher_options: TeacherOptions | None = None
     teacher_arguments: dict[str, Any] = field(default_factory=dict)
+    lexicons: dict[str, LexiconConfig] = field(default_factory=dict)
+    # Collections that exist in some languages only.
+    collection_languages: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # Folder of the report inside of the output folder.
+    report: str = ""
+    # Vectors of the teacher are written once per text and shared by all arms and seeds.
+    store_teacher: bool = False
+    passage_length: int | None = None
+    passage_stride: int | None = None
+    # Arms that every other arm is tested against; all earlier ones when empty.
+    against: tuple[str, ...] = ()
+    # The arm whose relative gain is asked for: a translation baseline.
+    translation: str = ""
+    # Name of a curve -> its arms, from few pairs to many.
+    curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    word_alignment: dict[str, Any] | None = None
     measures: tuple[str, ...] = DEFAULT_MEASURES
     ceiling: tuple[str, ...] = ("en",)
     alignment: dict[str, str] | None = None
@@ -106,13 +82,31 @@ class StudyConfig:
         """Group of a language: "low", "high", or "" where the configuration names none."""
         return "low" if language in self.low else "high" if language in self.high else ""
 
+    def role_of(self, collection: str) -> str:
+        """What the student reads in a collection: "query" or "document"."""
+        return self.collections[collection].get("role", self.role)
+
+    def languages_of(self, collection: str) -> tuple[str, ...]:
+        """The languages that a collection has files for, those of the ceiling among them."""
+        return self.collection_languages.get(collection, (*self.languages, *self.ceiling))
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles of all collections, the study's own first."""
+        found = {self.role_of(name) for name in self.collections}
+        return sorted(found, key=lambda role: role != self.role)
+
+    def arm(self, name: str) -> ArmConfig:
+        return next(arm for arm in self.arms if arm.name == name)
+
 
 def read_config(path: str | Path | None, output: str | Path | None = None) -> StudyConfig:
     """Read and check a configuration; None reads the embedded demonstration.
 
     ``${NAME}`` stands for an environment variable, ``{language}`` for each language in turn. Paths
     that begin with ``./`` or ``../`` are relative to the configuration file, others to the current
-    folder, and so is the output folder.
+    folder, and so is the output folder. ``base`` names a file beside this one that is read first;
+    keys of this one go on top, level by level.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not YAML, an unknown key (with the nearest
@@ -126,13 +120,39 @@ def read_config(path: str | Path | None, output: str | Path | None = None) -> St
         variables["PHRASEBOOK"] = str(Path(output) / "data")
         raw = parse_yaml(text, place)
     else:
-        raw, text = read_yaml(path)
+        raw, text = _with_base(Path(path))
         place, folder = str(path), Path(path).parent
     reader = _Reader(place, folder, variables)
     config = reader.study(reader.expand(raw), output)
     config.phrasebook = path is None
     config.text = text
     return config
+
+
+def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
+    """A configuration file on top of the one that its key `base` names, and the text of both."""
+    raw, text = read_yaml(path)
+    name = raw.pop("base", None)
+    if name is None:
+        return raw, text
+    base = path.parent / str(name)
+    if base in (*seen, path):
+        raise ValueError(f"{path}: base: {name} is based on this file itself")
+    below, text_below = _with_base(base, (*seen, path))
+    return _merged(below, raw), f"{text}\n# base: {name}\n{text_below}"
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values of both; where both have one, that of `above`; null takes a key away."""
+    found = {**below}
+    for key, value in above.items():
+        if value is None:
+            found.pop(key, None)
+        elif isinstance(value, dict) and isinstance(found.get(key), dict):
+            found[key] = _merged(found[key], value)
+        else:
+            found[key] = value
+    return found
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], str]:
@@ -188,7 +208,7 @@ class _Reader:
             entry.name
             for entry in dataclasses.fields(StudyConfig)
             if not entry.name.endswith(("_options", "_arguments"))
-            and entry.name not in ("phrasebook", "text")
+            and entry.name not in ("phrasebook", "text", "collection_languages")
         }
         self.known(raw, keys | {"arguments"}, "the study")
         for key in ("languages", "collections", "arms", "teacher"):
@@ -198,12 +218,19 @@ class _Reader:
             raise ValueError(f"{self.place}: no key `output`, and no --output given")
         common = self.arguments(raw.get("arguments"), "arguments")
         languages = self.words(raw["languages"], "languages")
+        collections = self.collections(raw["collections"])
         config = StudyConfig(
             title=str(raw.get("title", Path(self.place).stem)),
             output=Path(output or raw["output"]),
             languages=languages,
-            collections=self.collections(raw["collections"]),
+            collections=collections,
             arms=[],
+            collection_languages={
+                str(name): self.words(parts["languages"], f"collections.{name}.languages")
+                for name, parts in raw["collections"].items()
+                if "languages" in parts
+            },
+            report=str(raw.get("report") or ""),
             low=self.words(raw.get("low", []), "low"),
             high=self.words(raw.get("high", []), "high"),
             names={
@@ -216,10 +243,21 @@ class _Reader:
             measures=self.words(raw.get("measures", DEFAULT_MEASURES), "measures"),
             ceiling=self.words(raw.get("ceiling", ["en"]), "ceiling"),
             alignment=raw.get("alignment"),
+            store_teacher=self.typed(raw.get("store_teacher", False), bool, "store_teacher"),
+            passage_length=self.typed(raw.get("passage_length"), int | None, "passage_length"),
+            passage_stride=self.typed(raw.get("passage_stride"), int | None, "passage_stride"),
+            lexicons={
+                str(name): self.recipe(entry, LexiconConfig, {}, f"lexicons.{name}")[0]
+                for name, entry in self.mapping(raw.get("lexicons") or {}, "lexicons").items()
+            },
         )
         for group in ("low", "high"):
             for language in getattr(config, group):
                 self.one_of(language, languages, group)
+        for name, found in config.collection_languages.items():
+            for language in found:
+                accepted = (*languages, *config.ceiling)
+                self.one_of(language, accepted, f"collections.{name}.languages")
         if isinstance(raw.get("encoder"), dict):
             config.encoder_options, config.encoder_arguments = self.recipe(
                 raw["encoder"], EncoderOptions, {}, "encoder"
@@ -232,13 +270,16 @@ class _Reader:
             config.teacher_options, config.teacher_arguments = self.recipe(
                 raw["teacher"], TeacherOptions, common, "teacher"
             )
-            config.encoder = config.encoder or config.teacher_options.model
+            if not config.encoder_options:
+                config.encoder = config.encoder or config.teacher_options.model
         else:
             config.teacher = self.located(str(raw["teacher"]))
         arms = self.mapping(raw["arms"], "arms")
-        config.arms = [self.arm(str(name), arm, common) for name, arm in arms.items()]
+        taught = config.teacher_arguments or common
+        config.arms = [self.arm(str(name), arm, common, taught) for name, arm in arms.items()]
         if len({arm.name.lower() for arm in config.arms}) < len(config.arms):
             raise ValueError(f"{self.place}: arms: two names differ in capitals only")
+        self.references(config, raw)
         if config.alignment is not None:
             self.known(self.mapping(config.alignment, "alignment"), ALIGNMENT_KEYS, "alignment")
             for key in ALIGNMENT_KEYS:
@@ -247,7 +288,56 @@ class _Reader:
             self.one_of(config.alignment.get("language"), languages, "alignment.language")
         return config
 
-    def arm(self, name: str, raw: Any, common: dict[str, Any]) -> ArmConfig:
+    def references(self, config: StudyConfig, raw: dict[str, Any]) -> None:
+        """Check and read what names arms and word tables, now that all are known."""
+        names = [arm.name for arm in config.arms]
+        trained = [arm.name for arm in config.arms if arm.trains]
+        config.against = self.words(raw.get("against", []), "against")
+        for name in config.against:
+            self.one_of(name, names, "against")
+        if raw.get("translation"):
+            config.translation = self.one_of(raw["translation"], names, "translation")
+        for curve, members in self.mapping(raw.get("curves") or {}, "curves").items():
+            config.curves[str(curve)] = self.words(members, f"curves.{curve}")
+            for name in config.curves[str(curve)]:
+                self.one_of(name, trained, f"curves.{curve}")
+        for table, made in config.lexicons.items():
+            if made.arm:
+                self.one_of(made.arm, trained, f"lexicons.{table}.arm")
+        earlier: list[str] = []
+        for arm in config.arms:
+            if arm.start:
+                accepted = [TEACHER, ENCODER, *earlier]
+                self.one_of(arm.start, accepted, f"arms.{arm.name}.start")
+                if arm.start == ENCODER and not (config.encoder or config.encoder_options):
+                    raise ValueError(f"{self.place}: no key `encoder` for arms.{arm.name} to start")
+                start = config.arm(arm.start) if arm.start in earlier else arm
+                if arm.multilingual and not start.multilingual:
+                    raise ValueError(
+                        f"{self.place}: arms.{arm.name} is multilingual but starts from "
+                        f"{arm.start}, which has a model for each language"
+                    )
+            for table in arm.lexicons(config):
+                made = config.lexicons[table]
+                if made.arm and made.arm not in earlier:
+                    raise ValueError(
+                        f"{self.place}: arms.{arm.name}: the table {table} is read off the arm "
+                        f"{made.arm}, which must stand before it"
+                    )
+            if arm.trains:
+                earlier.append(arm.name)
+        if raw.get("word_alignment") is not None:
+            place = "word_alignment"
+            found = dict(self.mapping(raw[place], place))
+            self.known(found, ("bitext", "lexicon", "max_pairs"), place)
+            for key in ("bitext", "lexicon"):
+                if not isinstance(found.get(key), str):
+                    raise ValueError(f"{self.place}: {place}: no key `{key}` with a name or file")
+                found[key] = self.located(found[key])
+            found["max_pairs"] = self.typed(found.get("max_pairs", 200), int, f"{place}.max_pairs")
+            config.word_alignment = found
+
+    def arm(self, name: str, raw: Any, common: dict[str, Any], taught: dict[str, Any]) -> ArmConfig:
         place = f"arms.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ValueError(
@@ -256,21 +346,39 @@ class _Reader:
             )
         raw = dict(self.mapping(raw or {}, place))
         recipe = self.one_of(raw.pop("recipe", "none"), tuple(RECIPES), f"{place}.recipe")
-        kind = RECIPES[recipe]
+        kind, trains = RECIPES[recipe]
         # Distillation leaves the other side to the teacher, so an index of it stays valid.
         default = "role" if recipe == "distill" else "both"
-        encodes = self.one_of(raw.pop("encodes", default), ("both", "role"), f"{place}.encodes")
-        if kind is None:
-            self.known(raw, (), place)
-            return ArmConfig(name, recipe, {}, {}, encodes)
-        own = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
-        settings = self.settings(raw, kind, place)
-        return ArmConfig(name, recipe, settings, {**common, **own}, encodes)
+        arm = ArmConfig(
+            name,
+            recipe,
+            {},
+            {},
+            self.one_of(raw.pop("encodes", default), ("both", "role"), f"{place}.encodes"),
+            translate=self.sides(raw.pop("translate", {}), f"{place}.translate"),
+            replace=self.sides(raw.pop("replace", {}), f"{place}.replace"),
+        )
+        if trains:
+            own = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
+            arm.arguments = {**(taught if recipe == "teacher" else common), **own}
+            if "seeds" in raw:
+                arm.seeds = self.numbers(raw.pop("seeds"), f"{place}.seeds")
+            # A retriever taught in English alone is the same for every language.
+            arm.multilingual = self.typed(
+                raw.pop("multilingual", recipe == "teacher"), bool, f"{place}.multilingual"
+            )
+            arm.start = str(raw.pop("start", ENCODER if recipe == "teacher" else ""))
+        arm.settings = self.settings(raw, kind, place)
+        return arm
+
+    def sides(self, raw: Any, place: str) -> dict[str, str]:
+        self.known(self.mapping(raw, place), SIDES, place)
+        return {str(side): self.located(str(value)) for side, value in raw.items()}
 
     def recipe(
         self, raw: dict[str, Any], kind: type[Any], common: dict[str, Any], place: str
     ) -> tuple[Any, dict[str, Any]]:
-        raw = dict(raw)
+        raw = dict(self.mapping(raw, place))
         arguments = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
         return kind(**self.settings(raw, kind, place)), {**common, **arguments}
 
@@ -324,11 +432,14 @@ class _Reader:
         if not isinstance(raw, dict):
             raise ValueError(f"{self.place}: collections: expected names with their files")
         for name, parts in raw.items():
-            self.known(
-                self.mapping(parts, f"collections.{name}"), COLLECTION_KEYS, f"collections.{name}"
-            )
+            place = f"collections.{name}"
+            self.known(self.mapping(parts, place), COLLECTION_KEYS, place)
+            if "role" in parts:
+                self.one_of(parts["role"], ROLES, f"{place}.role")
         return {
-            str(name): {key: self.located(str(value)) for key, value in parts.items()}
+            str(name): {
+                key: self.located(str(value)) for key, value in parts.items() if key != "languages"
+            }
             for name, parts in raw.items()
         }
 
@@ -371,11 +482,3 @@ def nearest(key: str, keys: Iterable[str]) -> str:
         return f"; did you mean `{close[0]}`?"
     listed = sorted(keys)
     return f"; known: {', '.join(listed)}" if 0 < len(listed) < 30 else ""
-
-
-def _fill(value: Any, language: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _fill(entry, language) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_fill(entry, language) for entry in value]
-    return value.replace("{language}", language) if isinstance(value, str) else value

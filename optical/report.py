@@ -14,33 +14,39 @@ from typing import Any
 import numpy as np
 
 from optical.config import StudyConfig
-from optical.figures import draw_alignment, draw_gaps, draw_languages
+from optical.figures import draw_figures
 from optical.files import write_text
 from optical.provenance import environment
+from optical.results import PLAN_COLUMNS, arm_cost, plan_rows, result_rows, write_rows
 from optical.summary import SEED, Estimate, Summary, measure_name
 
 
 def write_report(
     config: StudyConfig,
     results: Sequence[Mapping[str, Any]],
-    times: Mapping[str, float],
+    costs: Mapping[str, Mapping[str, float]],
     output: Path,
 ) -> Path:
-    """Write ``report.md``, ``report.html``, ``report.json`` and ``figures/`` into `output`.
+    """Write the report into `output`: Markdown, HTML, JSON, ``results.csv`` and ``figures/``.
 
     Args:
         config: the study's configuration.
         results: what the evaluation cells and the alignment cell wrote.
-        times: seconds per cell, over all runs of the study.
+        costs: label of a cell -> its ``seconds`` and ``peak_mb``, over all runs of the study.
         output: an existing folder that can be written.
 
     Returns:
         The path of report.md.
     """
     summary = Summary.of(config, results)
-    figures = _figures(config, summary, results, output / "figures")
-    blocks = [*_answer(config, summary), *figures, *_tables(config, summary)]
-    blocks += _provenance(config, times)
+    write_rows(result_rows(config, summary, costs), output / "results.csv")
+    (output / "alignment.csv").unlink(missing_ok=True)
+    for row in results:
+        if "plan" in row:
+            write_rows(plan_rows(row), output / "alignment.csv", PLAN_COLUMNS)
+    blocks = [*_answer(config, summary), *_figures(config, summary, results, output)]
+    blocks += [*_tables(config, summary), *_costs(summary, costs)]
+    blocks += _provenance(config, costs)
     write_text(output / "report.json", json.dumps(summary.to_dict(), indent=1) + "\n")
     write_text(output / "report.html", _html(config.title, blocks, output))
     write_text(output / "report.md", "\n\n".join(_markdown(block) for block in blocks) + "\n")
@@ -98,7 +104,10 @@ def _answer(config: StudyConfig, summary: Summary) -> list[Block]:
             ]
             means = [
                 np.mean(
-                    [summary.means[summary.measure][collection, a, x] for x in summary.languages]
+                    [
+                        summary.means[summary.measure][collection, a, x]
+                        for x in summary.languages_of(collection)
+                    ]
                 )
                 for a in (arm, baseline)
             ]
@@ -131,9 +140,10 @@ def _tables(config: StudyConfig, summary: Summary) -> list[Block]:
                 config.resource(language),
                 *(_cell(summary, (collection, arm, language)) for arm in summary.arms),
             ]
-            for language in summary.languages
+            for language in summary.languages_of(collection)
         ]
-        queries = len(summary.scores[collection, summary.arms[0], summary.languages[0]])
+        first = summary.languages_of(collection)[0]
+        queries = len(summary.scores[collection, summary.arms[0], first])
         caption = f"{collection}: {name} with 95 % intervals, {queries} queries."
         blocks.append(
             Table(["language", "resource", *summary.arms], rows, " ".join([caption, *ceiling]))
@@ -172,6 +182,8 @@ def _tables(config: StudyConfig, summary: Summary) -> list[Block]:
                 "is above zero. 95 % bootstrap intervals over queries.",
             )
         )
+    if config.translation and summary.gaps:
+        blocks += _gains(config, summary)
     blocks.append(Heading("Comparisons"))
     blocks.append(
         Table(
@@ -208,10 +220,86 @@ def _tables(config: StudyConfig, summary: Summary) -> list[Block]:
             "Means over queries and seeds.",
         )
     )
+    if summary.tokens:
+        blocks += _tokens(config, summary)
+    if summary.error_rates:
+        blocks += _error_rates(config, summary)
     return blocks
 
 
-def _provenance(config: StudyConfig, times: Mapping[str, float]) -> list[Block]:
+def _gains(config: StudyConfig, summary: Summary) -> list[Block]:
+    rows = [
+        [gap.collection, gap.arm, *(_share(x) if x else "–" for x in (gap.gain_low, gap.gain_high))]
+        for gap in summary.gaps
+        if gap.arm != config.translation
+    ]
+    return [
+        Heading("Gain over the translation baseline"),
+        Table(
+            ["collection", "arm", "low", "high"],
+            rows,
+            f"Relative gain in {measure_name(summary.measure)} over {config.translation}, with 95 "
+            "% bootstrap intervals.",
+        ),
+    ]
+
+
+def _tokens(config: StudyConfig, summary: Summary) -> list[Block]:
+    rows = [
+        [
+            config.names.get(language, language),
+            tokenizer,
+            f"{found['tokens']:.2f}",
+            f"{found['unknown']:.2%}",
+        ]
+        for language, tokenizers in summary.tokens.items()
+        for tokenizer, found in tokenizers.items()
+    ]
+    caption = "How the tokenizers cut the texts of the collections."
+    head = ["language", "tokenizer of the", "tokens per word", "unknown tokens"]
+    return [Heading("Tokenizers"), Table(head, rows, caption)]
+
+
+def _error_rates(config: StudyConfig, summary: Summary) -> list[Block]:
+    arms = list(dict.fromkeys(arm for arm, _ in summary.error_rates))
+    rows = [
+        [
+            config.names.get(language, language),
+            *(f"{summary.error_rates.get((arm, language), float('nan')):.3f}" for arm in arms),
+        ]
+        for language in summary.languages
+        if any((arm, language) in summary.error_rates for arm in arms)
+    ]
+    return [
+        Heading("Word alignment"),
+        Table(
+            ["language", *arms],
+            rows,
+            "Alignment error rate of the plans between an arm's model and the teacher, against the "
+            "word table on sentence pairs that no arm learnt from; the mean over seeds.",
+        ),
+    ]
+
+
+def _costs(summary: Summary, costs: Mapping[str, Mapping[str, float]]) -> list[Block]:
+    rows = []
+    for arm in summary.arms:
+        seconds, peak = arm_cost(arm, costs)
+        rows.append([arm, f"{seconds / 60:.1f}", f"{peak:.0f}"])
+    if not costs:
+        return []
+    return [
+        Heading("Cost"),
+        Table(
+            ["arm", "minutes", "peak memory in MB"],
+            rows,
+            "Training and search of all languages and seeds of an arm, and the largest memory in "
+            "any of them: the GPU's where there is one, else of the whole process.",
+        ),
+    ]
+
+
+def _provenance(config: StudyConfig, costs: Mapping[str, Mapping[str, float]]) -> list[Block]:
     known = environment()
     versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
     facts = [
@@ -219,7 +307,8 @@ def _provenance(config: StudyConfig, times: Mapping[str, float]) -> list[Block]:
         f"Python {known['python']}; {versions}.",
         f"Seeds: {', '.join(map(str, config.seeds))}; scores are averaged over them. "
         f"Role of the student: {config.role}.",
-        f"Computing time of the cells: {sum(times.values()) / 60:.1f} minutes.",
+        "Computing time of the cells: "
+        f"{sum(cost['seconds'] for cost in costs.values()) / 60:.1f} minutes.",
     ]
     return [
         Heading("How it was made"),
@@ -324,38 +413,27 @@ def _inline(text: str) -> str:
 
 
 def _figures(
-    config: StudyConfig,
-    summary: Summary,
-    results: Sequence[Mapping[str, Any]],
-    folder: Path,
+    config: StudyConfig, summary: Summary, results: Sequence[Mapping[str, Any]], output: Path
 ) -> list[Block]:
-    blocks: list[Block] = [Heading("Figures")]
     name = measure_name(summary.measure)
-    path = folder / "measure_per_language.png"
-    draw_languages(config, summary, path)
-    blocks.append(
-        Figure(path, f"{name} per language and arm with 95 % intervals; dashed: English documents.")
-    )
-    if summary.gaps:
-        path = folder / "gap_per_arm.png"
-        draw_gaps(summary, path)
-        blocks.append(
-            Figure(
-                path,
-                f"High- minus low-resource {name} per arm with 95 % intervals; less is fairer.",
-            )
-        )
+    captions = {
+        "measure_per_language": f"{name} per language and arm with 95 % intervals; dashed: English "
+        "documents.",
+        "gap_per_arm": f"High- minus low-resource {name} per arm with 95 % intervals; less is "
+        "fairer.",
+        "pairs": f"{name} over the number of sentence pairs, with 95 % intervals; dashed: "
+        "high-resource languages.",
+    }
     for row in results:
         if "plan" in row:
-            path = folder / "alignment.png"
-            draw_alignment(row, path)
             language = config.names.get(row["language"], row["language"])
-            blocks.append(
-                Figure(
-                    path,
-                    f"Transport plan of one {language} sentence (rows) and its English translation "
-                    f"(columns), each row as shares of its mass; mean transported cosine distance "
-                    f"{row['value_linear']:.3f}.",
-                )
+            captions["alignment"] = (
+                f"Transport plan of one {language} sentence (rows) and its English translation "
+                f"(columns), each row as shares of its mass; mean transported cosine distance "
+                f"{row['value_linear']:.3f}."
             )
-    return blocks
+    drawn = draw_figures(output / "results.csv", output / "figures")
+    return [
+        Heading("Figures"),
+        *(Figure(path, captions[key]) for key, path in drawn.items() if key in captions),
+    ]

@@ -25,7 +25,14 @@ from torch import Tensor
 from optical.collections import Collection
 from optical.runs import Run
 
-__all__ = ["EMPTY_DOCUMENT_SCORE", "TokenVectors", "encode", "search", "search_vectors"]
+__all__ = [
+    "EMPTY_DOCUMENT_SCORE",
+    "TokenVectors",
+    "encode",
+    "passages",
+    "search",
+    "search_vectors",
+]
 
 logger = logging.getLogger("optical")
 
@@ -112,6 +119,30 @@ def encode(
     return TokenVectors(torch.cat(pieces).float(), lengths)
 
 
+def passages(text: str, tokenizer: Any, length: int, stride: int) -> list[str]:
+    """Cut a text into overlapping passages of `length` tokens that begin every `stride` tokens.
+
+    The special tokens that the tokenizer adds count, as they do in a model's limits. The last
+    passage ends with the text. A text that fits is its own only passage.
+
+    Raises:
+        ValueError: the passages would leave gaps, or hold no token.
+    """
+    room = length - tokenizer.num_special_tokens_to_add()
+    if room < 1 or not 1 <= stride <= room:
+        raise ValueError(
+            f"passage_length is {length} and passage_stride {stride}; expected a length above the "
+            f"{length - room} special tokens, and a stride from 1 to the length without them"
+        )
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+        "offset_mapping"
+    ]
+    if len(spans) <= room:
+        return [text]
+    starts = range(0, len(spans) - room + stride, stride)
+    return [text[spans[start][0] : spans[min(start + room, len(spans)) - 1][1]] for start in starts]
+
+
 def search(
     model: Any,
     collection: Collection,
@@ -120,6 +151,9 @@ def search(
     batch_size: int = 32,
     chunk_elements: int | None = None,
     document_model: Any | None = None,
+    query_vectors: TokenVectors | None = None,
+    passage_length: int | None = None,
+    passage_stride: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> Run:
@@ -137,6 +171,12 @@ def search(
             ``None`` is 2 million on a CPU, 134 million elsewhere. One document is never divided.
         document_model: a second ``MultiVectorEncoder`` for the documents: a student's queries can
             search the index of its teacher. Both must give vectors of the same dimension.
+        query_vectors: the queries as :func:`encode` gave them before, in the collection's order,
+            which spares encoding them; None encodes them.
+        passage_length: cut documents into passages of so many tokens (None: documents are read to
+            the model's limit); a document scores as its best passage does (MaxP).
+        passage_stride: tokens from the begin of one passage to the next; half the length by
+            default.
         device: where to encode and score; ``None`` leaves the models where they are.
         progress: show a progress bar over documents.
 
@@ -155,11 +195,23 @@ def search(
         >>> model = MultiVectorEncoder("runs/sw/final")                           # doctest: +SKIP
         >>> run = search(model, load_collection("wikiclir/sw"), depth=100)        # doctest: +SKIP
     """
-    _require_positive(depth=depth, batch_size=batch_size, chunk_elements=chunk_elements)
-    document_model = model if document_model is None else document_model
-    queries = encode(
-        model, list(collection.queries.values()), "query", batch_size=batch_size, device=device
+    _require_positive(
+        depth=depth,
+        batch_size=batch_size,
+        chunk_elements=chunk_elements,
+        passage_length=passage_length,
+        passage_stride=passage_stride,
     )
+    document_model = model if document_model is None else document_model
+    if query_vectors is None:
+        texts = list(collection.queries.values())
+        query_vectors = encode(model, texts, "query", batch_size=batch_size, device=device)
+    queries = query_vectors
+    if len(queries) != len(collection.queries):
+        raise ValueError(
+            f"query_vectors: of {len(queries)} texts, but the collection has "
+            f"{len(collection.queries)} queries"
+        )
 
     # Equal texts must have equal scores, which rounding in two batches would prevent.
     owners: dict[str, list[str]] = {}
@@ -167,14 +219,21 @@ def search(
         owners.setdefault(text, []).append(docid)
     texts = sorted(owners, key=len, reverse=True)
 
-    def batches() -> Iterator[tuple[list[list[str]], list[Tensor]]]:
+    def batches() -> Iterator[tuple[list[list[str]], list[list[Tensor]]]]:
         for start in _steps(len(texts), batch_size, progress):
             batch = texts[start : start + batch_size]
+            cut = [[text] for text in batch]
+            if passage_length is not None:
+                stride = passage_stride or max(passage_length // 2, 1)
+                tokenizer = document_model.tokenizer
+                cut = [passages(text, tokenizer, passage_length, stride) for text in batch]
+            pieces = [piece for text in cut for piece in text]
             vectors = encode(
-                document_model, batch, "document", batch_size=batch_size, device=device
+                document_model, pieces, "document", batch_size=batch_size, device=device
             )
             _require_same_dimension(queries.dim, vectors.dim)
-            yield [owners[text] for text in batch], vectors.split()
+            split = iter(vectors.split())
+            yield [owners[text] for text in batch], [[next(split) for _ in text] for text in cut]
 
     return _search(
         list(collection.queries), queries, list(collection.documents), batches(),
@@ -217,10 +276,10 @@ def search_vectors(
     # Neighbours of similar length make tiles with little padding.
     order = sorted(range(len(pieces)), key=lambda index: len(pieces[index]), reverse=True)
 
-    def batches() -> Iterator[tuple[list[list[str]], list[Tensor]]]:
+    def batches() -> Iterator[tuple[list[list[str]], list[list[Tensor]]]]:
         for start in range(0, len(order), 256):
             chosen = order[start : start + 256]
-            yield [[document_ids[i]] for i in chosen], [pieces[i].to(target) for i in chosen]
+            yield [[document_ids[i]] for i in chosen], [[pieces[i].to(target)] for i in chosen]
 
     moved = TokenVectors(query_vectors.vectors.to(target), query_vectors.lengths)
     return _search(
@@ -233,13 +292,13 @@ def _search(
     query_ids: Sequence[str],
     queries: TokenVectors,
     document_ids: Sequence[str],
-    batches: Iterator[tuple[list[list[str]], list[Tensor]]],
+    batches: Iterator[tuple[list[list[str]], list[list[Tensor]]]],
     *,
     depth: int,
     chunk_elements: int | None,
     device: torch.device,
 ) -> Run:
-    """Score batches of ``(ids that share the vectors, vectors)``; keep the best of each query."""
+    """Score batches of ``(ids that share a text, its passages)``; keep the best of each query."""
     pieces = queries.split()
     # Queries of similar length share a block, so that little of it is padding.
     order = sorted((i for i in range(len(pieces)) if len(pieces[i])), key=lambda i: len(pieces[i]))
@@ -259,9 +318,10 @@ def _search(
     names = sorted(document_ids)
     number = {docid: index for index, docid in enumerate(names)}
     best = _Best(len(order), depth, device)
-    for ids, vectors in batches:
+    for ids, texts in batches:
         with torch.no_grad():
-            scores = _maxsim(blocks, vectors, chunk_elements)
+            scores = _maxsim(blocks, [one for text in texts for one in text], chunk_elements)
+            scores = _best_passage(scores, [len(text) for text in texts])
         owners = [column for column, shared in enumerate(ids) for _ in shared]
         numbers = [number[docid] for shared in ids for docid in shared]
         best.add(
@@ -327,6 +387,16 @@ def _maxsim(blocks: list[Tensor], documents: list[Tensor], chunk_elements: int) 
             scores[top : top + size, columns] = best.sum(dim=1)
             top += size
     return scores
+
+
+def _best_passage(scores: Tensor, counts: list[int]) -> Tensor:
+    """(queries, passages) -> (queries, texts): the best of each text's neighbouring passages."""
+    if all(count == 1 for count in counts):
+        return scores
+    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    best = scores.new_full((len(scores), len(counts)), float("-inf"))
+    index = owner.to(scores.device).expand_as(scores)
+    return best.scatter_reduce(1, index, scores, "amax", include_self=True)
 
 
 class _Best:

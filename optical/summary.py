@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from optical.config import StudyConfig
-from optical.significance import correct, interval, paired_test
+from optical.significance import correct, paired_test
 
 SEED = 0
 RESAMPLES = 10_000
@@ -51,6 +52,8 @@ class Gap:
         recovered: for low- and high-resource languages, the share of the way from the baseline to
             English documents; None for the baseline itself, without English documents, or where
             these may be no better than the baseline.
+        gain: for low- and high-resource languages, the relative gain over the translation baseline;
+            None for itself, without one, or where it may be zero.
     """
 
     collection: str
@@ -61,6 +64,8 @@ class Gap:
     closed: Estimate | None = None
     recovered_low: Estimate | None = None
     recovered_high: Estimate | None = None
+    gain_low: Estimate | None = None
+    gain_high: Estimate | None = None
 
 
 @dataclass
@@ -72,10 +77,17 @@ class Summary:
     collections: list[str]
     measure: str
     scores: Scores
+    draws: dict[tuple[str, str, str], Draws]
     means: dict[str, dict[tuple[str, str, str], float]]
     intervals: dict[tuple[str, str, str], tuple[float, float]]
     comparisons: list[Comparison] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
+    # (arm, language) -> sentence pairs that the arm learnt from.
+    pairs: dict[tuple[str, str], int] = field(default_factory=dict)
+    # (arm, language) -> alignment error rates, averaged over seeds and roles
+    error_rates: dict[tuple[str, str], float] = field(default_factory=dict)
+    # language -> whose tokenizer -> tokens per word and share of unknown tokens
+    tokens: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: StudyConfig, results: Sequence[Mapping[str, Any]]) -> Summary:
@@ -83,33 +95,57 @@ class Summary:
         measure = next(iter(next(iter(rows[0]["measures"].values()))))
         names = next(iter(rows[0]["measures"].values())).keys()
         every = {name: _scores(rows, name) for name in names}
-        scores = every[measure]
+        scores = {key: _averaged(seeds) for key, seeds in every[measure].items()}
+        draws = {key: _draws(seeds, key) for key, seeds in every[measure].items()}
         summary = cls(
             arms=[arm.name for arm in config.arms],
             languages=list(config.languages),
             collections=list(config.collections),
             measure=measure,
             scores=scores,
+            draws=draws,
             means={
-                name: {key: _mean(values) for key, values in table.items()}
+                name: {key: _mean(_averaged(seeds)) for key, seeds in table.items()}
                 for name, table in every.items()
             },
-            intervals={key: interval(values, seed=SEED)[1:] for key, values in scores.items()},
+            intervals={key: _estimate(drawn)[1:] for key, drawn in draws.items()},
+            pairs={(row["arm"], row["language"]): row["pairs"] for row in rows if row.get("pairs")},
+            error_rates=_error_rates(results),
+            tokens={row["language"]: row["tokens"] for row in results if "tokens" in row},
         )
-        summary.comparisons = summary._compare()
+        summary.comparisons = summary._compare(config)
         if config.low and config.high:
             summary.gaps = summary._gaps(config)
         return summary
 
-    def _compare(self) -> list[Comparison]:
+    def languages_of(self, collection: str) -> list[str]:
+        """The languages in which the arms searched a collection."""
+        arm = self.arms[0]
+        return [x for x in self.languages if (collection, arm, x) in self.scores]
+
+    def _compare(self, config: StudyConfig) -> list[Comparison]:
         found = []
         pairs = [(new, old) for old, new in itertools.combinations(self.arms, 2)]
-        for collection, language, (arm, against) in itertools.product(
-            self.collections, self.languages, pairs
-        ):
-            new, old = (self.scores[collection, name, language] for name in (arm, against))
-            tested = paired_test(new, old, seed=SEED)
-            found.append(Comparison(collection, language, arm, against, *tested))
+        if config.against:
+            # Each pair once: between two of those tested against, the later one is the newer.
+            pairs = [
+                (new, old)
+                for old in config.against
+                for new in self.arms
+                if new != old and (new not in config.against or (new, old) in pairs)
+            ]
+        places = [(c, x) for c in self.collections for x in self.languages_of(c)]
+        for (collection, language), (arm, against) in itertools.product(places, pairs):
+            keys = (collection, arm, language), (collection, against, language)
+            tested = paired_test(*(self.scores[key] for key in keys), seed=SEED)
+            # Over queries and seeds; the test's own interval knows queries alone.
+            _, low, high = _estimate(self.draws[keys[0]] - self.draws[keys[1]])
+            found.append(
+                Comparison(
+                    collection, language, arm, against, tested.difference, low, high,
+                    tested.p, tested.queries,
+                )
+            )  # fmt: skip
         for comparison, corrected in zip(found, correct([one.p for one in found]), strict=True):
             comparison.p_holm = corrected
         return found
@@ -117,10 +153,15 @@ class Summary:
     def _gaps(self, config: StudyConfig) -> list[Gap]:
         found = []
         for collection in self.collections:
+            if not {*config.low, *config.high} <= {*self.languages_of(collection)}:
+                continue
             baseline = self._groups(config, collection, self.arms[0])
+            translated = (
+                self._groups(config, collection, config.translation) if config.translation else []
+            )
             ceiling = [
-                _draws(values)
-                for (name, arm, _), values in self.scores.items()
+                drawn
+                for (name, arm, _), drawn in self.draws.items()
                 if name == collection and arm not in self.arms
             ]
             for arm in self.arms:
@@ -134,13 +175,18 @@ class Summary:
                             _share(reached - start, ceiling[0] - start)
                             for reached, start in zip(groups, baseline, strict=True)
                         )
+                if translated and arm != config.translation:
+                    gap.gain_low, gap.gain_high = (
+                        _share(reached - start, start)
+                        for reached, start in zip(groups, translated, strict=True)
+                    )
                 found.append(gap)
         return found
 
     def _groups(self, config: StudyConfig, collection: str, arm: str) -> list[Draws]:
         """Means over the low- and over the high-resource languages, with their resamples."""
         return [
-            np.mean([_draws(self.scores[collection, arm, language]) for language in group], axis=0)
+            np.mean([self.draws[collection, arm, language] for language in group], axis=0)
             for group in (config.low, config.high)
         ]
 
@@ -159,32 +205,65 @@ class Summary:
             ],
             "comparisons": [vars(comparison) for comparison in self.comparisons],
             "gaps": [vars(gap) for gap in self.gaps],
+            "alignment_error_rates": [
+                {"arm": arm, "language": language, "rate": rate}
+                for (arm, language), rate in self.error_rates.items()
+            ],
+            "tokens": self.tokens,
         }
 
 
-def _scores(rows: Iterable[Mapping[str, Any]], measure: str) -> Scores:
+def _scores(
+    rows: Iterable[Mapping[str, Any]], measure: str
+) -> dict[tuple[str, str, str], list[Values]]:
+    """(collection, arm, language) -> the values of each seed, query by query."""
     grouped: dict[tuple[str, str, str], list[Values]] = {}
     for row in rows:
         for collection, measures in row["measures"].items():
             key = (collection, row["arm"], row["language"])
             grouped.setdefault(key, []).append(measures[measure])
-    return {
-        key: {query: float(np.mean([seed[query] for seed in seeds])) for query in seeds[0]}
-        for key, seeds in grouped.items()
-    }
+    return grouped
 
 
-def _draws(values: Values) -> Draws:
-    """The mean over queries, then its bootstrap resamples.
+def _averaged(seeds: Sequence[Values]) -> Values:
+    return {query: float(np.mean([seed[query] for seed in seeds])) for query in seeds[0]}
 
-    The draws depend on the query ids alone, so languages and arms that share their queries are
-    resampled together and differences between them keep their pairing.
+
+def _error_rates(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in results:
+        if row.get("aer") is not None:
+            found.setdefault((row["arm"], row["language"]), []).append(row["aer"])
+    return {key: float(np.mean(rates)) for key, rates in found.items()}
+
+
+def _draws(seeds: Sequence[Values], key: tuple[str, str, str]) -> Draws:
+    """The mean over queries and seeds, then its bootstrap resamples over both.
+
+    The queries drawn depend on their ids alone, so languages and arms that share their queries are
+    resampled together and differences between them keep their pairing. Seeds are drawn for each
+    arm and language apart, as trainings are made.
     """
-    x = np.array(list(values.values()))
-    chosen = np.random.default_rng([SEED, *",".join(values).encode()]).integers(
-        0, len(x), (RESAMPLES, len(x))
-    )
-    return np.concatenate([[x.mean()], x[chosen].mean(axis=1)])
+    x = np.array([list(values.values()) for values in seeds])
+    means: Draws = x @ _resampled(tuple(seeds[0])).T / x.shape[1]
+    if len(x) == 1:
+        drawn = means[0]
+    else:
+        generator = np.random.default_rng([SEED, *"/".join(key).encode()])
+        chosen = generator.integers(0, len(x), (RESAMPLES, len(x)))
+        drawn = means[chosen, np.arange(RESAMPLES)[:, None]].mean(axis=1)
+    return np.concatenate([[x.mean()], drawn])
+
+
+@functools.lru_cache(maxsize=8)
+def _resampled(queries: tuple[str, ...]) -> Draws:
+    """(RESAMPLES, queries): how often each query is in each resample."""
+    size = len(queries)
+    generator = np.random.default_rng([SEED, *",".join(queries).encode()])
+    chosen = generator.integers(0, size, (RESAMPLES, size))
+    flat = (chosen + size * np.arange(RESAMPLES)[:, None]).ravel()
+    counts = np.bincount(flat, minlength=RESAMPLES * size).astype(np.float64)
+    return counts.reshape(RESAMPLES, size)
 
 
 def _estimate(draws: Draws) -> Estimate:

@@ -1,7 +1,7 @@
 """The training recipes: each one a configured Sentence Transformers trainer.
 
 teacher     English late interaction from (query, passage) pairs, in-batch softmax   (recipe R0)
-distill     a student pulled onto a frozen teacher through parallel sentences        (recipe R1)
+distill     a student pulled onto a frozen teacher through parallel sentences   (recipes R1 to R4)
 codeswitch  the teacher recipe on text whose words were replaced through lexicons    (recipe R5)
 
 Each function returns the trainer, which its caller may change before ``run`` trains, resumes and
@@ -17,10 +17,12 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from sentence_transformers import (
     MultiVectorEncoder,
@@ -34,164 +36,35 @@ from sentence_transformers.multi_vector_encoder.losses import (
 )
 from transformers import AutoTokenizer, PrinterCallback, set_seed
 
+from optical import objectives
 from optical.bitext import pairs_dataset, read_pairs
-from optical.checks import check_options
-from optical.codeswitch import CodeSwitcher, read_lexicon
-from optical.encoder import frequent_tokens, load_retriever
+from optical.codeswitch import CodeSwitcher
+from optical.encoder import frequent_tokens, load_retriever, located, token_counts
 from optical.files import writable_folder, write_text
-from optical.losses import OTDistillationLoss
+from optical.lexicon import read_lexicon
+from optical.losses import DistillationLoss, OTDistillationLoss
+from optical.options import ROLES, CodeswitchOptions, DistillOptions, TeacherOptions
 from optical.provenance import environment
 from optical.training_pairs import read_training_pairs
+from optical.vectors import StoredVectors
+
+__all__ = [
+    "BitextCollator",
+    "CodeswitchOptions",
+    "CommandLineArguments",
+    "DistillOptions",
+    "TeacherOptions",
+    "arguments",
+    "codeswitch",
+    "distill",
+    "last_checkpoint",
+    "progress_lines",
+    "record",
+    "run",
+    "teacher",
+]
 
 logger = logging.getLogger("optical")
-
-ROLES = ("query", "document")
-OBJECTIVES = ("ot",)
-
-
-@dataclass
-class TeacherOptions:
-    """Options of `optical train teacher`."""
-
-    model: str = field(
-        default="", metadata={"help": "Encoder to start from: Hugging Face name or folder."}
-    )
-    pairs: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Training pairs: TSV `query TAB passage`, or JSON lines with query, pos, neg."
-        },
-    )
-    queries: str = field(
-        default="", metadata={"help": "With --passages: TSV `query id TAB passage id TAB query`."}
-    )
-    passages: str = field(
-        default="", metadata={"help": "With --queries: JSON lines or TSV of passage id and text."}
-    )
-    dimension: int | None = field(
-        default=None, metadata={"help": "Size of the token vectors (default: encoder's width)."}
-    )
-    query_length: int = field(default=32, metadata={"help": "Longest query in tokens."})
-    document_length: int = field(default=180, metadata={"help": "Longest passage in tokens."})
-    query_expansion: bool = field(
-        default=False, metadata={"help": "Fill queries with mask tokens to query_length."}
-    )
-    skip_frequent: int = field(
-        default=0,
-        metadata={
-            "help": "Leave the N most frequent tokens of the training texts out of queries' scores."
-        },
-    )
-    scale: float = field(
-        default=1.0, metadata={"help": "Factor on the MaxSim scores before the softmax."}
-    )
-    resume: bool = field(
-        default=False, metadata={"help": "Continue from the last checkpoint in output_dir."}
-    )
-
-    def validate(self) -> None:
-        """Raise ValueError for options that cannot work, before anything is read."""
-        _required("model", self.model)
-        if bool(self.queries) != bool(self.passages):
-            raise ValueError("queries, passages: one of them alone; expected both or neither")
-        if not self.pairs and not self.queries:
-            raise ValueError("pairs: none given; expected --pairs, or --queries with --passages")
-
-
-@dataclass
-class CodeswitchOptions(TeacherOptions):
-    """Options of `optical train codeswitch`."""
-
-    lexicon: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Lexicons `language=file`, file: `English TAB foreign`."},
-    )
-    probability: float = field(default=0.5, metadata={"help": "Chance that a word is replaced."})
-    sides: str = field(
-        default="document", metadata={"help": "Which side is switched: query, document or both."}
-    )
-    copies: int = field(
-        default=1, metadata={"help": "How often each pair is switched, with draws of its own."}
-    )
-
-    def validate(self) -> None:
-        """Raise ValueError for options that cannot work, before anything is read."""
-        super().validate()
-        if not self.lexicon:
-            raise ValueError("lexicon: none given; expected at least one `language=file`")
-        for entry in self.lexicon:
-            if "=" not in entry:
-                raise ValueError(f"lexicon: {entry!r}, expected `language=file`")
-        if self.sides not in (*ROLES, "both"):
-            raise ValueError(f"sides: {self.sides!r}, expected 'query', 'document' or 'both'")
-        if self.copies < 1:
-            raise ValueError(f"copies: {self.copies}, expected 1 or more")
-        if not 0.0 <= self.probability <= 1.0:
-            raise ValueError(f"probability: {self.probability}, expected a number from 0 to 1")
-
-
-@dataclass
-class DistillOptions:
-    """Options of `optical train distill`."""
-
-    teacher: str = field(
-        default="", metadata={"help": "The frozen English retriever: Hugging Face name or folder."}
-    )
-    student: str = field(
-        default="", metadata={"help": "Model to start the student from (default: the teacher)."}
-    )
-    bitext: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Parallel sentences `English TAB other`, one file or more."},
-    )
-    role: str = field(
-        default="", metadata={"help": "What the student will read: query or document."}
-    )
-    objective: str = field(
-        default="ot", metadata={"help": "How the two clouds of token vectors are compared."}
-    )
-    epsilon: float = field(default=0.05, metadata={"help": "Temperature of the transport plan."})
-    max_iter: int = field(default=50, metadata={"help": "Sinkhorn iterations."})
-    tol: float = field(
-        default=0.0, metadata={"help": "Stop a pair at this L1 marginal error (0: run max_iter)."}
-    )
-    gradient: str = field(
-        default="envelope", metadata={"help": "envelope (OPTICAL), implicit or unroll."}
-    )
-    backend: str = field(default="auto", metadata={"help": "Sinkhorn backend; see `optical info`."})
-    max_pairs: int | None = field(
-        default=None, metadata={"help": "Use the first so many pairs of each file."}
-    )
-    dimension: int | None = field(
-        default=None, metadata={"help": "Size of a new student's vectors (default: teacher's)."}
-    )
-    resume: bool = field(
-        default=False, metadata={"help": "Continue from the last checkpoint in output_dir."}
-    )
-
-    def validate(self) -> None:
-        """Raise ValueError for options that cannot work, before anything is read."""
-        _required("teacher", self.teacher)
-        if self.role not in ROLES:
-            raise ValueError(f"role: {self.role!r}, expected 'query' or 'document'")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective: {self.objective!r}, expected {' or '.join(OBJECTIVES)}")
-        if not self.bitext:
-            raise ValueError("bitext: none given; expected at least one file")
-        if self.max_pairs is not None and self.max_pairs < 1:
-            raise ValueError(f"max_pairs: {self.max_pairs}, expected 1 or more")
-        check_options(
-            epsilon=self.epsilon,
-            max_iter=self.max_iter,
-            tol=self.tol,
-            gradient=self.gradient,
-            backend=self.backend,
-        )
-
-
-def _required(name: str, value: str) -> None:
-    if not value:
-        raise ValueError(f"{name}: none given; expected a Hugging Face name or a folder")
 
 
 class BitextCollator(MultiVectorEncoderDataCollator):
@@ -202,6 +75,8 @@ class BitextCollator(MultiVectorEncoderDataCollator):
         role: "query" or "document", the side of retrieval that the student will serve; it decides
             prompts, lengths and mask-token expansion on both sides.
         max_length: longest sentence in tokens (None: the models' own limits).
+        vectors: the teacher's vectors of the first column where they are stored, which spares
+            running it; None tokenises the column for the teacher.
     """
 
     def __init__(
@@ -211,6 +86,7 @@ class BitextCollator(MultiVectorEncoderDataCollator):
         *,
         role: str,
         max_length: int | None = None,
+        vectors: StoredVectors | None = None,
     ) -> None:
         if role not in ROLES:
             raise ValueError(f"role: {role!r}, expected 'query' or 'document'")
@@ -218,6 +94,7 @@ class BitextCollator(MultiVectorEncoderDataCollator):
         self.student = student
         self.teacher = teacher
         self.role = role
+        self.vectors = vectors
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the tensors of a batch, keyed ``{column}_{name}`` as the trainer expects."""
@@ -228,12 +105,13 @@ class BitextCollator(MultiVectorEncoderDataCollator):
             batch["dataset_name"] = features[0]["dataset_name"]
         for position, column in enumerate(columns):
             model = self.student if position else self.teacher
-            tokens = model.preprocess(
-                [row[column] for row in features],
-                prompt=model.prompts.get(self.role),
-                task=self.role,
-                **limit,
-            )
+            texts = [row[column] for row in features]
+            if self.vectors is not None and not position:
+                tokens = self.vectors.batch(texts)
+            else:
+                tokens = model.preprocess(
+                    texts, prompt=model.prompts.get(self.role), task=self.role, **limit
+                )
             batch.update({f"{column}_{name}": value for name, value in tokens.items()})
             batch[f"{column}_task"] = self.role
         return batch
@@ -297,11 +175,8 @@ def codeswitch(
     English is left untouched.
     """
     options.validate()
-    lexicons = {}
-    for entry in options.lexicon:
-        language, path = entry.split("=", 1)
-        lexicons[language] = read_lexicon(path)
     rows = read_training_pairs(options.pairs, options.queries, options.passages)
+    lexicons = _lexicons(options.lexicon)
     switch = CodeSwitcher(lexicons, probability=options.probability, seed=args.seed)
     coverage = switch.coverage([row[-1] for row in rows[:2000]])
     logger.info("code switching: the lexicons know %.0f %% of the words", 100 * coverage)
@@ -320,7 +195,7 @@ def codeswitch(
 def distill(
     options: DistillOptions, args: MultiVectorEncoderTrainingArguments
 ) -> MultiVectorEncoderTrainer:
-    """Configure OT distillation on parallel sentences (OPTICAL, arXiv 2301.12566).
+    """Configure distillation on parallel sentences: OT (OPTICAL, arXiv 2301.12566) or another.
 
     The student starts from the teacher unless the options name another model.
     """
@@ -329,26 +204,111 @@ def distill(
     set_seed(args.seed)
     taught_by = load_retriever(options.teacher)
     size = options.dimension or taught_by.get_embedding_dimension()
-    student = load_retriever(options.student or options.teacher, dimension=size)
-    loss = OTDistillationLoss(
-        student,
-        taught_by,
-        epsilon=options.epsilon,
-        max_iter=options.max_iter,
-        tol=options.tol,
-        gradient=options.gradient,  # type: ignore[arg-type]
-        backend=options.backend,
+    # A student made of a plain encoder reads as much as its teacher does.
+    reader = taught_by[0]
+    student = load_retriever(
+        options.student or options.teacher,
+        dimension=size,
+        query_length=getattr(reader, "query_length", None) or 32,
+        document_length=getattr(reader, "document_length", None) or 180,
+        query_expansion=bool(getattr(reader, "query_expansion", None)),
     )
     limit = args.max_length
     if isinstance(limit, dict):
         limit = limit.get(options.role)
+    stored = None
+    if options.teacher_vectors:
+        stored = StoredVectors(options.teacher_vectors, role=options.role, max_length=limit)
+    if options.objective == "contrastive":
+        # A sentence that stands twice in a batch would be its own negative.
+        args.batch_sampler = BatchSamplers.NO_DUPLICATES
+    dataset = pairs_dataset(pairs)
+    if options.reads != "other":
+        english = [source for source, _ in pairs]
+        if options.lexicon:
+            switch = CodeSwitcher(
+                _lexicons(options.lexicon), probability=options.probability, seed=args.seed
+            )
+            english = [switch(text, f"{index}") for index, text in enumerate(english)]
+        dataset = dataset.add_column("english", english)
+    if options.reads == "english":
+        dataset = dataset.remove_columns("target")
     return MultiVectorEncoderTrainer(
         model=student,
         args=args,
-        train_dataset=pairs_dataset(pairs),
-        loss=loss,
-        data_collator=BitextCollator(student, taught_by, role=options.role, max_length=limit),
+        train_dataset=dataset,
+        loss=_objective(options, student, taught_by, dataset),
+        data_collator=BitextCollator(
+            student, taught_by, role=options.role, max_length=limit, vectors=stored
+        ),
     )
+
+
+def _lexicons(entries: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Read `language=file` entries; several files of a language are one lexicon."""
+    lexicons: dict[str, dict[str, list[str]]] = {}
+    for entry in entries:
+        language, path = entry.split("=", 1)
+        for word, translations in read_lexicon(path).items():
+            known = lexicons.setdefault(language, {}).setdefault(word, [])
+            known += [one for one in translations if one not in known]
+    return lexicons
+
+
+def _objective(
+    options: DistillOptions, student: Any, taught_by: Any, dataset: Dataset
+) -> DistillationLoss:
+    source, *columns = dataset.column_names
+    read = [text for column in columns for text in dataset[column]]
+    masses: dict[str, Any] = {
+        "student_mass": _mass(student, read, options),
+        "teacher_mass": _mass(taught_by, list(dataset[source]), options),
+    }
+    if options.objective == "ot":
+        return OTDistillationLoss(
+            student,
+            taught_by,
+            epsilon=options.epsilon,
+            max_iter=options.max_iter,
+            tol=options.tol,
+            gradient=options.gradient,  # type: ignore[arg-type]
+            rho=options.rho,
+            backend=options.backend,
+            **masses,
+        )
+    if options.objective == "contrastive":
+        return objectives.ContrastiveBitextLoss(
+            student, taught_by, temperature=options.temperature, **masses
+        )
+    kinds: dict[str, type[DistillationLoss]] = {
+        "position": objectives.PositionDistillationLoss,
+        "pooled": objectives.PooledDistillationLoss,
+        "greedy": objectives.GreedyDistillationLoss,
+    }
+    return kinds[options.objective](student, taught_by, **masses)
+
+
+def _mass(model: Any, texts: Sequence[str], options: DistillOptions) -> torch.Tensor | None:
+    """Weight of each token of a model's tokenizer, or None where all weigh the same.
+
+    idf is log((N + 1) / (n + 1)) for a token in n of the N texts: tokens of every text, such as
+    the special ones, weigh nothing.
+    """
+    if options.mass == "uniform" and not options.skip_frequent:
+        return None
+    tokenizer = model.tokenizer
+    counts = token_counts(tokenizer, texts, once=True, special=True)
+    size = max(len(tokenizer), max(counts) + 1)
+    seen = torch.zeros(size)
+    seen[list(counts)] = torch.tensor([float(count) for count in counts.values()])
+    mass = torch.ones(size)
+    if options.mass == "idf":
+        # Rounding must not leave a trace of mass, or less than none, to tokens of every text.
+        mass = ((len(texts) + 1) / (seen + 1)).log().where(seen < len(texts), 0.0)
+    if options.skip_frequent:
+        # Equal counts in the order of the vocabulary; special tokens are the most frequent ones.
+        mass[(-seen).argsort(stable=True)[: options.skip_frequent]] = 0.0
+    return mass
 
 
 def _contrastive(
@@ -359,7 +319,7 @@ def _contrastive(
     set_seed(args.seed)
     frequent: list[str] = []
     if options.skip_frequent:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenizer = AutoTokenizer.from_pretrained(located(options.model))
         texts = [text for row in rows for text in row]
         frequent = frequent_tokens(tokenizer, texts, options.skip_frequent)
     model = load_retriever(

@@ -10,7 +10,9 @@ import pytest
 import optical
 from optical import cli
 
-COMMANDS = ["study", "search", "evaluate", "compare", "info"]
+COMMANDS = [
+    *("study", "search", "evaluate", "compare", "lexicon", "vectors", "figures", "info"),
+]
 QRELS = "q1 0 d1 1\nq2 0 d2 1\nq3 0 d3 1\nq4 0 d4 1\n"
 
 
@@ -344,3 +346,37 @@ def test_study_says_what_is_wrong(capsys, tmp_path):
     (tmp_path / "out").touch()
     argv = ["study", "--output", str(tmp_path / "out")]
     fails(capsys, argv, "output folder .* cannot be written .*; choose another one")
+
+
+# --- word tables and stored vectors --------------------------------------------------------------
+
+
+def test_lexicon_writes_a_table(capsys, world, tmp_path):
+    from optical.lexicon import read_lexicon
+
+    argv = ["lexicon", str(world / "bitext/en-sw.tsv"), "--output", str(tmp_path / "sw.tsv")]
+    assert cli.main(argv) == 0
+    lexicon = read_lexicon(tmp_path / "sw.tsv")
+    assert lexicon["bread"][0] == "mkate"
+    entries = sum(map(len, lexicon.values()))
+    assert f"sw.tsv: {entries} entries from 96 sentence pairs" in capsys.readouterr().out
+    fails(capsys, ["lexicon", "no.tsv", "--output", str(tmp_path / "x")], r"no\.tsv: no such file")
+
+
+def test_vectors_writes_a_store(capsys, world, tiny_models, tmp_path):
+    from optical.vectors import StoredVectors
+
+    bitext = str(world / "bitext/en-sw.tsv")
+    shared = ["vectors", tiny_models.teacher, "--bitext", bitext, "--output", str(tmp_path / "v")]
+    assert cli.main([*shared, "--role", "document", "--max-length", "9"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "v")
+    assert len(StoredVectors([tmp_path / "v"], role="document", max_length=9)) == 96
+    fails(capsys, [*shared, "--role", "passage"], "role: 'passage', expected 'query' or 'document'")
+
+
+def test_figures_of_no_table(capsys, tmp_path):
+    argv = ["figures", str(tmp_path / "no.csv"), "--output", str(tmp_path)]
+    fails(capsys, argv, r"no\.csv: no such file")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    argv = ["figures", str(tmp_path / "other.csv"), "--output", str(tmp_path)]
+    fails(capsys, argv, r"other\.csv:1: columns \['a', 'b'\], expected kind, collection")

@@ -4,7 +4,8 @@ import gzip
 
 import pytest
 
-from optical.codeswitch import CodeSwitcher, read_lexicon
+from optical.codeswitch import CodeSwitcher
+from optical.lexicon import read_lexicon
 
 SW = {
     "water": ["maji"],

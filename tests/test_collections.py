@@ -252,7 +252,7 @@ def item(path):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """Load real ids from files as WikiCLIR and CLIRMatrix have them, where ir_datasets looks.
+    """Load real ids from files as WikiCLIR, CLIRMatrix and mMARCO have them, in their places.
 
     In one process of its own, because ir_datasets fixes the place of its files on import.
     """
@@ -287,7 +287,19 @@ def loaded(tmp_path_factory):
     compressed(clirmatrix / "en.tsv.gz", "7\tMolo is a town\n8\tThe sea\n")
     compressed(clirmatrix / "sw_en.test1.jsonl.gz", "\n".join(map(json.dumps, queries)) + "\n")
 
+    mmarco = home / "mmarco"
+    (mmarco / "v2").mkdir(parents=True)
+    (mmarco / "v2" / "french_collection.tsv").write_text("0\tla mer\n1\tle pain\n2\tune lampe\n")
+    (mmarco / "v2" / "french.queries.dev.tsv").write_text("5\tdu pain\n6\tla mer ?\n")
+    # The small set is a part of the whole one.
+    (mmarco / "qrels.dev.small.tsv").write_text("5\t0\t1\t1\n")
+    (home / "english.tsv").write_text("5\tbread\n")
+
     requests = {
+        "mmarco": {"source": "mmarco/v2/fr/dev/small"},
+        "mmarco in English": {
+            "source": "mmarco/v2/fr/dev/small", "queries": str(home / "english.tsv"), "name": "en"
+        },
         "wikiclir": {"source": "wikiclir/sw"},
         "translated": {
             "source": "wikiclir/sw", "queries": str(home / "translated.tsv"), "name": "mt"
@@ -319,6 +331,15 @@ def test_wikiclir_id(loaded):
         [],
     ]
     assert "judgements name 1 documents that the collection lacks ('555'); they are not" in log
+
+
+def test_mmarco_id(loaded):
+    name, parts, _ = loaded["mmarco"]
+    assert name == "mmarco/v2/fr/dev/small"
+    documents = {"0": "la mer", "1": "le pain", "2": "une lampe"}
+    assert parts == [{"5": "du pain"}, documents, {"5": {"1": 1}}, []]
+    # English queries for French documents, by a file.
+    assert loaded["mmarco in English"][1] == [{"5": "bread"}, documents, {"5": {"1": 1}}, []]
 
 
 def test_translated_queries_replace_those_of_an_id(loaded):

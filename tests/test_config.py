@@ -95,6 +95,82 @@ def test_reads_everything(read, tmp_path):
     assert config.text == (tmp_path / "study.yaml").read_text()
 
 
+def test_a_multilingual_arm_has_every_language(read, tmp_path):
+    read("arms.ot.multilingual", True)
+    path = tmp_path / "study.yaml"
+    raw = yaml.safe_load(path.read_text())
+    raw["arms"]["switched"]["multilingual"] = True
+    raw["lexicons"] = {"table": {"bitext": "en-{language}.tsv"}}
+    raw["arms"]["more"] = {**raw["arms"]["switched"], "lexicon": ["table", "de=own.tsv"]}
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    config = read_config(path)
+    _, ot, switched, more = config.arms
+    both = ("sw", "de")
+    assert ot.options(both, "t", config).bitext == [
+        str(tmp_path / f"../bitext/en-{language}.tsv") for language in both
+    ]
+    assert switched.options(both, "t", config).lexicon == [
+        f"{language}=/lexica/en-{language}.tsv" for language in both
+    ]
+    made = more.options(both, "t", config, lexicon=lambda name, one: f"{name}.{one}")
+    assert made.lexicon == ["sw=table.sw", "de=table.de", "de=own.tsv"]
+    assert more.lexicons(config) == ["table"] and switched.lexicons(config) == []
+
+
+def test_an_arm_may_start_elsewhere(read):
+    config = read("arms.more", {"recipe": "teacher", "arguments": {"max_steps": 2}})
+    more = config.arm("more")
+    # A retriever of its own: the teacher's pairs and limits, from the encoder.
+    assert (more.start, more.multilingual) == ("encoder", True)
+    assert more.arguments == {**config.teacher_arguments, "max_steps": 2}
+    options = more.options("sw", "t", config, start="e")
+    assert (options.model, options.pairs) == ("e", config.teacher_options.pairs)
+    config = read("arms.more", {"recipe": "distill", "bitext": "b", "start": "ot"})
+    assert config.arm("more").options("sw", "t", config, start="s").student == "s"
+    with pytest.raises(ValueError, match=r"more is multilingual but starts from ot, which has a"):
+        read("arms.more", {"recipe": "distill", "start": "ot", "multilingual": True})
+
+
+def test_roles_belong_to_collections(read):
+    config = read("collections.asked", {"source": "x", "role": "query"})
+    assert config.roles == ["document", "query"]
+    assert [config.role_of(name) for name in config.collections] == ["document", "query"]
+    ot = config.arm("ot")
+    assert ot.options("sw", "t", config, role="query").role == "query"
+    assert config.arm("switched").options("sw", "t", config, role="query").sides == "query"
+
+
+def test_a_table_read_off_an_arm_stands_behind_it(read, tmp_path):
+    read("lexicons", {"plan": {"bitext": "b", "arm": "switched"}})
+    path = tmp_path / "study.yaml"
+    raw = yaml.safe_load(path.read_text())
+    raw["arms"]["switched"]["lexicon"] = "plan"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    with pytest.raises(ValueError, match="is read off the arm switched, which must stand before"):
+        read_config(path)
+
+
+def test_a_base_is_read_below(read, tmp_path):
+    read()
+    path = tmp_path / "more.yaml"
+    path.write_text(
+        "base: study.yaml\nseeds: [1, 2]\narguments: {max_steps: 9}\n"
+        "arms: {ot: {epsilon: 0.3}, zeroshot: null}\n"
+    )
+    config = read_config(path)
+    assert config.seeds == (1, 2) and config.languages == ("sw", "de")
+    assert [arm.name for arm in config.arms] == ["ot", "switched"]
+    assert config.arm("ot").settings["epsilon"] == 0.3 and config.arm("ot").settings["bitext"]
+    assert config.arm("ot").arguments == {"max_steps": 9, "learning_rate": 0.001}
+    assert "epsilon: 0.3" in config.text and "some/encoder" in config.text
+    path.write_text("base: more.yaml\n")
+    with pytest.raises(ValueError, match="is based on this file itself"):
+        read_config(path)
+    path.write_text("base: no.yaml\n")
+    with pytest.raises(FileNotFoundError, match=r"no\.yaml: no such configuration file"):
+        read_config(path)
+
+
 def test_output_of_the_command_line_wins(read, tmp_path):
     read()
     assert str(read_config(tmp_path / "study.yaml", "other").output) == "other"
@@ -151,7 +227,11 @@ WRONG = [
     ("encoder", None, "no key `encoder` for the teacher to start from"),
     ("output", None, "no key `output`, and no --output given"),
     ("role", "passage", "role: 'passage', expected query or document"),
-    ("arms.ot.recipe", "ot", "arms.ot.recipe: 'ot', expected none or distill or codeswitch"),
+    (
+        "arms.ot.recipe",
+        "ot",
+        "arms.ot.recipe: 'ot', expected none or bm25 or distill or codeswitch or teacher",
+    ),
     ("arms.ot.encodes", "all", "arms.ot.encodes: 'all', expected both or role"),
     ("low", ["so"], "low: 'so', expected sw or de"),
     ("seeds", "many", "seeds: 'many', expected whole numbers"),
@@ -164,6 +244,23 @@ WRONG = [
         "alignment.language: 'so', expected sw or de",
     ),
     ("alignment", {"language": "sw", "english": "water"}, "alignment: no key `other`"),
+    ("lexicons", {"t": {"bitex": "a"}}, "unknown key `bitex` in lexicons.t; did you mean `bitext`"),
+    ("lexicons", {"t": {"arm": "zeroshot"}}, "lexicons.t.arm: 'zeroshot', expected ot or switched"),
+    (
+        "arms.zeroshot.translate",
+        {"query": "t"},
+        "unknown key `query` in arms.zeroshot.translate; did you mean `queries`",
+    ),
+    ("arms.ot.start", "switched", "arms.ot.start: 'switched', expected teacher or encoder"),
+    ("arms.ot.multilingual", "yes", "arms.ot.multilingual: 'yes', expected bool"),
+    ("arms.zeroshot.seeds", [1], "unknown key `seeds` in arms.zeroshot"),
+    ("collections.news.role", "both", "collections.news.role: 'both', expected query or document"),
+    ("collections.news.languages", ["fi"], "collections.news.languages: 'fi', expected sw or de"),
+    ("against", ["nothing"], "against: 'nothing', expected zeroshot or ot or switched"),
+    ("translation", "bm25", "translation: 'bm25', expected zeroshot or ot or switched"),
+    ("curves", {"c": ["zeroshot"]}, "curves.c: 'zeroshot', expected ot or switched"),
+    ("passage_length", "long", "passage_length: 'long', expected int"),
+    ("word_alignment", {"bitext": "b"}, "word_alignment: no key `lexicon` with a name or file"),
     ("note", "${NO_SUCH_VARIABLE}", "the environment variable NO_SUCH_VARIABLE is not set; set it"),
     ("arguments.max_steps", "many", "arguments.max_steps: 'many', expected int"),
     ("arms.ot.max_iter", 2.5, "arms.ot.max_iter: 2.5, expected int"),

@@ -13,6 +13,7 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
 from sentence_transformers import MultiVectorEncoder
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
 
+from optical import encoder
 from optical.encoder import (
     SPECIAL_TOKENS,
     EncoderOptions,
@@ -276,3 +277,33 @@ def test_a_broken_model_is_named_in_one_line(tiny_models, tmp_path, name):
     with pytest.raises(ValueError, match="cannot be loaded") as error:
         load_retriever(folder)
     assert str(error.value).startswith(f"model {folder}: ") and "\n" not in str(error.value)
+
+
+# --- weights of packages, and how tokenizers cut -------------------------------------------------
+
+
+def test_a_package_may_bring_the_weights(tiny_models, tmp_path, monkeypatch):
+    package = tmp_path / "some_weights"
+    shutil.copytree(tiny_models.mixed, package / "model")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "package:some_weights/model"
+    assert encoder.located(name) == str(package / "model") and encoder.located("a/b") == "a/b"
+    encoder.check_model(name)
+    assert load_retriever(name).get_embedding_dimension() == 16
+    # A folder that gives one vector for a text is read as the encoder that it holds.
+    (package / "model/modules.json").write_text(
+        json.dumps([{"type": "x.Transformer"}, {"type": "x.Pooling"}])
+    )
+    assert load_retriever(name, dimension=8).get_embedding_dimension() == 8
+    with pytest.raises(ValueError, match="the package no_weights is not installed; install it"):
+        encoder.check_model("package:no_weights/model")
+    with pytest.raises(ValueError, match="no such folder"):
+        encoder.check_model("package:some_weights/missing/folder")
+
+
+def test_fertility(tiny_models):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models.mixed)
+    assert encoder.fertility(tokenizer, ["mwalimu mkate", "taa"]) == {"tokens": 1.0, "unknown": 0.0}
+    found = encoder.fertility(tokenizer, ["mwalimu 漢字"])
+    assert found["unknown"] > 0 and found["tokens"] >= 1

@@ -14,10 +14,21 @@ PACKAGE = Path(optical.__file__).parent
 ORDER = [
     *("files", "provenance", "arguments", "native", "kernels", "iterations", "derivatives"),
     *("reference", "costs", "dense", "backends", "ops", "checks", "inputs", "result"),
-    *("functional", "losses", "alignment"),
-    *("runs", "texts", "collections", "search", "evaluation", "significance"),
-    *("bitext", "codeswitch", "encoder", "training_pairs", "training"),
-    *("config", "summary", "figures", "report", "phrasebook", "study", "cli"),
+    *("functional", "losses", "objectives"),
+    *(
+        "runs",
+        "texts",
+        "lexicon",
+        "alignment",
+        "collections",
+        "search",
+        "bm25",
+        "evaluation",
+        "significance",
+    ),
+    *("bitext", "codeswitch", "encoder", "vectors", "training_pairs", "options", "training"),
+    *("arms", "config", "summary", "results", "figures", "report", "phrasebook"),
+    *("fingerprints", "cells", "places", "measuring", "study", "cli"),
 ]
 # Narrower than the order.
 ONLY = {

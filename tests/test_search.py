@@ -8,7 +8,14 @@ import torch
 
 from optical.collections import Collection
 from optical.runs import ranked
-from optical.search import EMPTY_DOCUMENT_SCORE, TokenVectors, encode, search, search_vectors
+from optical.search import (
+    EMPTY_DOCUMENT_SCORE,
+    TokenVectors,
+    encode,
+    passages,
+    search,
+    search_vectors,
+)
 
 # Models are made here and nothing may be looked up; huggingface_hub reads this when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -241,6 +248,16 @@ def test_encode_packs_what_the_model_returns(model):
     assert len(encode(model, [], "query")) == 0
 
 
+def test_queries_may_be_encoded_before(model, collection):
+    vectors = encode(model, list(collection.queries.values()), "query")
+    # The model of the queries is not asked again.
+    found = search(None, collection, document_model=model, query_vectors=vectors)
+    assert found == search(model, collection)
+    wrong = encode(model, ["maji"], "query")
+    with pytest.raises(ValueError, match="query_vectors: of 1 texts, but the collection has 5 que"):
+        search(model, collection, query_vectors=wrong)
+
+
 def test_search_equals_the_model_s_own_similarity(model, collection):
     run = search(model, collection)
     similarity = model.similarity(
@@ -279,6 +296,48 @@ def test_a_student_searches_the_teacher_s_documents(make_model, model, collectio
     for qid in run:
         assert run[qid] == pytest.approx(vectors[qid], abs=1e-5)
     assert run != search(model, collection)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(5, 2), (4, 1), (7, 5), (40, 20)])
+def test_passages_cover_the_text_and_overlap(model, collection, length, stride):
+    for text in collection.documents.values():
+        found = passages(text, model.tokenizer, length, stride)
+        words, room = text.split(), length - 2
+        if len(words) <= room:
+            assert found == [text]
+            continue
+        for place, passage in enumerate(found):
+            assert passage.split() == words[place * stride : place * stride + room]
+        assert found[-1].split()[-1] == words[-1] and len(found[-1].split()) >= 1
+        assert (len(found) - 2) * stride + room < len(words)
+    for wrong in ((2, 1), (5, 4), (5, 0)):
+        with pytest.raises(ValueError, match="expected a length above the 2 special tokens, and a"):
+            passages("maji", model.tokenizer, *wrong)
+
+
+def test_a_document_scores_as_its_best_passage(model, collection):
+    found = search(model, collection, passage_length=6, passage_stride=3, batch_size=7)
+    cut = {
+        f"{docid} {place}": passage
+        for docid, text in collection.documents.items()
+        for place, passage in enumerate(passages(text, model.tokenizer, 6, 3))
+    }
+    pieces = Collection("cut", collection.queries, cut, collection.qrels)
+    for qid, scores in search(model, pieces).items():
+        best = {}
+        for name, score in scores.items():
+            docid = name.split()[0]
+            best[docid] = max(score, best.get(docid, score))
+        assert found[qid] == {docid: pytest.approx(s, abs=1e-5) for docid, s in best.items()}
+        assert list(found[qid].items()) == ranked(found[qid])
+    # Half the length is the usual stride, and a text that fits is read as ever.
+    usual = search(model, collection, passage_length=6)
+    assert {q: s.keys() for q, s in usual.items()} == {q: s.keys() for q, s in found.items()}
+    whole = search(model, collection, passage_length=64)
+    for qid, scores in search(model, collection).items():
+        assert whole[qid] == {docid: pytest.approx(s, abs=1e-5) for docid, s in scores.items()}
+    with pytest.raises(ValueError, match="passage_length must be at least 1, found 0"):
+        search(model, collection, passage_length=0)
 
 
 def test_documents_that_lose_every_token_come_last(make_model, collection, caplog):

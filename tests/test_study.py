@@ -22,9 +22,10 @@ pytest.importorskip("matplotlib", reason="needs the extra `study`")
 import yaml
 from transformers import TrainerCallback
 
-from optical import study, training
+from optical import measuring, study, training
+from optical.cells import Cell, Progress
 from optical.config import read_config
-from optical.study import Cell, Progress, Study, run_study
+from optical.study import Study, run_study
 
 FIGURES = ("measure_per_language.png", "gap_per_arm.png", "alignment.png")
 
@@ -175,6 +176,8 @@ def test_runs_and_records_are_kept(finished, world):
     assert len(records) == 6
     recipes = {json.loads(path.read_text())["recipe"] for path in records}
     assert recipes == {"encoder", "teacher", "distill", "codeswitch"}
+    # What is finished needs no checkpoint.
+    assert not list((out / "models").glob("*/checkpoint-*"))
     (row,) = [json.loads(path.read_text()) for path in (out / "results").glob("alignment-*")]
     total = sum(sum(masses) for masses in row["plan"])
     assert total == pytest.approx(1, abs=1e-3) and row["language"] == "sw"
@@ -198,7 +201,7 @@ def test_a_second_run_runs_no_cell(finished, monkeypatch, caplog):
     monkeypatch.setattr("optical.alignment.align", never)
     with caplog.at_level(logging.INFO, "optical"):
         run_study(config, out)
-    assert "14 cells, 14 finished before" in caplog.text
+    assert "17 cells, 17 finished before" in caplog.text
     assert numbers(out) == before
     assert {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*")} == files
 
@@ -276,7 +279,24 @@ def test_changed_files_run_what_reads_them(finished, tmp_path):
         if key == "bitext":
             assert found == ["train ot sw seed 0", "evaluate ot sw seed 0", "alignment"]
         else:
-            assert found == [f"evaluate {arm} de seed 0" for arm in raw["arms"]]
+            searched = [f"evaluate {arm} de seed 0" for arm in raw["arms"]]
+            assert found == ["tokens de", *searched]
+
+
+def test_the_teacher_may_start_from_a_model_of_its_own(finished, tiny_models, tmp_path):
+    config, out = finished
+    raw = yaml.safe_load(config.read_text())
+    raw["teacher"]["model"] = tiny_models.wide
+    raw["arms"]["ot"]["start"] = "encoder"
+    found = Study(read_config(write(tmp_path, raw), out))
+    assert found.teacher_start == tiny_models.wide
+    assert found.encoder_name == str(found.encoder_folder / "final")
+    student = found.options(found.config.arm("ot"), "sw", 0, "document").student
+    assert student == found.encoder_name
+    assert "train encoder" not in left(tmp_path / "study.yaml", out)
+    # Without an encoder of its own, a study's students start where the teacher did.
+    del raw["encoder"]
+    assert Study(read_config(write(tmp_path, raw), out)).encoder_name == tiny_models.wide
 
 
 def test_both_of_two_aligned_files_are_read(finished, tmp_path):
@@ -314,7 +334,7 @@ class StopAt(TrainerCallback):
 def test_an_interrupted_study_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch, caplog):
     config, uninterrupted = finished
     out = tmp_path / "out"
-    cells, lines, write_text = Study.cells, training.progress_lines, study.write_text
+    cells, lines, write_text = Study.cells, training.progress_lines, measuring.write_text
     ran = []
 
     def counted(self):
@@ -344,7 +364,7 @@ def test_an_interrupted_study_ends_as_if_it_had_not_been(finished, tmp_path, mon
     for target, name, value in (
         (Study, "cells", lambda self: list(stop_between(self))),
         (training, "progress_lines", stop_in_training),
-        (study, "write_text", stop_in_writing),
+        (measuring, "write_text", stop_in_writing),
     ):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(target, name, value)

@@ -503,3 +503,76 @@ def test_progress_is_logged_with_step_loss_and_time(distill, caplog):
         "step 2 of 3",
     ]
     assert "loss 0." in lines[1] and "left in this cell" in lines[1]
+
+
+# --- what a student reads ------------------------------------------------------------------------
+
+
+def columns(trainer):
+    return {name: list(trainer.train_dataset[name]) for name in trainer.train_dataset.column_names}
+
+
+def test_the_student_may_read_english_plain_or_switched(distill, world):
+    lexicon = f"sw={world / 'lexicon/en-sw.tsv'}"
+    other, _ = distill("other")
+    english, _ = distill("english", options={"reads": "english"})
+    both, _ = distill("both", options={"reads": "both", "lexicon": [lexicon], "probability": 1.0})
+    assert list(columns(other)) == ["source", "target"]
+    assert list(columns(english)) == ["source", "english"]
+    assert columns(english)["english"] == columns(english)["source"] == columns(other)["source"]
+    assert list(columns(both)) == ["source", "target", "english"]
+    for source, target, switched in zip(*columns(both).values(), strict=True):
+        # Every word of this world but "the" has a translation.
+        assert set(switched.split()) - {"the"} == set(target.split())
+        assert switched.split()[0] == source.split()[0] == "the"
+    batch = both.data_collator([both.train_dataset[0]])
+    assert {"source_input_ids", "target_input_ids", "english_input_ids"} <= set(batch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "mse"}, "objective: 'mse', expected ot or position or pooled or greedy or"),
+        ({"mass": "tfidf"}, "mass: 'tfidf', expected uniform or idf"),
+        ({"reads": "all"}, "reads: 'all', expected other or english or both"),
+        ({"lexicon": ["sw=x"]}, "lexicon: given, but the student reads no English"),
+        ({"reads": "both", "lexicon": ["x"]}, "lexicon: 'x', expected `language=file`"),
+        ({"probability": 2.0}, "probability: 2.0, expected a number from 0 to 1"),
+        ({"temperature": 0.0}, "temperature: 0.0, expected a number > 0"),
+        ({"skip_frequent": -1}, "skip_frequent: -1, expected 0 or more"),
+        ({"rho": -1.0}, "rho is -1.0; expected numbers > 0"),
+        ({"teacher_vectors": ["a", "b"]}, "teacher_vectors: 2 folders for 1 files of bitext"),
+    ],
+)
+def test_options_that_cannot_work(distill, changes, message):
+    with pytest.raises(ValueError, match=message):
+        distill(options=changes)
+
+
+@pytest.mark.parametrize("objective", ["ot", "position", "pooled", "greedy", "contrastive"])
+def test_every_objective_learns(distill, objective):
+    options = {"objective": objective, "reads": "both"}
+    trainer, chosen = distill(options=options, max_steps=12)
+    training.run(trainer, chosen, resume=False)
+    history = losses(trainer)
+    assert history[-1] < 0.9 * history[0]
+
+
+def test_masses_are_those_of_the_bitext(distill, tiny_models):
+    idf, _ = distill("idf", options={"mass": "idf"})
+    for side, column in (("student", "target"), ("teacher", "source")):
+        model = getattr(idf.loss, "model" if side == "student" else "teacher")
+        mass = getattr(idf.loss, f"{side}_mass")
+        texts = list(idf.train_dataset[column])
+        tokens = [set(model.tokenizer(text)["input_ids"]) for text in texts]
+        for token in set.union(*tokens):
+            count = sum(token in each for each in tokens)
+            expected = math.log((len(texts) + 1) / (count + 1))
+            assert mass[token].item() == pytest.approx(expected, abs=1e-6)
+        # Tokens of every sentence, the special ones, move nothing.
+        assert mass[model.tokenizer.cls_token_id] == 0
+    skipped, _ = distill("skipped", options={"skip_frequent": 4})
+    mass = skipped.loss.teacher_mass
+    tokenizer = skipped.loss.teacher.tokenizer
+    assert (mass == 0).sum() == 4 and set(mass.tolist()) == {0.0, 1.0}
+    assert mass[tokenizer.convert_tokens_to_ids("the")] == 0 == mass[tokenizer.sep_token_id]

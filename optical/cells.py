@@ -1,0 +1,177 @@
+"""The units of work of a study: what is finished, what it took, and how long the rest will take."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optical.files import write_text
+
+logger = logging.getLogger("optical")
+
+# Relative cost of a training token, by recipe, until a finished cell of the kind tells better.
+COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0}
+
+
+@dataclass
+class Cell:
+    """One unit of work that is either finished, with its file in place, or not."""
+
+    label: str
+    kind: str
+    mark: Path
+    work: float
+    run: Callable[[], None]
+
+    @property
+    def done(self) -> bool:
+        return self.mark.exists()
+
+
+@dataclass
+class Progress:
+    """Tells after each cell how long the rest will take, from what finished cells took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    work: dict[str, float] = field(default_factory=dict)
+
+    def add(self, cell: Cell, seconds: float) -> None:
+        self.seconds[cell.kind] = self.seconds.get(cell.kind, 0.0) + seconds
+        self.work[cell.kind] = self.work.get(cell.kind, 0.0) + cell.work
+
+    def left(self, cells: list[Cell]) -> float | None:
+        """Seconds for `cells`, or None while nothing is known."""
+        known = sum(self.seconds.values()), sum(self.work.values())
+        if not known[1]:
+            return None
+        total = 0.0
+        for cell in cells:
+            seconds, work = self.seconds.get(cell.kind, 0.0), self.work.get(cell.kind, 0.0)
+            rate = seconds / work if work else known[0] / known[1]
+            total += rate * cell.work
+        return total
+
+
+class Costs:
+    """Seconds and peak memory of every cell, kept in a file over all runs of a study."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, dict[str, float]]:
+        """Label of a cell -> ``seconds`` over all its runs, ``peak_mb`` of the largest."""
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+
+    def add(self, label: str, seconds: float, peak_mb: float) -> None:
+        costs = self.read()
+        before = costs.get(label, {"seconds": 0.0, "peak_mb": 0.0})
+        costs[label] = {
+            "seconds": round(before["seconds"] + seconds, 1),
+            "peak_mb": round(max(before["peak_mb"], peak_mb), 1),
+        }
+        write_text(self.path, json.dumps(costs, indent=1) + "\n")
+
+
+def run_cells(title: str, cells: Sequence[Cell], output: Path) -> None:
+    """Run the cells that are not finished, in order, with a line for each."""
+    costs = Costs(output / "costs.json")
+    progress = Progress()
+    todo = [cell for cell in cells if not cell.done]
+    logger.info(
+        "%s: %d cells, %d finished before; output in %s",
+        title,
+        len(cells),
+        len(cells) - len(todo),
+        output,
+    )
+    # What finished cells took, in earlier runs too, tells what the others will take.
+    known = costs.read()
+    for cell in cells:
+        if cell.done and cell.label in known:
+            progress.add(cell, known[cell.label]["seconds"])
+    for position, cell in enumerate(todo):
+        begun = time.monotonic()
+        with peak_memory() as peak:
+            cell.run()
+        seconds = time.monotonic() - begun
+        progress.add(cell, seconds)
+        costs.add(cell.label, seconds, peak[0])
+        left = progress.left(todo[position + 1 :])
+        logger.info(
+            "[%*d/%d] %-32s %7s, about %s left",
+            len(str(len(cells))),
+            len(cells) - len(todo) + position + 1,
+            len(cells),
+            cell.label,
+            duration(seconds),
+            duration(left or 0.0),
+        )
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """Measure the largest memory in MB during a block, the GPU's where there is one.
+
+    On a CPU it is the resident memory of the process. Where the system cannot begin the count anew
+    (all but Linux), it is the largest since the process began.
+    """
+    import torch
+
+    peak = [0.0]
+    device = torch.cuda.is_available()
+    if device:
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    try:
+        yield peak
+    finally:
+        peak[0] = torch.cuda.max_memory_allocated() / 2**20 if device else _resident_peak()
+
+
+def _resident_peak() -> float:
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def training_cell(
+    label: str,
+    kind: str,
+    folder: Path,
+    make_trainer: Callable[[], Any],
+    options: Any,
+    arguments: Mapping[str, Any],
+) -> Cell:
+    """The cell that trains a model into `folder`, from its last checkpoint where it has one."""
+
+    def run() -> None:
+        from optical import training
+
+        trainer = make_trainer()
+        trainer.add_callback(training.progress_lines(label))
+        training.run(trainer, options, resume=True)
+        # The cell is finished, and a hundred of them would fill a disk with optimizer states.
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    steps = arguments.get("max_steps", 1000)
+    rows = arguments.get("per_device_train_batch_size", 64)
+    work = COST[kind] * steps * rows / 1000
+    return Cell(f"train {label}", kind, folder / "final" / "config.json", work, run)
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
