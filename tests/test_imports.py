@@ -24,7 +24,7 @@ ONLY = {
     "phrasebook": {"files", "runs"},
     "testing": {"arguments", "dense", "ops"},
     "native": {"arguments"},
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "arguments"},
 }
 PUBLIC = [
     "BackendUnsupported",

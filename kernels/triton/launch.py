@@ -1,0 +1,175 @@
+"""From the arguments of the operator to launches of the kernels, with no wait for the device."""
+
+import math
+import os
+
+import torch
+import triton
+
+from optical.arguments import Arguments, Outputs
+from optical.kernels import tuning
+from optical.kernels.resident import resident_kernel
+from optical.kernels.tokens import centre_kernel, norm_kernel
+from torch import Tensor
+
+KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def supports(arguments: Arguments) -> str | None:
+    """Why the kernels cannot serve these problems, on whatever device; None where they can."""
+    p = arguments
+    if p.log_a.dtype != torch.float32:
+        name = str(p.log_a.dtype).removeprefix("torch.")
+        return f"the problem is {name}; the kernels compute in float32"
+    if p.anderson:
+        return "the kernels do not know anderson; over-relaxation (omega) is what they have"
+    if p.gradient != "envelope":
+        return f"the kernels do not know gradient={p.gradient!r}"
+    return None
+
+
+class Batch:
+    """The problems as the kernels read them: pointers, sizes and what is known of each token."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        p = self.arguments = arguments
+        self.size = len(p.epsilon)
+        self.packed = p.packed
+        self.n, self.m = p.log_a.shape[-1], p.log_b.shape[-1]
+        self.kind = KINDS[p.kind]
+        self.strides = p.x.stride() if p.y is None else (0, 0, 0)
+        self.dim = 0 if p.y is None else p.x.shape[-1]
+        self.nvidia = torch.version.hip is None and not INTERPRETED
+        single = p.x.dtype == torch.float32
+        self.precision = "tf32x3" if self.nvidia and (single or p.kind == "sqeuclidean") else "ieee"
+        self.scaled = p.kind == "cosine" and single
+        # Where nothing is read, any pointer serves.
+        none = p.epsilon
+        self.y = none if p.y is None else p.y
+        self.cu_a, self.cu_b = (none if x is None else x for x in (p.cu_a, p.cu_b))
+        self.norm_a = self.norm_b = self.scale_a = self.scale_b = self.centre = none
+        if p.kind == "sqeuclidean":
+            self.centre = torch.empty(self.size, self.dim, device=p.x.device)
+            block = 64
+            grid = (self.size, triton.cdiv(self.dim, block))
+            centre_kernel[grid](
+                p.x,
+                p.y,
+                self.cu_a,
+                self.cu_b,
+                p.log_a,
+                p.log_b,
+                self.centre,
+                self.n,
+                self.m,
+                self.dim,
+                PACKED=self.packed,
+                BLOCK_T=32,
+                BLOCK_D=block,
+            )
+        if p.kind in ("cosine", "sqeuclidean"):
+            self.norm_a, self.scale_a = self._norms(p.x, self.cu_a, p.log_a)
+            self.norm_b, self.scale_b = self._norms(p.y, self.cu_b, p.log_b)
+
+    def _norms(self, vectors: Tensor, offsets: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
+        norm, scale = torch.empty_like(log_mass), torch.empty_like(log_mass)
+        lines, block = log_mass.shape[-1], 16
+        # With offsets nobody here knows how long a problem is; each program takes every so many.
+        splits = min(triton.cdiv(lines, block), max(1, 4096 // self.size))
+        norm_kernel[(self.size, splits)](
+            vectors,
+            offsets,
+            self.centre,
+            norm,
+            scale,
+            lines,
+            self.dim,
+            KIND=self.kind,
+            PACKED=self.packed,
+            SCALED=self.scaled,
+            BLOCK_T=block,
+            BLOCK_D=max(16, min(128, triton.next_power_of_2(self.dim))),
+        )
+        return norm, scale
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """The pointers from which a tile of the cost is made, in the order of the kernels."""
+        p = self.arguments
+        norms = (self.norm_a, self.norm_b, self.scale_a, self.scale_b)
+        return p.x, self.y, *norms, self.centre, self.cu_a, self.cu_b, p.log_a, p.log_b, p.epsilon
+
+
+def forward(arguments: Arguments) -> Outputs:
+    """As ``optical.reference.forward``, for everything that ``supports`` does not refuse."""
+    with torch.cuda.device_of(arguments.x):
+        batch = Batch(arguments)
+        p, like = arguments, arguments.epsilon
+        value, value_linear, marginal_error = (torch.empty_like(like) for _ in range(3))
+        n_iter, status = (torch.empty_like(like, dtype=torch.int32) for _ in range(2))
+        f, g = torch.empty_like(p.log_a), torch.empty_like(p.log_b)
+        for side, tile in tiles_of(batch):
+            resident_kernel[(batch.size,)](
+                *batch.sources(),
+                like if p.f0 is None else p.f0,
+                like if p.g0 is None else p.g0,
+                value,
+                value_linear,
+                f,
+                g,
+                marginal_error,
+                n_iter,
+                status,
+                *batch.strides,
+                batch.n,
+                batch.m,
+                batch.dim,
+                p.max_iter,
+                p.tol,
+                1 / p.rho_a,
+                1 / p.rho_b,
+                p.omega,
+                p.anneal_start,
+                p.anneal_ratio,
+                0 if side == min(tuning.TILES) else side // 2 + 1,
+                side,
+                KIND=batch.kind,
+                PACKED=batch.packed,
+                START=p.f0 is not None,
+                GENERAL=p.omega != 1 or min(p.rho_a, p.rho_b) < math.inf,
+                ANNEAL=p.anneal_start > 0,
+                SCALED=batch.scaled,
+                PRECISION=batch.precision,
+                NVIDIA=batch.nvidia,
+                BLOCK_N=tile.rows,
+                BLOCK_M=tile.columns,
+                BLOCK_D=tile.depth,
+                PART=tile.part,
+                WARPS_N=tile.warps_n,
+                WARPS_M=tile.warps_m,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+    none = like.new_zeros(0)
+    return Outputs(
+        value,
+        value_linear,
+        f,
+        g,
+        marginal_error,
+        n_iter,
+        status,
+        none,
+        none.clone(),
+        torch.zeros_like(value),
+    )
+
+
+def tiles_of(batch: Batch) -> list[tuple[int, tuning.Tile]]:
+    """The tiles to launch: one where the longest side is known, otherwise all that may be met."""
+    longest = max(batch.n, batch.m)
+    fitting = [(side, tile) for side, tile in tuning.TILES.items() if side >= longest]
+    if not batch.packed:
+        return fitting[:1]
+    last = fitting[0][0] if fitting else max(tuning.TILES)
+    return [(side, tile) for side, tile in tuning.TILES.items() if side <= last]
