@@ -108,6 +108,7 @@ def forward(arguments: Arguments) -> Outputs:
         value, value_linear, marginal_error = (torch.empty_like(like) for _ in range(3))
         n_iter, status = (torch.empty_like(like, dtype=torch.int32) for _ in range(2))
         f, g = torch.empty_like(p.log_a), torch.empty_like(p.log_b)
+        general = p.omega != 1 or min(p.rho_a, p.rho_b) < math.inf
         for side, tile in tiles_of(batch):
             resident_kernel[(batch.size,)](
                 *batch.sources(),
@@ -136,8 +137,9 @@ def forward(arguments: Arguments) -> Outputs:
                 KIND=batch.kind,
                 PACKED=batch.packed,
                 START=p.f0 is not None,
-                GENERAL=p.omega != 1 or min(p.rho_a, p.rho_b) < math.inf,
+                GENERAL=general,
                 ANNEAL=p.anneal_start > 0,
+                STEPS=1 if general or p.tol > 0 else tuning.STEPS,
                 SCALED=batch.scaled,
                 PRECISION=batch.precision,
                 NVIDIA=batch.nvidia,

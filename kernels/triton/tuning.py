@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 # The longest side of a problem that stays on chip; the larger ones are streamed.
 RESIDENT = 128
+# How many iterations on chip pass between two looks at how far they have gone.
+STEPS = 4
 
 
 class Tile(NamedTuple):
