@@ -44,6 +44,11 @@ class Batch:
         single = p.x.dtype == torch.float32
         self.precision = "tf32x3" if self.nvidia and (single or p.kind == "sqeuclidean") else "ieee"
         self.scaled = p.kind == "cosine" and single
+        # Offsets from the beginning of a problem, where 32 bits are not enough for them.
+        reach = max(self.n, self.m) * max(1, self.dim)
+        if p.y is None:
+            reach = self.n * self.strides[1] + self.m * self.strides[2]
+        self.wide = reach >= 2**31
         # Where nothing is read, any pointer serves.
         none = p.epsilon
         self.y = none if p.y is None else p.y
@@ -141,6 +146,7 @@ def forward(arguments: Arguments) -> Outputs:
                 ANNEAL=p.anneal_start > 0,
                 STEPS=1 if general or p.tol > 0 else tuning.STEPS,
                 SCALED=batch.scaled,
+                WIDE=batch.wide,
                 PRECISION=batch.precision,
                 NVIDIA=batch.nvidia,
                 BLOCK_N=tile.rows,

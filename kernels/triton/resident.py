@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from optical.kernels.tiles import GIVEN, INFINITY, LOG2_E, NAN
-from optical.kernels.tiles import cost_tile, extent, load_log_mass, quotient
+from optical.kernels.tiles import cost_tile, extent, load_log_mass, quotient, times_log2
 
 DRIFT = tl.constexpr(2.0**30)
 FAR = tl.constexpr(2.0**50)
@@ -76,7 +76,7 @@ def wanted(mass, alive, F, strength):
     return tl.where(strength > 0, tl.where(alive, mass * tl.exp2(-F * strength), 0.0), mass)
 
 
-@triton.jit(do_not_specialize=["n", "m", "dim", "stride_n", "stride_m", "max_iter", "least", "most"])
+@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least", "most"])
 def resident_kernel(
     x_ptr,
     y_ptr,
@@ -121,6 +121,7 @@ def resident_kernel(
     ANNEAL: tl.constexpr,
     STEPS: tl.constexpr,
     SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     NVIDIA: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -219,6 +220,7 @@ def resident_kernel(
             dim,
             KIND,
             SCALED,
+            WIDE,
             PRECISION,
             BLOCK_N,
             BLOCK_M,
@@ -342,18 +344,22 @@ def resident_kernel(
                 u = tl.full((BLOCK_N,), 1.0, tl.float32)
                 v = tl.full((BLOCK_M,), 1.0, tl.float32)
 
+    tl.debug_barrier()
+    F = tl.load(f_ptr + rows, mask=rows < n, other=0.0) + tl.where(u > 0, tl.log2(u), 0.0)
+    G = tl.load(g_ptr + columns, mask=columns < m, other=0.0) + tl.where(v > 0, tl.log2(v), 0.0)
+    tl.debug_barrier()
+    tl.store(f_ptr + rows, F, mask=rows < n)
+    tl.store(g_ptr + columns, G, mask=columns < m)
     # K holds the cost too, S = A + B + F + G - log2 K, so nothing is read from memory again.
     K = K * u[:, None] * v[None, :]
+    transported = -tl.sum(tl.sum(times_log2(K, NVIDIA), 1), 0)
     row_sum = tl.sum(K, 1)
     column_sum = tl.sum(K, 0)
-    transported = -tl.sum(tl.sum(tl.where(K > 0, K * tl.log2(K), 0.0), 1), 0)
     tl.debug_barrier()
     A = load_log_mass(log_a_ptr, rows, n)
     B = load_log_mass(log_b_ptr, columns, m)
-    F = tl.load(f_ptr + rows, mask=rows < n, other=0.0) 
+    F = tl.load(f_ptr + rows, mask=rows < n, other=0.0)
     G = tl.load(g_ptr + columns, mask=columns < m, other=0.0)
-    F += tl.where(u > 0, tl.log2(u), 0.0)
-    G += tl.where(v > 0, tl.log2(v), 0.0)
     transported += tl.sum(tl.where(row_sum > 0, row_sum * (A + F), 0.0), 0)
     transported += tl.sum(tl.where(column_sum > 0, column_sum * (B + G), 0.0), 0)
     a = tl.exp2(A)

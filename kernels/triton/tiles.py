@@ -56,10 +56,13 @@ def operand(
     dim,
     KIND: tl.constexpr,
     SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """A tile of token vectors as a dot takes them, zeros outside the problem."""
     inside = (index < size)[:, None] & (d < dim)[None, :]
-    offsets = index.to(tl.int64)[:, None] * dim + d[None, :]
+    if WIDE:
+        index = index.to(tl.int64)
+    offsets = index[:, None] * dim + d[None, :]
     x = tl.load(vectors_ptr + offsets, mask=inside, other=0.0)
     if KIND == SQEUCLIDEAN:
         x = x.to(tl.float32) - tl.load(centre_ptr + d, mask=d < dim, other=0.0)[None, :]
@@ -84,6 +87,7 @@ def dots(
     dim,
     KIND: tl.constexpr,
     SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -102,17 +106,17 @@ def dots(
         sum3 = tl.zeros((PART, BLOCK_M), tl.float32)
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED)
+        y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED, WIDE)
         y = tl.trans(y)
-        x = operand(x_ptr, scale_x_ptr, centre_ptr, rows, n, d, dim, KIND, SCALED)
+        x = operand(x_ptr, scale_x_ptr, centre_ptr, rows, n, d, dim, KIND, SCALED, WIDE)
         sum0 = tl.dot(x, y, sum0, input_precision=PRECISION)
         if PARTS >= 2:
-            x = operand(x_ptr, scale_x_ptr, centre_ptr, rows + PART, n, d, dim, KIND, SCALED)
+            x = operand(x_ptr, scale_x_ptr, centre_ptr, rows + PART, n, d, dim, KIND, SCALED, WIDE)
             sum1 = tl.dot(x, y, sum1, input_precision=PRECISION)
         if PARTS >= 4:
-            x = operand(x_ptr, scale_x_ptr, centre_ptr, rows + 2 * PART, n, d, dim, KIND, SCALED)
+            x = operand(x_ptr, scale_x_ptr, centre_ptr, rows + 2 * PART, n, d, dim, KIND, SCALED, WIDE)
             sum2 = tl.dot(x, y, sum2, input_precision=PRECISION)
-            x = operand(x_ptr, scale_x_ptr, centre_ptr, rows + 3 * PART, n, d, dim, KIND, SCALED)
+            x = operand(x_ptr, scale_x_ptr, centre_ptr, rows + 3 * PART, n, d, dim, KIND, SCALED, WIDE)
             sum3 = tl.dot(x, y, sum3, input_precision=PRECISION)
     if PARTS == 1:
         product = sum0
@@ -133,6 +137,7 @@ def stored_cost(
     column_zero,
     n,
     m,
+    WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WARPS_N: tl.constexpr,
@@ -145,7 +150,10 @@ def stored_cost(
     i = tl.reshape(tl.permute(i, (2, 1, 0)), (1, 4, 1, WARPS_N, 1, N)) + row_zero
     j = tl.reshape(tl.arange(0, BLOCK_M), (M, WARPS_M, 8))
     j = tl.reshape(tl.permute(j, (2, 1, 0)), (8, 1, WARPS_M, 1, M, 1)) + column_zero
-    offsets = i.to(tl.int64) * stride_n + j.to(tl.int64) * stride_m
+    if WIDE:
+        i = i.to(tl.int64)
+        j = j.to(tl.int64)
+    offsets = i * stride_n + j * stride_m
     cost = tl.load(cost_ptr + offsets, mask=(i < n) & (j < m), other=INFINITY)
     return tl.reshape(tl.permute(cost, (5, 3, 1, 4, 2, 0)), (BLOCK_N, BLOCK_M))
 
@@ -168,6 +176,7 @@ def cost_tile(
     dim,
     KIND: tl.constexpr,
     SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -189,6 +198,7 @@ def cost_tile(
             column_zero,
             n,
             m,
+            WIDE,
             BLOCK_N,
             BLOCK_M,
             WARPS_N,
@@ -208,6 +218,7 @@ def cost_tile(
             dim,
             KIND,
             SCALED,
+            WIDE,
             PRECISION,
             BLOCK_N,
             BLOCK_M,
@@ -244,3 +255,17 @@ def quotient(x, y, NVIDIA: tl.constexpr):
     else:
         z = x / y
     return z
+
+
+@triton.jit
+def times_log2(x, NVIDIA: tl.constexpr):
+    """x log2 x of numbers >= 0, and 0 of 0; one instruction sequence, so that x need not stay."""
+    if NVIDIA:
+        assembly: tl.constexpr = """{ .reg .f32 t;
+            max.f32 t, $1, 0f00800000;
+            lg2.approx.ftz.f32 t, t;
+            mul.f32 $0, t, $1; }"""
+        y = tl.inline_asm_elementwise(assembly, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.where(x > 0, x * tl.log2(tl.where(x > 0, x, 1.0)), 0.0)
+    return y
