@@ -3,6 +3,6 @@
 Imported only when the "triton" backend is used, so that the package works without Triton.
 """
 
-from optical.kernels.launch import forward, supports
+from optical.kernels.launch import apply_plan, backward, forward, supports
 
-__all__ = ["forward", "supports"]
+__all__ = ["apply_plan", "backward", "forward", "supports"]

@@ -5,10 +5,13 @@ import os
 
 import torch
 import triton
+import triton.language as tl
 
-from optical.arguments import Arguments, Outputs
+from optical.arguments import Arguments, Gradients, Outputs
 from optical.kernels import tuning
+from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
 from optical.kernels.resident import resident_kernel
+from optical.kernels.sums import mass_gradient_kernel, product_kernel
 from optical.kernels.tokens import centre_kernel, norm_kernel
 from torch import Tensor
 
@@ -42,7 +45,16 @@ class Batch:
         self.dim = 0 if p.y is None else p.x.shape[-1]
         self.nvidia = torch.version.hip is None and not INTERPRETED
         single = p.x.dtype == torch.float32
-        self.precision = "tf32x3" if self.nvidia and (single or p.kind == "sqeuclidean") else "ieee"
+        # Products of float32 numbers lose nothing that matters, products of half precision nothing.
+        self.exact = "tf32x3" if self.nvidia else "ieee"
+        self.precision = self.exact if single or p.kind == "sqeuclidean" else "ieee"
+        # Gradients are rounded to the vectors' dtype, and what pulls at them to one that is as fine:
+        # TF32 holds every float16, and a pull in float16 would underflow.
+        self.pull, self.pull_precision = tl.float32, self.exact
+        if self.nvidia and p.x.dtype == torch.bfloat16:
+            self.pull = tl.bfloat16
+        elif self.nvidia and p.x.dtype == torch.float16:
+            self.pull_precision = "tf32"
         self.scaled = p.kind == "cosine" and single
         # Offsets from the beginning of a problem, where 32 bits are not enough for them.
         reach = max(self.n, self.m) * max(1, self.dim)
@@ -98,11 +110,27 @@ class Batch:
         )
         return norm, scale
 
-    def sources(self) -> tuple[Tensor, ...]:
+    def sources(self, swapped: bool = False) -> tuple[Tensor, ...]:
         """The pointers from which a tile of the cost is made, in the order of the kernels."""
         p = self.arguments
-        norms = (self.norm_a, self.norm_b, self.scale_a, self.scale_b)
-        return p.x, self.y, *norms, self.centre, self.cu_a, self.cu_b, p.log_a, p.log_b, p.epsilon
+        x, y = (p.x, self.y) if p.y is not None else (p.x, p.x)
+        sides = [(x, y), (self.norm_a, self.norm_b), (self.scale_a, self.scale_b)]
+        lines = [(self.cu_a, self.cu_b), (p.log_a, p.log_b)]
+        order = slice(None, None, -1 if swapped else 1)
+        sides, lines = ([pair[order] for pair in pairs] for pairs in (sides, lines))
+        return *sum(sides, ()), self.centre, *sum(lines, ()), p.epsilon
+
+    def sizes(self, swapped: bool = False) -> tuple[int, ...]:
+        """The strides of a given cost, the longest sides, and how long a vector is."""
+        batch, row, column = self.strides
+        if swapped:
+            return batch, column, row, self.m, self.n, self.dim
+        return batch, row, column, self.n, self.m, self.dim
+
+    def blocks(self, lines: int, block: int) -> int:
+        """How many programs share the lines of a problem; packed ones may have any share of all."""
+        count = triton.cdiv(lines, block)
+        return count if not self.packed else min(count, max(1, 1024 // self.size))
 
 
 def forward(arguments: Arguments) -> Outputs:
@@ -126,10 +154,7 @@ def forward(arguments: Arguments) -> Outputs:
                 marginal_error,
                 n_iter,
                 status,
-                *batch.strides,
-                batch.n,
-                batch.m,
-                batch.dim,
+                *batch.sizes(),
                 p.max_iter,
                 p.tol,
                 1 / p.rho_a,
@@ -181,3 +206,180 @@ def tiles_of(batch: Batch) -> list[tuple[int, tuning.Tile]]:
         return fitting[:1]
     last = fitting[0][0] if fitting else max(tuning.TILES)
     return [(side, tile) for side, tile in tuning.TILES.items() if side <= last]
+
+
+def backward(
+    grad_value: Tensor,
+    grad_value_linear: Tensor,
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    arguments: Arguments,
+    f: Tensor,
+    g: Tensor,
+    w: Tensor,
+    z: Tensor,
+    n_iter: Tensor,
+    need_x: bool = True,
+    need_y: bool = False,
+) -> Gradients:
+    """As ``optical.reference.backward``, to the vectors where there are some."""
+    p = arguments
+    with torch.cuda.device_of(p.x):
+        batch = Batch(arguments)
+        implicit = p.gradient == "implicit"
+        if not implicit:
+            w, z = f, g
+        upstream = grad_value, grad_value_linear
+        grad_x = grad_y = None
+        if p.y is None and need_x:
+            grad_x = _cost_gradient(batch, f, g, w, z, upstream, implicit)
+        elif p.y is not None:
+            if need_x:
+                grad_x = _vector_gradient(batch, p.x, False, (f, g, w, z), upstream, implicit)
+            if need_y:
+                grad_y = _vector_gradient(batch, p.y, True, (g, f, z, w), upstream, implicit)
+        grad_log_a = _mass_gradient(batch, p.log_a, False, (f, g, w), upstream, p.rho_a, implicit)
+        grad_log_b = _mass_gradient(batch, p.log_b, True, (g, f, z), upstream, p.rho_b, implicit)
+    return grad_x, grad_y, grad_log_a, grad_log_b
+
+
+def _cost_gradient(
+    batch: Batch,
+    f: Tensor,
+    g: Tensor,
+    w: Tensor,
+    z: Tensor,
+    upstream: tuple[Tensor, Tensor],
+    implicit: bool,
+) -> Tensor:
+    p = batch.arguments
+    grad = torch.empty(p.x.shape, dtype=p.x.dtype, device=p.x.device)
+    rows, columns = 32, 64
+    grid = (batch.size, triton.cdiv(batch.n, rows), triton.cdiv(batch.m, columns))
+    cost_gradient_kernel[grid](
+        p.x,
+        p.log_a,
+        p.log_b,
+        p.epsilon,
+        f,
+        g,
+        w,
+        z,
+        *upstream,
+        grad,
+        *batch.strides,
+        batch.n,
+        batch.m,
+        IMPLICIT=implicit,
+        BLOCK_N=rows,
+        BLOCK_M=columns,
+        num_warps=4,
+    )
+    return grad
+
+
+def _vector_gradient(
+    batch: Batch,
+    vectors: Tensor,
+    swapped: bool,
+    potentials: tuple[Tensor, ...],
+    upstream: tuple[Tensor, Tensor],
+    implicit: bool,
+) -> Tensor:
+    grad = torch.empty_like(vectors)
+    own, other = (batch.m, batch.n) if swapped else (batch.n, batch.m)
+    for tile, least, most in tuning.gradient_tiles(other, batch.packed):
+        parts = 1 if tile.whole else triton.cdiv(batch.dim, tile.pull)
+        vector_gradient_kernel[(batch.size, batch.blocks(own, tile.rows), parts)](
+            *batch.sources(swapped),
+            *potentials,
+            *upstream,
+            grad,
+            *batch.sizes(swapped),
+            least,
+            most,
+            KIND=batch.kind,
+            PACKED=batch.packed,
+            IMPLICIT=implicit,
+            WHOLE=tile.whole,
+            SCALED=batch.scaled,
+            WIDE=batch.wide,
+            PRECISION=batch.precision,
+            PULL=batch.pull,
+            PULL_PRECISION=batch.pull_precision,
+            BLOCK_N=tile.rows,
+            BLOCK_M=tile.columns,
+            BLOCK_D=tile.depth,
+            BLOCK_G=tile.pull,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return grad
+
+
+def _mass_gradient(
+    batch: Batch,
+    log_mass: Tensor,
+    swapped: bool,
+    potentials: tuple[Tensor, ...],
+    upstream: tuple[Tensor, Tensor],
+    rho: float,
+    implicit: bool,
+) -> Tensor:
+    grad, tile = torch.empty_like(log_mass), tuning.WALK
+    walk = implicit or (rho < math.inf and batch.arguments.y is None)
+    mass_gradient_kernel[(batch.size, batch.blocks(log_mass.shape[-1], tile.rows))](
+        *batch.sources(swapped),
+        *potentials,
+        *upstream,
+        grad,
+        *batch.sizes(swapped),
+        1 / rho,
+        KIND=batch.kind,
+        PACKED=batch.packed,
+        IMPLICIT=implicit,
+        WALK=walk,
+        SCALED=batch.scaled,
+        WIDE=batch.wide,
+        PRECISION=batch.precision,
+        BLOCK_N=tile.rows,
+        BLOCK_M=tile.columns,
+        BLOCK_D=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return grad
+
+
+def apply_plan(arguments: Arguments, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
+    """As ``optical.reference.apply_plan``."""
+    p, tile = arguments, tuning.WALK
+    with torch.cuda.device_of(p.x):
+        batch = Batch(arguments)
+        width, lines = v.shape[-1], p.log_b if transpose else p.log_a
+        product = v.new_empty(*lines.shape, width)
+        if not product.numel():
+            return product
+        part = min(64, max(16, triton.next_power_of_2(width)))
+        blocks = batch.blocks(lines.shape[-1], tile.rows)
+        product_kernel[(batch.size, blocks, triton.cdiv(width, part))](
+            *batch.sources(transpose),
+            *((g, f) if transpose else (f, g)),
+            v,
+            product,
+            *batch.sizes(transpose),
+            width,
+            KIND=batch.kind,
+            PACKED=batch.packed,
+            SCALED=batch.scaled,
+            WIDE=batch.wide,
+            PRECISION=batch.precision,
+            PULL=batch.exact,
+            BLOCK_N=tile.rows,
+            BLOCK_M=tile.columns,
+            BLOCK_D=tile.depth,
+            BLOCK_G=part,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return product

@@ -269,3 +269,12 @@ def times_log2(x, NVIDIA: tl.constexpr):
     else:
         y = tl.where(x > 0, x * tl.log2(tl.where(x > 0, x, 1.0)), 0.0)
     return y
+
+
+@triton.jit
+def plan_tile(cost, A, B, f, g, scale):
+    """The plan of a tile of costs from log2 masses and potentials; 0 where it is no number."""
+    present = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
+    score = (f[:, None] + g[None, :] - cost) * scale + A[:, None] + B[None, :]
+    score = tl.where(present, score, -INFINITY)
+    return tl.where(score < INFINITY, tl.exp2(score), 0.0)

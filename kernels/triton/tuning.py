@@ -40,3 +40,42 @@ TILES = {
     64: Tile(64, 64, 32, 32, 1, 1, 2),
     128: Tile(128, 128, 32, 32, 2, 2, 2),
 }
+
+
+class GradientTile(NamedTuple):
+    """A tile of a gradient to vectors: ``pull`` of their entries are pulled at a time.
+
+    ``whole``: the columns of the tile are all that there are.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    pull: int
+    whole: bool
+    warps: int
+    stages: int
+
+
+def gradient_tiles(columns: int, packed: bool) -> list[tuple[GradientTile, int, int]]:
+    """Tiles to launch and from how many to how many columns each serves, given the most there are.
+
+    Packed problems may have any number of columns up to that.
+    """
+    fitting = next((most for most in WHOLE if columns <= most), None)
+    if not packed:
+        return [(WHOLE[fitting] if fitting else PARTIAL, 0, columns)]
+    sides = [most for most in WHOLE if fitting is None or most <= fitting]
+    tiles = [(WHOLE[most], 0 if most == sides[0] else most // 2 + 1, most) for most in sides]
+    return tiles if fitting else [*tiles, (PARTIAL, sides[-1] + 1, columns)]
+
+
+# By the number of columns that they hold.
+WHOLE = {
+    32: GradientTile(32, 32, 32, 64, True, 2, 2),
+    64: GradientTile(64, 64, 32, 64, True, 4, 2),
+    128: GradientTile(64, 128, 32, 64, True, 4, 2),
+}
+PARTIAL = GradientTile(64, 64, 32, 128, False, 4, 2)
+# Tiles of kernels that sum over the columns of a plan.
+WALK = Tile(64, 64, 32, 64, 2, 2, 2)
