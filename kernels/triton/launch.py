@@ -11,6 +11,7 @@ from optical.arguments import Arguments, Gradients, Outputs
 from optical.kernels import tuning
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
 from optical.kernels.resident import resident_kernel
+from optical.kernels.streaming import loop_kernel
 from optical.kernels.sums import mass_gradient_kernel, product_kernel
 from optical.kernels.tokens import centre_kernel, norm_kernel
 from torch import Tensor
@@ -142,6 +143,45 @@ def forward(arguments: Arguments) -> Outputs:
         n_iter, status = (torch.empty_like(like, dtype=torch.int32) for _ in range(2))
         f, g = torch.empty_like(p.log_a), torch.empty_like(p.log_b)
         general = p.omega != 1 or min(p.rho_a, p.rho_b) < math.inf
+        if max(batch.n, batch.m) > tuning.RESIDENT:
+            scratch = [torch.empty_like(x) for x in (p.log_a, p.log_b, p.log_a, p.log_b)]
+            tile = tuning.STREAM
+            loop_kernel[(batch.size,)](
+                *batch.sources(),
+                like if p.f0 is None else p.f0,
+                like if p.g0 is None else p.g0,
+                f,
+                g,
+                *scratch,
+                value,
+                value_linear,
+                marginal_error,
+                n_iter,
+                status,
+                *batch.sizes(),
+                p.max_iter,
+                p.tol,
+                1 / p.rho_a,
+                1 / p.rho_b,
+                p.omega,
+                p.anneal_start,
+                p.anneal_ratio,
+                tuning.RESIDENT if batch.packed else 0,
+                KIND=batch.kind,
+                PACKED=batch.packed,
+                SCALED=batch.scaled,
+                WIDE=batch.wide,
+                PRECISION=batch.precision,
+                BLOCK_N=tile.rows,
+                BLOCK_M=tile.columns,
+                BLOCK_D=tile.depth,
+                WARPS_N=tile.warps_n,
+                WARPS_M=tile.warps_m,
+                START=p.f0 is not None,
+                BLOCK=256,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
         for side, tile in tiles_of(batch):
             resident_kernel[(batch.size,)](
                 *batch.sources(),

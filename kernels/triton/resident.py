@@ -58,8 +58,8 @@ def load_start(start_ptr, index, log_mass, size):
 
 
 @triton.jit
-def penalty(sums, log_mass, mass, inverse_rho):
-    """What the sums of one side of a plan cost, for inverse_rho > 0."""
+def penalties(sums, log_mass, mass):
+    """KL of the sums of one side of a plan from its masses, line by line."""
     some = (sums > 0) & (mass > 0)
     ratio = tl.log2(tl.where(sums > 0, sums, 1.0)) - tl.where(sums > 0, log_mass, 0.0)
     apart = sums * ratio / LOG2_E - sums + mass
@@ -67,7 +67,7 @@ def penalty(sums, log_mass, mass, inverse_rho):
     x = tl.where(some, sums / tl.where(some, mass, 1.0) - 1, 1.0)
     series = 0.5 + x * (-1 / 6 + x * (1 / 12 + x * (-1 / 20 + x * (1 / 30 - x / 42))))
     near = mass * x * x * series
-    return tl.sum(tl.where(tl.abs(x) < 0.125, near, apart), 0) / inverse_rho
+    return tl.where(tl.abs(x) < 0.125, near, apart)
 
 
 @triton.jit
@@ -376,9 +376,9 @@ def resident_kernel(
         goal_a = wanted(a, (row_sum > 0) | (F != 0), F, strength_a)
         goal_b = wanted(b, (column_sum > 0) | (G != 0), G, strength_b)
         if inverse_rho_a > 0:
-            value += penalty(row_sum, A, a, inverse_rho_a)
+            value += tl.sum(penalties(row_sum, A, a), 0) / inverse_rho_a
         if inverse_rho_b > 0:
-            value += penalty(column_sum, B, b, inverse_rho_b)
+            value += tl.sum(penalties(column_sum, B, b), 0) / inverse_rho_b
     error = tl.sum(tl.abs(row_sum - goal_a), 0) + tl.sum(tl.abs(column_sum - goal_b), 0)
     fixed_a = inverse_rho_a == 0
     fixed_b = inverse_rho_b == 0

@@ -79,3 +79,5 @@ WHOLE = {
 PARTIAL = GradientTile(64, 64, 32, 128, False, 4, 2)
 # Tiles of kernels that sum over the columns of a plan.
 WALK = Tile(64, 64, 32, 64, 2, 2, 2)
+# The tile of problems that are streamed.
+STREAM = Tile(64, 64, 32, 64, 2, 2, 2)
