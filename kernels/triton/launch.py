@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +12,7 @@ from optical.arguments import Arguments, Gradients, Outputs
 from optical.kernels import tuning
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
 from optical.kernels.resident import resident_kernel
-from optical.kernels.streaming import loop_kernel
+from optical.kernels.streaming import finish_kernel, loop_kernel, turn_kernel, walk_kernel
 from optical.kernels.sums import mass_gradient_kernel, product_kernel
 from optical.kernels.tokens import centre_kernel, norm_kernel
 from torch import Tensor
@@ -143,57 +144,20 @@ def forward(arguments: Arguments) -> Outputs:
         n_iter, status = (torch.empty_like(like, dtype=torch.int32) for _ in range(2))
         f, g = torch.empty_like(p.log_a), torch.empty_like(p.log_b)
         general = p.omega != 1 or min(p.rho_a, p.rho_b) < math.inf
+        outputs = value, value_linear, marginal_error, n_iter, status
         if max(batch.n, batch.m) > tuning.RESIDENT:
-            scratch = [torch.empty_like(x) for x in (p.log_a, p.log_b, p.log_a, p.log_b)]
-            tile = tuning.STREAM
-            loop_kernel[(batch.size,)](
-                *batch.sources(),
-                like if p.f0 is None else p.f0,
-                like if p.g0 is None else p.g0,
-                f,
-                g,
-                *scratch,
-                value,
-                value_linear,
-                marginal_error,
-                n_iter,
-                status,
-                *batch.sizes(),
-                p.max_iter,
-                p.tol,
-                1 / p.rho_a,
-                1 / p.rho_b,
-                p.omega,
-                p.anneal_start,
-                p.anneal_ratio,
-                tuning.RESIDENT if batch.packed else 0,
-                KIND=batch.kind,
-                PACKED=batch.packed,
-                SCALED=batch.scaled,
-                WIDE=batch.wide,
-                PRECISION=batch.precision,
-                BLOCK_N=tile.rows,
-                BLOCK_M=tile.columns,
-                BLOCK_D=tile.depth,
-                WARPS_N=tile.warps_n,
-                WARPS_M=tile.warps_m,
-                START=p.f0 is not None,
-                BLOCK=256,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
+            # One program runs a problem where sizes are unknown or problems many.
+            if batch.size > (1 if batch.packed else tuning.PROGRAMS):
+                _loop(batch, f, g, outputs)
+            else:
+                _steps(batch, f, g, outputs)
         for side, tile in tiles_of(batch):
             resident_kernel[(batch.size,)](
                 *batch.sources(),
-                like if p.f0 is None else p.f0,
-                like if p.g0 is None else p.g0,
-                value,
-                value_linear,
+                *_starts(p),
                 f,
                 g,
-                marginal_error,
-                n_iter,
-                status,
+                *outputs,
                 *batch.sizes(),
                 p.max_iter,
                 p.tol,
@@ -246,6 +210,123 @@ def tiles_of(batch: Batch) -> list[tuple[int, tuning.Tile]]:
         return fitting[:1]
     last = fitting[0][0] if fitting else max(tuning.TILES)
     return [(side, tile) for side, tile in tuning.TILES.items() if side <= last]
+
+
+def _starts(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """Where to start; any pointer where that is 0."""
+    p = arguments
+    return (p.epsilon if p.f0 is None else p.f0), (p.epsilon if p.g0 is None else p.g0)
+
+
+def _stream_tile(batch: Batch) -> dict[str, Any]:
+    tile = tuning.STREAM
+    return {
+        "KIND": batch.kind,
+        "PACKED": batch.packed,
+        "SCALED": batch.scaled,
+        "WIDE": batch.wide,
+        "PRECISION": batch.precision,
+        "BLOCK_N": tile.rows,
+        "BLOCK_M": tile.columns,
+        "BLOCK_D": tile.depth,
+        "WARPS_N": tile.warps_n,
+        "WARPS_M": tile.warps_m,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _loop(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> None:
+    p = batch.arguments
+    scratch = [torch.empty_like(x) for x in (p.log_a, p.log_b, p.log_a, p.log_b)]
+    loop_kernel[(batch.size,)](
+        *batch.sources(),
+        *_starts(p),
+        f,
+        g,
+        *scratch,
+        *outputs,
+        *batch.sizes(),
+        p.max_iter,
+        p.tol,
+        1 / p.rho_a,
+        1 / p.rho_b,
+        p.omega,
+        p.anneal_start,
+        p.anneal_ratio,
+        tuning.RESIDENT if batch.packed else 0,
+        START=p.f0 is not None,
+        BLOCK=tuning.LINES,
+        **_stream_tile(batch),
+    )
+
+
+def _steps(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> None:
+    p, tile = batch.arguments, _stream_tile(batch)
+    found_a, found_b, spent_a, spent_b = (
+        torch.empty_like(x) for x in (p.log_a, p.log_b, p.log_a, p.log_b)
+    )
+    n_iter = outputs[3]
+    stopped = torch.empty_like(n_iter)
+    starts = _starts(p)
+    options = {"PACKED": batch.packed, "START": p.f0 is not None, "BLOCK": tuning.LINES}
+    rows = batch.cu_a, p.log_a, p.epsilon, starts[0], f, found_a, stopped, n_iter, batch.n
+    columns = batch.cu_b, p.log_b, p.epsilon, starts[1], g, found_b, stopped, n_iter, batch.m
+
+    def walk(swapped: bool, annealing: float, seen: int) -> None:
+        sides = (g, f, found_b, spent_b) if swapped else (f, g, found_a, spent_a)
+        blocks = batch.blocks(batch.m if swapped else batch.n, tuning.STREAM.rows)
+        walk_kernel[(batch.size, blocks)](
+            *batch.sources(swapped), *sides, stopped, *batch.sizes(swapped), annealing, seen, **tile
+        )
+
+    def turn(swapped: bool, iteration: int, begin: bool = False) -> None:
+        lines, rho = (columns, p.rho_b) if swapped else (rows, p.rho_a)
+        annealing, before = (p.anneal_start * p.anneal_ratio**k for k in (iteration, iteration - 1))
+        turn_kernel[(batch.size,)](
+            *lines,
+            int(iteration == 0),
+            p.tol,
+            1 / rho,
+            p.omega,
+            annealing,
+            # Nothing came before the first iteration, so no residual is measured there.
+            before if iteration else math.inf,
+            ROWS=not swapped,
+            BEGIN=begin,
+            **options,
+        )
+
+    turn(False, 0, begin=True)
+    turn(True, 0, begin=True)
+    for iteration in range(p.max_iter):
+        for swapped in (False, True):
+            walk(swapped, p.anneal_start * p.anneal_ratio**iteration, seen=0)
+            turn(swapped, iteration)
+    walk(False, 0.0, seen=1)
+    walk(True, 0.0, seen=1)
+    finish_kernel[(batch.size,)](
+        batch.cu_a,
+        batch.cu_b,
+        p.log_a,
+        p.log_b,
+        p.epsilon,
+        *starts,
+        f,
+        g,
+        found_a,
+        found_b,
+        spent_a,
+        spent_b,
+        *outputs,
+        stopped,
+        batch.n,
+        batch.m,
+        p.max_iter,
+        1 / p.rho_a,
+        1 / p.rho_b,
+        **options,
+    )
 
 
 def backward(

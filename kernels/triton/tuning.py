@@ -81,3 +81,7 @@ PARTIAL = GradientTile(64, 64, 32, 128, False, 4, 2)
 WALK = Tile(64, 64, 32, 64, 2, 2, 2)
 # The tile of problems that are streamed.
 STREAM = Tile(64, 64, 32, 64, 2, 2, 2)
+# So many problems keep a GPU busy with one program each; fewer are shared out, launch by launch.
+PROGRAMS = 128
+# How many lines of a side are looked at together between two walks.
+LINES = 256
