@@ -10,6 +10,7 @@ import triton.language as tl
 
 from optical.arguments import Arguments, Gradients, Outputs
 from optical.kernels import tuning
+from optical.kernels.adjoint import adjoint_kernel
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
 from optical.kernels.resident import resident_kernel
 from optical.kernels.streaming import finish_kernel, loop_kernel, turn_kernel, walk_kernel
@@ -29,8 +30,13 @@ def supports(arguments: Arguments) -> str | None:
         return f"the problem is {name}; the kernels compute in float32"
     if p.anderson:
         return "the kernels do not know anderson; over-relaxation (omega) is what they have"
-    if p.gradient != "envelope":
-        return f"the kernels do not know gradient={p.gradient!r}"
+    if p.gradient == "unroll":
+        return "the kernels do not know gradient='unroll'"
+    longest = max(p.log_a.shape[-1], p.log_b.shape[-1])
+    if p.gradient == "implicit" and longest > tuning.RESIDENT:
+        what = "packed lines" if p.packed else "lines"
+        limit = f"solve its system on chip, for up to {tuning.RESIDENT}"
+        return f"a side has {longest} {what}; the kernels of gradient='implicit' {limit}"
     return None
 
 
@@ -151,7 +157,7 @@ def forward(arguments: Arguments) -> Outputs:
                 _loop(batch, f, g, outputs)
             else:
                 _steps(batch, f, g, outputs)
-        for side, tile in tiles_of(batch):
+        for side, tile in tiles_of(batch, tuning.TILES):
             resident_kernel[(batch.size,)](
                 *batch.sources(),
                 *_starts(p),
@@ -187,29 +193,54 @@ def forward(arguments: Arguments) -> Outputs:
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )
-    none = like.new_zeros(0)
-    return Outputs(
-        value,
-        value_linear,
-        f,
-        g,
-        marginal_error,
-        n_iter,
-        status,
-        none,
-        none.clone(),
-        torch.zeros_like(value),
-    )
+        w, z, residual = _adjoint(batch, f, g)
+    return Outputs(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
 
 
-def tiles_of(batch: Batch) -> list[tuple[int, tuning.Tile]]:
+def _adjoint(batch: Batch, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p = batch.arguments
+    residual = torch.zeros_like(p.epsilon)
+    if p.gradient != "implicit":
+        return f.new_zeros(0), g.new_zeros(0), residual
+    w, z = torch.empty_like(f), torch.empty_like(g)
+    for side, tile in tiles_of(batch, tuning.ADJOINT):
+        adjoint_kernel[(batch.size,)](
+            *batch.sources(),
+            f,
+            g,
+            w,
+            z,
+            residual,
+            *batch.sizes(),
+            1 / p.rho_a,
+            1 / p.rho_b,
+            0 if side == min(tuning.ADJOINT) else side // 2 + 1,
+            side,
+            KIND=batch.kind,
+            PACKED=batch.packed,
+            SCALED=batch.scaled,
+            WIDE=batch.wide,
+            PRECISION=batch.precision,
+            BLOCK_N=tile.rows,
+            BLOCK_M=tile.columns,
+            BLOCK_D=tile.depth,
+            PART=tile.part,
+            WARPS_N=tile.warps_n,
+            WARPS_M=tile.warps_m,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return w, z, residual
+
+
+def tiles_of(batch: Batch, table: dict[int, tuning.Tile]) -> list[tuple[int, tuning.Tile]]:
     """The tiles to launch: one where the longest side is known, otherwise all that may be met."""
     longest = max(batch.n, batch.m)
-    fitting = [(side, tile) for side, tile in tuning.TILES.items() if side >= longest]
+    fitting = [(side, tile) for side, tile in table.items() if side >= longest]
     if not batch.packed:
         return fitting[:1]
-    last = fitting[0][0] if fitting else max(tuning.TILES)
-    return [(side, tile) for side, tile in tuning.TILES.items() if side <= last]
+    last = fitting[0][0] if fitting else max(table)
+    return [(side, tile) for side, tile in table.items() if side <= last]
 
 
 def _starts(arguments: Arguments) -> tuple[Tensor, Tensor]:

@@ -275,6 +275,6 @@ def times_log2(x, NVIDIA: tl.constexpr):
 def plan_tile(cost, A, B, f, g, scale):
     """The plan of a tile of costs from log2 masses and potentials; 0 where it is no number."""
     present = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
-    score = (f[:, None] + g[None, :] - cost) * scale + A[:, None] + B[None, :]
+    score = (f[:, None] + g[None, :] - cost) * scale + (A[:, None] + B[None, :])
     score = tl.where(present, score, -INFINITY)
     return tl.where(score < INFINITY, tl.exp2(score), 0.0)

@@ -41,6 +41,14 @@ TILES = {
     128: Tile(128, 128, 32, 32, 2, 2, 2),
 }
 
+# The tiles of the system behind implicit gradients, whose sums are float64.
+ADJOINT = {
+    16: Tile(16, 16, 32, 16, 1, 1, 2),
+    32: Tile(32, 32, 32, 32, 1, 1, 2),
+    64: Tile(64, 64, 32, 32, 2, 2, 2),
+    128: Tile(128, 128, 32, 32, 4, 2, 2),
+}
+
 
 class GradientTile(NamedTuple):
     """A tile of a gradient to vectors: ``pull`` of their entries are pulled at a time.
