@@ -14,9 +14,15 @@ the system consists of its sums, but rounded sums do not.
 
 import triton
 import triton.language as tl
-
-from optical.kernels.tiles import GIVEN, INFINITY, LOG2_E
-from optical.kernels.tiles import cost_tile, extent, load_log_mass, plan_tile
+from optical.kernels.tiles import (
+    GIVEN,
+    INFINITY,
+    LOG2_E,
+    cost_tile,
+    extent,
+    load_log_mass,
+    plan_tile,
+)
 
 # Below this share of the right side, relatively, there is nothing but rounding.
 SOLVED = tl.constexpr(1e-14)
@@ -159,7 +165,9 @@ def adjoint_kernel(
     stale = 0
     step = 0
     while (rho > noise) & (stale < PATIENCE) & (step < 4 * m + 100):
-        q = diagonal * p - times(plan, times(plan, p, 1) * inverse, 0)
+        # A plan that seems to change is not kept in float64 all the time.
+        same = plan * (1.0 + tl.minimum(step, 0))
+        q = diagonal * p - times(same, times(same, p, 1) * inverse, 0)
         curvature = tl.sum(p * q, 0)
         length = rho / curvature
         # Rounding has the last word near the solution: no step along a direction that it decides.

@@ -15,9 +15,18 @@ where the second bracket is 1 for envelope gradients, and with x' = x / |x|
 
 import triton
 import triton.language as tl
-
-from optical.kernels.tiles import COSINE, DOT, INFINITY, LOG2_E, SQEUCLIDEAN
-from optical.kernels.tiles import cost_tile, extent, load_log_mass, operand, plan_tile
+from optical.kernels.tiles import (
+    COSINE,
+    DOT,
+    INFINITY,
+    LOG2_E,
+    SQEUCLIDEAN,
+    cost_tile,
+    extent,
+    load_log_mass,
+    operand,
+    plan_tile,
+)
 
 
 @triton.jit
@@ -30,6 +39,85 @@ def upstream_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT
     else:
         grad = plan * (upstream + upstream_linear)
     return tl.where(plan > 0, grad, 0.0)
+
+
+@triton.jit
+def pull_tile(
+    x_ptr,
+    y_ptr,
+    norm_x_ptr,
+    norm_y_ptr,
+    scale_x_ptr,
+    scale_y_ptr,
+    centre_ptr,
+    log_b_ptr,
+    g_ptr,
+    z_ptr,
+    stride_n,
+    stride_m,
+    row_zero,
+    column_zero,
+    n,
+    m,
+    dim,
+    A,
+    f,
+    w,
+    epsilon,
+    upstream,
+    upstream_linear,
+    KIND: tl.constexpr,
+    IMPLICIT: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """How some rows are pulled by each column, how strongly along themselves, present columns."""
+    columns = column_zero + tl.arange(0, BLOCK_M)
+    B = load_log_mass(log_b_ptr, columns, m)
+    g = tl.load(g_ptr + columns, mask=columns < m, other=0.0)
+    z = g
+    if IMPLICIT:
+        z = tl.load(z_ptr + columns, mask=columns < m, other=0.0)
+    cost = cost_tile(
+        x_ptr,
+        y_ptr,
+        norm_x_ptr,
+        norm_y_ptr,
+        scale_x_ptr,
+        scale_y_ptr,
+        centre_ptr,
+        stride_n,
+        stride_m,
+        row_zero,
+        column_zero,
+        n,
+        m,
+        dim,
+        KIND,
+        SCALED,
+        WIDE,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_M,
+        BLOCK_D,
+        BLOCK_N,
+        1,
+        1,
+    )
+    plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
+    pull = upstream_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT)
+    along = f
+    if KIND == COSINE:
+        along = tl.sum(tl.where(plan > 0, pull * (1 - cost), 0.0), 1)
+        pull *= tl.load(norm_y_ptr + columns, mask=columns < m, other=0.0)[None, :]
+        pull = tl.where(plan > 0, pull, 0.0)
+    elif KIND == SQEUCLIDEAN:
+        along = tl.sum(pull, 1)
+    return pull, along, B != -INFINITY
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "least", "most"])
@@ -94,7 +182,6 @@ def vector_gradient_kernel(
     scale_y_ptr += zero_b
     centre_ptr += problem * dim
     epsilon = tl.load(epsilon_ptr + problem)
-    scale = LOG2_E / epsilon
     upstream = tl.load(grad_value_ptr + problem)
     upstream_linear = tl.load(grad_value_linear_ptr + problem)
     for row_zero in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
@@ -104,18 +191,9 @@ def vector_gradient_kernel(
         w = f
         if IMPLICIT:
             w = tl.load(w_ptr + zero_a + rows, mask=rows < n, other=0.0)
-        along = tl.zeros((BLOCK_N,), tl.float32)
-        pulled = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
-        d = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
-        last = BLOCK_M if WHOLE else m
-        for column_zero in range(0, last, BLOCK_M):
-            columns = column_zero + tl.arange(0, BLOCK_M)
-            B = load_log_mass(log_b_ptr + zero_b, columns, m)
-            g = tl.load(g_ptr + zero_b + columns, mask=columns < m, other=0.0)
-            z = g
-            if IMPLICIT:
-                z = tl.load(z_ptr + zero_b + columns, mask=columns < m, other=0.0)
-            cost = cost_tile(
+        if WHOLE:
+            columns = tl.arange(0, BLOCK_M)
+            pull, along, present = pull_tile(
                 x_ptr,
                 y_ptr,
                 norm_x_ptr,
@@ -123,45 +201,36 @@ def vector_gradient_kernel(
                 scale_x_ptr,
                 scale_y_ptr,
                 centre_ptr,
+                log_b_ptr + zero_b,
+                g_ptr + zero_b,
+                z_ptr + zero_b,
                 stride_n,
                 stride_m,
                 row_zero,
-                column_zero,
+                0,
                 n,
                 m,
                 dim,
+                A,
+                f,
+                w,
+                epsilon,
+                upstream,
+                upstream_linear,
                 KIND,
+                IMPLICIT,
                 SCALED,
                 WIDE,
                 PRECISION,
                 BLOCK_N,
                 BLOCK_M,
                 BLOCK_D,
-                BLOCK_N,
-                1,
-                1,
             )
-            plan = plan_tile(cost, A, B, f, g, scale)
-            grad = upstream_tile(
-                plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT
-            )
-            if KIND == COSINE:
-                along += tl.sum(tl.where(plan > 0, grad * (1 - cost), 0.0), 1)
-                grad *= tl.load(norm_y_ptr + columns, mask=columns < m, other=0.0)[None, :]
-                grad = tl.where(plan > 0, grad, 0.0)
-            elif KIND == SQEUCLIDEAN:
-                along += tl.sum(grad, 1)
-            if not WHOLE:
-                y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED, WIDE)
-                y = tl.where((B != -INFINITY)[:, None], y, 0.0)
-                y = y.to(PULL)
-                pulled = tl.dot(grad.to(PULL), y, pulled, input_precision=PULL_PRECISION)
-        if WHOLE:
             for d0 in range(0, dim, BLOCK_G):
                 d = d0 + tl.arange(0, BLOCK_G)
                 y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED, WIDE)
-                y = tl.where((B != -INFINITY)[:, None], y, 0.0)
-                pulled = tl.dot(grad.to(PULL), y.to(PULL), input_precision=PULL_PRECISION)
+                y = tl.where(present[:, None], y, 0.0).to(PULL)
+                pulled = tl.dot(pull.to(PULL), y, input_precision=PULL_PRECISION)
                 store_gradient(
                     grad_ptr,
                     x_ptr,
@@ -180,6 +249,48 @@ def vector_gradient_kernel(
                     WIDE,
                 )
         else:
+            along = tl.zeros((BLOCK_N,), tl.float32)
+            pulled = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
+            d = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
+            for column_zero in range(0, m, BLOCK_M):
+                columns = column_zero + tl.arange(0, BLOCK_M)
+                pull, more, present = pull_tile(
+                    x_ptr,
+                    y_ptr,
+                    norm_x_ptr,
+                    norm_y_ptr,
+                    scale_x_ptr,
+                    scale_y_ptr,
+                    centre_ptr,
+                    log_b_ptr + zero_b,
+                    g_ptr + zero_b,
+                    z_ptr + zero_b,
+                    stride_n,
+                    stride_m,
+                    row_zero,
+                    column_zero,
+                    n,
+                    m,
+                    dim,
+                    A,
+                    f,
+                    w,
+                    epsilon,
+                    upstream,
+                    upstream_linear,
+                    KIND,
+                    IMPLICIT,
+                    SCALED,
+                    WIDE,
+                    PRECISION,
+                    BLOCK_N,
+                    BLOCK_M,
+                    BLOCK_D,
+                )
+                along += more
+                y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED, WIDE)
+                y = tl.where(present[:, None], y, 0.0).to(PULL)
+                pulled = tl.dot(pull.to(PULL), y, pulled, input_precision=PULL_PRECISION)
             store_gradient(
                 grad_ptr,
                 x_ptr,

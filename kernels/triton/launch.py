@@ -5,9 +5,10 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-
 from optical.arguments import Arguments, Gradients, Outputs
 from optical.kernels import tuning
 from optical.kernels.adjoint import adjoint_kernel
@@ -16,7 +17,6 @@ from optical.kernels.resident import resident_kernel
 from optical.kernels.streaming import finish_kernel, loop_kernel, turn_kernel, walk_kernel
 from optical.kernels.sums import mass_gradient_kernel, product_kernel
 from optical.kernels.tokens import centre_kernel, norm_kernel
-from torch import Tensor
 
 KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -56,8 +56,8 @@ class Batch:
         # Products of float32 numbers lose nothing that matters, products of half precision nothing.
         self.exact = "tf32x3" if self.nvidia else "ieee"
         self.precision = self.exact if single or p.kind == "sqeuclidean" else "ieee"
-        # Gradients are rounded to the vectors' dtype, and what pulls at them to one that is as fine:
-        # TF32 holds every float16, and a pull in float16 would underflow.
+        # Gradients are rounded to the vectors' dtype, and what pulls at them to one as fine: TF32
+        # holds every float16, and a pull in float16 would underflow.
         self.pull, self.pull_precision = tl.float32, self.exact
         if self.nvidia and p.x.dtype == torch.bfloat16:
             self.pull = tl.bfloat16

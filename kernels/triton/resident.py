@@ -21,9 +21,17 @@ for each rebuilding of K.
 
 import triton
 import triton.language as tl
-
-from optical.kernels.tiles import GIVEN, INFINITY, LOG2_E, NAN
-from optical.kernels.tiles import cost_tile, extent, load_log_mass, quotient, times_log2
+from optical.kernels.tiles import (
+    GIVEN,
+    INFINITY,
+    LOG2_E,
+    NAN,
+    cost_tile,
+    extent,
+    load_log_mass,
+    quotient,
+    times_log2,
+)
 
 DRIFT = tl.constexpr(2.0**30)
 FAR = tl.constexpr(2.0**50)
@@ -262,7 +270,7 @@ def resident_kernel(
         G_next = tl.where(halt, G, (1 - relaxation) * G + beta_b * minimum)
         G_next = tl.where(column_alive, G_next, 0.0)
         if ANNEAL:
-            # log2 of the plan at the final temperature, where S = (A + B + (F + G) ratio - T) / ratio.
+            # log2 of the plan at the final temperature: S = (A + B + (F + G) ratio - T) / ratio.
             T = tl.where(T > -INFINITY, T - (A + F * ratio)[:, None], -INFINITY)
             T = tl.where(T > -INFINITY, (T - (B + G * ratio)[None, :]) / ratio, -INFINITY)
             K = tl.exp2(T + (A + F)[:, None] + (B + G_next)[None, :])

@@ -10,7 +10,6 @@ program, which is what packed problems need, whose sizes nobody knows when kerne
 
 import triton
 import triton.language as tl
-
 from optical.kernels.tiles import GIVEN, INFINITY, LOG2_E, extent
 from optical.kernels.walks import MINIMA, SUMS, begin, finish, miss, relax, walk
 

@@ -6,9 +6,15 @@ columns the two sides change places.
 
 import triton
 import triton.language as tl
-
-from optical.kernels.tiles import GIVEN, INFINITY, LOG2_E
-from optical.kernels.tiles import cost_tile, extent, load_log_mass, plan_tile
+from optical.kernels.tiles import (
+    GIVEN,
+    INFINITY,
+    LOG2_E,
+    cost_tile,
+    extent,
+    load_log_mass,
+    plan_tile,
+)
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m"])

@@ -114,9 +114,13 @@ def dots(
             x = operand(x_ptr, scale_x_ptr, centre_ptr, rows + PART, n, d, dim, KIND, SCALED, WIDE)
             sum1 = tl.dot(x, y, sum1, input_precision=PRECISION)
         if PARTS >= 4:
-            x = operand(x_ptr, scale_x_ptr, centre_ptr, rows + 2 * PART, n, d, dim, KIND, SCALED, WIDE)
+            x = operand(
+                x_ptr, scale_x_ptr, centre_ptr, rows + 2 * PART, n, d, dim, KIND, SCALED, WIDE
+            )
             sum2 = tl.dot(x, y, sum2, input_precision=PRECISION)
-            x = operand(x_ptr, scale_x_ptr, centre_ptr, rows + 3 * PART, n, d, dim, KIND, SCALED, WIDE)
+            x = operand(
+                x_ptr, scale_x_ptr, centre_ptr, rows + 3 * PART, n, d, dim, KIND, SCALED, WIDE
+            )
             sum3 = tl.dot(x, y, sum3, input_precision=PRECISION)
     if PARTS == 1:
         product = sum0

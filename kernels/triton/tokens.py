@@ -5,7 +5,6 @@ Read once before the iterations, so that no kernel afterwards needs a whole vect
 
 import triton
 import triton.language as tl
-
 from optical.kernels.tiles import COSINE, INFINITY, SQEUCLIDEAN, extent
 
 

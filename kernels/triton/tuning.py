@@ -80,11 +80,11 @@ def gradient_tiles(columns: int, packed: bool) -> list[tuple[GradientTile, int, 
 
 # By the number of columns that they hold.
 WHOLE = {
-    32: GradientTile(32, 32, 32, 64, True, 2, 2),
-    64: GradientTile(64, 64, 32, 64, True, 4, 2),
-    128: GradientTile(64, 128, 32, 64, True, 4, 2),
+    32: GradientTile(32, 32, 32, 64, True, 4, 2),
+    64: GradientTile(64, 64, 32, 64, True, 8, 2),
+    128: GradientTile(64, 128, 32, 64, True, 8, 2),
 }
-PARTIAL = GradientTile(64, 64, 32, 128, False, 4, 2)
+PARTIAL = GradientTile(64, 64, 32, 128, False, 8, 2)
 # Tiles of kernels that sum over the columns of a plan.
 WALK = Tile(64, 64, 32, 64, 2, 2, 2)
 # The tile of problems that are streamed.

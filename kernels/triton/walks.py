@@ -7,11 +7,16 @@ order, whoever shares the rows. Potentials are in the units of ``resident``.
 
 import triton
 import triton.language as tl
-
-from optical.kernels.resident import CONVERGED, EMPTY, INFEASIBLE, MASS_TOLERANCE, MAX_ITER
-from optical.kernels.resident import penalties, wanted
-from optical.kernels.tiles import GIVEN, INFINITY, LOG2_E, NAN
-from optical.kernels.tiles import cost_tile, extent, load_log_mass
+from optical.kernels.resident import (
+    CONVERGED,
+    EMPTY,
+    INFEASIBLE,
+    MASS_TOLERANCE,
+    MAX_ITER,
+    penalties,
+    wanted,
+)
+from optical.kernels.tiles import INFINITY, LOG2_E, NAN, cost_tile, load_log_mass
 
 # What a walk looks for.
 MINIMA = tl.constexpr(0)
@@ -186,7 +191,9 @@ def inspect(start_ptr, log_mass_ptr, n, START: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def account(F_ptr, found_ptr, spent_ptr, log_mass_ptr, n, inverse_rho, strength, BLOCK: tl.constexpr):
+def account(
+    F_ptr, found_ptr, spent_ptr, log_mass_ptr, n, inverse_rho, strength, BLOCK: tl.constexpr
+):
     """What one side has: its part of the dual value, its penalty, its error, its sums, and costs.
 
     The last two say whether a fixed line is dead and whether a cost is no number.
