@@ -53,6 +53,7 @@ class Batch:
         self.dim = 0 if p.y is None else p.x.shape[-1]
         self.nvidia = torch.version.hip is None and not INTERPRETED
         single = p.x.dtype == torch.float32
+        self.single = single
         # Products of float32 numbers lose nothing that matters, products of half precision nothing.
         self.exact = "tf32x3" if self.nvidia else "ieee"
         self.precision = self.exact if single or p.kind == "sqeuclidean" else "ieee"
@@ -95,7 +96,7 @@ class Batch:
             )
         if p.kind in ("cosine", "sqeuclidean"):
             self.norm_a, self.scale_a = self._norms(p.x, self.cu_a, p.log_a)
-            self.norm_b, self.scale_b = self._norms(p.y, self.cu_b, p.log_b)
+            self.norm_b, self.scale_b = self._norms(self.y, self.cu_b, p.log_b)
 
     def _norms(self, vectors: Tensor, offsets: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
         norm, scale = torch.empty_like(log_mass), torch.empty_like(log_mass)
@@ -122,11 +123,13 @@ class Batch:
         """The pointers from which a tile of the cost is made, in the order of the kernels."""
         p = self.arguments
         x, y = (p.x, self.y) if p.y is not None else (p.x, p.x)
-        sides = [(x, y), (self.norm_a, self.norm_b), (self.scale_a, self.scale_b)]
+        tokens = [(x, y), (self.norm_a, self.norm_b), (self.scale_a, self.scale_b)]
         lines = [(self.cu_a, self.cu_b), (p.log_a, p.log_b)]
-        order = slice(None, None, -1 if swapped else 1)
-        sides, lines = ([pair[order] for pair in pairs] for pairs in (sides, lines))
-        return *sum(sides, ()), self.centre, *sum(lines, ()), p.epsilon
+        order = (1, 0) if swapped else (0, 1)
+        of_tokens, of_lines = (
+            [pair[i] for pair in pairs for i in order] for pairs in (tokens, lines)
+        )
+        return *of_tokens, self.centre, *of_lines, p.epsilon
 
     def sizes(self, swapped: bool = False) -> tuple[int, ...]:
         """The strides of a given cost, the longest sides, and how long a vector is."""
@@ -137,7 +140,7 @@ class Batch:
 
     def blocks(self, lines: int, block: int) -> int:
         """How many programs share the lines of a problem; packed ones may have any share of all."""
-        count = triton.cdiv(lines, block)
+        count: int = triton.cdiv(lines, block)
         return count if not self.packed else min(count, max(1, 1024 // self.size))
 
 
@@ -440,7 +443,7 @@ def _vector_gradient(
 ) -> Tensor:
     grad = torch.empty_like(vectors)
     own, other = (batch.m, batch.n) if swapped else (batch.n, batch.m)
-    for tile, least, most in tuning.gradient_tiles(other, batch.packed):
+    for tile, least, most in tuning.gradient_tiles(other, batch.packed, batch.single):
         parts = 1 if tile.whole else triton.cdiv(batch.dim, tile.pull)
         vector_gradient_kernel[(batch.size, batch.blocks(own, tile.rows), parts)](
             *batch.sources(swapped),

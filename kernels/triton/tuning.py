@@ -65,17 +65,19 @@ class GradientTile(NamedTuple):
     stages: int
 
 
-def gradient_tiles(columns: int, packed: bool) -> list[tuple[GradientTile, int, int]]:
+def gradient_tiles(columns: int, packed: bool, single: bool) -> list[tuple[GradientTile, int, int]]:
     """Tiles to launch and from how many to how many columns each serves, given the most there are.
 
-    Packed problems may have any number of columns up to that.
+    Packed problems may have any number of columns up to that. ``single``: the products are those of
+    float32 numbers, which take three times the registers.
     """
-    fitting = next((most for most in WHOLE if columns <= most), None)
+    whole, partial = (SINGLE, SINGLE_PARTIAL) if single else (WHOLE, PARTIAL)
+    fitting = next((most for most in whole if columns <= most), None)
     if not packed:
-        return [(WHOLE[fitting] if fitting else PARTIAL, 0, columns)]
-    sides = [most for most in WHOLE if fitting is None or most <= fitting]
-    tiles = [(WHOLE[most], 0 if most == sides[0] else most // 2 + 1, most) for most in sides]
-    return tiles if fitting else [*tiles, (PARTIAL, sides[-1] + 1, columns)]
+        return [(whole[fitting] if fitting else partial, 0, columns)]
+    sides = [most for most in whole if fitting is None or most <= fitting]
+    tiles = [(whole[most], 0 if most == sides[0] else most // 2 + 1, most) for most in sides]
+    return tiles if fitting else [*tiles, (partial, sides[-1] + 1, columns)]
 
 
 # By the number of columns that they hold.
@@ -85,6 +87,12 @@ WHOLE = {
     128: GradientTile(64, 128, 32, 64, True, 8, 2),
 }
 PARTIAL = GradientTile(64, 64, 32, 128, False, 8, 2)
+SINGLE = {
+    32: GradientTile(32, 32, 32, 32, True, 4, 2),
+    64: GradientTile(32, 64, 32, 32, True, 8, 2),
+    128: GradientTile(32, 128, 16, 32, True, 8, 2),
+}
+SINGLE_PARTIAL = GradientTile(32, 64, 16, 64, False, 8, 2)
 # Tiles of kernels that sum over the columns of a plan.
 WALK = Tile(64, 64, 32, 64, 2, 2, 2)
 # The tile of problems that are streamed.
