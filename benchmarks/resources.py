@@ -1,8 +1,8 @@
 """What the Triton kernels need of a chip, read off their machine code: no GPU is asked.
 
 Every tile of ``optical.kernels.tuning`` is compiled ahead of time for each target. A row says how
-many registers and bytes of stack a thread needs and how much shared memory a program. For the
-kernels of the iterations on chip, the instructions of the innermost loop are counted too, which
+many registers and bytes of stack a thread needs, how many registers it stores there (on AMD's, how
+many it lacks), and how much shared memory a program needs. For the kernels of the iterations on chip, the instructions of the innermost loop are counted too, which
 gives the clocks that one iteration takes if every unit of a multiprocessor is kept busy:
 
     clocks = max(instructions / 4, shuffles, 2 exponentials or reciprocals) per warp, times warps
@@ -81,6 +81,8 @@ class Row:
     target: str
     registers: int = 0
     stack_bytes: int = 0
+    spills: int = 0
+    loop_spills: int = 0
     shared_bytes: int = 0
     ffma: int = 0
     shuffles: int = 0
@@ -102,10 +104,12 @@ def configurations() -> Iterator[Configuration]:
     every = {"PACKED": False, "START": True, "GENERAL": True, "ANNEAL": True, "STEPS": 1}
     for side, tile in tuning.TILES.items():
         name = f"{side}x{side}"
-        for kind, dtype in (("given", "fp32"), ("cosine", "bf16"), ("cosine", "fp32")):
-            options = plain | {"STEPS": tuning.STEPS}
-            yield _tiled(resident.resident_kernel, name, tile, kind, dtype, **options)
-        yield _tiled(resident.resident_kernel, name, tile, "cosine", "bf16", "every", **every)
+        roomy = tuning.ROOMY[side]
+        options = plain | {"STEPS": tuning.STEPS}
+        yield _tiled(resident.resident_kernel, name, tile, "given", "fp32", **options)
+        yield _tiled(resident.resident_kernel, name, tile, "cosine", "bf16", **options)
+        yield _tiled(resident.resident_kernel, name, roomy, "cosine", "fp32", **options)
+        yield _tiled(resident.resident_kernel, name, roomy, "cosine", "bf16", "every", **every)
     for side, tile in tuning.ADJOINT.items():
         for kind, dtype in (("given", "fp32"), ("cosine", "bf16")):
             options = {"PACKED": False}
@@ -187,14 +191,13 @@ def measure(configuration: Configuration, target: str) -> Row:
         elif isinstance(value, str):
             value = exact if value == "exact" or not nvidia else value
         constants[name] = value
-    vectors = "*" + c.dtype
-    signature = {}
+    vectors, signature = "*" + c.dtype, {}
+    of_vectors = {"x_ptr", "y_ptr", "vectors_ptr"}
+    of_vectors |= {"grad_ptr"} if c.name == "vector_gradient" else set()
     for name in c.kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("x_ptr", "y_ptr", "vectors_ptr") or (
-            name == "grad_ptr" and c.name == "vector_gradient"
-        ):
+        elif name in of_vectors:
             signature[name] = vectors
         elif name.endswith("_ptr"):
             signature[name] = POINTERS.get(name, "*fp32")
@@ -217,6 +220,7 @@ def measure(configuration: Configuration, target: str) -> Row:
         text = compiled.asm["amdgcn"]
         row.registers = _number(r"\.vgpr_count:\s+(\d+)", text)
         row.stack_bytes = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+        row.spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
         return row
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
@@ -224,8 +228,12 @@ def measure(configuration: Configuration, target: str) -> Row:
         usage = _output("cuobjdump", "-res-usage", binary)
         row.registers = _number(r"REG:(\d+)", usage)
         row.stack_bytes = _number(r"STACK:(\d+)", usage)
+        assembly = ""
+        if row.stack_bytes or c.name == "resident":
+            assembly = _output("nvdisasm", "-c", binary)
+            row.spills = len(re.findall(r"\bSTL\b", assembly))
         if c.name == "resident":
-            _count(row, _output("nvdisasm", "-c", binary), c.constants["STEPS"])
+            _count(row, assembly, c.constants["STEPS"])
             row.floor_clocks = c.constants["BLOCK_N"] * c.constants["BLOCK_M"] * 2 / 128
     return row
 
@@ -287,12 +295,14 @@ def _count(row: Row, assembly: str, steps: int) -> None:
             more = sum(v for k, v in outer.items() if k.startswith(name)) - counts[name]
             counts[name] += more / steps
         total += (sum(outer.values()) - total) / steps
+    row.loop_spills = sum(body[name] for name in body if name.startswith(("STL", "LDL")))
     row.ffma, row.shuffles = round(counts["FFMA"]), round(counts["SHFL"])
     row.mufu, row.barriers = round(counts["MUFU"]), round(counts["BAR"])
     row.instructions = round(total)
     row.clocks = round(max(total / 4, counts["SHFL"], 2 * counts["MUFU"]) * row.warps, 1)
 
 
+INSTRUCTION = r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9.]*)(.*?);"
 UNITS = ("FFMA", "SHFL", "MUFU", "BAR")
 
 

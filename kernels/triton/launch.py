@@ -56,7 +56,9 @@ class Batch:
         self.single = single
         # Products of float32 numbers lose nothing that matters, products of half precision nothing.
         self.exact = "tf32x3" if self.nvidia else "ieee"
-        self.precision = self.exact if single or p.kind == "sqeuclidean" else "ieee"
+        self.precision = "ieee" if p.y is None else self.exact
+        if not single and p.kind != "sqeuclidean":
+            self.precision = "ieee"
         # Gradients are rounded to the vectors' dtype, and what pulls at them to one as fine: TF32
         # holds every float16, and a pull in float16 would underflow.
         self.pull, self.pull_precision = tl.float32, self.exact
@@ -153,6 +155,7 @@ def forward(arguments: Arguments) -> Outputs:
         n_iter, status = (torch.empty_like(like, dtype=torch.int32) for _ in range(2))
         f, g = torch.empty_like(p.log_a), torch.empty_like(p.log_b)
         general = p.omega != 1 or min(p.rho_a, p.rho_b) < math.inf
+        roomy = general or p.anneal_start > 0 or batch.precision != "ieee"
         outputs = value, value_linear, marginal_error, n_iter, status
         if max(batch.n, batch.m) > tuning.RESIDENT:
             # One program runs a problem where sizes are unknown or problems many.
@@ -160,7 +163,7 @@ def forward(arguments: Arguments) -> Outputs:
                 _loop(batch, f, g, outputs)
             else:
                 _steps(batch, f, g, outputs)
-        for side, tile in tiles_of(batch, tuning.TILES):
+        for side, tile in tiles_of(batch, tuning.ROOMY if roomy else tuning.TILES):
             resident_kernel[(batch.size,)](
                 *batch.sources(),
                 *_starts(p),

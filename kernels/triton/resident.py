@@ -25,7 +25,6 @@ from optical.kernels.tiles import (
     GIVEN,
     INFINITY,
     LOG2_E,
-    NAN,
     cost_tile,
     extent,
     load_log_mass,
@@ -397,14 +396,20 @@ def resident_kernel(
     status = tl.where(broken | infeasible, INFEASIBLE, status)
     status = tl.where(empty, EMPTY, status)
     iteration = tl.where(empty, 0, tl.where(broken, max_iter, tl.minimum(iteration, max_iter)))
-    tl.store(value_ptr + problem, tl.where(empty, 0.0, tl.where(broken, NAN, value)))
-    transported = tl.where(empty, 0.0, tl.where(broken, NAN, transported / scale))
+    tl.store(value_ptr + problem, tl.where(empty, 0.0, tl.where(broken, float("nan"), value)))
+    transported = tl.where(empty, 0.0, tl.where(broken, float("nan"), transported / scale))
     tl.store(value_linear_ptr + problem, transported)
-    tl.store(marginal_error_ptr + problem, tl.where(empty, 0.0, tl.where(broken, NAN, error)))
+    tl.store(
+        marginal_error_ptr + problem, tl.where(empty, 0.0, tl.where(broken, float("nan"), error))
+    )
     tl.store(n_iter_ptr + problem, iteration)
     tl.store(status_ptr + problem, status)
-    F = tl.where(A == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(broken, NAN, F / scale)))
-    G = tl.where(B == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(broken, NAN, G / scale)))
+    F = tl.where(
+        A == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(broken, float("nan"), F / scale))
+    )
+    G = tl.where(
+        B == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(broken, float("nan"), G / scale))
+    )
     tl.debug_barrier()
     tl.store(f_ptr + rows, F, mask=rows < n)
     tl.store(g_ptr + columns, G, mask=columns < m)

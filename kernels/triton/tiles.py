@@ -18,7 +18,6 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 # The interpreter multiplies the bits of bfloat16, so there operands are converted first.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 GIVEN = tl.constexpr(0)
@@ -241,7 +240,7 @@ def cost_tile(
             else:
                 cost = norm_x + norm_y - 2 * cost
                 cost = tl.where(cost < 0, 0.0, cost)
-        cost = tl.where(tl.abs(cost) < INFINITY, cost, NAN)
+        cost = tl.where(tl.abs(cost) < INFINITY, cost, float("nan"))
     return cost
 
 

@@ -41,6 +41,12 @@ TILES = {
     128: Tile(128, 128, 32, 32, 2, 2, 2),
 }
 
+# The same with fewer entries per thread, for runs with more to remember: float32 vectors, whose
+# products take three dots, penalties, over-relaxation and annealing.
+ROOMY = TILES | {
+    64: Tile(64, 64, 32, 32, 2, 1, 2),
+    128: Tile(128, 128, 32, 32, 4, 2, 2),
+}
 # The tiles of the system behind implicit gradients, whose sums are float64.
 ADJOINT = {
     16: Tile(16, 16, 32, 16, 1, 1, 2),

@@ -16,7 +16,7 @@ from optical.kernels.resident import (
     penalties,
     wanted,
 )
-from optical.kernels.tiles import INFINITY, LOG2_E, NAN, cost_tile, load_log_mass
+from optical.kernels.tiles import INFINITY, LOG2_E, cost_tile, load_log_mass
 
 # What a walk looks for.
 MINIMA = tl.constexpr(0)
@@ -128,7 +128,7 @@ def walk(
             found = tl.where(alive, found, DEAD)
         else:
             found = tl.where(alive, total, DEAD)
-            found = tl.where(unreadable > 0, NAN, found)
+            found = tl.where(unreadable > 0, float("nan"), found)
             tl.store(spent_ptr + rows, spent, mask=rows < n)
         tl.store(found_ptr + rows, found, mask=rows < n)
 
@@ -290,10 +290,12 @@ def finish(
     status = tl.where(broken | infeasible, INFEASIBLE, status)
     status = tl.where(empty, EMPTY, status)
     iteration = tl.where(empty, 0, tl.where(broken, max_iter, iteration))
-    tl.store(value_ptr + problem, tl.where(empty, 0.0, tl.where(broken, NAN, value)))
-    transported = tl.where(empty, 0.0, tl.where(broken, NAN, transported))
+    tl.store(value_ptr + problem, tl.where(empty, 0.0, tl.where(broken, float("nan"), value)))
+    transported = tl.where(empty, 0.0, tl.where(broken, float("nan"), transported))
     tl.store(value_linear_ptr + problem, transported)
-    tl.store(marginal_error_ptr + problem, tl.where(empty, 0.0, tl.where(broken, NAN, error)))
+    tl.store(
+        marginal_error_ptr + problem, tl.where(empty, 0.0, tl.where(broken, float("nan"), error))
+    )
     tl.store(n_iter_ptr + problem, iteration)
     tl.store(status_ptr + problem, status)
     end(f_ptr, log_a_ptr, n, scale, empty, broken, BLOCK)
@@ -308,6 +310,6 @@ def end(F_ptr, log_mass_ptr, n, scale, empty, broken, BLOCK: tl.constexpr):
         index = zero + tl.arange(0, BLOCK)
         A = load_log_mass(log_mass_ptr, index, n)
         F = tl.load(F_ptr + index, mask=index < n, other=0.0) / scale
-        F = tl.where(broken, NAN, F)
+        F = tl.where(broken, float("nan"), F)
         F = tl.where((A == -INFINITY) | empty, 0.0, F)
         tl.store(F_ptr + index, F, mask=index < n)
