@@ -2,8 +2,9 @@
 
 Every tile of ``optical.kernels.tuning`` is compiled ahead of time for each target. A row says how
 many registers and bytes of stack a thread needs, how many registers it stores there (on AMD's, how
-many it lacks), and how much shared memory a program needs. For the kernels of the iterations on chip, the instructions of the innermost loop are counted too, which
-gives the clocks that one iteration takes if every unit of a multiprocessor is kept busy:
+many it lacks), and how much shared memory a program needs. For the kernels of the iterations on
+chip, the instructions of the innermost loop are counted too, which gives the clocks that one
+iteration takes if every unit of a multiprocessor is kept busy:
 
     clocks = max(instructions / 4, shuffles, 2 exponentials or reciprocals) per warp, times warps
 
@@ -249,7 +250,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def _count(row: Row, assembly: str, steps: int) -> None:
-    """The instructions of one iteration: the loop with the most multiply-adds per instruction.
+    """The instructions of one iteration: the smallest loop with sums over the lanes of a warp.
 
     With ``steps`` > 1 that loop stands in another one, whose surplus is shared out to the steps.
     """
@@ -270,22 +271,17 @@ def _count(row: Row, assembly: str, steps: int) -> None:
         if found.group(1).startswith("BRA") and back and back.group(1) in labels:
             loops.append((labels[back.group(1)], len(operations)))
 
-    def share(loop: tuple[int, int]) -> float:
+    def iterates(loop: tuple[int, int]) -> bool:
         body = operations[slice(*loop)]
-        return sum(x.startswith("FFMA") for x in body) / len(body)
+        # Loops over the entries of vectors multiply in tensor cores; reductions shuffle.
+        sums = sum(x.startswith("SHFL") for x in body)
+        return sums >= 10 and not any("HMMA" in x or "HGMMA" in x for x in body)
 
-    # Loops over the entries of vectors multiply in tensor cores; the smallest other ones iterate.
-    eligible = [
-        loop
-        for loop in loops
-        if loop[1] - loop[0] > 40
-        and not any("HMMA" in x or "HGMMA" in x for x in operations[slice(*loop)])
-    ]
+    eligible = sorted(filter(iterates, loops), key=lambda loop: loop[1] - loop[0])
     if not eligible:
         return
-    inner = max(eligible, key=share)
+    inner = eligible[0]
     around = [loop for loop in eligible if loop[0] <= inner[0] and inner[1] <= loop[1]]
-    around = sorted(around, key=lambda loop: loop[1] - loop[0])
     body = Counter(operations[slice(*inner)])
     counts = {name: float(sum(v for k, v in body.items() if k.startswith(name))) for name in UNITS}
     total = float(sum(body.values()))

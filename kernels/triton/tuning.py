@@ -96,7 +96,7 @@ PARTIAL = GradientTile(64, 64, 32, 128, False, 8, 2)
 SINGLE = {
     32: GradientTile(32, 32, 32, 32, True, 4, 2),
     64: GradientTile(32, 64, 32, 32, True, 8, 2),
-    128: GradientTile(32, 128, 16, 32, True, 8, 2),
+    128: GradientTile(16, 128, 16, 32, True, 4, 2),
 }
 SINGLE_PARTIAL = GradientTile(32, 64, 16, 64, False, 8, 2)
 # Tiles of kernels that sum over the columns of a plan.
