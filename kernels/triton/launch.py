@@ -17,6 +17,7 @@ from optical.kernels.resident import resident_kernel
 from optical.kernels.streaming import finish_kernel, loop_kernel, turn_kernel, walk_kernel
 from optical.kernels.sums import mass_gradient_kernel, product_kernel
 from optical.kernels.tokens import centre_kernel, norm_kernel
+from optical.kernels.unrolled import unrolled_kernel
 
 KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,13 +31,11 @@ def supports(arguments: Arguments) -> str | None:
         return f"the problem is {name}; the kernels compute in float32"
     if p.anderson:
         return "the kernels do not know anderson; over-relaxation (omega) is what they have"
-    if p.gradient == "unroll":
-        return "the kernels do not know gradient='unroll'"
     longest = max(p.log_a.shape[-1], p.log_b.shape[-1])
-    if p.gradient == "implicit" and longest > tuning.RESIDENT:
+    if p.gradient != "envelope" and longest > tuning.RESIDENT:
         what = "packed lines" if p.packed else "lines"
-        limit = f"solve its system on chip, for up to {tuning.RESIDENT}"
-        return f"a side has {longest} {what}; the kernels of gradient='implicit' {limit}"
+        limit = f"work on chip, on up to {tuning.RESIDENT}"
+        return f"a side has {longest} {what}; the kernels of gradient={p.gradient!r} {limit}"
     return None
 
 
@@ -222,19 +221,8 @@ def _adjoint(batch: Batch, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor
             1 / p.rho_b,
             0 if side == min(tuning.ADJOINT) else side // 2 + 1,
             side,
-            KIND=batch.kind,
-            PACKED=batch.packed,
-            SCALED=batch.scaled,
-            WIDE=batch.wide,
-            PRECISION=batch.precision,
-            BLOCK_N=tile.rows,
-            BLOCK_M=tile.columns,
-            BLOCK_D=tile.depth,
             PART=tile.part,
-            WARPS_N=tile.warps_n,
-            WARPS_M=tile.warps_m,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **_tile(batch, tile),
         )
     return w, z, residual
 
@@ -255,8 +243,8 @@ def _starts(arguments: Arguments) -> tuple[Tensor, Tensor]:
     return (p.epsilon if p.f0 is None else p.f0), (p.epsilon if p.g0 is None else p.g0)
 
 
-def _stream_tile(batch: Batch) -> dict[str, Any]:
-    tile = tuning.STREAM
+def _tile(batch: Batch, tile: tuning.Tile) -> dict[str, Any]:
+    """What every kernel of tiles is told of its problems and of its tile."""
     return {
         "KIND": batch.kind,
         "PACKED": batch.packed,
@@ -294,12 +282,12 @@ def _loop(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> No
         tuning.RESIDENT if batch.packed else 0,
         START=p.f0 is not None,
         BLOCK=tuning.LINES,
-        **_stream_tile(batch),
+        **_tile(batch, tuning.STREAM),
     )
 
 
 def _steps(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> None:
-    p, tile = batch.arguments, _stream_tile(batch)
+    p, tile = batch.arguments, _tile(batch, tuning.STREAM)
     found_a, found_b, spent_a, spent_b = (
         torch.empty_like(x) for x in (p.log_a, p.log_b, p.log_a, p.log_b)
     )
@@ -384,6 +372,9 @@ def backward(
     p = arguments
     with torch.cuda.device_of(p.x):
         batch = Batch(arguments)
+        if p.gradient == "unroll":
+            upstream = grad_value, grad_value_linear, grad_f, grad_g
+            return _unrolled(batch, upstream, f, n_iter, need_x, need_y)
         implicit = p.gradient == "implicit"
         if not implicit:
             w, z = f, g
@@ -399,6 +390,66 @@ def backward(
         grad_log_a = _mass_gradient(batch, p.log_a, False, (f, g, w), upstream, p.rho_a, implicit)
         grad_log_b = _mass_gradient(batch, p.log_b, True, (g, f, z), upstream, p.rho_b, implicit)
     return grad_x, grad_y, grad_log_a, grad_log_b
+
+
+def _unrolled(
+    batch: Batch,
+    upstream: tuple[Tensor | None, ...],
+    f: Tensor,
+    n_iter: Tensor,
+    need_x: bool,
+    need_y: bool,
+) -> Gradients:
+    p = batch.arguments
+    grad_value, grad_value_linear, grad_f, grad_g = upstream
+    potentials = grad_f is not None and grad_g is not None
+    shape = p.x.shape if need_x else (0,)
+    grad_x = torch.empty(shape, dtype=p.x.dtype, device=p.x.device)
+    grad_y = torch.empty_like(batch.y) if need_y else grad_x
+    grad_log_a, grad_log_b = torch.empty_like(p.log_a), torch.empty_like(p.log_b)
+    steps = torch.arange(p.max_iter, dtype=torch.float64, device=p.x.device)
+    annealing = (p.anneal_start * p.anneal_ratio**steps).float()
+    path_f, path_g = (x.new_empty((p.max_iter + 1) * x.numel()) for x in (p.log_a, p.log_b))
+    for side, tile in tiles_of(batch, tuning.ADJOINT):
+        unrolled_kernel[(batch.size,)](
+            *batch.sources(),
+            *_starts(p),
+            f,
+            n_iter,
+            annealing,
+            path_f,
+            path_g,
+            grad_value,
+            grad_value_linear,
+            grad_f if potentials else f,
+            grad_g if potentials else f,
+            grad_x,
+            grad_y,
+            grad_log_a,
+            grad_log_b,
+            *batch.sizes(),
+            p.max_iter,
+            1 / p.rho_a,
+            1 / p.rho_b,
+            p.omega,
+            0 if side == min(tuning.ADJOINT) else side // 2 + 1,
+            side,
+            START=p.f0 is not None,
+            POTENTIALS=potentials,
+            NEED_X=need_x,
+            NEED_Y=need_y and p.y is not None,
+            PULL=batch.pull,
+            PULL_PRECISION=batch.pull_precision,
+            BLOCK_G=32,
+            **_tile(batch, tile),
+            PART=tile.part,
+        )
+    return (
+        grad_x if need_x else None,
+        grad_y if need_y and p.y is not None else None,
+        grad_log_a,
+        grad_log_b,
+    )
 
 
 def _cost_gradient(
