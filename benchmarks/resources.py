@@ -31,7 +31,16 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from optical.kernels import adjoint, gradients, resident, streaming, sums, tokens, tuning
+from optical.kernels import (
+    adjoint,
+    adjoint_streamed,
+    gradients,
+    resident,
+    streaming,
+    sums,
+    tokens,
+    tuning,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -132,6 +141,10 @@ def configurations() -> Iterator[Configuration]:
             )
         options = stream | {"START": False, "BLOCK": tuning.LINES}
         yield _tiled(streaming.loop_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
+        options = stream | {"BLOCK": tuning.STREAM.rows, "LINES": tuning.LINES}
+        kernel = adjoint_streamed.adjoint_loop_kernel
+        loop = tuning.STREAM._replace(warps_n=4)
+        yield _tiled(kernel, "64x64", loop, kind, dtype, **options)
         options = stream | {"IMPLICIT": True, "WALK": True}
         yield _tiled(sums.mass_gradient_kernel, "64x64", tuning.WALK, kind, dtype, **options)
         options = stream | {"PULL": "exact", "BLOCK_G": 64}

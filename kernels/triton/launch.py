@@ -12,6 +12,7 @@ import triton.language as tl
 from optical.arguments import Arguments, Gradients, Outputs
 from optical.kernels import tuning
 from optical.kernels.adjoint import adjoint_kernel
+from optical.kernels.adjoint_streamed import adjoint_loop_kernel
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
 from optical.kernels.resident import resident_kernel
 from optical.kernels.streaming import finish_kernel, loop_kernel, turn_kernel, walk_kernel
@@ -32,10 +33,10 @@ def supports(arguments: Arguments) -> str | None:
     if p.anderson:
         return "the kernels do not know anderson; over-relaxation (omega) is what they have"
     longest = max(p.log_a.shape[-1], p.log_b.shape[-1])
-    if p.gradient != "envelope" and longest > tuning.RESIDENT:
-        what = "packed lines" if p.packed else "lines"
-        limit = f"work on chip, on up to {tuning.RESIDENT}"
-        return f"a side has {longest} {what}; the kernels of gradient={p.gradient!r} {limit}"
+    if p.gradient == "unroll" and longest > tuning.RESIDENT:
+        what = "packed lines, of problems of unknown sizes" if p.packed else "lines"
+        limit = f"works on chip, on up to {tuning.RESIDENT}"
+        return f"a side has {longest} {what}; the kernel of gradient='unroll' {limit}"
     return None
 
 
@@ -208,6 +209,34 @@ def _adjoint(batch: Batch, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor
     if p.gradient != "implicit":
         return f.new_zeros(0), g.new_zeros(0), residual
     w, z = torch.empty_like(f), torch.empty_like(g)
+    if max(batch.n, batch.m) > tuning.RESIDENT:
+        tile = tuning.STREAM._replace(warps_n=4)
+        adjoint_loop_kernel[(batch.size,)](
+            *batch.sources(),
+            f,
+            g,
+            w,
+            z,
+            residual,
+            p.log_a.new_empty(3 * f.numel(), dtype=torch.float64),
+            p.log_a.new_empty(7 * g.numel(), dtype=torch.float64),
+            *batch.sizes(),
+            1 / p.rho_a,
+            1 / p.rho_b,
+            tuning.RESIDENT if batch.packed else 0,
+            KIND=batch.kind,
+            PACKED=batch.packed,
+            SCALED=batch.scaled,
+            WIDE=batch.wide,
+            PRECISION=batch.precision,
+            BLOCK=tile.rows,
+            BLOCK_D=tile.depth,
+            WARPS_N=tile.warps_n,
+            WARPS_M=tile.warps_m,
+            LINES=tuning.LINES,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     for side, tile in tiles_of(batch, tuning.ADJOINT):
         adjoint_kernel[(batch.size,)](
             *batch.sources(),

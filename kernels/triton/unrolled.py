@@ -37,17 +37,20 @@ def scores(cost, potential, log_mass, temperature, axis: tl.constexpr):
 
 
 @triton.jit
-def minimum(cost, potential, log_mass, temperature, axis: tl.constexpr):
+def half_step(cost, potential, log_mass, temperature, axis: tl.constexpr):
+    """The minimum along the axis (0 on a line without an allowed pair), and its softmax.
+
+    Exponents of a thousand have lost digits that their differences still have, so both are formed
+    again around the minimum.
+    """
+    scale = LOG2_E / temperature
     total, alive = log_sum(scores(cost, potential, log_mass, temperature, axis), axis)
-    return tl.where(alive, -total * (temperature / LOG2_E), 0.0)
-
-
-@triton.jit
-def shares(cost, potential, log_mass, temperature, axis: tl.constexpr):
-    """The softmax of the scores along the axis, 0 on a line without an allowed pair."""
-    score = scores(cost, potential, log_mass, temperature, axis)
-    total, _ = log_sum(score, axis)
-    return tl.exp2(score - tl.expand_dims(total, axis))
+    rough = tl.where(alive, -total / scale, 0.0)
+    moved = tl.expand_dims(potential, 1 - axis) + tl.expand_dims(rough, axis)
+    score = (moved - cost) * scale + tl.expand_dims(log_mass, 1 - axis)
+    share = tl.exp2(tl.where(cost < INFINITY, score, -INFINITY))
+    total = tl.where(alive, tl.sum(share, axis), 1.0)
+    return rough - tl.log2(total) / scale, share / tl.expand_dims(total, axis)
 
 
 @triton.jit
@@ -196,9 +199,9 @@ def unrolled_kernel(
     for k in range(steps):
         temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
         relaxation = tl.where((k == 0) | (temperature != epsilon), 1.0, omega)
-        moved = minimum(cost, g, B, temperature, 1)
+        moved, _ = half_step(cost, g, B, temperature, 1)
         f = (1 - relaxation) * f + relaxation / (1 + temperature * inverse_rho_a) * moved
-        moved_b = minimum(cost, f, A, temperature, 0)
+        moved_b, _ = half_step(cost, f, A, temperature, 0)
         g = (1 - relaxation) * g + relaxation / (1 + temperature * inverse_rho_b) * moved_b
         tl.store(path_f_ptr + (k + 1) * n, f, mask=inside_a)
         tl.store(path_g_ptr + (k + 1) * m, g, mask=inside_b)
@@ -244,14 +247,16 @@ def unrolled_kernel(
         beta_a = relaxation / (1 + temperature * inverse_rho_a)
         beta_b = relaxation / (1 + temperature * inverse_rho_b)
         f = tl.load(path_f_ptr + (k + 1) * n, mask=inside_a, other=0.0)
-        moved = shares(cost, f, A, temperature, 0) * (beta_b * bar_g)[None, :]
+        _, share = half_step(cost, f, A, temperature, 0)
+        moved = share * (beta_b * bar_g)[None, :]
         bar_g = (1 - relaxation) * bar_g
         by_row = tl.sum(moved, 1)
         bar_f -= by_row
         bar_a -= temperature * by_row
         bar += moved
         g = tl.load(path_g_ptr + k * m, mask=inside_b, other=0.0)
-        moved = shares(cost, g, B, temperature, 1) * (beta_a * bar_f)[:, None]
+        _, share = half_step(cost, g, B, temperature, 1)
+        moved = share * (beta_a * bar_f)[:, None]
         bar_f = (1 - relaxation) * bar_f
         by_column = tl.sum(moved, 0)
         bar_g -= by_column
