@@ -27,7 +27,8 @@ from optical.testing import (
 # Discarded branches of tl.where divide by zero here; on a GPU that is silent.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-MODES = ("envelope", "implicit")
+# The implicit mode has the run and the gradients of the envelope one in it.
+MODES = ("implicit",)
 # Each iteration of each problem costs milliseconds here, and eight reach every branch but one.
 ALL = {
     problem.name: replace(problem, max_iter=min(8, problem.max_iter))
@@ -39,6 +40,34 @@ ALL = {
 @pytest.mark.parametrize("name", ALL)
 def test_every_problem_by_the_tolerance_rule(name, poisoned_memory):
     assert_backend_correct("triton", ALL[name], torch.float32, gradients=MODES)
+
+
+ENVELOPE = ["ragged", "forbidden_lines", "nan_padding", "marginals", "everything", "cosine_ragged"]
+ENVELOPE += ["sqeuclidean_ragged", "dot_ragged_packed"]
+
+
+@pytest.mark.parametrize("name", ENVELOPE)
+def test_envelope_gradients_by_the_tolerance_rule(name, poisoned_memory):
+    problem = replace(ALL[name], max_iter=min(4, ALL[name].max_iter))
+    assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
+
+
+UNROLLED = ["ragged", "rho_forbidden_lines", "nan_padding", "init", "anneal_unfinished", "rho"]
+UNROLLED += ["everything", "omega_1.8_forbidden", "no_iteration", "cosine_all", "zero_vectors"]
+UNROLLED += ["cosine_ragged_packed", "sqeuclidean_ragged", "dot_ragged", "epsilon_0.001"]
+
+
+@pytest.mark.parametrize("name", UNROLLED)
+def test_unrolled_gradients_by_the_tolerance_rule(name, poisoned_memory):
+    problem = replace(ALL[name], max_iter=min(6, ALL[name].max_iter))
+    assert_backend_correct("triton", problem, torch.float32, gradients=("unroll",))
+
+
+def test_unrolled_gradients_stop_where_the_run_did():
+    problem = replace(ALL["epsilon_per_problem"], max_iter=12, tol=1e-2).to(torch.float32)
+    out, expected = (solve(name, problem, "unroll") for name in ("triton", "reference"))
+    assert torch.equal(out["n_iter"], expected["n_iter"]) and out["n_iter"].min() < 12
+    torch.testing.assert_close(out["grad_x"], expected["grad_x"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "m"), [(16, 16), (17, 16), (33, 5), (128, 128), (100, 127)])
@@ -83,6 +112,13 @@ def test_streamed_problems_by_the_tolerance_rule(name, way, monkeypatch, poisone
     stream_everything(monkeypatch, way)
     problem = replace(ALL[name], max_iter=min(5, ALL[name].max_iter))
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
+
+
+@pytest.mark.parametrize("name", ["ragged", "rho_forbidden_lines", "cosine_ragged_packed"])
+def test_implicit_gradients_of_streamed_problems(name, monkeypatch, poisoned_memory):
+    stream_everything(monkeypatch, "loop")
+    problem = replace(ALL[name], max_iter=min(5, ALL[name].max_iter))
+    assert_backend_correct("triton", problem, torch.float32, gradients=("implicit",))
 
 
 def test_both_ways_to_stream_have_the_same_bits(monkeypatch):
@@ -188,10 +224,9 @@ def test_refusals_say_what_is_missing():
     supports = backends.BACKENDS["triton"].supports
     cost = torch.zeros(1, 200, 4)
     assert supports(example(cost)) is None
-    assert supports(example(torch.zeros(1, 128, 128), gradient="implicit")) is None
-    with pytest.raises(BackendUnsupported, match=r"a side has 200 lines; .* for up to 128"):
-        sinkhorn(cost, epsilon=0.1, gradient="implicit", backend="triton")
-    with pytest.raises(BackendUnsupported, match="do not know gradient='unroll'"):
+    assert supports(example(cost, gradient="implicit")) is None
+    assert supports(example(torch.zeros(1, 128, 128), gradient="unroll")) is None
+    with pytest.raises(BackendUnsupported, match=r"a side has 200 lines; .* on up to 128"):
         sinkhorn(cost, epsilon=0.1, gradient="unroll", backend="triton")
     with pytest.raises(BackendUnsupported, match="do not know anderson"):
         sinkhorn(cost, epsilon=0.1, anderson=5, backend="triton")
