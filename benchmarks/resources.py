@@ -141,10 +141,11 @@ def configurations() -> Iterator[Configuration]:
             )
         options = stream | {"START": False, "BLOCK": tuning.LINES}
         yield _tiled(streaming.loop_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
-        options = stream | {"BLOCK": tuning.STREAM.rows, "LINES": tuning.LINES}
+        loop = tuning.ADJOINT_STREAM[kind != "given" and dtype == "fp32"]
+        options = stream | {"BLOCK": loop.rows, "LINES": tuning.LINES}
         kernel = adjoint_streamed.adjoint_loop_kernel
-        loop = tuning.STREAM._replace(warps_n=4)
-        yield _tiled(kernel, "64x64", loop, kind, dtype, **options)
+        name = f"{loop.rows}x{loop.columns}"
+        yield _tiled(kernel, name, loop, kind, dtype, **options)
         options = stream | {"IMPLICIT": True, "WALK": True}
         yield _tiled(sums.mass_gradient_kernel, "64x64", tuning.WALK, kind, dtype, **options)
         options = stream | {"PULL": "exact", "BLOCK_G": 64}

@@ -210,7 +210,7 @@ def _adjoint(batch: Batch, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor
         return f.new_zeros(0), g.new_zeros(0), residual
     w, z = torch.empty_like(f), torch.empty_like(g)
     if max(batch.n, batch.m) > tuning.RESIDENT:
-        tile = tuning.STREAM._replace(warps_n=4)
+        tile = tuning.ADJOINT_STREAM[batch.kind != KINDS["given"] and batch.precision != "ieee"]
         adjoint_loop_kernel[(batch.size,)](
             *batch.sources(),
             f,

@@ -280,6 +280,9 @@ def resident_kernel(
         tl.debug_barrier()
         tl.store(f_ptr + rows + zero, F, mask=rows < n)
         tl.store(g_ptr + columns + zero, G_next, mask=columns < m)
+        if GENERAL:
+            # The scaling loop reads F again.
+            tl.debug_barrier()
         # A line that may carry mass, but whose K is lost below float32, needs exact steps, and so
         # has one whose mass is so small that a scaling within 2^+-30 could lose it.
         weakest = tl.min(tl.where(row_alive, tl.minimum(tl.sum(K, 1), tl.exp2(A)), 1.0), 0)

@@ -103,6 +103,8 @@ SINGLE_PARTIAL = GradientTile(32, 64, 16, 64, False, 8, 2)
 WALK = Tile(64, 64, 32, 64, 2, 2, 2)
 # The tile of problems that are streamed.
 STREAM = Tile(64, 64, 32, 64, 2, 2, 2)
+# Of the system behind their implicit gradients; for products of float32 numbers and for others.
+ADJOINT_STREAM = {True: Tile(32, 32, 32, 32, 2, 2, 2), False: Tile(64, 64, 32, 64, 4, 2, 2)}
 # So many problems keep a GPU busy with one program each; fewer are shared out, launch by launch.
 PROGRAMS = 128
 # How many lines of a side are looked at together between two walks.
