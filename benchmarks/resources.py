@@ -40,6 +40,7 @@ from optical.kernels import (
     sums,
     tokens,
     tuning,
+    unrolled,
 )
 
 TARGETS = {
@@ -108,6 +109,11 @@ class Row:
         return self.kernel, self.tile, self.kind, self.dtype, self.options, self.target
 
 
+def identity(c: Configuration) -> tuple[str, ...]:
+    """The key of a configuration's rows but for the target."""
+    return c.name, c.tile, c.kind, c.dtype, c.options
+
+
 def configurations() -> Iterator[Configuration]:
     """Everything in the tuned tables, with the options that change the generated code."""
     plain = {"PACKED": False, "START": False, "GENERAL": False, "ANNEAL": False}
@@ -124,6 +130,11 @@ def configurations() -> Iterator[Configuration]:
         for kind, dtype in (("given", "fp32"), ("cosine", "bf16")):
             options = {"PACKED": False}
             yield _tiled(adjoint.adjoint_kernel, f"{side}x{side}", tile, kind, dtype, **options)
+            options |= {"START": False, "POTENTIALS": True, "NEED_X": True}
+            options |= {"NEED_Y": kind != "given", "BLOCK_G": 32}
+            options |= {"PULL": tl.bfloat16, "PULL_PRECISION": "tf32"}
+            name = f"{side}x{side}"
+            yield _tiled(unrolled.unrolled_kernel, name, tile, kind, dtype, **options)
     for table, partial, dtypes in (
         (tuning.WHOLE, tuning.PARTIAL, ("bf16", "fp16")),
         (tuning.SINGLE, tuning.SINGLE_PARTIAL, ("fp32",)),
@@ -341,11 +352,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a CSV; its other rows stay")
     parser.add_argument("--target", choices=TARGETS, action="append", help="all of them if absent")
     parser.add_argument("--kernel", help="only kernels whose name contains this")
+    parser.add_argument("--missing", action="store_true", help="only rows that the CSV lacks")
     arguments = parser.parse_args()
     rows = read(arguments.output) if arguments.output.exists() else {}
     for target in arguments.target or TARGETS:
         for configuration in configurations():
             if arguments.kernel and arguments.kernel not in configuration.name:
+                continue
+            if arguments.missing and (*identity(configuration), target) in rows:
                 continue
             row = measure(configuration, target)
             rows[row.key] = row

@@ -34,20 +34,20 @@ QUICK = [
     ("norm", "16x128", "cosine", "bf16", ""),
     ("centre", "32x64", "sqeuclidean", "bf16", ""),
 ]
-# A few registers are stored once around the loops of the largest tiles; in a loop of iterations
-# nothing may be. The float64 sums of the largest adjoint system do not fit, and its row says so.
-SPILLS = 16
-CROWDED = {("adjoint", "128x128")}
-
-
-def identity(c):
-    return c.name, c.tile, c.kind, c.dtype, c.options
+# A few registers may be stored once around the loops of the largest tiles; in a loop of iterations
+# none. Those that crowd are known by name: float64 sums, products of three TF32 dots, and two tiles
+# of 128 x 128 entries at once.
+SPILLS, MORE = 16, 256
+CROWDED = {
+    *(("adjoint", "128x128"), ("unrolled", "64x64"), ("unrolled", "128x128")),
+    *(("resident", "64x64"), ("resident", "128x128"), ("product", "64x64")),
+}
 
 
 def check(row):
     assert row.shared_bytes <= resources.SHARED[row.target], row
-    if (row.kernel, row.tile) not in CROWDED:
-        assert row.loop_spills == 0 and row.spills <= SPILLS, row
+    crowded = (row.kernel, row.tile) in CROWDED
+    assert row.loop_spills == 0 and row.spills <= (MORE if crowded else SPILLS), row
 
 
 def measured(configuration, target):
@@ -59,19 +59,19 @@ def measured(configuration, target):
 
 @pytest.mark.parametrize("identified", QUICK, ids="-".join)
 def test_the_headline_kernels_are_what_the_table_says(identified):
-    (configuration,) = [c for c in ALL if identity(c) == identified]
+    (configuration,) = [c for c in ALL if resources.identity(c) == identified]
     measured(configuration, "sm_90")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", resources.TARGETS)
-@pytest.mark.parametrize("configuration", ALL, ids=lambda c: "-".join(identity(c)))
+@pytest.mark.parametrize("configuration", ALL, ids=lambda c: "-".join(resources.identity(c)))
 def test_every_kernel_is_what_the_table_says(configuration, target):
     measured(configuration, target)
 
 
 def test_the_table_holds_every_configuration_and_nothing_that_a_chip_does_not():
-    expected = {(*identity(c), target) for c in ALL for target in resources.TARGETS}
+    expected = {(*resources.identity(c), target) for c in ALL for target in resources.TARGETS}
     assert set(ROWS) == expected
     for row in ROWS.values():
         check(row)
