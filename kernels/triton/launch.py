@@ -402,8 +402,8 @@ def backward(
     with torch.cuda.device_of(p.x):
         batch = Batch(arguments)
         if p.gradient == "unroll":
-            upstream = grad_value, grad_value_linear, grad_f, grad_g
-            return _unrolled(batch, upstream, f, n_iter, need_x, need_y)
+            arriving = grad_value, grad_value_linear, grad_f, grad_g
+            return _unrolled(batch, arriving, f, n_iter, need_x, need_y)
         implicit = p.gradient == "implicit"
         if not implicit:
             w, z = f, g
