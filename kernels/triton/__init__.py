@@ -3,6 +3,7 @@
 Imported only when the "triton" backend is used, so that the package works without Triton.
 """
 
-from optical.kernels.launch import apply_plan, backward, forward, supports
+from optical.kernels.differentiate import apply_plan, backward
+from optical.kernels.solve import forward, supports
 
 __all__ = ["apply_plan", "backward", "forward", "supports"]

@@ -12,7 +12,7 @@ import torch
 
 from optical import BackendUnsupported, backends, kernels, ops, ot_alignment, sinkhorn
 from optical.arguments import example
-from optical.kernels import launch, tuning
+from optical.kernels import tuning
 from optical.testing import (
     FIELDS,
     assert_backend_correct,
@@ -97,7 +97,7 @@ def test_half_vectors_by_the_tolerance_rule(kind, half):
 def stream_everything(monkeypatch, way):
     """No problem is small enough to stay on chip, and few or many are enough to fill one."""
     monkeypatch.setattr(tuning, "RESIDENT", 0)
-    monkeypatch.setattr(launch, "tiles_of", lambda batch, table: [])
+    monkeypatch.setattr("optical.kernels.solve.tiles_of", lambda batch, table: [])
     monkeypatch.setattr(tuning, "PROGRAMS", {"loop": 0, "steps": 10**6}[way])
 
 
