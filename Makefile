@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install study test test-slow check format fuzz sanitize bench plots clean
+.PHONY: install study test test-slow check format fuzz sanitize bench plots gpu clean
 
 install: $(STAMP)
 
@@ -66,6 +66,11 @@ bench: $(STAMP)
 	$(MEASURE) residual --threads 2 --rounds 3 $(MEASURED)
 	$(MEASURE) large --threads 2 --rounds 3 --memory $(MEASURED)
 	$(MEASURE) accuracy --threads 1 $(MEASURED)
+
+# A machine with a CUDA device: tests, times and sweeps, as far as the seconds go; again for the rest.
+OUT ?= benchmarks/results/gpu
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu --output $(OUT) --seconds $(or $(SECONDS),520)
 
 plots: $(STAMP)
 	$(MEASURE) report

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import os
 import warnings
 from collections.abc import Callable
@@ -18,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optical import derivatives, reference
-from optical.arguments import Arguments, Gradients, Outputs, Status, example
-from optical.iterations import Problems
+from optical import reference
+from optical.arguments import Arguments, Gradients, Outputs, example
 
 ENVIRONMENT_VARIABLE = "OPTICAL_BACKEND"
 
@@ -50,100 +48,35 @@ class Backend:
     apply_plan: Callable[[Arguments, Tensor, Tensor, Tensor, bool], Tensor]
 
 
-def _beyond_plain(arguments: Arguments) -> str | None:
-    """Which option keeps a problem from being a plain one, None when none does."""
-    p = arguments
-    options = {
-        f"gradient={p.gradient!r}": p.gradient != "envelope",
-        "rho": (p.rho_a, p.rho_b) != (math.inf, math.inf),
-        "init": p.f0 is not None,
-        "omega": p.omega != 1,
-        "anderson": p.anderson > 0,
-        "anneal": p.anneal_start > 0,
-    }
-    used = [name for name, is_used in options.items() if is_used]
-    return None if not used else f"it does not know {', '.join(used)}"
-
-
-def _plain_outputs(arguments: Arguments, *six: Tensor) -> Outputs:
-    """What a kernel of plain problems found, completed with the status."""
-    value, value_linear, f, g, marginal_error, n_iter = six
-    problems = Problems(arguments)
-    broken = problems.broken
-    # A problem stops before an iteration that it does not count.
-    status = torch.where(n_iter < arguments.max_iter, int(Status.CONVERGED), int(Status.MAX_ITER))
-    status = torch.where(broken | problems.infeasible(), int(Status.INFEASIBLE), status)
-    status = torch.where(problems.empty, int(Status.EMPTY), status)
-    present_a, present_b = arguments.log_a != -math.inf, arguments.log_b != -math.inf
-    return Outputs(
-        value.masked_fill(broken, math.nan),
-        value_linear.masked_fill(broken, math.nan),
-        f.masked_fill(~present_a, 0.0).masked_fill(broken[:, None] & present_a, math.nan),
-        g.masked_fill(~present_b, 0.0).masked_fill(broken[:, None] & present_b, math.nan),
-        marginal_error.masked_fill(broken, math.nan),
-        n_iter.masked_fill(broken, arguments.max_iter),
-        status.to(torch.int32),
-        f.new_zeros(0),
-        f.new_zeros(0),
-        torch.zeros_like(value),
-    )
-
-
-def _plain_gradients(
-    grad_cost: Tensor, grad_value: Tensor, arguments: Arguments, f: Tensor, g: Tensor
-) -> Gradients:
-    """What a kernel gave the cost, completed with the masses."""
-    problems = Problems(arguments)
-    live = problems.live[:, None]
-    f, g = torch.where(live, f, 0.0), torch.where(live, g, 0.0)
-    masses = derivatives.envelope_of_masses(problems, grad_value, f, g)
-    return torch.where(live[:, :, None], grad_cost, 0.0), None, *masses
-
-
 def _triton_supports(arguments: Arguments) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     x = arguments.x
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {x.device.type}; the Triton kernel needs a CUDA device"
-    if arguments.log_a.dtype != torch.float32:
-        return f"the problem is {_name(arguments.log_a.dtype)}; the kernel computes in float32"
+        return f"the tensors are on {x.device.type}; the Triton kernels need a CUDA device"
     from optical import kernels
 
-    if arguments.packed:
-        return "the problems are packed; the kernel reads padded ones"
-    n, m = arguments.log_a.shape[1], arguments.log_b.shape[1]
-    if max(n, m) > kernels.MAX_TOKENS:
-        limit = kernels.MAX_TOKENS
-        return f"cost is {n} x {m}; the register-resident kernel handles up to {limit} x {limit}"
-    return _beyond_plain(arguments)
+    return kernels.supports(arguments)
 
 
 def _triton_forward(arguments: Arguments) -> Outputs:
     from optical import kernels
 
-    p = arguments
-    six = kernels.sinkhorn_forward(p.x, p.log_a, p.log_b, p.epsilon, p.max_iter, p.tol)
-    return _plain_outputs(arguments, *six)
+    return kernels.forward(arguments)
 
 
-def _triton_backward(
-    grad_value: Tensor,
-    grad_value_linear: Tensor,
-    grad_f: Tensor | None,
-    grad_g: Tensor | None,
-    arguments: Arguments,
-    f: Tensor,
-    g: Tensor,
-    *_: Tensor | bool,
-) -> Gradients:
+def _triton_backward(*upstream_arguments_and_outputs: Any) -> Gradients:
     from optical import kernels
 
-    p = arguments
-    grad_cost = kernels.sinkhorn_backward(
-        p.x, p.log_a, p.log_b, p.epsilon, f, g, grad_value, grad_value_linear
-    )
-    return _plain_gradients(grad_cost, grad_value, arguments, f, g)
+    return kernels.backward(*upstream_arguments_and_outputs)
+
+
+def _triton_apply_plan(
+    arguments: Arguments, f: Tensor, g: Tensor, v: Tensor, transpose: bool
+) -> Tensor:
+    from optical import kernels
+
+    return kernels.apply_plan(arguments, f, g, v, transpose)
 
 
 def _cpu_supports(arguments: Arguments) -> str | None:
@@ -190,11 +123,11 @@ BACKENDS: dict[str, Backend] = {
         Backend(
             "triton",
             ("cuda",),
-            True,
+            False,
             _triton_supports,
             _triton_forward,
             _triton_backward,
-            reference.apply_plan,
+            _triton_apply_plan,
         ),
         Backend(
             "cpu",

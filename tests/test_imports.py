@@ -35,7 +35,7 @@ ONLY = {
     "phrasebook": {"files", "runs"},
     "testing": {"arguments", "dense", "ops"},
     "native": {"arguments"},
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "arguments"},
 }
 PUBLIC = [
     "BackendUnsupported",

@@ -1,9 +1,9 @@
-"""Triton kernels of the Sinkhorn operator: the launchers, nothing else.
+"""Triton kernels of the Sinkhorn operator, from the arguments of the operator to its outputs.
 
 Imported only when the "triton" backend is used, so that the package works without Triton.
 """
 
-from optical.kernels.sinkhorn_backward import sinkhorn_backward
-from optical.kernels.sinkhorn_forward import MAX_TOKENS, sinkhorn_forward
+from optical.kernels.differentiate import apply_plan, backward
+from optical.kernels.solve import forward, supports
 
-__all__ = ["MAX_TOKENS", "sinkhorn_backward", "sinkhorn_forward"]
+__all__ = ["apply_plan", "backward", "forward", "supports"]

@@ -1,7 +1,7 @@
 """The Triton kernels on CPU tensors, in the interpreter, by the one tolerance rule.
 
 Run as ``TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter``. The interpreter says
-nothing about layouts or races; ``tests/test_triton_compile.py`` compiles the kernels for GPUs.
+nothing about layouts, races or TF32; ``tests/test_triton_compile.py`` compiles for GPUs.
 """
 
 import math
@@ -10,55 +10,165 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optical import BackendUnsupported, backends, ot_alignment, sinkhorn
+from optical import BackendUnsupported, backends, kernels, ops, ot_alignment, sinkhorn
 from optical.arguments import example
+from optical.kernels import tuning
 from optical.testing import (
     FIELDS,
     assert_backend_correct,
-    plain_problems,
+    assert_close_to_truth,
+    packed,
+    problems,
     random_clouds,
     random_problem,
     solve,
 )
 
-pytest.importorskip("triton")
 # Discarded branches of tl.where divide by zero here; on a GPU that is silent.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-# What the kernels do not serve is refused by name.
-ENVELOPE = ("envelope",)
+# The implicit mode has the run and the gradients of the envelope one in it.
+MODES = ("implicit",)
 # Each iteration of each problem costs milliseconds here, and eight reach every branch but one.
 ALL = {
     problem.name: replace(problem, max_iter=min(8, problem.max_iter))
-    for problem in (*plain_problems(), random_clouds("cosine", "cosine"))
-    if max(problem.cost.shape[1:]) <= 128 and len(problem.cost) <= 4
+    for problem in problems()
+    if max(problem.cost.shape[1:]) <= 128 and len(problem.cost) <= 4 and not problem.anderson
 }
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_problem_by_the_tolerance_rule(name, poisoned_memory):
-    assert_backend_correct("triton", ALL[name], torch.float32, gradients=ENVELOPE)
+    assert_backend_correct("triton", ALL[name], torch.float32, gradients=MODES)
+
+
+ENVELOPE = ["ragged", "forbidden_lines", "nan_padding", "marginals", "everything", "cosine_ragged"]
+ENVELOPE += ["sqeuclidean_ragged", "dot_ragged_packed"]
+
+
+@pytest.mark.parametrize("name", ENVELOPE)
+def test_envelope_gradients_by_the_tolerance_rule(name, poisoned_memory):
+    problem = replace(ALL[name], max_iter=min(4, ALL[name].max_iter))
+    assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
+
+
+UNROLLED = ["ragged", "rho_forbidden_lines", "nan_padding", "init", "anneal_unfinished", "rho"]
+UNROLLED += ["everything", "omega_1.8_forbidden", "no_iteration", "cosine_all", "zero_vectors"]
+UNROLLED += ["cosine_ragged_packed", "sqeuclidean_ragged", "dot_ragged", "epsilon_0.001"]
+
+
+@pytest.mark.parametrize("name", UNROLLED)
+def test_unrolled_gradients_by_the_tolerance_rule(name, poisoned_memory):
+    problem = replace(ALL[name], max_iter=min(6, ALL[name].max_iter))
+    assert_backend_correct("triton", problem, torch.float32, gradients=("unroll",))
+
+
+def test_unrolled_gradients_stop_where_the_run_did():
+    problem = replace(ALL["epsilon_per_problem"], max_iter=12, tol=1e-2).to(torch.float32)
+    out, expected = (solve(name, problem, "unroll") for name in ("triton", "reference"))
+    assert torch.equal(out["n_iter"], expected["n_iter"]) and out["n_iter"].min() < 12
+    torch.testing.assert_close(out["grad_x"], expected["grad_x"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "m"), [(16, 16), (17, 16), (33, 5), (128, 128), (100, 127)])
 def test_every_tile_size(n, m):
-    assert_backend_correct(
-        "triton", random_problem(f"{n}x{m}", 1, n, m), torch.float32, gradients=ENVELOPE
-    )
+    problem = random_problem(f"{n}x{m}", 1, n, m, max_iter=6)
+    assert_backend_correct("triton", problem, torch.float32, gradients=("implicit",))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["cosine", "sqeuclidean", "dot"])
+def test_half_vectors_by_the_tolerance_rule(kind, half):
+    epsilon = 1.0 if kind == "cosine" else 16.0
+    clouds = random_clouds(kind, kind, batch=2, n=7, m=6, dim=24, epsilon=epsilon, max_iter=6)
+    for problem in (clouds, packed(clouds)):
+        given = problem.to(torch.float32, vectors=half)
+        out = solve("triton", given, "implicit")
+        same = solve("reference", given.to(torch.float32), "implicit")
+        truth = solve("reference", given.to(torch.float64), "implicit")
+        for field in truth:
+            dtype = half if field in ("grad_x", "grad_y") else torch.float32
+            assert out[field].dtype == dtype or field in ("n_iter", "status")
+            scale = max(1.0, truth[field].abs().max().item())
+            rule = {"dtype": dtype, "scale": scale, "name": f"{problem.name} {field}"}
+            assert_close_to_truth(out[field], truth[field], same[field], **rule)
+
+
+def stream_everything(monkeypatch, way):
+    """No problem is small enough to stay on chip, and few or many are enough to fill one."""
+    monkeypatch.setattr(tuning, "RESIDENT", 0)
+    monkeypatch.setattr("optical.kernels.solve.tiles_of", lambda batch, table: [])
+    monkeypatch.setattr(tuning, "PROGRAMS", {"loop": 0, "steps": 10**6}[way])
+
+
+STREAMED = ["ragged", "forbidden_lines", "nan_padding", "init", "rho_forbidden_lines", "anneal"]
+STREAMED += ["everything", "one_fully_masked", "no_iteration", "cosine_all", "zero_vectors"]
+STREAMED += ["far_from_the_origin", "rho_strong", "omega_1.8_forbidden", "tiny_mass"]
+
+
+@pytest.mark.parametrize("way", ["loop", "steps"])
+@pytest.mark.parametrize("name", STREAMED)
+def test_streamed_problems_by_the_tolerance_rule(name, way, monkeypatch, poisoned_memory):
+    stream_everything(monkeypatch, way)
+    problem = replace(ALL[name], max_iter=min(5, ALL[name].max_iter))
+    assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
+
+
+@pytest.mark.parametrize("name", ["ragged", "rho_forbidden_lines", "cosine_ragged_packed"])
+def test_implicit_gradients_of_streamed_problems(name, monkeypatch, poisoned_memory):
+    stream_everything(monkeypatch, "loop")
+    problem = replace(ALL[name], max_iter=min(5, ALL[name].max_iter))
+    assert_backend_correct("triton", problem, torch.float32, gradients=("implicit",))
+
+
+def test_both_ways_to_stream_have_the_same_bits(monkeypatch):
+    problem = replace(ALL["epsilon_per_problem"].to(torch.float32), max_iter=30, tol=1e-2)
+    found = []
+    for way in ("loop", "steps"):
+        stream_everything(monkeypatch, way)
+        found.append(solve("triton", problem))
+    assert len(set(found[0]["n_iter"].tolist())) > 1
+    for field in FIELDS:
+        assert torch.equal(found[0][field], found[1][field]), field
+
+
+def test_problems_larger_than_a_chip():
+    tall = random_problem("140x20", 1, 140, 20, max_iter=3)
+    wide = replace(random_problem("20x140", 1, 20, 140, max_iter=3), rho_a=0.5)
+    lengths = {"rows": [150, 20, 40], "columns": [30, 140, 33]}
+    mixed = random_clouds("mixed", "cosine", batch=3, n=150, m=140, max_iter=3, **lengths)
+    for problem in (tall, wide, packed(mixed)):
+        assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
 
 
 def test_drifting_scalings_are_rebuilt_and_lost_ones_are_redone():
     """Costs whose scalings pass 2^30 within one run, so that every branch of the loop is taken."""
     ramp = torch.linspace(0, 6, 12, dtype=torch.float64)
     cost = (ramp[:, None] * ramp[None, :])[None] + torch.rand(1, 12, 12).double()
-    problem = random_problem("ramp", 1, 12, 12, epsilon=0.05, max_iter=40)
-    assert_backend_correct("triton", replace(problem, x=cost), torch.float32, gradients=ENVELOPE)
+    problem = replace(random_problem("ramp", 1, 12, 12, epsilon=0.05, max_iter=40), x=cost)
+    mode = ("envelope",)
+    assert_backend_correct("triton", problem, torch.float32, gradients=mode)
     log_a = torch.linspace(0, -300, 12, dtype=torch.float64).log_softmax(0)[None]
     lost = replace(problem, name="lost", log_a=log_a, max_iter=10)
-    assert_backend_correct("triton", lost, torch.float32, gradients=ENVELOPE)
+    assert_backend_correct("triton", lost, torch.float32, gradients=mode)
+    relaxed = replace(problem, name="relaxed", omega=1.5, rho_b=5.0, max_iter=20)
+    assert_backend_correct("triton", relaxed, torch.float32, gradients=mode)
 
 
-def test_stops_each_problem_at_its_own_iteration():
+def test_a_scaling_that_went_too_far_is_taken_back(monkeypatch):
+    """With FAR below DRIFT every drift is taken back, and the exact steps after it agree."""
+    from optical.kernels import resident
+
+    for name in ("FAR", "DRIFT"):
+        monkeypatch.setattr(resident, name, type(resident.FAR)(1.5))
+    problem = replace(ALL["marginals"], max_iter=12)
+    assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
+
+
+@pytest.mark.parametrize("way", ["resident", "loop", "steps"])
+def test_stops_each_problem_at_its_own_iteration(way, monkeypatch):
+    if way != "resident":
+        stream_everything(monkeypatch, way)
     problem = replace(ALL["epsilon_per_problem"], max_iter=40, tol=1e-3).to(torch.float32)
     out, expected = solve("triton", problem), solve("reference", problem)
     assert (out["n_iter"] - expected["n_iter"]).abs().max() <= 1
@@ -71,13 +181,30 @@ def test_stops_each_problem_at_its_own_iteration():
         )
 
 
-def test_a_problem_alone_has_the_bits_it_has_in_a_batch():
-    problem = ALL["ragged"].to(torch.float32)
-    together = solve("triton", problem)
+@pytest.mark.parametrize("name", ["ragged", "cosine_ragged", "dot_ragged_packed"])
+def test_a_problem_alone_has_the_bits_it_has_in_a_batch(name):
+    problem = ALL[name].to(torch.float32)
+    together = solve("triton", problem, "implicit")
     for i in (0, 3):
-        alone = solve("triton", problem.one(i))
+        alone = solve("triton", problem.one(i), "implicit")
         for field in FIELDS:
-            assert torch.equal(alone[field], together[field][i : i + 1]), field
+            part = slice(i, i + 1)
+            if problem.cu_a is not None and field in "fg":
+                offsets = problem.cu_a if field == "f" else problem.cu_b
+                part = slice(int(offsets[i]), int(offsets[i + 1]))
+            assert torch.equal(alone[field], together[field][part]), field
+
+
+@pytest.mark.parametrize("name", ["ragged", "forbidden_lines", "cosine_ragged_packed"])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_products_with_the_plan(name, transpose, poisoned_memory):
+    problem = ALL[name].to(torch.float32)
+    ours, reference = (problem.arguments("envelope", name) for name in ("triton", "reference"))
+    solved = ops.sinkhorn(reference)
+    lines = ours.log_a if transpose else ours.log_b
+    v = torch.randn(*lines.shape, 5).masked_fill((lines == -math.inf)[..., None], math.nan)
+    products = [ops.apply_plan(x, solved.f, solved.g, v, transpose) for x in (ours, reference)]
+    torch.testing.assert_close(*products, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_through_the_loss():
@@ -93,15 +220,20 @@ def test_gradient_through_the_loss():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_refusals_name_the_limit():
-    assert backends.BACKENDS["triton"].supports(example(torch.zeros(1, 128, 128))) is None
-    with pytest.raises(BackendUnsupported, match=r"cost is 129 x 4; .* up to 128 x 128"):
-        sinkhorn(torch.zeros(1, 129, 4), epsilon=0.1, backend="triton")
-    with pytest.raises(BackendUnsupported, match="does not know gradient='implicit', rho"):
-        sinkhorn(torch.zeros(1, 3, 4), epsilon=0.1, rho=1.0, gradient="implicit", backend="triton")
+def test_refusals_say_what_is_missing():
+    supports = backends.BACKENDS["triton"].supports
+    cost = torch.zeros(1, 200, 4)
+    assert supports(example(cost)) is None
+    assert supports(example(cost, gradient="implicit")) is None
+    assert supports(example(torch.zeros(1, 128, 128), gradient="unroll")) is None
+    with pytest.raises(BackendUnsupported, match=r"a side has 200 lines; .* on up to 128"):
+        sinkhorn(cost, epsilon=0.1, gradient="unroll", backend="triton")
+    with pytest.raises(BackendUnsupported, match="do not know anderson"):
+        sinkhorn(cost, epsilon=0.1, anderson=5, backend="triton")
     with pytest.raises(BackendUnsupported, match=r"the problem is float64; .* float32"):
-        sinkhorn(torch.zeros(1, 3, 4).double(), epsilon=0.1, backend="triton")
+        sinkhorn(cost.double(), epsilon=0.1, backend="triton")
 
 
 def test_auto_never_picks_the_interpreter():
     assert backends.choose("auto", example(torch.zeros(1, 3, 4))).name != "triton"
+    assert kernels.supports(example(torch.zeros(1, 3, 4))) is None

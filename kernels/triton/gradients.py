@@ -1,0 +1,395 @@
+"""The gradients of token vectors and of given costs, from the potentials of a finished run.
+
+Every program owns some rows of one problem and walks over the columns: cost and plan of a tile are
+made again from the vectors and the potentials, used, and forgotten, so no n x m matrix exists and
+nothing is added up atomically. For the columns the two sides change places.
+
+    G_ij = P_ij (grad_value + grad_value_linear (1 + (w_i + z_j - C_ij) / epsilon))
+
+where the second bracket is 1 for envelope gradients, and with x' = x / |x|
+
+    cosine       grad x_i = (sum_j G_ij (1 - C_ij) x'_i - sum_j G_ij y'_j) / |x_i|
+    sqeuclidean  grad x_i = 2 (sum_j G_ij x_i - sum_j G_ij y_j)
+    dot          grad x_i = -sum_j G_ij y_j
+"""
+
+import triton
+import triton.language as tl
+from optical.kernels.tiles import (
+    COSINE,
+    DOT,
+    INFINITY,
+    LOG2_E,
+    SQEUCLIDEAN,
+    cost_tile,
+    extent,
+    load_log_mass,
+    operand,
+    plan_tile,
+)
+
+
+@triton.jit
+def upstream_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT: tl.constexpr):
+    """What arrives at each entry of the cost; a selection, for upstream may hold anything."""
+    if IMPLICIT:
+        # Where nothing moves, the cost may be +inf.
+        apart = tl.where(plan > 0, w[:, None] + z[None, :] - cost, 0.0)
+        grad = plan * (upstream + upstream_linear * (1 + apart / epsilon))
+    else:
+        grad = plan * (upstream + upstream_linear)
+    return tl.where(plan > 0, grad, 0.0)
+
+
+@triton.jit
+def pull_tile(
+    x_ptr,
+    y_ptr,
+    norm_x_ptr,
+    norm_y_ptr,
+    scale_x_ptr,
+    scale_y_ptr,
+    centre_ptr,
+    log_b_ptr,
+    g_ptr,
+    z_ptr,
+    stride_n,
+    stride_m,
+    row_zero,
+    column_zero,
+    n,
+    m,
+    dim,
+    A,
+    f,
+    w,
+    epsilon,
+    upstream,
+    upstream_linear,
+    KIND: tl.constexpr,
+    IMPLICIT: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """How some rows are pulled by each column, how strongly along themselves, present columns."""
+    columns = column_zero + tl.arange(0, BLOCK_M)
+    B = load_log_mass(log_b_ptr, columns, m)
+    g = tl.load(g_ptr + columns, mask=columns < m, other=0.0)
+    z = g
+    if IMPLICIT:
+        z = tl.load(z_ptr + columns, mask=columns < m, other=0.0)
+    cost = cost_tile(
+        x_ptr,
+        y_ptr,
+        norm_x_ptr,
+        norm_y_ptr,
+        scale_x_ptr,
+        scale_y_ptr,
+        centre_ptr,
+        stride_n,
+        stride_m,
+        row_zero,
+        column_zero,
+        n,
+        m,
+        dim,
+        KIND,
+        SCALED,
+        WIDE,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_M,
+        BLOCK_D,
+        BLOCK_N,
+        1,
+        1,
+    )
+    plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
+    pull = upstream_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT)
+    along = f
+    if KIND == COSINE:
+        along = tl.sum(tl.where(plan > 0, pull * (1 - cost), 0.0), 1)
+        pull *= tl.load(norm_y_ptr + columns, mask=columns < m, other=0.0)[None, :]
+        pull = tl.where(plan > 0, pull, 0.0)
+    elif KIND == SQEUCLIDEAN:
+        along = tl.sum(pull, 1)
+    return pull, along, B != -INFINITY
+
+
+@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "least", "most"])
+def vector_gradient_kernel(
+    x_ptr,
+    y_ptr,
+    norm_x_ptr,
+    norm_y_ptr,
+    scale_x_ptr,
+    scale_y_ptr,
+    centre_ptr,
+    cu_a_ptr,
+    cu_b_ptr,
+    log_a_ptr,
+    log_b_ptr,
+    epsilon_ptr,
+    f_ptr,
+    g_ptr,
+    w_ptr,
+    z_ptr,
+    grad_value_ptr,
+    grad_value_linear_ptr,
+    grad_ptr,
+    stride_batch,
+    stride_n,
+    stride_m,
+    n,
+    m,
+    dim,
+    least,
+    most,
+    KIND: tl.constexpr,
+    PACKED: tl.constexpr,
+    IMPLICIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PULL: tl.constexpr,
+    PULL_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """The gradient of the vectors of one side, BLOCK_N tokens of a problem at a time.
+
+    WHOLE: BLOCK_M columns are all, so G is made once and every part of the vectors pulled with it.
+    Otherwise a program makes G tile by tile and pulls with BLOCK_G entries of the vectors.
+    """
+    problem = tl.program_id(0).to(tl.int64)
+    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    if PACKED and ((m < least) | (m > most)):
+        return
+    x_ptr += zero_a * dim
+    y_ptr += zero_b * dim
+    grad_ptr += zero_a * dim
+    norm_x_ptr += zero_a
+    norm_y_ptr += zero_b
+    scale_x_ptr += zero_a
+    scale_y_ptr += zero_b
+    centre_ptr += problem * dim
+    epsilon = tl.load(epsilon_ptr + problem)
+    upstream = tl.load(grad_value_ptr + problem)
+    upstream_linear = tl.load(grad_value_linear_ptr + problem)
+    for row_zero in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
+        rows = row_zero + tl.arange(0, BLOCK_N)
+        A = load_log_mass(log_a_ptr + zero_a, rows, n)
+        f = tl.load(f_ptr + zero_a + rows, mask=rows < n, other=0.0)
+        w = f
+        if IMPLICIT:
+            w = tl.load(w_ptr + zero_a + rows, mask=rows < n, other=0.0)
+        if WHOLE:
+            columns = tl.arange(0, BLOCK_M)
+            pull, along, present = pull_tile(
+                x_ptr,
+                y_ptr,
+                norm_x_ptr,
+                norm_y_ptr,
+                scale_x_ptr,
+                scale_y_ptr,
+                centre_ptr,
+                log_b_ptr + zero_b,
+                g_ptr + zero_b,
+                z_ptr + zero_b,
+                stride_n,
+                stride_m,
+                row_zero,
+                0,
+                n,
+                m,
+                dim,
+                A,
+                f,
+                w,
+                epsilon,
+                upstream,
+                upstream_linear,
+                KIND,
+                IMPLICIT,
+                SCALED,
+                WIDE,
+                PRECISION,
+                BLOCK_N,
+                BLOCK_M,
+                BLOCK_D,
+            )
+            for d0 in range(0, dim, BLOCK_G):
+                d = d0 + tl.arange(0, BLOCK_G)
+                y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED, WIDE)
+                y = tl.where(present[:, None], y, 0.0).to(PULL)
+                pulled = tl.dot(pull.to(PULL), y, input_precision=PULL_PRECISION)
+                store_gradient(
+                    grad_ptr,
+                    x_ptr,
+                    norm_x_ptr,
+                    scale_x_ptr,
+                    centre_ptr,
+                    rows,
+                    n,
+                    A,
+                    d,
+                    dim,
+                    along,
+                    pulled,
+                    KIND,
+                    SCALED,
+                    WIDE,
+                )
+        else:
+            along = tl.zeros((BLOCK_N,), tl.float32)
+            pulled = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
+            d = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
+            for column_zero in range(0, m, BLOCK_M):
+                columns = column_zero + tl.arange(0, BLOCK_M)
+                pull, more, present = pull_tile(
+                    x_ptr,
+                    y_ptr,
+                    norm_x_ptr,
+                    norm_y_ptr,
+                    scale_x_ptr,
+                    scale_y_ptr,
+                    centre_ptr,
+                    log_b_ptr + zero_b,
+                    g_ptr + zero_b,
+                    z_ptr + zero_b,
+                    stride_n,
+                    stride_m,
+                    row_zero,
+                    column_zero,
+                    n,
+                    m,
+                    dim,
+                    A,
+                    f,
+                    w,
+                    epsilon,
+                    upstream,
+                    upstream_linear,
+                    KIND,
+                    IMPLICIT,
+                    SCALED,
+                    WIDE,
+                    PRECISION,
+                    BLOCK_N,
+                    BLOCK_M,
+                    BLOCK_D,
+                )
+                along += more
+                y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED, WIDE)
+                y = tl.where(present[:, None], y, 0.0).to(PULL)
+                pulled = tl.dot(pull.to(PULL), y, pulled, input_precision=PULL_PRECISION)
+            store_gradient(
+                grad_ptr,
+                x_ptr,
+                norm_x_ptr,
+                scale_x_ptr,
+                centre_ptr,
+                rows,
+                n,
+                A,
+                d,
+                dim,
+                along,
+                pulled,
+                KIND,
+                SCALED,
+                WIDE,
+            )
+
+
+@triton.jit
+def store_gradient(
+    grad_ptr,
+    x_ptr,
+    norm_ptr,
+    scale_ptr,
+    centre_ptr,
+    rows,
+    n,
+    A,
+    d,
+    dim,
+    along,
+    pulled,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The gradient of some entries of some tokens, from the pull of the other side on them."""
+    grad = -pulled
+    if KIND != DOT:
+        x = operand(x_ptr, scale_ptr, centre_ptr, rows, n, d, dim, KIND, SCALED, WIDE)
+        x = x.to(tl.float32)
+        if KIND == COSINE:
+            norm = tl.load(norm_ptr + rows, mask=rows < n, other=0.0)
+            grad = (along * norm)[:, None] * x - pulled
+            if SCALED:
+                norm *= tl.load(scale_ptr + rows, mask=rows < n, other=0.0)
+            grad *= norm[:, None]
+        else:
+            grad = 2 * (along[:, None] * x - pulled)
+    grad = tl.where((A != -INFINITY)[:, None], grad, 0.0)
+    index = rows
+    if WIDE:
+        index = rows.to(tl.int64)
+    inside = (rows < n)[:, None] & (d < dim)[None, :]
+    tl.store(grad_ptr + index[:, None] * dim + d[None, :], grad, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def cost_gradient_kernel(
+    cost_ptr,
+    log_a_ptr,
+    log_b_ptr,
+    epsilon_ptr,
+    f_ptr,
+    g_ptr,
+    w_ptr,
+    z_ptr,
+    grad_value_ptr,
+    grad_value_linear_ptr,
+    grad_ptr,
+    stride_batch,
+    stride_n,
+    stride_m,
+    n,
+    m,
+    IMPLICIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The gradient of a given cost (B, n, m): each entry is read once and written once."""
+    problem = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    epsilon = tl.load(epsilon_ptr + problem)
+    A = load_log_mass(log_a_ptr + problem * n, rows, n)
+    B = load_log_mass(log_b_ptr + problem * m, columns, m)
+    f = tl.load(f_ptr + problem * n + rows, mask=rows < n, other=0.0)
+    g = tl.load(g_ptr + problem * m + columns, mask=columns < m, other=0.0)
+    w = f
+    z = g
+    if IMPLICIT:
+        w = tl.load(w_ptr + problem * n + rows, mask=rows < n, other=0.0)
+        z = tl.load(z_ptr + problem * m + columns, mask=columns < m, other=0.0)
+    offsets = problem * stride_batch + rows[:, None] * stride_n + columns[None, :] * stride_m
+    inside = (rows < n)[:, None] & (columns < m)[None, :]
+    cost = tl.load(cost_ptr + offsets, mask=inside, other=INFINITY)
+    plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
+    upstream = tl.load(grad_value_ptr + problem)
+    upstream_linear = tl.load(grad_value_linear_ptr + problem)
+    grad = upstream_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT)
+    tl.store(grad_ptr + problem * n * m + rows[:, None] * m + columns[None, :], grad, mask=inside)

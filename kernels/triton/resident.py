@@ -1,0 +1,418 @@
+"""Batched Sinkhorn, one program per problem, the whole plan in registers.
+
+    plan_ij = exp((f_i + g_j - C_ij) / epsilon + log a_i + log b_j)
+
+Inside, logarithms are binary and potentials are in units of epsilon / log2(e): F, G, S = C in those
+units, A = log2 a, B = log2 b, so that one exp2 replaces an exp and a division.
+
+An *exact* iteration is the pair of log-sum-exps of the definition; it spends one exp2 per entry and
+half-step. It leaves K = exp2(F + G - S + A + B), and a *scaling* iteration then gets the same
+iterates from multiplications alone (Schmitzer, arXiv 1610.06519, section 3):
+
+    u_i = a_i / sum_j K_ij v_j,    v_j = b_j / sum_i u_i K_ij,    F + log2 u, G + log2 v
+
+K is rebuilt by an exact iteration when a scaling has drifted past 2^+-30, and while the temperature
+falls. After an exact iteration of fixed marginals no exponent exceeds A or B, so nothing overflows;
+should a sum leave 2^+-100 all the same, the scaling iteration is discarded and done again exactly.
+
+Registers: K (n x m) and a few vectors. Device memory: vectors or cost are read once, and once more
+for each rebuilding of K.
+"""
+
+import triton
+import triton.language as tl
+from optical.kernels.tiles import (
+    GIVEN,
+    INFINITY,
+    LOG2_E,
+    cost_tile,
+    extent,
+    load_log_mass,
+    quotient,
+    times_log2,
+)
+
+DRIFT = tl.constexpr(2.0**30)
+FAR = tl.constexpr(2.0**50)
+WEAK = tl.constexpr(2.0**-40)
+LEAST = tl.constexpr(2.0**-120)
+STRONG = tl.constexpr(2.0**100)
+# Masses that differ by more than this share of the larger have no plan with both marginals fixed.
+MASS_TOLERANCE = tl.constexpr(1e-3)
+# The values of optical.arguments.Status.
+CONVERGED = tl.constexpr(0)
+MAX_ITER = tl.constexpr(1)
+EMPTY = tl.constexpr(2)
+INFEASIBLE = tl.constexpr(3)
+
+
+@triton.jit
+def log_sum(score, axis: tl.constexpr):
+    """log2 sum exp2 of the scores along the axis (0 where every one is -inf), and where not."""
+    peak = tl.max(score, axis)
+    alive = peak > -INFINITY
+    peak = tl.where(alive, peak, 0.0)
+    total = tl.sum(tl.exp2(score - tl.expand_dims(peak, axis)), axis)
+    return tl.where(alive, peak + tl.log2(tl.where(alive, total, 1.0)), 0.0), alive
+
+
+@triton.jit
+def load_start(start_ptr, index, log_mass, size):
+    """The potentials to start from and whether one at a present line is not finite."""
+    inside = (index < size) & (log_mass != -INFINITY)
+    start = tl.load(start_ptr + index, mask=inside, other=0.0)
+    return start, tl.max((tl.abs(start) < INFINITY).to(tl.int32) ^ 1, 0) > 0
+
+
+@triton.jit
+def penalties(sums, log_mass, mass):
+    """KL of the sums of one side of a plan from its masses, line by line."""
+    some = (sums > 0) & (mass > 0)
+    ratio = tl.log2(tl.where(sums > 0, sums, 1.0)) - tl.where(sums > 0, log_mass, 0.0)
+    apart = sums * ratio / LOG2_E - sums + mass
+    # Sums that nearly are the masses cancel; there the series of (1 + x) log(1 + x) - x is taken.
+    x = tl.where(some, sums / tl.where(some, mass, 1.0) - 1, 1.0)
+    series = 0.5 + x * (-1 / 6 + x * (1 / 12 + x * (-1 / 20 + x * (1 / 30 - x / 42))))
+    near = mass * x * x * series
+    return tl.where(tl.abs(x) < 0.125, near, apart)
+
+
+@triton.jit
+def wanted(mass, alive, F, strength):
+    """The sums of an optimal plan; strength is epsilon / rho, 0 for a fixed marginal."""
+    return tl.where(strength > 0, tl.where(alive, mass * tl.exp2(-F * strength), 0.0), mass)
+
+
+@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least", "most"])
+def resident_kernel(
+    x_ptr,
+    y_ptr,
+    norm_x_ptr,
+    norm_y_ptr,
+    scale_x_ptr,
+    scale_y_ptr,
+    centre_ptr,
+    cu_a_ptr,
+    cu_b_ptr,
+    log_a_ptr,
+    log_b_ptr,
+    epsilon_ptr,
+    f0_ptr,
+    g0_ptr,
+    f_ptr,
+    g_ptr,
+    value_ptr,
+    value_linear_ptr,
+    marginal_error_ptr,
+    n_iter_ptr,
+    status_ptr,
+    stride_batch,
+    stride_n,
+    stride_m,
+    n,
+    m,
+    dim,
+    max_iter,
+    tol,
+    inverse_rho_a,
+    inverse_rho_b,
+    omega,
+    anneal_start,
+    anneal_ratio,
+    least,
+    most,
+    KIND: tl.constexpr,
+    PACKED: tl.constexpr,
+    START: tl.constexpr,
+    GENERAL: tl.constexpr,
+    ANNEAL: tl.constexpr,
+    STEPS: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    WARPS_M: tl.constexpr,
+):
+    problem = tl.program_id(0).to(tl.int64)
+    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    if PACKED:
+        # The same grid is launched for each size of tile; a problem belongs to one of them.
+        longest = tl.maximum(n, m)
+        if (longest < least) | (longest > most):
+            return
+    rows = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_M)
+    log_a_ptr += zero_a
+    log_b_ptr += zero_b
+    if KIND == GIVEN:
+        x_ptr += problem * stride_batch
+    else:
+        x_ptr += zero_a * dim
+        y_ptr += zero_b * dim
+        norm_x_ptr += zero_a
+        norm_y_ptr += zero_b
+        scale_x_ptr += zero_a
+        scale_y_ptr += zero_b
+        centre_ptr += problem * dim
+    epsilon = tl.load(epsilon_ptr + problem)
+    readable = (epsilon > 0) & (epsilon < INFINITY)
+    epsilon = tl.where(readable, epsilon, 1.0)
+    scale = LOG2_E / epsilon
+    strength_a = epsilon * inverse_rho_a
+    strength_b = epsilon * inverse_rho_b
+
+    A = load_log_mass(log_a_ptr, rows, n)
+    B = load_log_mass(log_b_ptr, columns, m)
+    empty = (tl.max((A != -INFINITY).to(tl.int32), 0) == 0) | (
+        tl.max((B != -INFINITY).to(tl.int32), 0) == 0
+    )
+    unreadable = tl.max((A < INFINITY).to(tl.int32) ^ 1, 0) > 0
+    unreadable = unreadable | (tl.max((B < INFINITY).to(tl.int32) ^ 1, 0) > 0)
+    broken = (readable == 0) | unreadable
+    # The potentials wait in device memory while K is scaled: its entries need the registers.
+    f_ptr += zero_a
+    g_ptr += zero_b
+    F = tl.zeros((BLOCK_N,), tl.float32)
+    G = tl.zeros((BLOCK_M,), tl.float32)
+    if START:
+        F, unreadable = load_start(f0_ptr + zero_a, rows, A, n)
+        broken = broken | unreadable
+        G, unreadable = load_start(g0_ptr + zero_b, columns, B, m)
+        broken = broken | unreadable
+    tl.store(f_ptr + rows, F * scale, mask=rows < n)
+    tl.store(g_ptr + columns, G * scale, mask=columns < m)
+    u = tl.zeros((BLOCK_N,), tl.float32) + 1.0
+    v = tl.zeros((BLOCK_M,), tl.float32) + 1.0
+    K = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    dead_a = False
+    dead_b = False
+    iteration = 0
+    stop = False
+    settled = False
+    running = True
+    annealing = anneal_start
+    patience = 0
+    while running:
+        # Addresses that seem to depend on the loop stay out of the registers between rebuilds.
+        zero = tl.multiple_of(tl.minimum(iteration, 0), 16)
+        temperature = epsilon
+        if ANNEAL:
+            temperature = tl.maximum(epsilon, annealing)
+            annealing *= anneal_ratio
+        relaxation = tl.where((iteration == 0) | (temperature != epsilon), 1.0, omega)
+        beta_a = relaxation / (1 + temperature * inverse_rho_a)
+        beta_b = relaxation / (1 + temperature * inverse_rho_b)
+        A = load_log_mass(log_a_ptr, rows + zero, n)
+        B = load_log_mass(log_b_ptr, columns + zero, m)
+        cost = cost_tile(
+            x_ptr,
+            y_ptr,
+            norm_x_ptr,
+            norm_y_ptr,
+            scale_x_ptr,
+            scale_y_ptr,
+            centre_ptr,
+            stride_n,
+            stride_m,
+            zero,
+            zero,
+            n,
+            m,
+            dim,
+            KIND,
+            SCALED,
+            WIDE,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_D,
+            PART,
+            WARPS_N,
+            WARPS_M,
+        )
+        # One tile serves all: -S, then with G and B the scores of the rows, then with F and A the
+        # logarithms of the plan.
+        present = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
+        T = tl.where(present, -scale * cost, -INFINITY)
+        # NaN compares with nothing, and a cost of -inf is no cost either.
+        highest = tl.min(tl.where(T < INFINITY, 1, 0), 1)
+        broken = broken | (tl.min(highest, 0) == 0)
+        ratio = 1.0
+        if ANNEAL:
+            ratio = epsilon / temperature
+            T = T * ratio
+        tl.debug_barrier()
+        G = tl.load(g_ptr + columns + zero, mask=columns < m, other=0.0)
+        G += tl.where(v > 0, tl.log2(v), 0.0)
+        T += (B + G * ratio)[None, :]
+        minimum, row_alive = log_sum(T, 1)
+        minimum = -minimum / ratio
+        dead_a = tl.max(tl.where(row_alive, 0, tl.where(A != -INFINITY, 1, 0)), 0) > 0
+        F = tl.load(f_ptr + rows + zero, mask=rows < n, other=0.0)
+        F = tl.where(row_alive, F + tl.where(u > 0, tl.log2(u), 0.0), 0.0)
+        row_sum = tl.where(row_alive, tl.exp2(A + (F - minimum) * ratio), 0.0)
+        error = tl.sum(tl.abs(row_sum - wanted(tl.exp2(A), row_alive, F, strength_a)), 0)
+        stop = settled & (tol > 0) & (error <= tol)
+        settled = temperature == epsilon
+        halt = stop | empty | broken | (iteration >= max_iter)
+        F = tl.where(halt, F, (1 - relaxation) * F + beta_a * minimum)
+        T += (A + F * ratio)[:, None]
+        total, column_alive = log_sum(T, 0)
+        dead_b = tl.max(tl.where(column_alive, 0, tl.where(B != -INFINITY, 1, 0)), 0) > 0
+        minimum = tl.where(column_alive, G + (B - total) / ratio, 0.0)
+        G_next = tl.where(halt, G, (1 - relaxation) * G + beta_b * minimum)
+        G_next = tl.where(column_alive, G_next, 0.0)
+        if ANNEAL:
+            # log2 of the plan at the final temperature: S = (A + B + (F + G) ratio - T) / ratio.
+            T = tl.where(T > -INFINITY, T - (A + F * ratio)[:, None], -INFINITY)
+            T = tl.where(T > -INFINITY, (T - (B + G * ratio)[None, :]) / ratio, -INFINITY)
+            K = tl.exp2(T + (A + F)[:, None] + (B + G_next)[None, :])
+        else:
+            K = tl.exp2(T + tl.where(column_alive, G_next - G, 0.0)[None, :])
+        u = tl.full((BLOCK_N,), 1.0, tl.float32)
+        v = tl.full((BLOCK_M,), 1.0, tl.float32)
+        tl.debug_barrier()
+        tl.store(f_ptr + rows + zero, F, mask=rows < n)
+        tl.store(g_ptr + columns + zero, G_next, mask=columns < m)
+        if GENERAL:
+            # The scaling loop reads F again.
+            tl.debug_barrier()
+        # A line that may carry mass, but whose K is lost below float32, needs exact steps, and so
+        # has one whose mass is so small that a scaling within 2^+-30 could lose it.
+        weakest = tl.min(tl.where(row_alive, tl.minimum(tl.sum(K, 1), tl.exp2(A)), 1.0), 0)
+        weakest_b = tl.min(tl.where(column_alive, tl.minimum(tl.sum(K, 0), tl.exp2(B)), 1.0), 0)
+        iteration += tl.where(halt, 0, 1)
+        running = (halt == 0) & (iteration < max_iter)
+        scaling = running & settled & (tl.minimum(weakest, weakest_b) > WEAK)
+        scaling = scaling & (iteration >= patience)
+        if GENERAL:
+            strongest = tl.maximum(tl.max(tl.sum(K, 1), 0), tl.max(tl.sum(K, 0), 0))
+            scaling = scaling & (strongest < STRONG)
+        base = iteration
+        # What an update multiplies with: the mass, or with penalties and relaxation its logarithm.
+        if GENERAL:
+            beta_a = omega / (1 + strength_a)
+            beta_b = omega / (1 + strength_b)
+            a = tl.where(row_alive, beta_a * A + (beta_a - omega) * F, -INFINITY)
+            b = tl.where(column_alive, beta_b * B + (beta_b - omega) * G_next, -INFINITY)
+        else:
+            a = tl.where(row_alive, tl.exp2(A), 0.0)
+            b = tl.where(column_alive, tl.exp2(B), 0.0)
+        while scaling:
+            # A scaling is looked at once in a few iterations, since that needs the whole program.
+            steps = 1
+            if STEPS > 1:
+                steps = tl.minimum(STEPS, max_iter - iteration)
+            for _ in range(steps):
+                # Only a dead line sums to 0; its scaling becomes 0.
+                Kv = tl.maximum(tl.sum(K * v[None, :], 1), LEAST)
+                if STEPS == 1:
+                    # The f half-step measures the row sums u * Kv of the iterate it starts from.
+                    if GENERAL:
+                        F = tl.load(f_ptr + rows, mask=rows < n, other=0.0) + tl.log2(u)
+                        mass = tl.exp2(load_log_mass(log_a_ptr, rows, n))
+                        goal = wanted(mass, u > 0, F, strength_a)
+                    else:
+                        goal = tl.exp2(load_log_mass(log_a_ptr, rows, n))
+                    stop = (tol > 0) & (tl.sum(tl.abs(u * Kv - goal), 0) <= tol)
+                if GENERAL:
+                    start = tl.where(u > 0, (1 - omega) * tl.log2(u), 0.0)
+                    u_next = tl.exp2(start + a - beta_a * tl.log2(Kv))
+                else:
+                    u_next = quotient(a, Kv, NVIDIA)
+                Ku = tl.maximum(tl.sum(K * u_next[:, None], 0), LEAST)
+                if GENERAL:
+                    start = tl.where(v > 0, (1 - omega) * tl.log2(v), 0.0)
+                    v_next = tl.exp2(start + b - beta_b * tl.log2(Ku))
+                else:
+                    v_next = quotient(b, Ku, NVIDIA)
+                if STEPS == 1:
+                    u = tl.where(stop, u, u_next)
+                    v = tl.where(stop, v, v_next)
+                else:
+                    u = u_next
+                    v = v_next
+            iteration += tl.where(stop, 0, steps)
+            running = (iteration < max_iter) & (stop == 0)
+            largest = tl.maximum(tl.max(u, 0), tl.max(v, 0))
+            smallest = tl.min(tl.where(u > 0, u, 1.0), 0)
+            smallest = tl.minimum(smallest, tl.min(tl.where(v > 0, v, 1.0), 0))
+            scaling = running & (largest < DRIFT) & (smallest > 1 / DRIFT)
+            if (largest > FAR) | (smallest < 1 / FAR) | (largest != largest):
+                # Too far to be trusted: back to where K was made, and on by exact steps.
+                patience = iteration
+                iteration = base
+                stop = False
+                running = True
+                scaling = False
+                u = tl.full((BLOCK_N,), 1.0, tl.float32)
+                v = tl.full((BLOCK_M,), 1.0, tl.float32)
+
+    tl.debug_barrier()
+    F = tl.load(f_ptr + rows, mask=rows < n, other=0.0) + tl.where(u > 0, tl.log2(u), 0.0)
+    G = tl.load(g_ptr + columns, mask=columns < m, other=0.0) + tl.where(v > 0, tl.log2(v), 0.0)
+    tl.debug_barrier()
+    tl.store(f_ptr + rows, F, mask=rows < n)
+    tl.store(g_ptr + columns, G, mask=columns < m)
+    # K holds the cost too, S = A + B + F + G - log2 K, so nothing is read from memory again.
+    K = K * u[:, None] * v[None, :]
+    transported = -tl.sum(tl.sum(times_log2(K, NVIDIA), 1), 0)
+    row_sum = tl.sum(K, 1)
+    column_sum = tl.sum(K, 0)
+    tl.debug_barrier()
+    A = load_log_mass(log_a_ptr, rows, n)
+    B = load_log_mass(log_b_ptr, columns, m)
+    F = tl.load(f_ptr + rows, mask=rows < n, other=0.0)
+    G = tl.load(g_ptr + columns, mask=columns < m, other=0.0)
+    transported += tl.sum(tl.where(row_sum > 0, row_sum * (A + F), 0.0), 0)
+    transported += tl.sum(tl.where(column_sum > 0, column_sum * (B + G), 0.0), 0)
+    a = tl.exp2(A)
+    b = tl.exp2(B)
+    total = tl.sum(row_sum, 0)
+    mass_a = tl.sum(a, 0)
+    mass_b = tl.sum(b, 0)
+    dual = tl.sum(row_sum * F, 0) + tl.sum(column_sum * G, 0)
+    value = dual / scale + epsilon * (mass_a * mass_b - total)
+    # A line without an allowed pair has an empty row of K, as has one whose pairs all underflow.
+    goal_a = a
+    goal_b = b
+    if GENERAL:
+        goal_a = wanted(a, (row_sum > 0) | (F != 0), F, strength_a)
+        goal_b = wanted(b, (column_sum > 0) | (G != 0), G, strength_b)
+        if inverse_rho_a > 0:
+            value += tl.sum(penalties(row_sum, A, a), 0) / inverse_rho_a
+        if inverse_rho_b > 0:
+            value += tl.sum(penalties(column_sum, B, b), 0) / inverse_rho_b
+    error = tl.sum(tl.abs(row_sum - goal_a), 0) + tl.sum(tl.abs(column_sum - goal_b), 0)
+    fixed_a = inverse_rho_a == 0
+    fixed_b = inverse_rho_b == 0
+    unequal = tl.abs(mass_a - mass_b) > MASS_TOLERANCE * tl.maximum(mass_a, mass_b)
+    infeasible = (fixed_a & dead_a) | (fixed_b & dead_b) | (fixed_a & fixed_b & unequal)
+    broken = broken & (empty == 0)
+    status = tl.where(stop, CONVERGED, MAX_ITER)
+    status = tl.where(broken | infeasible, INFEASIBLE, status)
+    status = tl.where(empty, EMPTY, status)
+    iteration = tl.where(empty, 0, tl.where(broken, max_iter, tl.minimum(iteration, max_iter)))
+    tl.store(value_ptr + problem, tl.where(empty, 0.0, tl.where(broken, float("nan"), value)))
+    transported = tl.where(empty, 0.0, tl.where(broken, float("nan"), transported / scale))
+    tl.store(value_linear_ptr + problem, transported)
+    tl.store(
+        marginal_error_ptr + problem, tl.where(empty, 0.0, tl.where(broken, float("nan"), error))
+    )
+    tl.store(n_iter_ptr + problem, iteration)
+    tl.store(status_ptr + problem, status)
+    F = tl.where(
+        A == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(broken, float("nan"), F / scale))
+    )
+    G = tl.where(
+        B == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(broken, float("nan"), G / scale))
+    )
+    tl.debug_barrier()
+    tl.store(f_ptr + rows, F, mask=rows < n)
+    tl.store(g_ptr + columns, G, mask=columns < m)

@@ -1,0 +1,233 @@
+"""From the arguments of the operator to its outputs, with no wait for the device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from optical.arguments import Arguments, Outputs
+from optical.kernels import tuning
+from optical.kernels.adjoint import adjoint_kernel
+from optical.kernels.adjoint_streamed import adjoint_loop_kernel
+from optical.kernels.batch import KINDS, Batch, starts, tile_options, tiles_of
+from optical.kernels.resident import resident_kernel
+from optical.kernels.streaming import finish_kernel, loop_kernel, turn_kernel, walk_kernel
+
+
+def supports(arguments: Arguments) -> str | None:
+    """Why the kernels cannot serve these problems, on whatever device; None where they can."""
+    p = arguments
+    if p.log_a.dtype != torch.float32:
+        name = str(p.log_a.dtype).removeprefix("torch.")
+        return f"the problem is {name}; the kernels compute in float32"
+    if p.anderson:
+        return "the kernels do not know anderson; over-relaxation (omega) is what they have"
+    longest = max(p.log_a.shape[-1], p.log_b.shape[-1])
+    if p.gradient == "unroll" and longest > tuning.RESIDENT:
+        what = "packed lines, of problems of unknown sizes" if p.packed else "lines"
+        limit = f"works on chip, on up to {tuning.RESIDENT}"
+        return f"a side has {longest} {what}; the kernel of gradient='unroll' {limit}"
+    return None
+
+
+def forward(arguments: Arguments) -> Outputs:
+    """As ``optical.reference.forward``, for everything that ``supports`` does not refuse."""
+    with torch.cuda.device_of(arguments.x):
+        batch = Batch(arguments)
+        p, like = arguments, arguments.epsilon
+        value, value_linear, marginal_error = (torch.empty_like(like) for _ in range(3))
+        n_iter, status = (torch.empty_like(like, dtype=torch.int32) for _ in range(2))
+        f, g = torch.empty_like(p.log_a), torch.empty_like(p.log_b)
+        general = p.omega != 1 or min(p.rho_a, p.rho_b) < math.inf
+        roomy = general or p.anneal_start > 0 or batch.precision != "ieee"
+        outputs = value, value_linear, marginal_error, n_iter, status
+        if max(batch.n, batch.m) > tuning.RESIDENT:
+            # One program runs a problem where sizes are unknown or problems many.
+            if batch.size > (1 if batch.packed else tuning.PROGRAMS):
+                _loop(batch, f, g, outputs)
+            else:
+                _steps(batch, f, g, outputs)
+        for side, tile in tiles_of(batch, tuning.ROOMY if roomy else tuning.TILES):
+            resident_kernel[(batch.size,)](
+                *batch.sources(),
+                *starts(p),
+                f,
+                g,
+                *outputs,
+                *batch.sizes(),
+                p.max_iter,
+                p.tol,
+                1 / p.rho_a,
+                1 / p.rho_b,
+                p.omega,
+                p.anneal_start,
+                p.anneal_ratio,
+                0 if side == min(tuning.TILES) else side // 2 + 1,
+                side,
+                KIND=batch.kind,
+                PACKED=batch.packed,
+                START=p.f0 is not None,
+                GENERAL=general,
+                ANNEAL=p.anneal_start > 0,
+                STEPS=1 if general or p.tol > 0 else tuning.STEPS,
+                SCALED=batch.scaled,
+                WIDE=batch.wide,
+                PRECISION=batch.precision,
+                NVIDIA=batch.nvidia,
+                BLOCK_N=tile.rows,
+                BLOCK_M=tile.columns,
+                BLOCK_D=tile.depth,
+                PART=tile.part,
+                WARPS_N=tile.warps_n,
+                WARPS_M=tile.warps_m,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+        w, z, residual = _adjoint(batch, f, g)
+    return Outputs(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
+
+
+def _adjoint(batch: Batch, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p = batch.arguments
+    residual = torch.zeros_like(p.epsilon)
+    if p.gradient != "implicit":
+        return f.new_zeros(0), g.new_zeros(0), residual
+    w, z = torch.empty_like(f), torch.empty_like(g)
+    if max(batch.n, batch.m) > tuning.RESIDENT:
+        tile = tuning.ADJOINT_STREAM[batch.kind != KINDS["given"] and batch.precision != "ieee"]
+        adjoint_loop_kernel[(batch.size,)](
+            *batch.sources(),
+            f,
+            g,
+            w,
+            z,
+            residual,
+            p.log_a.new_empty(3 * f.numel(), dtype=torch.float64),
+            p.log_a.new_empty(7 * g.numel(), dtype=torch.float64),
+            *batch.sizes(),
+            1 / p.rho_a,
+            1 / p.rho_b,
+            tuning.RESIDENT if batch.packed else 0,
+            KIND=batch.kind,
+            PACKED=batch.packed,
+            SCALED=batch.scaled,
+            WIDE=batch.wide,
+            PRECISION=batch.precision,
+            BLOCK=tile.rows,
+            BLOCK_D=tile.depth,
+            WARPS_N=tile.warps_n,
+            WARPS_M=tile.warps_m,
+            LINES=tuning.LINES,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    for side, tile in tiles_of(batch, tuning.ADJOINT):
+        adjoint_kernel[(batch.size,)](
+            *batch.sources(),
+            f,
+            g,
+            w,
+            z,
+            residual,
+            *batch.sizes(),
+            1 / p.rho_a,
+            1 / p.rho_b,
+            0 if side == min(tuning.ADJOINT) else side // 2 + 1,
+            side,
+            PART=tile.part,
+            **tile_options(batch, tile),
+        )
+    return w, z, residual
+
+
+def _loop(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> None:
+    p = batch.arguments
+    scratch = [torch.empty_like(x) for x in (p.log_a, p.log_b, p.log_a, p.log_b)]
+    loop_kernel[(batch.size,)](
+        *batch.sources(),
+        *starts(p),
+        f,
+        g,
+        *scratch,
+        *outputs,
+        *batch.sizes(),
+        p.max_iter,
+        p.tol,
+        1 / p.rho_a,
+        1 / p.rho_b,
+        p.omega,
+        p.anneal_start,
+        p.anneal_ratio,
+        tuning.RESIDENT if batch.packed else 0,
+        START=p.f0 is not None,
+        BLOCK=tuning.LINES,
+        **tile_options(batch, tuning.STREAM),
+    )
+
+
+def _steps(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> None:
+    p, tile = batch.arguments, tile_options(batch, tuning.STREAM)
+    found_a, found_b, spent_a, spent_b = (
+        torch.empty_like(x) for x in (p.log_a, p.log_b, p.log_a, p.log_b)
+    )
+    n_iter = outputs[3]
+    stopped = torch.empty_like(n_iter)
+    begins = starts(p)
+    options = {"PACKED": batch.packed, "START": p.f0 is not None, "BLOCK": tuning.LINES}
+    rows = batch.cu_a, p.log_a, p.epsilon, begins[0], f, found_a, stopped, n_iter, batch.n
+    columns = batch.cu_b, p.log_b, p.epsilon, begins[1], g, found_b, stopped, n_iter, batch.m
+
+    def walk(swapped: bool, annealing: float, seen: int) -> None:
+        sides = (g, f, found_b, spent_b) if swapped else (f, g, found_a, spent_a)
+        blocks = batch.blocks(batch.m if swapped else batch.n, tuning.STREAM.rows)
+        walk_kernel[(batch.size, blocks)](
+            *batch.sources(swapped), *sides, stopped, *batch.sizes(swapped), annealing, seen, **tile
+        )
+
+    def turn(swapped: bool, iteration: int, begin: bool = False) -> None:
+        lines, rho = (columns, p.rho_b) if swapped else (rows, p.rho_a)
+        annealing, before = (p.anneal_start * p.anneal_ratio**k for k in (iteration, iteration - 1))
+        turn_kernel[(batch.size,)](
+            *lines,
+            int(iteration == 0),
+            p.tol,
+            1 / rho,
+            p.omega,
+            annealing,
+            # Nothing came before the first iteration, so no residual is measured there.
+            before if iteration else math.inf,
+            ROWS=not swapped,
+            BEGIN=begin,
+            **options,
+        )
+
+    turn(False, 0, begin=True)
+    turn(True, 0, begin=True)
+    for iteration in range(p.max_iter):
+        for swapped in (False, True):
+            walk(swapped, p.anneal_start * p.anneal_ratio**iteration, seen=0)
+            turn(swapped, iteration)
+    walk(False, 0.0, seen=1)
+    walk(True, 0.0, seen=1)
+    finish_kernel[(batch.size,)](
+        batch.cu_a,
+        batch.cu_b,
+        p.log_a,
+        p.log_b,
+        p.epsilon,
+        *begins,
+        f,
+        g,
+        found_a,
+        found_b,
+        spent_a,
+        spent_b,
+        *outputs,
+        stopped,
+        batch.n,
+        batch.m,
+        p.max_iter,
+        1 / p.rho_a,
+        1 / p.rho_b,
+        **options,
+    )

@@ -1,0 +1,283 @@
+"""What every kernel needs: where a problem stands, its masses, and tiles of its cost.
+
+A tile of the cost comes from a stored cost or from token vectors, whose tiles meet in tensor cores
+and become a cost in registers: raw half-precision operands, float32 sums, and the norms of the
+tokens afterwards (``optical.costs`` says why in this order). Lines outside the problem or of no
+mass hold +inf, as forbidden pairs do; what memory holds there is replaced and never computed with.
+
+Layouts: reductions of a tile cost shuffles, and how many depends on which lanes hold which entries.
+A warp does best as 4 x 8 lanes of 16 x 8 entries each (64 shuffles for both sums of 64 x 64). Dots
+of at most 32 rows leave about that; a stored cost is loaded in six dimensions, of which the first
+two become the lanes, the next two the warps and the others the entries of a thread.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+INFINITY = tl.constexpr(float("inf"))
+# The interpreter multiplies the bits of bfloat16, so there operands are converted first.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+GIVEN = tl.constexpr(0)
+COSINE = tl.constexpr(1)
+SQEUCLIDEAN = tl.constexpr(2)
+DOT = tl.constexpr(3)
+
+
+@triton.jit
+def extent(cu_ptr, problem, size, PACKED: tl.constexpr):
+    """Where the lines of a problem begin, and how many there are."""
+    if PACKED:
+        start = tl.load(cu_ptr + problem)
+        length = (tl.load(cu_ptr + problem + 1) - start).to(tl.int32)
+    else:
+        start = problem * size
+        length = size
+    return start, length
+
+
+@triton.jit
+def load_log_mass(log_mass_ptr, index, size):
+    """log2 of the masses, -inf outside the problem."""
+    return tl.load(log_mass_ptr + index, mask=index < size, other=-INFINITY) * LOG2_E
+
+
+@triton.jit
+def operand(
+    vectors_ptr,
+    scale_ptr,
+    centre_ptr,
+    index,
+    size,
+    d,
+    dim,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A tile of token vectors as a dot takes them, zeros outside the problem."""
+    inside = (index < size)[:, None] & (d < dim)[None, :]
+    if WIDE:
+        index = index.to(tl.int64)
+    offsets = index[:, None] * dim + d[None, :]
+    x = tl.load(vectors_ptr + offsets, mask=inside, other=0.0)
+    if KIND == SQEUCLIDEAN:
+        x = x.to(tl.float32) - tl.load(centre_ptr + d, mask=d < dim, other=0.0)[None, :]
+    elif SCALED:
+        x = x * tl.load(scale_ptr + index, mask=index < size, other=1.0)[:, None]
+    elif INTERPRETED:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def dots(
+    x_ptr,
+    y_ptr,
+    scale_x_ptr,
+    scale_y_ptr,
+    centre_ptr,
+    row_zero,
+    column_zero,
+    n,
+    m,
+    dim,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """x_i . y_j (BLOCK_N, BLOCK_M), made of parts of PART rows."""
+    PARTS: tl.constexpr = BLOCK_N // PART
+    rows = row_zero + tl.arange(0, PART)
+    columns = column_zero + tl.arange(0, BLOCK_M)
+    sum0 = tl.zeros((PART, BLOCK_M), tl.float32)
+    if PARTS >= 2:
+        sum1 = tl.zeros((PART, BLOCK_M), tl.float32)
+    if PARTS >= 4:
+        sum2 = tl.zeros((PART, BLOCK_M), tl.float32)
+        sum3 = tl.zeros((PART, BLOCK_M), tl.float32)
+    for d0 in range(0, dim, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED, WIDE)
+        y = tl.trans(y)
+        x = operand(x_ptr, scale_x_ptr, centre_ptr, rows, n, d, dim, KIND, SCALED, WIDE)
+        sum0 = tl.dot(x, y, sum0, input_precision=PRECISION)
+        if PARTS >= 2:
+            x = operand(x_ptr, scale_x_ptr, centre_ptr, rows + PART, n, d, dim, KIND, SCALED, WIDE)
+            sum1 = tl.dot(x, y, sum1, input_precision=PRECISION)
+        if PARTS >= 4:
+            x = operand(
+                x_ptr, scale_x_ptr, centre_ptr, rows + 2 * PART, n, d, dim, KIND, SCALED, WIDE
+            )
+            sum2 = tl.dot(x, y, sum2, input_precision=PRECISION)
+            x = operand(
+                x_ptr, scale_x_ptr, centre_ptr, rows + 3 * PART, n, d, dim, KIND, SCALED, WIDE
+            )
+            sum3 = tl.dot(x, y, sum3, input_precision=PRECISION)
+    if PARTS == 1:
+        product = sum0
+    elif PARTS == 2:
+        product = tl.reshape(tl.permute(tl.join(sum0, sum1), (2, 0, 1)), (BLOCK_N, BLOCK_M))
+    else:
+        pairs = tl.join(tl.join(sum0, sum2), tl.join(sum1, sum3))
+        product = tl.reshape(tl.permute(pairs, (2, 3, 0, 1)), (BLOCK_N, BLOCK_M))
+    return product
+
+
+@triton.jit
+def stored_cost(
+    cost_ptr,
+    stride_n,
+    stride_m,
+    row_zero,
+    column_zero,
+    n,
+    m,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    WARPS_M: tl.constexpr,
+):
+    """A tile of a stored cost, loaded so that 4 x 8 lanes share it; +inf outside the problem."""
+    N: tl.constexpr = BLOCK_N // (4 * WARPS_N)
+    M: tl.constexpr = BLOCK_M // (8 * WARPS_M)
+    i = tl.reshape(tl.arange(0, BLOCK_N), (N, WARPS_N, 4))
+    i = tl.reshape(tl.permute(i, (2, 1, 0)), (1, 4, 1, WARPS_N, 1, N)) + row_zero
+    j = tl.reshape(tl.arange(0, BLOCK_M), (M, WARPS_M, 8))
+    j = tl.reshape(tl.permute(j, (2, 1, 0)), (8, 1, WARPS_M, 1, M, 1)) + column_zero
+    if WIDE:
+        i = i.to(tl.int64)
+        j = j.to(tl.int64)
+    offsets = i * stride_n + j * stride_m
+    cost = tl.load(cost_ptr + offsets, mask=(i < n) & (j < m), other=INFINITY)
+    return tl.reshape(tl.permute(cost, (5, 3, 1, 4, 2, 0)), (BLOCK_N, BLOCK_M))
+
+
+@triton.jit
+def cost_tile(
+    x_ptr,
+    y_ptr,
+    norm_x_ptr,
+    norm_y_ptr,
+    scale_x_ptr,
+    scale_y_ptr,
+    centre_ptr,
+    stride_n,
+    stride_m,
+    row_zero,
+    column_zero,
+    n,
+    m,
+    dim,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PART: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    WARPS_M: tl.constexpr,
+):
+    """A tile of the cost of one problem; the pointers stand at its beginning.
+
+    A cost of vectors that is not finite becomes NaN, never a forbidden pair.
+    """
+    if KIND == GIVEN:
+        cost = stored_cost(
+            x_ptr,
+            stride_n,
+            stride_m,
+            row_zero,
+            column_zero,
+            n,
+            m,
+            WIDE,
+            BLOCK_N,
+            BLOCK_M,
+            WARPS_N,
+            WARPS_M,
+        )
+    else:
+        cost = dots(
+            x_ptr,
+            y_ptr,
+            scale_x_ptr,
+            scale_y_ptr,
+            centre_ptr,
+            row_zero,
+            column_zero,
+            n,
+            m,
+            dim,
+            KIND,
+            SCALED,
+            WIDE,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_D,
+            PART,
+        )
+        if KIND == DOT:
+            cost = -cost
+        else:
+            rows = row_zero + tl.arange(0, BLOCK_N)
+            columns = column_zero + tl.arange(0, BLOCK_M)
+            norm_x = tl.load(norm_x_ptr + rows, mask=rows < n, other=0.0)[:, None]
+            norm_y = tl.load(norm_y_ptr + columns, mask=columns < m, other=0.0)[None, :]
+            if KIND == COSINE:
+                cost = 1 - cost * (norm_x * norm_y)
+            else:
+                cost = norm_x + norm_y - 2 * cost
+                cost = tl.where(cost < 0, 0.0, cost)
+        cost = tl.where(tl.abs(cost) < INFINITY, cost, float("nan"))
+    return cost
+
+
+@triton.jit
+def quotient(x, y, NVIDIA: tl.constexpr):
+    """x / y of normal numbers, within two units in the last place.
+
+    The division of the language takes six instructions, some of them on a unit that every
+    reduction waits for; NVIDIA's approximate reciprocal takes one.
+    """
+    if NVIDIA:
+        assembly: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
+        y = tl.inline_asm_elementwise(assembly, "=f,f", [y], tl.float32, is_pure=True, pack=1)
+        z = x * y
+    else:
+        z = x / y
+    return z
+
+
+@triton.jit
+def times_log2(x, NVIDIA: tl.constexpr):
+    """x log2 x of numbers >= 0, and 0 of 0; one instruction sequence, so that x need not stay."""
+    if NVIDIA:
+        assembly: tl.constexpr = """{ .reg .f32 t;
+            max.f32 t, $1, 0f00800000;
+            lg2.approx.ftz.f32 t, t;
+            mul.f32 $0, t, $1; }"""
+        y = tl.inline_asm_elementwise(assembly, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.where(x > 0, x * tl.log2(tl.where(x > 0, x, 1.0)), 0.0)
+    return y
+
+
+@triton.jit
+def plan_tile(cost, A, B, f, g, scale):
+    """The plan of a tile of costs from log2 masses and potentials; 0 where it is no number."""
+    present = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
+    score = (f[:, None] + g[None, :] - cost) * scale + (A[:, None] + B[None, :])
+    score = tl.where(present, score, -INFINITY)
+    return tl.where(score < INFINITY, tl.exp2(score), 0.0)

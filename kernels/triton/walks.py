@@ -1,0 +1,315 @@
+"""The parts of a streamed run: walks over the costs of some rows, and what is done with the lines.
+
+A walk makes the costs again tile by tile and keeps a running maximum and a running sum for each
+row, so memory holds vectors and potentials and nothing else. Each sum has one program and one
+order, whoever shares the rows. Potentials are in the units of ``resident``.
+"""
+
+import triton
+import triton.language as tl
+from optical.kernels.resident import (
+    CONVERGED,
+    EMPTY,
+    INFEASIBLE,
+    MASS_TOLERANCE,
+    MAX_ITER,
+    penalties,
+    wanted,
+)
+from optical.kernels.tiles import INFINITY, LOG2_E, cost_tile, load_log_mass
+
+# What a walk looks for.
+MINIMA = tl.constexpr(0)
+SUMS = tl.constexpr(1)
+# In the place of what a line without an allowed pair does not have.
+DEAD = tl.constexpr(3e38)
+
+
+@triton.jit
+def walk(
+    x_ptr,
+    y_ptr,
+    norm_x_ptr,
+    norm_y_ptr,
+    scale_x_ptr,
+    scale_y_ptr,
+    centre_ptr,
+    log_a_ptr,
+    log_b_ptr,
+    F_ptr,
+    G_ptr,
+    found_ptr,
+    spent_ptr,
+    stride_n,
+    stride_m,
+    n,
+    m,
+    dim,
+    first,
+    step,
+    scale,
+    ratio,
+    SEEN: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    WARPS_M: tl.constexpr,
+):
+    """For the rows from ``first`` in steps: their minima, or their sums of P and of P * C.
+
+    Found is ``DEAD`` for a row without an allowed pair, and NaN where a cost is no number.
+    """
+    for row_zero in range(first, n, step):
+        rows = row_zero + tl.arange(0, BLOCK_N)
+        A = load_log_mass(log_a_ptr, rows, n)
+        F = tl.load(F_ptr + rows, mask=rows < n, other=0.0)
+        peak = tl.full((BLOCK_N,), -INFINITY, tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        spent = tl.zeros((BLOCK_N,), tl.float32)
+        lowest = tl.full((BLOCK_N,), INFINITY, tl.float32)
+        unreadable = tl.zeros((BLOCK_N,), tl.float32)
+        for column_zero in range(0, m, BLOCK_M):
+            columns = column_zero + tl.arange(0, BLOCK_M)
+            B = load_log_mass(log_b_ptr, columns, m)
+            G = tl.load(G_ptr + columns, mask=columns < m, other=0.0)
+            cost = cost_tile(
+                x_ptr,
+                y_ptr,
+                norm_x_ptr,
+                norm_y_ptr,
+                scale_x_ptr,
+                scale_y_ptr,
+                centre_ptr,
+                stride_n,
+                stride_m,
+                row_zero,
+                column_zero,
+                n,
+                m,
+                dim,
+                KIND,
+                SCALED,
+                WIDE,
+                PRECISION,
+                BLOCK_N,
+                BLOCK_M,
+                BLOCK_D,
+                BLOCK_N,
+                WARPS_N,
+                WARPS_M,
+            )
+            present = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
+            cost = tl.where(present, cost, INFINITY)
+            lowest = tl.minimum(lowest, tl.min(cost, 1))
+            if SEEN == MINIMA:
+                score = (G[None, :] - cost * scale) * ratio + B[None, :]
+                score = tl.where(cost < INFINITY, score, -INFINITY)
+                higher = tl.maximum(peak, tl.max(score, 1))
+                anchor = tl.where(higher > -INFINITY, higher, 0.0)
+                total *= tl.exp2(tl.where(peak > -INFINITY, peak - anchor, 0.0))
+                total += tl.sum(tl.exp2(score - anchor[:, None]), 1)
+                peak = higher
+            else:
+                score = F[:, None] + G[None, :] - cost * scale + (A[:, None] + B[None, :])
+                allowed = cost < INFINITY
+                plan = tl.exp2(tl.where(allowed, score, -INFINITY))
+                total += tl.sum(plan, 1)
+                spent += tl.sum(plan * tl.where(allowed, cost, 0.0), 1)
+                # NaN compares with nothing, and a cost of -inf is no cost either.
+                unreadable = tl.maximum(unreadable, tl.max(tl.where(cost > -INFINITY, 0.0, 1.0), 1))
+        alive = lowest < INFINITY
+        if SEEN == MINIMA:
+            found = -(peak + tl.log2(tl.where(alive, total, 1.0))) / ratio
+            found = tl.where(alive, found, DEAD)
+        else:
+            found = tl.where(alive, total, DEAD)
+            found = tl.where(unreadable > 0, float("nan"), found)
+            tl.store(spent_ptr + rows, spent, mask=rows < n)
+        tl.store(found_ptr + rows, found, mask=rows < n)
+
+
+@triton.jit
+def miss(F_ptr, found_ptr, log_mass_ptr, n, ratio, strength, BLOCK: tl.constexpr):
+    """How far the sums behind found minima are from those wanted, in L1."""
+    missed = tl.zeros((BLOCK,), tl.float32)
+    for zero in range(0, n, BLOCK):
+        index = zero + tl.arange(0, BLOCK)
+        A = load_log_mass(log_mass_ptr, index, n)
+        F = tl.load(F_ptr + index, mask=index < n, other=0.0)
+        found = tl.load(found_ptr + index, mask=index < n, other=DEAD)
+        alive = found < DEAD
+        sums = tl.where(alive, tl.exp2(A + (F - found) * ratio), 0.0)
+        missed += tl.abs(sums - wanted(tl.exp2(A), alive, F, strength))
+    return tl.sum(missed, 0)
+
+
+@triton.jit
+def relax(F_ptr, found_ptr, n, relaxation, beta, BLOCK: tl.constexpr):
+    """Move the potentials of one side towards the minima found; those of dead lines are 0."""
+    for zero in range(0, n, BLOCK):
+        index = zero + tl.arange(0, BLOCK)
+        F = tl.load(F_ptr + index, mask=index < n, other=0.0)
+        found = tl.load(found_ptr + index, mask=index < n, other=DEAD)
+        F = tl.where(found == DEAD, 0.0, (1 - relaxation) * F + beta * found)
+        tl.store(F_ptr + index, F, mask=index < n)
+
+
+@triton.jit
+def begin(F_ptr, start_ptr, n, scale, START: tl.constexpr, BLOCK: tl.constexpr):
+    """Write where one side begins."""
+    for zero in range(0, n, BLOCK):
+        index = zero + tl.arange(0, BLOCK)
+        F = tl.zeros((BLOCK,), tl.float32)
+        if START:
+            F = tl.load(start_ptr + index, mask=index < n, other=0.0) * scale
+            # What stands at an absent line may be no number; it has no plan to be multiplied with.
+            F = tl.where(tl.abs(F) < INFINITY, F, 0.0)
+        tl.store(F_ptr + index, F, mask=index < n)
+
+
+@triton.jit
+def inspect(start_ptr, log_mass_ptr, n, START: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether the numbers of one side cannot be read, whether it has a line, and its mass."""
+    some = tl.zeros((BLOCK,), tl.float32)
+    unreadable = tl.zeros((BLOCK,), tl.float32)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    for zero in range(0, n, BLOCK):
+        index = zero + tl.arange(0, BLOCK)
+        A = load_log_mass(log_mass_ptr, index, n)
+        if START:
+            F = tl.load(start_ptr + index, mask=(index < n) & (A != -INFINITY), other=0.0)
+            unreadable = tl.maximum(unreadable, tl.where(tl.abs(F) < INFINITY, 0.0, 1.0))
+        unreadable = tl.maximum(unreadable, tl.where(A < INFINITY, 0.0, 1.0))
+        some = tl.maximum(some, tl.where(A != -INFINITY, 1.0, 0.0))
+        mass += tl.exp2(A)
+    return tl.max(unreadable, 0) > 0, tl.max(some, 0) > 0, tl.sum(mass, 0)
+
+
+@triton.jit
+def account(
+    F_ptr, found_ptr, spent_ptr, log_mass_ptr, n, inverse_rho, strength, BLOCK: tl.constexpr
+):
+    """What one side has: its part of the dual value, its penalty, its error, its sums, and costs.
+
+    The last two say whether a fixed line is dead and whether a cost is no number.
+    """
+    dual = tl.zeros((BLOCK,), tl.float32)
+    price = tl.zeros((BLOCK,), tl.float32)
+    missed = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    paid = tl.zeros((BLOCK,), tl.float32)
+    dead = tl.zeros((BLOCK,), tl.float32)
+    unreadable = tl.zeros((BLOCK,), tl.float32)
+    for zero in range(0, n, BLOCK):
+        index = zero + tl.arange(0, BLOCK)
+        A = load_log_mass(log_mass_ptr, index, n)
+        found = tl.load(found_ptr + index, mask=index < n, other=DEAD)
+        alive = found < DEAD
+        F = tl.load(F_ptr + index, mask=index < n, other=0.0)
+        F = tl.where(found == DEAD, 0.0, F)
+        tl.store(F_ptr + index, F, mask=index < n)
+        a = tl.exp2(A)
+        sums = tl.where(alive, found, 0.0)
+        dual += sums * F
+        total += sums
+        missed += tl.abs(sums - wanted(a, alive, F, strength))
+        paid += tl.load(spent_ptr + index, mask=index < n, other=0.0)
+        dead = tl.maximum(dead, tl.where((A != -INFINITY) & (found == DEAD), 1.0, 0.0))
+        unreadable = tl.maximum(unreadable, tl.where(found == found, 0.0, 1.0))
+        if inverse_rho > 0:
+            price += penalties(sums, A, a) / inverse_rho
+    return (
+        tl.sum(dual, 0),
+        tl.sum(price, 0),
+        tl.sum(missed, 0),
+        tl.sum(total, 0),
+        tl.sum(paid, 0),
+        tl.max(dead, 0) > 0,
+        tl.max(unreadable, 0) > 0,
+    )
+
+
+@triton.jit
+def finish(
+    problem,
+    epsilon,
+    readable,
+    start_f_ptr,
+    start_g_ptr,
+    f_ptr,
+    g_ptr,
+    found_a_ptr,
+    found_b_ptr,
+    spent_a_ptr,
+    spent_b_ptr,
+    log_a_ptr,
+    log_b_ptr,
+    value_ptr,
+    value_linear_ptr,
+    marginal_error_ptr,
+    n_iter_ptr,
+    status_ptr,
+    n,
+    m,
+    iteration,
+    stop,
+    max_iter,
+    inverse_rho_a,
+    inverse_rho_b,
+    START: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The outputs of one problem, after a walk for the sums of each side."""
+    strength_a = epsilon * inverse_rho_a
+    strength_b = epsilon * inverse_rho_b
+    scale = LOG2_E / epsilon
+    unreadable_a, some_a, mass_a = inspect(start_f_ptr, log_a_ptr, n, START, BLOCK)
+    unreadable_b, some_b, mass_b = inspect(start_g_ptr, log_b_ptr, m, START, BLOCK)
+    empty = (some_a == 0) | (some_b == 0)
+    dual, price, error, total, transported, dead_a, unreadable = account(
+        f_ptr, found_a_ptr, spent_a_ptr, log_a_ptr, n, inverse_rho_a, strength_a, BLOCK
+    )
+    value = dual / scale + price + epsilon * (mass_a * mass_b - total)
+    dual, price, error_b, total, _, dead_b, _ = account(
+        g_ptr, found_b_ptr, spent_b_ptr, log_b_ptr, m, inverse_rho_b, strength_b, BLOCK
+    )
+    value += dual / scale + price
+    error += error_b
+    fixed_a = inverse_rho_a == 0
+    fixed_b = inverse_rho_b == 0
+    unequal = tl.abs(mass_a - mass_b) > MASS_TOLERANCE * tl.maximum(mass_a, mass_b)
+    infeasible = (fixed_a & dead_a) | (fixed_b & dead_b) | (fixed_a & fixed_b & unequal)
+    broken = (readable == 0) | unreadable | unreadable_a | unreadable_b
+    broken = broken & (empty == 0)
+    status = tl.where(stop, CONVERGED, MAX_ITER)
+    status = tl.where(broken | infeasible, INFEASIBLE, status)
+    status = tl.where(empty, EMPTY, status)
+    iteration = tl.where(empty, 0, tl.where(broken, max_iter, iteration))
+    tl.store(value_ptr + problem, tl.where(empty, 0.0, tl.where(broken, float("nan"), value)))
+    transported = tl.where(empty, 0.0, tl.where(broken, float("nan"), transported))
+    tl.store(value_linear_ptr + problem, transported)
+    tl.store(
+        marginal_error_ptr + problem, tl.where(empty, 0.0, tl.where(broken, float("nan"), error))
+    )
+    tl.store(n_iter_ptr + problem, iteration)
+    tl.store(status_ptr + problem, status)
+    end(f_ptr, log_a_ptr, n, scale, empty, broken, BLOCK)
+    end(g_ptr, log_b_ptr, m, scale, empty, broken, BLOCK)
+
+
+@triton.jit
+def end(F_ptr, log_mass_ptr, n, scale, empty, broken, BLOCK: tl.constexpr):
+    """Potentials in the units of the cost."""
+    tl.debug_barrier()
+    for zero in range(0, n, BLOCK):
+        index = zero + tl.arange(0, BLOCK)
+        A = load_log_mass(log_mass_ptr, index, n)
+        F = tl.load(F_ptr + index, mask=index < n, other=0.0) / scale
+        F = tl.where(broken, float("nan"), F)
+        F = tl.where((A == -INFINITY) | empty, 0.0, F)
+        tl.store(F_ptr + index, F, mask=index < n)
