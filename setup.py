@@ -67,7 +67,7 @@ setup(
     include_package_data=False,  # the lists below are complete
     package_data={
         "optical": ["py.typed", "data/**/*"],
-        "optical.csrc": ["*.h", "cpu/*.h", "cpu/*.cpp"],
+        "optical.csrc": ["*.h", "cpu/*.h", "cpu/*.cpp", "cuda/*.cuh", "cuda/*.cu"],
     },
     ext_modules=[Extension("optical._cpu", sources=[], optional=True)] if compiler else [],
     distclass=LibraryDistribution,

@@ -100,6 +100,32 @@ def _plain_gradients(
     return torch.where(live[:, :, None], grad_cost, 0.0), None, *masses
 
 
+def _cuda_supports(arguments: Arguments) -> str | None:
+    from optical import cuda
+
+    return cuda.supports(arguments)
+
+
+def _cuda_forward(arguments: Arguments) -> Outputs:
+    from optical import cuda
+
+    return cuda.forward(arguments)
+
+
+def _cuda_backward(*upstream_arguments_and_outputs: Any) -> Gradients:
+    from optical import cuda
+
+    return cuda.backward(*upstream_arguments_and_outputs)
+
+
+def _cuda_apply_plan(
+    arguments: Arguments, f: Tensor, g: Tensor, v: Tensor, transpose: bool
+) -> Tensor:
+    from optical import cuda
+
+    return cuda.apply_plan(arguments, f, g, v, transpose)
+
+
 def _triton_supports(arguments: Arguments) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -187,6 +213,15 @@ def _reference_supports(arguments: Arguments) -> str | None:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
+        Backend(
+            "cuda",
+            ("cuda",),
+            False,
+            _cuda_supports,
+            _cuda_forward,
+            _cuda_backward,
+            _cuda_apply_plan,
+        ),
         Backend(
             "triton",
             ("cuda",),

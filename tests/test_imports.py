@@ -13,7 +13,7 @@ PACKAGE = Path(optical.__file__).parent
 # A module may import those before it.
 ORDER = [
     *("files", "provenance", "arguments", "native", "kernels", "iterations", "derivatives"),
-    *("reference", "costs", "dense", "backends", "ops", "checks", "inputs", "result"),
+    *("reference", "costs", "dense", "cuda", "backends", "ops", "checks", "inputs", "result"),
     *("functional", "losses", "alignment"),
     *("runs", "texts", "collections", "search", "evaluation", "significance"),
     *("bitext", "codeswitch", "encoder", "training_pairs", "training"),

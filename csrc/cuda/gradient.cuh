@@ -1,0 +1,546 @@
+// Gradients: what is read off the potentials of a solution.
+//
+// G = dL/dC of a problem is made in registers. For a given cost it is written as it is; from vectors
+// it is laid out in shared memory, in place of the cost, and multiplied with chunks of the vectors,
+// so that neither the plan nor G is ever in device memory, and each gradient is written once. With
+// G, for the cosine and unit vectors x and y,
+//
+//     dL/dx_i = (x_i sum_j G_ij (1 - C_ij) - sum_j G_ij y_j) / |x_i|
+#pragma once
+
+#include "results.cuh"
+
+namespace optical {
+namespace cuda {
+
+template <typename G>
+struct Gradient : Results<G> {
+    typedef Results<G> Result;
+    static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
+    static constexpr int together = 4;  // rows or columns of G that a thread multiplies at once
+    using Result::a;
+    using Result::b;
+    using Result::column;
+    using Result::cost;
+    using Result::g;
+    using Result::index;
+    using Result::K;
+    using Result::p;
+    using Result::price;
+    using Result::row;
+    using Result::target;
+
+    // What the reverse sweep keeps for its lines.
+    enum { BAR = KEEP_1, BAR_MASS = KEEP_2, FROM = KEEP_3, SLOPE = KEEP_4 };
+
+    const optical_gradient& out;
+    float up, linear, grad_value;  // upstream: of both values together, and of each
+
+    OPTICAL_DEVICE Gradient(const optical_problem& problem, const optical_gradient& gradient)
+        : Result(problem), out(gradient) {}
+
+    // Memory behind that of the solver: a second private array for the reverse sweep; for vectors,
+    // what each line has along itself, and G beside chunks of the vectors, and of the products that
+    // the blocks of a cluster add.
+    static OPTICAL_ANYWHERE int shared_bytes(int down, int across, int32_t kind, int32_t gradient) {
+        const int threads = 32 * down * across;
+        const int rows = down * G::tile_rows, columns = across * G::tile_columns;
+        int bytes = Cost<G>::private_floats * threads * 4;
+        if (gradient == OPTICAL_UNROLL) bytes += RI * RJ * threads * 4;
+        if (kind != OPTICAL_GIVEN) {
+            int more = RI * RJ * threads + chunk * (rows + columns + 2) + rows + columns;
+            if (G::span == Span::cluster) more += chunk * columns;
+            if (4 * more > bytes) bytes = 4 * more;
+        }
+        return G::exchange_bytes(down, across) + Cost<G>::line_bytes(down, across, kind) + bytes;
+    }
+
+    OPTICAL_DEVICE void differentiate() {
+        int32_t status;
+        const bool valid = this->read(status);
+        if (!valid) return clear();
+        grad_value = ((const float*)out.grad_value)[index];
+        linear = ((const float*)out.grad_value_linear)[index];
+        up = grad_value + linear;
+        if (p.gradient == OPTICAL_UNROLL) unroll();
+        else at_solution();
+        if (p.kind == OPTICAL_GIVEN) {
+            if (out.grad_x) write_cost((float*)out.grad_x + index * p.n * p.m);
+        } else if (out.grad_x || out.grad_y) {
+            multiply_vectors();
+        }
+    }
+
+    // ------------------------------------------------------------------------- at the potentials
+
+    // The plan held fixed, or with w and z the fixed point.
+    OPTICAL_DEVICE void at_solution() {
+        const bool implicit = p.gradient == OPTICAL_IMPLICIT;
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            const int i = g.own_row(o);
+            const bool here = this->present_a(i);
+            row(POTENTIAL, o) = here ? ((const float*)out.f)[a.first + i] : 0.0f;
+            row(SOLUTION, o) = here && implicit ? ((const float*)out.w)[a.first + i] : 0.0f;
+        }
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            const int j = g.own_column(o);
+            const bool here = this->present_b(j);
+            column(POTENTIAL, o) = here ? ((const float*)out.g)[b.first + j] : 0.0f;
+            column(SOLUTION, o) = here && implicit ? ((const float*)out.z)[b.first + j] : 0.0f;
+        }
+        this->build(true);
+        float of_row[OI], of_column[OJ];
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o)
+            of_row[o] = mass_gradient(row(MASS, o), row(PAD, o), row(POTENTIAL, o), this->rho_a,
+                                      this->penalty_a, this->total_b);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o)
+            of_column[o] = mass_gradient(column(MASS, o), column(PAD, o), column(POTENTIAL, o),
+                                         this->rho_b, this->penalty_b, this->total_a);
+        if (implicit) {
+            float by_row[RI], by_column[RJ], sum_row[OI], sum_column[OJ];
+            plan_sums(by_row, by_column);
+            g.template rows<Sum>(by_row, sum_row);
+            g.template columns<Sum>(by_column, sum_column);
+            const float relief_a = this->penalty_a ? 1.0f + target / this->rho_a : 1.0f;
+            const float relief_b = this->penalty_b ? 1.0f + target / this->rho_b : 1.0f;
+            OPTICAL_EACH
+            for (int o = 0; o < OI; ++o)
+                of_row[o] += linear * relief_a * sum_row[o] * row(SOLUTION, o);
+            OPTICAL_EACH
+            for (int o = 0; o < OJ; ++o)
+                of_column[o] += linear * relief_b * sum_column[o] * column(SOLUTION, o);
+        }
+        write_masses(of_row, of_column);
+        float w[RI], z[RJ];
+        this->rows_of(SOLUTION, w);
+        this->columns_of(SOLUTION, z);
+        const float slope = implicit ? linear * this->inverse_epsilon : 0.0f;
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c)
+                K[r][c] *= up + slope * ((w[r] + z[c]) - price(r, c));
+    }
+
+    OPTICAL_DEVICE void plan_sums(float (&by_row)[RI], float (&by_column)[RJ]) const {
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) by_column[c] = 0;
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r) {
+            by_row[r] = 0;
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) by_row[r] += K[r][c], by_column[c] += K[r][c];
+        }
+    }
+
+    // The partial derivative of the dual; a line without a pair gives all its mass up.
+    OPTICAL_DEVICE float mass_gradient(float mass, float pad, float potential, float rho,
+                                       bool penalty, double other) const {
+        float slope = potential + target * (float)(other - 1);
+        if (penalty) {
+            const float given_up = pad > 0 ? 1.0f : one_minus_exp(potential / rho);
+            slope = rho * given_up + target * ((float)other - (1.0f - given_up));
+        }
+        return grad_value * mass * slope;
+    }
+
+    // 1 - exp(-x), also where that is small.
+    OPTICAL_DEVICE static float one_minus_exp(float x) {
+        if (absolute(x) > 0.1f) return 1.0f - exp2_fast(-OPTICAL_LOG2E * x);
+        const float series = fused(x, fused(x, fused(x, 1.0f / 120, -1.0f / 24), 1.0f / 6), -0.5f);
+        return fused(x * x, series, x);
+    }
+
+    // ------------------------------------------------------------------------------ what is written
+
+    OPTICAL_DEVICE void write_masses(const float (&of_row)[OI], const float (&of_column)[OJ]) {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            const int i = g.own_row(o);
+            if (g.warp_across == 0 && i < a.count)
+                ((float*)out.grad_log_a)[a.first + i] = this->present_a(i) ? of_row[o] : 0.0f;
+        }
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            const int j = g.own_column(o);
+            if (g.warp_down == 0 && g.rank == 0 && j < b.count)
+                ((float*)out.grad_log_b)[b.first + j] = this->present_b(j) ? of_column[o] : 0.0f;
+        }
+    }
+
+    OPTICAL_DEVICE void write_cost(float* to) {
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c)
+                if (g.row(r) < a.count && g.column(c) < b.count)
+                    to[g.row(r) * p.m + g.column(c)] = K[r][c];
+    }
+
+    // The gradients of a problem that could not be read, or of none at all.
+    OPTICAL_DEVICE void clear() {
+        float of_row[OI], of_column[OJ];
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) of_row[o] = 0;
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) of_column[o] = 0;
+        write_masses(of_row, of_column);
+        const int64_t parts = g.blocks, start = g.rank * g.threads + g.thread;
+        const int64_t step = parts * g.threads;
+        const bool given = p.kind == OPTICAL_GIVEN;
+        const int64_t first = given ? index * p.n * p.m : a.first * p.dim;
+        const int64_t count = given ? p.n * p.m : a.count * p.dim;
+        const int32_t type = given ? OPTICAL_F32 : p.x_type;
+        for (int64_t k = start; out.grad_x && k < count; k += step)
+            store(out.grad_x, type, first + k, 0);
+        for (int64_t k = start; out.grad_y && k < b.count * p.dim; k += step)
+            store(out.grad_y, p.y_type, b.first * p.dim + k, 0);
+    }
+
+    // ------------------------------------------------------------------------------------ vectors
+
+    OPTICAL_DEVICE void multiply_vectors() {
+        // What G weighs along each line: sum G (1 - C) for the cosine, sum G for the squared distance.
+        float by_row[RI], by_column[RJ], row_along[OI], column_along[OJ];
+        const bool cosine = p.kind == OPTICAL_COSINE;
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) by_column[c] = 0;
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r) {
+            by_row[r] = 0;
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) {
+                const float weight = cosine ? 1.0f - price(r, c) : 1.0f;
+                by_row[r] = fused(K[r][c], weight, by_row[r]);
+                by_column[c] = fused(K[r][c], weight, by_column[c]);
+            }
+        }
+        g.template rows<Sum>(by_row, row_along);
+        g.template columns<Sum>(by_column, column_along);
+        // From here on the private arrays make room.
+        g.sync_own_block();
+        const int pitch = this->block_columns, lines = this->block_rows + this->block_columns;
+        float* const matrix = (float*)this->stage;
+        float* const staged = matrix + this->block_rows * pitch;
+        float* const along = staged + chunk * this->pitch();
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c)
+                matrix[(g.row(r) - this->base_row) * pitch + g.column(c)] = K[r][c];
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o)
+            if (g.warp_across == 0) along[g.own_row(o) - this->base_row] = row_along[o];
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o)
+            if (g.warp_down == 0) along[this->block_rows + g.own_column(o)] = column_along[o];
+        const int at = p.kind == OPTICAL_SQEUCLIDEAN ? this->origin() : 0;
+        for (int64_t k = 0; k < p.dim; k += chunk) {
+            g.sync_own_block();
+            this->stage_chunk(staged, 0, lines, k, at);
+            g.sync_own_block();
+            if (out.grad_x) times_columns(matrix, staged, along, k);
+            if (out.grad_y) times_rows(matrix, staged, along, k);
+        }
+    }
+
+    // Line `l` of G times the vectors, at entry k, from their sum: the gradient of its vector.
+    OPTICAL_DEVICE float finished(float sum, const float* staged, const float* along, int l,
+                                  int part) const {
+        if (p.kind == OPTICAL_DOT) return -sum;
+        const float own = staged[part * this->pitch() + l];
+        if (p.kind == OPTICAL_SQEUCLIDEAN) return 2.0f * (own * along[l] - sum);
+        const float inverse = this->measure[l];
+        return (along[l] * (own * inverse) - sum) * inverse * this->unit[l];
+    }
+    // For the cosine the entries of the other side are scaled to unit vectors.
+    OPTICAL_DEVICE float length_of(int l) const {
+        return p.kind == OPTICAL_COSINE ? this->measure[l] : 1.0f;
+    }
+
+    OPTICAL_DEVICE void times_columns(const float* matrix, const float* staged, const float* along,
+                                      int64_t k) {
+        const int part = g.thread % chunk, pitch = this->block_columns;
+        const int count = smaller_int(this->block_columns, b.count);
+        const float* const vectors = staged + part * this->pitch() + this->block_rows;
+        for (int i = g.thread / chunk * together; i < this->block_rows;
+             i += g.threads / chunk * together) {
+            if (this->base_row + i >= a.count) break;
+            float sum[together] = {0, 0, 0, 0};
+            for (int j = 0; j < count; ++j) {
+                const float y = vectors[j] * length_of(this->block_rows + j);
+                OPTICAL_EACH
+                for (int t = 0; t < together; ++t)
+                    sum[t] = fused(matrix[(i + t) * pitch + j], y, sum[t]);
+            }
+            OPTICAL_EACH
+            for (int t = 0; t < together; ++t) {
+                const int line = this->base_row + i + t;
+                if (line >= a.count || k + part >= p.dim) continue;
+                const float x = finished(sum[t], staged, along, i + t, part);
+                store(out.grad_x, p.x_type, (a.first + line) * p.dim + k + part,
+                      this->present_a(line) ? x : 0.0f);
+            }
+        }
+    }
+
+    OPTICAL_DEVICE void times_rows(const float* matrix, const float* staged, float* along,
+                                   int64_t k) {
+        const int part = g.thread % chunk, pitch = this->block_columns;
+        const int count = smaller_int(this->block_rows, a.count - this->base_row);
+        const float* const vectors = staged + part * this->pitch();
+        // What the blocks of a cluster have to add.
+        float* const shares = along + this->block_rows + this->block_columns;
+        for (int j = g.thread / chunk * together; j < this->block_columns;
+             j += g.threads / chunk * together) {
+            if (j >= b.count) break;
+            float sum[together] = {0, 0, 0, 0};
+            for (int i = 0; i < count; ++i) {
+                const float x = vectors[i] * length_of(i);
+                OPTICAL_EACH
+                for (int t = 0; t < together; ++t)
+                    sum[t] = fused(matrix[i * pitch + j + t], x, sum[t]);
+            }
+            OPTICAL_EACH
+            for (int t = 0; t < together; ++t) {
+                if (G::span == Span::cluster) shares[(j + t) * chunk + part] = sum[t];
+                else write_column(sum[t], staged, along, j + t, part, k);
+            }
+        }
+        if (G::span != Span::cluster) return;
+        g.sync();
+        for (int j = g.rank * (g.threads / chunk) + g.thread / chunk; j < b.count;
+             j += g.blocks * (g.threads / chunk)) {
+            float sum = 0;
+            for (int block = 0; block < g.blocks; ++block)
+                sum += g.at_block(shares, block)[j * chunk + part];
+            write_column(sum, staged, along, j, part, k);
+        }
+        g.sync();
+    }
+    OPTICAL_DEVICE void write_column(float sum, const float* staged, const float* along, int j,
+                                     int part, int64_t k) {
+        if (j >= b.count || k + part >= p.dim) return;
+        const float y = finished(sum, staged, along, this->block_rows + j, part);
+        store(out.grad_y, p.y_type, (b.first + j) * p.dim + k + part,
+              this->present_b(j) ? y : 0.0f);
+    }
+    OPTICAL_DEVICE static int smaller_int(int x, int y) { return x < y ? x : y; }
+
+    // ------------------------------------------------------------------------ the reverse sweep
+
+    // The derivative of the iterations as they ran: they run again, keeping f_k and g_k, and are
+    // then undone one by one. With pi_ij = a_i exp((f_i + g_j - C_ij) / epsilon) and
+    // sigma_ij = b_j exp(...) at the values of a step, all products are with K.
+    OPTICAL_DEVICE void unroll() {
+        const int32_t ran = out.n_iter[index];
+        bool converged;
+        const int32_t steps =
+            this->solve(ran < 0 ? 0 : ran < p.max_iter ? ran : p.max_iter, 0.0f, converged,
+                        this->history);
+        this->sum_up();
+        begin_sweep();
+        bool based = false;
+        for (int32_t k = steps - 1; k >= 0; --k) {
+            const float *const f = this->kept_rows(this->history, k + 1);
+            const float *const new_g = this->kept_columns(this->history, k + 1);
+            const float *const old_g = this->kept_columns(this->history, k);
+            this->set_step(k == 0 ? 1.0f : (float)p.omega);
+            if (!based || !replay(f, old_g)) {
+                take(f, old_g);
+                this->rebase();
+                based = replay(f, old_g);
+            }
+            if (based) {
+                reverse(true, true);
+                continue;
+            }
+            // Each half on the base of its own potentials, where K is pi / a or sigma / b.
+            exact_base(f, new_g);
+            replay(f, old_g);
+            reverse(true, false);
+            exact_base(f, old_g);
+            replay(f, old_g);
+            reverse(false, true);
+        }
+        float of_row[OI], of_column[OJ];
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) of_row[o] = row(BAR_MASS, o);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) of_column[o] = column(BAR_MASS, o);
+        write_masses(of_row, of_column);
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) K[r][c] = received(r, c);
+    }
+
+    // What the cost has received so far, behind everything else that is private.
+    OPTICAL_DEVICE float& received(int r, int c) const {
+        return this->mine[(Result::private_floats + r * RJ + c) * g.threads];
+    }
+
+    // What the results receive, before any iteration is undone.
+    OPTICAL_DEVICE void begin_sweep() {
+        const float scale = this->inverse_epsilon;
+        float slope_row[OI], slope_column[OJ], by_row[OI], by_column[OJ];
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o)
+            row(SLOPE, o) = slope_row[o] = dual_slope(row(POTENTIAL, o), row(SUMS, o), row(MASS, o),
+                                                      row(LOG, o), this->rho_a, this->penalty_a);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o)
+            column(SLOPE, o) = slope_column[o] =
+                dual_slope(column(POTENTIAL, o), column(SUMS, o), column(MASS, o), column(LOG, o),
+                           this->rho_b, this->penalty_b);
+        this->rows_times(slope_column, by_row);
+        this->columns_times(slope_row, by_column);
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            const int i = g.own_row(o);
+            const float sum = row(SUMS, o), mass = row(MASS, o);
+            const float slope =
+                grad_value * (slope_row[o] * sum + by_row[o]) + linear * row(SPENT, o);
+            float direct = target * (mass * (float)this->total_b - sum);
+            if (this->penalty_a) direct += this->rho_a * (mass - sum);
+            const bool given = out.grad_f && this->present_a(i) && row(PAD, o) == 0;
+            row(BAR, o) = slope * scale + (given ? ((const float*)out.grad_f)[a.first + i] : 0.0f);
+            row(BAR_MASS, o) = slope + grad_value * direct;
+        }
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            const int j = g.own_column(o);
+            const float sum = column(SUMS, o), mass = column(MASS, o);
+            const float slope =
+                grad_value * (slope_column[o] * sum + by_column[o]) + linear * column(SPENT, o);
+            float direct = target * (mass * (float)this->total_a - sum);
+            if (this->penalty_b) direct += this->rho_b * (mass - sum);
+            const bool given = out.grad_g && this->present_b(j) && column(PAD, o) == 0;
+            column(BAR, o) =
+                slope * scale + (given ? ((const float*)out.grad_g)[b.first + j] : 0.0f);
+            column(BAR_MASS, o) = slope + grad_value * direct;
+        }
+        float of_row[RI], of_column[RJ];
+        this->rows_of(SLOPE, of_row);
+        this->columns_of(SLOPE, of_column);
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) {
+                const float slope =
+                    grad_value * (of_row[r] + of_column[c]) + linear * price(r, c);
+                received(r, c) = K[r][c] * (up - slope * scale);
+            }
+    }
+    OPTICAL_DEVICE static float dual_slope(float potential, float found, float mass, float log_mass,
+                                           float rho, bool penalty) {
+        if (!penalty) return potential;
+        return (float)(potential + (double)rho * Result::log_ratio(found, mass, log_mass));
+    }
+
+    // Kept potentials as those of the state.
+    OPTICAL_DEVICE void take(const float* f, const float* new_g) {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            const int i = g.own_row(o);
+            row(POTENTIAL, o) = i < a.count ? f[i] : 0.0f;
+        }
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            const int j = g.own_column(o);
+            column(POTENTIAL, o) = j < b.count ? new_g[j] : 0.0f;
+        }
+    }
+    OPTICAL_DEVICE void exact_base(const float* f, const float* new_g) {
+        take(f, new_g);
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) row(BASE, o) = row(POTENTIAL, o);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) column(BASE, o) = column(POTENTIAL, o);
+        this->build(false);
+    }
+
+    // Runs one iteration again on the present base, from old_g to f: leaves the scales with which
+    // the rows of sigma and the columns of pi sum to 1 whatever was rounded, and a u and b v. False:
+    // a number on the way was not harmless.
+    OPTICAL_DEVICE bool replay(const float* f, const float* old_g) {
+        Note note = {0, 0};
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            const int j = g.own_column(o);
+            const float scaling =
+                this->boltzmann((j < b.count ? old_g[j] : 0.0f) - column(BASE, o));
+            if (this->weight_b[o] > 0) note.flags |= drift(scaling, COLUMNS_LOST);
+            this->bv[o] = this->weight_b[o] * scaling;
+        }
+        float by_row[OI], by_column[OJ], sum[RJ], all[RI];
+        this->rows_times(this->bv, by_row);
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            const int i = g.own_row(o);
+            const float total = by_row[o] + this->pad_a[o];
+            note.flags |= drift(total, COLUMNS_LOST);
+            row(FROM, o) = 1.0f / total;
+            float scaling = 1.0f / total;
+            if (this->relaxed) {
+                scaling = this->boltzmann((i < a.count ? f[i] : 0.0f) - row(BASE, o));
+                if (this->weight_a[o] > 0) note.flags |= drift(scaling, COLUMNS_LOST);
+            }
+            this->au[o] = this->weight_a[o] * scaling;
+        }
+        g.spread_rows(this->au, all);
+        this->times_transposed(all, sum);
+        g.template columns<Sum>(sum, by_column, this->pad_b, note, false,
+                                [](float total) { return drift(total, COLUMNS_LOST); });
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) column(FROM, o) = 1.0f / by_column[o];
+        return !(note.flags & COLUMNS_LOST);
+    }
+
+    // Undoes the step that was replayed, the half that made g, the half that made f, or both.
+    OPTICAL_DEVICE void reverse(bool of_columns, bool of_rows) {
+        float to_column[OJ], to_row[OI], by_row[OI], by_column[OJ];
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o)
+            to_column[o] =
+                of_columns ? column(FROM, o) * (this->share_b * column(BAR, o)) : 0.0f;
+        this->rows_times(to_column, by_row);
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            if (!of_columns) this->au[o] = 0;
+            const float got = of_columns ? this->au[o] * by_row[o] : 0.0f;
+            const float bar = row(BAR, o) - got;
+            to_row[o] = of_rows ? row(FROM, o) * (this->share_a * bar) : 0.0f;
+            row(BAR_MASS, o) -= target * got;
+            row(BAR, o) = of_rows ? this->alpha * bar : bar;
+        }
+        this->columns_times(to_row, by_column);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            if (!of_rows) this->bv[o] = 0;
+            const float got = of_rows ? this->bv[o] * by_column[o] : 0.0f;
+            const float bar = column(BAR, o);
+            column(BAR_MASS, o) -= target * got;
+            column(BAR, o) = (of_columns ? this->alpha * bar : bar) - got;
+        }
+        float au[RI], bv[RJ], from_row[RI], from_column[RJ];
+        g.spread_rows(this->au, au);
+        g.spread_rows(to_row, from_row);
+        g.spread_columns(this->bv, bv);
+        g.spread_columns(to_column, from_column);
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c)
+                received(r, c) += K[r][c] * (au[r] * from_column[c] + from_row[r] * bv[c]);
+    }
+
+    float* history;
+};
+
+}  // namespace cuda
+}  // namespace optical

@@ -1,0 +1,522 @@
+// The iteration, with K in registers.
+//
+// The iteration of sinkhorn.h spends an exponential per entry and half-step. The same iterates come
+// from scaling: with base potentials F, G and K_ij = exp((F_i + G_j - C_ij) / epsilon),
+//
+//     u_i = 1 / sum_j K_ij b_j v_j        f_i = F_i + epsilon log u_i
+//     v_j = 1 / sum_i K_ij a_i u_i        g_j = G_j + epsilon log v_j
+//
+// one multiply-add per entry and half-step. For the current g the base is that of zero temperature,
+// F_i = min_j (C_ij - g_j) and G_j = min_i (C_ij - F_i): then K <= 1, and every row and column holds
+// an entry that is exactly 1, so nothing overflows and what underflows was invisible. The base is
+// built anew when u or v has drifted by 2^30, and when a sum falls outside 2^46, where underflow
+// could show; then the iteration is repeated. If a sum is outside right after that, masses are
+// extreme, and the iteration is done in the log domain, from the cost in shared memory.
+//
+// Penalties and over-relaxation need the potentials themselves after every half-step, a logarithm
+// and an exponential per line ("relaxed" below). Without them u and v are enough.
+#pragma once
+
+#include "cost.cuh"
+
+namespace optical {
+namespace cuda {
+
+enum Flag : unsigned { NOT_CALM = 1, ROWS_LOST = 2, COLUMNS_LOST = 4 };
+
+// Numbers are compared as bits, which orders the positive ones and keeps NaN out.
+OPTICAL_DEVICE bool within(float x, unsigned exponent) {
+    const unsigned low = (127u - exponent) << 23, high = (127u + exponent) << 23;
+    return bits_of(x) - low <= high - low;
+}
+OPTICAL_DEVICE unsigned drift(float x, unsigned lost) {
+    return (within(x, 30) ? 0u : NOT_CALM) | (within(x, 46) ? 0u : lost);
+}
+
+template <typename G>
+struct Solver : Cost<G> {
+    typedef Cost<G> Base;
+    static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
+    using Base::b;
+    using Base::a;
+    using Base::column;
+    using Base::columns_of;
+    using Base::cost;
+    using Base::g;
+    using Base::index;
+    using Base::p;
+    using Base::price;
+    using Base::row;
+    using Base::rows_of;
+
+    struct Step {
+        unsigned flags;
+        float residual;
+    };
+
+    float K[RI][RJ];
+    float epsilon, scale, inverse_epsilon, target;
+    float rho_a, rho_b, alpha, share_a, share_b;
+    bool relaxed, penalty_a, penalty_b;
+    double total_a, total_b;
+    float dead_mass;
+    bool dead_rows, dead_columns;
+    // Of owned lines, and b v of all columns of this lane.
+    float u[OI], v[OJ], u_next[OI], v_next[OJ], au[OI], bv[OJ], bv_all[RJ];
+    float weight_a[OI], weight_b[OJ], pad_a[OI], pad_b[OJ];
+
+    OPTICAL_DEVICE Solver(const optical_problem& problem) : Base(problem) {}
+
+    // -------------------------------------------------------------------------------- the set-up
+
+    OPTICAL_DEVICE void set_temperature(float value) {
+        epsilon = value;
+        inverse_epsilon = 1.0f / value;
+        scale = OPTICAL_LOG2E / value;
+    }
+    // f <- alpha f + share softmin, with the shares of the present temperature.
+    OPTICAL_DEVICE void set_step(float omega) {
+        alpha = 1.0f - omega;
+        share_a = omega * (penalty_a ? rho_a / (rho_a + epsilon) : 1.0f);
+        share_b = omega * (penalty_b ? rho_b / (rho_b + epsilon) : 1.0f);
+    }
+    // epsilon log x.
+    OPTICAL_DEVICE float heat_log(float x) const { return epsilon * (OPTICAL_LN2 * log2_fast(x)); }
+    OPTICAL_DEVICE float boltzmann(float energy) const { return exp2_fast(energy * scale); }
+
+    // Reads the problem. False: a side is absent, or an input is not a number; `status` says which.
+    OPTICAL_DEVICE bool read(int32_t& status) {
+        enum { HAS_ROW = 1, HAS_COLUMN = 2, INVALID = 4 };
+        unsigned found = Base::fill() ? 0 : INVALID;
+        rho_a = (float)p.rho_a, rho_b = (float)p.rho_b;
+        penalty_a = rho_a < infinity(), penalty_b = rho_b < infinity();
+        relaxed = p.omega != 1 || penalty_a || penalty_b;
+        target = ((const float*)p.epsilon)[index];
+        set_temperature(target);
+        const bool usable =
+            (target > 0) & (target < infinity()) & (inverse_epsilon < infinity());
+        found |= usable ? 0 : INVALID;
+        double mass_a[1] = {0}, mass_b[1] = {0};
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            const float log_mass = Base::log_a(g.own_row(o));
+            const bool here = log_mass != -infinity();
+            found |= (here ? HAS_ROW : 0) | (log_mass < infinity() ? 0 : INVALID);
+            const float mass = here ? exp2_fast(log_mass * OPTICAL_LOG2E) : 0.0f;
+            row(LOG, o) = here ? log_mass : 0.0f;
+            row(MASS, o) = mass;
+            mass_a[0] += mass;
+            const float start =
+                here && p.init_f ? ((const float*)p.init_f)[a.first + g.own_row(o)] : 0.0f;
+            found |= is_finite(start) ? 0 : INVALID;
+            row(POTENTIAL, o) = start;
+        }
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            const float log_mass = Base::log_b(g.own_column(o));
+            const bool here = log_mass != -infinity();
+            found |= (here ? HAS_COLUMN : 0) | (log_mass < infinity() ? 0 : INVALID);
+            const float mass = here ? exp2_fast(log_mass * OPTICAL_LOG2E) : 0.0f;
+            column(LOG, o) = here ? log_mass : 0.0f;
+            column(MASS, o) = mass;
+            mass_b[0] += mass;
+            const float start =
+                here && p.init_g ? ((const float*)p.init_g)[b.first + g.own_column(o)] : 0.0f;
+            found |= is_finite(start) ? 0 : INVALID;
+            column(POTENTIAL, o) = start;
+        }
+        g.total(mass_a, true);
+        g.total(mass_b, false);
+        total_a = mass_a[0], total_b = mass_b[0];
+        found |= (total_a - total_a == 0) & (total_b - total_b == 0) ? 0 : INVALID;
+        found = g.united(found);
+        const bool empty = !(found & HAS_ROW) || !(found & HAS_COLUMN);
+        status = empty                ? OPTICAL_EMPTY
+                 : (found & INVALID) ? OPTICAL_INFEASIBLE
+                                     : OPTICAL_MAX_ITER;
+        if (status != OPTICAL_MAX_ITER) return false;
+        mark_dead();
+        return true;
+    }
+
+    // ---------------------------------------------------------------------------------- the base
+
+    // K of the base, or in its place the plan of the potentials.
+    OPTICAL_DEVICE void build(bool plan) {
+        float of_row[RI], of_column[RJ], more_row[RI], more_column[RJ];
+        rows_of(plan ? POTENTIAL : BASE, of_row);
+        columns_of(plan ? POTENTIAL : BASE, of_column);
+        rows_of(LOG, more_row);
+        columns_of(LOG, more_column);
+        const float logs = plan ? OPTICAL_LOG2E : 0.0f;
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) {
+                const float exponent = ((of_row[r] - cost(r, c)) + of_column[c]) * scale;
+                K[r][c] = exp2_fast(exponent + logs * (more_row[r] + more_column[c]));
+            }
+    }
+
+    // Finds the lines without an allowed pair: their potentials are 0 and they carry nothing.
+    OPTICAL_DEVICE void mark_dead() {
+        float by_row[RI], by_column[RJ], row_least[OI], column_least[OJ];
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r) by_row[r] = infinity();
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) by_column[c] = infinity();
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) {
+                by_row[r] = smaller(by_row[r], cost(r, c));
+                by_column[c] = smaller(by_column[c], cost(r, c));
+            }
+        g.template rows<Least>(by_row, row_least);
+        g.template columns<Least>(by_column, column_least);
+        double missing[2] = {0, 0}, lost[1] = {0};
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            const bool dead = row_least[o] == infinity();
+            const float mass = row(MASS, o);
+            pad_a[o] = dead ? 1.0f : 0.0f, weight_a[o] = dead ? 0.0f : mass;
+            row(PAD, o) = pad_a[o], row(WEIGHT, o) = weight_a[o];
+            missing[0] += dead ? mass : 0.0f;
+            missing[1] += dead && Base::present_a(g.own_row(o));
+            if (dead) row(POTENTIAL, o) = 0;
+        }
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            const bool dead = column_least[o] == infinity();
+            pad_b[o] = dead ? 1.0f : 0.0f, weight_b[o] = dead ? 0.0f : column(MASS, o);
+            column(PAD, o) = pad_b[o], column(WEIGHT, o) = weight_b[o];
+            lost[0] += dead && Base::present_b(g.own_column(o));
+            if (dead) column(POTENTIAL, o) = 0;
+        }
+        g.total(missing, true);
+        g.total(lost, false);
+        dead_mass = (float)missing[0], dead_rows = missing[1] > 0, dead_columns = lost[0] > 0;
+    }
+
+    // Chooses the base for the current g and builds K, v and b v from it, and a u too, from which
+    // the stopping rule has the row sums.
+    OPTICAL_DEVICE void rebase() {
+        float of_column[RJ], least[RI], base_row[OI];
+        columns_of(POTENTIAL, of_column);
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r) {
+            least[r] = infinity();
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) least[r] = smaller(least[r], cost(r, c) - of_column[c]);
+        }
+        g.template rows<Least>(least, base_row);
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o)
+            row(BASE, o) = base_row[o] = pad_a[o] > 0 ? 0.0f : base_row[o];
+        float of_row[RI], nearest[RJ], base_column[OJ];
+        g.spread_rows(base_row, of_row);
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) {
+            nearest[c] = infinity();
+            OPTICAL_EACH
+            for (int r = 0; r < RI; ++r) nearest[c] = smaller(nearest[c], cost(r, c) - of_row[r]);
+        }
+        g.template columns<Least>(nearest, base_column);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) column(BASE, o) = pad_b[o] > 0 ? 0.0f : base_column[o];
+        build(false);
+        take_scalings();
+    }
+
+    // a u and b v of the potentials on the base: together with the mass, since apart, with extreme
+    // masses, one could be 0 and the other infinite.
+    OPTICAL_DEVICE void take_scalings() {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) au[o] = row_share(o, row(POTENTIAL, o), row(BASE, o));
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o)
+            bv[o] = weight_b[o] * boltzmann(column(POTENTIAL, o) - column(BASE, o));
+        g.spread_columns(bv, bv_all);
+    }
+    OPTICAL_DEVICE float row_share(int o, float potential, float origin) const {
+        const float exponent = (potential - origin) * scale + row(LOG, o) * OPTICAL_LOG2E;
+        return pad_a[o] > 0 ? 0.0f : exp2_fast(exponent);
+    }
+
+    // ------------------------------------------------------------------------ products with K
+
+    OPTICAL_DEVICE void times(const float (&x)[RJ], float (&sum)[RI]) const {
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r) sum[r] = 0;
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c)
+            OPTICAL_EACH
+            for (int r = 0; r < RI; ++r) sum[r] = fused(K[r][c], x[c], sum[r]);
+    }
+    OPTICAL_DEVICE void times_transposed(const float (&x)[RI], float (&sum)[RJ]) const {
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) sum[c] = 0;
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) sum[c] = fused(K[r][c], x[r], sum[c]);
+    }
+    // K x for x by owned columns, and K' x for x by owned rows.
+    OPTICAL_DEVICE void rows_times(const float (&x)[OJ], float (&out)[OI]) {
+        float all[RJ], sum[RI];
+        g.spread_columns(x, all);
+        times(all, sum);
+        g.template rows<Sum>(sum, out);
+    }
+    OPTICAL_DEVICE void columns_times(const float (&x)[OI], float (&out)[OJ]) {
+        float all[RI], sum[RJ];
+        g.spread_rows(x, all);
+        times_transposed(all, sum);
+        g.template columns<Sum>(sum, out);
+    }
+
+    // --------------------------------------------------------------------------- one iteration
+
+    // The mass a line is asked to carry, given its potential.
+    OPTICAL_DEVICE static float asked(float weight, float potential, float rho, bool penalty) {
+        return penalty ? weight * exp2_fast(potential * (-OPTICAL_LOG2E / rho)) : weight;
+    }
+
+    // One iteration by scaling, into u_next and v_next, or the next potentials. With `measure` the
+    // residual is that of the rows of the iterate from which it starts.
+    OPTICAL_DEVICE Step iterate(bool measure) {
+        float sum[RI], total_row[OI];
+        times(bv_all, sum);
+        g.template rows<Sum>(sum, total_row);
+        Note note = {0, 0};
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            const float total = total_row[o] + pad_a[o];
+            note.flags |= drift(total, ROWS_LOST | COLUMNS_LOST);
+            if (measure) {
+                const float wanted = asked(weight_a[o], relaxed ? row(POTENTIAL, o) : 0.0f, rho_a,
+                                           penalty_a);
+                note.residual += absolute(au[o] * total - wanted);
+            }
+            if (relaxed) {
+                const float origin = row(BASE, o);
+                const float next =
+                    alpha * row(POTENTIAL, o) + share_a * (origin - heat_log(total));
+                row(NEXT, o) = next;
+                u_next[o] = boltzmann(next - origin);
+                note.flags |= drift(u_next[o], ROWS_LOST | COLUMNS_LOST);
+            } else {
+                u_next[o] = reciprocal(total);
+            }
+            au[o] = weight_a[o] * u_next[o];
+        }
+        float of_row[RI], sum_column[RJ], total_column[OJ];
+        g.spread_rows(au, of_row);
+        times_transposed(of_row, sum_column);
+        g.template columns<Sum>(sum_column, total_column, pad_b, note, measure,
+                                [](float total) { return drift(total, COLUMNS_LOST); });
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            if (relaxed) {
+                const float origin = column(BASE, o);
+                const float next = alpha * column(POTENTIAL, o) +
+                                   share_b * (origin - heat_log(total_column[o]));
+                column(NEXT, o) = next;
+                v_next[o] = boltzmann(next - origin);
+                note.flags |= drift(v_next[o], COLUMNS_LOST);
+            } else {
+                v_next[o] = reciprocal(total_column[o]);
+            }
+            bv[o] = weight_b[o] * v_next[o];
+        }
+        if (relaxed) note.flags = g.united_in_block(note.flags);
+        g.spread_columns(bv, bv_all);
+        return {note.flags, note.residual + (penalty_a ? 0.0f : dead_mass)};
+    }
+
+    // The potentials of the current u and v.
+    OPTICAL_DEVICE void absorb() {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) row(POTENTIAL, o) = row(BASE, o) + heat_log(u[o]);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) column(POTENTIAL, o) = column(BASE, o) + heat_log(v[o]);
+    }
+
+    // The same iteration in the log domain, from the potentials into the next ones.
+    OPTICAL_DEVICE float iterate_log_domain() {
+        float of_column[RJ], log_column[RJ], least[RI], low[OI], sum[RI], total[OI];
+        columns_of(POTENTIAL, of_column);
+        columns_of(LOG, log_column);
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r) {
+            least[r] = infinity();
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c)
+                least[r] = smaller(least[r], (cost(r, c) - of_column[c]) * inverse_epsilon -
+                                                 log_column[c]);
+        }
+        g.template rows<Least>(least, low);
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) low[o] = pad_a[o] > 0 ? 0.0f : low[o];
+        g.spread_rows(low, least);
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r) {
+            sum[r] = 0;
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c)
+                sum[r] += exp2_fast(OPTICAL_LOG2E *
+                                    (least[r] - ((cost(r, c) - of_column[c]) * inverse_epsilon -
+                                                 log_column[c])));
+        }
+        g.template rows<Sum>(sum, total);
+        double missed[1] = {0};
+        float next_row[OI];
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            const float softmin =
+                epsilon * (low[o] - OPTICAL_LN2 * log2_fast(total[o] + pad_a[o]));
+            const float old = row(POTENTIAL, o);
+            missed[0] += absolute(row_share(o, old, softmin) -
+                                  asked(weight_a[o], old, rho_a, penalty_a));
+            next_row[o] = alpha * old + share_a * softmin;
+            row(NEXT, o) = next_row[o];
+        }
+        float of_row[RI], log_row[RI], lowest[RJ], bottom[OJ], sum_column[RJ], total_column[OJ];
+        g.spread_rows(next_row, of_row);
+        rows_of(LOG, log_row);
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) {
+            lowest[c] = infinity();
+            OPTICAL_EACH
+            for (int r = 0; r < RI; ++r)
+                lowest[c] = smaller(lowest[c], (cost(r, c) - of_row[r]) * inverse_epsilon -
+                                                   log_row[r]);
+        }
+        g.template columns<Least>(lowest, bottom);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) bottom[o] = pad_b[o] > 0 ? 0.0f : bottom[o];
+        g.spread_columns(bottom, lowest);
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) {
+            sum_column[c] = 0;
+            OPTICAL_EACH
+            for (int r = 0; r < RI; ++r)
+                sum_column[c] += exp2_fast(OPTICAL_LOG2E *
+                                           (lowest[c] -
+                                            ((cost(r, c) - of_row[r]) * inverse_epsilon -
+                                             log_row[r])));
+        }
+        g.template columns<Sum>(sum_column, total_column);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            const float softmin =
+                epsilon * (bottom[o] - OPTICAL_LN2 * log2_fast(total_column[o] + pad_b[o]));
+            column(NEXT, o) = alpha * column(POTENTIAL, o) + share_b * softmin;
+        }
+        g.total(missed, true);
+        return (float)missed[0] + (penalty_a ? 0.0f : dead_mass);
+    }
+
+    // Iterates from the potentials; returns the number of iterations, and whether `tol` was met.
+    // With a history, keeps the potentials of every iteration there. K belongs to the inner loop
+    // alone, so that no register holds it anywhere else.
+    OPTICAL_DEVICE int32_t solve(int32_t max_iter, float tol, bool& converged, float* history) {
+        const float omega = (float)p.omega;
+        bool cold = false;  // the last iteration was at the temperature of the problem
+        int failures = 0;   // of the scaling: after a few, only the log domain is used
+        double heat = p.anneal_start;
+        int32_t done = 0;
+        converged = false;
+        record(history, 0, false);
+        while (done < max_iter && !converged) {
+            set_temperature(heat > (double)target ? (float)heat : target);
+            bool log_domain = failures >= 4;
+            if (!log_domain) {
+                rebase();
+                bool fresh = true, scaled = false, more = true;
+                do {
+                    set_step(done == 0 || epsilon != target ? 1.0f : omega);
+                    const bool test = tol > 0 && done > 0 && cold && epsilon == target;
+                    const Step step = iterate(test);
+                    converged = test && !(step.flags & ROWS_LOST) && step.residual <= tol;
+                    if (converged) break;  // the iteration is not taken
+                    if (step.flags & COLUMNS_LOST) {
+                        // Nor is this one, whose weights belong to no state.
+                        log_domain = fresh;
+                        failures += fresh;
+                        break;
+                    }
+                    accept();
+                    scaled = !relaxed;
+                    record(history, ++done, scaled);
+                    cold = epsilon == target;
+                    heat *= p.anneal_ratio;
+                    // A state that is not calm even on a base of its own gains nothing from
+                    // another.
+                    more = done < max_iter && (!(step.flags & NOT_CALM) || (fresh && relaxed)) &&
+                           (heat > (double)target ? (float)heat : target) == epsilon;
+                    fresh = false;
+                } while (more);
+                if (scaled) absorb();
+            }
+            if (!log_domain) continue;
+            set_step(done == 0 || epsilon != target ? 1.0f : omega);
+            const bool test = tol > 0 && done > 0 && cold && epsilon == target;
+            converged = iterate_log_domain() <= tol && test;
+            if (converged) break;
+            take_next();
+            record(history, ++done, false);
+            cold = epsilon == target;
+            heat *= p.anneal_ratio;
+        }
+        set_temperature(target);
+        return done;
+    }
+
+    OPTICAL_DEVICE void accept() {
+        if (relaxed) return take_next();
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) u[o] = u_next[o];
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) v[o] = v_next[o];
+    }
+    OPTICAL_DEVICE void take_next() {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) row(POTENTIAL, o) = row(NEXT, o);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) column(POTENTIAL, o) = column(NEXT, o);
+    }
+
+    // ------------------------------------------------------------------------------ the history
+
+    OPTICAL_DEVICE int64_t all_lines_a() const {
+        return p.offset_a ? p.offset_a[p.batch] : p.batch * p.n;
+    }
+    OPTICAL_DEVICE int64_t all_lines_b() const {
+        return p.offset_b ? p.offset_b[p.batch] : p.batch * p.m;
+    }
+    // Where the potentials of rows, and of columns, after iteration `done` are kept.
+    OPTICAL_DEVICE float* kept_rows(float* history, int32_t done) const {
+        return history + done * (all_lines_a() + all_lines_b()) + a.first;
+    }
+    OPTICAL_DEVICE float* kept_columns(float* history, int32_t done) const {
+        return history + done * (all_lines_a() + all_lines_b()) + all_lines_a() + b.first;
+    }
+    OPTICAL_DEVICE void record(float* history, int32_t done, bool scaled) {
+        if (!history) return;
+        // Every warp writes the same and reads only what it wrote itself.
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o)
+            if (g.own_row(o) < a.count)
+                kept_rows(history, done)[g.own_row(o)] =
+                    scaled ? row(BASE, o) + heat_log(u[o]) : row(POTENTIAL, o);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o)
+            if (g.own_column(o) < b.count)
+                kept_columns(history, done)[g.own_column(o)] =
+                    scaled ? column(BASE, o) + heat_log(v[o]) : column(POTENTIAL, o);
+    }
+};
+
+}  // namespace cuda
+}  // namespace optical
