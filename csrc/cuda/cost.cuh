@@ -137,7 +137,7 @@ struct Cost {
     // Fills the private cost. False, for this thread: NaN or -inf among present pairs.
     OPTICAL_DEVICE bool fill() {
         unsigned rows_here = 0, columns_here = 0;
-        OPTICAL_EACH
+        OPTICAL_ROLLED
         for (int r = 0; r < RI; ++r) rows_here |= (unsigned)present_a(g.row(r)) << r;
         OPTICAL_EACH
         for (int c = 0; c < RJ; ++c) columns_here |= (unsigned)present_b(g.column(c)) << c;
@@ -260,27 +260,31 @@ struct Cost {
             }
             g.sync_own_block();
         }
-        bool valid = true;
-        float of_row[RI], of_column[RJ];
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r) of_row[r] = measure[g.row(r) - base_row];
-        OPTICAL_EACH
-        for (int c = 0; c < RJ; ++c) of_column[c] = measure[block_rows + g.column(c)];
         OPTICAL_EACH
         for (int r = 0; r < RI; ++r)
             OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) cost(r, c) = x[r][c];
+        bool valid = true;
+        float of_column[RJ];
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) of_column[c] = measure[block_rows + g.column(c)];
+        OPTICAL_ROLLED
+        for (int r = 0; r < RI; ++r) {
+            const float of_row = measure[g.row(r) - base_row];
+            OPTICAL_EACH
             for (int c = 0; c < RJ; ++c) {
-                float value = -x[r][c];
+                float value = -cost(r, c);
                 if (p.kind == OPTICAL_COSINE) {
-                    value = 1.0f + value * of_row[r] * of_column[c];
+                    value = 1.0f + value * of_row * of_column[c];
                 } else if (p.kind == OPTICAL_SQEUCLIDEAN) {
-                    value = of_row[r] + of_column[c] + 2.0f * value;
+                    value = of_row + of_column[c] + 2.0f * value;
                     value = value < 0.0f ? 0.0f : value;
                 }
                 const bool pair = (rows_here >> r & 1u) & (columns_here >> c & 1u);
                 valid &= is_finite(value) | !pair;
                 cost(r, c) = pair ? value : infinity();
             }
+        }
         return valid;
     }
 };

@@ -55,6 +55,8 @@ struct Gradient : Results<G> {
         return G::exchange_bytes(down, across) + Cost<G>::line_bytes(down, across, kind) + bytes;
     }
 
+    // `unrolled` is p.gradient == OPTICAL_UNROLL, which has a kernel of its own.
+    template <bool unrolled>
     OPTICAL_DEVICE void differentiate() {
         int32_t status;
         const bool valid = this->read(status);
@@ -62,7 +64,7 @@ struct Gradient : Results<G> {
         grad_value = ((const float*)out.grad_value)[index];
         linear = ((const float*)out.grad_value_linear)[index];
         up = grad_value + linear;
-        if (p.gradient == OPTICAL_UNROLL) unroll();
+        if (unrolled) unroll();
         else at_solution();
         if (p.kind == OPTICAL_GIVEN) {
             if (out.grad_x) write_cost((float*)out.grad_x + index * p.n * p.m);
@@ -90,7 +92,6 @@ struct Gradient : Results<G> {
             column(POTENTIAL, o) = here ? ((const float*)out.g)[b.first + j] : 0.0f;
             column(SOLUTION, o) = here && implicit ? ((const float*)out.z)[b.first + j] : 0.0f;
         }
-        this->build(true);
         float of_row[OI], of_column[OJ];
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o)
@@ -100,11 +101,37 @@ struct Gradient : Results<G> {
         for (int o = 0; o < OJ; ++o)
             of_column[o] = mass_gradient(column(MASS, o), column(PAD, o), column(POTENTIAL, o),
                                          this->rho_b, this->penalty_b, this->total_a);
+        float f[OI], log_row[OI], w[OI], g_all[RJ], log_column[RJ], z[RJ];
+        float sums[RJ], sum_row[OI] = {}, sum_column[OJ];
+        this->columns_of(POTENTIAL, g_all);
+        this->columns_of(LOG, log_column);
+        this->columns_of(SOLUTION, z);
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o)
+            f[o] = row(POTENTIAL, o), log_row[o] = row(LOG, o), w[o] = row(SOLUTION, o);
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) sums[c] = 0;
+        const float slope = implicit ? linear * this->inverse_epsilon : 0.0f;
+        begin_along();
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const int r = g.slot_of(q);
+            const float f_i = g.row_value(f, q), log_i = g.row_value(log_row, q);
+            const float w_i = g.row_value(w, q);
+            float sum = 0, along = 0;
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) {
+                const float flow = this->plan_of(r, c, f_i, log_i, g_all[c], log_column[c]);
+                const float cost_ij = price(r, c);
+                sum += flow, sums[c] += flow;
+                set(r, c, flow * (up + slope * ((w_i + z[c]) - cost_ij)), cost_ij, along);
+            }
+            g.template fold_row<Sum>(sum, q, sum_row);
+            end_row(along, q);
+        }
         if (implicit) {
-            float by_row[RI], by_column[RJ], sum_row[OI], sum_column[OJ];
-            plan_sums(by_row, by_column);
-            g.template rows<Sum>(by_row, sum_row);
-            g.template columns<Sum>(by_column, sum_column);
+            g.template combine_rows<Sum>(sum_row);
+            g.template columns<Sum>(sums, sum_column);
             const float relief_a = this->penalty_a ? 1.0f + target / this->rho_a : 1.0f;
             const float relief_b = this->penalty_b ? 1.0f + target / this->rho_b : 1.0f;
             OPTICAL_EACH
@@ -115,26 +142,25 @@ struct Gradient : Results<G> {
                 of_column[o] += linear * relief_b * sum_column[o] * column(SOLUTION, o);
         }
         write_masses(of_row, of_column);
-        float w[RI], z[RJ];
-        this->rows_of(SOLUTION, w);
-        this->columns_of(SOLUTION, z);
-        const float slope = implicit ? linear * this->inverse_epsilon : 0.0f;
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r)
-            OPTICAL_EACH
-            for (int c = 0; c < RJ; ++c)
-                K[r][c] *= up + slope * ((w[r] + z[c]) - price(r, c));
     }
 
-    OPTICAL_DEVICE void plan_sums(float (&by_row)[RI], float (&by_column)[RJ]) const {
+    // G takes the place of the cost, entry by entry, while what it weighs along each line is added:
+    // sum G (1 - C) for the cosine, sum G for the squared distance.
+    float row_along[OI], column_along[RJ];
+    OPTICAL_DEVICE void begin_along() {
         OPTICAL_EACH
-        for (int c = 0; c < RJ; ++c) by_column[c] = 0;
+        for (int c = 0; c < RJ; ++c) column_along[c] = 0;
         OPTICAL_EACH
-        for (int r = 0; r < RI; ++r) {
-            by_row[r] = 0;
-            OPTICAL_EACH
-            for (int c = 0; c < RJ; ++c) by_row[r] += K[r][c], by_column[c] += K[r][c];
-        }
+        for (int o = 0; o < OI; ++o) row_along[o] = 0;
+    }
+    OPTICAL_DEVICE void set(int r, int c, float slope, float cost_ij, float& along) {
+        const float weight = p.kind == OPTICAL_COSINE ? 1.0f - cost_ij : 1.0f;
+        along = fused(slope, weight, along);
+        column_along[c] = fused(slope, weight, column_along[c]);
+        cost(r, c) = slope;
+    }
+    OPTICAL_DEVICE void end_row(float along, int q) {
+        g.template fold_row<Sum>(along, q, row_along);
     }
 
     // The partial derivative of the dual; a line without a pair gives all its mass up.
@@ -173,12 +199,12 @@ struct Gradient : Results<G> {
     }
 
     OPTICAL_DEVICE void write_cost(float* to) {
-        OPTICAL_EACH
+        OPTICAL_ROLLED
         for (int r = 0; r < RI; ++r)
             OPTICAL_EACH
             for (int c = 0; c < RJ; ++c)
                 if (g.row(r) < a.count && g.column(c) < b.count)
-                    to[g.row(r) * p.m + g.column(c)] = K[r][c];
+                    to[g.row(r) * p.m + g.column(c)] = cost(r, c);
     }
 
     // The gradients of a problem that could not be read, or of none at all.
@@ -204,23 +230,13 @@ struct Gradient : Results<G> {
     // ------------------------------------------------------------------------------------ vectors
 
     OPTICAL_DEVICE void multiply_vectors() {
-        // What G weighs along each line: sum G (1 - C) for the cosine, sum G for the squared distance.
-        float by_row[RI], by_column[RJ], row_along[OI], column_along[OJ];
-        const bool cosine = p.kind == OPTICAL_COSINE;
+        float sum_along[OJ];
+        g.template combine_rows<Sum>(row_along);
+        g.template columns<Sum>(column_along, sum_along);
         OPTICAL_EACH
-        for (int c = 0; c < RJ; ++c) by_column[c] = 0;
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r) {
-            by_row[r] = 0;
+        for (int r = 0; r < RI; ++r)
             OPTICAL_EACH
-            for (int c = 0; c < RJ; ++c) {
-                const float weight = cosine ? 1.0f - price(r, c) : 1.0f;
-                by_row[r] = fused(K[r][c], weight, by_row[r]);
-                by_column[c] = fused(K[r][c], weight, by_column[c]);
-            }
-        }
-        g.template rows<Sum>(by_row, row_along);
-        g.template columns<Sum>(by_column, column_along);
+            for (int c = 0; c < RJ; ++c) K[r][c] = cost(r, c);
         // From here on the private arrays make room.
         g.sync_own_block();
         const int pitch = this->block_columns, lines = this->block_rows + this->block_columns;
@@ -237,7 +253,7 @@ struct Gradient : Results<G> {
             if (g.warp_across == 0) along[g.own_row(o) - this->base_row] = row_along[o];
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o)
-            if (g.warp_down == 0) along[this->block_rows + g.own_column(o)] = column_along[o];
+            if (g.warp_down == 0) along[this->block_rows + g.own_column(o)] = sum_along[o];
         const int at = p.kind == OPTICAL_SQEUCLIDEAN ? this->origin() : 0;
         for (int64_t k = 0; k < p.dim; k += chunk) {
             g.sync_own_block();
@@ -345,27 +361,25 @@ struct Gradient : Results<G> {
         this->sum_up();
         begin_sweep();
         bool based = false;
+        OPTICAL_ROLLED
         for (int32_t k = steps - 1; k >= 0; --k) {
             const float *const f = this->kept_rows(this->history, k + 1);
             const float *const new_g = this->kept_columns(this->history, k + 1);
             const float *const old_g = this->kept_columns(this->history, k);
             this->set_step(k == 0 ? 1.0f : (float)p.omega);
-            if (!based || !replay(f, old_g)) {
-                take(f, old_g);
-                this->rebase();
-                based = replay(f, old_g);
+            // On the base at hand, on a new one, or else each half on that of its own potentials,
+            // where K is pi / a or sigma / b.
+            OPTICAL_ROLLED
+            for (int attempt = based ? 0 : 1; attempt < 4; ++attempt) {
+                if (attempt >= 1) take(f, attempt == 2 ? new_g : old_g);
+                if (attempt == 1) this->rebase();
+                if (attempt >= 2) exact_base();
+                const bool harmless = replay(f, old_g);
+                if (attempt < 2 && !harmless) continue;
+                based = attempt < 2;
+                reverse(attempt != 3, attempt != 2);
+                if (based) break;
             }
-            if (based) {
-                reverse(true, true);
-                continue;
-            }
-            // Each half on the base of its own potentials, where K is pi / a or sigma / b.
-            exact_base(f, new_g);
-            replay(f, old_g);
-            reverse(true, false);
-            exact_base(f, old_g);
-            replay(f, old_g);
-            reverse(false, true);
         }
         float of_row[OI], of_column[OJ];
         OPTICAL_EACH
@@ -373,10 +387,15 @@ struct Gradient : Results<G> {
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) of_column[o] = column(BAR_MASS, o);
         write_masses(of_row, of_column);
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r)
+        begin_along();
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const int r = g.slot_of(q);
+            float along = 0;
             OPTICAL_EACH
-            for (int c = 0; c < RJ; ++c) K[r][c] = received(r, c);
+            for (int c = 0; c < RJ; ++c) set(r, c, received(r, c), price(r, c), along);
+            end_row(along, q);
+        }
     }
 
     // What the cost has received so far, behind everything else that is private.
@@ -397,6 +416,7 @@ struct Gradient : Results<G> {
             column(SLOPE, o) = slope_column[o] =
                 dual_slope(column(POTENTIAL, o), column(SUMS, o), column(MASS, o), column(LOG, o),
                            this->rho_b, this->penalty_b);
+        this->build(true);
         this->rows_times(slope_column, by_row);
         this->columns_times(slope_row, by_column);
         OPTICAL_EACH
@@ -455,8 +475,7 @@ struct Gradient : Results<G> {
             column(POTENTIAL, o) = j < b.count ? new_g[j] : 0.0f;
         }
     }
-    OPTICAL_DEVICE void exact_base(const float* f, const float* new_g) {
-        take(f, new_g);
+    OPTICAL_DEVICE void exact_base() {
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) row(BASE, o) = row(POTENTIAL, o);
         OPTICAL_EACH
@@ -474,7 +493,7 @@ struct Gradient : Results<G> {
             const int j = g.own_column(o);
             const float scaling =
                 this->boltzmann((j < b.count ? old_g[j] : 0.0f) - column(BASE, o));
-            if (this->weight_b[o] > 0) note.flags |= drift(scaling, COLUMNS_LOST);
+            if (this->weight_b[o] > 0) note.flags |= loss(scaling, COLUMNS_LOST);
             this->bv[o] = this->weight_b[o] * scaling;
         }
         float by_row[OI], by_column[OJ], sum[RJ], all[RI];
@@ -483,19 +502,19 @@ struct Gradient : Results<G> {
         for (int o = 0; o < OI; ++o) {
             const int i = g.own_row(o);
             const float total = by_row[o] + this->pad_a[o];
-            note.flags |= drift(total, COLUMNS_LOST);
+            note.flags |= loss(total, COLUMNS_LOST);
             row(FROM, o) = 1.0f / total;
             float scaling = 1.0f / total;
             if (this->relaxed) {
                 scaling = this->boltzmann((i < a.count ? f[i] : 0.0f) - row(BASE, o));
-                if (this->weight_a[o] > 0) note.flags |= drift(scaling, COLUMNS_LOST);
+                if (this->weight_a[o] > 0) note.flags |= loss(scaling, COLUMNS_LOST);
             }
             this->au[o] = this->weight_a[o] * scaling;
         }
         g.spread_rows(this->au, all);
         this->times_transposed(all, sum);
         g.template columns<Sum>(sum, by_column, this->pad_b, note, false,
-                                [](float total) { return drift(total, COLUMNS_LOST); });
+                                [](float total) { return loss(total, COLUMNS_LOST); });
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) column(FROM, o) = 1.0f / by_column[o];
         return !(note.flags & COLUMNS_LOST);

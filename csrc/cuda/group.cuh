@@ -142,12 +142,33 @@ struct Group {
                 if (s < half) x[s + half] = shuffle_xor(x[s], half / OJ * lanes_across);
     }
 
+    // A row at a time, in loops that are not unrolled: where speed does not count, this saves
+    // registers, code and the time to compile it. Row `q` of the lanes across is in this slot:
+    OPTICAL_DEVICE int slot_of(int q) const { return q ^ (lane_across * OI); }
+    OPTICAL_DEVICE float row_value(const float (&own)[OI], int q) const {
+        float x = own[0];
+        OPTICAL_EACH
+        for (int o = 1; o < OI; ++o) x = q % OI == o ? own[o] : x;
+        return shuffle(x, lane_down * lanes_across + q / OI);
+    }
+    template <typename Op>
+    OPTICAL_DEVICE void fold_row(float x, int q, float (&out)[OI]) const {
+        OPTICAL_EACH
+        for (int mask = 1; mask < lanes_across; mask *= 2) x = Op::of(x, shuffle_xor(x, mask));
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) out[o] = q == lane_across * OI + o ? x : out[o];
+    }
+
     // ---------------------------------------------------------------------------- between warps
 
     // Sums over all columns of the problem, for the rows that a lane owns.
     template <typename Op>
     OPTICAL_DEVICE void rows(float (&x)[RI], float (&out)[OI]) {
         fold_rows<Op>(x, out);
+        combine_rows<Op>(out);
+    }
+    template <typename Op>
+    OPTICAL_DEVICE void combine_rows(float (&out)[OI]) {
         if (span == Span::warp) return;
         float* const parts = row_parts + row_turn * down * across * 32 * OI;
         row_turn ^= 1;
@@ -157,6 +178,7 @@ struct Group {
         const float* from = parts + (warp_down * across * 32 + lane) * OI;
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) out[o] = from[o];
+        OPTICAL_ROLLED
         for (int w = 1; w < across; ++w) {
             from += 32 * OI;
             OPTICAL_EACH
@@ -191,8 +213,10 @@ struct Group {
         if (lane == 0) copies[warp] = note;
         sync_between();
         unsigned flags = 0;
+        OPTICAL_ROLLED
         for (int b = 0; b < blocks; ++b) {
             const float* const there = at_block(parts, b) + lane * OJ;
+            OPTICAL_ROLLED
             for (int w = 0; w < down; ++w)
                 OPTICAL_EACH
                 for (int o = 0; o < OJ; ++o) {
@@ -205,12 +229,14 @@ struct Group {
         for (int o = 0; o < OJ; ++o) flags |= check(out[o]);
         if (span == Span::block) {
             // The other columns once more, which saves a barrier.
+            OPTICAL_ROLLED
             for (int q = 0; q < across; ++q) {
                 if (q == warp_across) continue;
                 OPTICAL_EACH
                 for (int o = 0; o < OJ; ++o) {
                     const float* const from = parts + (q * 32 + lane) * OJ + o;
                     float sum = from[0];
+                    OPTICAL_ROLLED
                     for (int w = 1; w < down; ++w) sum = Op::of(sum, from[w * across * 32 * OJ]);
                     flags |= check(sum);
                 }
@@ -221,7 +247,9 @@ struct Group {
         }
         if (!total) return;
         note.residual = 0;
+        OPTICAL_ROLLED
         for (int b = 0; b < blocks; ++b)
+            OPTICAL_ROLLED
             for (int w = 0; w < down; ++w)
                 note.residual += at_block(copies, b)[w * across].residual;
     }
@@ -265,8 +293,10 @@ struct Group {
         OPTICAL_EACH
         for (int k = 0; k < N; ++k) x[k] = 0;
         const int count = of_rows ? down : across, step = of_rows ? across : 1;
+        OPTICAL_ROLLED
         for (int b = 0; b < (of_rows ? blocks : 1); ++b) {
             const double* const from = at_block(all, b);
+            OPTICAL_ROLLED
             for (int w = 0; w < count; ++w)
                 OPTICAL_EACH
                 for (int k = 0; k < N; ++k) x[k] += from[w * step * scalars_per_warp + k];

@@ -218,6 +218,7 @@ inline float shuffle_xor(float x, int mask) {
 inline double shuffle_xor(double x, int mask) {
     return host::exchanged(x, (thread_index() % 32) ^ mask);
 }
+inline float shuffle(float x, int lane) { return host::exchanged(x, lane); }
 inline unsigned warp_or(unsigned bits) {
     host::Thread& self = *host::machine().self;
     uint64_t* const values = self.warp->values[self.turn & 1];

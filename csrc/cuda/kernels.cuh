@@ -89,13 +89,13 @@ OPTICAL_DEVICE void forward(const optical_problem& p, const optical_solution& ou
     if (G::span == Span::cluster) s.g.sync();
 }
 
-template <typename G>
+template <typename G, bool unrolled>
 OPTICAL_DEVICE void backward(const optical_problem& p, const optical_gradient& out, float* history,
                              int64_t index, const Regime& regime) {
     Gradient<G> s(p, out);
     s.history = history;
     s.start(index, regime.down, regime.across);
-    s.differentiate();
+    s.template differentiate<unrolled>();
     if (G::span == Span::cluster) s.g.sync();
 }
 
@@ -121,25 +121,37 @@ typedef Group<16, 8, Span::warp> LargeWarp;
 typedef Group<16, 8, Span::block> OneBlock;
 typedef Group<16, 8, Span::cluster> Cluster;
 
-#define OPTICAL_KERNELS(name, G, warps)                                                        \
+#define OPTICAL_FORWARD(name, G, warps)                                                        \
     OPTICAL_KERNEL(optical_forward_##name, 32 * warps)                                         \
     (const optical_problem p, const optical_solution out, const Limits most, int number) {     \
         for_problem(p, number, most, [&](int64_t index, const Regime& regime) {                \
             forward<G>(p, out, index, regime);                                                 \
         });                                                                                    \
-    }                                                                                          \
-    OPTICAL_KERNEL(optical_backward_##name, 32 * warps)                                        \
+    }
+#define OPTICAL_BACKWARD(name, G, warps, unrolled)                                             \
+    OPTICAL_KERNEL(optical_##name, 32 * warps)                                                 \
     (const optical_problem p, const optical_gradient out, float* history, const Limits most,   \
      int number) {                                                                             \
         for_problem(p, number, most, [&](int64_t index, const Regime& regime) {                \
-            backward<G>(p, out, history, index, regime);                                       \
+            backward<G, unrolled>(p, out, history, index, regime);                             \
         });                                                                                    \
     }
 
-OPTICAL_KERNELS(small, SmallWarp, 1)
-OPTICAL_KERNELS(warp, LargeWarp, 1)
-OPTICAL_KERNELS(block, OneBlock, 8)
-OPTICAL_KERNELS(cluster, Cluster, 8)
+OPTICAL_FORWARD(small, SmallWarp, 1)
+OPTICAL_FORWARD(warp, LargeWarp, 1)
+OPTICAL_FORWARD(block, OneBlock, 8)
+OPTICAL_FORWARD(cluster, Cluster, 8)
+// Those that take long to compile, which a look at the iteration does not need.
+#if !defined(OPTICAL_FORWARD_ONLY)
+OPTICAL_BACKWARD(backward_small, SmallWarp, 1, false)
+OPTICAL_BACKWARD(backward_warp, LargeWarp, 1, false)
+OPTICAL_BACKWARD(backward_block, OneBlock, 8, false)
+OPTICAL_BACKWARD(backward_cluster, Cluster, 8, false)
+OPTICAL_BACKWARD(unroll_small, SmallWarp, 1, true)
+OPTICAL_BACKWARD(unroll_warp, LargeWarp, 1, true)
+OPTICAL_BACKWARD(unroll_block, OneBlock, 8, true)
+OPTICAL_BACKWARD(unroll_cluster, Cluster, 8, true)
+#endif
 
 }  // namespace cuda
 }  // namespace optical

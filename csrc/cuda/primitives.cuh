@@ -40,6 +40,7 @@ OPTICAL_DEVICE float shuffle_xor(float x, int mask) {
 OPTICAL_DEVICE double shuffle_xor(double x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }
+OPTICAL_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 OPTICAL_DEVICE unsigned warp_or(unsigned bits) { return __reduce_or_sync(0xffffffffu, bits); }
 OPTICAL_DEVICE void sync_warp() { __syncwarp(); }
 OPTICAL_DEVICE void sync_block() { __syncthreads(); }

@@ -48,28 +48,35 @@ struct Results : Solver<G> {
         t[4] += (double)rho * (sum * ratio - sum + (double)mass);
     }
 
-    // The values and the marginal error. Leaves the plan in K, and its sums, and those of P C, with
-    // the lines.
+    // The values and the marginal error. Leaves the sums of the plan, and those of P C, with the
+    // lines.
     OPTICAL_DEVICE void sum_up() {
-        this->build(true);
-        float sum[RI], spent[RI], sums[RJ], spends[RJ];
+        float f[OI], log_row[OI], g_all[RJ], log_column[RJ], sums[RJ], spends[RJ];
+        this->columns_of(POTENTIAL, g_all);
+        this->columns_of(LOG, log_column);
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) f[o] = row(POTENTIAL, o), log_row[o] = row(LOG, o);
         OPTICAL_EACH
         for (int c = 0; c < RJ; ++c) sums[c] = spends[c] = 0;
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r) {
-            sum[r] = spent[r] = 0;
+        float by_row[OI] = {}, paid_by_row[OI] = {}, by_column[OJ];
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const int r = g.slot_of(q);
+            const float f_i = g.row_value(f, q), log_i = g.row_value(log_row, q);
+            float sum = 0, spent = 0;
             OPTICAL_EACH
             for (int c = 0; c < RJ; ++c) {
-                const float flow = K[r][c], paid = price(r, c);
-                sum[r] += flow, sums[c] += flow;
-                spent[r] = fused(flow, paid, spent[r]), spends[c] = fused(flow, paid, spends[c]);
+                const float flow = this->plan_of(r, c, f_i, log_i, g_all[c], log_column[c]);
+                const float paid = flow * price(r, c);
+                sum += flow, sums[c] += flow, spent += paid, spends[c] += paid;
             }
+            g.template fold_row<Sum>(sum, q, by_row);
+            g.template fold_row<Sum>(spent, q, paid_by_row);
         }
-        float by_row[OI], by_column[OJ];
-        g.template rows<Sum>(sum, by_row);
+        g.template combine_rows<Sum>(by_row);
         keep_rows(SUMS, by_row);
-        g.template rows<Sum>(spent, by_row);
-        keep_rows(SPENT, by_row);
+        g.template combine_rows<Sum>(paid_by_row);
+        keep_rows(SPENT, paid_by_row);
         g.template columns<Sum>(sums, by_column);
         keep_columns(SUMS, by_column);
         g.template columns<Sum>(spends, by_column);
@@ -114,9 +121,19 @@ struct Results : Solver<G> {
     // Balanced, the system has the null vector (1, -1): the right side is orthogonal to it, and in
     // the end w is shifted to have mean 0 under the row sums. K is the matrix of every product.
     OPTICAL_DEVICE float adjoint() {
+        this->build(true);
         const float relief_a = this->penalty_a ? 1.0f + target / this->rho_a : 1.0f;
         const float relief_b = this->penalty_b ? 1.0f + target / this->rho_b : 1.0f;
-        float x[OI], y[OJ];
+        // The sums as the products below form them: what cancels in them must cancel here.
+        float x[OI], y[OJ], ones[OJ];
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) ones[o] = 1;
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) x[o] = 1;
+        this->columns_times(x, y);
+        this->rows_times(ones, x);
+        keep_rows(SUMS, x);
+        keep_columns(SUMS, y);
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) {
             const float r = row(SUMS, o) * relief_a;

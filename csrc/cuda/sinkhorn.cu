@@ -168,14 +168,18 @@ OPTICAL_API int optical_cuda_backward(const optical_problem* problem,
                           (Stream)stream, p, *gradient, (float*)history, most, r.number);
         };
         const Operation what = Operation::backward;
+        const bool unroll = p.gradient == OPTICAL_UNROLL;
         if (r.number == 0)
-            return queue(optical_backward_small, shared_bytes<SmallWarp>(p, what, 1, 1));
+            return queue(unroll ? optical_unroll_small : optical_backward_small,
+                         shared_bytes<SmallWarp>(p, what, 1, 1));
         if (r.number == 1)
-            return queue(optical_backward_warp, shared_bytes<LargeWarp>(p, what, 1, 1));
+            return queue(unroll ? optical_unroll_warp : optical_backward_warp,
+                         shared_bytes<LargeWarp>(p, what, 1, 1));
         if (r.number == cluster_regime)
-            return queue(optical_backward_cluster,
+            return queue(unroll ? optical_unroll_cluster : optical_backward_cluster,
                          shared_bytes<Cluster>(p, what, r.down, r.across));
-        return queue(optical_backward_block, shared_bytes<OneBlock>(p, what, r.down, r.across));
+        return queue(unroll ? optical_unroll_block : optical_backward_block,
+                     shared_bytes<OneBlock>(p, what, r.down, r.across));
     });
 }
 

@@ -29,9 +29,8 @@ OPTICAL_DEVICE bool within(float x, unsigned exponent) {
     const unsigned low = (127u - exponent) << 23, high = (127u + exponent) << 23;
     return bits_of(x) - low <= high - low;
 }
-OPTICAL_DEVICE unsigned drift(float x, unsigned lost) {
-    return (within(x, 30) ? 0u : NOT_CALM) | (within(x, 46) ? 0u : lost);
-}
+OPTICAL_DEVICE unsigned drift(float x) { return within(x, 30) ? 0u : NOT_CALM; }
+OPTICAL_DEVICE unsigned loss(float x, unsigned lost) { return within(x, 46) ? 0u : lost; }
 
 template <typename G>
 struct Solver : Cost<G> {
@@ -153,26 +152,33 @@ struct Solver : Cost<G> {
         for (int r = 0; r < RI; ++r)
             OPTICAL_EACH
             for (int c = 0; c < RJ; ++c) {
-                const float exponent = ((of_row[r] - cost(r, c)) + of_column[c]) * scale;
-                K[r][c] = exp2_fast(exponent + logs * (more_row[r] + more_column[c]));
+                const float total = (of_row[r] - cost(r, c)) + of_column[c];
+                K[r][c] = exp2_fast(fused(total, scale, logs * (more_row[r] + more_column[c])));
             }
+    }
+    // One entry of the plan, by the same operations: sums must be those of the same numbers.
+    OPTICAL_DEVICE float plan_of(int r, int c, float f, float log_i, float g_j, float log_j) const {
+        const float total = (f - cost(r, c)) + g_j;
+        return exp2_fast(fused(total, scale, OPTICAL_LOG2E * (log_i + log_j)));
     }
 
     // Finds the lines without an allowed pair: their potentials are 0 and they carry nothing.
     OPTICAL_DEVICE void mark_dead() {
-        float by_row[RI], by_column[RJ], row_least[OI], column_least[OJ];
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r) by_row[r] = infinity();
+        float by_column[RJ], row_least[OI] = {}, column_least[OJ];
         OPTICAL_EACH
         for (int c = 0; c < RJ; ++c) by_column[c] = infinity();
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r)
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const int r = g.slot_of(q);
+            float least = infinity();
             OPTICAL_EACH
             for (int c = 0; c < RJ; ++c) {
-                by_row[r] = smaller(by_row[r], cost(r, c));
+                least = smaller(least, cost(r, c));
                 by_column[c] = smaller(by_column[c], cost(r, c));
             }
-        g.template rows<Least>(by_row, row_least);
+            g.template fold_row<Least>(least, q, row_least);
+        }
+        g.template combine_rows<Least>(row_least);
         g.template columns<Least>(by_column, column_least);
         double missing[2] = {0, 0}, lost[1] = {0};
         OPTICAL_EACH
@@ -201,25 +207,28 @@ struct Solver : Cost<G> {
     // Chooses the base for the current g and builds K, v and b v from it, and a u too, from which
     // the stopping rule has the row sums.
     OPTICAL_DEVICE void rebase() {
-        float of_column[RJ], least[RI], base_row[OI];
+        float of_column[RJ], nearest[RJ], base_row[OI] = {}, base_column[OJ];
         columns_of(POTENTIAL, of_column);
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r) {
-            least[r] = infinity();
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const int r = g.slot_of(q);
+            float least = infinity();
             OPTICAL_EACH
-            for (int c = 0; c < RJ; ++c) least[r] = smaller(least[r], cost(r, c) - of_column[c]);
+            for (int c = 0; c < RJ; ++c) least = smaller(least, cost(r, c) - of_column[c]);
+            g.template fold_row<Least>(least, q, base_row);
         }
-        g.template rows<Least>(least, base_row);
+        g.template combine_rows<Least>(base_row);
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o)
             row(BASE, o) = base_row[o] = pad_a[o] > 0 ? 0.0f : base_row[o];
-        float of_row[RI], nearest[RJ], base_column[OJ];
-        g.spread_rows(base_row, of_row);
         OPTICAL_EACH
-        for (int c = 0; c < RJ; ++c) {
-            nearest[c] = infinity();
+        for (int c = 0; c < RJ; ++c) nearest[c] = infinity();
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const int r = g.slot_of(q);
+            const float of_row = g.row_value(base_row, q);
             OPTICAL_EACH
-            for (int r = 0; r < RI; ++r) nearest[c] = smaller(nearest[c], cost(r, c) - of_row[r]);
+            for (int c = 0; c < RJ; ++c) nearest[c] = smaller(nearest[c], cost(r, c) - of_row);
         }
         g.template columns<Least>(nearest, base_column);
         OPTICAL_EACH
@@ -284,6 +293,7 @@ struct Solver : Cost<G> {
 
     // One iteration by scaling, into u_next and v_next, or the next potentials. With `measure` the
     // residual is that of the rows of the iterate from which it starts.
+    template <bool relaxed>
     OPTICAL_DEVICE Step iterate(bool measure) {
         float sum[RI], total_row[OI];
         times(bv_all, sum);
@@ -291,11 +301,11 @@ struct Solver : Cost<G> {
         Note note = {0, 0};
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) {
-            const float total = total_row[o] + pad_a[o];
-            note.flags |= drift(total, ROWS_LOST | COLUMNS_LOST);
+            const float total = total_row[o] += pad_a[o];
+            note.flags |= drift(total);
             if (measure) {
-                const float wanted = asked(weight_a[o], relaxed ? row(POTENTIAL, o) : 0.0f, rho_a,
-                                           penalty_a);
+                const float wanted =
+                    relaxed ? asked(weight_a[o], row(POTENTIAL, o), rho_a, penalty_a) : weight_a[o];
                 note.residual += absolute(au[o] * total - wanted);
             }
             if (relaxed) {
@@ -304,7 +314,7 @@ struct Solver : Cost<G> {
                     alpha * row(POTENTIAL, o) + share_a * (origin - heat_log(total));
                 row(NEXT, o) = next;
                 u_next[o] = boltzmann(next - origin);
-                note.flags |= drift(u_next[o], ROWS_LOST | COLUMNS_LOST);
+                note.flags |= drift(u_next[o]);
             } else {
                 u_next[o] = reciprocal(total);
             }
@@ -314,7 +324,7 @@ struct Solver : Cost<G> {
         g.spread_rows(au, of_row);
         times_transposed(of_row, sum_column);
         g.template columns<Sum>(sum_column, total_column, pad_b, note, measure,
-                                [](float total) { return drift(total, COLUMNS_LOST); });
+                                [](float total) { return drift(total); });
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) {
             if (relaxed) {
@@ -323,7 +333,7 @@ struct Solver : Cost<G> {
                                    share_b * (origin - heat_log(total_column[o]));
                 column(NEXT, o) = next;
                 v_next[o] = boltzmann(next - origin);
-                note.flags |= drift(v_next[o], COLUMNS_LOST);
+                note.flags |= drift(v_next[o]);
             } else {
                 v_next[o] = reciprocal(total_column[o]);
             }
@@ -331,6 +341,20 @@ struct Solver : Cost<G> {
         }
         if (relaxed) note.flags = g.united_in_block(note.flags);
         g.spread_columns(bv, bv_all);
+        if (note.flags) {
+            // All threads see it: only now is it worth asking whether anything was lost.
+            OPTICAL_EACH
+            for (int o = 0; o < OI; ++o) {
+                note.flags |= loss(total_row[o], ROWS_LOST | COLUMNS_LOST);
+                if (relaxed) note.flags |= loss(u_next[o], ROWS_LOST | COLUMNS_LOST);
+            }
+            OPTICAL_EACH
+            for (int o = 0; o < OJ; ++o) {
+                note.flags |= loss(total_column[o], COLUMNS_LOST);
+                if (relaxed) note.flags |= loss(v_next[o], COLUMNS_LOST);
+            }
+            note.flags = g.united(note.flags);
+        }
         return {note.flags, note.residual + (penalty_a ? 0.0f : dead_mass)};
     }
 
@@ -344,31 +368,34 @@ struct Solver : Cost<G> {
 
     // The same iteration in the log domain, from the potentials into the next ones.
     OPTICAL_DEVICE float iterate_log_domain() {
-        float of_column[RJ], log_column[RJ], least[RI], low[OI], sum[RI], total[OI];
+        float of_column[RJ], log_column[RJ], low[OI] = {}, total[OI] = {};
         columns_of(POTENTIAL, of_column);
         columns_of(LOG, log_column);
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r) {
-            least[r] = infinity();
+        const auto row_exponent = [&](int r, int c) {
+            return (cost(r, c) - of_column[c]) * inverse_epsilon - log_column[c];
+        };
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const int r = g.slot_of(q);
+            float least = infinity();
             OPTICAL_EACH
-            for (int c = 0; c < RJ; ++c)
-                least[r] = smaller(least[r], (cost(r, c) - of_column[c]) * inverse_epsilon -
-                                                 log_column[c]);
+            for (int c = 0; c < RJ; ++c) least = smaller(least, row_exponent(r, c));
+            g.template fold_row<Least>(least, q, low);
         }
-        g.template rows<Least>(least, low);
+        g.template combine_rows<Least>(low);
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) low[o] = pad_a[o] > 0 ? 0.0f : low[o];
-        g.spread_rows(low, least);
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r) {
-            sum[r] = 0;
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const int r = g.slot_of(q);
+            const float origin = g.row_value(low, q);
+            float sum = 0;
             OPTICAL_EACH
             for (int c = 0; c < RJ; ++c)
-                sum[r] += exp2_fast(OPTICAL_LOG2E *
-                                    (least[r] - ((cost(r, c) - of_column[c]) * inverse_epsilon -
-                                                 log_column[c])));
+                sum += exp2_fast(OPTICAL_LOG2E * (origin - row_exponent(r, c)));
+            g.template fold_row<Sum>(sum, q, total);
         }
-        g.template rows<Sum>(sum, total);
+        g.template combine_rows<Sum>(total);
         double missed[1] = {0};
         float next_row[OI];
         OPTICAL_EACH
@@ -381,30 +408,32 @@ struct Solver : Cost<G> {
             next_row[o] = alpha * old + share_a * softmin;
             row(NEXT, o) = next_row[o];
         }
-        float of_row[RI], log_row[RI], lowest[RJ], bottom[OJ], sum_column[RJ], total_column[OJ];
-        g.spread_rows(next_row, of_row);
-        rows_of(LOG, log_row);
+        float log_row[OI], lowest[RJ], bottom[OJ], sum_column[RJ], total_column[OJ];
         OPTICAL_EACH
-        for (int c = 0; c < RJ; ++c) {
-            lowest[c] = infinity();
+        for (int o = 0; o < OI; ++o) log_row[o] = row(LOG, o);
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) lowest[c] = infinity(), sum_column[c] = 0;
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const float f = g.row_value(next_row, q), log_mass = g.row_value(log_row, q);
             OPTICAL_EACH
-            for (int r = 0; r < RI; ++r)
-                lowest[c] = smaller(lowest[c], (cost(r, c) - of_row[r]) * inverse_epsilon -
-                                                   log_row[r]);
+            for (int c = 0; c < RJ; ++c)
+                lowest[c] = smaller(
+                    lowest[c], (cost(g.slot_of(q), c) - f) * inverse_epsilon - log_mass);
         }
         g.template columns<Least>(lowest, bottom);
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) bottom[o] = pad_b[o] > 0 ? 0.0f : bottom[o];
         g.spread_columns(bottom, lowest);
-        OPTICAL_EACH
-        for (int c = 0; c < RJ; ++c) {
-            sum_column[c] = 0;
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const float f = g.row_value(next_row, q), log_mass = g.row_value(log_row, q);
             OPTICAL_EACH
-            for (int r = 0; r < RI; ++r)
-                sum_column[c] += exp2_fast(OPTICAL_LOG2E *
-                                           (lowest[c] -
-                                            ((cost(r, c) - of_row[r]) * inverse_epsilon -
-                                             log_row[r])));
+            for (int c = 0; c < RJ; ++c) {
+                const float exponent =
+                    (cost(g.slot_of(q), c) - f) * inverse_epsilon - log_mass;
+                sum_column[c] += exp2_fast(OPTICAL_LOG2E * (lowest[c] - exponent));
+            }
         }
         g.template columns<Sum>(sum_column, total_column);
         OPTICAL_EACH
@@ -421,7 +450,6 @@ struct Solver : Cost<G> {
     // With a history, keeps the potentials of every iteration there. K belongs to the inner loop
     // alone, so that no register holds it anywhere else.
     OPTICAL_DEVICE int32_t solve(int32_t max_iter, float tol, bool& converged, float* history) {
-        const float omega = (float)p.omega;
         bool cold = false;  // the last iteration was at the temperature of the problem
         int failures = 0;   // of the scaling: after a few, only the log domain is used
         double heat = p.anneal_start;
@@ -433,34 +461,14 @@ struct Solver : Cost<G> {
             bool log_domain = failures >= 4;
             if (!log_domain) {
                 rebase();
-                bool fresh = true, scaled = false, more = true;
-                do {
-                    set_step(done == 0 || epsilon != target ? 1.0f : omega);
-                    const bool test = tol > 0 && done > 0 && cold && epsilon == target;
-                    const Step step = iterate(test);
-                    converged = test && !(step.flags & ROWS_LOST) && step.residual <= tol;
-                    if (converged) break;  // the iteration is not taken
-                    if (step.flags & COLUMNS_LOST) {
-                        // Nor is this one, whose weights belong to no state.
-                        log_domain = fresh;
-                        failures += fresh;
-                        break;
-                    }
-                    accept();
-                    scaled = !relaxed;
-                    record(history, ++done, scaled);
-                    cold = epsilon == target;
-                    heat *= p.anneal_ratio;
-                    // A state that is not calm even on a base of its own gains nothing from
-                    // another.
-                    more = done < max_iter && (!(step.flags & NOT_CALM) || (fresh && relaxed)) &&
-                           (heat > (double)target ? (float)heat : target) == epsilon;
-                    fresh = false;
-                } while (more);
-                if (scaled) absorb();
+                const Run run = relaxed ? scale_on<true>(max_iter, tol, done, cold, heat, history)
+                                        : scale_on<false>(max_iter, tol, done, cold, heat, history);
+                converged = run == Run::met;
+                log_domain = run == Run::lost;
+                failures += log_domain;
             }
             if (!log_domain) continue;
-            set_step(done == 0 || epsilon != target ? 1.0f : omega);
+            set_step(done == 0 || epsilon != target ? 1.0f : (float)p.omega);
             const bool test = tol > 0 && done > 0 && cold && epsilon == target;
             converged = iterate_log_domain() <= tol && test;
             if (converged) break;
@@ -473,8 +481,48 @@ struct Solver : Cost<G> {
         return done;
     }
 
-    OPTICAL_DEVICE void accept() {
-        if (relaxed) return take_next();
+    // Iterations on one base, until it no longer serves. `met`: `tol` is; `lost`: not even the
+    // first could be trusted.
+    enum class Run { met, lost, over };
+    template <bool relaxed>
+    OPTICAL_DEVICE Run scale_on(int32_t max_iter, float tol, int32_t& done, bool& cold,
+                                double& heat, float* history) {
+        const bool at_target = epsilon == target, cooling = !at_target || heat > (double)target;
+        const float omega = at_target ? (float)p.omega : 1.0f;
+        const int32_t before = done;
+        bool test = tol > 0 && at_target && done > 0 && cold;
+        Run run = Run::over;
+        while (true) {
+            if (relaxed) set_step(done == 0 ? 1.0f : omega);
+            const Step step = iterate<relaxed>(test);
+            // The iteration is not taken when the one before met `tol`, nor when a sum was lost:
+            // then its weights belong to no state.
+            if (test && !(step.flags & ROWS_LOST) && step.residual <= tol) {
+                run = Run::met;
+                break;
+            }
+            if (step.flags & COLUMNS_LOST) {
+                if (done == before) run = Run::lost;
+                break;
+            }
+            if (relaxed) take_next();
+            else take_scalings_next();
+            ++done;
+            record(history, done, !relaxed);
+            test = tol > 0 && at_target;
+            if (cooling) {
+                heat *= p.anneal_ratio;
+                if ((heat > (double)target ? (float)heat : target) != epsilon) break;
+            }
+            // A state that is not calm even on a base of its own gains nothing from another.
+            if ((step.flags & NOT_CALM) && !(relaxed && done == before + 1)) break;
+            if (done == max_iter) break;
+        }
+        if (done > before) cold = at_target;
+        if (!relaxed && done > before) absorb();
+        return run;
+    }
+    OPTICAL_DEVICE void take_scalings_next() {
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) u[o] = u_next[o];
         OPTICAL_EACH
