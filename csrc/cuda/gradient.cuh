@@ -496,7 +496,7 @@ struct Gradient : Results<G> {
             if (this->weight_b[o] > 0) note.flags |= loss(scaling, COLUMNS_LOST);
             this->bv[o] = this->weight_b[o] * scaling;
         }
-        float by_row[OI], by_column[OJ], sum[RJ], all[RI];
+        float by_row[OI], sum[RJ], all[RI];
         this->rows_times(this->bv, by_row);
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) {
@@ -513,11 +513,11 @@ struct Gradient : Results<G> {
         }
         g.spread_rows(this->au, all);
         this->times_transposed(all, sum);
-        g.template columns<Sum>(sum, by_column, this->pad_b, note, false,
+        g.template columns<Sum>(sum, this->pad_b, note, false,
                                 [](float total) { return loss(total, COLUMNS_LOST); });
         OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) column(FROM, o) = 1.0f / by_column[o];
-        return !(note.flags & COLUMNS_LOST);
+        for (int o = 0; o < OJ; ++o) column(FROM, o) = 1.0f / sum[o];
+        return note.flags == 0;
     }
 
     // Undoes the step that was replayed, the half that made g, the half that made f, or both.

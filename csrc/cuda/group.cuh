@@ -38,11 +38,13 @@ struct Note {
 constexpr int max_warps = 8;
 constexpr int lanes_down = 4, lanes_across = 8;
 
-template <int RI_, int RJ_, Span span_>
+// DOWN and ACROSS fix the grid of warps at compile time, where they are not 0.
+template <int RI_, int RJ_, Span span_, int DOWN = 0, int ACROSS = 0>
 struct Group {
     static constexpr int RI = RI_, RJ = RJ_;
     static constexpr Span span = span_;
     static constexpr int OI = RI / lanes_across, OJ = RJ / lanes_down;
+    static constexpr int warps_at_once = DOWN * ACROSS > 0 ? DOWN * ACROSS : 1;
     static constexpr int tile_rows = lanes_down * RI, tile_columns = lanes_across * RJ;
 
     int thread, threads, lane, lane_down, lane_across, warp, warp_down, warp_across;
@@ -65,7 +67,8 @@ struct Group {
     OPTICAL_DEVICE void start(char* memory, int warps_down, int warps_across) {
         thread = thread_index(), lane = thread % 32, warp = thread / 32;
         lane_down = lane / lanes_across, lane_across = lane % lanes_across;
-        down = warps_down, across = warps_across, threads = 32 * down * across;
+        down = DOWN > 0 ? DOWN : warps_down, across = ACROSS > 0 ? ACROSS : warps_across;
+        threads = 32 * down * across;
         warp_down = span == Span::warp ? 0 : warp / across;
         warp_across = span == Span::warp ? 0 : warp % across;
         rank = span == Span::cluster ? cluster_rank() : 0;
@@ -178,7 +181,7 @@ struct Group {
         const float* from = parts + (warp_down * across * 32 + lane) * OI;
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) out[o] = from[o];
-        OPTICAL_ROLLED
+        OPTICAL_WARPS
         for (int w = 1; w < across; ++w) {
             from += 32 * OI;
             OPTICAL_EACH
@@ -186,72 +189,74 @@ struct Group {
         }
     }
 
-    // Sums over all rows of the problem, and `pad`, for the columns that a lane owns. Of the notes
-    // of all warps, the flags are united, together with what `check` says of the sums of every
+    // Sums over all rows of the problem, and `pad`, for the columns that a lane owns: they are
+    // left in the first places of x. Of the notes of all warps, the flags are united, together with what `check` says of the sums of every
     // column, and with `total` the residuals of all rows added.
     template <typename Op, typename Check>
-    OPTICAL_DEVICE void columns(float (&x)[RJ], float (&out)[OJ], const float (&pad)[OJ],
-                                Note& note, bool total, Check check) {
-        fold_columns<Op>(x, out);
+    OPTICAL_DEVICE void columns(float (&x)[RJ], const float (&pad)[OJ], Note& note, bool total,
+                                Check check) {
+        float sum[OJ];
+        fold_columns<Op>(x, sum);
         if (total) note.residual = over_lanes(note.residual);
         const bool first = rank == 0 && warp_down == 0;
         OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) out[o] = first ? out[o] + pad[o] : out[o];
-        if (span == Span::warp) {
+        for (int o = 0; o < OJ; ++o) sum[o] += first ? pad[o] : 0.0f;
+        unsigned flags = note.flags;
+        if (span != Span::warp) {
+            const int warps = down * across;
+            float* const parts = column_parts + column_turn * warps * 32 * OJ;
+            Note* const copies = notes + column_turn * warps;
+            column_turn ^= 1;
             OPTICAL_EACH
-            for (int o = 0; o < OJ; ++o) note.flags |= check(out[o]);
-            note.flags = warp_or(note.flags);
-            return;
-        }
-        note.flags = warp_or(note.flags);
-        const int warps = down * across;
-        float* const parts = column_parts + column_turn * warps * 32 * OJ;
-        Note* const copies = notes + column_turn * warps;
-        column_turn ^= 1;
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) parts[(warp * 32 + lane) * OJ + o] = out[o];
-        if (lane == 0) copies[warp] = note;
-        sync_between();
-        unsigned flags = 0;
-        OPTICAL_ROLLED
-        for (int b = 0; b < blocks; ++b) {
-            const float* const there = at_block(parts, b) + lane * OJ;
+            for (int o = 0; o < OJ; ++o) parts[(warp * 32 + lane) * OJ + o] = sum[o];
+            if (span == Span::cluster) note.flags = warp_or(flags);
+            if ((total || span == Span::cluster) && lane == 0) copies[warp] = note;
+            if (span == Span::block) flags = sync_between(flags);
+            else sync();
+            const float* const mine = parts + (warp_across * 32 + lane) * OJ;
             OPTICAL_ROLLED
-            for (int w = 0; w < down; ++w)
-                OPTICAL_EACH
-                for (int o = 0; o < OJ; ++o) {
-                    const float part = there[(w * across + warp_across) * 32 * OJ + o];
-                    out[o] = b == 0 && w == 0 ? part : Op::of(out[o], part);
-                }
-            if (lane < warps) flags |= at_block(copies, b)[lane].flags;
-        }
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) flags |= check(out[o]);
-        if (span == Span::block) {
-            // The other columns once more, which saves a barrier.
-            OPTICAL_ROLLED
-            for (int q = 0; q < across; ++q) {
-                if (q == warp_across) continue;
-                OPTICAL_EACH
-                for (int o = 0; o < OJ; ++o) {
-                    const float* const from = parts + (q * 32 + lane) * OJ + o;
-                    float sum = from[0];
-                    OPTICAL_ROLLED
-                    for (int w = 1; w < down; ++w) sum = Op::of(sum, from[w * across * 32 * OJ]);
-                    flags |= check(sum);
+            for (int b = 0; b < blocks; ++b) {
+                const float* const there = at_block(mine, b);
+                OPTICAL_WARPS
+                for (int w = 0; w < down; ++w)
+                    OPTICAL_EACH
+                    for (int o = 0; o < OJ; ++o) {
+                        const float part = there[w * across * 32 * OJ + o];
+                        sum[o] = b == 0 && w == 0 ? part : Op::of(sum[o], part);
+                    }
+                if (span == Span::cluster && lane < warps)
+                    flags |= at_block(copies, b)[lane].flags;
+            }
+            if (span == Span::block) {
+                // The other columns once more, which saves a barrier.
+                OPTICAL_WARPS
+                for (int k = 1; k < across; ++k) {
+                    const int q = warp_across + k < across ? k : k - across;
+                    OPTICAL_EACH
+                    for (int o = 0; o < OJ; ++o) {
+                        float other = mine[q * 32 * OJ + o];
+                        OPTICAL_WARPS
+                        for (int w = 1; w < down; ++w)
+                            other = Op::of(other, mine[(w * across + q) * 32 * OJ + o]);
+                        flags |= check(other);
+                    }
                 }
             }
-            note.flags = warp_or(flags);
-        } else {
-            note.flags = united_in_block(flags);
+            if (total) {
+                note.residual = 0;
+                OPTICAL_ROLLED
+                for (int b = 0; b < blocks; ++b)
+                    OPTICAL_ROLLED
+                    for (int w = 0; w < down; ++w)
+                        note.residual += at_block(copies, b)[w * across].residual;
+            }
         }
-        if (!total) return;
-        note.residual = 0;
-        OPTICAL_ROLLED
-        for (int b = 0; b < blocks; ++b)
-            OPTICAL_ROLLED
-            for (int w = 0; w < down; ++w)
-                note.residual += at_block(copies, b)[w * across].residual;
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            flags |= check(sum[o]);
+            x[o] = sum[o];
+        }
+        note.flags = span == Span::cluster ? united_in_block(flags) : warp_or(flags);
     }
     template <typename Op>
     OPTICAL_DEVICE void columns(float (&x)[RJ], float (&out)[OJ]) {
@@ -259,13 +264,17 @@ struct Group {
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) none[o] = 0;
         Note note = {0, 0};
-        columns<Op>(x, out, none, note, false, [](float) { return 0u; });
+        columns<Op>(x, none, note, false, [](float) { return 0u; });
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) out[o] = x[o];
     }
 
-    // The barrier that the tests leave out, to see that they would notice.
-    OPTICAL_DEVICE void sync_between() const {
-#if !defined(OPTICAL_WITHOUT_BARRIER)
-        sync();
+    // The barrier of a block that the tests leave out, to see that they would notice.
+    OPTICAL_DEVICE static unsigned sync_between(unsigned flags) {
+#if defined(OPTICAL_WITHOUT_BARRIER)
+        return flags;
+#else
+        return sync_block_or(flags != 0) ? 1u : 0u;
 #endif
     }
 
@@ -296,7 +305,7 @@ struct Group {
         OPTICAL_ROLLED
         for (int b = 0; b < (of_rows ? blocks : 1); ++b) {
             const double* const from = at_block(all, b);
-            OPTICAL_ROLLED
+            OPTICAL_WARPS
             for (int w = 0; w < count; ++w)
                 OPTICAL_EACH
                 for (int k = 0; k < N; ++k) x[k] += from[w * step * scalars_per_warp + k];

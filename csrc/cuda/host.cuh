@@ -22,6 +22,7 @@
 #define OPTICAL_KERNEL(name, threads) inline void name
 #define OPTICAL_EACH
 #define OPTICAL_ROLLED
+#define OPTICAL_WARPS
 
 namespace optical {
 namespace cuda {
@@ -93,13 +94,14 @@ struct Block {
     std::vector<char> shared;
     char* aligned;
     int index, rank;
+    unsigned votes[3] = {0, 0, 0};
 };
 
 struct Thread {
     Context context;
     Block* block;
     Warp* warp;
-    int index, turn = 0;
+    int index, turn = 0, block_turn = 0;
 };
 
 constexpr size_t stack_bytes = 96 << 10;
@@ -231,6 +233,17 @@ inline unsigned warp_or(unsigned bits) {
 }
 inline void sync_warp() { host::meet(host::machine().self->warp->meeting); }
 inline void sync_block() { host::meet(host::machine().self->block->meeting); }
+inline bool sync_block_or(bool here) {
+    // Three votes: while some read one, others may cast the next, and the third is cleared.
+    host::Thread& self = *host::machine().self;
+    unsigned* const votes = self.block->votes;
+    unsigned& vote = votes[self.block_turn % 3];
+    votes[(self.block_turn + 1) % 3] = 0;
+    ++self.block_turn;
+    vote |= here;
+    host::meet(self.block->meeting);
+    return vote != 0;
+}
 inline void sync_cluster() { host::meet(host::machine().cluster); }
 
 template <typename Element>

@@ -9,10 +9,12 @@ namespace cuda {
 // A problem belongs to the first regime whose threads it fits; n and m are its own sizes, or those
 // it was padded to, never those of its batch. Tiles of a warp are 32 x 32 or 64 x 64.
 struct Regime {
-    int number;  // 0: one warp, small tile; 1: one warp; 2, 3: one block; 4: a cluster; -1: none
+    // 0: one warp, small tile; 1: one warp; 2: a block of 2 x 2 warps; 3: another block; 4: a
+    // cluster; -1: none.
+    int number;
     int down, across, blocks;
 };
-constexpr int regimes = 5, cluster_regime = 4;
+constexpr int square_regime = 2, cluster_regime = 4;
 
 // What a device offers: warps of the large tile in a block, by its shared memory, and blocks in a
 // cluster.
@@ -24,7 +26,7 @@ OPTICAL_ANYWHERE Regime regime_of(int64_t n, int64_t m, const Limits& most) {
     if (n <= 32 && m <= 32) return {0, 1, 1, 1};
     const int64_t down = (n + 63) / 64, across = (m + 63) / 64;
     if (down * across == 1) return {1, 1, 1, 1};
-    if (down * across <= 4) return {2, (int)down, (int)across, 1};
+    if (down == 2 && across == 2 && most.warps >= 4) return {square_regime, 2, 2, 1};
     if (down * across <= most.warps) return {3, (int)down, (int)across, 1};
     for (int blocks = 2; blocks <= most.blocks; blocks *= 2) {
         const int64_t part = (down + blocks - 1) / blocks;
@@ -118,6 +120,7 @@ OPTICAL_DEVICE void for_problem(const optical_problem& p, int number, const Limi
 
 typedef Group<8, 4, Span::warp> SmallWarp;
 typedef Group<16, 8, Span::warp> LargeWarp;
+typedef Group<16, 8, Span::block, 2, 2> SquareBlock;
 typedef Group<16, 8, Span::block> OneBlock;
 typedef Group<16, 8, Span::cluster> Cluster;
 
@@ -139,6 +142,7 @@ typedef Group<16, 8, Span::cluster> Cluster;
 
 OPTICAL_FORWARD(small, SmallWarp, 1)
 OPTICAL_FORWARD(warp, LargeWarp, 1)
+OPTICAL_FORWARD(square, SquareBlock, 4)
 OPTICAL_FORWARD(block, OneBlock, 8)
 OPTICAL_FORWARD(cluster, Cluster, 8)
 // Those that take long to compile, which a look at the iteration does not need.

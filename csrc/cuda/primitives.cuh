@@ -21,6 +21,7 @@
 #define OPTICAL_KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
 #define OPTICAL_EACH _Pragma("unroll")
 #define OPTICAL_ROLLED _Pragma("unroll 1")
+#define OPTICAL_WARPS _Pragma("unroll warps_at_once")
 
 namespace optical {
 namespace cuda {
@@ -44,6 +45,7 @@ OPTICAL_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu
 OPTICAL_DEVICE unsigned warp_or(unsigned bits) { return __reduce_or_sync(0xffffffffu, bits); }
 OPTICAL_DEVICE void sync_warp() { __syncwarp(); }
 OPTICAL_DEVICE void sync_block() { __syncthreads(); }
+OPTICAL_DEVICE bool sync_block_or(bool here) { return __syncthreads_or(here) != 0; }
 
 #if __CUDA_ARCH__ >= 900
 OPTICAL_DEVICE int cluster_rank() {

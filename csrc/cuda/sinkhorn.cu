@@ -82,7 +82,7 @@ enum class Operation { forward, backward };
 template <typename G>
 int shared_bytes(const optical_problem& p, Operation operation, int down, int across) {
     // Of packed problems any grid of so many warps may turn up; in one line it has the most lines.
-    if (p.offset_a) down *= across, across = 1;
+    if (p.offset_a && G::warps_at_once == 1) down *= across, across = 1;
     return operation == Operation::forward
                ? Cost<G>::shared_bytes(down, across, p.kind)
                : Gradient<G>::shared_bytes(down, across, p.kind, p.gradient);
@@ -113,8 +113,9 @@ int for_regimes(const optical_problem& p, Operation operation, Queue queue) {
     int status = queue({0, 1, 1, 1}, most);
     const int64_t tiles = (p.n + 63) / 64 * ((p.m + 63) / 64);
     if (status == OPTICAL_OK && (p.n > 32 || p.m > 32)) status = queue({1, 1, 1, 1}, most);
-    if (status == OPTICAL_OK && tiles > 1) status = queue({2, 1, 4, 1}, most);
-    if (status == OPTICAL_OK && tiles > 4) status = queue({3, 1, most.warps, 1}, most);
+    if (status == OPTICAL_OK && tiles > 1 && most.warps >= 4)
+        status = queue({square_regime, 2, 2, 1}, most);
+    if (status == OPTICAL_OK && tiles > 1) status = queue({3, 1, most.warps, 1}, most);
     for (int blocks = 2; blocks <= largest.blocks; blocks *= 2)
         if (status == OPTICAL_OK) status = queue({cluster_regime, 1, most.warps, blocks}, most);
     return status;
@@ -151,6 +152,8 @@ OPTICAL_API int optical_cuda_forward(const optical_problem* problem,
             return queue(optical_forward_warp, shared_bytes<LargeWarp>(p, what, 1, 1));
         if (r.number == cluster_regime)
             return queue(optical_forward_cluster, shared_bytes<Cluster>(p, what, r.down, r.across));
+        if (r.number == square_regime)
+            return queue(optical_forward_square, shared_bytes<SquareBlock>(p, what, 2, 2));
         return queue(optical_forward_block, shared_bytes<OneBlock>(p, what, r.down, r.across));
     });
 }

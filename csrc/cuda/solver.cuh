@@ -320,10 +320,10 @@ struct Solver : Cost<G> {
             }
             au[o] = weight_a[o] * u_next[o];
         }
-        float of_row[RI], sum_column[RJ], total_column[OJ];
+        float of_row[RI], total_column[RJ];
         g.spread_rows(au, of_row);
-        times_transposed(of_row, sum_column);
-        g.template columns<Sum>(sum_column, total_column, pad_b, note, measure,
+        times_transposed(of_row, total_column);
+        g.template columns<Sum>(total_column, pad_b, note, measure,
                                 [](float total) { return drift(total); });
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) {
@@ -343,15 +343,16 @@ struct Solver : Cost<G> {
         g.spread_columns(bv, bv_all);
         if (note.flags) {
             // All threads see it: only now is it worth asking whether anything was lost.
+            // Bounds are the same for a sum and its inverse.
             OPTICAL_EACH
             for (int o = 0; o < OI; ++o) {
-                note.flags |= loss(total_row[o], ROWS_LOST | COLUMNS_LOST);
-                if (relaxed) note.flags |= loss(u_next[o], ROWS_LOST | COLUMNS_LOST);
+                note.flags |= loss(u_next[o], ROWS_LOST | COLUMNS_LOST);
+                if (relaxed) note.flags |= loss(total_row[o], ROWS_LOST | COLUMNS_LOST);
             }
             OPTICAL_EACH
             for (int o = 0; o < OJ; ++o) {
-                note.flags |= loss(total_column[o], COLUMNS_LOST);
-                if (relaxed) note.flags |= loss(v_next[o], COLUMNS_LOST);
+                note.flags |= loss(v_next[o], COLUMNS_LOST);
+                if (relaxed) note.flags |= loss(total_column[o], COLUMNS_LOST);
             }
             note.flags = g.united(note.flags);
         }
@@ -487,9 +488,11 @@ struct Solver : Cost<G> {
     template <bool relaxed>
     OPTICAL_DEVICE Run scale_on(int32_t max_iter, float tol, int32_t& done, bool& cold,
                                 double& heat, float* history) {
-        const bool at_target = epsilon == target, cooling = !at_target || heat > (double)target;
+        const bool at_target = epsilon == target;
         const float omega = at_target ? (float)p.omega : 1.0f;
         const int32_t before = done;
+        // The next iteration of an annealed run is at another temperature.
+        const int32_t last = heat > (double)target ? done + 1 : max_iter;
         bool test = tol > 0 && at_target && done > 0 && cold;
         Run run = Run::over;
         while (true) {
@@ -510,15 +513,12 @@ struct Solver : Cost<G> {
             ++done;
             record(history, done, !relaxed);
             test = tol > 0 && at_target;
-            if (cooling) {
-                heat *= p.anneal_ratio;
-                if ((heat > (double)target ? (float)heat : target) != epsilon) break;
-            }
             // A state that is not calm even on a base of its own gains nothing from another.
             if ((step.flags & NOT_CALM) && !(relaxed && done == before + 1)) break;
-            if (done == max_iter) break;
+            if (done == last) break;
         }
         if (done > before) cold = at_target;
+        if (done > before && heat > (double)target) heat *= p.anneal_ratio;
         if (!relaxed && done > before) absorb();
         return run;
     }
