@@ -26,7 +26,7 @@ COLUMNS = (
     *("loop", "ffma", "shfl", "mufu", "bar", "lds_sts", "ldl_stl"),
 )
 # Multiply-adds of one iteration on the tile of a lane.
-ITERATION = {"small": 2 * 8 * 4, "warp": 2 * 16 * 8, "square": 2 * 16 * 8, "block": 2 * 16 * 8, "cluster": 2 * 16 * 8}
+ITERATION = {"small": 2 * 8 * 4, **dict.fromkeys(("warp", "square", "block", "cluster"), 256)}
 
 
 def compile_kernels(architecture: str, folder: Path, *flags: str) -> tuple[Path, str]:

@@ -32,8 +32,9 @@ ABI_VERSION = 2
 LIBRARY_NAME = "_cuda.so"
 # What a binary for every device that the kernels know is built for.
 ARCHITECTURES = ("80", "90a", "100f", "120")
-# Lines of the largest tile grid: 8 warps of 64 x 64 in each of 8 blocks of a cluster.
-MOST_COLUMNS = 512
+# The sides of a problem of which 8 blocks of a cluster, with 8 warps of 64 x 64 each, are certain
+# to hold the whole.
+ALWAYS_FITS = 512
 
 FLAGS = ("-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden")
 
@@ -56,6 +57,23 @@ def find_nvcc() -> list[str] | None:
     return None
 
 
+def architectures_of_driver() -> tuple[str, ...]:
+    """The architectures of the devices that the driver finds, without PyTorch; () without one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    found = set()
+    for device in range(count.value):
+        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+        found.add((major.value, minor.value))
+    return tuple(f"{x}{y}" for x, y in sorted(found) if x >= 8)
+
+
 def source_hash(folder: Path) -> str:
     """What a library depends on: every source, every flag."""
     digest = hashlib.sha256(repr(FLAGS).encode())
@@ -70,7 +88,7 @@ def build_command(folder: Path, nvcc: list[str], architectures: tuple[str, ...])
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     named = f'-DOPTICAL_SOURCE_HASH="{source_hash(folder)}"'
     source = str(folder / "cuda" / "sinkhorn.cu")
-    return [*nvcc, *FLAGS, "--threads=0", *targets, named, "-shared", source]
+    return [*nvcc, *FLAGS, "--threads=0", "--split-compile=0", *targets, named, "-shared", source]
 
 
 def build(folder: Path, target: Path, nvcc: list[str], architectures: tuple[str, ...]) -> None:
@@ -401,7 +419,7 @@ def _largest(arguments: Arguments) -> tuple[int, int]:
     if p.cu_a is None or p.cu_b is None:
         return p.log_a.shape[1], p.log_b.shape[1]
     n, m = p.log_a.shape[0], p.log_b.shape[0]
-    if n <= MOST_COLUMNS and m <= MOST_COLUMNS:
+    if n <= ALWAYS_FITS and m <= ALWAYS_FITS:
         return n, m
     if not len(p.epsilon):
         return 0, 0

@@ -5,7 +5,7 @@
 // Absent lines have no mass and cost +inf; what stands in them is never loaded.
 //
 // From vectors, products are summed over chunks of the dimension that pass through shared memory
-// before the cost is written there. Vectors are used as they are, in float32: for the cosine the
+// before the cost is written there. Vectors are used as they are: for the cosine the
 // inverse lengths multiply the sums, and a vector whose squares would leave the range is scaled by
 // a power of two first; for the squared distance both clouds are moved so that one of the points
 // is the origin, without which the difference of large squares would lose every digit.
@@ -183,8 +183,10 @@ struct Cost {
         return p.kind == OPTICAL_SQEUCLIDEAN ? load(b.vectors, b.type, at * b.stride + k) : 0.0f;
     }
 
-    // Units and measures of all lines, a warp for each line in turn.
-    OPTICAL_DEVICE void measure_lines() {
+    // Units and measures of all lines, a warp for each line in turn. True, for this warp: there is a
+    // unit other than 1.
+    OPTICAL_DEVICE bool measure_lines() {
+        bool scaled = false;
         const int at = p.kind == OPTICAL_SQEUCLIDEAN ? origin() : 0;
         for (int l = g.warp; l < block_rows + block_columns; l += g.down * g.across) {
             float scale = 1, sum = 0;
@@ -213,10 +215,12 @@ struct Cost {
                 }
             }
             if (g.lane == 0) {
+                scaled |= scale != 1.0f;
                 unit[l] = scale;
                 measure[l] = p.kind != OPTICAL_COSINE ? sum : sum > 0 ? inverse_root(sum) : 0.0f;
             }
         }
+        return scaled;
     }
 
     OPTICAL_DEVICE int pitch() const { return block_rows + block_columns + 2; }
@@ -232,10 +236,7 @@ struct Cost {
         }
     }
 
-    OPTICAL_DEVICE bool multiply(unsigned rows_here, unsigned columns_here) {
-        float x[RI][RJ];
-        measure_lines();
-        g.sync_own_block();
+    OPTICAL_DEVICE void multiply_floats(float (&x)[RI][RJ]) {
         const int at = p.kind == OPTICAL_SQEUCLIDEAN ? origin() : 0;
         float* const staged = (float*)stage;
         OPTICAL_EACH
@@ -260,6 +261,109 @@ struct Cost {
             }
             g.sync_own_block();
         }
+    }
+
+    // Chunks of 32 entries, a line every 40: then no two lanes of a fragment meet in a bank.
+    static constexpr int half_chunk = 32, half_pitch = 40;
+    OPTICAL_DEVICE void stage_halves(uint16_t* to, int64_t k) const {
+        struct alignas(16) Eight {
+            uint16_t entry[8];
+        };
+        const int parts = half_chunk / 8;
+        for (int piece = g.thread; piece < (block_rows + block_columns) * parts;
+             piece += g.threads) {
+            const int l = piece / parts;
+            const int64_t first = k + piece % parts * 8;
+            const int64_t line = of_rows(l) ? (base_row + l) * a.stride : (l - block_rows) * b.stride;
+            const uint16_t* const from =
+                (const uint16_t*)(of_rows(l) ? a.vectors : b.vectors) + line + first;
+            Eight eight = {};
+            if (present(l)) {
+                if (first + 8 <= p.dim && ((uintptr_t)from & 15) == 0) {
+                    eight = *(const Eight*)from;
+                } else {
+                    OPTICAL_EACH
+                    for (int e = 0; e < 8; ++e)
+                        if (first + e < p.dim) eight.entry[e] = from[e];
+                }
+            }
+            *(Eight*)(to + l * half_pitch + piece % parts * 8) = eight;
+        }
+    }
+
+    OPTICAL_DEVICE void multiply_halves(float (&x)[RI][RJ]) {
+        constexpr int tall = G::tile_rows / 16, wide = G::tile_columns / 8;
+        uint16_t* const staged = (uint16_t*)stage;
+        const int first = g.lane / 4, second = g.lane % 4;
+        const bool brain = p.x_type == OPTICAL_BF16;
+        float sum[tall][wide][4];
+        OPTICAL_EACH
+        for (int i = 0; i < tall; ++i)
+            OPTICAL_EACH
+            for (int j = 0; j < wide; ++j)
+                OPTICAL_EACH
+                for (int e = 0; e < 4; ++e) sum[i][j][e] = 0;
+        const uint16_t* const rows =
+            staged + (g.warp_down * G::tile_rows + first) * half_pitch + 2 * second;
+        const uint16_t* const columns =
+            staged + (block_rows + g.warp_across * G::tile_columns + first) * half_pitch +
+            2 * second;
+        OPTICAL_ROLLED
+        for (int64_t k = 0; k < p.dim; k += half_chunk) {
+            stage_halves(staged, k);
+            g.sync_own_block();
+            OPTICAL_ROLLED
+            for (int part = 0; part < half_chunk; part += 16) {
+                unsigned right[wide][2];
+                OPTICAL_EACH
+                for (int j = 0; j < wide; ++j)
+                    OPTICAL_EACH
+                    for (int e = 0; e < 2; ++e)
+                        right[j][e] =
+                            *(const unsigned*)(columns + j * 8 * half_pitch + part + 8 * e);
+                OPTICAL_EACH
+                for (int i = 0; i < tall; ++i) {
+                    unsigned left[4];
+                    OPTICAL_EACH
+                    for (int e = 0; e < 4; ++e)
+                        left[e] = *(const unsigned*)(rows + (i * 16 + e % 2 * 8) * half_pitch +
+                                                     part + e / 2 * 8);
+                    OPTICAL_EACH
+                    for (int j = 0; j < wide; ++j)
+                        multiply_fragments(sum[i][j], left, right[j], brain);
+                }
+            }
+            g.sync_own_block();
+        }
+        // From fragments to the tile of a lane, by way of shared memory.
+        float* const matrix = (float*)stage;
+        const int corner = (g.warp_down * G::tile_rows + first) * block_columns +
+                           g.warp_across * G::tile_columns + 2 * second;
+        OPTICAL_EACH
+        for (int i = 0; i < tall; ++i)
+            OPTICAL_EACH
+            for (int j = 0; j < wide; ++j)
+                OPTICAL_EACH
+                for (int e = 0; e < 4; ++e)
+                    matrix[corner + (i * 16 + e / 2 * 8) * block_columns + j * 8 + e % 2] =
+                        sum[i][j][e];
+        g.sync_own_block();
+        OPTICAL_EACH
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c)
+                x[r][c] = matrix[(g.row(r) - base_row) * block_columns + g.column(c)];
+        g.sync_own_block();
+    }
+
+    // Half vectors as they are go through the tensor cores, whose products are exact and whose sums
+    // are in float32; what has to be moved or scaled first, and float32, does not.
+    OPTICAL_DEVICE bool multiply(unsigned rows_here, unsigned columns_here) {
+        float x[RI][RJ];
+        const bool scaled = g.any_in_block(measure_lines());
+        const bool halves = p.x_type != OPTICAL_F32 && p.x_type == p.y_type;
+        if (halves && p.kind != OPTICAL_SQEUCLIDEAN && !scaled) multiply_halves(x);
+        else multiply_floats(x);
         OPTICAL_EACH
         for (int r = 0; r < RI; ++r)
             OPTICAL_EACH

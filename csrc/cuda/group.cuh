@@ -97,6 +97,9 @@ struct Group {
         if (span == Span::warp) sync_warp();
         else sync_block();
     }
+    OPTICAL_DEVICE bool any_in_block(bool here) const {
+        return span == Span::warp ? warp_or(here) != 0 : sync_block_or(here);
+    }
     template <typename Element>
     OPTICAL_DEVICE const Element* at_block(const Element* local, int block) const {
         return span == Span::cluster ? remote(local, block) : local;

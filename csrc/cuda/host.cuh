@@ -87,6 +87,7 @@ struct Meeting {
 struct Warp {
     Meeting meeting;
     uint64_t values[2][32];
+    unsigned fragments[2][32][6];
 };
 
 struct Block {
@@ -230,6 +231,25 @@ inline unsigned warp_or(unsigned bits) {
     unsigned all = 0;
     for (int lane = 0; lane < 32; ++lane) all |= (unsigned)values[lane];
     return all;
+}
+float from_half(unsigned bits, bool brain);
+inline void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                               bool brain) {
+    host::Thread& self = *host::machine().self;
+    unsigned (*const all)[6] = self.warp->fragments[self.turn & 1];
+    ++self.turn;
+    const int lane = self.index % 32, first = lane / 4, second = lane % 4;
+    memcpy(all[lane], a, sizeof a);
+    memcpy(all[lane] + 4, b, sizeof b);
+    host::meet(self.warp->meeting);
+    for (int i = 0; i < 4; ++i) {
+        const int low = i / 2, column = 2 * second + i % 2;  // rows g and g + 8
+        for (int k = 0; k < 16; ++k) {
+            const unsigned x = all[first * 4 + k % 8 / 2][low + k / 8 * 2] >> k % 2 * 16;
+            const unsigned y = all[column * 4 + k % 8 / 2][4 + k / 8] >> k % 2 * 16;
+            d[i] += from_half(x & 0xffffu, brain) * from_half(y & 0xffffu, brain);
+        }
+    }
 }
 inline void sync_warp() { host::meet(host::machine().self->warp->meeting); }
 inline void sync_block() { host::meet(host::machine().self->block->meeting); }

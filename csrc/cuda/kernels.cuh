@@ -23,6 +23,7 @@ struct Limits {
 };
 
 OPTICAL_ANYWHERE Regime regime_of(int64_t n, int64_t m, const Limits& most) {
+    if (most.warps < 1) return {-1, 0, 0, 0};
     if (n <= 32 && m <= 32) return {0, 1, 1, 1};
     const int64_t down = (n + 63) / 64, across = (m + 63) / 64;
     if (down * across == 1) return {1, 1, 1, 1};

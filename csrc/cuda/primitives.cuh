@@ -80,6 +80,22 @@ OPTICAL_DEVICE const Element* remote(const Element* local, int) {
 }
 #endif
 
+// d += A B on the tensor cores, A 16 x 16 and B 16 x 8 in half precision, by the fragments of
+// mma.m16n8k16: with g = lane / 4 and t = lane % 4, a holds the pairs of columns 2t and 2t + 8 of
+// rows g and g + 8, b the pairs of rows 2t and 2t + 8 of column g, and d the columns 2t and 2t + 1
+// of rows g and g + 8.
+OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                                       bool brain) {
+#define OPTICAL_MMA(type)                                                                        \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, "         \
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                          \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+    if (brain) OPTICAL_MMA("bf16");
+    else OPTICAL_MMA("f16");
+#undef OPTICAL_MMA
+}
+
 // Denormals are flushed: they cost instructions and are worth nothing here.
 OPTICAL_DEVICE float exp2_fast(float x) {
     float y;
