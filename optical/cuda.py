@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,7 +146,7 @@ DEVICE = "cuda"
 
 
 class _State(NamedTuple):
-    library: ctypes.CDLL | None
+    library: Any
     reason: str | None
 
 
@@ -163,10 +163,10 @@ def unavailable_reason() -> str | None:
     return _state().reason
 
 
-def _find_or_build() -> ctypes.CDLL:
+def _find_or_build() -> Any:
     import torch
 
-    from optical import native
+    from optical import native, nvrtc
 
     if not torch.cuda.is_available():
         raise BuildError("PyTorch finds no CUDA device")
@@ -182,9 +182,25 @@ def _find_or_build() -> ctypes.CDLL:
     if folder is None:
         raise BuildError(f"{why} and their sources are not part of this installation")
     nvcc = find_nvcc()
-    if nvcc is None:
-        raise BuildError(f"{why} and nvcc was not found")
-    return _open_cached(folder, nvcc, _present_architectures())
+    if nvcc is not None:
+        return _open_cached(folder, nvcc, _present_architectures())
+    compiler = nvrtc.find()
+    if compiler is None:
+        raise BuildError(f"{why}, and neither nvcc nor NVRTC was found")
+    cache = native._cache_folder()
+
+    def cubin(kernel: str, architecture: str) -> bytes:
+        return nvrtc.cached(
+            lambda: nvrtc.compile_kernel(compiler, folder, kernel, architecture),
+            repr((wanted, kernel, architecture)),
+            cache,
+            native._locked(cache / "lock"),
+        )
+
+    try:
+        return nvrtc.Kernels(ctypes.CDLL("libcuda.so.1"), cubin)
+    except OSError as error:
+        raise BuildError(f"the CUDA driver cannot be loaded ({error})") from error
 
 
 def _open_cached(folder: Path, nvcc: list[str], architectures: tuple[str, ...]) -> ctypes.CDLL:

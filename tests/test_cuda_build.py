@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import cuda_resources
-from optical import backends, cuda, native
+from optical import backends, cuda, native, nvrtc
 from optical.arguments import example
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +107,7 @@ def test_without_a_device_or_nvcc_there_is_a_reason_in_words(monkeypatch):
     monkeypatch.setenv("NVCC", "/nonexistent/nvcc")
     assert cuda.find_nvcc() is None
     monkeypatch.setattr(cuda, "LIBRARY_NAME", "no-such-library.so")
+    monkeypatch.setattr(nvrtc, "find", lambda: None)
     cuda._state.cache_clear()
     try:
         if not torch.cuda.is_available():
@@ -114,7 +115,7 @@ def test_without_a_device_or_nvcc_there_is_a_reason_in_words(monkeypatch):
         cuda._state.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert cuda.unavailable_reason() == (
-            "no compiled CUDA kernels are installed and nvcc was not found"
+            "no compiled CUDA kernels are installed, and neither nvcc nor NVRTC was found"
         )
     finally:
         cuda._state.cache_clear()

@@ -7,6 +7,7 @@ in ``test_cuda_build.py``.
 """
 
 import ctypes
+import itertools
 import math
 import platform
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optical import cuda, native
+from optical import cuda, native, nvrtc
 from optical.arguments import GRADIENTS
 from optical.testing import (
     FIELDS,
@@ -280,6 +281,21 @@ def test_extreme_masses_continue_in_the_log_domain(kernels):
     log_b = torch.linspace(0, -150, 23).double().expand(2, 23).log_softmax(1)
     cost = problem.x + torch.linspace(3, 0, 23).double()
     assert_backend_correct("cuda", replace(problem, x=cost, log_b=log_b), torch.float32)
+
+
+def test_both_ways_to_launch_plan_alike(kernels):
+    """Without nvcc the plan is made in Python: the same regimes, the same shared memory."""
+    sides = (1, 32, 33, 64, 65, 128, 129, 320, 512, 513, 2000)
+    for shared, clusters in ((227 << 10, 8), (163 << 10, 1), (99 << 10, 8)):
+        device = nvrtc.Device(shared, clusters)
+        for kind, backward, n, m in itertools.product((0, 1), (None, 0, 1, 2), sides, sides):
+            problem = native._Problem(batch=1, n=n, m=m, kind=kind, gradient=backward or 0)
+            four = (ctypes.c_int * 4)()
+            number = kernels.optical_cuda_plan(
+                ctypes.byref(problem), backward is not None, shared, clusters, four
+            )
+            expected = None if number < 0 else (number, *four)
+            assert nvrtc.plan(n, m, kind, backward, device) == expected, (n, m, kind, backward)
 
 
 def test_refusals_are_in_words(kernels):

@@ -12,7 +12,16 @@ import optical
 PACKAGE = Path(optical.__file__).parent
 # A module may import those before it.
 ORDER = [
-    *("files", "provenance", "arguments", "native", "kernels", "iterations", "derivatives"),
+    *(
+        "files",
+        "provenance",
+        "arguments",
+        "native",
+        "nvrtc",
+        "kernels",
+        "iterations",
+        "derivatives",
+    ),
     *("reference", "costs", "dense", "cuda", "backends", "ops", "checks", "inputs", "result"),
     *("functional", "losses", "alignment"),
     *("runs", "texts", "collections", "search", "evaluation", "significance"),
@@ -24,6 +33,7 @@ ONLY = {
     "phrasebook": {"files", "runs"},
     "testing": {"arguments", "dense", "ops"},
     "native": {"arguments"},
+    "nvrtc": set(),
     "kernels": {"kernels"},
 }
 PUBLIC = [

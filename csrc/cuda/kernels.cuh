@@ -141,6 +141,10 @@ typedef Group<16, 8, Span::cluster> Cluster;
         });                                                                                    \
     }
 
+// One of the lines below, where a single kernel is compiled at its first use.
+#if defined(OPTICAL_ONLY)
+OPTICAL_ONLY
+#else
 OPTICAL_FORWARD(small, SmallWarp, 1)
 OPTICAL_FORWARD(warp, LargeWarp, 1)
 OPTICAL_FORWARD(square, SquareBlock, 4)
@@ -156,6 +160,7 @@ OPTICAL_BACKWARD(unroll_small, SmallWarp, 1, true)
 OPTICAL_BACKWARD(unroll_warp, LargeWarp, 1, true)
 OPTICAL_BACKWARD(unroll_block, OneBlock, 8, true)
 OPTICAL_BACKWARD(unroll_cluster, Cluster, 8, true)
+#endif
 #endif
 
 }  // namespace cuda

@@ -83,23 +83,23 @@ enum class Operation { forward, backward };
 
 template <typename G>
 int shared_bytes(const optical_problem& p, Operation operation, int down, int across) {
-    // Of packed problems any grid of so many warps may turn up; in one line it has the most lines.
-    if (p.offset_a && G::warps_at_once == 1) down *= across, across = 1;
+    // Of packed problems any grid of so many warps may turn up; in one row it needs the most.
+    if (p.offset_a && G::warps_at_once == 1) across *= down, down = 1;
     return operation == Operation::forward
                ? Cost<G>::shared_bytes(down, across, p.kind)
                : Gradient<G>::shared_bytes(down, across, p.kind, p.gradient);
 }
 
 // Which grids of warps fit in a block of this device.
-Limits limits(const optical_problem& p, Operation operation) {
-    optical_problem worst = p;
-    if (p.kind != OPTICAL_GIVEN) worst.kind = OPTICAL_COSINE;
-    const int bytes = shared_memory_of_device();
-    Limits most = {max_warps, blocks_of_cluster()};
+Limits limits(const optical_problem& p, Operation operation, int bytes, int blocks) {
+    Limits most = {max_warps, blocks};
     // The longest grid has the most lines.
-    while (most.warps > 0 && shared_bytes<Cluster>(worst, operation, 1, most.warps) > bytes)
+    while (most.warps > 0 && shared_bytes<Cluster>(p, operation, 1, most.warps) > bytes)
         --most.warps;
     return most;
+}
+Limits limits(const optical_problem& p, Operation operation) {
+    return limits(p, operation, shared_memory_of_device(), blocks_of_cluster());
 }
 
 // Queues what `queue(regime, most)` queues for every regime that a problem of the batch may belong
@@ -186,6 +186,20 @@ OPTICAL_API int optical_cuda_backward(const optical_problem* problem,
         return queue(unroll ? optical_unroll_block : optical_backward_block,
                      shared_bytes<OneBlock>(p, what, r.down, r.across));
     });
+}
+
+// What is launched for a padded problem: down, across, blocks, and bytes of shared memory.
+OPTICAL_API int optical_cuda_plan(const optical_problem* problem, int backward, int shared,
+                                  int clusters, int* plan) {
+    const optical_problem& p = *problem;
+    const Operation what = backward ? Operation::backward : Operation::forward;
+    const Regime r = regime_of(p.n, p.m, limits(p, what, shared, clusters));
+    plan[0] = r.down, plan[1] = r.across, plan[2] = r.blocks;
+    plan[3] = r.number == 0                ? shared_bytes<SmallWarp>(p, what, 1, 1)
+              : r.number == 1              ? shared_bytes<LargeWarp>(p, what, 1, 1)
+              : r.number == cluster_regime ? shared_bytes<Cluster>(p, what, r.down, r.across)
+                                           : shared_bytes<OneBlock>(p, what, r.down, r.across);
+    return r.number;
 }
 
 OPTICAL_API int optical_abi_version(void) { return OPTICAL_ABI_VERSION; }
