@@ -1,7 +1,7 @@
 // The kernels: which threads solve which problem, and what they write.
 #pragma once
 
-#include "gradient.cuh"
+#include "unroll.cuh"
 
 namespace optical {
 namespace cuda {
@@ -92,13 +92,21 @@ OPTICAL_DEVICE void forward(const optical_problem& p, const optical_solution& ou
     if (G::span == Span::cluster) s.g.sync();
 }
 
-template <typename G, bool unrolled>
-OPTICAL_DEVICE void backward(const optical_problem& p, const optical_gradient& out, float* history,
+template <typename G>
+OPTICAL_DEVICE void backward(const optical_problem& p, const optical_gradient& out, float*,
                              int64_t index, const Regime& regime) {
     Gradient<G> s(p, out);
-    s.history = history;
     s.start(index, regime.down, regime.across);
-    s.template differentiate<unrolled>();
+    s.differentiate();
+    if (G::span == Span::cluster) s.g.sync();
+}
+
+template <typename G>
+OPTICAL_DEVICE void unroll(const optical_problem& p, const optical_gradient& out, float* history,
+                           int64_t index, const Regime& regime) {
+    Unrolled<G> s(p, out, history);
+    s.start(index, regime.down, regime.across);
+    s.differentiate();
     if (G::span == Span::cluster) s.g.sync();
 }
 
@@ -132,12 +140,12 @@ typedef Group<16, 8, Span::cluster> Cluster;
             forward<G>(p, out, index, regime);                                                 \
         });                                                                                    \
     }
-#define OPTICAL_BACKWARD(name, G, warps, unrolled)                                             \
+#define OPTICAL_BACKWARD(name, G, warps, backward)                                             \
     OPTICAL_KERNEL(optical_##name, 32 * warps)                                                 \
     (const optical_problem p, const optical_gradient out, float* history, const Limits most,   \
      int number) {                                                                             \
         for_problem(p, number, most, [&](int64_t index, const Regime& regime) {                \
-            backward<G, unrolled>(p, out, history, index, regime);                             \
+            backward<G>(p, out, history, index, regime);                                       \
         });                                                                                    \
     }
 
@@ -152,14 +160,14 @@ OPTICAL_FORWARD(block, OneBlock, 8)
 OPTICAL_FORWARD(cluster, Cluster, 8)
 // Those that take long to compile, which a look at the iteration does not need.
 #if !defined(OPTICAL_FORWARD_ONLY)
-OPTICAL_BACKWARD(backward_small, SmallWarp, 1, false)
-OPTICAL_BACKWARD(backward_warp, LargeWarp, 1, false)
-OPTICAL_BACKWARD(backward_block, OneBlock, 8, false)
-OPTICAL_BACKWARD(backward_cluster, Cluster, 8, false)
-OPTICAL_BACKWARD(unroll_small, SmallWarp, 1, true)
-OPTICAL_BACKWARD(unroll_warp, LargeWarp, 1, true)
-OPTICAL_BACKWARD(unroll_block, OneBlock, 8, true)
-OPTICAL_BACKWARD(unroll_cluster, Cluster, 8, true)
+OPTICAL_BACKWARD(backward_small, SmallWarp, 1, backward)
+OPTICAL_BACKWARD(backward_warp, LargeWarp, 1, backward)
+OPTICAL_BACKWARD(backward_block, OneBlock, 8, backward)
+OPTICAL_BACKWARD(backward_cluster, Cluster, 8, backward)
+OPTICAL_BACKWARD(unroll_small, SmallWarp, 1, unroll)
+OPTICAL_BACKWARD(unroll_warp, LargeWarp, 1, unroll)
+OPTICAL_BACKWARD(unroll_block, OneBlock, 8, unroll)
+OPTICAL_BACKWARD(unroll_cluster, Cluster, 8, unroll)
 #endif
 #endif
 
