@@ -29,8 +29,10 @@ COLUMNS = (
 ITERATION = {"small": 2 * 8 * 4, **dict.fromkeys(("warp", "square", "block", "cluster"), 256)}
 
 
-def compile_kernels(architecture: str, folder: Path, *flags: str) -> tuple[Path, str]:
-    """A cubin in ``folder``, and what ptxas says of it.
+def compile_kernels(
+    architecture: str, folder: Path, *flags: str, source: Path | None = None
+) -> tuple[Path, str]:
+    """A cubin in ``folder`` of all kernels, or of another source, and what ptxas says of it.
 
     Raises:
         RuntimeError: there is no nvcc, or it failed.
@@ -40,7 +42,8 @@ def compile_kernels(architecture: str, folder: Path, *flags: str) -> tuple[Path,
         raise RuntimeError("nvcc was not found")
     cubin = folder / f"{architecture}.cubin"
     command = [*nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v"]
-    command += [*flags, str(sources / "cuda" / "sinkhorn.cu"), "-o", str(cubin)]
+    source = source or sources / "cuda" / "sinkhorn.cu"
+    command += [*flags, f"-I{sources / 'cuda'}", str(source), "-o", str(cubin)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(result.stderr)
@@ -81,7 +84,8 @@ def hot_loops(cubin: Path) -> dict[str, Counter[str]]:
     found = {}
     for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
         kind = name.rsplit("_", 1)[-1]
-        loop = _hot_loop(body, ITERATION[kind]) if kind in ITERATION else None
+        iterates = kind in ITERATION and "_backward_" not in name
+        loop = _hot_loop(body, ITERATION[kind]) if iterates else None
         if loop is not None:
             counts = Counter(operation.split()[0].split(".")[0] for operation in loop)
             counts["loop"] = len(loop)
@@ -113,9 +117,11 @@ def _hot_loop(body: str, multiply_adds: int) -> list[str] | None:
     return min(loops, key=len, default=None)
 
 
-def rows(architecture: str, folder: Path, *flags: str) -> list[dict[str, Any]]:
+def rows(
+    architecture: str, folder: Path, *flags: str, source: Path | None = None
+) -> list[dict[str, Any]]:
     """The rows of the table for one architecture."""
-    cubin, said = compile_kernels(architecture, folder, *flags)
+    cubin, said = compile_kernels(architecture, folder, *flags, source=source)
     loops = hot_loops(cubin)
     table = []
     for name, numbers in sorted(resources(said).items()):

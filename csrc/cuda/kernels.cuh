@@ -149,7 +149,7 @@ typedef Group<16, 8, Span::cluster> Cluster;
         });                                                                                    \
     }
 
-// One of the lines below, where a single kernel is compiled at its first use.
+// Some of the lines below, where a kernel is compiled at its first use.
 #if defined(OPTICAL_ONLY)
 OPTICAL_ONLY
 #else
@@ -158,8 +158,6 @@ OPTICAL_FORWARD(warp, LargeWarp, 1)
 OPTICAL_FORWARD(square, SquareBlock, 4)
 OPTICAL_FORWARD(block, OneBlock, 8)
 OPTICAL_FORWARD(cluster, Cluster, 8)
-// Those that take long to compile, which a look at the iteration does not need.
-#if !defined(OPTICAL_FORWARD_ONLY)
 OPTICAL_BACKWARD(backward_small, SmallWarp, 1, backward)
 OPTICAL_BACKWARD(backward_warp, LargeWarp, 1, backward)
 OPTICAL_BACKWARD(backward_block, OneBlock, 8, backward)
@@ -168,7 +166,6 @@ OPTICAL_BACKWARD(unroll_small, SmallWarp, 1, unroll)
 OPTICAL_BACKWARD(unroll_warp, LargeWarp, 1, unroll)
 OPTICAL_BACKWARD(unroll_block, OneBlock, 8, unroll)
 OPTICAL_BACKWARD(unroll_cluster, Cluster, 8, unroll)
-#endif
 #endif
 
 }  // namespace cuda

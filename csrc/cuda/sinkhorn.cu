@@ -2,8 +2,6 @@
 // Compiled by nvcc for GPUs, and as C++ with OPTICAL_ON_HOST for the tests on the CPU.
 #include "kernels.cuh"
 
-#if !defined(OPTICAL_FORWARD_ONLY)
-
 #if !defined(OPTICAL_ON_HOST)
 #include <cuda_runtime.h>
 #endif
@@ -212,5 +210,3 @@ OPTICAL_API void optical_host_seed(uint64_t seed) { host::machine().random = see
 #endif
 
 }  // extern "C"
-
-#endif
