@@ -183,10 +183,14 @@ def _find_or_build() -> Any:
         raise BuildError(f"{why} and their sources are not part of this installation")
     nvcc = find_nvcc()
     if nvcc is not None:
-        return _open_cached(folder, nvcc, _present_architectures())
+        try:
+            return _open_cached(folder, nvcc, _present_architectures())
+        except BuildError as error:
+            why = str(error)
     compiler = nvrtc.find()
     if compiler is None:
-        raise BuildError(f"{why}, and neither nvcc nor NVRTC was found")
+        missing = "NVRTC was not" if nvcc else "neither nvcc nor NVRTC was"
+        raise BuildError(f"{why}, and {missing} found")
     cache = native._cache_folder()
 
     def cubin(kernel: str, architecture: str) -> bytes:
