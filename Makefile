@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install study test test-slow check format fuzz sanitize bench plots gpu clean
+.PHONY: install study test test-slow check format fuzz sanitize bench plots gpu cuda-resources clean
 
 install: $(STAMP)
 
@@ -75,5 +75,9 @@ gpu: $(STAMP)
 plots: $(STAMP)
 	$(MEASURE) report
 
+# Registers, spills and hot loops of the CUDA kernels, by nvcc and without a GPU.
+cuda-resources: $(STAMP)
+	$(BIN)/python -m benchmarks.cuda_resources
+
 clean:
-	rm -rf build dist *.egg-info optical/_cpu.* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info optical/_cpu.* optical/_cuda.* .pytest_cache .mypy_cache .ruff_cache

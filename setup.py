@@ -1,5 +1,7 @@
 """Builds the CPU library when a compiler is at hand, and maps folders to packages.
 
+With nvcc and a CUDA device at hand, the CUDA kernels are built too, for that device.
+
 The library has a plain C interface, so nothing here needs PyTorch and a wheel that holds it serves
 every Python 3. Without a compiler the same command gives a pure-Python wheel, which carries the
 sources and builds them at first use where a compiler is found.
@@ -18,28 +20,39 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 
 
-def recipe() -> ModuleType:
-    """optical/native.py by its path: importing the package would need PyTorch."""
-    spec = importlib.util.spec_from_file_location("_native", ROOT / "optical" / "native.py")
+def recipe(name: str) -> ModuleType:
+    """A module of the package by its path: importing the package would need PyTorch."""
+    spec = importlib.util.spec_from_file_location(f"_{name}", ROOT / "optical" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-native = recipe()
+native, cuda = recipe("native"), recipe("cuda")
 compiler = native.find_compiler()
+nvcc = cuda.find_nvcc() if compiler else None
+architectures = cuda.architectures_of_driver() if nvcc else ()
+extensions = [Extension("optical._cpu", sources=[], optional=True)] if compiler else []
+if architectures:
+    extensions.append(Extension("optical._cuda", sources=[], optional=True))
 
 
 class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
         try:
-            native.build(ROOT / "csrc", Path(self.get_ext_fullpath(ext.name)), compiler)
-        except native.BuildError as error:
+            if ext.name == "optical._cuda":
+                cuda.build(ROOT / "csrc", target, nvcc, architectures)
+            else:
+                native.build(ROOT / "csrc", target, compiler)
+        except (native.BuildError, cuda.BuildError) as error:
             # The extension is optional: setuptools reports this and goes on without it.
             raise CompileError(str(error)) from error
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")[:-1], native.LIBRARY_NAME)
+        *folders, name = fullname.split(".")
+        library = cuda.LIBRARY_NAME if name == "_cuda" else native.LIBRARY_NAME
+        return os.path.join(*folders, library)
 
 
 class LibraryWheel(bdist_wheel):
@@ -67,9 +80,9 @@ setup(
     include_package_data=False,  # the lists below are complete
     package_data={
         "optical": ["py.typed", "data/**/*"],
-        "optical.csrc": ["*.h", "cpu/*.h", "cpu/*.cpp"],
+        "optical.csrc": ["*.h", "cpu/*.h", "cpu/*.cpp", "cuda/*.cuh", "cuda/*.cu"],
     },
-    ext_modules=[Extension("optical._cpu", sources=[], optional=True)] if compiler else [],
+    ext_modules=extensions,
     distclass=LibraryDistribution,
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": LibraryWheel},
 )

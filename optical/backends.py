@@ -48,6 +48,32 @@ class Backend:
     apply_plan: Callable[[Arguments, Tensor, Tensor, Tensor, bool], Tensor]
 
 
+def _cuda_supports(arguments: Arguments) -> str | None:
+    from optical import cuda
+
+    return cuda.supports(arguments)
+
+
+def _cuda_forward(arguments: Arguments) -> Outputs:
+    from optical import cuda
+
+    return cuda.forward(arguments)
+
+
+def _cuda_backward(*upstream_arguments_and_outputs: Any) -> Gradients:
+    from optical import cuda
+
+    return cuda.backward(*upstream_arguments_and_outputs)
+
+
+def _cuda_apply_plan(
+    arguments: Arguments, f: Tensor, g: Tensor, v: Tensor, transpose: bool
+) -> Tensor:
+    from optical import cuda
+
+    return cuda.apply_plan(arguments, f, g, v, transpose)
+
+
 def _triton_supports(arguments: Arguments) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -120,6 +146,15 @@ def _reference_supports(arguments: Arguments) -> str | None:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
+        Backend(
+            "cuda",
+            ("cuda",),
+            False,
+            _cuda_supports,
+            _cuda_forward,
+            _cuda_backward,
+            _cuda_apply_plan,
+        ),
         Backend(
             "triton",
             ("cuda",),

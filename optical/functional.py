@@ -103,8 +103,9 @@ def sinkhorn(
         precision: "exact" computes in float32 (float64 for float64 inputs) throughout. "fast" lets
             a GPU backend keep the plan of the iterations in float16, which rounds the cost by up to
             epsilon / 2048. Backends that gain nothing by it, the CPU's among them, stay exact.
-        backend: "auto", "triton", "cpu" or "reference"; the environment variable OPTICAL_BACKEND
-            replaces "auto". ``optical.backends.explain`` says which one serves a problem and why.
+        backend: "auto", "cuda", "triton", "cpu" or "reference"; the environment variable
+            OPTICAL_BACKEND replaces "auto". ``optical.backends.explain`` says which one serves a
+            problem and why.
 
     Returns:
         SinkhornResult. A problem with one side entirely absent has value 0 and gradient 0.

@@ -306,7 +306,7 @@ def test_the_environment_variable_replaces_auto_only_and_is_read_at_each_call(ta
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
-    wanted = "backend is 'gpu'; expected one of 'auto', 'triton', 'cpu', 'reference'"
+    wanted = "backend is 'gpu'; expected one of 'auto', 'cuda', 'triton', 'cpu', 'reference'"
     with pytest.raises(ValueError, match=wanted):
         sinkhorn(COST, epsilon=0.1, backend="gpu")
 

@@ -12,8 +12,9 @@ import optical
 PACKAGE = Path(optical.__file__).parent
 # A module may import those before it.
 ORDER = [
-    *("files", "provenance", "arguments", "native", "kernels", "iterations", "derivatives"),
-    *("reference", "costs", "dense", "backends", "ops", "checks", "inputs", "result"),
+    *("files", "provenance", "arguments", "native", "nvrtc", "kernels", "iterations"),
+    "derivatives",
+    *("reference", "costs", "dense", "cuda", "backends", "ops", "checks", "inputs", "result"),
     *("functional", "losses", "objectives"),
     *(
         "runs",
@@ -36,6 +37,7 @@ ONLY = {
     "testing": {"arguments", "dense", "ops"},
     "native": {"arguments"},
     "kernels": {"kernels", "arguments"},
+    "nvrtc": set(),
 }
 PUBLIC = [
     "BackendUnsupported",

@@ -48,7 +48,7 @@ def check_contents(names):
     kernels = [path.name for path in (ROOT / "kernels" / "triton").glob("*.py")]
     csrc = [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.[hc]*")]
     expected = {f"optical/kernels/{name}" for name in kernels}
-    expected |= {f"optical/{name}" for name in csrc if name.endswith((".h", ".cpp"))}
+    expected |= {f"optical/{name}" for name in csrc if name.endswith((".h", ".cpp", ".cuh", ".cu"))}
     expected |= {f"optical/{path.name}" for path in (ROOT / "optical").glob("*.py")}
     data = (path for path in (ROOT / "optical" / "data").rglob("*") if path.is_file())
     expected |= {path.relative_to(ROOT).as_posix() for path in data}

@@ -1,0 +1,155 @@
+"""What the CUDA compiler makes of the kernels, without a GPU: registers, spills, hot loops.
+
+``python -m benchmarks.cuda_resources`` compiles them for every architecture and writes the rows of
+``benchmarks/results/cuda_resources.csv``. The hot loop of a kernel is the innermost one with a
+multiply-add for each entry of the tile and half-step; all of its instructions are counted, those
+of branches seldom taken included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from optical import cuda, native
+
+TABLE = Path(__file__).parent / "results" / "cuda_resources.csv"
+COLUMNS = (
+    *("architecture", "kernel", "registers", "stack", "spill_stores", "spill_loads"),
+    *("loop", "ffma", "shfl", "mufu", "bar", "lds_sts", "ldl_stl"),
+)
+# Multiply-adds of one iteration on the tile of a lane.
+ITERATION = {"small": 2 * 8 * 4, **dict.fromkeys(("warp", "square", "block", "cluster"), 256)}
+
+
+def compile_kernels(
+    architecture: str, folder: Path, *flags: str, source: Path | None = None
+) -> tuple[Path, str]:
+    """A cubin in ``folder`` of all kernels, or of another source, and what ptxas says of it.
+
+    Raises:
+        RuntimeError: there is no nvcc, or it failed.
+    """
+    nvcc, sources = cuda.find_nvcc(), native.source_folder()
+    if nvcc is None or sources is None:
+        raise RuntimeError("nvcc was not found")
+    cubin = folder / f"{architecture}.cubin"
+    command = [*nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas=-v"]
+    source = source or sources / "cuda" / "sinkhorn.cu"
+    command += [*flags, f"-I{sources / 'cuda'}", str(source), "-o", str(cubin)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(result.stderr)
+    return cubin, result.stderr
+
+
+def resources(said: str) -> dict[str, dict[str, int]]:
+    """Kernel -> registers, stack and spills, out of the output of ``ptxas -v``."""
+    found = {}
+    for block in said.split("Compiling entry function '")[1:]:
+        name = block.split("'", 1)[0]
+        numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", block)
+        registers = re.search(r"Used (\d+) registers", block)
+        if numbers is None or registers is None:
+            raise ValueError(f"no resources of {name} in the output of ptxas")
+        stack, stores, loads = map(int, numbers.groups())
+        found[name] = {"registers": int(registers.group(1)), "stack": stack}
+        found[name] |= {"spill_stores": stores, "spill_loads": loads}
+    return found
+
+
+def disassembler() -> Path | None:
+    """nvdisasm, as the package triton brings it."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or not spec.origin:
+        return None
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    return path if path.is_file() else None
+
+
+def hot_loops(cubin: Path) -> dict[str, Counter[str]]:
+    """Kernel -> instructions of its hot loop by name, and their number as "loop"."""
+    tool = disassembler()
+    if tool is None:
+        return {}
+    text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    pieces = re.split(r"\n\.text\.(\w+):", text)
+    found = {}
+    for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
+        kind = name.rsplit("_", 1)[-1]
+        iterates = kind in ITERATION and "_backward_" not in name
+        loop = _hot_loop(body, ITERATION[kind]) if iterates else None
+        if loop is not None:
+            counts = Counter(operation.split()[0].split(".")[0] for operation in loop)
+            counts["loop"] = len(loop)
+            found[name] = counts
+    return found
+
+
+def _hot_loop(body: str, multiply_adds: int) -> list[str] | None:
+    labels: dict[str, int] = {}
+    operations: list[str] = []
+    for line in body.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line)
+        if label:
+            labels[label.group(1)] = len(operations)
+        elif instruction:
+            operations.append(instruction.group(1))
+    loops = []
+    for end, operation in enumerate(operations):
+        target = re.search(r"\.L_x_\d+", operation)
+        start = labels.get(target.group(0)) if target and operation.startswith("BRA") else None
+        if start is not None and start <= end:
+            loop = operations[start : end + 1]
+            # Shuffles tell an iteration from the loops that multiply vectors.
+            if sum(x.startswith("FFMA") for x in loop) >= multiply_adds and any(
+                x.startswith("SHFL") for x in loop
+            ):
+                loops.append(loop)
+    return min(loops, key=len, default=None)
+
+
+def rows(
+    architecture: str, folder: Path, *flags: str, source: Path | None = None
+) -> list[dict[str, Any]]:
+    """The rows of the table for one architecture."""
+    cubin, said = compile_kernels(architecture, folder, *flags, source=source)
+    loops = hot_loops(cubin)
+    table = []
+    for name, numbers in sorted(resources(said).items()):
+        row: dict[str, Any] = {"architecture": architecture, "kernel": name, **numbers}
+        counts = loops.get(name)
+        if counts:
+            row |= {"loop": counts["loop"], "ffma": counts["FFMA"], "shfl": counts["SHFL"]}
+            row |= {"mufu": counts["MUFU"], "bar": counts["BAR"] + counts["UCGABAR_ARV"]}
+            row |= {"lds_sts": counts["LDS"] + counts["STS"]}
+            row |= {"ldl_stl": counts["LDL"] + counts["STL"]}
+        table.append(row)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--architectures", nargs="+", default=list(cuda.ARCHITECTURES))
+    parser.add_argument("--output", type=Path, default=TABLE)
+    options = parser.parse_args()
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for architecture in options.architectures:
+            table += rows(architecture, Path(folder))
+    with open(options.output, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+// The threads that solve one problem, and the sums they form together.
+//
+// A problem is a grid of warp tiles. The lanes of a warp form a grid of 4 x 8, and each lane holds
+// RI x RJ entries of the tile in registers: RI rows, shared with the 8 lanes of its row of the
+// grid, and RJ columns, shared with the 4 lanes of its column. Warps stand in `across` columns and
+// `down` rows; the blocks of a cluster divide the rows.
+//
+// The slots in which a lane holds its rows are in an order of its own, row = first + (slot ^ lane
+// bits): then a sum over lanes is a butterfly in which each lane sends its upper slots and keeps
+// its lower ones, without a single select, and ends with OI = RI / 8 rows that it owns. Spreading
+// values from their owners back to all lanes is the same butterfly in reverse. Columns likewise.
+//
+// Values of owned lines are computed alike by every warp that needs them, so that between warps
+// only partial sums pass through shared memory, with one barrier each.
+#pragma once
+
+#include "primitives.cuh"
+
+namespace optical {
+namespace cuda {
+
+// Who solves a problem: one warp, one block, or a cluster of blocks.
+enum class Span { warp, block, cluster };
+
+struct Sum {
+    static OPTICAL_DEVICE float of(float x, float y) { return x + y; }
+};
+struct Least {
+    static OPTICAL_DEVICE float of(float x, float y) { return smaller(x, y); }
+};
+
+// What a warp tells all others beside its partial sums.
+struct Note {
+    unsigned flags;
+    float residual;
+};
+
+constexpr int max_warps = 8;
+constexpr int lanes_down = 4, lanes_across = 8;
+
+// DOWN and ACROSS fix the grid of warps at compile time, where they are not 0.
+template <int RI_, int RJ_, Span span_, int DOWN = 0, int ACROSS = 0>
+struct Group {
+    static constexpr int RI = RI_, RJ = RJ_;
+    static constexpr Span span = span_;
+    static constexpr int OI = RI / lanes_across, OJ = RJ / lanes_down;
+    static constexpr int warps_at_once = DOWN * ACROSS > 0 ? DOWN * ACROSS : 1;
+    static constexpr int tile_rows = lanes_down * RI, tile_columns = lanes_across * RJ;
+
+    int thread, threads, lane, lane_down, lane_across, warp, warp_down, warp_across;
+    int down, across;       // the grid of warps of this block
+    int rank, blocks;       // in the cluster
+    int first_row, first_column;  // of this lane
+    int row_turn, column_turn, scalar_turn;
+    // Exchanged between warps, twice: while some still read one copy, others write the next.
+    float *row_parts, *column_parts;
+    Note* notes;
+    double* scalars;
+    static constexpr int scalars_per_warp = 6;
+
+    static OPTICAL_ANYWHERE int exchange_bytes(int down, int across) {
+        if (span == Span::warp) return 0;
+        const int warps = down * across;
+        return 2 * (warps * (32 * (OI + OJ) * 4 + (int)sizeof(Note) + scalars_per_warp * 8));
+    }
+
+    OPTICAL_DEVICE void start(char* memory, int warps_down, int warps_across) {
+        thread = thread_index(), lane = thread % 32, warp = thread / 32;
+        lane_down = lane / lanes_across, lane_across = lane % lanes_across;
+        down = DOWN > 0 ? DOWN : warps_down, across = ACROSS > 0 ? ACROSS : warps_across;
+        threads = 32 * down * across;
+        warp_down = span == Span::warp ? 0 : warp / across;
+        warp_across = span == Span::warp ? 0 : warp % across;
+        rank = span == Span::cluster ? cluster_rank() : 0;
+        blocks = span == Span::cluster ? cluster_size() : 1;
+        first_row = (rank * down + warp_down) * tile_rows + lane_down * RI;
+        first_column = warp_across * tile_columns + lane_across * RJ;
+        row_turn = column_turn = scalar_turn = 0;
+        const int warps = down * across;
+        scalars = (double*)memory;
+        notes = (Note*)(scalars + 2 * warps * scalars_per_warp);
+        row_parts = (float*)(notes + 2 * warps);
+        column_parts = row_parts + 2 * warps * 32 * OI;
+    }
+
+    OPTICAL_DEVICE int row(int slot) const { return first_row + (slot ^ (lane_across * OI)); }
+    OPTICAL_DEVICE int column(int slot) const { return first_column + (slot ^ (lane_down * OJ)); }
+    OPTICAL_DEVICE int own_row(int o) const { return first_row + lane_across * OI + o; }
+    OPTICAL_DEVICE int own_column(int o) const { return first_column + lane_down * OJ + o; }
+
+    OPTICAL_DEVICE void sync() const {
+        if (span == Span::warp) sync_warp();
+        else if (span == Span::block) sync_block();
+        else sync_cluster();
+    }
+    OPTICAL_DEVICE void sync_own_block() const {
+        if (span == Span::warp) sync_warp();
+        else sync_block();
+    }
+    OPTICAL_DEVICE bool any_in_block(bool here) const {
+        return span == Span::warp ? warp_or(here) != 0 : sync_block_or(here);
+    }
+    template <typename Element>
+    OPTICAL_DEVICE const Element* at_block(const Element* local, int block) const {
+        return span == Span::cluster ? remote(local, block) : local;
+    }
+
+    // ---------------------------------------------------------------------------- within a warp
+
+    // The sums (or minima) over the lanes across, of a lane's rows: `out` for those it owns.
+    template <typename Op>
+    OPTICAL_DEVICE void fold_rows(float (&x)[RI], float (&out)[OI]) const {
+        OPTICAL_EACH
+        for (int half = RI / 2; half >= OI; half /= 2)
+            OPTICAL_EACH
+            for (int s = 0; s < RI / 2; ++s)
+                if (s < half) x[s] = Op::of(x[s], shuffle_xor(x[s + half], half / OI));
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) out[o] = x[o];
+    }
+    template <typename Op>
+    OPTICAL_DEVICE void fold_columns(float (&x)[RJ], float (&out)[OJ]) const {
+        OPTICAL_EACH
+        for (int half = RJ / 2; half >= OJ; half /= 2)
+            OPTICAL_EACH
+            for (int s = 0; s < RJ / 2; ++s)
+                if (s < half)
+                    x[s] = Op::of(x[s], shuffle_xor(x[s + half], half / OJ * lanes_across));
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) out[o] = x[o];
+    }
+    OPTICAL_DEVICE void spread_rows(const float (&own)[OI], float (&x)[RI]) const {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) x[o] = own[o];
+        OPTICAL_EACH
+        for (int half = OI; half < RI; half *= 2)
+            OPTICAL_EACH
+            for (int s = 0; s < RI / 2; ++s)
+                if (s < half) x[s + half] = shuffle_xor(x[s], half / OI);
+    }
+    OPTICAL_DEVICE void spread_columns(const float (&own)[OJ], float (&x)[RJ]) const {
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) x[o] = own[o];
+        OPTICAL_EACH
+        for (int half = OJ; half < RJ; half *= 2)
+            OPTICAL_EACH
+            for (int s = 0; s < RJ / 2; ++s)
+                if (s < half) x[s + half] = shuffle_xor(x[s], half / OJ * lanes_across);
+    }
+
+    // A row at a time, in loops that are not unrolled: where speed does not count, this saves
+    // registers, code and the time to compile it. Row `q` of the lanes across is in this slot:
+    OPTICAL_DEVICE int slot_of(int q) const { return q ^ (lane_across * OI); }
+    OPTICAL_DEVICE float row_value(const float (&own)[OI], int q) const {
+        float x = own[0];
+        OPTICAL_EACH
+        for (int o = 1; o < OI; ++o) x = q % OI == o ? own[o] : x;
+        return shuffle(x, lane_down * lanes_across + q / OI);
+    }
+    template <typename Op>
+    OPTICAL_DEVICE void fold_row(float x, int q, float (&out)[OI]) const {
+        OPTICAL_EACH
+        for (int mask = 1; mask < lanes_across; mask *= 2) x = Op::of(x, shuffle_xor(x, mask));
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) out[o] = q == lane_across * OI + o ? x : out[o];
+    }
+
+    // ---------------------------------------------------------------------------- between warps
+
+    // Sums over all columns of the problem, for the rows that a lane owns.
+    template <typename Op>
+    OPTICAL_DEVICE void rows(float (&x)[RI], float (&out)[OI]) {
+        fold_rows<Op>(x, out);
+        combine_rows<Op>(out);
+    }
+    template <typename Op>
+    OPTICAL_DEVICE void combine_rows(float (&out)[OI]) {
+        if (span == Span::warp) return;
+        float* const parts = row_parts + row_turn * down * across * 32 * OI;
+        row_turn ^= 1;
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) parts[(warp * 32 + lane) * OI + o] = out[o];
+        sync_block();
+        const float* from = parts + (warp_down * across * 32 + lane) * OI;
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) out[o] = from[o];
+        OPTICAL_WARPS
+        for (int w = 1; w < across; ++w) {
+            from += 32 * OI;
+            OPTICAL_EACH
+            for (int o = 0; o < OI; ++o) out[o] = Op::of(out[o], from[o]);
+        }
+    }
+
+    // Sums over all rows of the problem, and `pad`, for the columns that a lane owns: they are
+    // left in the first places of x. Of the notes of all warps, the flags are united, together with what `check` says of the sums of every
+    // column, and with `total` the residuals of all rows added.
+    template <typename Op, typename Check>
+    OPTICAL_DEVICE void columns(float (&x)[RJ], const float (&pad)[OJ], Note& note, bool total,
+                                Check check) {
+        float sum[OJ];
+        fold_columns<Op>(x, sum);
+        if (total) note.residual = over_lanes(note.residual);
+        const bool first = rank == 0 && warp_down == 0;
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) sum[o] += first ? pad[o] : 0.0f;
+        unsigned flags = note.flags;
+        if (span != Span::warp) {
+            const int warps = down * across;
+            float* const parts = column_parts + column_turn * warps * 32 * OJ;
+            Note* const copies = notes + column_turn * warps;
+            column_turn ^= 1;
+            OPTICAL_EACH
+            for (int o = 0; o < OJ; ++o) parts[(warp * 32 + lane) * OJ + o] = sum[o];
+            if (span == Span::cluster) note.flags = warp_or(flags);
+            if ((total || span == Span::cluster) && lane == 0) copies[warp] = note;
+            if (span == Span::block) flags = sync_between(flags);
+            else sync();
+            const float* const mine = parts + (warp_across * 32 + lane) * OJ;
+            OPTICAL_ROLLED
+            for (int b = 0; b < blocks; ++b) {
+                const float* const there = at_block(mine, b);
+                OPTICAL_WARPS
+                for (int w = 0; w < down; ++w)
+                    OPTICAL_EACH
+                    for (int o = 0; o < OJ; ++o) {
+                        const float part = there[w * across * 32 * OJ + o];
+                        sum[o] = b == 0 && w == 0 ? part : Op::of(sum[o], part);
+                    }
+                if (span == Span::cluster && lane < warps)
+                    flags |= at_block(copies, b)[lane].flags;
+            }
+            if (span == Span::block) {
+                // The other columns once more, which saves a barrier.
+                OPTICAL_WARPS
+                for (int k = 1; k < across; ++k) {
+                    const int q = warp_across + k < across ? k : k - across;
+                    OPTICAL_EACH
+                    for (int o = 0; o < OJ; ++o) {
+                        float other = mine[q * 32 * OJ + o];
+                        OPTICAL_WARPS
+                        for (int w = 1; w < down; ++w)
+                            other = Op::of(other, mine[(w * across + q) * 32 * OJ + o]);
+                        flags |= check(other);
+                    }
+                }
+            }
+            if (total) {
+                note.residual = 0;
+                OPTICAL_ROLLED
+                for (int b = 0; b < blocks; ++b)
+                    OPTICAL_ROLLED
+                    for (int w = 0; w < down; ++w)
+                        note.residual += at_block(copies, b)[w * across].residual;
+            }
+        }
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            flags |= check(sum[o]);
+            x[o] = sum[o];
+        }
+        note.flags = span == Span::cluster ? united_in_block(flags) : warp_or(flags);
+    }
+    template <typename Op>
+    OPTICAL_DEVICE void columns(float (&x)[RJ], float (&out)[OJ]) {
+        float none[OJ];
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) none[o] = 0;
+        Note note = {0, 0};
+        columns<Op>(x, none, note, false, [](float) { return 0u; });
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) out[o] = x[o];
+    }
+
+    // The barrier of a block that the tests leave out, to see that they would notice.
+    OPTICAL_DEVICE static unsigned sync_between(unsigned flags) {
+#if defined(OPTICAL_WITHOUT_BARRIER)
+        return flags;
+#else
+        return sync_block_or(flags != 0) ? 1u : 0u;
+#endif
+    }
+
+    // ----------------------------------------------------------------------------------- scalars
+
+    template <typename Value>
+    OPTICAL_DEVICE static Value over_lanes(Value x) {
+        OPTICAL_EACH
+        for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+        return x;
+    }
+
+    // Sums over all rows, or over all columns, of what every lane has of those it owns.
+    template <int N>
+    OPTICAL_DEVICE void total(double (&x)[N], bool of_rows) {
+        OPTICAL_EACH
+        for (int k = 0; k < N; ++k) x[k] = over_lanes(x[k]);
+        if (span == Span::warp) return;
+        double* const all = scalars + scalar_turn * down * across * scalars_per_warp;
+        scalar_turn ^= 1;
+        OPTICAL_EACH
+        for (int k = 0; k < N; ++k)
+            if (lane == k) all[warp * scalars_per_warp + k] = x[k];
+        sync();
+        OPTICAL_EACH
+        for (int k = 0; k < N; ++k) x[k] = 0;
+        const int count = of_rows ? down : across, step = of_rows ? across : 1;
+        OPTICAL_ROLLED
+        for (int b = 0; b < (of_rows ? blocks : 1); ++b) {
+            const double* const from = at_block(all, b);
+            OPTICAL_WARPS
+            for (int w = 0; w < count; ++w)
+                OPTICAL_EACH
+                for (int k = 0; k < N; ++k) x[k] += from[w * step * scalars_per_warp + k];
+        }
+    }
+
+    // The union of what all threads found.
+    OPTICAL_DEVICE unsigned united(unsigned bits) {
+        bits = warp_or(bits);
+        if (span == Span::warp) return bits;
+        const int warps = down * across;
+        double* const all = scalars + scalar_turn * warps * scalars_per_warp;
+        scalar_turn ^= 1;
+        if (lane == 0) all[warp * scalars_per_warp] = (double)bits;
+        sync();
+        unsigned found = 0;
+        for (int b = 0; b < blocks; ++b)
+            if (lane < warps) found |= (unsigned)at_block(all, b)[lane * scalars_per_warp];
+        return warp_or(found);
+    }
+
+    // Of what concerns columns, which every block knows alike.
+    OPTICAL_DEVICE unsigned united_in_block(unsigned bits) {
+        bits = warp_or(bits);
+        if (span == Span::warp) return bits;
+        double* const all = scalars + scalar_turn * down * across * scalars_per_warp;
+        scalar_turn ^= 1;
+        if (lane == 0) all[warp * scalars_per_warp] = (double)bits;
+        sync_block();
+        unsigned found = 0;
+        if (lane < down * across) found = (unsigned)all[lane * scalars_per_warp];
+        return warp_or(found);
+    }
+};
+
+}  // namespace cuda
+}  // namespace optical

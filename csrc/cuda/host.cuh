@@ -1,0 +1,296 @@
+// The primitives on the CPU, for tests: one fiber per thread, one scheduler, no second core.
+//
+// A fiber runs until it meets others, at a shuffle, a vote or a barrier; then another one, chosen
+// at random by the seed, runs. Shared memory starts as NaN. A barrier that is missing shows as a
+// wrong result or NaN under some schedule, one that not all threads reach as a deadlock.
+#pragma once
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <functional>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#define OPTICAL_DEVICE inline
+#define OPTICAL_ANYWHERE inline
+#define OPTICAL_KERNEL(name, threads) inline void name
+#define OPTICAL_EACH
+#define OPTICAL_ROLLED
+#define OPTICAL_WARPS
+
+namespace optical {
+namespace cuda {
+namespace host {
+
+#if defined(__x86_64__)
+// Saves the registers that a function must keep, and changes stacks.
+extern "C" void optical_switch(void** save, void* load);
+asm(R"(
+.text
+.type optical_switch,@function
+optical_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size optical_switch,.-optical_switch
+)");
+struct Context {
+    void* stack = nullptr;
+    void prepare(char* bottom, size_t size, void (*entry)()) {
+        void** top = (void**)((uintptr_t)(bottom + size) & ~(uintptr_t)15);
+        *--top = nullptr;  // keeps the stack aligned as after a call
+        *--top = (void*)entry;
+        for (int i = 0; i < 6; ++i) *--top = nullptr;
+        stack = top;
+    }
+    static void change(Context& from, Context& to) { optical_switch(&from.stack, to.stack); }
+};
+#else
+struct Context {
+    ucontext_t context;
+    void prepare(char* bottom, size_t size, void (*entry)()) {
+        getcontext(&context);
+        context.uc_stack.ss_sp = bottom, context.uc_stack.ss_size = size;
+        context.uc_link = nullptr;
+        makecontext(&context, entry, 0);
+    }
+    static void change(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+#endif
+
+struct Thread;
+
+// Where `expected` threads wait for one another.
+struct Meeting {
+    int expected = 0;
+    std::vector<Thread*> waiting;
+};
+
+struct Warp {
+    Meeting meeting;
+    uint64_t values[2][32];
+    unsigned fragments[2][32][6];
+};
+
+struct Block {
+    Meeting meeting;
+    std::vector<char> shared;
+    char* aligned;
+    int index, rank;
+    unsigned votes[3] = {0, 0, 0};
+};
+
+struct Thread {
+    Context context;
+    Block* block;
+    Warp* warp;
+    int index, turn = 0, block_turn = 0;
+};
+
+constexpr size_t stack_bytes = 96 << 10;
+
+struct Machine {
+    Meeting cluster;
+    int cluster_size, threads;
+    std::vector<Thread*> ready;
+    Thread* self = nullptr;
+    Context scheduler;
+    const std::function<void()>* body;
+    uint64_t random = 1;
+    bool failed = false;
+
+    uint64_t next() {
+        random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+        return random;
+    }
+};
+
+inline Machine& machine() {
+    static Machine the;
+    return the;
+}
+
+inline void release(Meeting& meeting) {
+    Machine& m = machine();
+    for (Thread* thread : meeting.waiting) m.ready.push_back(thread);
+    meeting.waiting.clear();
+}
+
+inline void meet(Meeting& meeting) {
+    Machine& m = machine();
+    Thread* const self = m.self;
+    meeting.waiting.push_back(self);
+    if ((int)meeting.waiting.size() == meeting.expected) release(meeting);
+    Context::change(self->context, m.scheduler);
+}
+
+// A thread that has returned is expected nowhere any more.
+inline void leave(Meeting& meeting) {
+    --meeting.expected;
+    if (meeting.expected > 0 && (int)meeting.waiting.size() == meeting.expected) release(meeting);
+}
+
+inline void enter() {
+    Machine& m = machine();
+    (*m.body)();
+    Thread* const self = m.self;
+    leave(self->warp->meeting), leave(self->block->meeting), leave(m.cluster);
+    Context::change(self->context, m.scheduler);
+}
+
+// Runs one cluster of blocks. False: some threads wait for ever.
+inline bool run_cluster(int first, int size, int threads, size_t bytes,
+                        const std::function<void()>& body) {
+    Machine& m = machine();
+    static std::vector<char> stacks;
+    if (stacks.size() < (size_t)(size * threads) * stack_bytes)
+        stacks.resize((size_t)(size * threads) * stack_bytes);
+    const int warps = threads / 32;
+    std::vector<Block> blocks((size_t)size);
+    std::vector<Warp> of_warp((size_t)(size * warps));
+    std::vector<Thread> of_thread((size_t)(size * threads));
+    m.cluster_size = size, m.threads = threads, m.body = &body;
+    m.cluster.expected = size * threads, m.cluster.waiting.clear();
+    m.ready.clear();
+    for (int b = 0; b < size; ++b) {
+        blocks[b].index = first + b, blocks[b].rank = b, blocks[b].meeting.expected = threads;
+        blocks[b].shared.assign(bytes + 64, (char)0xff);
+        blocks[b].aligned = (char*)(((uintptr_t)blocks[b].shared.data() + 63) & ~(uintptr_t)63);
+        for (int t = 0; t < threads; ++t) {
+            Thread& thread = of_thread[b * threads + t];
+            thread.block = &blocks[b], thread.index = t;
+            thread.warp = &of_warp[b * warps + t / 32];
+            thread.warp->meeting.expected = 32;
+            thread.context.prepare(stacks.data() + (size_t)(b * threads + t) * stack_bytes,
+                                   stack_bytes, enter);
+            m.ready.push_back(&thread);
+        }
+    }
+    while (!m.ready.empty()) {
+        const size_t chosen = (size_t)(m.next() % m.ready.size());
+        m.self = m.ready[chosen];
+        m.ready[chosen] = m.ready.back();
+        m.ready.pop_back();
+        Context::change(m.scheduler, m.self->context);
+    }
+    return m.cluster.expected == 0;
+}
+
+template <typename Value>
+inline Value exchanged(Value value, int lane) {
+    Thread& self = *machine().self;
+    uint64_t* const values = self.warp->values[self.turn & 1];
+    ++self.turn;
+    memcpy(values + self.index % 32, &value, sizeof value);
+    meet(self.warp->meeting);
+    Value result;
+    memcpy(&result, values + lane, sizeof result);
+    return result;
+}
+
+}  // namespace host
+
+inline int thread_index() { return host::machine().self->index; }
+inline int thread_count() { return host::machine().threads; }
+inline int block_index() { return host::machine().self->block->index; }
+inline int cluster_rank() { return host::machine().self->block->rank; }
+inline int cluster_size() { return host::machine().cluster_size; }
+inline char* shared_memory() { return host::machine().self->block->aligned; }
+
+inline float shuffle_xor(float x, int mask) {
+    return host::exchanged(x, (thread_index() % 32) ^ mask);
+}
+inline double shuffle_xor(double x, int mask) {
+    return host::exchanged(x, (thread_index() % 32) ^ mask);
+}
+inline float shuffle(float x, int lane) { return host::exchanged(x, lane); }
+inline unsigned warp_or(unsigned bits) {
+    host::Thread& self = *host::machine().self;
+    uint64_t* const values = self.warp->values[self.turn & 1];
+    ++self.turn;
+    values[self.index % 32] = bits;
+    host::meet(self.warp->meeting);
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; ++lane) all |= (unsigned)values[lane];
+    return all;
+}
+float from_half(unsigned bits, bool brain);
+inline void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                               bool brain) {
+    host::Thread& self = *host::machine().self;
+    unsigned (*const all)[6] = self.warp->fragments[self.turn & 1];
+    ++self.turn;
+    const int lane = self.index % 32, first = lane / 4, second = lane % 4;
+    memcpy(all[lane], a, sizeof a);
+    memcpy(all[lane] + 4, b, sizeof b);
+    host::meet(self.warp->meeting);
+    for (int i = 0; i < 4; ++i) {
+        const int low = i / 2, column = 2 * second + i % 2;  // rows g and g + 8
+        for (int k = 0; k < 16; ++k) {
+            const unsigned x = all[first * 4 + k % 8 / 2][low + k / 8 * 2] >> k % 2 * 16;
+            const unsigned y = all[column * 4 + k % 8 / 2][4 + k / 8] >> k % 2 * 16;
+            d[i] += from_half(x & 0xffffu, brain) * from_half(y & 0xffffu, brain);
+        }
+    }
+}
+inline void sync_warp() { host::meet(host::machine().self->warp->meeting); }
+inline void sync_block() { host::meet(host::machine().self->block->meeting); }
+inline bool sync_block_or(bool here) {
+    // Three votes: while some read one, others may cast the next, and the third is cleared.
+    host::Thread& self = *host::machine().self;
+    unsigned* const votes = self.block->votes;
+    unsigned& vote = votes[self.block_turn % 3];
+    votes[(self.block_turn + 1) % 3] = 0;
+    ++self.block_turn;
+    vote |= here;
+    host::meet(self.block->meeting);
+    return vote != 0;
+}
+inline void sync_cluster() { host::meet(host::machine().cluster); }
+
+template <typename Element>
+inline const Element* remote(const Element* local, int rank) {
+    host::Thread& self = *host::machine().self;
+    // Blocks of a cluster lie one behind the other.
+    host::Block* const other = self.block - self.block->rank + rank;
+    return (const Element*)(other->aligned + ((const char*)local - self.block->aligned));
+}
+
+inline float exp2_fast(float x) { return x < -126 ? 0 : exp2f(x); }
+inline float log2_fast(float x) { return log2f(x); }
+inline float reciprocal(float x) { return 1 / x; }
+inline float inverse_root(float x) { return 1 / sqrtf(x); }
+inline double square_root(double x) { return sqrt(x); }
+inline double logarithm(double x) { return log(x); }
+inline float fused(float x, float y, float z) { return x * y + z; }
+inline unsigned bits_of(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+inline float float_of(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+}  // namespace cuda
+}  // namespace optical

@@ -1,0 +1,175 @@
+// What a kernel may ask of the machine. Everything else in this folder is written against these
+// functions, so that the same source is compiled for a GPU and, by host.cuh, for the CPU, where each
+// thread of a block is a fiber and barriers are checked under random schedules.
+#pragma once
+
+#if !defined(__CUDACC_RTC__)
+#include <stdint.h>
+#endif
+
+#include "../sinkhorn.h"
+
+#define OPTICAL_LOG2E 1.4426950408889634f
+#define OPTICAL_LN2 0.6931471805599453f
+
+#if defined(OPTICAL_ON_HOST)
+#include "host.cuh"
+#else
+
+#define OPTICAL_DEVICE __device__ __forceinline__
+#define OPTICAL_ANYWHERE __host__ __device__ __forceinline__
+#define OPTICAL_KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
+#define OPTICAL_EACH _Pragma("unroll")
+#define OPTICAL_ROLLED _Pragma("unroll 1")
+#define OPTICAL_WARPS _Pragma("unroll warps_at_once")
+
+namespace optical {
+namespace cuda {
+
+OPTICAL_DEVICE int thread_index() { return (int)threadIdx.x; }
+OPTICAL_DEVICE int thread_count() { return (int)blockDim.x; }
+OPTICAL_DEVICE int block_index() { return (int)blockIdx.x; }
+
+OPTICAL_DEVICE char* shared_memory() {
+    extern __shared__ __align__(16) char optical_shared[];
+    return optical_shared;
+}
+
+OPTICAL_DEVICE float shuffle_xor(float x, int mask) {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+OPTICAL_DEVICE double shuffle_xor(double x, int mask) {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+OPTICAL_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+OPTICAL_DEVICE unsigned warp_or(unsigned bits) { return __reduce_or_sync(0xffffffffu, bits); }
+OPTICAL_DEVICE void sync_warp() { __syncwarp(); }
+OPTICAL_DEVICE void sync_block() { __syncthreads(); }
+OPTICAL_DEVICE bool sync_block_or(bool here) { return __syncthreads_or(here) != 0; }
+
+#if __CUDA_ARCH__ >= 900
+OPTICAL_DEVICE int cluster_rank() {
+    unsigned rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return (int)rank;
+}
+OPTICAL_DEVICE int cluster_size() {
+    unsigned size;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return (int)size;
+}
+OPTICAL_DEVICE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The address at which block `rank` of the cluster keeps what is at `local` here.
+template <typename Element>
+OPTICAL_DEVICE const Element* remote(const Element* local, int rank) {
+    uint64_t address;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"((uint64_t)local), "r"(rank));
+    return (const Element*)address;
+}
+#else
+// Clusters are not launched on older devices.
+OPTICAL_DEVICE int cluster_rank() { return 0; }
+OPTICAL_DEVICE int cluster_size() { return 1; }
+OPTICAL_DEVICE void sync_cluster() { __syncthreads(); }
+template <typename Element>
+OPTICAL_DEVICE const Element* remote(const Element* local, int) {
+    return local;
+}
+#endif
+
+// d += A B on the tensor cores, A 16 x 16 and B 16 x 8 in half precision, by the fragments of
+// mma.m16n8k16: with g = lane / 4 and t = lane % 4, a holds the pairs of columns 2t and 2t + 8 of
+// rows g and g + 8, b the pairs of rows 2t and 2t + 8 of column g, and d the columns 2t and 2t + 1
+// of rows g and g + 8.
+OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                                       bool brain) {
+#define OPTICAL_MMA(type)                                                                        \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, "         \
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                          \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+    if (brain) OPTICAL_MMA("bf16");
+    else OPTICAL_MMA("f16");
+#undef OPTICAL_MMA
+}
+
+// Denormals are flushed: they cost instructions and are worth nothing here.
+OPTICAL_DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+OPTICAL_DEVICE float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// 1 / x to the last bit but one.
+OPTICAL_DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+OPTICAL_DEVICE float inverse_root(float x) { return rsqrtf(x); }
+OPTICAL_DEVICE double square_root(double x) { return sqrt(x); }
+OPTICAL_DEVICE double logarithm(double x) { return log(x); }
+OPTICAL_DEVICE float fused(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+OPTICAL_DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
+OPTICAL_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
+
+}  // namespace cuda
+}  // namespace optical
+#endif
+
+namespace optical {
+namespace cuda {
+
+OPTICAL_DEVICE float infinity() { return float_of(0x7f800000u); }
+OPTICAL_DEVICE float not_a_number() { return float_of(0x7fc00000u); }
+OPTICAL_DEVICE bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+OPTICAL_DEVICE float absolute(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+OPTICAL_DEVICE float smaller(float x, float y) { return x < y ? x : y; }
+OPTICAL_DEVICE float larger(float x, float y) { return x > y ? x : y; }
+
+// Half precision by its bits, so that no header of the toolkit is needed.
+OPTICAL_DEVICE float from_half(unsigned bits, bool brain) {
+    if (brain) return float_of(bits << 16);
+    const unsigned sign = (bits & 0x8000u) << 16, size = bits & 0x7fffu;
+    if (size < 0x400u) {  // zero and subnormal: a multiple of 2^-24
+        const float value = (float)size * 5.9604644775390625e-8f;
+        return float_of(bits_of(value) | sign);
+    }
+    return float_of(sign | (size >= 0x7c00u ? 0x7f800000u | (size & 0x3ffu) << 13
+                                            : (size << 13) + 0x38000000u));
+}
+
+// Rounded to the nearest, ties to even.
+OPTICAL_DEVICE unsigned to_half(float value, bool brain) {
+    const unsigned bits = bits_of(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+    if (brain) {
+        if (size > 0x7f800000u) return bits >> 16 | 0x40u;
+        return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    }
+    if (size > 0x7f800000u) return sign | 0x7e00u;
+    if (size >= 0x477ff000u) return sign | 0x7c00u;
+    if (size < 0x38800000u) {
+        // Adding 1/2 leaves the multiple of 2^-24 in the last bits.
+        return sign | (bits_of(float_of(size) + 0.5f) & 0x7ffu);
+    }
+    return sign | ((size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13);
+}
+
+OPTICAL_DEVICE float load(const void* from, int32_t type, int64_t at) {
+    if (type == OPTICAL_F32) return ((const float*)from)[at];
+    return from_half(((const uint16_t*)from)[at], type == OPTICAL_BF16);
+}
+OPTICAL_DEVICE void store(void* to, int32_t type, int64_t at, float value) {
+    if (type == OPTICAL_F32) ((float*)to)[at] = value;
+    else ((uint16_t*)to)[at] = (uint16_t)to_half(value, type == OPTICAL_BF16);
+}
+
+}  // namespace cuda
+}  // namespace optical

@@ -1,0 +1,369 @@
+// The iteration.
+//
+// The iteration of sinkhorn.h spends an exponential per entry and half-step. The same iterates come
+// from scaling: with base potentials F, G and K_ij = exp((F_i + G_j - C_ij) / epsilon),
+//
+//     u_i = 1 / sum_j K_ij b_j v_j        f_i = F_i + epsilon log u_i
+//     v_j = 1 / sum_i K_ij a_i u_i        g_j = G_j + epsilon log v_j
+//
+// one multiply-add per entry and half-step. The base of scaling.cuh is
+// built anew when u or v has drifted by 2^30, and when a sum falls outside 2^46, where underflow
+// could show; then the iteration is repeated. If a sum is outside right after that, masses are
+// extreme, and the iteration is done in the log domain, from the cost in shared memory.
+//
+// Penalties and over-relaxation need the potentials themselves after every half-step, a logarithm
+// and an exponential per line ("relaxed" below). Without them u and v are enough.
+#pragma once
+
+#include "scaling.cuh"
+
+namespace optical {
+namespace cuda {
+
+enum Flag : unsigned { NOT_CALM = 1, ROWS_LOST = 2, COLUMNS_LOST = 4 };
+
+// Numbers are compared as bits, which orders the positive ones and keeps NaN out.
+OPTICAL_DEVICE bool within(float x, unsigned exponent) {
+    const unsigned low = (127u - exponent) << 23, high = (127u + exponent) << 23;
+    return bits_of(x) - low <= high - low;
+}
+OPTICAL_DEVICE unsigned drift(float x) { return within(x, 30) ? 0u : NOT_CALM; }
+OPTICAL_DEVICE unsigned loss(float x, unsigned lost) { return within(x, 46) ? 0u : lost; }
+
+template <typename G>
+struct Solver : Scaling<G> {
+    typedef Scaling<G> Base;
+    static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
+    using Base::a;
+    using Base::alpha;
+    using Base::au;
+    using Base::b;
+    using Base::boltzmann;
+    using Base::bv;
+    using Base::bv_all;
+    using Base::column;
+    using Base::columns_of;
+    using Base::cost;
+    using Base::dead_mass;
+    using Base::epsilon;
+    using Base::g;
+    using Base::heat_log;
+    using Base::inverse_epsilon;
+    using Base::p;
+    using Base::pad_a;
+    using Base::pad_b;
+    using Base::penalty_a;
+    using Base::penalty_b;
+    using Base::rebase;
+    using Base::relaxed;
+    using Base::rho_a;
+    using Base::rho_b;
+    using Base::row;
+    using Base::row_share;
+    using Base::rows_of;
+    using Base::scale;
+    using Base::set_step;
+    using Base::set_temperature;
+    using Base::share_a;
+    using Base::share_b;
+    using Base::target;
+    using Base::times;
+    using Base::times_transposed;
+    using Base::u;
+    using Base::u_next;
+    using Base::v;
+    using Base::v_next;
+    using Base::weight_a;
+    using Base::weight_b;
+
+    struct Step {
+        unsigned flags;
+        float residual;
+    };
+
+    OPTICAL_DEVICE Solver(const optical_problem& problem) : Base(problem) {}
+
+    // --------------------------------------------------------------------------- one iteration
+
+    // The mass a line is asked to carry, given its potential.
+    OPTICAL_DEVICE static float asked(float weight, float potential, float rho, bool penalty) {
+        return penalty ? weight * exp2_fast(potential * (-OPTICAL_LOG2E / rho)) : weight;
+    }
+
+    // One iteration by scaling, into u_next and v_next, or the next potentials. With `measure` the
+    // residual is that of the rows of the iterate from which it starts.
+    template <bool relaxed>
+    OPTICAL_DEVICE Step iterate(bool measure) {
+        float sum[RI], total_row[OI];
+        times(bv_all, sum);
+        g.template rows<Sum>(sum, total_row);
+        Note note = {0, 0};
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            const float total = total_row[o] += pad_a[o];
+            note.flags |= drift(total);
+            if (measure) {
+                const float wanted =
+                    relaxed ? asked(weight_a[o], row(POTENTIAL, o), rho_a, penalty_a) : weight_a[o];
+                note.residual += absolute(au[o] * total - wanted);
+            }
+            if (relaxed) {
+                const float origin = row(BASE, o);
+                const float next =
+                    alpha * row(POTENTIAL, o) + share_a * (origin - heat_log(total));
+                row(NEXT, o) = next;
+                u_next[o] = boltzmann(next - origin);
+                note.flags |= drift(u_next[o]);
+            } else {
+                u_next[o] = reciprocal(total);
+            }
+            au[o] = weight_a[o] * u_next[o];
+        }
+        float of_row[RI], total_column[RJ];
+        g.spread_rows(au, of_row);
+        times_transposed(of_row, total_column);
+        g.template columns<Sum>(total_column, pad_b, note, measure,
+                                [](float total) { return drift(total); });
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            if (relaxed) {
+                const float origin = column(BASE, o);
+                const float next = alpha * column(POTENTIAL, o) +
+                                   share_b * (origin - heat_log(total_column[o]));
+                column(NEXT, o) = next;
+                v_next[o] = boltzmann(next - origin);
+                note.flags |= drift(v_next[o]);
+            } else {
+                v_next[o] = reciprocal(total_column[o]);
+            }
+            bv[o] = weight_b[o] * v_next[o];
+        }
+        if (relaxed) note.flags = g.united_in_block(note.flags);
+        g.spread_columns(bv, bv_all);
+        if (note.flags) {
+            // All threads see it: only now is it worth asking whether anything was lost.
+            // Bounds are the same for a sum and its inverse.
+            OPTICAL_EACH
+            for (int o = 0; o < OI; ++o) {
+                note.flags |= loss(u_next[o], ROWS_LOST | COLUMNS_LOST);
+                if (relaxed) note.flags |= loss(total_row[o], ROWS_LOST | COLUMNS_LOST);
+            }
+            OPTICAL_EACH
+            for (int o = 0; o < OJ; ++o) {
+                note.flags |= loss(v_next[o], COLUMNS_LOST);
+                if (relaxed) note.flags |= loss(total_column[o], COLUMNS_LOST);
+            }
+            note.flags = g.united(note.flags);
+        }
+        return {note.flags, note.residual + (penalty_a ? 0.0f : dead_mass)};
+    }
+
+    // The potentials of the current u and v.
+    OPTICAL_DEVICE void absorb() {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) row(POTENTIAL, o) = row(BASE, o) + heat_log(u[o]);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) column(POTENTIAL, o) = column(BASE, o) + heat_log(v[o]);
+    }
+
+    // The same iteration in the log domain, from the potentials into the next ones.
+    OPTICAL_DEVICE float iterate_log_domain() {
+        float of_column[RJ], log_column[RJ], low[OI] = {}, total[OI] = {};
+        columns_of(POTENTIAL, of_column);
+        columns_of(LOG, log_column);
+        const auto row_exponent = [&](int r, int c) {
+            return (cost(r, c) - of_column[c]) * inverse_epsilon - log_column[c];
+        };
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const int r = g.slot_of(q);
+            float least = infinity();
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) least = smaller(least, row_exponent(r, c));
+            g.template fold_row<Least>(least, q, low);
+        }
+        g.template combine_rows<Least>(low);
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) low[o] = pad_a[o] > 0 ? 0.0f : low[o];
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const int r = g.slot_of(q);
+            const float origin = g.row_value(low, q);
+            float sum = 0;
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c)
+                sum += exp2_fast(OPTICAL_LOG2E * (origin - row_exponent(r, c)));
+            g.template fold_row<Sum>(sum, q, total);
+        }
+        g.template combine_rows<Sum>(total);
+        double missed[1] = {0};
+        float next_row[OI];
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) {
+            const float softmin =
+                epsilon * (low[o] - OPTICAL_LN2 * log2_fast(total[o] + pad_a[o]));
+            const float old = row(POTENTIAL, o);
+            missed[0] += absolute(row_share(o, old, softmin) -
+                                  asked(weight_a[o], old, rho_a, penalty_a));
+            next_row[o] = alpha * old + share_a * softmin;
+            row(NEXT, o) = next_row[o];
+        }
+        float log_row[OI], lowest[RJ], bottom[OJ], sum_column[RJ], total_column[OJ];
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) log_row[o] = row(LOG, o);
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) lowest[c] = infinity(), sum_column[c] = 0;
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const float f = g.row_value(next_row, q), log_mass = g.row_value(log_row, q);
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c)
+                lowest[c] = smaller(
+                    lowest[c], (cost(g.slot_of(q), c) - f) * inverse_epsilon - log_mass);
+        }
+        g.template columns<Least>(lowest, bottom);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) bottom[o] = pad_b[o] > 0 ? 0.0f : bottom[o];
+        g.spread_columns(bottom, lowest);
+        OPTICAL_ROLLED
+        for (int q = 0; q < RI; ++q) {
+            const float f = g.row_value(next_row, q), log_mass = g.row_value(log_row, q);
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) {
+                const float exponent =
+                    (cost(g.slot_of(q), c) - f) * inverse_epsilon - log_mass;
+                sum_column[c] += exp2_fast(OPTICAL_LOG2E * (lowest[c] - exponent));
+            }
+        }
+        g.template columns<Sum>(sum_column, total_column);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            const float softmin =
+                epsilon * (bottom[o] - OPTICAL_LN2 * log2_fast(total_column[o] + pad_b[o]));
+            column(NEXT, o) = alpha * column(POTENTIAL, o) + share_b * softmin;
+        }
+        g.total(missed, true);
+        return (float)missed[0] + (penalty_a ? 0.0f : dead_mass);
+    }
+
+    // Iterates from the potentials; returns the number of iterations, and whether `tol` was met.
+    // With a history, keeps the potentials of every iteration there. K belongs to the inner loop
+    // alone, so that no register holds it anywhere else.
+    OPTICAL_DEVICE int32_t solve(int32_t max_iter, float tol, bool& converged, float* history) {
+        bool cold = false;  // the last iteration was at the temperature of the problem
+        int failures = 0;   // of the scaling: after a few, only the log domain is used
+        double heat = p.anneal_start;
+        int32_t done = 0;
+        converged = false;
+        record(history, 0, false);
+        while (done < max_iter && !converged) {
+            set_temperature(heat > (double)target ? (float)heat : target);
+            bool log_domain = failures >= 4;
+            if (!log_domain) {
+                rebase();
+                const Run run = relaxed ? scale_on<true>(max_iter, tol, done, cold, heat, history)
+                                        : scale_on<false>(max_iter, tol, done, cold, heat, history);
+                converged = run == Run::met;
+                log_domain = run == Run::lost;
+                failures += log_domain;
+            }
+            if (!log_domain) continue;
+            set_step(done == 0 || epsilon != target ? 1.0f : (float)p.omega);
+            const bool test = tol > 0 && done > 0 && cold && epsilon == target;
+            converged = iterate_log_domain() <= tol && test;
+            if (converged) break;
+            take_next();
+            record(history, ++done, false);
+            cold = epsilon == target;
+            heat *= p.anneal_ratio;
+        }
+        set_temperature(target);
+        return done;
+    }
+
+    // Iterations on one base, until it no longer serves. `met`: `tol` is; `lost`: not even the
+    // first could be trusted.
+    enum class Run { met, lost, over };
+    template <bool relaxed>
+    OPTICAL_DEVICE Run scale_on(int32_t max_iter, float tol, int32_t& done, bool& cold,
+                                double& heat, float* history) {
+        const bool at_target = epsilon == target;
+        const float omega = at_target ? (float)p.omega : 1.0f;
+        const int32_t before = done;
+        // The next iteration of an annealed run is at another temperature.
+        const int32_t last = heat > (double)target ? done + 1 : max_iter;
+        bool test = tol > 0 && at_target && done > 0 && cold;
+        Run run = Run::over;
+        while (true) {
+            if (relaxed) set_step(done == 0 ? 1.0f : omega);
+            const Step step = iterate<relaxed>(test);
+            // The iteration is not taken when the one before met `tol`, nor when a sum was lost:
+            // then its weights belong to no state.
+            if (test && !(step.flags & ROWS_LOST) && step.residual <= tol) {
+                run = Run::met;
+                break;
+            }
+            if (step.flags & COLUMNS_LOST) {
+                if (done == before) run = Run::lost;
+                break;
+            }
+            if (relaxed) take_next();
+            else take_scalings_next();
+            ++done;
+            record(history, done, !relaxed);
+            test = tol > 0 && at_target;
+            // A state that is not calm even on a base of its own gains nothing from another.
+            if ((step.flags & NOT_CALM) && !(relaxed && done == before + 1)) break;
+            if (done == last) break;
+        }
+        if (done > before) cold = at_target;
+        if (done > before && heat > (double)target) heat *= p.anneal_ratio;
+        if (!relaxed && done > before) absorb();
+        return run;
+    }
+    OPTICAL_DEVICE void take_scalings_next() {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) u[o] = u_next[o];
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) v[o] = v_next[o];
+    }
+    OPTICAL_DEVICE void take_next() {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) row(POTENTIAL, o) = row(NEXT, o);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) column(POTENTIAL, o) = column(NEXT, o);
+    }
+
+    // ------------------------------------------------------------------------------ the history
+
+    OPTICAL_DEVICE int64_t all_lines_a() const {
+        return p.offset_a ? p.offset_a[p.batch] : p.batch * p.n;
+    }
+    OPTICAL_DEVICE int64_t all_lines_b() const {
+        return p.offset_b ? p.offset_b[p.batch] : p.batch * p.m;
+    }
+    // Where the potentials of rows, and of columns, after iteration `done` are kept.
+    OPTICAL_DEVICE float* kept_rows(float* history, int32_t done) const {
+        return history + done * (all_lines_a() + all_lines_b()) + a.first;
+    }
+    OPTICAL_DEVICE float* kept_columns(float* history, int32_t done) const {
+        return history + done * (all_lines_a() + all_lines_b()) + all_lines_a() + b.first;
+    }
+    OPTICAL_DEVICE void record(float* history, int32_t done, bool scaled) {
+        if (!history) return;
+        // Every warp writes the same and reads only what it wrote itself.
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o)
+            if (g.own_row(o) < a.count)
+                kept_rows(history, done)[g.own_row(o)] =
+                    scaled ? row(BASE, o) + heat_log(u[o]) : row(POTENTIAL, o);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o)
+            if (g.own_column(o) < b.count)
+                kept_columns(history, done)[g.own_column(o)] =
+                    scaled ? column(BASE, o) + heat_log(v[o]) : column(POTENTIAL, o);
+    }
+};
+
+}  // namespace cuda
+}  // namespace optical

@@ -1,0 +1,301 @@
+"""The CUDA kernels where there is no nvcc: compiled by NVRTC, launched through the driver.
+
+NVRTC comes with the CUDA builds of PyTorch. It compiles a kernel when it is first used, in a few
+seconds, and the result is kept in the cache of the user. ``Kernels`` offers the calls of the
+library that nvcc builds, so ``optical.cuda`` does not notice which of them it has. Both are reached
+by ctypes: the packages that wrap them would be a dependency more for a dozen calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import functools
+import hashlib
+import os
+import re
+import site
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+STDINT = """
+typedef signed char int8_t; typedef unsigned char uint8_t;
+typedef short int16_t; typedef unsigned short uint16_t;
+typedef int int32_t; typedef unsigned int uint32_t;
+typedef long long int64_t; typedef unsigned long long uint64_t;
+typedef unsigned long long uintptr_t;
+"""
+OUT_OF_REACH, LAUNCH_FAILED = 3, 4  # as in csrc/cuda/sinkhorn.cu
+
+
+class CompileError(RuntimeError):
+    """NVRTC is missing or failed, or the driver refused a kernel; the message says why."""
+
+
+# ------------------------------------------------------------------------------------- compiling
+
+
+def find() -> ctypes.CDLL | None:
+    """NVRTC: the one that came with PyTorch, or one of the system."""
+    for place in map(Path, site.getsitepackages()):
+        for path in sorted(place.glob("nvidia/*/lib/libnvrtc.so.*"), reverse=True):
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(path))
+    name = ctypes.util.find_library("nvrtc")
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(name) if name else None
+    return None
+
+
+def kernels(folder: Path) -> dict[str, str]:
+    """Every kernel, and the line of kernels.cuh that defines it."""
+    text = (folder / "cuda" / "kernels.cuh").read_text(encoding="utf-8")
+    lines = re.findall(r"^(OPTICAL_(FORWARD|BACKWARD)\((\w+), .*\))$", text, re.MULTILINE)
+    prefix = {"FORWARD": "optical_forward_", "BACKWARD": "optical_"}
+    return {prefix[kind] + name: line for line, kind, name in lines}
+
+
+def compile_kernel(library: Any, folder: Path, kernel: str, architecture: str) -> bytes:
+    """The cubin of one kernel for an architecture such as "90".
+
+    Raises:
+        CompileError: NVRTC found an error, which the message holds.
+    """
+    names = {"../sinkhorn.h": folder / "sinkhorn.h"}
+    names |= {path.name: path for path in (folder / "cuda").glob("*.cuh")}
+    headers = {name: path.read_bytes() for name, path in names.items()} | {
+        "stdint.h": STDINT.encode()
+    }
+    count = len(headers)
+    texts = (ctypes.c_char_p * count)(*headers.values())
+    titles = (ctypes.c_char_p * count)(*(name.encode() for name in headers))
+    program = ctypes.c_void_p()
+    source = b'#include "kernels.cuh"\n'
+    library.nvrtcCreateProgram(ctypes.byref(program), source, b"optical.cu", count, texts, titles)
+    # The C functions that sinkhorn.h declares are nobody's here.
+    options = ["-std=c++17", "-default-device", f"--gpu-architecture=sm_{architecture}"]
+    options.append(f"-DOPTICAL_ONLY={kernels(folder)[kernel]}")
+    given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    size = ctypes.c_size_t()
+    try:
+        if library.nvrtcCompileProgram(program, len(options), given) != 0:
+            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            library.nvrtcGetProgramLog(program, log)
+            lines = log.value.decode(errors="replace").strip().splitlines()
+            error = next((line for line in lines if "error" in line), "".join(lines[:1]))
+            raise CompileError(f"NVRTC failed: {error.strip()}")
+        library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        cubin = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetCUBIN(program, cubin)
+        return cubin.raw
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def cached(
+    make: Callable[[], bytes],
+    key: str,
+    folder: Path,
+    locked: contextlib.AbstractContextManager[Any],
+) -> bytes:
+    """What ``make`` returns, from the file of that key if it was made before."""
+    path = folder / f"cuda-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cubin"
+    with locked:
+        if path.is_file():
+            return path.read_bytes()
+        cubin = make()
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)
+        return cubin
+
+
+# -------------------------------------------------------------------------------------- launching
+
+
+class Plan(NamedTuple):
+    """What is launched: the regime, its grid of warps, blocks to a cluster, shared memory."""
+
+    number: int
+    down: int
+    across: int
+    blocks: int
+    bytes: int
+
+    @property
+    def kind(self) -> str:
+        return ("small", "warp", "square", "block", "cluster")[self.number]
+
+
+class Device(NamedTuple):
+    """Bytes of shared memory that a block may have, and blocks that a cluster may have."""
+
+    shared: int
+    clusters: int
+
+
+def shared_bytes(number: int, down: int, across: int, kind: int, backward: int | None) -> int:
+    """As in csrc/cuda, of which a test sees that the two agree; ``backward``: its gradient."""
+    rows, columns, owned = (8, 4, 2) if number == 0 else (16, 8, 4)
+    threads = 32 * down * across
+    lines = down * 4 * rows + across * 8 * columns
+    exchanged = 0 if number < 2 else 2 * down * across * (32 * owned * 4 + 8 + 6 * 8)
+    measured = 8 * lines if kind else 0
+    entries, kept = rows * columns * threads, (rows * columns + owned * 14) * threads
+    if backward is None:
+        work = max(4 * kept, 64 * (lines + 4) if kind else 0)
+    else:
+        work = 4 * (kept + (entries if backward == 2 else 0))
+        shares = 16 * across * 8 * columns if number == 4 else 0
+        work = max(work, 4 * (entries + 16 * (lines + 2) + lines + shares) if kind else 0)
+    return exchanged + measured + work
+
+
+def most_warps(kind: int, backward: int | None, device: Device) -> int:
+    """Of 64 x 64 tiles, in one block."""
+    fitting = (w for w in range(8, 0, -1) if shared_bytes(4, 1, w, kind, backward) <= device.shared)
+    return next(fitting, 0)
+
+
+def plan(n: int, m: int, kind: int, backward: int | None, device: Device) -> Plan | None:
+    """For problems padded to n x m; None where they do not fit."""
+    most = most_warps(kind, backward, device)
+    down, across = -(-n // 64), -(-m // 64)
+    found = None
+    if most and n <= 32 and m <= 32:
+        found = (0, 1, 1, 1)
+    elif most and down * across == 1:
+        found = (1, 1, 1, 1)
+    elif (down, across) == (2, 2) and most >= 4:
+        found = (2, 2, 2, 1)
+    elif down * across <= most:
+        found = (3, down, across, 1)
+    else:
+        for blocks in (2, 4, 8):
+            part = -(-down // blocks)
+            if blocks <= device.clusters and part * across <= most and found is None:
+                found = (4, part, across, blocks)
+    if found is None:
+        return None
+    return Plan(*found, shared_bytes(found[0], found[1], found[2], kind, backward))
+
+
+def plans(problem: Any, backward: int | None, device: Device) -> Iterator[Plan]:
+    """One for padded problems; for packed ones, one for each regime that n and m leave open."""
+    largest = plan(problem.n, problem.m, problem.kind, backward, device)
+    if largest is None or not problem.offset_a:
+        if largest is not None:
+            yield largest
+        return
+    most = most_warps(problem.kind, backward, device)
+    tiles = -(-problem.n // 64) * -(-problem.m // 64)
+    open_ = [(0, 1, 1, 1)]
+    open_ += [(1, 1, 1, 1)] if max(problem.n, problem.m) > 32 else []
+    open_ += [(2, 2, 2, 1)] if tiles > 1 and most >= 4 else []
+    # Any grid of so many warps may turn up; in one row it needs the most.
+    open_ += [(3, 1, most, 1)] if tiles > 1 else []
+    open_ += [(4, 1, most, blocks) for blocks in (2, 4, 8) if blocks <= largest.blocks]
+    for number, down, across, blocks in open_:
+        size = shared_bytes(number, down, across, problem.kind, backward)
+        yield Plan(number, down, across, blocks, size)
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+class _Limits(ctypes.Structure):
+    _fields_ = [("warps", ctypes.c_int), ("blocks", ctypes.c_int)]
+
+
+class Kernels:
+    """The calls of csrc/cuda/sinkhorn.cu, by the driver.
+
+    driver: libcuda, or what stands in for it. cubin: kernel, architecture -> its binary.
+    """
+
+    def __init__(self, driver: Any, cubin: Callable[[str, str], bytes]) -> None:
+        self.driver, self.cubin = driver, cubin
+        self.function = functools.lru_cache(maxsize=None)(self._function)
+        self.device = functools.lru_cache(maxsize=None)(self._device)
+
+    def _attribute(self, name: int, device: int) -> int:
+        value = ctypes.c_int()
+        self._check(self.driver.cuDeviceGetAttribute(ctypes.byref(value), name, device))
+        return value.value
+
+    def _check(self, status: int) -> None:
+        if status != 0:
+            raise CompileError(f"the CUDA driver answered with error {status}")
+
+    def _current(self) -> int:
+        device = ctypes.c_int()
+        self._check(self.driver.cuCtxGetDevice(ctypes.byref(device)))
+        return device.value
+
+    def _device(self, device: int) -> Device:
+        # Shared memory per block on request, and the major compute capability.
+        return Device(self._attribute(97, device), 8 if self._attribute(75, device) >= 9 else 1)
+
+    def _function(self, name: str, device: int) -> Any:
+        architecture = f"{self._attribute(75, device)}{self._attribute(76, device)}"
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        binary = self.cubin(name, architecture)
+        self._check(self.driver.cuModuleLoadData(ctypes.byref(module), binary))
+        self._check(self.driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+        self._check(self.driver.cuFuncSetAttribute(function, 8, self.device(device).shared))
+        return function
+
+    def optical_cuda_reach(self, problem: Any) -> bool:
+        p, device = problem._obj, self.device(self._current())
+        return all(plan(p.n, p.m, p.kind, way, device) for way in (None, p.gradient))
+
+    def optical_cuda_forward(self, problem: Any, solution: Any, stream: int | None) -> int:
+        return self._launch("forward", None, problem._obj, [solution._obj], stream)
+
+    def optical_cuda_backward(
+        self, problem: Any, gradient: Any, history: int | None, stream: int | None
+    ) -> int:
+        p = problem._obj
+        others = [gradient._obj, ctypes.c_void_p(history)]
+        return self._launch(
+            "unroll" if p.gradient == 2 else "backward", p.gradient, p, others, stream
+        )
+
+    def _launch(
+        self, what: str, backward: int | None, p: Any, others: list[Any], stream: int | None
+    ) -> int:
+        if p.batch == 0:
+            return 0
+        current = self._current()
+        device = self.device(current)
+        most = most_warps(p.kind, backward, device)
+        launched = False
+        for launch in plans(p, backward, device):
+            launched = True
+            kind = "block" if what != "forward" and launch.kind == "square" else launch.kind
+            function = self.function(f"optical_{what}_{kind}", current)
+            values = [p, *others, _Limits(most, device.clusters), ctypes.c_int(launch.number)]
+            addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
+            cluster = _Attribute(id=4)  # the dimensions of a cluster
+            cluster.value[0], cluster.value[1], cluster.value[2] = launch.blocks, 1, 1
+            config = _Config(
+                *(p.batch * launch.blocks, 1, 1, 32 * launch.down * launch.across, 1, 1),
+                *(launch.bytes, stream, ctypes.pointer(cluster), int(launch.blocks > 1)),
+            )
+            if self.driver.cuLaunchKernelEx(ctypes.byref(config), function, addresses, None) != 0:
+                return LAUNCH_FAILED
+        return 0 if launched else OUT_OF_REACH

@@ -1,0 +1,142 @@
+"""What nvcc makes of the CUDA kernels, and how they are found, without a GPU."""
+
+import csv
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cuda_resources
+from optical import backends, cuda, native, nvrtc
+from optical.arguments import example
+
+ROOT = Path(__file__).resolve().parent.parent
+STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wno-unused-parameter")
+
+needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="nvcc was not found")
+needs_nvdisasm = pytest.mark.skipif(
+    cuda_resources.disassembler() is None, reason="triton, which brings nvdisasm, is not installed"
+)
+
+
+def committed():
+    with open(cuda_resources.TABLE, newline="") as file:
+        return {(row["architecture"], row["kernel"]): row for row in csv.DictReader(file)}
+
+
+def check_hot_loops(rows, kinds=tuple(cuda_resources.ITERATION)):
+    """No register of an iteration is spilled, and its instructions stay near the multiply-adds."""
+    loops = {row["kernel"] for row in rows if row.get("loop")}
+    assert loops >= {f"optical_forward_{kind}" for kind in kinds}
+    # Of the multiply-adds, for the whole loop: branches that are seldom taken are in it.
+    most = {"small": 2.8, "warp": 1.7, "square": 2.0, "block": 2.3, "cluster": 2.8}
+    for row in rows:
+        kind = row["kernel"].removeprefix("optical_forward_")
+        if kind in most and row.get("loop"):
+            assert int(row["ldl_stl"]) == 0, row
+            assert int(row["loop"]) <= most[kind] * cuda_resources.ITERATION[kind], row
+
+
+def test_the_committed_table_is_whole_and_keeps_its_promises():
+    table = committed()
+    architectures = {architecture for architecture, _ in table}
+    assert {"80", "90a", "100f"} <= architectures <= set(cuda.ARCHITECTURES)
+    kernels = re.findall(
+        r"^OPTICAL_(?:FORWARD|BACKWARD)\((\w+),", (ROOT / "csrc/cuda/kernels.cuh").read_text(), re.M
+    )
+    names = {f"optical_{name}" for name in kernels if "_" in name}
+    names |= {f"optical_forward_{name}" for name in kernels if "_" not in name}
+    for architecture in architectures:
+        rows = [row for key, row in table.items() if key[0] == architecture]
+        assert {row["kernel"] for row in rows} == names
+        assert all(int(row["registers"]) <= 255 for row in rows)
+        check_hot_loops(rows)
+
+
+@needs_nvcc
+@needs_nvdisasm
+def test_the_iterations_compile_without_spills_in_their_loops(tmp_path):
+    kinds = ("small", "warp", "square")
+    lines = nvrtc.kernels(ROOT / "csrc")
+    some = " ".join(lines[f"optical_forward_{kind}"] for kind in kinds)
+    source = tmp_path / "some.cu"
+    source.write_text(f'#define OPTICAL_ONLY {some}\n#include "kernels.cuh"\n')
+    check_hot_loops(cuda_resources.rows("90a", tmp_path, source=source), kinds)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", cuda.ARCHITECTURES)
+def test_every_kernel_compiles_without_a_warning(architecture, tmp_path):
+    _, said = cuda_resources.compile_kernels(architecture, tmp_path, *STRICT)
+    assert set(cuda_resources.resources(said)) == set(nvrtc.kernels(ROOT / "csrc"))
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_library_loads_without_a_device_and_says_no(tmp_path):
+    library = tmp_path / cuda.LIBRARY_NAME
+    cuda.build(ROOT / "csrc", library, cuda.find_nvcc(), ("90a",))
+    calls = cuda.open_library(library, cuda.source_hash(ROOT / "csrc"))
+    if torch.cuda.is_available():
+        pytest.skip(reason="there is a CUDA device")
+    problem = native._Problem(batch=1, n=4, m=4, rho_a=1, rho_b=1, omega=1)
+    assert not calls.optical_cuda_reach(ctypes.byref(problem))
+    status = calls.optical_cuda_forward(
+        ctypes.byref(problem), ctypes.byref(native._Solution()), None
+    )
+    assert cuda.ERRORS[status] == "a size out of reach"
+    with pytest.raises(cuda.BuildError, match="other sources"):
+        cuda.open_library(library, "0123456789abcdef")
+
+
+@needs_nvcc
+def test_a_build_that_fails_is_a_reason_in_one_line(tmp_path):
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "sinkhorn.h").write_text("")
+    (tmp_path / "cuda" / "sinkhorn.cu").write_text("#error deliberately broken\n")
+    with pytest.raises(cuda.BuildError, match="deliberately broken") as caught:
+        cuda.build(tmp_path, tmp_path / "out.so", cuda.find_nvcc(), ("90a",))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out.so").exists()
+
+
+def test_without_a_device_or_nvcc_there_is_a_reason_in_words(monkeypatch):
+    monkeypatch.setenv("NVCC", "/nonexistent/nvcc")
+    assert cuda.find_nvcc() is None
+    monkeypatch.setattr(cuda, "LIBRARY_NAME", "no-such-library.so")
+    monkeypatch.setattr(nvrtc, "find", lambda: None)
+    cuda._state.cache_clear()
+    try:
+        if not torch.cuda.is_available():
+            assert cuda.unavailable_reason() == "PyTorch finds no CUDA device"
+        cuda._state.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert cuda.unavailable_reason() == (
+            "no compiled CUDA kernels are installed, and neither nvcc nor NVRTC was found"
+        )
+    finally:
+        cuda._state.cache_clear()
+
+
+def test_tensors_elsewhere_are_refused_before_anything_is_built(monkeypatch):
+    def fail():
+        raise AssertionError("looked for the library")
+
+    monkeypatch.setattr(cuda, "_state", fail)
+    reason = backends.BACKENDS["cuda"].supports(example(torch.zeros(1, 2, 2)))
+    assert reason == "the tensors are on cpu; the CUDA kernels need a CUDA device"
+
+
+def test_nvcc_may_be_named_by_its_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("NVCC", "")
+    assert cuda.find_nvcc() is None
+    tool = tmp_path / "nvcc"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(tool))
+    assert cuda.find_nvcc() == [str(tool)]
+    assert subprocess.run(cuda.find_nvcc()).returncode == 0

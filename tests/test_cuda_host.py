@@ -1,0 +1,311 @@
+"""The CUDA kernels on the CPU: the same source, with a fiber for each thread of a block.
+
+Barriers and shuffles are where fibers change, in an order drawn from a seed, and shared memory
+starts as NaN: a value that is read before it was written, or before all have met, is wrong in some
+order, and threads that wait for ever are reported. What this cannot show, registers and speed, is
+in ``test_cuda_build.py``.
+"""
+
+import ctypes
+import itertools
+import math
+import platform
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from optical import cuda, native, nvrtc
+from optical.arguments import GRADIENTS
+from optical.testing import (
+    FIELDS,
+    assert_backend_correct,
+    assert_close_to_truth,
+    packed,
+    poisoned,
+    problems,
+    random_clouds,
+    random_problem,
+    solve,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+ALL = {problem.name: problem for problem in problems()}
+FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
+if platform.machine() in ("x86_64", "AMD64"):
+    FLAGS.append("-mfma")
+
+
+def build(folder, *flags, source=ROOT / "csrc" / "cuda" / "sinkhorn.cu"):
+    compiler = native.find_compiler()
+    if compiler is None:
+        pytest.skip(reason="no C++ compiler")
+    library = folder / "host.so"
+    include = f"-I{ROOT / 'csrc' / 'cuda'}"
+    command = [*compiler, *FLAGS, "-DOPTICAL_ON_HOST", include, *flags, str(source), "-o"]
+    subprocess.run([*command, str(library)], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return cuda.open_library(build(tmp_path_factory.mktemp("host"), "-O1", "-Werror"), None)
+
+
+def use(library, monkeypatch):
+    monkeypatch.setattr(cuda, "_state", lambda: cuda._State(library, None))
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    cuda._within_reach.cache_clear()
+
+
+@pytest.fixture
+def kernels(compiled, monkeypatch):
+    use(compiled, monkeypatch)
+    compiled.optical_host_seed(1)
+    yield compiled
+    cuda._within_reach.cache_clear()
+
+
+def skip_unless_supported(problem, gradient):
+    reason = cuda.supports(problem.to(torch.float32).arguments(gradient))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", ALL)
+def test_every_problem_by_the_tolerance_rule(name, gradient, kernels, poisoned_memory):
+    problem = ALL[name]
+    if len(problem.epsilon) > 100:
+        problem = replace(problem, **{k: getattr(problem, k)[:99] for k in ("x", "log_a", "log_b")})
+        problem = replace(problem, epsilon=problem.epsilon[:99])
+    skip_unless_supported(problem, gradient)
+    assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
+
+
+# Each regime: one warp of either tile, blocks of two to eight warps, clusters of two to eight.
+SHAPES = [(5, 33), (65, 7), (3, 129), (128, 100), (70, 250), (130, 200), (513, 5), (140, 400)]
+LARGE = [(1025, 3), (300, 500), (512, 512)]
+
+
+@pytest.mark.parametrize("kind", ["given", "cosine"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(("n", "m"), SHAPES)
+def test_every_regime(n, m, gradient, kind, kernels):
+    options = {"rows": [n - n // 5], "columns": [m - m // 4], "max_iter": 3}
+    problem = random_problem(f"{n}x{m}", 1, n, m, **options)
+    if kind == "cosine":
+        problem = random_clouds(f"{n}x{m}", kind, batch=1, n=n, m=m, dim=19, **options)
+    skip_unless_supported(problem, gradient)
+    assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "dot"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(("n", "m"), LARGE)
+def test_clusters_of_many_blocks(n, m, gradient, kind, kernels):
+    problem = random_problem(f"{n}x{m}", 1, n, m, max_iter=3)
+    if kind != "given":
+        options = {"dim": 17, "max_iter": 3, "epsilon": 1.0}
+        problem = random_clouds(f"{n}x{m}", kind, batch=1, n=n, m=m, **options)
+    skip_unless_supported(problem, gradient)
+    assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("kind", ["cosine", "sqeuclidean", "dot"])
+def test_half_vectors_by_the_tolerance_rule(kind, half, gradient, kernels):
+    epsilon = 1.0 if kind == "cosine" else 16.0
+    for n, m in ((7, 6), (66, 40)):
+        clouds = random_clouds(kind, kind, batch=2, n=n, m=m, dim=40, epsilon=epsilon, max_iter=5)
+        for problem in (clouds, packed(clouds)):
+            given = problem.to(torch.float32, "cpu", half)
+            out = solve("cuda", given, gradient)
+            same = solve("reference", given.to(torch.float32), gradient)
+            truth = solve("reference", given.to(torch.float64), gradient)
+            for field in truth:
+                dtype = half if field in ("grad_x", "grad_y") else torch.float32
+                assert out[field].dtype == dtype or field in ("n_iter", "status")
+                scale = max(1.0, truth[field].abs().max().item())
+                rule = {"dtype": dtype, "scale": scale, "name": f"{problem.name} {field}"}
+                assert_close_to_truth(out[field], truth[field], same[field], **rule)
+
+
+def results(problem, gradient="unroll"):
+    return solve("cuda", problem.to(torch.float32), gradient)
+
+
+def assert_same_bits(left, right):
+    for field, value in left.items():
+        assert torch.equal(value.nan_to_num(nan=1e30), right[field].nan_to_num(nan=1e30)), field
+
+
+RACES = [("ragged", (12, 17)), ("block", (130, 100)), ("cluster", (300, 130))]
+
+
+@pytest.mark.parametrize(("name", "size"), RACES)
+def test_any_order_of_threads_gives_the_same_bits(name, size, kernels):
+    problem = random_clouds(name, "cosine", batch=1, n=size[0], m=size[1], dim=9, max_iter=2)
+    expected = results(problem)
+    for seed in range(2, 5):
+        kernels.optical_host_seed(seed)
+        assert_same_bits(expected, results(problem))
+
+
+def test_a_missing_barrier_is_noticed(tmp_path, kernels, monkeypatch):
+    """The library once more, without the barrier between warps that add column sums."""
+    problem = random_problem("barrier", 1, 100, 120, max_iter=4)
+    assert_backend_correct("cuda", problem, torch.float32, gradients=("envelope",))
+    broken = cuda.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_BARRIER"), None)
+    use(broken, monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_backend_correct("cuda", problem, torch.float32, gradients=("envelope",))
+
+
+def test_threads_that_wait_for_ever_are_reported(tmp_path):
+    source = tmp_path / "deadlock.cu"
+    source.write_text(
+        '#include "primitives.cuh"\n'
+        "using namespace optical::cuda;\n"
+        'extern "C" __attribute__((visibility("default"))) int met(int all) {\n'
+        "    const std::function<void()> body = [&] {\n"
+        "        if (all || thread_index() != 33) sync_block();\n"
+        "        else sync_warp();\n"
+        "    };\n"
+        "    return host::run_cluster(0, 1, 64, 0, body);\n"
+        "}\n"
+    )
+    library = ctypes.CDLL(str(build(tmp_path, "-O1", source=source)))
+    assert library.met(1) == 1
+    assert library.met(0) == 0
+
+
+@pytest.mark.slow
+def test_no_undefined_behaviour(tmp_path, monkeypatch, kernels):
+    flags = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-static-libubsan")
+    use(cuda.open_library(build(tmp_path, *flags), None), monkeypatch)
+    for n, m in ((7, 5), (40, 60), (130, 70), (200, 300)):
+        clouds = random_clouds("clouds", "cosine", batch=1, n=n, m=m, dim=18, max_iter=2)
+        for problem in (clouds, packed(clouds), random_problem("given", 1, n, m, max_iter=2)):
+            for gradient in GRADIENTS:
+                assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
+
+
+SOME = ["ragged", "nan_padding", "clusters", "rho", "cosine_ragged", "dot_ragged_packed"]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", SOME)
+def test_is_deterministic_and_independent_of_the_batch(name, gradient, kernels):
+    problem = ALL[name].to(torch.float32)
+    together, again = solve("cuda", problem, gradient), solve("cuda", problem, gradient)
+    assert_same_bits(together, again)
+    for i in range(len(problem.epsilon)):
+        alone = solve("cuda", problem.one(i), gradient)
+        for field in FIELDS:
+            part = slice(i, i + 1)
+            if problem.cu_a is not None and field in "fg":
+                offsets = problem.cu_a if field == "f" else problem.cu_b
+                part = slice(int(offsets[i]), int(offsets[i + 1]))
+            assert torch.equal(alone[field], together[field][part]), field
+
+
+def test_packed_problems_have_the_bits_of_their_own_size_in_any_batch(kernels):
+    """Regimes follow from each problem's size, not from the longest of the batch."""
+    lengths = {"rows": [3, 130, 40], "columns": [9, 70, 60]}
+    clouds = random_clouds("mixed", "cosine", batch=3, n=130, m=70, dim=9, max_iter=4, **lengths)
+    problem = packed(clouds).to(torch.float32)
+    together = solve("cuda", problem)
+    for i in range(3):
+        rows = slice(int(problem.cu_a[i]), int(problem.cu_a[i + 1]))
+        alone = solve("cuda", problem.one(i))
+        assert torch.equal(alone["value"][0], together["value"][i])
+        assert torch.equal(alone["f"], together["f"][rows])
+    assert_backend_correct("cuda", packed(clouds), torch.float32, gradients=("envelope",))
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "dot"])
+def test_the_content_of_padding_changes_no_bit(kind, gradient, kernels):
+    lengths = {"rows": [9, 3, 0, 5], "columns": [2, 11, 4, 8]}
+    problem = random_problem("padded", 4, 9, 11, **lengths)
+    if kind != "given":
+        problem = random_clouds("padded", kind, batch=4, n=9, m=11, **lengths)
+    problem = replace(problem, max_iter=8, rho_a=0.5, omega=1.2)
+    absent = problem.log_a == -math.inf
+    clean = replace(problem, f0=absent * 0.0, g0=torch.zeros_like(problem.log_b))
+    dirty = replace(poisoned(clean), f0=torch.where(absent, math.nan, 0.0))
+    assert_same_bits(results(clean, gradient), results(dirty, gradient))
+
+
+BROKEN = [("x", math.nan), ("x", -math.inf), ("log_a", math.nan), ("log_b", math.inf)]
+BROKEN += [("epsilon", math.nan), ("epsilon", 0.0), ("epsilon", -1.0)]
+
+
+@pytest.mark.parametrize("kind", ["given", "cosine"])
+@pytest.mark.parametrize(("field", "value"), BROKEN)
+def test_what_is_not_a_number_spoils_its_own_problem_alone(kind, field, value, kernels):
+    problem = random_problem("", 3, 5, 6) if kind == "given" else random_clouds("", kind, n=5, m=6)
+    problem = problem.to(torch.float32)
+    broken = getattr(problem, field).clone()
+    broken[1].view(-1)[0] = value
+    clean, out = (solve("cuda", x) for x in (problem, replace(problem, **{field: broken})))
+    expected = solve("reference", replace(problem, **{field: broken}))
+    assert out["status"].tolist() == expected["status"].tolist()
+    assert out["n_iter"].tolist() == expected["n_iter"].tolist()
+    for name in ("value", "value_linear", "marginal_error", "f", "g"):
+        assert out[name][1].isnan().all(), name
+    for name in clean:
+        for i in (0, 2):
+            assert torch.equal(out[name][i], clean[name][i]), name
+
+
+def test_stops_each_problem_at_the_iteration_the_truth_stops_at(kernels):
+    for name in ("epsilon_per_problem", "ragged", "one_fully_masked", "marginals"):
+        problem = replace(ALL[name], max_iter=60, tol=1e-3)
+        n_iter = solve("cuda", problem.to(torch.float32))["n_iter"]
+        early = solve("reference", replace(problem, tol=1.001e-3 + 1e-6))["n_iter"]
+        late = solve("reference", replace(problem, tol=0.999e-3 - 1e-6))["n_iter"]
+        assert ((early <= n_iter) & (n_iter <= late)).all(), (early, n_iter, late)
+
+
+def test_extreme_masses_continue_in_the_log_domain(kernels):
+    problem = random_problem("masses", 2, 19, 23, epsilon=0.05, max_iter=12)
+    log_b = torch.linspace(0, -150, 23).double().expand(2, 23).log_softmax(1)
+    cost = problem.x + torch.linspace(3, 0, 23).double()
+    assert_backend_correct("cuda", replace(problem, x=cost, log_b=log_b), torch.float32)
+
+
+def test_both_ways_to_launch_plan_alike(kernels):
+    """Without nvcc the plan is made in Python: the same regimes, the same shared memory."""
+    sides = (1, 32, 33, 64, 65, 128, 129, 320, 512, 513, 2000)
+    for shared, clusters in ((227 << 10, 8), (163 << 10, 1), (99 << 10, 8)):
+        device = nvrtc.Device(shared, clusters)
+        for kind, backward, n, m in itertools.product((0, 1), (None, 0, 1, 2), sides, sides):
+            problem = native._Problem(batch=1, n=n, m=m, kind=kind, gradient=backward or 0)
+            four = (ctypes.c_int * 4)()
+            number = kernels.optical_cuda_plan(
+                ctypes.byref(problem), backward is not None, shared, clusters, four
+            )
+            expected = None if number < 0 else (number, *four)
+            assert nvrtc.plan(n, m, kind, backward, device) == expected, (n, m, kind, backward)
+
+
+def test_refusals_are_in_words(kernels):
+    given = random_problem("", 1, 2, 2)
+    refused = {
+        "compute in float32": given,
+        "do not know anderson": replace(given, anderson=3).to(torch.float32),
+        "700 x 700 does not fit": random_problem("", 1, 700, 700).to(torch.float32),
+    }
+    for reason, problem in refused.items():
+        assert reason in cuda.supports(problem.arguments())
+    annealed = replace(given, anneal_start=1.0).to(torch.float32)
+    assert "does not undo annealing" in cuda.supports(annealed.arguments("unroll"))

@@ -1,0 +1,176 @@
+"""The CUDA kernels without nvcc: what is launched, and that NVRTC compiles them."""
+
+import contextlib
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from optical import native, nvrtc
+
+FOLDER = Path(__file__).resolve().parent.parent / "csrc"
+H100, OLDER, SMALL = (
+    nvrtc.Device(227 << 10, 8),
+    nvrtc.Device(163 << 10, 1),
+    nvrtc.Device(99 << 10, 8),
+)
+
+
+class Driver:
+    """libcuda as far as it is used, which writes down what it is asked."""
+
+    def __init__(self, capability=(9, 0), shared=H100.shared):
+        self.attributes = {75: capability[0], 76: capability[1], 97: shared}
+        self.loaded, self.launches, self.status = [], [], 0
+
+    def cuCtxGetDevice(self, device):
+        device._obj.value = 0
+        return 0
+
+    def cuDeviceGetAttribute(self, value, name, device):
+        value._obj.value = self.attributes[name]
+        return 0
+
+    def cuModuleLoadData(self, module, binary):
+        self.loaded.append(binary)
+        return 0
+
+    def cuModuleGetFunction(self, function, module, name):
+        function._obj.value = len(self.loaded)
+        return 0
+
+    def cuFuncSetAttribute(self, function, name, value):
+        assert (name, value) == (8, self.attributes[97])
+        return 0
+
+    def cuLaunchKernelEx(self, config, function, addresses, extra):
+        c = config._obj
+        name = self.loaded[function.value - 1].decode()
+        cluster = list(c.attributes[0].value[:3]) if c.count else None
+        number = ctypes.c_int.from_address(addresses[len(addresses) - 1]).value
+        first = native._Problem.from_address(addresses[0])
+        self.launches.append((name, c.gx, c.bx, c.shared, c.stream, cluster, number, first.n))
+        return self.status
+
+
+def problem(n, m, **fields):
+    return native._Problem(batch=5, n=n, m=m, **fields)
+
+
+def call(driver, given, backward=False):
+    kernels = nvrtc.Kernels(driver, lambda name, architecture: f"{name} {architecture}".encode())
+    if not backward:
+        return kernels.optical_cuda_forward(
+            ctypes.byref(given), ctypes.byref(native._Solution()), 7
+        )
+    return kernels.optical_cuda_backward(
+        ctypes.byref(given), ctypes.byref(native._Gradient()), 11, 7
+    )
+
+
+def test_padded_problems_are_one_launch_of_their_regime():
+    driver = Driver()
+    assert call(driver, problem(100, 128)) == 0
+    size = nvrtc.shared_bytes(2, 2, 2, 0, None)
+    assert driver.launches == [
+        ("optical_forward_square 90", 5, 128, size, 7, None, 2, 100),
+    ]
+    assert call(driver, problem(512, 512)) == 0
+    assert driver.launches[-1][:3] == ("optical_forward_cluster 90", 40, 256)
+    assert driver.launches[-1][5] == [8, 1, 1]
+
+
+def test_each_gradient_has_its_kernel():
+    driver = Driver()
+    for gradient, name in ((0, "backward"), (1, "backward"), (2, "unroll")):
+        assert call(driver, problem(100, 100, gradient=gradient), backward=True) == 0
+        assert driver.launches[-1][0] == f"optical_{name}_block 90"
+    # Every kernel that may be named exists.
+    known = nvrtc.kernels(FOLDER)
+    for what, kinds in (
+        ("forward", ("small", "warp", "square", "block", "cluster")),
+        ("backward", ("small", "warp", "block", "cluster")),
+        ("unroll", ("small", "warp", "block", "cluster")),
+    ):
+        assert {f"optical_{what}_{kind}" for kind in kinds} <= set(known)
+
+
+def test_packed_problems_are_launched_for_every_regime_that_their_bounds_leave_open():
+    driver = Driver()
+    assert call(driver, problem(300, 300, offset_a=1, offset_b=1)) == 0
+    numbers = [(launch[6], launch[5]) for launch in driver.launches]
+    assert numbers == [
+        (0, None),
+        (1, None),
+        (2, None),
+        (3, None),
+        (4, [2, 1, 1]),
+        (4, [4, 1, 1]),
+        (4, [8, 1, 1]),
+    ]
+
+
+def test_a_kernel_is_loaded_once():
+    driver = Driver()
+    kernels = nvrtc.Kernels(driver, lambda name, architecture: b"x")
+    for _ in range(2):
+        given = problem(3, 3)
+        solution = native._Solution()
+        kernels.optical_cuda_forward(ctypes.byref(given), ctypes.byref(solution), None)
+    assert len(driver.loaded) == 1
+    assert len(driver.launches) == 2
+
+
+def test_what_does_not_fit_and_what_fails_is_reported():
+    given = problem(700, 700)
+    assert call(Driver(), given) == nvrtc.OUT_OF_REACH
+    kernels = nvrtc.Kernels(Driver(), lambda name, architecture: b"x")
+    assert not kernels.optical_cuda_reach(ctypes.byref(given))
+    assert kernels.optical_cuda_reach(ctypes.byref(problem(512, 512)))
+    # Without clusters a block is all there is.
+    ampere = nvrtc.Kernels(Driver((8, 0), OLDER.shared), lambda name, architecture: b"x")
+    assert ampere.optical_cuda_reach(ctypes.byref(problem(128, 192)))
+    assert not ampere.optical_cuda_reach(ctypes.byref(problem(256, 256)))
+    driver = Driver()
+    driver.status = 1
+    assert call(driver, problem(3, 3)) == nvrtc.LAUNCH_FAILED
+    assert call(Driver(), native._Problem(batch=0)) == 0
+
+
+def test_a_device_with_little_shared_memory_still_takes_128_x_128():
+    assert nvrtc.plan(128, 128, 1, None, SMALL) is not None
+
+
+def test_the_cache_is_used(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return b"cubin"
+
+    for _ in range(2):
+        got = nvrtc.cached(make, "key", tmp_path, contextlib.nullcontext())
+        assert got == b"cubin"
+    assert made == [1]
+
+
+@pytest.mark.parametrize("kernel", ["optical_forward_small", "optical_backward_warp"])
+def test_nvrtc_compiles_a_kernel(kernel):
+    library = nvrtc.find()
+    if library is None:
+        pytest.skip(reason="NVRTC was not found")
+    assert nvrtc.compile_kernel(library, FOLDER, kernel, "90")[:4] == b"\x7fELF"
+
+
+def test_an_error_of_nvrtc_is_a_reason_in_one_line(tmp_path):
+    library = nvrtc.find()
+    if library is None:
+        pytest.skip(reason="NVRTC was not found")
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "sinkhorn.h").write_text("")
+    (tmp_path / "cuda" / "kernels.cuh").write_text(
+        "#error deliberately broken\nOPTICAL_FORWARD(small, SmallWarp, 1)\n"
+    )
+    with pytest.raises(nvrtc.CompileError, match="deliberately broken") as caught:
+        nvrtc.compile_kernel(library, tmp_path, "optical_forward_small", "90")
+    assert "\n" not in str(caught.value)
