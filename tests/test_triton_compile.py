@@ -40,15 +40,15 @@ QUICK = [
 SPILLS, MORE = 16, 512
 CROWDED = {
     *(("adjoint", "128x128"), ("unrolled", "64x64"), ("unrolled", "128x128")),
-    *(("resident", "64x64"), ("resident", "128x128"), ("product", "64x64"), ("walk", "64x64")),
-    ("mass_gradient", "64x64"),
+    *(("resident", "128x128"), ("product", "64x64")),
 }
 
 
 def check(row):
     assert row.shared_bytes <= resources.SHARED[row.target], row
+    crowded = (row.kernel, row.tile) in CROWDED or (row.kind, row.dtype) == ("cosine", "fp32")
     # The tiles were chosen by NVIDIA's registers.
-    crowded = (row.kernel, row.tile) in CROWDED or row.target == "gfx942"
+    crowded = crowded or row.target == "gfx942"
     assert row.loop_spills == 0 and row.spills <= (MORE if crowded else SPILLS), row
 
 
