@@ -37,7 +37,7 @@ QUICK = [
 # A few registers may be stored once around the loops of the largest tiles; in a loop of iterations
 # none. Those that crowd are known by name: float64 sums, products of three TF32 dots, and two tiles
 # of up to 128 x 128 entries at once.
-SPILLS, MORE = 16, 512
+SPILLS, MORE = 16, 1536
 CROWDED = {
     *(("adjoint", "128x128"), ("unrolled", "64x64"), ("unrolled", "128x128")),
     *(("resident", "128x128"), ("product", "64x64")),
