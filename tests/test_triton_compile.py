@@ -37,18 +37,18 @@ QUICK = [
 # A few registers may be stored once around the loops of the largest tiles; in a loop of iterations
 # none. Those that crowd are known by name: float64 sums, products of three TF32 dots, and two tiles
 # of up to 128 x 128 entries at once.
-SPILLS, MORE = 16, 512
+SPILLS, MORE = 16, 1536
 CROWDED = {
     *(("adjoint", "128x128"), ("unrolled", "64x64"), ("unrolled", "128x128")),
-    *(("resident", "64x64"), ("resident", "128x128"), ("product", "64x64"), ("walk", "64x64")),
-    ("mass_gradient", "64x64"),
+    *(("resident", "128x128"), ("product", "64x64")),
 }
 
 
 def check(row):
     assert row.shared_bytes <= resources.SHARED[row.target], row
+    crowded = (row.kernel, row.tile) in CROWDED or (row.kind, row.dtype) == ("cosine", "fp32")
     # The tiles were chosen by NVIDIA's registers.
-    crowded = (row.kernel, row.tile) in CROWDED or row.target == "gfx942"
+    crowded = crowded or row.target == "gfx942"
     assert row.loop_spills == 0 and row.spills <= (MORE if crowded else SPILLS), row
 
 
@@ -72,14 +72,16 @@ def test_every_kernel_is_what_the_table_says(configuration, target):
     measured(configuration, target)
 
 
-# These take minutes to compile, and the table holds them for the targets that had the time.
+# These take minutes to compile, for AMD most of all: a row may be absent, but none may be stale.
 PATIENT = {"adjoint", "adjoint_loop", "unrolled", "loop"}
 
 
 def test_the_table_holds_every_kernel_and_nothing_that_a_chip_does_not():
     expected = {(*resources.identity(c), target) for c in ALL for target in resources.TARGETS}
     assert set(ROWS) <= expected
-    assert not {key for key in expected - set(ROWS) if key[0] not in PATIENT}
+    absent = expected - set(ROWS)
+    assert not {key for key in absent if key[0] not in PATIENT and key[-1] != "gfx942"}
+    assert {c.name for c in ALL} - {"adjoint"} <= {key[0] for key in ROWS if key[-1] == "gfx942"}
     for row in ROWS.values():
         check(row)
 
