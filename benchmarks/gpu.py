@@ -1,4 +1,4 @@
-"""Everything that needs a CUDA machine, step by step: tests, sweeps of the tuned tables, timings.
+"""Everything that needs a CUDA machine, step by step: tests, timings, sweeps of the tuned tables.
 
     python -m benchmarks.gpu --output results/h200 --seconds 520
 
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +28,9 @@ import torch
 import optical
 from benchmarks import cases, rows
 from benchmarks.jobs import ROOT, Task, _device_turn
-from optical.testing import assert_close_to_truth
+from optical.arguments import GRADIENTS
+from optical.backends import BACKENDS
+from optical.testing import assert_close_to_truth, random_clouds, solve
 
 # Batch x n x m x dim x iterations, with the temperature where it is not that of the others.
 SHAPES = {
@@ -45,6 +49,8 @@ SHAPES = {
 # Those whose implicit system is solved on chip.
 IMPLICIT = ("L1", "L2", "T1", "T2", "T3")
 SWEPT = ("T1", "T2", "T3")
+COMPARED = ("cuda", "triton")
+SANITIZER = "compute-sanitizer"
 # With less than this left, no further step is begun.
 LEAST_SECONDS = 20.0
 
@@ -61,10 +67,16 @@ def steps(output: Path) -> list[Step]:
     """All steps in their order: what must hold before a time counts comes first."""
     python, table = sys.executable, str(output / "rows.csv")
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    own = (python, "-m", "benchmarks.gpu", "--output", str(output), "--one")
     made = [
+        Step("build", (*own, "build")),
         Step("test-gpu", (*pytest, "-m", "gpu", "tests")),
         Step("test-backends", (*pytest, "tests/test_backends.py", "-k", "cuda")),
     ]
+    if shutil.which(SANITIZER):
+        for tool in ("memcheck", "racecheck", "synccheck"):
+            watched = (SANITIZER, "--tool", tool, "--error-exitcode", "1", *own, "build")
+            made.append(Step(f"sanitize-{tool}", watched))
     measure = (python, "-m", "benchmarks")
     for name, (shape, epsilon) in SHAPES.items():
         options = ("--device", "cuda", "--shapes", shape, "--epsilon", str(epsilon))
@@ -72,7 +84,6 @@ def steps(output: Path) -> list[Step]:
         for mode in ("forward", "both"):
             command = (*measure, "vectors", *options, "--modes", mode)
             made.append(Step(f"time-{name}-{mode}", command))
-    own = (python, "-m", "benchmarks.gpu", "--output", str(output), "--one")
     made += [Step(f"implicit-{name}", (*own, f"implicit-{name}")) for name in IMPLICIT]
     made += [Step(f"tune-{name}", (*own, f"tune-{name}")) for name in SWEPT]
     return made
@@ -145,31 +156,44 @@ def implicit(name: str, output: Path) -> None:
     shape, epsilon = SHAPES[name]
     case = replace(cases.parse_shape(shape), epsilon=epsilon, device="cuda")
     x, y = (z.float().cuda().requires_grad_() for z in case.inputs[:2])
-    options = {"gradient": "implicit"}
 
-    def both(x: Any, y: Any, **more: Any) -> tuple[torch.Tensor, ...]:
-        value = _solved(case, x, y, **options, **more).value_linear.sum()
-        return torch.autograd.grad(value, (x, y))
+    def both(x: Any, y: Any, backend: str) -> tuple[torch.Tensor, ...]:
+        result = _solved(case, x, y, gradient="implicit", backend=backend)
+        return torch.autograd.grad(result.value_linear.sum(), (x, y))
 
-    first = x[:2], y[:2]
-    found = both(*first, backend="triton")
-    expected, rounded = (
-        both(
-            *(z[:2].detach().to("cpu", dtype).requires_grad_() for z in (x, y)), backend="reference"
-        )
+    first = [z[:2].detach() for z in (x, y)]
+    exact, same = (
+        both(*(z.to("cpu", dtype).requires_grad_() for z in first), "reference")
         for dtype in (torch.float64, torch.float32)
     )
-    for out, exact, same in zip(found, expected, rounded, strict=True):
-        scale = exact.abs().max().item()
-        rule = {"dtype": torch.float32, "scale": scale, "name": f"implicit {name}"}
-        assert_close_to_truth(out.cpu(), exact, same, **rule)
-    times = _milliseconds(lambda: both(x, y, backend="triton"))
-    row = rows.row_of("vectors", "triton", Task("vectors", "implicit", case))
-    quantiles = (times[len(times) * share // 10] for share in (5, 2, 8))
-    p50, p20, p80 = (float(f"{t:.4g}") for t in quantiles)
-    made = replace(row, ms_p50=p50, ms_p20=p20, ms_p80=p80)
-    print(rows.table([made]))
-    rows.write([made], output / "rows.csv")
+    made = []
+    for backend in COMPARED:
+        found = both(*(z.clone().requires_grad_() for z in first), backend)
+        for out, expected, rounded in zip(found, exact, same, strict=True):
+            scale = expected.abs().max().item()
+            rule = {"dtype": torch.float32, "scale": scale, "name": f"implicit {backend} {name}"}
+            assert_close_to_truth(out.cpu(), expected, rounded, **rule)
+        times = _milliseconds(functools.partial(both, x, y, backend))
+        row = rows.row_of("vectors", backend, Task("vectors", "implicit", case))
+        quantiles = (times[len(times) * share // 10] for share in (5, 2, 8))
+        p50, p20, p80 = (float(f"{t:.4g}") for t in quantiles)
+        made.append(replace(row, ms_p50=p50, ms_p20=p20, ms_p80=p80))
+    print(rows.table(made))
+    rows.write(made, output / "rows.csv")
+
+
+def build(_name: str, _output: Path) -> None:
+    """Compile both backends, and run a small problem of every size class in every mode."""
+    for backend in COMPARED:
+        for n, m in ((5, 7), (32, 32), (60, 64), (100, 128), (200, 90), (400, 300)):
+            for gradient in GRADIENTS:
+                problem = random_clouds(f"{n}x{m}", "cosine", batch=2, n=n, m=m, dim=40, max_iter=3)
+                problem = problem.to(torch.float32, "cuda")
+                reason = BACKENDS[backend].supports(problem.arguments(gradient))
+                if reason is None:
+                    solve(backend, problem, gradient)
+                print(f"{backend} {n} x {m} {gradient}: {reason or 'done'}", flush=True)
+    torch.cuda.synchronize()
 
 
 def tune(name: str, output: Path) -> None:
@@ -222,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if given.one:
         what, _, name = given.one.partition("-")
-        {"implicit": implicit, "tune": tune}[what](name, output)
+        {"build": build, "implicit": implicit, "tune": tune}[what](name, output)
         return 0
     output.mkdir(parents=True, exist_ok=True)
     with (output / "log.txt").open("a", encoding="utf-8") as log:

@@ -101,8 +101,8 @@ def sinkhorn(
             derivative of the iterations that were run, potentials included, converged or not; it
             cannot be combined with anderson.
         precision: "exact" computes in float32 (float64 for float64 inputs) throughout. "fast" lets
-            a GPU backend keep the plan of the iterations in float16, which rounds the cost by up to
-            epsilon / 2048. Backends that gain nothing by it, the CPU's among them, stay exact.
+            a backend keep the plan of the iterations in float16, which rounds the cost by up to
+            epsilon / 2048. No backend gains anything by it yet: all compute exactly.
         backend: "auto", "cuda", "triton", "cpu" or "reference"; the environment variable
             OPTICAL_BACKEND replaces "auto". ``optical.backends.explain`` says which one serves a
             problem and why.

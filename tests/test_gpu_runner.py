@@ -11,7 +11,7 @@ from benchmarks import gpu
 def test_tests_come_before_times_and_names_are_unique(tmp_path):
     names = [step.name for step in gpu.steps(tmp_path)]
     assert len(set(names)) == len(names)
-    assert names[:2] == ["test-gpu", "test-backends"]
+    assert names[:3] == ["build", "test-gpu", "test-backends"]
     assert {f"time-{shape}-both" for shape in gpu.SHAPES} < set(names)
 
 
