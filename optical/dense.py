@@ -90,9 +90,14 @@ class Dense:
         return written.pack(apply(self.given, self.a.pad(f), self.b.pad(g), read.pad(v), transpose))
 
     def plan(self, f: Tensor, g: Tensor) -> Tensor:
-        """The coupling (B, n, m), 0 in the padding; differentiable by autograd."""
+        """The coupling (B, n, m), 0 in the padding; differentiable by autograd.
+
+        Computed in float64: what float32 would lose in the exponents is more than the potentials
+        have lost.
+        """
         p = self.given
-        return reference.plan(p.x, p.log_a, p.log_b, p.epsilon, self.a.pad(f), self.b.pad(g))
+        factors = (p.x, p.log_a, p.log_b, p.epsilon, self.a.pad(f), self.b.pad(g))
+        return reference.plan(*(x.double() for x in factors)).to(f.dtype)
 
 
 class Side:

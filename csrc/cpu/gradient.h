@@ -203,18 +203,20 @@ struct Gradient {
     __attribute__((always_inline)) inline void make(int64_t b, T* to, T* sums) {
         static constexpr int together = Solve::together;
         const T scale = s.inverse_epsilon, upstream = up, slope = linear * scale;
-        const T *const fs = s.f + b * block, *const logs = s.log_a + b * block;
-        const T *const gs = s.g, *const log_bs = s.log_b, *const zs = s.z;
+        const T *const fs = s.f + b * block, *const gs = s.g, *const zs = s.z;
+        const T *const logs = s.log_a + b * block, *const masses = s.mass_a + b * block;
         Vector line[block];
         for (int r = 0; r < block; ++r) line[r] = S::all(0);
         for (int64_t j = 0; j < s.col_count; j += width) {
-            const Vector gj = S::load(gs + j), log_bj = S::load(log_bs + j), zj = S::load(zs + j);
+            const Vector gj = S::load(gs + j), log_bj = S::load(s.log_b + j), zj = S::load(zs + j);
+            const Vector mass_bj = S::load(s.mass_b + j);
             Vector column = S::all(0);
             for (int r = 0; r < block; r += together, to += together * width) {
-                Vector x[together], factor[together];
+                Vector x[together], mass[together], factor[together];
                 for (int i = 0; i < together; ++i) {
                     const Vector cost = S::load(to + i * width);
-                    x[i] = ((fs[r + i] - cost) + gj) * scale + (logs[r + i] + log_bj);
+                    x[i] = ((fs[r + i] - cost) + gj) * scale;
+                    mass[i] = Solve::weigh(x[i], logs[r + i] + log_bj, masses[r + i] * mass_bj);
                     if constexpr (implicit)
                         factor[i] = upstream + slope * ((s.w[b * block + r + i] + zj) - Solve::price(to + i * width));
                     else
@@ -222,6 +224,7 @@ struct Gradient {
                 }
                 S::template exp<together>(x);
                 for (int i = 0; i < together; ++i) {
+                    x[i] *= mass[i];
                     if constexpr (implicit) line[r + i] += x[i], column += x[i];
                     S::store(to + i * width, x[i] * factor[i]);
                 }

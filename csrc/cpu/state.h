@@ -356,24 +356,44 @@ struct State : Cost<T> {
         const bool with_a = plan || holding == Holding::columns;
         const bool with_b = plan || holding == Holding::rows;
         const T *rows = plan ? f : base_f, *columns = plan ? g : base_g;
-        T row[block], extra[block];
+        T row[block], extra[block], mass[block];
         for (int r = 0; r < block; ++r) {
             row[r] = rows[b * block + r];
             extra[r] = with_a ? log_a[b * block + r] : 0;
+            mass[r] = with_a ? mass_a[b * block + r] : 1;
         }
         for (int64_t j = 0; j < col_count; j += width) {
             const Vector gj = S::load(columns + j);
             const Vector log_bj = with_b ? S::load(log_b + j) : S::all(0);
+            const Vector mass_bj = with_b ? S::load(mass_b + j) : S::all(1);
             for (int r = 0; r < block; r += together, c += together * width) {
                 Vector x[together];
                 for (int i = 0; i < together; ++i) {
                     x[i] = (row[r + i] - S::load(c + i * width)) + gj;
-                    x[i] = x[i] * inverse_epsilon + (extra[r + i] + log_bj);
+                    x[i] *= inverse_epsilon;
                 }
-                S::template exp<together>(x);
+                if (with_a || with_b) {
+                    Vector factor[together];
+                    for (int i = 0; i < together; ++i)
+                        factor[i] = weigh(x[i], extra[r + i] + log_bj, mass[r + i] * mass_bj);
+                    S::template exp<together>(x);
+                    for (int i = 0; i < together; ++i) x[i] *= factor[i];
+                } else {
+                    S::template exp<together>(x);
+                }
                 for (int i = 0; i < together; ++i, to += width) S::store(to, x[i]);
             }
         }
+    }
+
+    // exp(x + log_mass) as exp(x) times what is returned: the mass, whose rounding is relative, or 1
+    // with everything in the exponent where either would leave the range of numbers.
+    static __attribute__((always_inline)) inline Vector weigh(Vector& x, Vector log_mass,
+                                                              Vector mass) {
+        const T most = sizeof(T) == 4 ? 80 : 700;
+        const Mask apart = (x < most) & (log_mass > -most);
+        x = S::select(apart, x, x + log_mass);
+        return S::select(apart, mass, S::all(1));
     }
 
     void build_kernel() {
