@@ -192,7 +192,12 @@ class Problems:
                 )
             )
             filled = filled & accepted
-            mixed = image - _mixture(self.b, moves, changes, filled, change)
+            taken = _mixture(self.b, moves, changes, filled, change)
+            if self.arguments.rho_a == self.arguments.rho_b == math.inf:
+                # A constant may move between f and g: left alone, it grows until digits are lost.
+                mean = (self.b * taken).sum(1) / self.b.sum(1)
+                taken = torch.where(self.alive_b & self.live[:, None], taken - mean[:, None], taken)
+            mixed = image - taken
             extrapolated = accepted & filled.any(0) & mixed.isfinite().all(1)
             filled = filled & extrapolated
             retreat = torch.where(rejected[:, None], last_image, image)

@@ -76,10 +76,15 @@ struct Mixer {
             if (chosen) {
                 s.alone([&] {
                     for (int64_t j = 0; j < s.col_count; j += width) {
-                        Vector mixed = S::load(image + j);
+                        Vector taken = S::all(0);
                         for (int k = 0; k < count; ++k)
-                            mixed -= (T)gamma[k] * (S::load(dg(k) + j) + S::load(dr(k) + j));
-                        S::store(s.g + j, mixed);
+                            taken += (T)gamma[k] * (S::load(dg(k) + j) + S::load(dr(k) + j));
+                        S::store(s.g + j, taken);
+                    }
+                    const Vector mean = S::all(drift());
+                    for (int64_t j = 0; j < s.col_count; j += width) {
+                        const Vector taken = S::load(s.g + j), dead = S::load(s.pad_b + j);
+                        S::store(s.g + j, S::load(image + j) - S::select(dead > 0, taken, taken - mean));
                     }
                 });
                 bool finite = true;
@@ -92,6 +97,18 @@ struct Mixer {
             }
         }
         return chosen;
+    }
+
+    // With both marginals fixed a constant may move between f and g: left alone, it would grow until
+    // digits are lost. Its part of what is taken off the image, which is in g.
+    T drift() const {
+        double sum = 0, mass = 0;
+        if (s.rho_a < Number<T>::infinity || s.rho_b < Number<T>::infinity) return 0;
+        for (int64_t j = 0; j < s.m; ++j) {
+            sum += (double)s.weight_b[j] * (double)s.g[j];
+            mass += (double)s.weight_b[j];
+        }
+        return mass > 0 ? (T)(sum / mass) : (T)0;
     }
 
     void copy(T* to, const T* from) const {

@@ -215,8 +215,9 @@ struct Gradient {
                 Vector x[together], mass[together], factor[together];
                 for (int i = 0; i < together; ++i) {
                     const Vector cost = S::load(to + i * width);
-                    x[i] = ((fs[r + i] - cost) + gj) * scale;
-                    mass[i] = Solve::weigh(x[i], logs[r + i] + log_bj, masses[r + i] * mass_bj);
+                    x[i] = (fs[r + i] - cost) + gj;
+                    mass[i] = Solve::weigh(x[i], scale, logs[r + i] + log_bj,
+                                           masses[r + i] * mass_bj);
                     if constexpr (implicit)
                         factor[i] = upstream + slope * ((s.w[b * block + r + i] + zj) - Solve::price(to + i * width));
                     else

@@ -368,17 +368,17 @@ struct State : Cost<T> {
             const Vector mass_bj = with_b ? S::load(mass_b + j) : S::all(1);
             for (int r = 0; r < block; r += together, c += together * width) {
                 Vector x[together];
-                for (int i = 0; i < together; ++i) {
+                for (int i = 0; i < together; ++i)
                     x[i] = (row[r + i] - S::load(c + i * width)) + gj;
-                    x[i] *= inverse_epsilon;
-                }
                 if (with_a || with_b) {
                     Vector factor[together];
                     for (int i = 0; i < together; ++i)
-                        factor[i] = weigh(x[i], extra[r + i] + log_bj, mass[r + i] * mass_bj);
+                        factor[i] = weigh(x[i], inverse_epsilon, extra[r + i] + log_bj,
+                                          mass[r + i] * mass_bj);
                     S::template exp<together>(x);
                     for (int i = 0; i < together; ++i) x[i] *= factor[i];
                 } else {
+                    for (int i = 0; i < together; ++i) x[i] *= inverse_epsilon;
                     S::template exp<together>(x);
                 }
                 for (int i = 0; i < together; ++i, to += width) S::store(to, x[i]);
@@ -386,13 +386,15 @@ struct State : Cost<T> {
         }
     }
 
-    // exp(x + log_mass) as exp(x) times what is returned: the mass, whose rounding is relative, or 1
-    // with everything in the exponent where either would leave the range of numbers.
-    static __attribute__((always_inline)) inline Vector weigh(Vector& x, Vector log_mass,
-                                                              Vector mass) {
+    // The exponent of a mass times exp(x / epsilon), for x of potentials and a cost, and the factor
+    // beside it: the mass, whose rounding is relative, where the exponent is small beside its
+    // logarithm; otherwise 1, with everything in the exponent, rounded once.
+    static __attribute__((always_inline)) inline Vector weigh(Vector& x, T inverse_epsilon,
+                                                              Vector log_mass, Vector mass) {
         const T most = sizeof(T) == 4 ? 80 : 700;
-        const Mask apart = (x < most) & (log_mass > -most);
-        x = S::select(apart, x, x + log_mass);
+        const Vector alone = x * inverse_epsilon, whole = x * inverse_epsilon + log_mass;
+        const Mask apart = (S::absolute(alone) < T(-0.75) * log_mass) & (log_mass > -most);
+        x = S::select(apart, alone, whole);
         return S::select(apart, mass, S::all(1));
     }
 
