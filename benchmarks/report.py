@@ -196,7 +196,7 @@ def _bars(axis: Any, cases: Sequence[str], series: dict[str, list[float]]) -> No
     for index, (label, heights) in enumerate(series.items()):
         places = [i + (index - (len(series) - 1) / 2) * step for i in range(len(cases))]
         axis.bar(places, heights, 0.9 * step, label=label)
-    axis.set_xticks(range(len(cases)), [case.replace(":", "\n") for case in cases], fontsize=7)
+    axis.set_xticks(range(len(cases)), [case.replace(":", "\n") for case in cases], fontsize=6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=8)
 
