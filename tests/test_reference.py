@@ -441,7 +441,9 @@ def anderson_by_hand(problem, max_iter):
                 gram = (changes * log_b.exp()) @ changes.T
                 gram += 1e-10 * gram.trace() / len(memory) * torch.eye(len(memory), dtype=D)
                 gamma = torch.linalg.solve(gram, (changes * log_b.exp()) @ change)
-                start = image - gamma @ (moves + changes)
+                taken = gamma @ (moves + changes)
+                # No drift along the constants, which both marginals leave free.
+                start = image - (taken - (log_b.exp() * taken).sum() / log_b.exp().sum())
             g, extrapolated = start, bool(memory)
     return f, image
 
