@@ -621,8 +621,7 @@ def _uncertainty(call: Call) -> float:
 
 def _transported(call: Call) -> float:
     """The largest plan of the call, as a multiple of the masses it was given."""
-    (call,) = _solved_by(call)[:1] if call.function != "sinkhorn_vectors" else (call,)
-    totals = call.rounded(torch.float64).run().plan().detach().sum((1, 2))
+    totals = _solved_by(call)[0].rounded(torch.float64).run().plan().detach().sum((1, 2))
     return _largest(totals) / call.mass
 
 
