@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -34,9 +35,11 @@ class Fingerprints:
         # How a training is fed and whether it is resumed changes nothing of what it learns.
         left_out = ("resume", "teacher_vectors", without)
         return {
-            name: self.model(value) if name in MODELS else self.files(value)
-            for name, value in vars(options).items()
-            if name not in left_out
+            field.name: (self.model if field.name in MODELS else self.files)(value)
+            for field in dataclasses.fields(options)
+            # Without defaults, an option that a later version adds leaves alone what is finished.
+            if (value := getattr(options, field.name)) != _default(field)
+            and field.name not in left_out
         }
 
     def files(self, value: Any) -> Any:
@@ -101,3 +104,8 @@ def effective(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _digest(path: str, size: int, time_ns: int) -> str:
     # Size and time are in the key alone: a changed file is read again.
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()

@@ -147,6 +147,10 @@ class DistillOptions:
     max_pairs: int | None = field(
         default=None, metadata={"help": "Use the first so many pairs of each file."}
     )
+    balance: bool = field(
+        default=False,
+        metadata={"help": "Repeat the pairs of smaller files, so that all files weigh alike."},
+    )
     dimension: int | None = field(
         default=None, metadata={"help": "Size of a new student's vectors (default: teacher's)."}
     )

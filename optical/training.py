@@ -12,6 +12,7 @@ model cards are the trainer's.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -200,7 +201,11 @@ def distill(
     The student starts from the teacher unless the options name another model.
     """
     options.validate()
-    pairs = [pair for path in options.bitext for pair in read_pairs(path)[: options.max_pairs]]
+    files = [read_pairs(path)[: options.max_pairs] for path in options.bitext]
+    if options.balance:
+        largest = max(map(len, files))
+        files = [list(itertools.islice(itertools.cycle(pairs), largest)) for pairs in files]
+    pairs = list(itertools.chain.from_iterable(files))
     set_seed(args.seed)
     taught_by = load_retriever(options.teacher)
     size = options.dimension or taught_by.get_embedding_dimension()

@@ -241,6 +241,16 @@ def test_the_student_starts_from_the_teacher(distill):
     assert len(trainer.train_dataset) == 5
 
 
+def test_balance_repeats_the_pairs_of_smaller_files(distill, tmp_path):
+    (tmp_path / "small.tsv").write_text("one\tmoja\ntwo\tmbili\n")
+    (tmp_path / "large.tsv").write_text("".join(f"{i}\tnamba {i}\n" for i in range(5)))
+    bitext = [str(tmp_path / "small.tsv"), str(tmp_path / "large.tsv")]
+    trainer, _ = distill(options={"bitext": bitext, "balance": True})
+    sources = list(trainer.train_dataset["source"])
+    assert sources == ["one", "two", "one", "two", "one", *"01234"]
+    assert list(trainer.train_dataset["target"])[4:6] == ["moja", "namba 0"]
+
+
 def test_a_student_of_another_size_is_refused(distill, tiny_models, tmp_path):
     load_retriever(tiny_models.wide).save_pretrained(str(tmp_path / "student"))
     with pytest.raises(ValueError, match="size 16, the student of size 24; give the student a Den"):

@@ -1,0 +1,126 @@
+"""The README's answer to the research question: tables and figures, made of a study's table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.jobs import ROOT
+from optical.figures import draw_figures
+from optical.results import Row, read_rows
+
+RESULTS = ROOT / "examples" / "results" / "clir_cpu" / "results.csv"
+FIGURES = ROOT / "docs" / "figures" / "clir_cpu"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# The collection that things were chosen on, the measure, and the arms that all are held against.
+COLLECTION, MEASURE, BASELINE, OURS = "first-sentence", "AP", "zeroshot", "ot"
+SURE = 0.05
+
+
+def block(rows: Sequence[Row]) -> str:
+    """What stands in the README between the markers."""
+    here = [row for row in rows if row["collection"] in ("", COLLECTION)]
+    here = [row for row in here if row["measure"] in ("", MEASURE)]
+    return "\n\n".join([measures(here), differences(here), *_figures()])
+
+
+def measures(rows: Sequence[Row]) -> str:
+    """The measure of every arm and language, and the gap between the two groups of languages."""
+    values = {(r["arm"], r["language"]): r for r in rows if r["kind"] == "measure"}
+    gaps = {r["arm"]: r for r in rows if r["kind"] == "gap"}
+    closed = {r["arm"]: r for r in rows if r["kind"] == "closed"}
+    better = {
+        (r["arm"], r["language"]): r["value"] > 0
+        for r in rows
+        if r["kind"] == "difference" and r["against"] == BASELINE and r["p_holm"] < SURE
+    }
+    named = {r["language"]: (r["name"], r["group"]) for r in values.values()}
+    groups = ("low", "high")
+    lines = [
+        _line("arm", *(name for name, _ in named.values()), "low", "high", "high - low", "closed"),
+        _line("---", *["---:"] * (len(named) + 4)),
+    ]
+    for arm in _distinct(row["arm"] for row in values.values()):
+        if any((arm, language) not in values for language in named):
+            continue
+        cells = []
+        for language in named:
+            mark = {True: "\\*", False: "\\-", None: ""}[better.get((arm, language))]
+            cells.append(f"{_number(values[arm, language]['value'])}{mark}")
+        for group in groups:
+            members = [language for language in named if named[language][1] == group]
+            mean = sum(values[arm, language]["value"] for language in members) / len(members)
+            cells.append(_number(mean))
+        gap = gaps[arm]
+        cells.append(f"{_number(gap['value'])} [{_number(gap['low'])}, {_number(gap['high'])}]")
+        share = closed.get(arm)
+        cells.append(_percent(share) if share else "")
+        lines.append(_line(f"`{arm}`", *cells))
+    ceiling = next((row for row in rows if row["kind"] == "ceiling"), None)
+    english = f" {ceiling['arm']}: {_number(ceiling['value'])}." if ceiling else ""
+    caption = (
+        f"*MAP on {COLLECTION}.{english} \\* above and - below `{BASELINE}` (paired randomisation, "
+        f"p < {SURE:g} after Holm over all comparisons of the study). High - low: with its 95 % "
+        f"interval over queries and seeds; closed: the share of `{BASELINE}`'s gap.*"
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def differences(rows: Sequence[Row]) -> str:
+    """How much every other arm differs from ours, language by language."""
+    found = [r for r in rows if r["kind"] == "difference" and r["against"] == OURS]
+    cells = {(r["arm"], r["language"]): r for r in found}
+    languages = _distinct((r["language"], r["name"]) for r in found)
+    lines = [
+        _line(f"minus `{OURS}`", *(name for _, name in languages)),
+        _line("---", *["---:"] * len(languages)),
+    ]
+    for arm in _distinct(r["arm"] for r in found):
+        shown = []
+        for language, _ in languages:
+            row = cells.get((arm, language))
+            if row is None:
+                shown.append("")
+                continue
+            value = f"{row['value']:+.3f}".replace("0.", ".", 1)
+            shown.append(f"**{value}**" if row["p_holm"] < SURE else value)
+        lines.append(_line(f"`{arm}`", *shown))
+    caption = f"*Differences of MAP on {COLLECTION}; bold: p < {SURE:g} after Holm.*"
+    return "\n".join([*lines, "", caption])
+
+
+def _figures() -> Iterable[str]:
+    titles = {
+        "gap_per_arm": "High minus low resource, per arm",
+        "alignment": "A transport plan of the trained student",
+    }
+    for name, title in titles.items():
+        if (FIGURES / f"{name}.png").exists():
+            yield f"![{title}]({(FIGURES / name).relative_to(ROOT)}.png)"
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}".replace("0.", ".", 1)
+
+
+def _percent(row: Row) -> str:
+    return f"{row['value']:.0%} [{row['low']:.0%}, {row['high']:.0%}]".replace("%", " %")
+
+
+def _line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main(readme: Path) -> None:
+    """Rewrite the block of the README, and the figures."""
+    draw_figures(RESULTS, FIGURES)
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    written = f"{before}{BEGIN}\n{block(read_rows(RESULTS))}\n{END}{after}"
+    readme.write_text(written, encoding="utf-8")
