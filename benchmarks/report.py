@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy
+from benchmarks import accuracy, answer
 from benchmarks.jobs import ROOT
 from benchmarks.rows import FAILED, Row, read
 
@@ -218,7 +218,7 @@ def _save(paint: Callable[[Any], None], path: Path) -> None:
 
 
 def main() -> None:
-    """Rewrite the block of the README and both figures."""
+    """Rewrite the blocks of the README and all figures."""
     rows = read(RESULTS)
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
@@ -226,3 +226,4 @@ def main() -> None:
     written = f"{before}{BEGIN}\n{block(rows)}\n{END}{after}"
     README.write_text(written, encoding="utf-8")
     draw(rows, FIGURES)
+    answer.main(README)

@@ -10,9 +10,22 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from benchmarks import accuracy, cases, ceiling, jobs, measure, meter, peak, providers, report, rows
+from benchmarks import (
+    accuracy,
+    answer,
+    cases,
+    ceiling,
+    jobs,
+    measure,
+    meter,
+    peak,
+    providers,
+    report,
+    rows,
+)
 from benchmarks.__main__ import main
 from benchmarks.jobs import MODES, Results, Task
+from optical.results import read_rows
 
 CASE = cases.parse_shape("3x6x5x4x12")
 RAGGED = cases.parse_shape("3x20x24x4x12:ragged")
@@ -397,6 +410,44 @@ def test_the_readme_holds_what_the_committed_rows_say():
     assert shown == report.block(rows.read(report.RESULTS))
     figures = {path.name for path in report.FIGURES.glob("operator_*.svg")}
     assert figures == {f"operator_{name}.svg" for name in ("ratios", "ceiling") if name in shown}
+
+
+def test_the_readme_answers_with_the_committed_study():
+    text = report.README.read_text(encoding="utf-8")
+    shown = text.split(answer.BEGIN)[1].split(answer.END)[0].strip()
+    assert shown == answer.block(read_rows(answer.RESULTS))
+    figures = {path.stem for path in answer.FIGURES.glob("*.png")}
+    assert {"measure_per_language", "gap_per_arm", "alignment"} <= figures
+
+
+def test_the_answer_marks_what_is_sure():
+    def row(kind, arm, value, language="", **more):
+        group = {"sw": "low", "de": "high"}.get(language, "")
+        shared = {"collection": "first-sentence", "measure": "AP", "low": 0.0, "high": 0.5}
+        return {"kind": kind, "arm": arm, "value": value, "language": language,
+                "name": language.upper(), "group": group, **shared, **more}  # fmt: skip
+
+    made = [
+        row("ceiling", "English", 0.86, "en"),
+        *(row("measure", arm, 0.2, "sw") for arm in ("zeroshot", "ot", "pooled")),
+        *(row("measure", arm, 0.3, "de") for arm in ("zeroshot", "ot", "pooled")),
+        *(row("gap", arm, 0.1) for arm in ("zeroshot", "ot", "pooled")),
+        row("closed", "ot", -0.25, low=-0.5),
+        row("difference", "ot", 0.3, "sw", against="zeroshot", p_holm=0.001),
+        row("difference", "ot", 0.3, "de", against="zeroshot", p_holm=0.2),
+        row("difference", "pooled", -0.1, "de", against="zeroshot", p_holm=0.01),
+        row("difference", "pooled", -0.2, "sw", against="ot", p_holm=0.06),
+        row("difference", "pooled", 0.4, "de", against="ot", p_holm=0.04),
+    ]
+    table = answer.measures(made)
+    assert "| arm | SW | DE | low | high | high - low | closed |" in table
+    assert "| `zeroshot` | .200 | .300 | .200 | .300 | .100 [.000, .500] |  |" in table
+    assert (
+        "| `ot` | .200\\* | .300 | .200 | .300 | .100 [.000, .500] | -25 % [-50 %, 50 %] |" in table
+    )
+    assert "| `pooled` | .200 | .300\\- |" in table
+    assert "English: .860." in table
+    assert "| `pooled` | -.200 | **+.400** |" in answer.differences(made)
 
 
 def test_results_are_named_in_one_place():
