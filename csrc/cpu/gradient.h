@@ -366,7 +366,7 @@ struct Gradient {
         options.max_iter = ran < 0 ? 0 : ran < p.max_iter ? ran : p.max_iter;
         bool converged;
         const int32_t steps = s.solve(options, converged);
-        Results<T>{s}.sum_up(true);
+        Results<T>{s}.sum_up(false);
         start(out, a.first, b.first, grad_value);
 
         int used = 0;
@@ -409,47 +409,53 @@ struct Gradient {
             S::store(p_row + i, dual_slope(s.f, s.miss_a, s.log_a, i, s.rho_a));
         });
         s.own_columns([&](int64_t j) {
-            const Vector q = dual_slope(s.g, s.col_mass, s.log_b, j, s.rho_b);
-            S::store(q_col + j, q);
-            S::store(to_g + j, S::load(s.bv + j) * q);
+            S::store(q_col + j, dual_slope(s.g, s.col_mass, s.log_b, j, s.rho_b));
         });
         sync(s.team);
-        s.sweep(
-            to_g, to_f,
-            [&](auto lanes, int64_t i, auto sum) {
-                typedef decltype(lanes) L;
-                const auto share = L::load(s.au + i), mass = L::load(s.miss_a + i);
-                const auto slope = grad_value * (L::load(p_row + i) * mass + share * sum) +
-                                   linear * L::load(s.row_spent + i);
-                L::store(bar_f + i, slope * scale + given<L>(grad_f, s.row_index, i, s.n));
-                auto direct = eps * (L::load(s.mass_a + i) * (T)s.total_b - mass);
-                if (s.rho_a < C::infinity) direct += s.rho_a * (L::load(s.mass_a + i) - mass);
-                L::store(bar_a + i, slope + grad_value * direct);
-                return share * L::load(p_row + i);
-            },
-            [&](int64_t j, Vector sum) {
-                const Vector mass = S::load(s.col_mass + j);
-                const Vector slope = grad_value * (S::load(q_col + j) * mass + S::load(s.bv + j) * sum) +
-                                     linear * S::load(s.col_spent + j);
-                S::store(bar_g + j, slope * scale + given<S>(grad_g, s.col_index, j, s.m));
-                Vector direct = eps * (S::load(s.mass_b + j) * (T)s.total_a - mass);
-                if (s.rho_b < C::infinity) direct += s.rho_b * (S::load(s.mass_b + j) - mass);
-                S::store(bar_b + j, slope + grad_value * direct);
-            });
-        sync(s.team);
-        s.own_chunks([&](int64_t, int64_t from, int64_t to) {
+        // P M goes into G and into both sums from one number, since the sweep takes much of it off
+        // again: numbers that were rounded apart would leave their roundings there.
+        s.own_chunks([&](int64_t chunk, int64_t from, int64_t to) {
+            T* sums = s.part + chunk * s.col_count;
+            fill(sums, s.col_count, 0);
             for (int64_t b = from; b < to; ++b) {
                 const T *kernel = s.kernel_tile(b), *cost = s.cost_tile(b, s.panels + (b + 1) % 2 * block * s.col_count);
+                const T *const share = s.au + b * block, *const p_of_row = p_row + b * block;
                 T* tile = s.tile(tiles, b);
-                for (int64_t j = 0; j < s.col_count; j += width)
+                Vector line[block];
+                for (int r = 0; r < block; ++r) line[r] = S::all(0);
+                for (int64_t j = 0; j < s.col_count; j += width) {
+                    const Vector weight = S::load(s.bv + j), q = S::load(q_col + j);
+                    Vector column = S::load(sums + j);
                     for (int r = 0; r < block; ++r, kernel += width, cost += width, tile += width) {
-                        const int64_t i = b * block + r;
-                        const Vector plan = (S::load(kernel) * s.au[i]) * S::load(s.bv + j);
-                        const Vector slope = grad_value * (p_row[i] + S::load(q_col + j)) +
-                                             linear * Solve::price(cost);
-                        S::store(tile, plan * (up - slope * scale));
+                        const Vector plan = (S::load(kernel) * share[r]) * weight;
+                        const Vector moved = plan * (grad_value * (p_of_row[r] + q) +
+                                                     linear * Solve::price(cost));
+                        line[r] += moved, column += moved;
+                        S::store(tile, up * plan - scale * moved);
                     }
+                    S::store(sums + j, column);
+                }
+                for (int q = 0; q < Solve::groups; ++q)
+                    S::store(to_f + b * block + q * width,
+                             S::template across<typename S::Sum>(line + q * width));
             }
+        });
+        sync(s.team);
+        s.own_rows([&](int64_t i) {
+            const Vector mass = S::load(s.miss_a + i), moved = S::load(to_f + i);
+            S::store(bar_f + i, moved * scale + given(grad_f, s.row_index, i, s.n));
+            Vector direct = eps * (S::load(s.mass_a + i) * (T)s.total_b - mass);
+            if (s.rho_a < C::infinity) direct += s.rho_a * (S::load(s.mass_a + i) - mass);
+            S::store(bar_a + i, moved + grad_value * direct);
+        });
+        s.own_columns([&](int64_t j) {
+            Vector moved = S::load(s.part + j);
+            for (int64_t c = 1; c < s.chunks; ++c) moved += S::load(s.part + c * s.col_count + j);
+            const Vector mass = S::load(s.col_mass + j);
+            S::store(bar_g + j, moved * scale + given(grad_g, s.col_index, j, s.m));
+            Vector direct = eps * (S::load(s.mass_b + j) * (T)s.total_a - mass);
+            if (s.rho_b < C::infinity) direct += s.rho_b * (S::load(s.mass_b + j) - mass);
+            S::store(bar_b + j, moved + grad_value * direct);
         });
     }
 
@@ -461,11 +467,9 @@ struct Gradient {
         return slope + S::select(r > 0, rho * ratio, S::all(0));
     }
 
-    template <typename Lanes>
-    static typename Lanes::Vector given(const T* gradient, const int64_t* index, int64_t at,
-                                        int64_t count) {
-        typename Lanes::Vector values = Lanes::all(0);
-        for (int lane = 0; gradient && lane < Lanes::width && at + lane < count; ++lane)
+    static Vector given(const T* gradient, const int64_t* index, int64_t at, int64_t count) {
+        Vector values = S::all(0);
+        for (int lane = 0; gradient && lane < width && at + lane < count; ++lane)
             values[lane] = gradient[index[at + lane]];
         return values;
     }
