@@ -798,13 +798,16 @@ def check_invalid(call: Call) -> None:
 # ------------------------------------------------------------------------------------------ the run
 
 
-def check(seed: int) -> None:
-    call = draw(seed)
+def check(call: Call) -> None:
     torch.set_num_threads(call.threads)
     (check_invalid if call.wrong else check_valid)(call)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(
+    arguments: Sequence[str],
+    draw: Callable[[int], Call] = draw,
+    check: Callable[[Call], None] = check,
+) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=math.inf)
@@ -824,11 +827,12 @@ def main(arguments: Sequence[str]) -> int:
         print(f"\r{seed}", end="", file=sys.stderr, flush=True)
         if seed % 20 == 0:
             faulthandler.dump_traceback_later(LONGEST, exit=True)
+        call = draw(seed)
         try:
-            check(seed)
+            check(call)
         except Exception:
             failures += 1
-            print(f"\nFAILED: python tests/fuzz.py --seed {seed} --calls 1\n{draw(seed)}")
+            print(f"\nFAILED: python {sys.argv[0]} --seed {seed} --calls 1\n{call}")
             traceback.print_exc(limit=-4, file=sys.stdout)
     faulthandler.cancel_dump_traceback_later()
     elapsed = time.monotonic() - start
