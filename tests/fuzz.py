@@ -36,7 +36,7 @@ from optical.result import SinkhornResult
 from optical.testing import TOLERANCE
 
 REFUSALS = (TypeError, ValueError, BackendUnsupported)
-LONGEST = 600  # seconds after which calls are taken to hang; other programs may run beside this
+LONGEST = 600  # seconds after which a call is taken to hang: other programs may run beside it
 FAMILY = 8  # runs of the reference on inputs rounded differently
 MARGIN = 4  # times whose largest error is allowed
 OUTPUTS = ("value", "value_linear", "f", "g", "marginal_error", "n_iter", "status")
@@ -825,8 +825,7 @@ def main(
             break
         # After a crash the last number on the terminal is that of the call.
         print(f"\r{seed}", end="", file=sys.stderr, flush=True)
-        if seed % 20 == 0:
-            faulthandler.dump_traceback_later(LONGEST, exit=True)
+        faulthandler.dump_traceback_later(LONGEST, exit=True)
         call = draw(seed)
         try:
             check(call)
