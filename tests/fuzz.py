@@ -819,7 +819,7 @@ def main(
     if native.unavailable_reason() is not None:  # builds the library, which takes its time
         parser.error(f"there is no library to compare: {native.unavailable_reason()}")
     start = time.monotonic()
-    failures = seed = 0
+    done = failures = 0
     for seed in range(options.seed, options.seed + options.calls):
         if time.monotonic() - start > options.seconds or failures == options.failures:
             break
@@ -827,6 +827,7 @@ def main(
         print(f"\r{seed}", end="", file=sys.stderr, flush=True)
         faulthandler.dump_traceback_later(LONGEST, exit=True)
         call = draw(seed)
+        done += 1
         try:
             check(call)
         except Exception:
@@ -835,7 +836,7 @@ def main(
             traceback.print_exc(limit=-4, file=sys.stdout)
     faulthandler.cancel_dump_traceback_later()
     elapsed = time.monotonic() - start
-    print(f"\n{seed - options.seed + 1} calls, {failures} failed, {elapsed:.0f} s")
+    print(f"\n{done} calls, {failures} failed, {elapsed:.0f} s")
     return 1 if failures else 0
 
 
