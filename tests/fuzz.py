@@ -816,6 +816,7 @@ def main(
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # that the reference serves what the library cannot
     faulthandler.enable()
+    sys.stdout.reconfigure(line_buffering=True)  # what was found outlives a crash
     if native.unavailable_reason() is not None:  # builds the library, which takes its time
         parser.error(f"there is no library to compare: {native.unavailable_reason()}")
     start = time.monotonic()
