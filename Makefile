@@ -38,9 +38,10 @@ test-slow: $(STAMP)
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --calls 100000 --seconds $(or $(SECONDS),300)
 
-# The same against a library that watches its memory and its arithmetic.
+# The same against a library that watches its memory and its arithmetic, and one that watches threads.
 sanitize: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py --calls 2000 --seconds $(or $(SECONDS),120)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py --threads --calls 200 --seconds $(or $(SECONDS),120)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

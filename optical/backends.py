@@ -119,23 +119,23 @@ def _cpu_supports(arguments: Arguments) -> str | None:
 
 
 def _cpu_forward(arguments: Arguments) -> Outputs:
-    from optical import native
+    from optical import cpu
 
-    return native.forward(arguments)
+    return cpu.forward(arguments)
 
 
 def _cpu_backward(*upstream_arguments_and_outputs: Any) -> Gradients:
-    from optical import native
+    from optical import cpu
 
-    return native.backward(*upstream_arguments_and_outputs)
+    return cpu.backward(*upstream_arguments_and_outputs)
 
 
 def _cpu_apply_plan(
     arguments: Arguments, f: Tensor, g: Tensor, v: Tensor, transpose: bool
 ) -> Tensor:
-    from optical import native
+    from optical import cpu
 
-    return native.apply_plan(arguments, f, g, v, transpose)
+    return cpu.apply_plan(arguments, f, g, v, transpose)
 
 
 def _reference_supports(arguments: Arguments) -> str | None:

@@ -4,7 +4,7 @@
 
 Call number ``seed + i`` is drawn from that number alone. A valid one must agree with the reference
 in float64 by the rule of ``optical.testing``, an invalid one must raise an error that names the
-argument that was made invalid, and none may crash or take a minute. What fails is printed with the
+argument that was made invalid, and none may crash or hang. What fails is printed with the
 number that draws it again.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import functools
 import math
 import random
 import sys
@@ -35,7 +36,7 @@ from optical.result import SinkhornResult
 from optical.testing import TOLERANCE
 
 REFUSALS = (TypeError, ValueError, BackendUnsupported)
-LONGEST = 60  # seconds after which a call is taken to hang
+LONGEST = 600  # seconds after which a call is taken to hang: other programs may run beside it
 FAMILY = 8  # runs of the reference on inputs rounded differently
 MARGIN = 4  # times whose largest error is allowed
 OUTPUTS = ("value", "value_linear", "f", "g", "marginal_error", "n_iter", "status")
@@ -509,6 +510,10 @@ class _Family:
         ends = self.call.option("cu_seqlens_" + ("a" if name in OF_ROWS else "b"))
         return broken if ends is None or name == "plan" else broken.repeat_interleave(ends.diff())
 
+    @functools.cached_property
+    def largest_plan(self) -> float:
+        return max(1.0, *(_transported(c) for c in _solved_by(self.call)))
+
     def size(self, name: str) -> float:
         call, truth = self.call, self.truth[name].nan_to_num(0.0, 0.0, 0.0)
         epsilon = torch.as_tensor(call.arguments["epsilon"]).nan_to_num(0.0, 0.0, 0.0)
@@ -524,7 +529,7 @@ class _Family:
             floor = call.mass * (call.slope if name in OF_VECTORS else 1.0)
         if name.startswith("grad") and call.function == "sinkhorn_divergence":
             # Terms of the size of the plans may cancel in it.
-            floor *= max(1.0, *(_transported(c) for c in _solved_by(call)))
+            floor *= self.largest_plan
         return max(floor, truth.abs().max().item())
 
 
@@ -793,13 +798,16 @@ def check_invalid(call: Call) -> None:
 # ------------------------------------------------------------------------------------------ the run
 
 
-def check(seed: int) -> None:
-    call = draw(seed)
+def check(call: Call) -> None:
     torch.set_num_threads(call.threads)
     (check_invalid if call.wrong else check_valid)(call)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(
+    arguments: Sequence[str],
+    draw: Callable[[int], Call] = draw,
+    check: Callable[[Call], None] = check,
+) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=math.inf)
@@ -808,26 +816,28 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # that the reference serves what the library cannot
     faulthandler.enable()
+    sys.stdout.reconfigure(line_buffering=True)  # what was found outlives a crash
     if native.unavailable_reason() is not None:  # builds the library, which takes its time
         parser.error(f"there is no library to compare: {native.unavailable_reason()}")
     start = time.monotonic()
-    failures = seed = 0
+    done = failures = 0
     for seed in range(options.seed, options.seed + options.calls):
         if time.monotonic() - start > options.seconds or failures == options.failures:
             break
         # After a crash the last number on the terminal is that of the call.
         print(f"\r{seed}", end="", file=sys.stderr, flush=True)
-        if seed % 20 == 0:
-            faulthandler.dump_traceback_later(LONGEST, exit=True)
+        faulthandler.dump_traceback_later(LONGEST, exit=True)
+        call = draw(seed)
+        done += 1
         try:
-            check(seed)
+            check(call)
         except Exception:
             failures += 1
-            print(f"\nFAILED: python tests/fuzz.py --seed {seed} --calls 1\n{draw(seed)}")
+            print(f"\nFAILED: python {sys.argv[0]} --seed {seed} --calls 1\n{call}")
             traceback.print_exc(limit=-4, file=sys.stdout)
     faulthandler.cancel_dump_traceback_later()
     elapsed = time.monotonic() - start
-    print(f"\n{seed - options.seed + 1} calls, {failures} failed, {elapsed:.0f} s")
+    print(f"\n{done} calls, {failures} failed, {elapsed:.0f} s")
     return 1 if failures else 0
 
 

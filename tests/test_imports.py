@@ -14,7 +14,8 @@ PACKAGE = Path(optical.__file__).parent
 ORDER = [
     *("files", "provenance", "arguments", "native", "nvrtc", "kernels", "iterations"),
     "derivatives",
-    *("reference", "costs", "dense", "cuda", "backends", "ops", "checks", "inputs", "result"),
+    *("reference", "costs", "dense", "problems", "cpu", "cuda", "backends"),
+    *("ops", "checks", "inputs", "result"),
     *("functional", "losses", "objectives"),
     *(
         "runs",
@@ -34,8 +35,8 @@ ORDER = [
 # Narrower than the order.
 ONLY = {
     "phrasebook": {"files", "runs"},
-    "testing": {"arguments", "dense", "ops"},
-    "native": {"arguments"},
+    "testing": {"arguments", "ops", "problems"},
+    "native": set(),
     "kernels": {"kernels", "arguments"},
     "nvrtc": set(),
 }

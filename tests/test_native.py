@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optical import native, reference
+from optical import cpu, native, reference
 from optical.arguments import GRADIENTS, Status
 from optical.testing import (
     assert_backend_correct,
@@ -63,7 +63,7 @@ def quick_compiler(monkeypatch):
 
 
 def run(problem, gradient="envelope"):
-    return native.forward(problem.arguments(gradient))
+    return cpu.forward(problem.arguments(gradient))
 
 
 def backward(problem, outputs, gradient="envelope", value=1.0, need_y=False):
@@ -71,7 +71,7 @@ def backward(problem, outputs, gradient="envelope", value=1.0, need_y=False):
     upstream = torch.linspace(0.5, 2, len(problem.epsilon), dtype=problem.epsilon.dtype)
     saved = (outputs.f, outputs.g, outputs.w, outputs.z, outputs.n_iter)
     arguments = problem.arguments(gradient)
-    return native.backward(value * upstream, upstream, None, None, arguments, *saved, True, need_y)
+    return cpu.backward(value * upstream, upstream, None, None, arguments, *saved, True, need_y)
 
 
 def gradient(problem, f, g):
@@ -79,7 +79,7 @@ def gradient(problem, f, g):
     ones = torch.ones_like(problem.epsilon)
     saved = (f, g, f[:0], g[:0], torch.zeros(len(ones), dtype=torch.int32))
     arguments = problem.arguments()
-    return native.backward(ones, 0 * ones, None, None, arguments, *saved, True, False)[0]
+    return cpu.backward(ones, 0 * ones, None, None, arguments, *saved, True, False)[0]
 
 
 def assert_same_bits(left, right):
@@ -303,13 +303,13 @@ def test_a_team_of_threads_gives_the_same_bits(kind, gradient, low_memory, threa
     need_y = kind != "given"
     slopes = [x for x in backward(problem, expected, gradient, need_y=need_y) if x is not None]
     v = torch.randn(1, 1030, 3)
-    product = native.apply_plan(problem.arguments(), expected.f, expected.g, v, False)
+    product = cpu.apply_plan(problem.arguments(), expected.f, expected.g, v, False)
     for count in (2, 3):
         threads(count)
         assert_same_bits(run(problem, gradient), expected)
         found = backward(problem, expected, gradient, need_y=need_y)
         assert_same_bits([x for x in found if x is not None], slopes)
-        same = native.apply_plan(problem.arguments(), expected.f, expected.g, v, False)
+        same = cpu.apply_plan(problem.arguments(), expected.f, expected.g, v, False)
         assert_same_bits([same], [product])
 
 

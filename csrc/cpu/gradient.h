@@ -7,15 +7,15 @@
 //     dL/dx_i = -(sum_j G_ij y_j - (x_i . sum_j G_ij y_j) x_i) / |x_i|
 #pragma once
 
-#include "anderson.h"
-#include "results.h"
+#include "unroll.h"
 
 namespace optical {
 namespace OPTICAL_ISA {
 namespace {
 
 template <typename T>
-struct Gradient {
+struct Gradient : Unrolled<T> {
+    typedef Unrolled<T> Base;
     typedef Solver<T> Solve;
     typedef Product<T> P;
     typedef Simd<T> S;
@@ -23,14 +23,11 @@ struct Gradient {
     typedef Number<T> C;
     static constexpr int width = S::width;
     static constexpr int block = Solve::block;
-    static constexpr int rank = 32;  // columns of the low-rank sum in the reverse sweep
+    using Base::bar_a, Base::bar_b, Base::fill, Base::linear, Base::s, Base::tiles, Base::unroll,
+        Base::up;
 
-    Solve s;
-    T* tiles;       // G, where it is kept
     // The vectors of both sides as right sides of products, and the products.
     T *x_packed, *y_packed, *x_product, *y_product;
-    T *bar_f, *bar_g, *bar_a, *bar_b, *from_f, *from_g, *to_f, *to_g, *left, *right;
-    T up, linear;   // upstream: of both values together, of value_linear
 
     static bool keeps(const optical_problem& p) {
         if (p.gradient == OPTICAL_UNROLL) return true;
@@ -39,20 +36,12 @@ struct Gradient {
     }
 
     void lay_out(Arena& shared, Arena& own, const optical_problem& p, bool swapped) {
-        const bool unroll = p.gradient == OPTICAL_UNROLL;
-        s.lay_out(shared, own, p, swapped, unroll, unroll);
+        Base::lay_out(shared, own, p, swapped, keeps(p));
         const int64_t rows = round_up(swapped ? p.m : p.n, block);
         const int64_t cols = round_up(swapped ? p.n : p.m, block);
-        tiles = keeps(p) ? shared.take<T>(rows * cols) : nullptr;
         const int64_t padded = p.kind == OPTICAL_GIVEN ? 0 : round_up(p.dim, width);
         x_packed = shared.take<T>(rows * padded), x_product = shared.take<T>(rows * padded);
         y_packed = shared.take<T>(cols * padded), y_product = shared.take<T>(cols * padded);
-        if (!unroll) return;
-        T** by_row[] = {&bar_f, &bar_a, &from_f, &to_f};
-        for (T** array : by_row) *array = shared.take<T>(rows);
-        T** by_column[] = {&bar_g, &bar_b, &from_g, &to_g};
-        for (T** array : by_column) *array = shared.take<T>(cols);
-        left = shared.take<T>(rank * rows), right = shared.take<T>(rank * cols);
     }
 
     static void run(const optical_problem& p, const optical_gradient& out, int64_t index,
@@ -169,10 +158,6 @@ struct Gradient {
             for (int64_t v = 0; v < count; ++v)
                 S::store(to + P::packed(i, v, lines, count),
                          S::load(vectors + i * s.dim_padded + v * width));
-    }
-
-    static void fill(T* to, int64_t count, T value) {
-        for (int64_t i = 0; i < count; ++i) to[i] = value;
     }
 
     static void scatter(T* to, const int64_t* index, int64_t at, int64_t count, Vector values) {
@@ -350,272 +335,6 @@ struct Gradient {
                 S::store(product + k, own * S::load(vector + k) + other * S::load(product + k));
         }
         memcpy(out, product, (size_t)s.dim * sizeof(T));
-    }
-
-    // ------------------------------------------------------------------------ the reverse sweep
-
-    // The derivative of the iterations as they ran: they run again, keeping f_k and g_k, and are
-    // then undone one by one. With pi_ij = a_i exp((f_i + g_j - C_ij) / epsilon) and
-    // sigma_ij = b_j exp(...) at the values of a step, all products are with K, and the sum over
-    // the steps of what the cost receives is K times a matrix of rank two per step.
-    void unroll(const optical_problem& p, const optical_gradient& out, int64_t index, const Side& a,
-                const Side& b, T grad_value) {
-        s.start(p, a, b);
-        typename Solve::Options options = {0, 0, (T)p.omega, 0, 0, 1};
-        const int32_t ran = out.n_iter[index];
-        options.max_iter = ran < 0 ? 0 : ran < p.max_iter ? ran : p.max_iter;
-        bool converged;
-        const int32_t steps = s.solve(options, converged);
-        Results<T>{s}.sum_up(true);
-        start(out, a.first, b.first, grad_value);
-
-        int used = 0;
-        bool based = false;
-        for (int32_t k = steps - 1; k >= 0; --k) {
-            const int64_t size = s.row_count + s.col_count;
-            const T *before = s.history + k * size, *after = before + size;
-            const T *f = after, *g = after + s.row_count, *old_g = before + s.row_count;
-            s.set_step(k == 0 ? (T)1 : (T)p.omega);
-            if (!based || !replay(f, old_g)) {
-                flush(used);
-                used = 0;
-                rebase_at(f, old_g);
-                based = replay(f, old_g);
-            }
-            if (based) {
-                reverse(used, true, true);
-                used += 2;
-            } else {
-                // One half after the other, each with pi or sigma itself in the place of K.
-                replay_half(before, f, old_g, g, true), reverse(0, true, false), flush(2);
-                replay_half(before, f, old_g, g, false), reverse(0, false, true), flush(2);
-            }
-            if (used == rank) {
-                flush(used);
-                used = 0;
-            }
-        }
-        flush(used);
-        sync(s.team);
-    }
-
-    // What the results receive, before any iteration is undone.
-    void start(const optical_gradient& out, int64_t first_a, int64_t first_b, T grad_value) {
-        const T *grad_f = out.grad_f ? (const T*)out.grad_f + first_a : nullptr;
-        const T *grad_g = out.grad_g ? (const T*)out.grad_g + first_b : nullptr;
-        const T scale = s.inverse_epsilon, eps = s.target;
-        T *const p_row = from_f, *const q_col = from_g;  // M_ij = grad_value (p_i + q_j) + linear C_ij
-        s.own_rows([&](int64_t i) {
-            S::store(p_row + i, dual_slope(s.f, s.miss_a, s.log_a, i, s.rho_a));
-        });
-        s.own_columns([&](int64_t j) {
-            const Vector q = dual_slope(s.g, s.col_mass, s.log_b, j, s.rho_b);
-            S::store(q_col + j, q);
-            S::store(to_g + j, S::load(s.bv + j) * q);
-        });
-        sync(s.team);
-        s.sweep(
-            to_g, to_f,
-            [&](auto lanes, int64_t i, auto sum) {
-                typedef decltype(lanes) L;
-                const auto share = L::load(s.au + i), mass = L::load(s.miss_a + i);
-                const auto slope = grad_value * (L::load(p_row + i) * mass + share * sum) +
-                                   linear * L::load(s.row_spent + i);
-                L::store(bar_f + i, slope * scale + given<L>(grad_f, s.row_index, i, s.n));
-                auto direct = eps * (L::load(s.mass_a + i) * (T)s.total_b - mass);
-                if (s.rho_a < C::infinity) direct += s.rho_a * (L::load(s.mass_a + i) - mass);
-                L::store(bar_a + i, slope + grad_value * direct);
-                return share * L::load(p_row + i);
-            },
-            [&](int64_t j, Vector sum) {
-                const Vector mass = S::load(s.col_mass + j);
-                const Vector slope = grad_value * (S::load(q_col + j) * mass + S::load(s.bv + j) * sum) +
-                                     linear * S::load(s.col_spent + j);
-                S::store(bar_g + j, slope * scale + given<S>(grad_g, s.col_index, j, s.m));
-                Vector direct = eps * (S::load(s.mass_b + j) * (T)s.total_a - mass);
-                if (s.rho_b < C::infinity) direct += s.rho_b * (S::load(s.mass_b + j) - mass);
-                S::store(bar_b + j, slope + grad_value * direct);
-            });
-        sync(s.team);
-        s.own_chunks([&](int64_t, int64_t from, int64_t to) {
-            for (int64_t b = from; b < to; ++b) {
-                const T *kernel = s.kernel_tile(b), *cost = s.cost_tile(b, s.panels + (b + 1) % 2 * block * s.col_count);
-                T* tile = s.tile(tiles, b);
-                for (int64_t j = 0; j < s.col_count; j += width)
-                    for (int r = 0; r < block; ++r, kernel += width, cost += width, tile += width) {
-                        const int64_t i = b * block + r;
-                        const Vector plan = (S::load(kernel) * s.au[i]) * S::load(s.bv + j);
-                        const Vector slope = grad_value * (p_row[i] + S::load(q_col + j)) +
-                                             linear * Solve::price(cost);
-                        S::store(tile, plan * (up - slope * scale));
-                    }
-            }
-        });
-    }
-
-    static Vector dual_slope(const T* potential, const T* found, const T* log_mass, int64_t i,
-                             T rho) {
-        const Vector slope = S::load(potential + i), r = S::load(found + i);
-        if (!(rho < C::infinity)) return slope;
-        const Vector ratio = S::log(S::select(r > 0, r, S::all(1))) - S::load(log_mass + i);
-        return slope + S::select(r > 0, rho * ratio, S::all(0));
-    }
-
-    template <typename Lanes>
-    static typename Lanes::Vector given(const T* gradient, const int64_t* index, int64_t at,
-                                        int64_t count) {
-        typename Lanes::Vector values = Lanes::all(0);
-        for (int lane = 0; gradient && lane < Lanes::width && at + lane < count; ++lane)
-            values[lane] = gradient[index[at + lane]];
-        return values;
-    }
-
-    // Runs one iteration again on the present base, from g to f: leaves the scales with which the
-    // rows of sigma and the columns of pi sum to 1 whatever was rounded, and a u and b v. False: a
-    // number on the way was not harmless.
-    bool replay(const T* f, const T* g) {
-        typename Solve::Range range;
-        T *const of_row = from_f, *const of_column = from_g;
-        const bool moved = s.relaxed;
-        s.own_columns([&](int64_t j) {
-            const Vector scale = S::exp((S::load(g + j) - S::load(s.base_g + j)) * s.inverse_epsilon);
-            const Vector weight = S::load(s.weight_b + j);
-            range.add(S::select(weight > 0, scale, S::all(1)));
-            // A mass too small for a number counts for nothing, whatever its potential became.
-            S::store(s.bv + j, S::select(weight > 0, weight * scale, S::all(0)));
-        });
-        sync(s.team);
-        s.sweep(
-            s.bv, s.au,
-            [&](auto lanes, int64_t i, auto sum) {
-                typedef decltype(lanes) L;
-                const auto total = sum + L::load(s.pad_a + i), weight = L::load(s.weight_a + i);
-                auto scale = T(1) / total;
-                range.template add_lanes<L>(total);
-                L::store(of_row + i, scale);
-                if (moved) {
-                    scale = L::exp((L::load(f + i) - L::load(s.base_f + i)) * s.inverse_epsilon);
-                    range.template add_lanes<L>(L::select(weight > 0, scale, L::all(1)));
-                }
-                return L::select(weight > 0, weight * scale, L::all(0));
-            },
-            [&](int64_t j, Vector sum) {
-                const Vector total = sum + S::load(s.pad_b + j);
-                range.add(total);
-                S::store(of_column + j, T(1) / total);
-            });
-        return s.agreed(range).within(Bounds<T>::trusted);
-    }
-
-    void rebase_at(const T* f, const T* g) {
-        sync(s.team);
-        s.own_rows([&](int64_t i) { S::store(s.f + i, S::load(f + i)); });
-        s.own_columns([&](int64_t j) { S::store(s.g + j, S::load(g + j)); });
-        sync(s.team);
-        s.rebase(false);
-        sync(s.team);
-    }
-
-    // Makes pi of the half step that found g from f, or sigma of the one that found f from old_g,
-    // out of what was given to it and the minimum that it found, of which it kept a share. With the
-    // masses inside, no entry exceeds 1, however small they are. Weights are 1.
-    void replay_half(const T* old_f, const T* f, const T* old_g, const T* g, bool of_columns) {
-        T *const of_row = from_f, *const of_column = from_g;
-        sync(s.team);
-        s.own_rows([&](int64_t i) {
-            const Vector found = (S::load(f + i) - s.alpha * S::load(old_f + i)) / s.share_a;
-            S::store(s.base_f + i, of_columns ? S::load(f + i) : found);
-        });
-        s.own_columns([&](int64_t j) {
-            const Vector found = (S::load(g + j) - s.alpha * S::load(old_g + j)) / s.share_b;
-            S::store(s.base_g + j, of_columns ? found : S::load(old_g + j));
-            S::store(s.bv + j, S::all(1));
-        });
-        sync(s.team);
-        s.holding = of_columns ? Solve::Holding::columns : Solve::Holding::rows;
-        s.build_kernel();
-        sync(s.team);
-        s.sweep(
-            s.bv, s.au,
-            [&](auto lanes, int64_t i, auto sum) {
-                typedef decltype(lanes) L;
-                L::store(of_row + i, T(1) / (sum + L::load(s.pad_a + i)));
-                return L::all(1);
-            },
-            [&](int64_t j, Vector sum) {
-                S::store(of_column + j, T(1) / (sum + S::load(s.pad_b + j)));
-            });
-        sync(s.team);
-    }
-
-    // Undoes the step that was replayed, the half that made g, the half that made f, or both, and
-    // appends what the cost receives to the low-rank sum: a u (v Gbar)' and u Fbar (b v)'.
-    void reverse(int used, bool of_columns, bool of_rows) {
-        const T eps = s.target;
-        const int64_t count = s.col_count / width;
-        const Vector none = S::all(0);
-        s.own_columns([&](int64_t j) {
-            const Vector moved = S::load(from_g + j) * (s.share_b * S::load(bar_g + j));
-            S::store(to_g + j, of_columns ? moved : none);
-            S::store(right + P::packed(used, j / width, rank, count), of_columns ? moved : none);
-            S::store(right + P::packed(used + 1, j / width, rank, count),
-                     of_rows ? S::load(s.bv + j) : none);
-        });
-        sync(s.team);
-        s.sweep(
-            to_g, to_f,
-            [&](auto lanes, int64_t i, auto sum) {
-                typedef decltype(lanes) L;
-                const auto nothing = L::all(0);
-                const auto share = of_columns ? L::load(s.au + i) : nothing;
-                const auto received = of_columns ? share * sum : nothing;
-                const auto bar = L::load(bar_f + i) - received;
-                const auto moved = of_rows ? L::load(from_f + i) * (s.share_a * bar) : nothing;
-                L::store(bar_a + i, L::load(bar_a + i) - eps * received);
-                L::store(bar_f + i, of_rows ? s.alpha * bar : bar);
-                for (int lane = 0; lane < L::width; ++lane) {
-                    left[(i + lane) * rank + used] = share[lane];
-                    left[(i + lane) * rank + used + 1] = moved[lane];
-                }
-                return moved;
-            },
-            [&](int64_t j, Vector sum) {
-                const Vector received = of_rows ? S::load(s.bv + j) * sum : none;
-                const Vector bar = S::load(bar_g + j);
-                S::store(bar_b + j, S::load(bar_b + j) - eps * received);
-                S::store(bar_g + j, (of_columns ? s.alpha * bar : bar) - received);
-            });
-        sync(s.team);
-    }
-
-    // Adds K times the low-rank sum to G.
-    void flush(int used) {
-        if (used == 0) return;
-        const int64_t count = s.col_count / width;
-        s.own_rows([&](int64_t i) {
-            for (int lane = 0; lane < width; ++lane)
-                fill(left + (i + lane) * rank + used, rank - used, 0);
-        });
-        s.own_columns([&](int64_t j) {
-            for (int k = used; k < rank; ++k)
-                S::store(right + P::packed(k, j / width, rank, count), S::all(0));
-        });
-        sync(s.team);
-        s.own_chunks([&](int64_t, int64_t from, int64_t to) {
-            for (int64_t b = from; b < to; ++b) {
-                const T* kernel = s.kernel_tile(b);
-                T* tile = s.tile(tiles, b);
-                P::multiply(block / P::rows, Rows<T>{left + b * block * rank, rank}, right, rank,
-                            count,
-                            [&](int64_t group, int r, int64_t v, Vector sum, bool)
-                                __attribute__((always_inline)) {
-                                    const int64_t at = (v * block + group * P::rows + r) * width;
-                                    S::store(tile + at,
-                                             S::load(tile + at) + S::load(kernel + at) * sum);
-                                });
-            }
-        });
-        sync(s.team);
     }
 };
 
