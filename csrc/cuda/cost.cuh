@@ -360,7 +360,7 @@ struct Cost {
     // are in float32; what has to be moved or scaled first, and float32, does not.
     OPTICAL_DEVICE bool multiply(unsigned rows_here, unsigned columns_here) {
         float x[RI][RJ];
-        const bool scaled = g.any_in_block(measure_lines());
+        const bool scaled = g.any(measure_lines());
         const bool halves = p.x_type != OPTICAL_F32 && p.x_type == p.y_type;
         if (halves && p.kind != OPTICAL_SQEUCLIDEAN && !scaled) multiply_halves(x);
         else multiply_floats(x);

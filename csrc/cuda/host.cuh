@@ -232,6 +232,7 @@ inline unsigned warp_or(unsigned bits) {
     for (int lane = 0; lane < 32; ++lane) all |= (unsigned)values[lane];
     return all;
 }
+inline bool warp_any(bool here) { return warp_or(here) != 0; }
 float from_half(unsigned bits, bool brain);
 inline void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                                bool brain) {
@@ -274,6 +275,8 @@ inline const Element* remote(const Element* local, int rank) {
     return (const Element*)(other->aligned + ((const char*)local - self.block->aligned));
 }
 
+inline int kept(int x) { return x; }
+inline float kept(float x) { return x; }
 inline float exp2_fast(float x) { return x < -126 ? 0 : exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 inline float reciprocal(float x) { return 1 / x; }

@@ -42,6 +42,7 @@ OPTICAL_DEVICE double shuffle_xor(double x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 OPTICAL_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+OPTICAL_DEVICE bool warp_any(bool here) { return __any_sync(0xffffffffu, here) != 0; }
 OPTICAL_DEVICE unsigned warp_or(unsigned bits) { return __reduce_or_sync(0xffffffffu, bits); }
 OPTICAL_DEVICE void sync_warp() { __syncwarp(); }
 OPTICAL_DEVICE void sync_block() { __syncthreads(); }
@@ -94,6 +95,16 @@ OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4], co
     if (brain) OPTICAL_MMA("bf16");
     else OPTICAL_MMA("f16");
 #undef OPTICAL_MMA
+}
+
+// A value that the compiler does not compute anew wherever it is used.
+OPTICAL_DEVICE int kept(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+OPTICAL_DEVICE float kept(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
 }
 
 // Denormals are flushed: they cost instructions and are worth nothing here.

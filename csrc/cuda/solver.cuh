@@ -35,6 +35,8 @@ struct Solver : Scaling<G> {
     typedef Scaling<G> Base;
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
     using Base::a;
+    using Base::add_times;
+    using Base::add_times_transposed;
     using Base::alpha;
     using Base::au;
     using Base::b;
@@ -49,9 +51,9 @@ struct Solver : Scaling<G> {
     using Base::g;
     using Base::heat_log;
     using Base::inverse_epsilon;
+    using Base::lift_a;
+    using Base::lift_b;
     using Base::p;
-    using Base::pad_a;
-    using Base::pad_b;
     using Base::penalty_a;
     using Base::penalty_b;
     using Base::rebase;
@@ -67,19 +69,12 @@ struct Solver : Scaling<G> {
     using Base::share_a;
     using Base::share_b;
     using Base::target;
-    using Base::times;
-    using Base::times_transposed;
     using Base::u;
     using Base::u_next;
     using Base::v;
     using Base::v_next;
     using Base::weight_a;
     using Base::weight_b;
-
-    struct Step {
-        unsigned flags;
-        float residual;
-    };
 
     OPTICAL_DEVICE Solver(const optical_problem& problem) : Base(problem) {}
 
@@ -90,72 +85,68 @@ struct Solver : Scaling<G> {
         return penalty ? weight * exp2_fast(potential * (-OPTICAL_LOG2E / rho)) : weight;
     }
 
-    // One iteration by scaling, into u_next and v_next, or the next potentials. With `measure` the
-    // residual is that of the rows of the iterate from which it starts.
+    // One iteration by scaling, into u_next and v_next, or the next potentials, given the sums of
+    // rows. With `measure` the residual is that of the rows of the iterate from which it starts.
     template <bool relaxed>
-    OPTICAL_DEVICE Step iterate(bool measure) {
-        float sum[RI], total_row[OI];
-        times(bv_all, sum);
-        g.template rows<Sum>(sum, total_row);
-        Note note = {0, 0};
+    OPTICAL_DEVICE void iterate(const float (&total_row)[OI], bool measure, Note& note) {
+        float of_row[RI], sum[RJ], total_column[OJ];
+        note.flags = 0;
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) {
-            const float total = total_row[o] += pad_a[o];
+            const float total = total_row[o];
             note.flags |= drift(total);
-            if (measure) {
-                const float wanted =
-                    relaxed ? asked(weight_a[o], row(POTENTIAL, o), rho_a, penalty_a) : weight_a[o];
-                note.residual += absolute(au[o] * total - wanted);
-            }
             if (relaxed) {
                 const float origin = row(BASE, o);
                 const float next =
                     alpha * row(POTENTIAL, o) + share_a * (origin - heat_log(total));
                 row(NEXT, o) = next;
                 u_next[o] = boltzmann(next - origin);
-                note.flags |= drift(u_next[o]);
+                note.flags |= drift(u_next[o]) | loss(total, ROWS_LOST | COLUMNS_LOST);
             } else {
                 u_next[o] = reciprocal(total);
             }
             au[o] = weight_a[o] * u_next[o];
         }
-        float of_row[RI], total_column[RJ];
         g.spread_rows(au, of_row);
-        times_transposed(of_row, total_column);
-        g.template columns<Sum>(total_column, pad_b, note, measure,
-                                [](float total) { return drift(total); });
+        OPTICAL_EACH
+        for (int c = 0; c < RJ; ++c) sum[c] = c < OJ ? lift_b[c % OJ] : 0.0f;
+        add_times_transposed(of_row, sum);
+        g.exchange_columns(sum, total_column, note, measure, [&] {
+            float missed = 0;
+            OPTICAL_EACH
+            for (int o = 0; o < OI; ++o) {
+                const float wanted =
+                    relaxed ? asked(weight_a[o], row(POTENTIAL, o), rho_a, penalty_a) : weight_a[o];
+                missed += absolute(weight_a[o] * u[o] * total_row[o] - wanted);
+            }
+            return missed;
+        });
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) {
+            const float total = total_column[o];
+            note.flags |= drift(total);
             if (relaxed) {
                 const float origin = column(BASE, o);
-                const float next = alpha * column(POTENTIAL, o) +
-                                   share_b * (origin - heat_log(total_column[o]));
+                const float next =
+                    alpha * column(POTENTIAL, o) + share_b * (origin - heat_log(total));
                 column(NEXT, o) = next;
                 v_next[o] = boltzmann(next - origin);
-                note.flags |= drift(v_next[o]);
+                note.flags |= drift(v_next[o]) | loss(total, COLUMNS_LOST);
             } else {
-                v_next[o] = reciprocal(total_column[o]);
+                v_next[o] = reciprocal(total);
             }
             bv[o] = weight_b[o] * v_next[o];
         }
-        if (relaxed) note.flags = g.united_in_block(note.flags);
         g.spread_columns(bv, bv_all);
-        if (note.flags) {
-            // All threads see it: only now is it worth asking whether anything was lost.
-            // Bounds are the same for a sum and its inverse.
-            OPTICAL_EACH
-            for (int o = 0; o < OI; ++o) {
-                note.flags |= loss(u_next[o], ROWS_LOST | COLUMNS_LOST);
-                if (relaxed) note.flags |= loss(total_row[o], ROWS_LOST | COLUMNS_LOST);
-            }
-            OPTICAL_EACH
-            for (int o = 0; o < OJ; ++o) {
-                note.flags |= loss(v_next[o], COLUMNS_LOST);
-                if (relaxed) note.flags |= loss(total_column[o], COLUMNS_LOST);
-            }
-            note.flags = g.united(note.flags);
-        }
-        return {note.flags, note.residual + (penalty_a ? 0.0f : dead_mass)};
+    }
+    // What was lost, once it is known that something drifted: bounds are the same for a sum and
+    // its inverse.
+    OPTICAL_DEVICE unsigned lost(unsigned flags) {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) flags |= loss(u_next[o], ROWS_LOST | COLUMNS_LOST);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) flags |= loss(v_next[o], COLUMNS_LOST);
+        return g.united(flags);
     }
 
     // The potentials of the current u and v.
@@ -184,7 +175,7 @@ struct Solver : Scaling<G> {
         }
         g.template combine_rows<Least>(low);
         OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) low[o] = pad_a[o] > 0 ? 0.0f : low[o];
+        for (int o = 0; o < OI; ++o) low[o] = row(PAD, o) > 0 ? 0.0f : low[o];
         OPTICAL_ROLLED
         for (int q = 0; q < RI; ++q) {
             const int r = g.slot_of(q);
@@ -201,7 +192,7 @@ struct Solver : Scaling<G> {
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) {
             const float softmin =
-                epsilon * (low[o] - OPTICAL_LN2 * log2_fast(total[o] + pad_a[o]));
+                epsilon * (low[o] - OPTICAL_LN2 * log2_fast(total[o] + row(PAD, o)));
             const float old = row(POTENTIAL, o);
             missed[0] += absolute(row_share(o, old, softmin) -
                                   asked(weight_a[o], old, rho_a, penalty_a));
@@ -223,7 +214,7 @@ struct Solver : Scaling<G> {
         }
         g.template columns<Least>(lowest, bottom);
         OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) bottom[o] = pad_b[o] > 0 ? 0.0f : bottom[o];
+        for (int o = 0; o < OJ; ++o) bottom[o] = column(PAD, o) > 0 ? 0.0f : bottom[o];
         g.spread_columns(bottom, lowest);
         OPTICAL_ROLLED
         for (int q = 0; q < RI; ++q) {
@@ -239,7 +230,7 @@ struct Solver : Scaling<G> {
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) {
             const float softmin =
-                epsilon * (bottom[o] - OPTICAL_LN2 * log2_fast(total_column[o] + pad_b[o]));
+                epsilon * (bottom[o] - OPTICAL_LN2 * log2_fast(total_column[o] + column(PAD, o)));
             column(NEXT, o) = alpha * column(POTENTIAL, o) + share_b * softmin;
         }
         g.total(missed, true);
@@ -283,6 +274,9 @@ struct Solver : Scaling<G> {
 
     // Iterations on one base, until it no longer serves. `met`: `tol` is; `lost`: not even the
     // first could be trusted.
+    //
+    // Whether an iteration may be taken is asked at the barrier of the next one's rows, which costs
+    // nothing: until then it is `pending`, and u and v are those before it.
     enum class Run { met, lost, over };
     template <bool relaxed>
     OPTICAL_DEVICE Run scale_on(int32_t max_iter, float tol, int32_t& done, bool& cold,
@@ -291,41 +285,74 @@ struct Solver : Scaling<G> {
         const float omega = at_target ? (float)p.omega : 1.0f;
         const int32_t before = done;
         // The next iteration of an annealed run is at another temperature.
-        const int32_t last = heat > (double)target ? done + 1 : max_iter;
-        bool test = tol > 0 && at_target && done > 0 && cold;
+        const int32_t last = kept((heat > (double)target ? done + 1 : max_iter) - 1);
+        const float limit = kept(tol > 0 && at_target ? tol - (penalty_a ? 0.0f : dead_mass) : -1.0f);
+        bool measure = limit >= 0 && done > 0 && cold;
+        Note note = {0, 0};
         Run run = Run::over;
+        --done;  // the iterate from which this run starts is taken first
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) u_next[o] = u[o];
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) v_next[o] = v[o];
+        if (relaxed) stay();
         while (true) {
+            float sum[RI], total_row[OI];
+            OPTICAL_EACH
+            for (int r = 0; r < RI; ++r) sum[r] = r < OI ? lift_a[r % OI] : 0.0f;
+            add_times(bv_all, sum);
+            if (g.exchange_rows(sum, total_row, note.flags != 0)) {
+                const unsigned flags = lost(note.flags);
+                if (flags & COLUMNS_LOST) {
+                    if (done == before) run = Run::lost;
+                    break;
+                }
+                // A state that is not calm even on a base of its own gains nothing from another.
+                if (!(relaxed && done == before)) {
+                    accept<relaxed>(done, history);
+                    break;
+                }
+            }
+            accept<relaxed>(done, done < before ? nullptr : history);
             if (relaxed) set_step(done == 0 ? 1.0f : omega);
-            const Step step = iterate<relaxed>(test);
-            // The iteration is not taken when the one before met `tol`, nor when a sum was lost:
-            // then its weights belong to no state.
-            if (test && !(step.flags & ROWS_LOST) && step.residual <= tol) {
+            iterate<relaxed>(total_row, measure, note);
+            // Of an iteration that lost a sum of its rows, the weights before belong to no state.
+            if (measure && g.residual(note.residual) <= limit &&
+                !(lost(note.flags) & ROWS_LOST)) {
                 run = Run::met;
                 break;
             }
-            if (step.flags & COLUMNS_LOST) {
-                if (done == before) run = Run::lost;
+            if (done == last) {
+                if (!g.any(note.flags != 0) || !(lost(note.flags) & COLUMNS_LOST))
+                    accept<relaxed>(done, history);
+                else if (done == before) run = Run::lost;
                 break;
             }
-            if (relaxed) take_next();
-            else take_scalings_next();
-            ++done;
-            record(history, done, !relaxed);
-            test = tol > 0 && at_target;
-            // A state that is not calm even on a base of its own gains nothing from another.
-            if ((step.flags & NOT_CALM) && !(relaxed && done == before + 1)) break;
-            if (done == last) break;
+            measure = limit >= 0;
         }
         if (done > before) cold = at_target;
         if (done > before && heat > (double)target) heat *= p.anneal_ratio;
         if (!relaxed && done > before) absorb();
         return run;
     }
+    // Takes the iteration that was pending.
+    template <bool relaxed>
+    OPTICAL_DEVICE void accept(int32_t& done, float* history) {
+        if (relaxed) take_next();
+        take_scalings_next();
+        record(history, ++done, !relaxed);
+    }
     OPTICAL_DEVICE void take_scalings_next() {
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) u[o] = u_next[o];
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) v[o] = v_next[o];
+    }
+    OPTICAL_DEVICE void stay() {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) row(NEXT, o) = row(POTENTIAL, o);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) column(NEXT, o) = column(POTENTIAL, o);
     }
     OPTICAL_DEVICE void take_next() {
         OPTICAL_EACH
