@@ -100,7 +100,7 @@ def adjoint_kernel(
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
     costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW = (KIND, SCALED, WIDE, PRECISION)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     rows = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
     epsilon = tl.load(epsilon_ptr + problem)

@@ -24,7 +24,17 @@ SPENT = tl.constexpr(2)
 
 
 @triton.jit
-def sums(costs, lines, v_ptr, sum_ptr, scale, AXIS: tl.constexpr, OF: tl.constexpr, HOW, TILE):
+def sums(
+    costs,
+    lines,
+    v_ptr,
+    sum_ptr,
+    scale,
+    AXIS: tl.constexpr,
+    OF: tl.constexpr,
+    HOW: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Along axis 1 the sums of each row, along axis 0 of each column: of P v, of P or of P * C.
 
     ``lines``: masses and potentials of both sides.
@@ -147,8 +157,8 @@ def adjoint_loop_kernel(
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
     costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW = (KIND, SCALED, WIDE, PRECISION)
-    TILE = (BLOCK, BLOCK, BLOCK_D, BLOCK, WARPS_N, WARPS_M)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    TILE: tl.constexpr = (BLOCK, BLOCK, BLOCK_D, BLOCK, WARPS_N, WARPS_M)
     lines = (log_a_ptr + zero_a, log_b_ptr + zero_b, f_ptr + zero_a, g_ptr + zero_b)
     inverse_ptr = of_rows_ptr + 3 * zero_a
     spent_ptr = inverse_ptr + n

@@ -55,8 +55,8 @@ def pull_tile(
     upstream,
     upstream_linear,
     IMPLICIT: tl.constexpr,
-    HOW,
-    TILE,
+    HOW: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """How some rows are pulled by each column, how strongly along themselves, present columns."""
     log_b_ptr, g_ptr, z_ptr = columns_of
@@ -140,8 +140,8 @@ def vector_gradient_kernel(
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
     costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
     columns_of = (log_b_ptr + zero_b, g_ptr + zero_b, z_ptr + zero_b)
-    HOW = (KIND, SCALED, WIDE, PRECISION)
-    TILE = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, 1, 1)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, 1, 1)
     epsilon = tl.load(epsilon_ptr + problem)
     upstream = tl.load(grad_value_ptr + problem)
     upstream_linear = tl.load(grad_value_linear_ptr + problem)
@@ -204,7 +204,7 @@ def vector_gradient_kernel(
 
 
 @triton.jit
-def store_gradient(grad_ptr, costs, rows, A, d, along, pulled, HOW):
+def store_gradient(grad_ptr, costs, rows, A, d, along, pulled, HOW: tl.constexpr):
     """The gradient of some entries of some tokens, from the pull of the other side on them."""
     tokens, _, centre_ptr, dim = costs
     _, norm_ptr, scale_ptr, _, n = tokens

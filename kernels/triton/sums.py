@@ -66,7 +66,7 @@ def mass_gradient_kernel(
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
     costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW = (KIND, SCALED, WIDE, PRECISION)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     epsilon = tl.load(epsilon_ptr + problem)
     scale = LOG2_E / epsilon
     upstream = tl.load(grad_value_ptr + problem)
@@ -156,7 +156,7 @@ def product_kernel(
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
     costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW = (KIND, SCALED, WIDE, PRECISION)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     scale = LOG2_E / tl.load(epsilon_ptr + problem)
     d = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
     for row_zero in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):

@@ -45,7 +45,7 @@ def load_log_mass(log_mass_ptr, index, size):
 
 
 @triton.jit
-def operand(tokens, centre_ptr, index, d, dim, HOW):
+def operand(tokens, centre_ptr, index, d, dim, HOW: tl.constexpr):
     """A tile of token vectors as a dot takes them, zeros outside the problem."""
     vectors_ptr, _, scale_ptr, _, size = tokens
     KIND: tl.constexpr = HOW[0]
@@ -98,7 +98,7 @@ def swapped(costs):
 
 
 @triton.jit
-def dots(costs, row_zero, column_zero, HOW, TILE):
+def dots(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
     """x_i . y_j (BLOCK_N, BLOCK_M), made of parts of PART rows."""
     x_side, y_side, centre_ptr, dim = costs
     PRECISION: tl.constexpr = HOW[3]
@@ -170,7 +170,7 @@ def stored_cost(
 
 
 @triton.jit
-def cost_tile(costs, row_zero, column_zero, HOW, TILE):
+def cost_tile(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
     """A tile of the cost of one problem.
 
     A cost of vectors that is not finite becomes NaN, never a forbidden pair.

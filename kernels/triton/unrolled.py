@@ -142,7 +142,7 @@ def unrolled_kernel(
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
     costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
     x_side, y_side, centre, _ = costs
-    HOW = (KIND, SCALED, WIDE, PRECISION)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     inside_a = rows < n
     inside_b = columns < m
     A = load_log_mass(log_a_ptr + zero_a, rows, n)

@@ -26,7 +26,18 @@ DEAD = tl.constexpr(3e38)
 
 
 @triton.jit
-def walk(costs, own, other, first, step, scale, ratio, SEEN: tl.constexpr, HOW, TILE):
+def walk(
+    costs,
+    own,
+    other,
+    first,
+    step,
+    scale,
+    ratio,
+    SEEN: tl.constexpr,
+    HOW: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """For the rows from ``first`` in steps: their minima, or their sums of P and of P * C.
 
     Found is ``DEAD`` for a row without an allowed pair, and NaN where a cost is no number.
