@@ -141,7 +141,6 @@ def unrolled_kernel(
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
     costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    x_side, y_side, centre, _ = costs
     HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     inside_a = rows < n
     inside_b = columns < m
@@ -255,8 +254,8 @@ def unrolled_kernel(
             near = tl.where(cost < INFINITY, bar * (1 - cost), 0.0)
             along_a = tl.sum(near, 1)
             along_b = tl.sum(near, 0)
-            pull_a *= tl.load(y_side[1] + columns, mask=inside_b, other=0.0)[None, :]
-            pull_b *= tl.load(x_side[1] + rows, mask=inside_a, other=0.0)[:, None]
+            pull_a *= tl.load(costs[1][1] + columns, mask=inside_b, other=0.0)[None, :]
+            pull_b *= tl.load(costs[0][1] + rows, mask=inside_a, other=0.0)[:, None]
             # The norm of an absent token may be no number.
             pull_a = tl.where((cost < INFINITY) & (dead == 0), pull_a, 0.0)
             pull_b = tl.where((cost < INFINITY) & (dead == 0), pull_b, 0.0)
@@ -266,14 +265,14 @@ def unrolled_kernel(
         for d0 in range(0, dim, BLOCK_G):
             d = d0 + tl.arange(0, BLOCK_G)
             if NEED_X:
-                y = operand(y_side, centre, columns, d, dim, HOW)
+                y = operand(costs[1], costs[2], columns, d, dim, HOW)
                 y = tl.where(present_b[:, None] & (dead == 0), y, 0.0).to(PULL)
                 pulled = tl.dot(pull_a.to(PULL), y, input_precision=PULL_PRECISION)
                 store_gradient(
                     grad_x_ptr, costs, rows, tl.where(dead, -INFINITY, A), d, along_a, pulled, HOW
                 )
             if NEED_Y:
-                x = operand(x_side, centre, rows, d, dim, HOW)
+                x = operand(costs[0], costs[2], rows, d, dim, HOW)
                 x = tl.where(present_a[:, None] & (dead == 0), x, 0.0).to(PULL)
                 pulled = tl.dot(tl.trans(pull_b).to(PULL), x, input_precision=PULL_PRECISION)
                 store_gradient(
