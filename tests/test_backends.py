@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optical import BackendUnsupported, Status, backends, ops, sinkhorn
+from optical import BackendUnsupported, Status, backends, ops, reference, sinkhorn
 from optical.arguments import GRADIENTS, example, given
 from optical.testing import (
     FIELDS,
@@ -238,6 +238,29 @@ def test_the_tolerance_rule_names_the_worst_entry():
     with pytest.raises(AssertionError, match="shape"):
         assert_close_to_truth(truth[:1], truth, truth, **rule)
     assert TOLERANCE[torch.float32] == 1e-5
+
+
+@pytest.mark.parametrize("name", ["7x5", "marginals", "epsilon_0.01"])
+def test_fast_problems_may_be_off_by_a_rounded_plan_and_no_more(name, monkeypatch):
+    """Iterations on costs off by epsilon / 2048 pass as "fast" only, on costs off by more not."""
+    wave = torch.arange(ALL[name].x.numel()).view_as(ALL[name].x).sin()
+
+    def check(share, precision):
+        def forward(p):
+            cost = p.x + share * p.epsilon[:, None, None] * wave.to(p.x)
+            first = reference.forward(p._replace(x=cost, max_iter=p.max_iter - 1))
+            last = reference.forward(p._replace(f0=first.f, g0=first.g, max_iter=1))
+            return last._replace(n_iter=last.n_iter + p.max_iter - 1)
+
+        rounding = replace(backends.BACKENDS["reference"], name="rounding", forward=forward)
+        monkeypatch.setitem(backends.BACKENDS, "rounding", rounding)
+        problem = replace(ALL[name], precision=precision)
+        assert_backend_correct("rounding", problem, torch.float32)
+
+    check(2**-11, "fast")
+    for share, precision in ((2**-11, "exact"), (0.1, "fast")):
+        with pytest.raises(AssertionError, match=r"rounding .*: worst at"):
+            check(share, precision)
 
 
 COST = torch.zeros(2, 3, 4)

@@ -10,7 +10,7 @@ program, which is what packed problems need, whose sizes nobody knows when kerne
 
 import triton
 import triton.language as tl
-from optical.kernels.tiles import GIVEN, INFINITY, LOG2_E, extent
+from optical.kernels.tiles import INFINITY, LOG2_E, extent, place, swapped
 from optical.kernels.walks import MINIMA, SUMS, begin, finish, miss, relax, walk
 
 
@@ -58,51 +58,26 @@ def walk_kernel(
         return
     zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
     zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
-    if KIND == GIVEN:
-        x_ptr += problem * stride_batch
-    else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
-        centre_ptr += problem * dim
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
     epsilon = tl.load(epsilon_ptr + problem)
     epsilon = tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
+    own = (log_a_ptr + zero_a, f_ptr + zero_a, found_ptr + zero_a, spent_ptr + zero_a)
+    other = (log_b_ptr + zero_b, g_ptr + zero_b)
     walk(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        log_a_ptr + zero_a,
-        log_b_ptr + zero_b,
-        f_ptr + zero_a,
-        g_ptr + zero_b,
-        found_ptr + zero_a,
-        spent_ptr + zero_a,
-        stride_n,
-        stride_m,
-        n,
-        m,
-        dim,
+        costs,
+        own,
+        other,
         tl.program_id(1) * BLOCK_N,
         tl.num_programs(1) * BLOCK_N,
         LOG2_E / epsilon,
         epsilon / tl.maximum(epsilon, annealing),
         SEEN,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_M,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
+        HOW,
+        TILE,
     )
 
 
@@ -145,13 +120,12 @@ def turn_kernel(
         return
     if tl.load(stopped_ptr + problem) != 0:
         return
+    own = (log_mass_ptr + zero, f_ptr + zero, found_ptr + zero)
     temperature = tl.maximum(epsilon, annealing)
     stop = False
     if ROWS and tol > 0:
         missed = miss(
-            f_ptr + zero,
-            found_ptr + zero,
-            log_mass_ptr + zero,
+            own,
             n,
             epsilon / temperature,
             epsilon * inverse_rho,
@@ -164,7 +138,7 @@ def turn_kernel(
         relaxation = tl.where((first != 0) | (temperature != epsilon), 1.0, omega)
         beta = relaxation / (1 + temperature * inverse_rho)
         tl.debug_barrier()
-        relax(f_ptr + zero, found_ptr + zero, n, relaxation, beta, BLOCK)
+        relax(own, n, relaxation, beta, BLOCK)
         if not ROWS:
             tl.store(n_iter_ptr + problem, tl.load(n_iter_ptr + problem) + 1)
 
@@ -206,37 +180,20 @@ def finish_kernel(
     epsilon = tl.load(epsilon_ptr + problem)
     readable = (epsilon > 0) & (epsilon < INFINITY)
     epsilon = tl.where(readable, epsilon, 1.0)
-    f0_ptr += zero_a
-    g0_ptr += zero_b
-    log_a_ptr += zero_a
-    log_b_ptr += zero_b
-    f_ptr += zero_a
-    g_ptr += zero_b
-    found_a_ptr += zero_a
-    found_b_ptr += zero_b
-    spent_a_ptr += zero_a
-    spent_b_ptr += zero_b
+    starts = (f0_ptr + zero_a, g0_ptr + zero_b)
+    rows = (log_a_ptr + zero_a, f_ptr + zero_a, found_a_ptr + zero_a, spent_a_ptr + zero_a)
+    columns = (log_b_ptr + zero_b, g_ptr + zero_b, found_b_ptr + zero_b, spent_b_ptr + zero_b)
+    outputs = (value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr)
     iteration = tl.load(n_iter_ptr + problem)
     stop = tl.load(stopped_ptr + problem) != 0
     finish(
         problem,
         epsilon,
         readable,
-        f0_ptr,
-        g0_ptr,
-        f_ptr,
-        g_ptr,
-        found_a_ptr,
-        found_b_ptr,
-        spent_a_ptr,
-        spent_b_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        value_ptr,
-        value_linear_ptr,
-        marginal_error_ptr,
-        n_iter_ptr,
-        status_ptr,
+        starts,
+        rows,
+        columns,
+        outputs,
         n,
         m,
         iteration,
@@ -309,33 +266,21 @@ def loop_kernel(
     zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
     if tl.maximum(n, m) <= least:
         return
-    f0_ptr += zero_a
-    g0_ptr += zero_b
-    log_a_ptr += zero_a
-    log_b_ptr += zero_b
-    f_ptr += zero_a
-    g_ptr += zero_b
-    found_a_ptr += zero_a
-    found_b_ptr += zero_b
-    spent_a_ptr += zero_a
-    spent_b_ptr += zero_b
-    if KIND == GIVEN:
-        x_ptr += problem * stride_batch
-        y_ptr = x_ptr
-    else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
-        centre_ptr += problem * dim
+    starts = (f0_ptr + zero_a, g0_ptr + zero_b)
+    rows = (log_a_ptr + zero_a, f_ptr + zero_a, found_a_ptr + zero_a, spent_a_ptr + zero_a)
+    columns = (log_b_ptr + zero_b, g_ptr + zero_b, found_b_ptr + zero_b, spent_b_ptr + zero_b)
+    outputs = (value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr)
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
     epsilon = tl.load(epsilon_ptr + problem)
     readable = (epsilon > 0) & (epsilon < INFINITY)
     epsilon = tl.where(readable, epsilon, 1.0)
     scale = LOG2_E / epsilon
-    begin(f_ptr, f0_ptr, n, scale, START, BLOCK)
-    begin(g_ptr, g0_ptr, m, scale, START, BLOCK)
+    begin(rows[1], starts[0], n, scale, START, BLOCK)
+    begin(columns[1], starts[1], m, scale, START, BLOCK)
     iteration = 0
     stop = False
     settled = False
@@ -347,190 +292,35 @@ def loop_kernel(
         ratio = epsilon / temperature
         relaxation = tl.where((iteration == 0) | (temperature != epsilon), 1.0, omega)
         tl.debug_barrier()
-        walk(
-            x_ptr,
-            y_ptr,
-            norm_x_ptr,
-            norm_y_ptr,
-            scale_x_ptr,
-            scale_y_ptr,
-            centre_ptr,
-            log_a_ptr,
-            log_b_ptr,
-            f_ptr,
-            g_ptr,
-            found_a_ptr,
-            spent_a_ptr,
-            stride_n,
-            stride_m,
-            n,
-            m,
-            dim,
-            0,
-            BLOCK_N,
-            scale,
-            ratio,
-            MINIMA,
-            KIND,
-            SCALED,
-            WIDE,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_M,
-            BLOCK_D,
-            WARPS_N,
-            WARPS_M,
-        )
+        walk(costs, rows, columns, 0, BLOCK_N, scale, ratio, MINIMA, HOW, TILE)
         tl.debug_barrier()
         if (tol > 0) & settled:
-            missed = miss(f_ptr, found_a_ptr, log_a_ptr, n, ratio, epsilon * inverse_rho_a, BLOCK)
+            missed = miss(rows, n, ratio, epsilon * inverse_rho_a, BLOCK)
             stop = missed <= tol
         settled = temperature == epsilon
         if stop == 0:
             tl.debug_barrier()
-            relax(
-                f_ptr,
-                found_a_ptr,
-                n,
-                relaxation,
-                relaxation / (1 + temperature * inverse_rho_a),
-                BLOCK,
-            )
+            beta = relaxation / (1 + temperature * inverse_rho_a)
+            relax(rows, n, relaxation, beta, BLOCK)
             tl.debug_barrier()
-            walk(
-                y_ptr,
-                x_ptr,
-                norm_y_ptr,
-                norm_x_ptr,
-                scale_y_ptr,
-                scale_x_ptr,
-                centre_ptr,
-                log_b_ptr,
-                log_a_ptr,
-                g_ptr,
-                f_ptr,
-                found_b_ptr,
-                spent_b_ptr,
-                stride_m,
-                stride_n,
-                m,
-                n,
-                dim,
-                0,
-                BLOCK_N,
-                scale,
-                ratio,
-                MINIMA,
-                KIND,
-                SCALED,
-                WIDE,
-                PRECISION,
-                BLOCK_N,
-                BLOCK_M,
-                BLOCK_D,
-                WARPS_N,
-                WARPS_M,
-            )
+            walk(swapped(costs), columns, rows, 0, BLOCK_N, scale, ratio, MINIMA, HOW, TILE)
             tl.debug_barrier()
-            relax(
-                g_ptr,
-                found_b_ptr,
-                m,
-                relaxation,
-                relaxation / (1 + temperature * inverse_rho_b),
-                BLOCK,
-            )
+            beta = relaxation / (1 + temperature * inverse_rho_b)
+            relax(columns, m, relaxation, beta, BLOCK)
             iteration += 1
         running = (iteration < max_iter) & (stop == 0)
     tl.debug_barrier()
-    walk(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        f_ptr,
-        g_ptr,
-        found_a_ptr,
-        spent_a_ptr,
-        stride_n,
-        stride_m,
-        n,
-        m,
-        dim,
-        0,
-        BLOCK_N,
-        scale,
-        1.0,
-        SUMS,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_M,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
-    )
-    walk(
-        y_ptr,
-        x_ptr,
-        norm_y_ptr,
-        norm_x_ptr,
-        scale_y_ptr,
-        scale_x_ptr,
-        centre_ptr,
-        log_b_ptr,
-        log_a_ptr,
-        g_ptr,
-        f_ptr,
-        found_b_ptr,
-        spent_b_ptr,
-        stride_m,
-        stride_n,
-        m,
-        n,
-        dim,
-        0,
-        BLOCK_N,
-        scale,
-        1.0,
-        SUMS,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_M,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
-    )
+    walk(costs, rows, columns, 0, BLOCK_N, scale, 1.0, SUMS, HOW, TILE)
+    walk(swapped(costs), columns, rows, 0, BLOCK_N, scale, 1.0, SUMS, HOW, TILE)
     tl.debug_barrier()
     finish(
         problem,
         epsilon,
         readable,
-        f0_ptr,
-        g0_ptr,
-        f_ptr,
-        g_ptr,
-        found_a_ptr,
-        found_b_ptr,
-        spent_a_ptr,
-        spent_b_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        value_ptr,
-        value_linear_ptr,
-        marginal_error_ptr,
-        n_iter_ptr,
-        status_ptr,
+        starts,
+        rows,
+        columns,
+        outputs,
         n,
         m,
         iteration,
