@@ -296,6 +296,31 @@ def test_auto_takes_the_first_backend_of_the_device_that_supports_the_problem(ta
         assert backends.choose("gpu", PROBLEM).name == "gpu"
 
 
+def test_auto_asks_in_the_order_of_the_table(table, monkeypatch):
+    table(stub("one", ("cpu",), None), stub("two", ("cpu",), None), stub("late", ("cpu",), None))
+    orders = (
+        backends.Order("gradients", lambda p, gradient: gradient, ("two", "one"), "predicted"),
+        backends.Order("the rest", lambda p, gradient: True, ("late",), "predicted"),
+    )
+    monkeypatch.setattr(backends, "ORDERS", orders)
+    assert backends.choose("auto", PROBLEM).name == "late"
+    assert backends.choose("auto", PROBLEM, gradient=True).name == "two"
+    assert backends.choose("one", PROBLEM, gradient=True).name == "one"
+    backends.BACKENDS["late"] = stub("late", ("cpu",), "too late")
+    assert backends.choose("auto", PROBLEM).name == "one"
+
+
+def test_the_order_names_backends_that_exist_and_where_it_comes_from():
+    assert backends.ORDERS[-1].applies(PROBLEM, False)
+    for order in backends.ORDERS:
+        assert set(order.names) <= set(backends.BACKENDS)
+        assert order.provenance in ("predicted", "measured")
+    x = torch.zeros(2, 3, 300)
+    float32, half = (example(v, v, "cosine") for v in (x, x.half()))
+    first = [backends._ordered(p, g)[1][0].name for p in (PROBLEM, float32, half) for g in (0, 1)]
+    assert first == ["cuda", "cuda", "triton", "triton", "cuda", "triton"]
+
+
 def test_falling_back_to_the_reference_warns_once_per_reason(table):
     table(stub("fast", ("cpu",), "too small"))
     with pytest.warns(RuntimeWarning, match="plain PyTorch reference: fast: too small"):

@@ -231,6 +231,24 @@ def test_packed_problems_have_the_bits_of_their_own_size_in_any_batch(kernels):
     assert_backend_correct("cuda", packed(clouds), torch.float32, gradients=("envelope",))
 
 
+def test_longest_lengths_are_read_once_and_never_under_capture(kernels, monkeypatch):
+    clouds = random_clouds("long", "cosine", batch=40, n=20, m=15, dim=4, max_iter=2)
+    problem, read = packed(clouds).to(torch.float32), []
+    longest = cuda._longest
+    monkeypatch.setattr(cuda, "_longest", lambda *cu: read.append(cu) or longest(*cu))
+    assert cuda.supports(problem.arguments()) is None
+    solve("cuda", problem)
+    assert len(read) == 1
+    problem.cu_a[1] -= 1  # other lengths in the same place
+    assert cuda.supports(problem.arguments()) is None
+    assert len(read) == 2
+    monkeypatch.setattr(cuda, "_capturing", lambda: True)
+    assert "a CUDA graph is being captured" in cuda.supports(problem.arguments())
+    few = packed(random_clouds("few", "cosine", batch=2, n=20, m=15, dim=4)).to(torch.float32)
+    assert cuda.supports(few.arguments()) is None
+    assert len(read) == 2
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "dot"])
 def test_the_content_of_padding_changes_no_bit(kind, gradient, kernels):
