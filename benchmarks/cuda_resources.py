@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.cuda_resources`` compiles them for every architecture and writes the rows of
 ``benchmarks/results/cuda_resources.csv``. The hot loop of a kernel is the innermost one with a
-multiply-add for each entry of the tile and half-step. "loop" counts all of its instructions,
-"taken" those of a calm iteration with ``tol=0``: what a branch forward within the loop jumps over,
-the residual and what is lost to underflow, is not run.
+multiply-add for each entry of the tile and half-step, or a product of fragments for each 256 of
+them. "loop" counts all of its instructions, "taken" those of a calm iteration with ``tol=0``: what
+a branch forward within the loop jumps over, the residual and what is lost to underflow, is not run.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from optical import cuda, native
 TABLE = Path(__file__).parent / "results" / "cuda_resources.csv"
 COLUMNS = (
     *("architecture", "kernel", "registers", "stack", "spill_stores", "spill_loads"),
-    *("loop", "taken", "ffma", "shfl", "mufu", "bar", "lds_sts", "ldl_stl"),
+    *("loop", "taken", "ffma", "shfl", "mufu", "bar", "lds_sts", "ldl_stl", "hmma"),
 )
 # Multiply-adds of one iteration on the tile of a lane.
 ITERATION = {"small": 2 * 8 * 4, **dict.fromkeys(("warp", "square", "block", "cluster"), 256)}
+# Products of fragments of one iteration in half precision.
+FRAGMENTS = 32
 
 
 def compile_kernels(
@@ -86,7 +88,8 @@ def hot_loops(cubin: Path) -> dict[str, Counter[str]]:
     for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
         kind = name.rsplit("_", 1)[-1]
         iterates = kind in ITERATION and "_backward_" not in name
-        loop = _hot_loop(body, ITERATION[kind]) if iterates else None
+        work = ("HMMA", FRAGMENTS) if "_fast_" in name else ("FFMA", ITERATION.get(kind, 0))
+        loop = _hot_loop(body, *work) if iterates else None
         if loop is not None:
             counts = Counter(operation.split()[0].split(".")[0] for operation in loop.operations)
             counts["loop"], counts["taken"] = len(loop.operations), loop.taken
@@ -99,7 +102,7 @@ class _Loop(NamedTuple):
     taken: int
 
 
-def _hot_loop(body: str, multiply_adds: int) -> _Loop | None:
+def _hot_loop(body: str, work: str, count: int) -> _Loop | None:
     labels: dict[str, int] = {}
     operations: list[str] = []
     conditional: list[bool] = []
@@ -119,9 +122,9 @@ def _hot_loop(body: str, multiply_adds: int) -> _Loop | None:
     loops = []
     for end, start in jumps.items():
         loop = operations[start : end + 1]
-        # Shuffles tell an iteration from the loops that multiply vectors.
-        if sum(x.startswith("FFMA") for x in loop) >= multiply_adds and any(
-            x.startswith("SHFL") for x in loop
+        # Reciprocals tell an iteration from the loops that multiply vectors.
+        if sum(x.startswith(work) for x in loop) >= count and any(
+            x.startswith("MUFU.RCP") for x in loop
         ):
             at, taken = start, 0
             while at <= end:
@@ -147,7 +150,7 @@ def rows(
             row |= {"ffma": counts["FFMA"], "shfl": counts["SHFL"]}
             row |= {"mufu": counts["MUFU"], "bar": counts["BAR"] + counts["UCGABAR_ARV"]}
             row |= {"lds_sts": counts["LDS"] + counts["STS"]}
-            row |= {"ldl_stl": counts["LDL"] + counts["STL"]}
+            row |= {"ldl_stl": counts["LDL"] + counts["STL"], "hmma": counts["HMMA"]}
         table.append(row)
     return table
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from optical.arguments import Arguments, Gradients, Outputs
 
-ABI_VERSION = 2
 LIBRARY_NAME = "_cuda.so"
 # What a binary for every device that the kernels know is built for.
 ARCHITECTURES = ("80", "90a", "100f", "120")
@@ -404,6 +403,7 @@ class _Call:
             gradient=native.GRADIENTS[p.gradient],
             low_memory=p.low_memory,
             num_threads=1,
+            fast=p.precision == "fast",
         )
 
     def run(self, name: str, *others: ctypes.Structure | int | None) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from optical.arguments import Arguments, Gradients, Outputs
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY_NAME = "_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -287,7 +287,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("tol", "rho_a", "rho_b", "omega")),
         ("anderson", ctypes.c_int32),
         *((name, ctypes.c_double) for name in ("anneal_start", "anneal_ratio")),
-        *((name, ctypes.c_int32) for name in ("gradient", "low_memory", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("gradient", "low_memory", "num_threads", "fast")),
     ]
 
 

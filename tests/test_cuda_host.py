@@ -138,6 +138,51 @@ def test_half_vectors_by_the_tolerance_rule(kind, half, gradient, kernels):
                 assert_close_to_truth(out[field], truth[field], same[field], **rule)
 
 
+# Problems that iterate in half precision, one in each regime that does, and hard ones.
+FAST = {
+    "warp": random_problem("warp", 2, 60, 50, epsilon=0.05, rows=[60, 33], max_iter=24),
+    "square": random_problem("square", 1, 90, 128, epsilon=0.02, max_iter=16),
+    "block": random_problem("block", 1, 130, 60, epsilon=0.05, max_iter=16),
+    "cluster": random_problem("cluster", 1, 300, 130, epsilon=0.1, max_iter=16),
+    "cold": random_problem("cold", 2, 40, 50, epsilon=0.002, max_iter=40),
+    "tol": replace(random_problem("tol", 2, 40, 64, epsilon=0.05, max_iter=60), tol=1e-5),
+}
+FAST["forbidden"] = replace(
+    FAST["warp"],
+    name="forbidden",
+    x=FAST["warp"].x.masked_fill(torch.arange(50) % 7 == 3, math.inf),
+)
+FAST["masses"] = replace(
+    FAST["warp"], name="masses", log_b=torch.linspace(0, -60, 50).double().expand(2, 50)
+)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_iterations_by_the_rule_for_them(name, kernels):
+    fast, exact = (replace(FAST[name], precision=precision) for precision in ("fast", "exact"))
+    assert_backend_correct("cuda", fast, torch.float32, gradients=("envelope",))
+    out, other = (solve("cuda", problem.to(torch.float32)) for problem in (fast, exact))
+    # Such masses are out of its range: the iterations are those of float32, to the bit.
+    assert torch.equal(out["f"], other["f"]) == (name == "masses")
+    assert_same_bits(out, solve("cuda", fast.to(torch.float32)))
+    one = solve("cuda", fast.one(0).to(torch.float32))
+    assert torch.equal(one["f"][0], out["f"][0])
+
+
+def test_fast_costs_of_vectors_and_implicit_gradients(kernels):
+    clouds = random_clouds("clouds", "cosine", n=66, m=50, dim=9, epsilon=0.1, max_iter=16)
+    for problem in (clouds, packed(clouds)):
+        fast = replace(problem, precision="fast")
+        assert_backend_correct("cuda", fast, torch.float32, gradients=("implicit",))
+
+
+def test_fast_is_exact_where_potentials_are_needed_or_iterations_are_few(kernels):
+    warp = FAST["warp"]
+    for exact in (replace(warp, omega=1.2), replace(warp, rho_a=1.0), replace(warp, max_iter=15)):
+        fast = replace(exact, precision="fast").to(torch.float32)
+        assert_same_bits(solve("cuda", fast), solve("cuda", exact.to(torch.float32)))
+
+
 def results(problem, gradient="unroll"):
     return solve("cuda", problem.to(torch.float32), gradient)
 

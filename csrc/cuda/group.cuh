@@ -38,11 +38,15 @@ struct Note {
 constexpr int max_warps = 8;
 constexpr int lanes_down = 4, lanes_across = 8;
 
-// DOWN and ACROSS fix the grid of warps at compile time, where they are not 0.
-template <int RI_, int RJ_, Span span_, int DOWN = 0, int ACROSS = 0>
+// DOWN and ACROSS fix the grid of warps at compile time, where they are not 0. `fast`: iterations
+// use half precision, see halves.cuh.
+template <int RI_, int RJ_, Span span_, int DOWN = 0, int ACROSS = 0, bool fast_ = false>
 struct Group {
     static constexpr int RI = RI_, RJ = RJ_;
     static constexpr Span span = span_;
+    static constexpr bool fast = fast_;
+    // Of a warp: sixteen rows of K and two vectors.
+    static constexpr int half_words = fast ? 16 * 36 + 2 * 64 : 0;
     static constexpr int OI = RI / lanes_across, OJ = RJ / lanes_down;
     static constexpr int warps_at_once = DOWN * ACROSS > 0 ? DOWN * ACROSS : 1;
     static constexpr int tile_rows = lanes_down * RI, tile_columns = lanes_across * RJ;
@@ -235,20 +239,18 @@ struct Group {
     // place is enough, whose address does not change. Other blocks may still read, though.
     //
     // Returns whether any thread of the block has `seen` something before.
-    OPTICAL_DEVICE bool exchange_rows(float (&x)[RI], float (&out)[OI], bool seen) const {
-        fold_rows<Sum>(x, out);
+    OPTICAL_DEVICE bool exchange_rows(float (&out)[OI], bool seen) const {
         if (span == Span::warp) return warp_any(seen);
         put_rows(row_parts, out);
         const bool any = sync_block_or(seen);
         add_rows<Sum>(row_parts, out);
         return any;
     }
-    // With `measure`, notes what the rows of this warp have `missed()`, for `residual` below; of the
-    // warps of a cluster it unites the flags.
+    // With `measure`, notes what the rows of this warp have `missed()`, for `residual` below; of
+    // the warps of a cluster it unites the flags.
     template <typename Missed>
-    OPTICAL_DEVICE void exchange_columns(float (&x)[RJ], float (&out)[OJ], Note& note, bool measure,
+    OPTICAL_DEVICE void exchange_columns(float (&out)[OJ], Note& note, bool measure,
                                          Missed missed) {
-        fold_columns<Sum>(x, out);
         float* const parts = span == Span::cluster ? next_column_parts() : column_parts;
         if (measure) {
             note.residual = over_lanes(missed());

@@ -234,6 +234,10 @@ inline unsigned warp_or(unsigned bits) {
 }
 inline bool warp_any(bool here) { return warp_or(here) != 0; }
 float from_half(unsigned bits, bool brain);
+unsigned to_half(float value, bool brain);
+inline unsigned pack_halves(float x, float y) { return to_half(x, false) | to_half(y, false) << 16; }
+inline float low_half(unsigned pair) { return from_half(pair & 0xffffu, false); }
+inline float high_half(unsigned pair) { return from_half(pair >> 16, false); }
 inline void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                                bool brain) {
     host::Thread& self = *host::machine().self;

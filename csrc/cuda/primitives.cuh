@@ -97,6 +97,27 @@ OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4], co
 #undef OPTICAL_MMA
 }
 
+// Pairs of float16 in a word, the first in its lower half.
+OPTICAL_DEVICE unsigned pack_halves(float x, float y) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+}
+OPTICAL_DEVICE float low_half(unsigned pair) {
+    float x;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low;}"
+        : "=f"(x)
+        : "r"(pair));
+    return x;
+}
+OPTICAL_DEVICE float high_half(unsigned pair) {
+    float x;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}"
+        : "=f"(x)
+        : "r"(pair));
+    return x;
+}
+
 // A value that the compiler does not compute anew wherever it is used.
 OPTICAL_DEVICE int kept(int x) {
     asm volatile("" : "+r"(x));
@@ -137,6 +158,10 @@ OPTICAL_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 
 namespace optical {
 namespace cuda {
+
+// The lower, or the upper, halves of two words.
+OPTICAL_DEVICE unsigned low_halves(unsigned x, unsigned y) { return (x & 0xffffu) | y << 16; }
+OPTICAL_DEVICE unsigned high_halves(unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000u); }
 
 OPTICAL_DEVICE float infinity() { return float_of(0x7f800000u); }
 OPTICAL_DEVICE float not_a_number() { return float_of(0x7fc00000u); }
