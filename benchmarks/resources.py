@@ -129,6 +129,12 @@ def configurations() -> Iterator[Configuration]:
         yield _tiled(resident.resident_kernel, name, tile, "cosine", "bf16", **options)
         yield _tiled(resident.resident_kernel, name, roomy, "cosine", "fp32", **options)
         yield _tiled(resident.resident_kernel, name, roomy, "cosine", "bf16", "every", **every)
+    for tile in tuning.OBLONG:
+        name, options = f"{tile.rows}x{tile.columns}", plain | {"STEPS": tuning.STEPS}
+        yield _tiled(resident.resident_kernel, name, tile, "given", "fp32", **options)
+        yield _tiled(resident.resident_kernel, name, tile, "cosine", "bf16", **options)
+        options = plain | {"STEPS": 1}
+        yield _tiled(resident.resident_kernel, name, tile, "cosine", "bf16", "tol", **options)
     for side, tile in tuning.ADJOINT.items():
         for kind, dtype in (("given", "fp32"), ("cosine", "bf16")):
             options = {"PACKED": False}
@@ -221,6 +227,7 @@ def measure(configuration: Configuration, target: str) -> Row:
     c = configuration
     nvidia = TARGETS[target].backend == "cuda"
     exact = "tf32x3" if nvidia else "ieee"
+    warps = c.warps if nvidia else min(c.warps, tuning.AMD_WARPS)
     constants = {}
     for name, value in c.constants.items():
         if name == "NVIDIA":
@@ -249,9 +256,9 @@ def measure(configuration: Configuration, target: str) -> Row:
     compiled = triton.compile(
         ASTSource(c.kernel, signature, constants, attributes),
         target=TARGETS[target],
-        options={"num_warps": c.warps, "num_stages": c.stages},
+        options={"num_warps": warps, "num_stages": c.stages},
     )
-    row = Row(c.name, c.tile, c.kind, c.dtype, c.options, c.warps, target)
+    row = Row(c.name, c.tile, c.kind, c.dtype, c.options, warps, target)
     row.shared_bytes = compiled.metadata.shared
     if not nvidia:
         text = compiled.asm["amdgcn"]

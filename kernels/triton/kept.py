@@ -91,7 +91,7 @@ def multiply(own, other, kept, n, m, first, step, ROWS: tl.constexpr, TILE: tl.c
     kept_ptr, width = kept
     for own_zero in range(first, n, step):
         i = own_zero + tl.arange(0, BLOCK_N)
-        total = tl.zeros((BLOCK_N,), tl.float32)
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for other_zero in range(0, m, BLOCK_M):
             j = other_zero + tl.arange(0, BLOCK_M)
             start = tl.load(other[4] + j, mask=j < m, other=DEAD)
@@ -103,7 +103,8 @@ def multiply(own, other, kept, n, m, first, step, ROWS: tl.constexpr, TILE: tl.c
                 weight -= TOP
                 offsets = j[None, :] * width + i[:, None]
             weight = tl.exp2(tl.where(start < DEAD, weight, -INFINITY))
-            total += tl.sum(tl.load(kept_ptr + offsets).to(tl.float32) * weight[None, :], 1)
+            total += tl.load(kept_ptr + offsets).to(tl.float32) * weight[None, :]
+        total = tl.sum(total, 1)
         start = tl.load(own[4] + i, mask=i < n, other=DEAD)
         found = start - tl.log2(tl.where(start < DEAD, total, 1.0))
         if ROWS:

@@ -44,13 +44,14 @@ def forward(arguments: Arguments) -> Outputs:
         general = p.omega != 1 or min(p.rho_a, p.rho_b) < math.inf
         roomy = general or p.anneal_start > 0 or batch.precision != "ieee"
         outputs = value, value_linear, marginal_error, n_iter, status
-        if max(batch.n, batch.m) > tuning.RESIDENT:
+        tiles = tiles_of(batch, tuning.ROOMY if roomy else tuning.TILES)
+        if not tiles or (batch.packed and max(batch.n, batch.m) > tuning.RESIDENT):
             # One program runs a problem where sizes are unknown or problems many.
             if batch.size > (1 if batch.packed else tuning.PROGRAMS):
                 _loop(batch, f, g, outputs)
             else:
                 _steps(batch, f, g, outputs)
-        for side, tile in tiles_of(batch, tuning.ROOMY if roomy else tuning.TILES):
+        for side, tile in tiles:
             resident_kernel[(batch.size,)](
                 *batch.sources(),
                 *starts(p),
@@ -83,7 +84,7 @@ def forward(arguments: Arguments) -> Outputs:
                 PART=tile.part,
                 WARPS_N=tile.warps_n,
                 WARPS_M=tile.warps_m,
-                num_warps=tile.warps,
+                num_warps=batch.warps(tile.warps),
                 num_stages=tile.stages,
             )
         w, z, residual = _adjoint(batch, f, g)
@@ -121,7 +122,7 @@ def _adjoint(batch: Batch, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor
             WARPS_N=tile.warps_n,
             WARPS_M=tile.warps_m,
             LINES=tuning.LINES,
-            num_warps=tile.warps,
+            num_warps=batch.warps(tile.warps),
             num_stages=tile.stages,
         )
     for side, tile in tiles_of(batch, tuning.ADJOINT):
