@@ -43,7 +43,10 @@ def walk(
     Found is ``DEAD`` for a row without an allowed pair, and NaN where a cost is no number.
     ``own``, ``other``: masses, potentials, and for the rows where to put what is found and spent.
     """
-    log_a_ptr, F_ptr, found_ptr, spent_ptr = own
+    log_a_ptr = own[0]
+    F_ptr = own[1]
+    found_ptr = own[2]
+    spent_ptr = own[3]
     log_b_ptr = other[0]
     G_ptr = other[1]
     n = costs[0][4]
@@ -113,16 +116,28 @@ def miss(own, n, ratio, strength, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def relax(own, n, relaxation, beta, BLOCK: tl.constexpr):
-    """Move the potentials of one side towards the minima found; those of dead lines are 0."""
+def relax(own, n, relaxation, beta, state, FAST: tl.constexpr, BLOCK: tl.constexpr):
+    """Move the potentials of one side towards the minima found; those of dead lines are 0.
+
+    With FAST, return how far they end from where an exact iteration found them, or in the states
+    of ``kept`` above 0 from where K was written; and note where an exact one leaves them.
+    """
     F_ptr = own[1]
     found_ptr = own[2]
+    moved = tl.zeros((BLOCK,), tl.float32)
     for zero in range(0, n, BLOCK):
         index = zero + tl.arange(0, BLOCK)
-        F = tl.load(F_ptr + index, mask=index < n, other=0.0)
+        origin = tl.load(F_ptr + index, mask=index < n, other=0.0)
         found = tl.load(found_ptr + index, mask=index < n, other=DEAD)
-        F = tl.where(found == DEAD, 0.0, (1 - relaxation) * F + beta * found)
+        F = tl.where(found == DEAD, 0.0, (1 - relaxation) * origin + beta * found)
         tl.store(F_ptr + index, F, mask=index < n)
+        if FAST:
+            start = tl.load(own[4] + index, mask=index < n, other=DEAD)
+            origin = tl.where(state > 0, start, origin)
+            moved = tl.maximum(moved, tl.where(found == DEAD, 0.0, tl.abs(F - origin)))
+            start = tl.where(found == DEAD, DEAD, F)
+            tl.store(own[4] + index, start, mask=(index < n) & (state <= 0))
+    return tl.max(moved, 0)
 
 
 @triton.jit
@@ -162,7 +177,10 @@ def account(own, n, inverse_rho, strength, BLOCK: tl.constexpr):
 
     The last two say whether a fixed line is dead and whether a cost is no number.
     """
-    log_mass_ptr, F_ptr, found_ptr, spent_ptr = own
+    log_mass_ptr = own[0]
+    F_ptr = own[1]
+    found_ptr = own[2]
+    spent_ptr = own[3]
     dual = tl.zeros((BLOCK,), tl.float32)
     price = tl.zeros((BLOCK,), tl.float32)
     missed = tl.zeros((BLOCK,), tl.float32)
