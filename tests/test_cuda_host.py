@@ -140,12 +140,12 @@ def test_half_vectors_by_the_tolerance_rule(kind, half, gradient, kernels):
 
 # Problems that iterate in half precision, one in each regime that does, and hard ones.
 FAST = {
-    "warp": random_problem("warp", 2, 60, 50, epsilon=0.05, rows=[60, 33], max_iter=24),
+    "warp": random_problem("warp", 2, 60, 50, epsilon=0.05, rows=[60, 33], max_iter=16),
     "square": random_problem("square", 1, 90, 128, epsilon=0.02, max_iter=16),
     "block": random_problem("block", 1, 130, 60, epsilon=0.05, max_iter=16),
     "cluster": random_problem("cluster", 1, 300, 130, epsilon=0.1, max_iter=16),
-    "cold": random_problem("cold", 2, 40, 50, epsilon=0.002, max_iter=40),
-    "tol": replace(random_problem("tol", 2, 40, 64, epsilon=0.05, max_iter=60), tol=1e-5),
+    "cold": random_problem("cold", 1, 40, 50, epsilon=0.002, max_iter=30),
+    "tol": replace(random_problem("tol", 1, 40, 64, epsilon=0.05, max_iter=60), tol=1e-5),
 }
 FAST["forbidden"] = replace(
     FAST["warp"],
@@ -170,7 +170,7 @@ def test_fast_iterations_by_the_rule_for_them(name, kernels):
 
 
 def test_fast_costs_of_vectors_and_implicit_gradients(kernels):
-    clouds = random_clouds("clouds", "cosine", n=66, m=50, dim=9, epsilon=0.1, max_iter=16)
+    clouds = random_clouds("clouds", "cosine", batch=1, n=66, m=50, dim=9, max_iter=16)
     for problem in (clouds, packed(clouds)):
         fast = replace(problem, precision="fast")
         assert_backend_correct("cuda", fast, torch.float32, gradients=("implicit",))
