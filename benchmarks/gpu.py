@@ -50,7 +50,7 @@ SHAPES = {
 IMPLICIT = ("L1", "L2", "T1", "T2", "T3")
 SWEPT = ("T1", "T2", "T3")
 # Those of which half precision may keep the plan.
-KEPT = ("T5", "T6", "T7", "T8", "T9")
+KEPT = ("T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9")
 COMPARED = ("cuda", "triton")
 SANITIZER = "compute-sanitizer"
 # With less than this left, no further step is begun.
