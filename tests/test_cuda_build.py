@@ -36,8 +36,9 @@ def check_hot_loops(rows, kinds=tuple(cuda_resources.ITERATION)):
     for row in rows:
         kind = row["kernel"].removeprefix("optical_forward_")
         if kind in (*most, *half):
-            # Those in half precision hold two copies of K, and have to fetch a few numbers.
-            assert int(row["ldl_stl"]) <= (0 if kind in most else 16), row
+            # Those in half precision hold two copies of K, and cannot hold all of the rest.
+            spilled = dict.fromkeys(half, 16) | {"cluster": 2, "fast_warp": 36}
+            assert int(row["ldl_stl"]) <= spilled.get(kind, 0), row
             floor = cuda_resources.ITERATION[kind.removeprefix("fast_")]
             assert int(row["taken"]) <= (most | half)[kind] * floor, row
 

@@ -241,6 +241,9 @@ def test_no_undefined_behaviour(tmp_path, monkeypatch, kernels):
         for problem in (clouds, packed(clouds), random_problem("given", 1, n, m, max_iter=2)):
             for gradient in GRADIENTS:
                 assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
+    for name in ("warp", "block"):
+        fast = replace(FAST[name], precision="fast")
+        assert_backend_correct("cuda", fast, torch.float32, gradients=("envelope",))
 
 
 SOME = ["ragged", "nan_padding", "clusters", "rho", "cosine_ragged", "dot_ragged_packed"]
