@@ -155,19 +155,27 @@ def rows(
     return table
 
 
+def write(output: Path, architecture: str, new: list[dict[str, Any]]) -> None:
+    """Put the rows of an architecture in the place of those that the table has of it."""
+    table: list[dict[str, Any]] = []
+    if output.is_file():
+        with open(output, newline="") as file:
+            table = [row for row in csv.DictReader(file) if row["architecture"] != architecture]
+    table = sorted(table + new, key=lambda row: cuda.ARCHITECTURES.index(row["architecture"]))
+    with open(output, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", nargs="+", default=list(cuda.ARCHITECTURES))
     parser.add_argument("--output", type=Path, default=TABLE)
     options = parser.parse_args()
-    table = []
-    with tempfile.TemporaryDirectory() as folder:
-        for architecture in options.architectures:
-            table += rows(architecture, Path(folder))
-    with open(options.output, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    for architecture in options.architectures:
+        with tempfile.TemporaryDirectory() as folder:
+            write(options.output, architecture, rows(architecture, Path(folder)))
 
 
 if __name__ == "__main__":
