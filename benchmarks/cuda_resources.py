@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.cuda_resources`` compiles them for every architecture and writes the rows of
 ``benchmarks/results/cuda_resources.csv``. The hot loop of a kernel is the innermost one with a
-multiply-add for each entry of the tile and half-step; all of its instructions are counted, those
-of branches seldom taken included.
+multiply-add for each entry of the tile and half-step, or a product of fragments for each 256 of
+them. "loop" counts all of its instructions, "taken" those of a calm iteration with ``tol=0``: what
+a branch forward within the loop jumps over, the residual and what is lost to underflow, is not run.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from optical import cuda, native
 
 TABLE = Path(__file__).parent / "results" / "cuda_resources.csv"
 COLUMNS = (
     *("architecture", "kernel", "registers", "stack", "spill_stores", "spill_loads"),
-    *("loop", "ffma", "shfl", "mufu", "bar", "lds_sts", "ldl_stl"),
+    *("loop", "taken", "ffma", "shfl", "mufu", "bar", "lds_sts", "ldl_stl", "hmma"),
 )
 # Multiply-adds of one iteration on the tile of a lane.
 ITERATION = {"small": 2 * 8 * 4, **dict.fromkeys(("warp", "square", "block", "cluster"), 256)}
+# Products of fragments of one iteration in half precision.
+FRAGMENTS = 32
 
 
 def compile_kernels(
@@ -75,7 +78,7 @@ def disassembler() -> Path | None:
 
 
 def hot_loops(cubin: Path) -> dict[str, Counter[str]]:
-    """Kernel -> instructions of its hot loop by name, and their number as "loop"."""
+    """Kernel -> instructions of its hot loop by name, and "loop" and "taken" of them all."""
     tool = disassembler()
     if tool is None:
         return {}
@@ -85,36 +88,51 @@ def hot_loops(cubin: Path) -> dict[str, Counter[str]]:
     for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
         kind = name.rsplit("_", 1)[-1]
         iterates = kind in ITERATION and "_backward_" not in name
-        loop = _hot_loop(body, ITERATION[kind]) if iterates else None
+        work = ("HMMA", FRAGMENTS) if "_fast_" in name else ("FFMA", ITERATION.get(kind, 0))
+        loop = _hot_loop(body, *work) if iterates else None
         if loop is not None:
-            counts = Counter(operation.split()[0].split(".")[0] for operation in loop)
-            counts["loop"] = len(loop)
+            counts = Counter(operation.split()[0].split(".")[0] for operation in loop.operations)
+            counts["loop"], counts["taken"] = len(loop.operations), loop.taken
             found[name] = counts
     return found
 
 
-def _hot_loop(body: str, multiply_adds: int) -> list[str] | None:
+class _Loop(NamedTuple):
+    operations: list[str]
+    taken: int
+
+
+def _hot_loop(body: str, work: str, count: int) -> _Loop | None:
     labels: dict[str, int] = {}
     operations: list[str] = []
+    conditional: list[bool] = []
     for line in body.splitlines():
         label = re.match(r"\s*(\.L_x_\d+):", line)
-        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line)
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?(.*?);", line)
         if label:
             labels[label.group(1)] = len(operations)
         elif instruction:
-            operations.append(instruction.group(1))
-    loops = []
-    for end, operation in enumerate(operations):
+            operations.append(instruction.group(2))
+            conditional.append(instruction.group(1) is not None)
+    jumps = {}
+    for at, operation in enumerate(operations):
         target = re.search(r"\.L_x_\d+", operation)
-        start = labels.get(target.group(0)) if target and operation.startswith("BRA") else None
-        if start is not None and start <= end:
-            loop = operations[start : end + 1]
-            # Shuffles tell an iteration from the loops that multiply vectors.
-            if sum(x.startswith("FFMA") for x in loop) >= multiply_adds and any(
-                x.startswith("SHFL") for x in loop
-            ):
-                loops.append(loop)
-    return min(loops, key=len, default=None)
+        if target and re.match(r"BRA\b(?!\.DIV)", operation):
+            jumps[at] = labels.get(target.group(0), at)
+    loops = []
+    for end, start in jumps.items():
+        loop = operations[start : end + 1]
+        # Reciprocals tell an iteration from the loops that multiply vectors.
+        if sum(x.startswith(work) for x in loop) >= count and any(
+            x.startswith("MUFU.RCP") for x in loop
+        ):
+            at, taken = start, 0
+            while at <= end:
+                taken += 1
+                forward = conditional[at] and at < jumps.get(at, at) <= end
+                at = jumps[at] if forward else at + 1
+            loops.append(_Loop(loop, taken))
+    return min(loops, key=lambda loop: len(loop.operations), default=None)
 
 
 def rows(
@@ -128,12 +146,26 @@ def rows(
         row: dict[str, Any] = {"architecture": architecture, "kernel": name, **numbers}
         counts = loops.get(name)
         if counts:
-            row |= {"loop": counts["loop"], "ffma": counts["FFMA"], "shfl": counts["SHFL"]}
+            row |= {"loop": counts["loop"], "taken": counts["taken"]}
+            row |= {"ffma": counts["FFMA"], "shfl": counts["SHFL"]}
             row |= {"mufu": counts["MUFU"], "bar": counts["BAR"] + counts["UCGABAR_ARV"]}
             row |= {"lds_sts": counts["LDS"] + counts["STS"]}
-            row |= {"ldl_stl": counts["LDL"] + counts["STL"]}
+            row |= {"ldl_stl": counts["LDL"] + counts["STL"], "hmma": counts["HMMA"]}
         table.append(row)
     return table
+
+
+def write(output: Path, architecture: str, new: list[dict[str, Any]]) -> None:
+    """Put the rows of an architecture in the place of those that the table has of it."""
+    table: list[dict[str, Any]] = []
+    if output.is_file():
+        with open(output, newline="") as file:
+            table = [row for row in csv.DictReader(file) if row["architecture"] != architecture]
+    table = sorted(table + new, key=lambda row: cuda.ARCHITECTURES.index(row["architecture"]))
+    with open(output, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
 
 
 def main() -> None:
@@ -141,14 +173,9 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", default=list(cuda.ARCHITECTURES))
     parser.add_argument("--output", type=Path, default=TABLE)
     options = parser.parse_args()
-    table = []
-    with tempfile.TemporaryDirectory() as folder:
-        for architecture in options.architectures:
-            table += rows(architecture, Path(folder))
-    with open(options.output, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    for architecture in options.architectures:
+        with tempfile.TemporaryDirectory() as folder:
+            write(options.output, architecture, rows(architecture, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ import torch
 import optical
 from benchmarks import cases, rows
 from benchmarks.jobs import ROOT, Task, _device_turn
-from optical.arguments import GRADIENTS
+from optical.arguments import GRADIENTS, PRECISIONS, example
 from optical.backends import BACKENDS
-from optical.testing import assert_close_to_truth, random_clouds, solve
+from optical.testing import FAST, assert_close_to_truth, random_clouds, solve
 
 # Batch x n x m x dim x iterations, with the temperature where it is not that of the others.
 SHAPES = {
@@ -49,6 +49,8 @@ SHAPES = {
 # Those whose implicit system is solved on chip.
 IMPLICIT = ("L1", "L2", "T1", "T2", "T3")
 SWEPT = ("T1", "T2", "T3")
+# Those of which half precision may keep the plan.
+KEPT = ("T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9")
 COMPARED = ("cuda", "triton")
 SANITIZER = "compute-sanitizer"
 # With less than this left, no further step is begun.
@@ -85,6 +87,7 @@ def steps(output: Path) -> list[Step]:
             command = (*measure, "vectors", *options, "--modes", mode)
             made.append(Step(f"time-{name}-{mode}", command))
     made += [Step(f"implicit-{name}", (*own, f"implicit-{name}")) for name in IMPLICIT]
+    made += [Step(f"fast-{name}", (*own, f"fast-{name}")) for name in KEPT]
     made += [Step(f"tune-{name}", (*own, f"tune-{name}")) for name in SWEPT]
     return made
 
@@ -182,6 +185,34 @@ def implicit(name: str, output: Path) -> None:
     rows.write(made, output / "rows.csv")
 
 
+def fast(name: str, output: Path) -> None:
+    """Time the forward pass of both precisions, after comparing their potentials and values."""
+    shape, epsilon = SHAPES[name]
+    case = replace(cases.parse_shape(shape), epsilon=epsilon, device="cuda")
+    x, y = (z.bfloat16().cuda() for z in case.inputs[:2])
+    made = []
+    for backend in COMPARED:
+        if BACKENDS[backend].supports(example(x, y, "cosine", precision="fast")) is not None:
+            continue
+        runs = {
+            precision: functools.partial(_solved, case, x, y, backend=backend, precision=precision)
+            for precision in PRECISIONS
+        }
+        exact, found = runs["exact"](), runs["fast"]()
+        for field, unit in (("value", epsilon), ("f", epsilon), ("g", epsilon)):
+            # Both are float32; a thousandth of a unit is far more than that rounds.
+            more = (FAST[field] + 1e-3) * unit
+            worst = (getattr(found, field) - getattr(exact, field)).abs().max().item()
+            assert worst <= more, f"fast {backend} {name}: {field} is off by {worst}, over {more}"
+        for precision, run in runs.items():
+            times = _milliseconds(run, rounds=10)
+            p50, p20, p80 = (float(f"{times[len(times) * s // 10]:.4g}") for s in (5, 2, 8))
+            row = rows.row_of("vectors", backend, Task("vectors", f"forward-{precision}", case))
+            made.append(replace(row, ms_p50=p50, ms_p20=p20, ms_p80=p80))
+    print(rows.table(made))
+    rows.write(made, output / "rows.csv")
+
+
 def build(_name: str, _output: Path) -> None:
     """Compile both backends, and run a small problem of every size class in every mode."""
     for backend in COMPARED:
@@ -246,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if given.one:
         what, _, name = given.one.partition("-")
-        {"build": build, "implicit": implicit, "tune": tune}[what](name, output)
+        {"build": build, "fast": fast, "implicit": implicit, "tune": tune}[what](name, output)
         return 0
     output.mkdir(parents=True, exist_ok=True)
     with (output / "log.txt").open("a", encoding="utf-8") as log:

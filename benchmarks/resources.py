@@ -35,6 +35,7 @@ from optical.kernels import (
     adjoint,
     adjoint_streamed,
     gradients,
+    loop,
     resident,
     streaming,
     sums,
@@ -54,10 +55,12 @@ SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INTEGERS = {
     *("n", "m", "dim", "max_iter", "least", "most", "width", "first"),
+    *("plane", "left"),
     *("stride_batch", "stride_n", "stride_m"),
 }
 POINTERS = {"cu_ptr": "*i64", "cu_a_ptr": "*i64", "cu_b_ptr": "*i64"}
-POINTERS |= dict.fromkeys(("n_iter_ptr", "status_ptr", "stopped_ptr"), "*i32")
+POINTERS |= dict.fromkeys(("n_iter_ptr", "status_ptr", "stopped_ptr", "state_ptr"), "*i32")
+POINTERS |= {"kept_ptr": "*fp16"}
 KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
 
 
@@ -126,6 +129,12 @@ def configurations() -> Iterator[Configuration]:
         yield _tiled(resident.resident_kernel, name, tile, "cosine", "bf16", **options)
         yield _tiled(resident.resident_kernel, name, roomy, "cosine", "fp32", **options)
         yield _tiled(resident.resident_kernel, name, roomy, "cosine", "bf16", "every", **every)
+    for tile in tuning.OBLONG:
+        name, options = f"{tile.rows}x{tile.columns}", plain | {"STEPS": tuning.STEPS}
+        yield _tiled(resident.resident_kernel, name, tile, "given", "fp32", **options)
+        yield _tiled(resident.resident_kernel, name, tile, "cosine", "bf16", **options)
+        options = plain | {"STEPS": 1}
+        yield _tiled(resident.resident_kernel, name, tile, "cosine", "bf16", "tol", **options)
     for side, tile in tuning.ADJOINT.items():
         for kind, dtype in (("given", "fp32"), ("cosine", "bf16")):
             options = {"PACKED": False}
@@ -146,24 +155,32 @@ def configurations() -> Iterator[Configuration]:
     for kind, dtype in (("given", "fp32"), ("cosine", "bf16"), ("cosine", "fp32")):
         for seen in (0, 1):
             tile = tuning.STREAM
-            options = stream | {"SEEN": seen}
+            options = stream | {"SEEN": seen, "ROWS": False, "FAST": False}
             yield _tiled(
                 streaming.walk_kernel, "64x64", tile, kind, dtype, f"seen={seen}", **options
             )
-        options = stream | {"START": False, "BLOCK": tuning.LINES}
-        yield _tiled(streaming.loop_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
-        loop = tuning.ADJOINT_STREAM[kind != "given" and dtype == "fp32"]
-        options = stream | {"BLOCK": loop.rows, "LINES": tuning.LINES}
+        options = stream | {"START": False, "BLOCK": tuning.LINES, "FAST": False}
+        yield _tiled(loop.loop_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
+        apart = tuning.ADJOINT_STREAM[kind != "given" and dtype == "fp32"]
+        options = stream | {"BLOCK": apart.rows, "LINES": tuning.LINES}
         kernel = adjoint_streamed.adjoint_loop_kernel
-        name = f"{loop.rows}x{loop.columns}"
-        yield _tiled(kernel, name, loop, kind, dtype, **options)
+        name = f"{apart.rows}x{apart.columns}"
+        yield _tiled(kernel, name, apart, kind, dtype, **options)
         options = stream | {"IMPLICIT": True, "WALK": True}
         yield _tiled(sums.mass_gradient_kernel, "64x64", tuning.WALK, kind, dtype, **options)
         options = stream | {"PULL": "exact", "BLOCK_G": 64}
         yield _tiled(sums.product_kernel, "64x64", tuning.WALK, kind, dtype, **options)
+    tile, fast = tuning.STREAM, stream | {"FAST": True}
+    for rows in (True, False):
+        options = fast | {"SEEN": 0, "ROWS": rows}
+        what = "fast rows" if rows else "fast columns"
+        yield _tiled(streaming.walk_kernel, "64x64", tile, "cosine", "bf16", what, **options)
+    yield _tiled(streaming.keep_kernel, "64x64", tile, "cosine", "bf16", **stream)
+    options = fast | {"START": False, "BLOCK": tuning.LINES}
+    yield _tiled(loop.loop_kernel, "64x64", tile, "cosine", "bf16", "fast", **options)
     lines = {"PACKED": False, "START": False, "BLOCK": tuning.LINES}
     yield Configuration(streaming.finish_kernel, "lines", "", "fp32", lines, 4, 3)
-    turn = lines | {"ROWS": True, "BEGIN": False}
+    turn = lines | {"ROWS": True, "BEGIN": False, "FAST": False}
     yield Configuration(streaming.turn_kernel, "lines", "", "fp32", turn, 4, 3)
     cells = {"IMPLICIT": True, "BLOCK_N": 32, "BLOCK_M": 64, "stride_m": 1}
     yield Configuration(gradients.cost_gradient_kernel, "32x64", "given", "fp32", cells, 4, 3)
@@ -210,6 +227,7 @@ def measure(configuration: Configuration, target: str) -> Row:
     c = configuration
     nvidia = TARGETS[target].backend == "cuda"
     exact = "tf32x3" if nvidia else "ieee"
+    warps = c.warps if nvidia else min(c.warps, tuning.AMD_WARPS)
     constants = {}
     for name, value in c.constants.items():
         if name == "NVIDIA":
@@ -233,14 +251,14 @@ def measure(configuration: Configuration, target: str) -> Row:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(c.kernel.arg_names)
-        if name.endswith("_ptr") or name == "dim"
+        if name.endswith("_ptr") or name in ("dim", "width", "plane")
     }
     compiled = triton.compile(
         ASTSource(c.kernel, signature, constants, attributes),
         target=TARGETS[target],
-        options={"num_warps": c.warps, "num_stages": c.stages},
+        options={"num_warps": warps, "num_stages": c.stages},
     )
-    row = Row(c.name, c.tile, c.kind, c.dtype, c.options, c.warps, target)
+    row = Row(c.name, c.tile, c.kind, c.dtype, c.options, warps, target)
     row.shared_bytes = compiled.metadata.shared
     if not nvidia:
         text = compiled.asm["amdgcn"]

@@ -32,7 +32,7 @@
 #endif
 
 // Changes whenever something below changes its meaning.
-#define OPTICAL_ABI_VERSION 2
+#define OPTICAL_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -81,6 +81,7 @@ typedef struct {
     int32_t gradient;
     int32_t low_memory;  // vectors only: keep no n x m array, compute the cost again when needed
     int32_t num_threads;
+    int32_t fast;  // iterations may use half precision, all but the last
 } optical_problem;
 
 typedef struct {

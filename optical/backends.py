@@ -34,6 +34,7 @@ class Backend:
     Attributes:
         name: what users write in ``backend=``.
         automatic_on: device types on which ``"auto"`` considers it; empty means every device.
+        remark: what ``explain`` adds where it serves vectors.
         dense: it only ever sees padded problems with a given cost; ``optical.dense`` makes them.
         supports: arguments -> None when it can serve them, otherwise the reason in words.
         forward, backward, apply_plan: as in ``optical.reference``.
@@ -46,6 +47,7 @@ class Backend:
     forward: Callable[[Arguments], Outputs]
     backward: Callable[..., Gradients]
     apply_plan: Callable[[Arguments, Tensor, Tensor, Tensor, bool], Tensor]
+    remark: str = ""
 
 
 def _cuda_supports(arguments: Arguments) -> str | None:
@@ -142,7 +144,7 @@ def _reference_supports(arguments: Arguments) -> str | None:
     return None
 
 
-# "auto" tries these in order; the reference is last because it serves everything, slowly.
+# The reference is last because it serves everything, slowly.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -154,6 +156,7 @@ BACKENDS: dict[str, Backend] = {
             _cuda_forward,
             _cuda_backward,
             _cuda_apply_plan,
+            "packed with more than 512 lines in all, it waits for the longest lengths",
         ),
         Backend(
             "triton",
@@ -186,6 +189,45 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+@dataclass(frozen=True)
+class Order:
+    """In which order ``"auto"`` tries the backends that are considered on a device.
+
+    Attributes:
+        what: the problems, in words.
+        applies: arguments, whether it is the gradient that is wanted -> whether it is about them.
+        names: backends, the fastest first; those that are not named come after them, in the order
+            of ``BACKENDS``.
+        provenance: how that is known.
+    """
+
+    what: str
+    applies: Callable[[Arguments, bool], bool]
+    names: tuple[str, ...]
+    provenance: str
+
+
+# The first that applies counts. Only shapes and types decide, so that a problem is solved by the
+# same kernels in any batch.
+ORDERS: tuple[Order, ...] = (
+    Order(
+        "gradients of vectors, whose products Triton gives to the tensor cores",
+        lambda p, gradient: gradient and p.kind != "given",
+        ("triton", "cuda"),
+        "predicted",
+    ),
+    Order(
+        "float32 vectors of more than 256 entries, for the same reason",
+        lambda p, gradient: (
+            p.kind != "given" and p.x.dtype == torch.float32 and p.x.shape[-1] > 256
+        ),
+        ("triton", "cuda"),
+        "predicted",
+    ),
+    Order("everything else", lambda p, _: True, ("cuda", "triton"), "predicted"),
+)
+
+
 def check_name(name: str) -> None:
     """Raise TypeError or ValueError unless ``name`` is ``"auto"`` or a backend of the table."""
     if not isinstance(name, str):
@@ -209,8 +251,19 @@ def _check_known(what: str, name: str) -> None:
         raise ValueError(f"{what} is {name!r}; expected one of {wanted}")
 
 
-def choose(name: str, arguments: Arguments) -> Backend:
+def _ordered(arguments: Arguments, gradient: bool) -> tuple[Order, list[Backend]]:
+    order = next(order for order in ORDERS if order.applies(arguments, gradient))
+    place = {name: i for i, name in enumerate(order.names)}
+    return order, sorted(BACKENDS.values(), key=lambda backend: place.get(backend.name, len(place)))
+
+
+def choose(name: str, arguments: Arguments, gradient: bool = False) -> Backend:
     """The backend that serves the problems: the one named, or for ``"auto"`` the first that can.
+
+    Args:
+        name: a backend, or ``"auto"``.
+        arguments: the problems.
+        gradient: whether their gradient is wanted, for which ``ORDERS`` may name another.
 
     Raises:
         ValueError: the name is unknown.
@@ -225,7 +278,7 @@ def choose(name: str, arguments: Arguments) -> Backend:
         return backend
 
     refusals: list[str] = []
-    for backend in BACKENDS.values():
+    for backend in _ordered(arguments, gradient)[1]:
         if backend.automatic_on and arguments.x.device.type not in backend.automatic_on:
             continue
         reason = backend.supports(arguments)
@@ -265,7 +318,8 @@ def explain(
     if name != backend:
         lines[0] += f" ({ENVIRONMENT_VARIABLE}={name})"
     chosen = None
-    for candidate in BACKENDS.values():
+    order, candidates = _ordered(arguments, False)
+    for candidate in candidates:
         reason = candidate.supports(arguments)
         if name == "auto":
             eligible = not candidate.automatic_on or cost.device.type in candidate.automatic_on
@@ -274,7 +328,14 @@ def explain(
         taken = chosen is None and eligible and reason is None
         chosen = candidate if taken else chosen
         marker = "->" if taken else "  "
-        lines.append(f"{marker} {candidate.name:<10} {reason or 'supported'}")
+        served = "supported"
+        if candidate.remark and kind != "given":
+            served += f"; {candidate.remark}"
+        lines.append(f"{marker} {candidate.name:<10} {reason or served}")
+    if name == "auto" and cost.device.type == "cuda":
+        lines.append(f"order of cuda and triton: {order.provenance}, for {order.what}")
+        first = _ordered(arguments, True)[1][0].name
+        lines.append(f"order for the gradient: {first} first")
     return "\n".join(lines)
 
 

@@ -3,7 +3,8 @@
 The kernels of ``csrc/cuda`` take the structures of ``csrc/sinkhorn.h``, with pointers of the device
 and a stream, so one binary serves every version of Python and PyTorch. Memory comes from PyTorch's
 allocator. Nothing waits for the device, so that calls can be captured in CUDA graphs, but for
-packed problems of which one could be too large: then the longest lengths are read.
+packed problems of which one could be too large, those of more than 512 lines in all: then the
+longest lengths are read, once for each pair of offsets, and under capture they are refused.
 
 ``setup.py`` runs this file by its path before PyTorch is there, so the module imports the standard
 library only and reaches for torch when it is given tensors.
@@ -20,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
     from optical.arguments import Arguments, Gradients, Outputs
 
-ABI_VERSION = 2
 LIBRARY_NAME = "_cuda.so"
 # What a binary for every device that the kernels know is built for.
 ARCHITECTURES = ("80", "90a", "100f", "120")
@@ -245,6 +246,11 @@ def supports(arguments: Arguments) -> str | None:
     library, reason = _state()
     if library is None:
         return reason
+    if _may_wait(p) and _capturing():
+        return (
+            f"the longest of packed problems must be read, with more than {ALWAYS_FITS} lines in "
+            "all, and a CUDA graph is being captured"
+        )
     n, m = _largest(p)
     if not _within_reach(n, m, p.kind, p.gradient, p.x.device.index):
         return f"a problem of {n} x {m} does not fit on the multiprocessors that may share one"
@@ -397,6 +403,7 @@ class _Call:
             gradient=native.GRADIENTS[p.gradient],
             low_memory=p.low_memory,
             num_threads=1,
+            fast=p.precision == "fast",
         )
 
     def run(self, name: str, *others: ctypes.Structure | int | None) -> None:
@@ -429,21 +436,56 @@ ERRORS = {
 }
 
 
+def _capturing() -> bool:
+    import torch
+
+    return DEVICE == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _may_wait(arguments: Arguments) -> bool:
+    """Whether only the device knows if every problem is small enough."""
+    p = arguments
+    lines = max(p.log_a.shape[0], p.log_b.shape[0]) if p.packed and len(p.epsilon) else 0
+    return lines > ALWAYS_FITS
+
+
 def _largest(arguments: Arguments) -> tuple[int, int]:
     """Bounds of n and m over the batch.
 
     The lengths of packed problems are on the device. They are waited for only where a problem
-    could be too large.
+    could be too large, once for each pair of offsets.
     """
     p = arguments
     if p.cu_a is None or p.cu_b is None:
         return p.log_a.shape[1], p.log_b.shape[1]
-    n, m = p.log_a.shape[0], p.log_b.shape[0]
-    if n <= ALWAYS_FITS and m <= ALWAYS_FITS:
-        return n, m
-    if not len(p.epsilon):
-        return 0, 0
-    return int(p.cu_a.diff().max()), int(p.cu_b.diff().max())
+    if not _may_wait(p):
+        return p.log_a.shape[0], p.log_b.shape[0]
+    if p.cu_a.is_inference() or p.cu_b.is_inference():
+        # These tell nobody when they are changed.
+        return _longest(p.cu_a, p.cu_b)
+    versions = p.cu_a._version, p.cu_b._version
+    known = _lengths().get(p.cu_a)
+    if known is None or known[0]() is not p.cu_b or known[1] != versions:
+        known = weakref.ref(p.cu_b), versions, _longest(p.cu_a, p.cu_b)
+        _lengths()[p.cu_a] = known
+    longest: tuple[int, int] = known[2]
+    return longest
+
+
+def _longest(cu_a: Tensor, cu_b: Tensor) -> tuple[int, int]:
+    """Waits for the device."""
+    import torch
+
+    n, m = torch.stack([cu_a.diff().max(), cu_b.diff().max()]).tolist()
+    return n, m
+
+
+@functools.lru_cache(maxsize=1)
+def _lengths() -> Any:
+    """Offsets of side a, as long as somebody holds them -> those of side b, and what was read."""
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    return WeakTensorKeyDictionary()
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -101,8 +101,12 @@ def sinkhorn(
             derivative of the iterations that were run, potentials included, converged or not; it
             cannot be combined with anderson.
         precision: "exact" computes in float32 (float64 for float64 inputs) throughout. "fast" lets
-            a backend keep the plan of the iterations in float16, which rounds the cost by up to
-            epsilon / 2048. No backend gains anything by it yet: all compute exactly.
+            a backend keep the plan of the iterations in float16, which changes the result as costs
+            do that are off by up to epsilon / 2048; the last iteration, values and gradients are
+            made from the true costs. The Triton backend uses it for padded problems that are too
+            large for its registers (docs/kernels.md), at 2 n m bytes each; the CUDA backend for
+            balanced ones with a side of more than 32 and 16 iterations or more (docs/cuda.md); what
+            else is asked of them, and the other backends, compute exactly.
         backend: "auto", "cuda", "triton", "cpu" or "reference"; the environment variable
             OPTICAL_BACKEND replaces "auto". ``optical.backends.explain`` says which one serves a
             problem and why.

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY_NAME = "_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -297,7 +297,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("tol", "rho_a", "rho_b", "omega")),
         ("anderson", ctypes.c_int32),
         *((name, ctypes.c_double) for name in ("anneal_start", "anneal_ratio")),
-        *((name, ctypes.c_int32) for name in ("gradient", "low_memory", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("gradient", "low_memory", "num_threads", "fast")),
     ]
 
 

@@ -13,6 +13,7 @@ import ctypes
 import ctypes.util
 import functools
 import hashlib
+import math
 import os
 import re
 import site
@@ -136,6 +137,10 @@ class Device(NamedTuple):
 
     shared: int
     clusters: int
+
+
+# Of a warp, for iterations in half precision.
+HALF_BYTES = 4 * (16 * 36 + 2 * 64)
 
 
 def shared_bytes(number: int, down: int, across: int, kind: int, backward: int | None) -> int:
@@ -275,6 +280,13 @@ class Kernels:
             "unroll" if p.gradient == 2 else "backward", p.gradient, p, others, stream
         )
 
+    @staticmethod
+    def _in_halves(p: Any) -> bool:
+        """As in csrc/cuda/sinkhorn.cu."""
+        penalty = math.isfinite(p.rho_a) or math.isfinite(p.rho_b)
+        plain = not penalty and p.omega == 1 and not p.anneal_start > 0
+        return bool(p.fast) and p.max_iter >= 16 and plain
+
     def _launch(
         self, what: str, backward: int | None, p: Any, others: list[Any], stream: int | None
     ) -> int:
@@ -286,7 +298,13 @@ class Kernels:
         launched = False
         for launch in plans(p, backward, device):
             launched = True
-            kind = "block" if what != "forward" and launch.kind == "square" else launch.kind
+            kind, size = launch.kind, launch.bytes
+            if what != "forward":
+                kind = "block" if kind == "square" else kind
+            elif kind != "small" and self._in_halves(p):
+                more = size + HALF_BYTES * launch.down * launch.across
+                if more <= device.shared:
+                    kind, size = f"fast_{kind}", more
             function = self.function(f"optical_{what}_{kind}", current)
             values = [p, *others, _Limits(most, device.clusters), ctypes.c_int(launch.number)]
             addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
@@ -294,7 +312,7 @@ class Kernels:
             cluster.value[0], cluster.value[1], cluster.value[2] = launch.blocks, 1, 1
             config = _Config(
                 *(p.batch * launch.blocks, 1, 1, 32 * launch.down * launch.across, 1, 1),
-                *(launch.bytes, stream, ctypes.pointer(cluster), int(launch.blocks > 1)),
+                *(size, stream, ctypes.pointer(cluster), int(launch.blocks > 1)),
             )
             if self.driver.cuLaunchKernelEx(ctypes.byref(config), function, addresses, None) != 0:
                 return LAUNCH_FAILED

@@ -53,9 +53,11 @@ def apply_plan(arguments: Arguments, f: Tensor, g: Tensor, v: Tensor, transpose:
 # ------------------------------------------------------------------------------- implementations
 
 
-def _prepared(values: tuple[Any, ...]) -> tuple[backends.Backend, Arguments]:
+def _prepared(
+    values: tuple[Any, ...], gradient: bool = False
+) -> tuple[backends.Backend, Arguments]:
     arguments = Arguments(*values)
-    backend = backends.choose(arguments.backend, arguments)
+    backend = backends.choose(arguments.backend, arguments, gradient)
     if not (arguments.x.numel() and arguments.log_a.numel() and arguments.log_b.numel()):
         # With no entry there is nothing to launch, and no kernel needs to think about it.
         backend = backends.BACKENDS["reference"]
@@ -84,7 +86,7 @@ def _backward(
     grad_g: Tensor | None,
     *values: Any,
 ) -> tuple[Tensor, ...]:
-    backend, arguments = _prepared(values[:_COUNT])
+    backend, arguments = _prepared(values[:_COUNT], gradient=True)
     f, g, w, z, n_iter, need_x, need_y = values[_COUNT:]
     upstream, saved = (
         tuple(x if x is None else x.contiguous() for x in tensors)

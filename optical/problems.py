@@ -48,6 +48,7 @@ class Problem:
     anneal_start: float = 0.0
     anneal_ratio: float = 0.5
     low_memory: bool = False
+    precision: str = "exact"
     converged: bool = False
     singular: bool = False
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optical import BackendUnsupported, Status, backends, ops, sinkhorn
+from optical import BackendUnsupported, Status, backends, ops, reference, sinkhorn
 from optical.arguments import GRADIENTS, example, given
 from optical.testing import (
     FIELDS,
@@ -240,6 +240,29 @@ def test_the_tolerance_rule_names_the_worst_entry():
     assert TOLERANCE[torch.float32] == 1e-5
 
 
+@pytest.mark.parametrize("name", ["7x5", "marginals", "epsilon_0.01"])
+def test_fast_problems_may_be_off_by_a_rounded_plan_and_no_more(name, monkeypatch):
+    """Iterations on costs off by epsilon / 2048 pass as "fast" only, on costs off by more not."""
+    wave = torch.arange(ALL[name].x.numel()).view_as(ALL[name].x).sin()
+
+    def check(share, precision):
+        def forward(p):
+            cost = p.x + share * p.epsilon[:, None, None] * wave.to(p.x)
+            first = reference.forward(p._replace(x=cost, max_iter=p.max_iter - 1))
+            last = reference.forward(p._replace(f0=first.f, g0=first.g, max_iter=1))
+            return last._replace(n_iter=last.n_iter + p.max_iter - 1)
+
+        rounding = replace(backends.BACKENDS["reference"], name="rounding", forward=forward)
+        monkeypatch.setitem(backends.BACKENDS, "rounding", rounding)
+        problem = replace(ALL[name], precision=precision)
+        assert_backend_correct("rounding", problem, torch.float32)
+
+    check(2**-11, "fast")
+    for share, precision in ((2**-11, "exact"), (0.1, "fast")):
+        with pytest.raises(AssertionError, match=r"rounding .*: worst at"):
+            check(share, precision)
+
+
 COST = torch.zeros(2, 3, 4)
 PROBLEM = example(COST)
 
@@ -271,6 +294,31 @@ def test_auto_takes_the_first_backend_of_the_device_that_supports_the_problem(ta
         warnings.simplefilter("error")
         assert backends.choose("auto", PROBLEM).name == "fast"
         assert backends.choose("gpu", PROBLEM).name == "gpu"
+
+
+def test_auto_asks_in_the_order_of_the_table(table, monkeypatch):
+    table(stub("one", ("cpu",), None), stub("two", ("cpu",), None), stub("late", ("cpu",), None))
+    orders = (
+        backends.Order("gradients", lambda p, gradient: gradient, ("two", "one"), "predicted"),
+        backends.Order("the rest", lambda p, gradient: True, ("late",), "predicted"),
+    )
+    monkeypatch.setattr(backends, "ORDERS", orders)
+    assert backends.choose("auto", PROBLEM).name == "late"
+    assert backends.choose("auto", PROBLEM, gradient=True).name == "two"
+    assert backends.choose("one", PROBLEM, gradient=True).name == "one"
+    backends.BACKENDS["late"] = stub("late", ("cpu",), "too late")
+    assert backends.choose("auto", PROBLEM).name == "one"
+
+
+def test_the_order_names_backends_that_exist_and_where_it_comes_from():
+    assert backends.ORDERS[-1].applies(PROBLEM, False)
+    for order in backends.ORDERS:
+        assert set(order.names) <= set(backends.BACKENDS)
+        assert order.provenance in ("predicted", "measured")
+    x = torch.zeros(2, 3, 300)
+    float32, half = (example(v, v, "cosine") for v in (x, x.half()))
+    first = [backends._ordered(p, g)[1][0].name for p in (PROBLEM, float32, half) for g in (0, 1)]
+    assert first == ["cuda", "cuda", "triton", "triton", "cuda", "triton"]
 
 
 def test_falling_back_to_the_reference_warns_once_per_reason(table):

@@ -2,7 +2,6 @@
 
 import csv
 import ctypes
-import re
 import subprocess
 from pathlib import Path
 
@@ -31,29 +30,40 @@ def check_hot_loops(rows, kinds=tuple(cuda_resources.ITERATION)):
     """No register of an iteration is spilled, and its instructions stay near the multiply-adds."""
     loops = {row["kernel"] for row in rows if row.get("loop")}
     assert loops >= {f"optical_forward_{kind}" for kind in kinds}
-    # Of the multiply-adds, for the whole loop: branches that are seldom taken are in it.
-    most = {"small": 2.8, "warp": 1.7, "square": 2.0, "block": 2.3, "cluster": 2.8}
+    # Instructions that are taken, of the multiply-adds.
+    most = {"small": 2.1, "warp": 1.5, "square": 1.5, "block": 2.0, "cluster": 2.5}
+    half = {"fast_warp": 1.0, "fast_square": 1.0, "fast_block": 1.2, "fast_cluster": 1.5}
     for row in rows:
         kind = row["kernel"].removeprefix("optical_forward_")
-        if kind in most and row.get("loop"):
-            assert int(row["ldl_stl"]) == 0, row
-            assert int(row["loop"]) <= most[kind] * cuda_resources.ITERATION[kind], row
+        if kind in (*most, *half):
+            # Those in half precision hold two copies of K, and cannot hold all of the rest.
+            spilled = dict.fromkeys(half, 16) | {"cluster": 2, "fast_warp": 36}
+            assert int(row["ldl_stl"]) <= spilled.get(kind, 0), row
+            floor = cuda_resources.ITERATION[kind.removeprefix("fast_")]
+            assert int(row["taken"]) <= (most | half)[kind] * floor, row
 
 
 def test_the_committed_table_is_whole_and_keeps_its_promises():
     table = committed()
     architectures = {architecture for architecture, _ in table}
-    assert architectures == set(cuda.ARCHITECTURES)
-    kernels = re.findall(
-        r"^OPTICAL_(?:FORWARD|BACKWARD)\((\w+),", (ROOT / "csrc/cuda/kernels.cuh").read_text(), re.M
-    )
-    names = {f"optical_{name}" for name in kernels if "_" in name}
-    names |= {f"optical_forward_{name}" for name in kernels if "_" not in name}
+    # Rows are of the sources at hand, or there are none: some take half an hour to make.
+    assert {"90a", "100f"} <= architectures <= set(cuda.ARCHITECTURES)
+    names = set(nvrtc.kernels(ROOT / "csrc"))
     for architecture in architectures:
         rows = [row for key, row in table.items() if key[0] == architecture]
         assert {row["kernel"] for row in rows} == names
         assert all(int(row["registers"]) <= 255 for row in rows)
-        check_hot_loops(rows)
+        check_hot_loops(rows, (*cuda_resources.ITERATION, "fast_warp", "fast_square"))
+
+
+def test_rows_of_an_architecture_take_the_place_of_its_old_ones(tmp_path):
+    table = tmp_path / "table.csv"
+    for architecture, registers in (("90a", 1), ("80", 2), ("90a", 3)):
+        row = {"architecture": architecture, "kernel": "k", "registers": registers}
+        cuda_resources.write(table, architecture, [row])
+    with open(table, newline="") as file:
+        found = [(row["architecture"], row["registers"]) for row in csv.DictReader(file)]
+    assert found == [("80", "2"), ("90a", "3")]
 
 
 @needs_nvcc

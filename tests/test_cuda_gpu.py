@@ -1,11 +1,19 @@
 """What the CUDA kernels promise on a device beside results, which ``test_backends.py`` compares."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from optical import backends, ops
 from optical.arguments import GRADIENTS
-from optical.testing import packed, random_clouds, random_problem, solve
+from optical.testing import (
+    assert_backend_correct,
+    packed,
+    random_clouds,
+    random_problem,
+    solve,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +45,16 @@ def test_captured_in_a_graph_and_replayed_it_gives_the_same_bits(n, m, gradient)
         torch.cuda.synchronize()
         for field, value in expected.items():
             assert torch.equal(captured[field], value), field
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_half_precision_by_its_rule(n, m):
+    problem = random_problem("half", 3, n, m, epsilon=0.05, max_iter=32)
+    fast = on_device(replace(problem, precision="fast"))
+    assert_backend_correct("cuda", fast, torch.float32, "cuda", gradients=("envelope",))
+    out, exact = solve("cuda", fast), solve("cuda", replace(fast, precision="exact"))
+    assert torch.equal(out["f"], exact["f"]) == (max(n, m) <= 32)
+    assert torch.equal(out["f"], solve("cuda", fast)["f"])
 
 
 def test_it_runs_on_the_current_stream():

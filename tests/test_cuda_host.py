@@ -138,6 +138,51 @@ def test_half_vectors_by_the_tolerance_rule(kind, half, gradient, kernels):
                 assert_close_to_truth(out[field], truth[field], same[field], **rule)
 
 
+# Problems that iterate in half precision, one in each regime that does, and hard ones.
+FAST = {
+    "warp": random_problem("warp", 2, 60, 50, epsilon=0.05, rows=[60, 33], max_iter=16),
+    "square": random_problem("square", 1, 90, 128, epsilon=0.02, max_iter=16),
+    "block": random_problem("block", 1, 130, 60, epsilon=0.05, max_iter=16),
+    "cluster": random_problem("cluster", 1, 300, 130, epsilon=0.1, max_iter=16),
+    "cold": random_problem("cold", 1, 40, 50, epsilon=0.002, max_iter=30),
+    "tol": replace(random_problem("tol", 1, 40, 64, epsilon=0.05, max_iter=60), tol=1e-5),
+}
+FAST["forbidden"] = replace(
+    FAST["warp"],
+    name="forbidden",
+    x=FAST["warp"].x.masked_fill(torch.arange(50) % 7 == 3, math.inf),
+)
+FAST["masses"] = replace(
+    FAST["warp"], name="masses", log_b=torch.linspace(0, -60, 50).double().expand(2, 50)
+)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_iterations_by_the_rule_for_them(name, kernels):
+    fast, exact = (replace(FAST[name], precision=precision) for precision in ("fast", "exact"))
+    assert_backend_correct("cuda", fast, torch.float32, gradients=("envelope",))
+    out, other = (solve("cuda", problem.to(torch.float32)) for problem in (fast, exact))
+    # Such masses are out of its range: the iterations are those of float32, to the bit.
+    assert torch.equal(out["f"], other["f"]) == (name == "masses")
+    assert_same_bits(out, solve("cuda", fast.to(torch.float32)))
+    one = solve("cuda", fast.one(0).to(torch.float32))
+    assert torch.equal(one["f"][0], out["f"][0])
+
+
+def test_fast_costs_of_vectors_and_implicit_gradients(kernels):
+    clouds = random_clouds("clouds", "cosine", batch=1, n=66, m=50, dim=9, max_iter=16)
+    for problem in (clouds, packed(clouds)):
+        fast = replace(problem, precision="fast")
+        assert_backend_correct("cuda", fast, torch.float32, gradients=("implicit",))
+
+
+def test_fast_is_exact_where_potentials_are_needed_or_iterations_are_few(kernels):
+    warp = FAST["warp"]
+    for exact in (replace(warp, omega=1.2), replace(warp, rho_a=1.0), replace(warp, max_iter=15)):
+        fast = replace(exact, precision="fast").to(torch.float32)
+        assert_same_bits(solve("cuda", fast), solve("cuda", exact.to(torch.float32)))
+
+
 def results(problem, gradient="unroll"):
     return solve("cuda", problem.to(torch.float32), gradient)
 
@@ -196,6 +241,9 @@ def test_no_undefined_behaviour(tmp_path, monkeypatch, kernels):
         for problem in (clouds, packed(clouds), random_problem("given", 1, n, m, max_iter=2)):
             for gradient in GRADIENTS:
                 assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
+    for name in ("warp", "block"):
+        fast = replace(FAST[name], precision="fast")
+        assert_backend_correct("cuda", fast, torch.float32, gradients=("envelope",))
 
 
 SOME = ["ragged", "nan_padding", "clusters", "rho", "cosine_ragged", "dot_ragged_packed"]
@@ -229,6 +277,24 @@ def test_packed_problems_have_the_bits_of_their_own_size_in_any_batch(kernels):
         assert torch.equal(alone["value"][0], together["value"][i])
         assert torch.equal(alone["f"], together["f"][rows])
     assert_backend_correct("cuda", packed(clouds), torch.float32, gradients=("envelope",))
+
+
+def test_longest_lengths_are_read_once_and_never_under_capture(kernels, monkeypatch):
+    clouds = random_clouds("long", "cosine", batch=40, n=20, m=15, dim=4, max_iter=2)
+    problem, read = packed(clouds).to(torch.float32), []
+    longest = cuda._longest
+    monkeypatch.setattr(cuda, "_longest", lambda *cu: read.append(cu) or longest(*cu))
+    assert cuda.supports(problem.arguments()) is None
+    solve("cuda", problem)
+    assert len(read) == 1
+    problem.cu_a[1] -= 1  # other lengths in the same place
+    assert cuda.supports(problem.arguments()) is None
+    assert len(read) == 2
+    monkeypatch.setattr(cuda, "_capturing", lambda: True)
+    assert "a CUDA graph is being captured" in cuda.supports(problem.arguments())
+    few = packed(random_clouds("few", "cosine", batch=2, n=20, m=15, dim=4)).to(torch.float32)
+    assert cuda.supports(few.arguments()) is None
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

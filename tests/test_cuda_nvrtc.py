@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,8 @@ class Driver:
 
 
 def problem(n, m, **fields):
-    return native._Problem(batch=5, n=n, m=m, **fields)
+    balanced = {"rho_a": math.inf, "rho_b": math.inf, "omega": 1.0}
+    return native._Problem(batch=5, n=n, m=m, **balanced | fields)
 
 
 def call(driver, given, backward=False):
@@ -80,6 +82,25 @@ def test_padded_problems_are_one_launch_of_their_regime():
     assert driver.launches[-1][5] == [8, 1, 1]
 
 
+def test_half_precision_has_kernels_of_its_own():
+    driver = Driver()
+    for n, kind in ((32, "small"), (64, "fast_warp"), (100, "fast_square"), (192, "fast_block")):
+        given = problem(n, min(n, 128), fast=1, max_iter=16)
+        assert call(driver, given) == 0
+        assert driver.launches[-1][0] == f"optical_forward_{kind} 90"
+        assert call(driver, given, backward=True) == 0
+        assert "fast" not in driver.launches[-1][0]
+    assert call(driver, problem(64, 64, fast=1, max_iter=16)) == 0
+    assert driver.launches[-1][3] == nvrtc.shared_bytes(1, 1, 1, 0, None) + nvrtc.HALF_BYTES
+    for fields in ({"max_iter": 15}, {"rho_a": 1.0}, {"omega": 1.5}, {"anneal_start": 1.0}):
+        assert call(driver, problem(64, 64, **{"fast": 1, "max_iter": 16} | fields)) == 0
+        assert driver.launches[-1][0] == "optical_forward_warp 90"
+    # What does not fit beside everything else is left out, and the problem is solved exactly.
+    small = Driver(shared=nvrtc.shared_bytes(2, 2, 2, 0, None))
+    assert call(small, problem(128, 128, fast=1, max_iter=16)) == 0
+    assert small.launches[-1][0] == "optical_forward_square 90"
+
+
 def test_each_gradient_has_its_kernel():
     driver = Driver()
     for gradient, name in ((0, "backward"), (1, "backward"), (2, "unroll")):
@@ -89,6 +110,7 @@ def test_each_gradient_has_its_kernel():
     known = nvrtc.kernels(FOLDER)
     for what, kinds in (
         ("forward", ("small", "warp", "square", "block", "cluster")),
+        ("forward", ("fast_warp", "fast_square", "fast_block", "fast_cluster")),
         ("backward", ("small", "warp", "block", "cluster")),
         ("unroll", ("small", "warp", "block", "cluster")),
     ):

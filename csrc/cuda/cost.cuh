@@ -68,6 +68,7 @@ struct Cost {
     // Of the vectors of this block's rows, then of all columns: the power of two that scales them,
     // and the inverse of their length (0 for the zero vector) or their squared length.
     float *unit, *measure;
+    unsigned* half_words;
     char* stage;
     int block_rows, block_columns, base_row;
 
@@ -75,12 +76,17 @@ struct Cost {
         if (kind == OPTICAL_GIVEN) return 0;
         return 2 * 4 * (down * G::tile_rows + across * G::tile_columns);
     }
+    // What stands before the private arrays.
+    static OPTICAL_ANYWHERE int fixed_bytes(int down, int across, int32_t kind) {
+        return G::exchange_bytes(down, across) + line_bytes(down, across, kind) +
+               4 * G::half_words * down * across;
+    }
     static OPTICAL_ANYWHERE int shared_bytes(int down, int across, int32_t kind) {
         const int lines = down * G::tile_rows + across * G::tile_columns;
         int work = private_floats * 32 * down * across * 4;
         const int staged = kind == OPTICAL_GIVEN ? 0 : chunk * (lines + 4) * 4;
         if (staged > work) work = staged;
-        return G::exchange_bytes(down, across) + line_bytes(down, across, kind) + work;
+        return fixed_bytes(down, across, kind) + work;
     }
 
     OPTICAL_DEVICE Cost(const optical_problem& problem) : p(problem) {}
@@ -94,7 +100,8 @@ struct Cost {
         base_row = g.rank * block_rows;
         unit = (float*)(memory + G::exchange_bytes(down, across));
         measure = unit + block_rows + block_columns;
-        stage = memory + G::exchange_bytes(down, across) + line_bytes(down, across, p.kind);
+        stage = memory + fixed_bytes(down, across, p.kind);
+        half_words = (unsigned*)stage - G::half_words * down * across;
         mine = (float*)stage + g.thread;
     }
 
@@ -291,11 +298,11 @@ struct Cost {
         }
     }
 
+    template <bool brain>
     OPTICAL_DEVICE void multiply_halves(float (&x)[RI][RJ]) {
         constexpr int tall = G::tile_rows / 16, wide = G::tile_columns / 8;
         uint16_t* const staged = (uint16_t*)stage;
         const int first = g.lane / 4, second = g.lane % 4;
-        const bool brain = p.x_type == OPTICAL_BF16;
         float sum[tall][wide][4];
         OPTICAL_EACH
         for (int i = 0; i < tall; ++i)
@@ -360,10 +367,11 @@ struct Cost {
     // are in float32; what has to be moved or scaled first, and float32, does not.
     OPTICAL_DEVICE bool multiply(unsigned rows_here, unsigned columns_here) {
         float x[RI][RJ];
-        const bool scaled = g.any_in_block(measure_lines());
+        const bool scaled = g.any(measure_lines());
         const bool halves = p.x_type != OPTICAL_F32 && p.x_type == p.y_type;
-        if (halves && p.kind != OPTICAL_SQEUCLIDEAN && !scaled) multiply_halves(x);
-        else multiply_floats(x);
+        if (!halves || p.kind == OPTICAL_SQEUCLIDEAN || scaled) multiply_floats(x);
+        else if (p.x_type == OPTICAL_BF16) multiply_halves<true>(x);
+        else multiply_halves<false>(x);
         OPTICAL_EACH
         for (int r = 0; r < RI; ++r)
             OPTICAL_EACH

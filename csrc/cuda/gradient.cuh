@@ -49,7 +49,7 @@ struct Gradient : Results<G> {
             if (G::span == Span::cluster) more += chunk * columns;
             if (4 * more > bytes) bytes = 4 * more;
         }
-        return G::exchange_bytes(down, across) + Cost<G>::line_bytes(down, across, kind) + bytes;
+        return Cost<G>::fixed_bytes(down, across, kind) + bytes;
     }
 
     OPTICAL_DEVICE void differentiate() {

@@ -38,11 +38,15 @@ struct Note {
 constexpr int max_warps = 8;
 constexpr int lanes_down = 4, lanes_across = 8;
 
-// DOWN and ACROSS fix the grid of warps at compile time, where they are not 0.
-template <int RI_, int RJ_, Span span_, int DOWN = 0, int ACROSS = 0>
+// DOWN and ACROSS fix the grid of warps at compile time, where they are not 0. `fast`: iterations
+// use half precision, see halves.cuh.
+template <int RI_, int RJ_, Span span_, int DOWN = 0, int ACROSS = 0, bool fast_ = false>
 struct Group {
     static constexpr int RI = RI_, RJ = RJ_;
     static constexpr Span span = span_;
+    static constexpr bool fast = fast_;
+    // Of a warp: sixteen rows of K and two vectors.
+    static constexpr int half_words = fast ? 16 * 36 + 2 * 64 : 0;
     static constexpr int OI = RI / lanes_across, OJ = RJ / lanes_down;
     static constexpr int warps_at_once = DOWN * ACROSS > 0 ? DOWN * ACROSS : 1;
     static constexpr int tile_rows = lanes_down * RI, tile_columns = lanes_across * RJ;
@@ -96,9 +100,6 @@ struct Group {
     OPTICAL_DEVICE void sync_own_block() const {
         if (span == Span::warp) sync_warp();
         else sync_block();
-    }
-    OPTICAL_DEVICE bool any_in_block(bool here) const {
-        return span == Span::warp ? warp_or(here) != 0 : sync_block_or(here);
     }
     template <typename Element>
     OPTICAL_DEVICE const Element* at_block(const Element* local, int block) const {
@@ -178,9 +179,16 @@ struct Group {
         if (span == Span::warp) return;
         float* const parts = row_parts + row_turn * down * across * 32 * OI;
         row_turn ^= 1;
-        OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) parts[(warp * 32 + lane) * OI + o] = out[o];
+        put_rows(parts, out);
         sync_block();
+        add_rows<Op>(parts, out);
+    }
+    OPTICAL_DEVICE void put_rows(float* parts, const float (&x)[OI]) const {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) parts[thread * OI + o] = x[o];
+    }
+    template <typename Op>
+    OPTICAL_DEVICE void add_rows(const float* parts, float (&out)[OI]) const {
         const float* from = parts + (warp_down * across * 32 + lane) * OI;
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) out[o] = from[o];
@@ -192,92 +200,98 @@ struct Group {
         }
     }
 
-    // Sums over all rows of the problem, and `pad`, for the columns that a lane owns: they are
-    // left in the first places of x. Of the notes of all warps, the flags are united, together with what `check` says of the sums of every
-    // column, and with `total` the residuals of all rows added.
-    template <typename Op, typename Check>
-    OPTICAL_DEVICE void columns(float (&x)[RJ], const float (&pad)[OJ], Note& note, bool total,
-                                Check check) {
-        float sum[OJ];
-        fold_columns<Op>(x, sum);
-        if (total) note.residual = over_lanes(note.residual);
-        const bool first = rank == 0 && warp_down == 0;
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) sum[o] += first ? pad[o] : 0.0f;
-        unsigned flags = note.flags;
-        if (span != Span::warp) {
-            const int warps = down * across;
-            float* const parts = column_parts + column_turn * warps * 32 * OJ;
-            Note* const copies = notes + column_turn * warps;
-            column_turn ^= 1;
-            OPTICAL_EACH
-            for (int o = 0; o < OJ; ++o) parts[(warp * 32 + lane) * OJ + o] = sum[o];
-            if (span == Span::cluster) note.flags = warp_or(flags);
-            if ((total || span == Span::cluster) && lane == 0) copies[warp] = note;
-            if (span == Span::block) flags = sync_between(flags);
-            else sync();
-            const float* const mine = parts + (warp_across * 32 + lane) * OJ;
-            OPTICAL_ROLLED
-            for (int b = 0; b < blocks; ++b) {
-                const float* const there = at_block(mine, b);
-                OPTICAL_WARPS
-                for (int w = 0; w < down; ++w)
-                    OPTICAL_EACH
-                    for (int o = 0; o < OJ; ++o) {
-                        const float part = there[w * across * 32 * OJ + o];
-                        sum[o] = b == 0 && w == 0 ? part : Op::of(sum[o], part);
-                    }
-                if (span == Span::cluster && lane < warps)
-                    flags |= at_block(copies, b)[lane].flags;
-            }
-            if (span == Span::block) {
-                // The other columns once more, which saves a barrier.
-                OPTICAL_WARPS
-                for (int k = 1; k < across; ++k) {
-                    const int q = warp_across + k < across ? k : k - across;
-                    OPTICAL_EACH
-                    for (int o = 0; o < OJ; ++o) {
-                        float other = mine[q * 32 * OJ + o];
-                        OPTICAL_WARPS
-                        for (int w = 1; w < down; ++w)
-                            other = Op::of(other, mine[(w * across + q) * 32 * OJ + o]);
-                        flags |= check(other);
-                    }
-                }
-            }
-            if (total) {
-                note.residual = 0;
-                OPTICAL_ROLLED
-                for (int b = 0; b < blocks; ++b)
-                    OPTICAL_ROLLED
-                    for (int w = 0; w < down; ++w)
-                        note.residual += at_block(copies, b)[w * across].residual;
-            }
-        }
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) {
-            flags |= check(sum[o]);
-            x[o] = sum[o];
-        }
-        note.flags = span == Span::cluster ? united_in_block(flags) : warp_or(flags);
-    }
+    // Sums over all rows of the problem, for the columns that a lane owns.
     template <typename Op>
     OPTICAL_DEVICE void columns(float (&x)[RJ], float (&out)[OJ]) {
-        float none[OJ];
+        fold_columns<Op>(x, out);
+        if (span == Span::warp) return;
+        float* const parts = next_column_parts();
+        put_columns(parts, out);
+        sync();
+        add_columns<Op>(parts, out);
+    }
+    OPTICAL_DEVICE float* next_column_parts() {
+        column_turn ^= 1;
+        return column_parts + column_turn * down * across * 32 * OJ;
+    }
+    OPTICAL_DEVICE void put_columns(float* parts, const float (&x)[OJ]) const {
         OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) none[o] = 0;
-        Note note = {0, 0};
-        columns<Op>(x, none, note, false, [](float) { return 0u; });
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) out[o] = x[o];
+        for (int o = 0; o < OJ; ++o) parts[thread * OJ + o] = x[o];
+    }
+    template <typename Op>
+    OPTICAL_DEVICE void add_columns(const float* parts, float (&out)[OJ]) const {
+        const float* const mine = parts + (warp_across * 32 + lane) * OJ;
+        OPTICAL_ROLLED
+        for (int b = 0; b < blocks; ++b) {
+            const float* const there = at_block(mine, b);
+            OPTICAL_WARPS
+            for (int w = 0; w < down; ++w)
+                OPTICAL_EACH
+                for (int o = 0; o < OJ; ++o) {
+                    const float part = there[w * across * 32 * OJ + o];
+                    out[o] = b == 0 && w == 0 ? part : Op::of(out[o], part);
+                }
+        }
+    }
+
+    // The same for the iteration, with what the warps have to tell each other. Rows and columns
+    // take turns there, and between two exchanges of rows all threads of a block have met: one
+    // place is enough, whose address does not change. Other blocks may still read, though.
+    //
+    // Returns whether any thread of the block has `seen` something before.
+    OPTICAL_DEVICE bool exchange_rows(float (&out)[OI], bool seen) const {
+        if (span == Span::warp) return warp_any(seen);
+        put_rows(row_parts, out);
+        const bool any = sync_block_or(seen);
+        add_rows<Sum>(row_parts, out);
+        return any;
+    }
+    // With `measure`, notes what the rows of this warp have `missed()`, for `residual` below; of
+    // the warps of a cluster it unites the flags.
+    template <typename Missed>
+    OPTICAL_DEVICE void exchange_columns(float (&out)[OJ], Note& note, bool measure,
+                                         Missed missed) {
+        float* const parts = span == Span::cluster ? next_column_parts() : column_parts;
+        if (measure) {
+            note.residual = over_lanes(missed());
+            if (span != Span::warp && lane == 0) my_notes()[warp].residual = note.residual;
+        }
+        if (span == Span::warp) return;
+        put_columns(parts, out);
+        if (span == Span::cluster) {
+            note.flags = warp_or(note.flags);
+            if (lane == 0) my_notes()[warp].flags = note.flags;
+        }
+        sync_exchange();
+        add_columns<Sum>(parts, out);
+        if (span == Span::cluster) {
+            OPTICAL_ROLLED
+            for (int b = 0; b < blocks; ++b)
+                if (lane < down * across) note.flags |= at_block(my_notes(), b)[lane].flags;
+        }
+    }
+    OPTICAL_DEVICE Note* my_notes() const {
+        return span == Span::cluster ? notes + column_turn * down * across : notes;
+    }
+    // What all rows miss, after an exchange of columns that measured it.
+    OPTICAL_DEVICE float residual(float of_warp) const {
+        if (span == Span::warp) return of_warp;
+        float sum = 0;
+        OPTICAL_ROLLED
+        for (int b = 0; b < blocks; ++b)
+            OPTICAL_ROLLED
+            for (int w = 0; w < down; ++w) sum += at_block(my_notes(), b)[w * across].residual;
+        return sum;
+    }
+    // Whether any thread of the block has seen something.
+    OPTICAL_DEVICE bool any(bool seen) const {
+        return span == Span::warp ? warp_any(seen) : sync_block_or(seen);
     }
 
     // The barrier of a block that the tests leave out, to see that they would notice.
-    OPTICAL_DEVICE static unsigned sync_between(unsigned flags) {
-#if defined(OPTICAL_WITHOUT_BARRIER)
-        return flags;
-#else
-        return sync_block_or(flags != 0) ? 1u : 0u;
+    OPTICAL_DEVICE void sync_exchange() const {
+#if !defined(OPTICAL_WITHOUT_BARRIER)
+        sync();
 #endif
     }
 
@@ -327,19 +341,6 @@ struct Group {
         unsigned found = 0;
         for (int b = 0; b < blocks; ++b)
             if (lane < warps) found |= (unsigned)at_block(all, b)[lane * scalars_per_warp];
-        return warp_or(found);
-    }
-
-    // Of what concerns columns, which every block knows alike.
-    OPTICAL_DEVICE unsigned united_in_block(unsigned bits) {
-        bits = warp_or(bits);
-        if (span == Span::warp) return bits;
-        double* const all = scalars + scalar_turn * down * across * scalars_per_warp;
-        scalar_turn ^= 1;
-        if (lane == 0) all[warp * scalars_per_warp] = (double)bits;
-        sync_block();
-        unsigned found = 0;
-        if (lane < down * across) found = (unsigned)all[lane * scalars_per_warp];
         return warp_or(found);
     }
 };

@@ -232,7 +232,12 @@ inline unsigned warp_or(unsigned bits) {
     for (int lane = 0; lane < 32; ++lane) all |= (unsigned)values[lane];
     return all;
 }
+inline bool warp_any(bool here) { return warp_or(here) != 0; }
 float from_half(unsigned bits, bool brain);
+unsigned to_half(float value, bool brain);
+inline unsigned pack_halves(float x, float y) { return to_half(x, false) | to_half(y, false) << 16; }
+inline float low_half(unsigned pair) { return from_half(pair & 0xffffu, false); }
+inline float high_half(unsigned pair) { return from_half(pair >> 16, false); }
 inline void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                                bool brain) {
     host::Thread& self = *host::machine().self;
@@ -274,6 +279,8 @@ inline const Element* remote(const Element* local, int rank) {
     return (const Element*)(other->aligned + ((const char*)local - self.block->aligned));
 }
 
+inline int kept(int x) { return x; }
+inline float kept(float x) { return x; }
 inline float exp2_fast(float x) { return x < -126 ? 0 : exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 inline float reciprocal(float x) { return 1 / x; }

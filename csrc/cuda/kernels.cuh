@@ -132,6 +132,10 @@ typedef Group<16, 8, Span::warp> LargeWarp;
 typedef Group<16, 8, Span::block, 2, 2> SquareBlock;
 typedef Group<16, 8, Span::block> OneBlock;
 typedef Group<16, 8, Span::cluster> Cluster;
+typedef Group<16, 8, Span::warp, 0, 0, true> FastWarp;
+typedef Group<16, 8, Span::block, 2, 2, true> FastSquare;
+typedef Group<16, 8, Span::block, 0, 0, true> FastBlock;
+typedef Group<16, 8, Span::cluster, 0, 0, true> FastCluster;
 
 #define OPTICAL_FORWARD(name, G, warps)                                                        \
     OPTICAL_KERNEL(optical_forward_##name, 32 * warps)                                         \
@@ -158,6 +162,10 @@ OPTICAL_FORWARD(warp, LargeWarp, 1)
 OPTICAL_FORWARD(square, SquareBlock, 4)
 OPTICAL_FORWARD(block, OneBlock, 8)
 OPTICAL_FORWARD(cluster, Cluster, 8)
+OPTICAL_FORWARD(fast_warp, FastWarp, 1)
+OPTICAL_FORWARD(fast_square, FastSquare, 4)
+OPTICAL_FORWARD(fast_block, FastBlock, 8)
+OPTICAL_FORWARD(fast_cluster, FastCluster, 8)
 OPTICAL_BACKWARD(backward_small, SmallWarp, 1, backward)
 OPTICAL_BACKWARD(backward_warp, LargeWarp, 1, backward)
 OPTICAL_BACKWARD(backward_block, OneBlock, 8, backward)

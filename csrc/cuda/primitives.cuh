@@ -42,6 +42,7 @@ OPTICAL_DEVICE double shuffle_xor(double x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 OPTICAL_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+OPTICAL_DEVICE bool warp_any(bool here) { return __any_sync(0xffffffffu, here) != 0; }
 OPTICAL_DEVICE unsigned warp_or(unsigned bits) { return __reduce_or_sync(0xffffffffu, bits); }
 OPTICAL_DEVICE void sync_warp() { __syncwarp(); }
 OPTICAL_DEVICE void sync_block() { __syncthreads(); }
@@ -96,6 +97,37 @@ OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4], co
 #undef OPTICAL_MMA
 }
 
+// Pairs of float16 in a word, the first in its lower half.
+OPTICAL_DEVICE unsigned pack_halves(float x, float y) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+}
+OPTICAL_DEVICE float low_half(unsigned pair) {
+    float x;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low;}"
+        : "=f"(x)
+        : "r"(pair));
+    return x;
+}
+OPTICAL_DEVICE float high_half(unsigned pair) {
+    float x;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}"
+        : "=f"(x)
+        : "r"(pair));
+    return x;
+}
+
+// A value that the compiler does not compute anew wherever it is used.
+OPTICAL_DEVICE int kept(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+OPTICAL_DEVICE float kept(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
+}
+
 // Denormals are flushed: they cost instructions and are worth nothing here.
 OPTICAL_DEVICE float exp2_fast(float x) {
     float y;
@@ -126,6 +158,10 @@ OPTICAL_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 
 namespace optical {
 namespace cuda {
+
+// The lower, or the upper, halves of two words.
+OPTICAL_DEVICE unsigned low_halves(unsigned x, unsigned y) { return (x & 0xffffu) | y << 16; }
+OPTICAL_DEVICE unsigned high_halves(unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000u); }
 
 OPTICAL_DEVICE float infinity() { return float_of(0x7f800000u); }
 OPTICAL_DEVICE float not_a_number() { return float_of(0x7fc00000u); }

@@ -39,7 +39,9 @@ struct Scaling : Cost<G> {
     bool dead_rows, dead_columns;
     // Of owned lines, and b v of all columns of this lane.
     float u[OI], v[OJ], u_next[OI], v_next[OJ], au[OI], bv[OJ], bv_all[RJ];
-    float weight_a[OI], weight_b[OJ], pad_a[OI], pad_b[OJ];
+    float weight_a[OI], weight_b[OJ];
+    // PAD, in the one warp that adds it to the sums of a line.
+    float lift_a[OI], lift_b[OJ];
 
     OPTICAL_DEVICE Scaling(const optical_problem& problem) : Base(problem) {}
 
@@ -162,8 +164,9 @@ struct Scaling : Cost<G> {
         for (int o = 0; o < OI; ++o) {
             const bool dead = row_least[o] == infinity();
             const float mass = row(MASS, o);
-            pad_a[o] = dead ? 1.0f : 0.0f, weight_a[o] = dead ? 0.0f : mass;
-            row(PAD, o) = pad_a[o], row(WEIGHT, o) = weight_a[o];
+            row(PAD, o) = dead ? 1.0f : 0.0f;
+            row(WEIGHT, o) = weight_a[o] = dead ? 0.0f : mass;
+            lift_a[o] = g.warp_across == 0 ? row(PAD, o) : 0.0f;
             missing[0] += dead ? mass : 0.0f;
             missing[1] += dead && Base::present_a(g.own_row(o));
             if (dead) row(POTENTIAL, o) = 0;
@@ -171,8 +174,9 @@ struct Scaling : Cost<G> {
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) {
             const bool dead = column_least[o] == infinity();
-            pad_b[o] = dead ? 1.0f : 0.0f, weight_b[o] = dead ? 0.0f : column(MASS, o);
-            column(PAD, o) = pad_b[o], column(WEIGHT, o) = weight_b[o];
+            column(PAD, o) = dead ? 1.0f : 0.0f;
+            column(WEIGHT, o) = weight_b[o] = dead ? 0.0f : column(MASS, o);
+            lift_b[o] = g.rank == 0 && g.warp_down == 0 ? column(PAD, o) : 0.0f;
             lost[0] += dead && Base::present_b(g.own_column(o));
             if (dead) column(POTENTIAL, o) = 0;
         }
@@ -181,8 +185,8 @@ struct Scaling : Cost<G> {
         dead_mass = (float)missing[0], dead_rows = missing[1] > 0, dead_columns = lost[0] > 0;
     }
 
-    // Chooses the base for the current g and builds K, v and b v from it, and a u too, from which
-    // the stopping rule has the row sums.
+    // Chooses the base for the current g and builds K, b v and u from it: with u the stopping rule
+    // knows what the rows carry.
     OPTICAL_DEVICE void rebase() {
         float of_column[RJ], nearest[RJ], base_row[OI] = {}, base_column[OJ];
         columns_of(POTENTIAL, of_column);
@@ -197,7 +201,7 @@ struct Scaling : Cost<G> {
         g.template combine_rows<Least>(base_row);
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o)
-            row(BASE, o) = base_row[o] = pad_a[o] > 0 ? 0.0f : base_row[o];
+            row(BASE, o) = base_row[o] = row(PAD, o) > 0 ? 0.0f : base_row[o];
         OPTICAL_EACH
         for (int c = 0; c < RJ; ++c) nearest[c] = infinity();
         OPTICAL_ROLLED
@@ -209,39 +213,36 @@ struct Scaling : Cost<G> {
         }
         g.template columns<Least>(nearest, base_column);
         OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) column(BASE, o) = pad_b[o] > 0 ? 0.0f : base_column[o];
+        for (int o = 0; o < OJ; ++o) column(BASE, o) = column(PAD, o) > 0 ? 0.0f : base_column[o];
         build(false);
         take_scalings();
     }
 
-    // a u and b v of the potentials on the base: together with the mass, since apart, with extreme
-    // masses, one could be 0 and the other infinite.
     OPTICAL_DEVICE void take_scalings() {
         OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) au[o] = row_share(o, row(POTENTIAL, o), row(BASE, o));
+        for (int o = 0; o < OI; ++o) u[o] = boltzmann(row(POTENTIAL, o) - row(BASE, o));
         OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o)
-            bv[o] = weight_b[o] * boltzmann(column(POTENTIAL, o) - column(BASE, o));
+        for (int o = 0; o < OJ; ++o) {
+            v[o] = boltzmann(column(POTENTIAL, o) - column(BASE, o));
+            bv[o] = weight_b[o] * v[o];
+        }
         g.spread_columns(bv, bv_all);
     }
     OPTICAL_DEVICE float row_share(int o, float potential, float origin) const {
         const float exponent = (potential - origin) * scale + row(LOG, o) * OPTICAL_LOG2E;
-        return pad_a[o] > 0 ? 0.0f : exp2_fast(exponent);
+        return row(PAD, o) > 0 ? 0.0f : exp2_fast(exponent);
     }
 
     // ------------------------------------------------------------------------ products with K
 
-    OPTICAL_DEVICE void times(const float (&x)[RJ], float (&sum)[RI]) const {
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r) sum[r] = 0;
+    // To what is in `sum`.
+    OPTICAL_DEVICE void add_times(const float (&x)[RJ], float (&sum)[RI]) const {
         OPTICAL_EACH
         for (int c = 0; c < RJ; ++c)
             OPTICAL_EACH
             for (int r = 0; r < RI; ++r) sum[r] = fused(K[r][c], x[c], sum[r]);
     }
-    OPTICAL_DEVICE void times_transposed(const float (&x)[RI], float (&sum)[RJ]) const {
-        OPTICAL_EACH
-        for (int c = 0; c < RJ; ++c) sum[c] = 0;
+    OPTICAL_DEVICE void add_times_transposed(const float (&x)[RI], float (&sum)[RJ]) const {
         OPTICAL_EACH
         for (int r = 0; r < RI; ++r)
             OPTICAL_EACH
@@ -249,15 +250,15 @@ struct Scaling : Cost<G> {
     }
     // K x for x by owned columns, and K' x for x by owned rows.
     OPTICAL_DEVICE void rows_times(const float (&x)[OJ], float (&out)[OI]) {
-        float all[RJ], sum[RI];
+        float all[RJ], sum[RI] = {};
         g.spread_columns(x, all);
-        times(all, sum);
+        add_times(all, sum);
         g.template rows<Sum>(sum, out);
     }
     OPTICAL_DEVICE void columns_times(const float (&x)[OI], float (&out)[OJ]) {
-        float all[RI], sum[RJ];
+        float all[RI], sum[RJ] = {};
         g.spread_rows(x, all);
-        times_transposed(all, sum);
+        add_times_transposed(all, sum);
         g.template columns<Sum>(sum, out);
     }
 };

@@ -2,6 +2,8 @@
 // Compiled by nvcc for GPUs, and as C++ with OPTICAL_ON_HOST for the tests on the CPU.
 #include "kernels.cuh"
 
+#include <cfloat>
+
 #if !defined(OPTICAL_ON_HOST)
 #include <cuda_runtime.h>
 #endif
@@ -79,6 +81,12 @@ bool valid(const optical_problem& p) {
 
 enum class Operation { forward, backward };
 
+// Whether iterations use half precision: not those that need potentials, and few do not pay for it.
+bool in_halves(const optical_problem& p) {
+    const bool penalty = p.rho_a <= DBL_MAX || p.rho_b <= DBL_MAX;
+    return p.fast && p.max_iter >= 16 && !penalty && p.omega == 1 && !(p.anneal_start > 0);
+}
+
 template <typename G>
 int shared_bytes(const optical_problem& p, Operation operation, int down, int across) {
     // Of packed problems any grid of so many warps may turn up; in one row it needs the most.
@@ -146,15 +154,26 @@ OPTICAL_API int optical_cuda_forward(const optical_problem* problem,
                           (Stream)stream, p, *solution, most, r.number);
         };
         const Operation what = Operation::forward;
+        const bool fast = in_halves(p) && shared_bytes<FastCluster>(p, what, r.down, r.across) <=
+                                              shared_memory_of_device();
         if (r.number == 0)
             return queue(optical_forward_small, shared_bytes<SmallWarp>(p, what, 1, 1));
         if (r.number == 1)
-            return queue(optical_forward_warp, shared_bytes<LargeWarp>(p, what, 1, 1));
-        if (r.number == cluster_regime)
-            return queue(optical_forward_cluster, shared_bytes<Cluster>(p, what, r.down, r.across));
+            return fast ? queue(optical_forward_fast_warp, shared_bytes<FastWarp>(p, what, 1, 1))
+                        : queue(optical_forward_warp, shared_bytes<LargeWarp>(p, what, 1, 1));
         if (r.number == square_regime)
-            return queue(optical_forward_square, shared_bytes<SquareBlock>(p, what, 2, 2));
-        return queue(optical_forward_block, shared_bytes<OneBlock>(p, what, r.down, r.across));
+            return fast ? queue(optical_forward_fast_square,
+                                shared_bytes<FastSquare>(p, what, 2, 2))
+                        : queue(optical_forward_square, shared_bytes<SquareBlock>(p, what, 2, 2));
+        if (r.number == cluster_regime)
+            return fast ? queue(optical_forward_fast_cluster,
+                                shared_bytes<FastCluster>(p, what, r.down, r.across))
+                        : queue(optical_forward_cluster,
+                                shared_bytes<Cluster>(p, what, r.down, r.across));
+        return fast ? queue(optical_forward_fast_block,
+                            shared_bytes<FastBlock>(p, what, r.down, r.across))
+                    : queue(optical_forward_block,
+                            shared_bytes<OneBlock>(p, what, r.down, r.across));
     });
 }
 

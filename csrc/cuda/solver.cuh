@@ -12,14 +12,16 @@
 // extreme, and the iteration is done in the log domain, from the cost in shared memory.
 //
 // Penalties and over-relaxation need the potentials themselves after every half-step, a logarithm
-// and an exponential per line ("relaxed" below). Without them u and v are enough.
+// and an exponential per line ("relaxed" below). Without them u and v are enough, and K may be in
+// half precision until the last iterations ("halves"), which are those of the cost again.
 #pragma once
 
-#include "scaling.cuh"
+#include "halves.cuh"
 
 namespace optical {
 namespace cuda {
 
+enum class Mode { plain, relaxed, halves };
 enum Flag : unsigned { NOT_CALM = 1, ROWS_LOST = 2, COLUMNS_LOST = 4 };
 
 // Numbers are compared as bits, which orders the positive ones and keeps NaN out.
@@ -27,14 +29,15 @@ OPTICAL_DEVICE bool within(float x, unsigned exponent) {
     const unsigned low = (127u - exponent) << 23, high = (127u + exponent) << 23;
     return bits_of(x) - low <= high - low;
 }
-OPTICAL_DEVICE unsigned drift(float x) { return within(x, 30) ? 0u : NOT_CALM; }
 OPTICAL_DEVICE unsigned loss(float x, unsigned lost) { return within(x, 46) ? 0u : lost; }
 
 template <typename G>
-struct Solver : Scaling<G> {
-    typedef Scaling<G> Base;
+struct Solver : Halves<G> {
+    typedef Halves<G> Base;
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
     using Base::a;
+    using Base::add_times;
+    using Base::add_times_transposed;
     using Base::alpha;
     using Base::au;
     using Base::b;
@@ -49,9 +52,9 @@ struct Solver : Scaling<G> {
     using Base::g;
     using Base::heat_log;
     using Base::inverse_epsilon;
+    using Base::lift_a;
+    using Base::lift_b;
     using Base::p;
-    using Base::pad_a;
-    using Base::pad_b;
     using Base::penalty_a;
     using Base::penalty_b;
     using Base::rebase;
@@ -67,8 +70,6 @@ struct Solver : Scaling<G> {
     using Base::share_a;
     using Base::share_b;
     using Base::target;
-    using Base::times;
-    using Base::times_transposed;
     using Base::u;
     using Base::u_next;
     using Base::v;
@@ -76,94 +77,124 @@ struct Solver : Scaling<G> {
     using Base::weight_a;
     using Base::weight_b;
 
-    struct Step {
-        unsigned flags;
-        float residual;
-    };
-
     OPTICAL_DEVICE Solver(const optical_problem& problem) : Base(problem) {}
 
     // --------------------------------------------------------------------------- one iteration
 
+    template <bool halves = false>
+    OPTICAL_DEVICE static unsigned drift(float x) {
+        return (halves ? Base::trusted(x, 0) : within(x, 30)) ? 0u : NOT_CALM;
+    }
     // The mass a line is asked to carry, given its potential.
     OPTICAL_DEVICE static float asked(float weight, float potential, float rho, bool penalty) {
         return penalty ? weight * exp2_fast(potential * (-OPTICAL_LOG2E / rho)) : weight;
     }
 
-    // One iteration by scaling, into u_next and v_next, or the next potentials. With `measure` the
-    // residual is that of the rows of the iterate from which it starts.
-    template <bool relaxed>
-    OPTICAL_DEVICE Step iterate(bool measure) {
-        float sum[RI], total_row[OI];
-        times(bv_all, sum);
-        g.template rows<Sum>(sum, total_row);
-        Note note = {0, 0};
+    // One iteration by scaling, into u_next and v_next, or the next potentials, given the sums of
+    // rows. With `measure` the residual is that of the rows of the iterate from which it starts.
+    template <Mode mode>
+    OPTICAL_DEVICE void iterate(const float (&total_row)[OI], bool measure, Note& note) {
+        constexpr bool relaxed = mode == Mode::relaxed, halves = mode == Mode::halves;
+        float total_column[OJ];
+        note.flags = 0;
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) {
-            const float total = total_row[o] += pad_a[o];
-            note.flags |= drift(total);
-            if (measure) {
-                const float wanted =
-                    relaxed ? asked(weight_a[o], row(POTENTIAL, o), rho_a, penalty_a) : weight_a[o];
-                note.residual += absolute(au[o] * total - wanted);
-            }
+            const float total = total_row[o];
+            note.flags |= drift<halves>(total);
             if (relaxed) {
                 const float origin = row(BASE, o);
                 const float next =
                     alpha * row(POTENTIAL, o) + share_a * (origin - heat_log(total));
                 row(NEXT, o) = next;
                 u_next[o] = boltzmann(next - origin);
-                note.flags |= drift(u_next[o]);
+                note.flags |= drift(u_next[o]) | loss(total, ROWS_LOST | COLUMNS_LOST);
             } else {
                 u_next[o] = reciprocal(total);
             }
-            au[o] = weight_a[o] * u_next[o];
+            au[o] = (halves ? this->share_of_row[o] : weight_a[o]) * u_next[o];
         }
-        float of_row[RI], total_column[RJ];
-        g.spread_rows(au, of_row);
-        times_transposed(of_row, total_column);
-        g.template columns<Sum>(total_column, pad_b, note, measure,
-                                [](float total) { return drift(total); });
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) {
-            if (relaxed) {
-                const float origin = column(BASE, o);
-                const float next = alpha * column(POTENTIAL, o) +
-                                   share_b * (origin - heat_log(total_column[o]));
-                column(NEXT, o) = next;
-                v_next[o] = boltzmann(next - origin);
-                note.flags |= drift(v_next[o]);
-            } else {
-                v_next[o] = reciprocal(total_column[o]);
-            }
-            bv[o] = weight_b[o] * v_next[o];
-        }
-        if (relaxed) note.flags = g.united_in_block(note.flags);
-        g.spread_columns(bv, bv_all);
-        if (note.flags) {
-            // All threads see it: only now is it worth asking whether anything was lost.
-            // Bounds are the same for a sum and its inverse.
+        sum_columns<mode>(total_column);
+        g.exchange_columns(total_column, note, measure, [&] {
+            float missed = 0;
             OPTICAL_EACH
             for (int o = 0; o < OI; ++o) {
-                note.flags |= loss(u_next[o], ROWS_LOST | COLUMNS_LOST);
-                if (relaxed) note.flags |= loss(total_row[o], ROWS_LOST | COLUMNS_LOST);
+                const float weight = halves ? row(WEIGHT, o) : weight_a[o];
+                const float wanted =
+                    relaxed ? asked(weight, row(POTENTIAL, o), rho_a, penalty_a) : weight;
+                missed += absolute(weight * u[o] * total_row[o] - wanted);
             }
-            OPTICAL_EACH
-            for (int o = 0; o < OJ; ++o) {
-                note.flags |= loss(v_next[o], COLUMNS_LOST);
-                if (relaxed) note.flags |= loss(total_column[o], COLUMNS_LOST);
+            return missed;
+        });
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) {
+            const float total = total_column[o];
+            note.flags |= drift<halves>(total);
+            if (relaxed) {
+                const float origin = column(BASE, o);
+                const float next =
+                    alpha * column(POTENTIAL, o) + share_b * (origin - heat_log(total));
+                column(NEXT, o) = next;
+                v_next[o] = boltzmann(next - origin);
+                note.flags |= drift(v_next[o]) | loss(total, COLUMNS_LOST);
+            } else {
+                v_next[o] = reciprocal(total);
             }
-            note.flags = g.united(note.flags);
+            bv[o] = (halves ? this->share_of_column[o] : weight_b[o]) * v_next[o];
         }
-        return {note.flags, note.residual + (penalty_a ? 0.0f : dead_mass)};
+        if (!halves) g.spread_columns(bv, bv_all);
+    }
+    // What this warp adds to the sums of its rows, and of its columns.
+    template <Mode mode>
+    OPTICAL_DEVICE void sum_rows(float (&out)[OI]) {
+        if constexpr (mode == Mode::halves) {
+            this->multiply_fast(this->straight, bv, out, this->words() + 16 * Base::word_pitch);
+            OPTICAL_EACH
+            for (int o = 0; o < OI; ++o) out[o] = fused(lift_a[o], this->unit_a, out[o]);
+        } else {
+            float sum[RI];
+            OPTICAL_EACH
+            for (int r = 0; r < RI; ++r) sum[r] = r < OI ? lift_a[r % OI] : 0.0f;
+            add_times(bv_all, sum);
+            g.template fold_rows<Sum>(sum, out);
+        }
+    }
+    template <Mode mode>
+    OPTICAL_DEVICE void sum_columns(float (&out)[OJ]) {
+        if constexpr (mode == Mode::halves) {
+            this->multiply_fast(this->turned, au, out, this->words() + 16 * Base::word_pitch + 64);
+            OPTICAL_EACH
+            for (int o = 0; o < OJ; ++o) out[o] = fused(lift_b[o], this->unit_b, out[o]);
+        } else {
+            float of_row[RI], sum[RJ];
+            g.spread_rows(au, of_row);
+            OPTICAL_EACH
+            for (int c = 0; c < RJ; ++c) sum[c] = c < OJ ? lift_b[c % OJ] : 0.0f;
+            add_times_transposed(of_row, sum);
+            g.template fold_columns<Sum>(sum, out);
+        }
+    }
+    // What was lost, once it is known that something drifted: bounds are the same for a sum and
+    // its inverse.
+    template <Mode mode>
+    OPTICAL_DEVICE unsigned lost(unsigned flags) {
+        const auto kept_well = [&](float x) {
+            return mode == Mode::halves ? Base::trusted(reciprocal(x), 3) : within(x, 46);
+        };
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) flags |= kept_well(u_next[o]) ? 0u : ROWS_LOST | COLUMNS_LOST;
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) flags |= kept_well(v_next[o]) ? 0u : COLUMNS_LOST;
+        return g.united(flags);
     }
 
     // The potentials of the current u and v.
-    OPTICAL_DEVICE void absorb() {
+    OPTICAL_DEVICE void absorb(float unit_of_row, float unit_of_column) {
         OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) row(POTENTIAL, o) = row(BASE, o) + heat_log(u[o]);
+        for (int o = 0; o < OI; ++o)
+            row(POTENTIAL, o) = row(BASE, o) + heat_log(u[o] * unit_of_row);
         OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) column(POTENTIAL, o) = column(BASE, o) + heat_log(v[o]);
+        for (int o = 0; o < OJ; ++o)
+            column(POTENTIAL, o) = column(BASE, o) + heat_log(v[o] * unit_of_column);
     }
 
     // The same iteration in the log domain, from the potentials into the next ones.
@@ -184,7 +215,7 @@ struct Solver : Scaling<G> {
         }
         g.template combine_rows<Least>(low);
         OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) low[o] = pad_a[o] > 0 ? 0.0f : low[o];
+        for (int o = 0; o < OI; ++o) low[o] = row(PAD, o) > 0 ? 0.0f : low[o];
         OPTICAL_ROLLED
         for (int q = 0; q < RI; ++q) {
             const int r = g.slot_of(q);
@@ -201,7 +232,7 @@ struct Solver : Scaling<G> {
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) {
             const float softmin =
-                epsilon * (low[o] - OPTICAL_LN2 * log2_fast(total[o] + pad_a[o]));
+                epsilon * (low[o] - OPTICAL_LN2 * log2_fast(total[o] + row(PAD, o)));
             const float old = row(POTENTIAL, o);
             missed[0] += absolute(row_share(o, old, softmin) -
                                   asked(weight_a[o], old, rho_a, penalty_a));
@@ -223,7 +254,7 @@ struct Solver : Scaling<G> {
         }
         g.template columns<Least>(lowest, bottom);
         OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) bottom[o] = pad_b[o] > 0 ? 0.0f : bottom[o];
+        for (int o = 0; o < OJ; ++o) bottom[o] = column(PAD, o) > 0 ? 0.0f : bottom[o];
         g.spread_columns(bottom, lowest);
         OPTICAL_ROLLED
         for (int q = 0; q < RI; ++q) {
@@ -239,7 +270,7 @@ struct Solver : Scaling<G> {
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) {
             const float softmin =
-                epsilon * (bottom[o] - OPTICAL_LN2 * log2_fast(total_column[o] + pad_b[o]));
+                epsilon * (bottom[o] - OPTICAL_LN2 * log2_fast(total_column[o] + column(PAD, o)));
             column(NEXT, o) = alpha * column(POTENTIAL, o) + share_b * softmin;
         }
         g.total(missed, true);
@@ -250,6 +281,7 @@ struct Solver : Scaling<G> {
     // With a history, keeps the potentials of every iteration there. K belongs to the inner loop
     // alone, so that no register holds it anywhere else.
     OPTICAL_DEVICE int32_t solve(int32_t max_iter, float tol, bool& converged, float* history) {
+        bool halves = G::fast;
         bool cold = false;  // the last iteration was at the temperature of the problem
         int failures = 0;   // of the scaling: after a few, only the log domain is used
         double heat = p.anneal_start;
@@ -261,8 +293,22 @@ struct Solver : Scaling<G> {
             bool log_domain = failures >= 4;
             if (!log_domain) {
                 rebase();
-                const Run run = relaxed ? scale_on<true>(max_iter, tol, done, cold, heat, history)
-                                        : scale_on<false>(max_iter, tol, done, cold, heat, history);
+                if constexpr (G::fast) {
+                    // The iterations that remain after those in half precision see the cost as it
+                    // is: the last one, or where `tol` was met, all until it is met again.
+                    halves = halves && done + 1 < max_iter && this->begin_halves();
+                    if (halves) {
+                        const int32_t before = done;
+                        const Run run = scale_on<Mode::halves>(max_iter - 1, tol, done, cold, heat,
+                                                               history);
+                        halves = run == Run::over && done >= before + 4;
+                        continue;
+                    }
+                }
+                const Run run =
+                    relaxed && !G::fast
+                        ? scale_on<Mode::relaxed>(max_iter, tol, done, cold, heat, history)
+                        : scale_on<Mode::plain>(max_iter, tol, done, cold, heat, history);
                 converged = run == Run::met;
                 log_domain = run == Run::lost;
                 failures += log_domain;
@@ -283,49 +329,88 @@ struct Solver : Scaling<G> {
 
     // Iterations on one base, until it no longer serves. `met`: `tol` is; `lost`: not even the
     // first could be trusted.
+    //
+    // Whether an iteration may be taken is asked at the barrier of the next one's rows, which costs
+    // nothing: until then it is `pending`, and u and v are those before it.
     enum class Run { met, lost, over };
-    template <bool relaxed>
+    template <Mode mode>
     OPTICAL_DEVICE Run scale_on(int32_t max_iter, float tol, int32_t& done, bool& cold,
                                 double& heat, float* history) {
+        constexpr bool relaxed = mode == Mode::relaxed;
         const bool at_target = epsilon == target;
         const float omega = at_target ? (float)p.omega : 1.0f;
         const int32_t before = done;
         // The next iteration of an annealed run is at another temperature.
-        const int32_t last = heat > (double)target ? done + 1 : max_iter;
-        bool test = tol > 0 && at_target && done > 0 && cold;
+        const int32_t last = kept((heat > (double)target ? done + 1 : max_iter) - 1);
+        const float bound = tol - (penalty_a ? 0.0f : dead_mass);
+        const float limit = kept(tol > 0 && at_target ? bound : -1.0f);
+        bool measure = limit >= 0 && done > 0 && cold;
+        Note note = {0, 0};
         Run run = Run::over;
+        --done;  // the iterate from which this run starts is taken first
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) u_next[o] = u[o];
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) v_next[o] = v[o];
+        if (relaxed) stay();
         while (true) {
+            float total_row[OI];
+            sum_rows<mode>(total_row);
+            if (g.exchange_rows(total_row, note.flags != 0)) {
+                const unsigned flags = lost<mode>(note.flags);
+                if (flags & COLUMNS_LOST) {
+                    if (done == before) run = Run::lost;
+                    break;
+                }
+                // A state that is not calm even on a base of its own gains nothing from another.
+                if (!(relaxed && done == before)) {
+                    accept<relaxed>(done, history);
+                    break;
+                }
+            }
+            accept<relaxed>(done, done < before ? nullptr : history);
             if (relaxed) set_step(done == 0 ? 1.0f : omega);
-            const Step step = iterate<relaxed>(test);
-            // The iteration is not taken when the one before met `tol`, nor when a sum was lost:
-            // then its weights belong to no state.
-            if (test && !(step.flags & ROWS_LOST) && step.residual <= tol) {
+            iterate<mode>(total_row, measure, note);
+            // Of an iteration that lost a sum of its rows, the weights before belong to no state.
+            if (measure && g.residual(note.residual) <= limit &&
+                !(lost<mode>(note.flags) & ROWS_LOST)) {
                 run = Run::met;
                 break;
             }
-            if (step.flags & COLUMNS_LOST) {
-                if (done == before) run = Run::lost;
+            if (done == last) {
+                if (!g.any(note.flags != 0) || !(lost<mode>(note.flags) & COLUMNS_LOST))
+                    accept<relaxed>(done, history);
+                else if (done == before) run = Run::lost;
                 break;
             }
-            if (relaxed) take_next();
-            else take_scalings_next();
-            ++done;
-            record(history, done, !relaxed);
-            test = tol > 0 && at_target;
-            // A state that is not calm even on a base of its own gains nothing from another.
-            if ((step.flags & NOT_CALM) && !(relaxed && done == before + 1)) break;
-            if (done == last) break;
+            measure = limit >= 0;
         }
         if (done > before) cold = at_target;
         if (done > before && heat > (double)target) heat *= p.anneal_ratio;
-        if (!relaxed && done > before) absorb();
+        if (!relaxed && done > before) {
+            if (mode == Mode::halves) absorb(this->unit_a, this->unit_b);
+            else absorb(1.0f, 1.0f);
+        }
         return run;
+    }
+    // Takes the iteration that was pending.
+    template <bool relaxed>
+    OPTICAL_DEVICE void accept(int32_t& done, float* history) {
+        if (relaxed) take_next();
+        take_scalings_next();
+        record(history, ++done, !relaxed);
     }
     OPTICAL_DEVICE void take_scalings_next() {
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) u[o] = u_next[o];
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) v[o] = v_next[o];
+    }
+    OPTICAL_DEVICE void stay() {
+        OPTICAL_EACH
+        for (int o = 0; o < OI; ++o) row(NEXT, o) = row(POTENTIAL, o);
+        OPTICAL_EACH
+        for (int o = 0; o < OJ; ++o) column(NEXT, o) = column(POTENTIAL, o);
     }
     OPTICAL_DEVICE void take_next() {
         OPTICAL_EACH

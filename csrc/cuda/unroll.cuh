@@ -180,37 +180,38 @@ struct Unrolled : Gradient<G> {
     // the rows of sigma and the columns of pi sum to 1 whatever was rounded, and a u and b v. False:
     // a number on the way was not harmless.
     OPTICAL_DEVICE bool replay(const float* f, const float* old_g) {
-        Note note = {0, 0};
+        unsigned flags = 0;
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) {
             const int j = g.own_column(o);
             const float scaling =
                 this->boltzmann((j < b.count ? old_g[j] : 0.0f) - column(BASE, o));
-            if (this->weight_b[o] > 0) note.flags |= loss(scaling, COLUMNS_LOST);
+            if (this->weight_b[o] > 0) flags |= loss(scaling, COLUMNS_LOST);
             this->bv[o] = this->weight_b[o] * scaling;
         }
-        float by_row[OI], sum[RJ], all[RI];
+        float by_row[OI], by_column[OJ];
         this->rows_times(this->bv, by_row);
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) {
             const int i = g.own_row(o);
-            const float total = by_row[o] + this->pad_a[o];
-            note.flags |= loss(total, COLUMNS_LOST);
+            const float total = by_row[o] + row(PAD, o);
+            flags |= loss(total, COLUMNS_LOST);
             row(FROM, o) = 1.0f / total;
             float scaling = 1.0f / total;
             if (this->relaxed) {
                 scaling = this->boltzmann((i < a.count ? f[i] : 0.0f) - row(BASE, o));
-                if (this->weight_a[o] > 0) note.flags |= loss(scaling, COLUMNS_LOST);
+                if (this->weight_a[o] > 0) flags |= loss(scaling, COLUMNS_LOST);
             }
             this->au[o] = this->weight_a[o] * scaling;
         }
-        g.spread_rows(this->au, all);
-        this->times_transposed(all, sum);
-        g.template columns<Sum>(sum, this->pad_b, note, false,
-                                [](float total) { return loss(total, COLUMNS_LOST); });
+        this->columns_times(this->au, by_column);
         OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) column(FROM, o) = 1.0f / sum[o];
-        return note.flags == 0;
+        for (int o = 0; o < OJ; ++o) {
+            const float total = by_column[o] + column(PAD, o);
+            flags |= loss(total, COLUMNS_LOST);
+            column(FROM, o) = 1.0f / total;
+        }
+        return g.united(flags) == 0;
     }
 
     // Undoes the step that was replayed, the half that made g, the half that made f, or both.

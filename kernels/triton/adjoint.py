@@ -15,12 +15,12 @@ the system consists of its sums, but rounded sums do not.
 import triton
 import triton.language as tl
 from optical.kernels.tiles import (
-    GIVEN,
     INFINITY,
     LOG2_E,
     cost_tile,
     extent,
     load_log_mass,
+    place,
     plan_tile,
 )
 
@@ -97,16 +97,10 @@ def adjoint_kernel(
         longest = tl.maximum(n, m)
         if (longest < least) | (longest > most):
             return
-    if KIND == GIVEN:
-        x_ptr += problem * stride_batch
-    else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
-        centre_ptr += problem * dim
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     rows = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
     epsilon = tl.load(epsilon_ptr + problem)
@@ -114,32 +108,7 @@ def adjoint_kernel(
     B = load_log_mass(log_b_ptr + zero_b, columns, m)
     f = tl.load(f_ptr + zero_a + rows, mask=rows < n, other=0.0)
     g = tl.load(g_ptr + zero_b + columns, mask=columns < m, other=0.0)
-    cost = cost_tile(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        stride_n,
-        stride_m,
-        0,
-        0,
-        n,
-        m,
-        dim,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_M,
-        BLOCK_D,
-        PART,
-        WARPS_N,
-        WARPS_M,
-    )
+    cost = cost_tile(costs, 0, 0, HOW, (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M))
     plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
     cost = tl.where(plan > 0, cost, 0.0)
     spent = tl.sum(plan.to(tl.float64) * cost.to(tl.float64), 1)

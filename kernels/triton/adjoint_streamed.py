@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from optical.kernels.adjoint import PATIENCE, SOLVED
 from optical.kernels.tiles import (
-    GIVEN,
     INFINITY,
     LOG2_E,
     cost_tile,
     extent,
     load_log_mass,
+    place,
     plan_tile,
 )
 
@@ -25,37 +25,25 @@ SPENT = tl.constexpr(2)
 
 @triton.jit
 def sums(
-    x_ptr,
-    y_ptr,
-    norm_x_ptr,
-    norm_y_ptr,
-    scale_x_ptr,
-    scale_y_ptr,
-    centre_ptr,
-    log_a_ptr,
-    log_b_ptr,
-    f_ptr,
-    g_ptr,
+    costs,
+    lines,
     v_ptr,
     sum_ptr,
-    stride_n,
-    stride_m,
-    n,
-    m,
-    dim,
     scale,
     AXIS: tl.constexpr,
     OF: tl.constexpr,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WARPS_N: tl.constexpr,
-    WARPS_M: tl.constexpr,
+    HOW: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Along axis 1 the sums of each row, along axis 0 of each column: of P v, of P or of P * C."""
+    """Along axis 1 the sums of each row, along axis 0 of each column: of P v, of P or of P * C.
+
+    ``lines``: masses and potentials of both sides.
+    """
+    log_a_ptr, log_b_ptr, f_ptr, g_ptr = lines
+    x, y, _, _ = costs
+    n = x[4]
+    m = y[4]
+    BLOCK: tl.constexpr = TILE[0]
     tl.debug_barrier()
     own_size = n if AXIS == 1 else m
     other_size = m if AXIS == 1 else n
@@ -66,32 +54,7 @@ def sums(
             column_zero = other_zero if AXIS == 1 else own_zero
             rows = row_zero + tl.arange(0, BLOCK)
             columns = column_zero + tl.arange(0, BLOCK)
-            cost = cost_tile(
-                x_ptr,
-                y_ptr,
-                norm_x_ptr,
-                norm_y_ptr,
-                scale_x_ptr,
-                scale_y_ptr,
-                centre_ptr,
-                stride_n,
-                stride_m,
-                row_zero,
-                column_zero,
-                n,
-                m,
-                dim,
-                KIND,
-                SCALED,
-                WIDE,
-                PRECISION,
-                BLOCK,
-                BLOCK,
-                BLOCK_D,
-                BLOCK,
-                WARPS_N,
-                WARPS_M,
-            )
+            cost = cost_tile(costs, row_zero, column_zero, HOW, TILE)
             A = load_log_mass(log_a_ptr, rows, n)
             B = load_log_mass(log_b_ptr, columns, m)
             f = tl.load(f_ptr + rows, mask=rows < n, other=0.0)
@@ -191,21 +154,12 @@ def adjoint_loop_kernel(
     zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
     if tl.maximum(n, m) <= least:
         return
-    if KIND == GIVEN:
-        x_ptr += problem * stride_batch
-        y_ptr = x_ptr
-    else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
-        centre_ptr += problem * dim
-    log_a_ptr += zero_a
-    log_b_ptr += zero_b
-    f_ptr += zero_a
-    g_ptr += zero_b
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    TILE: tl.constexpr = (BLOCK, BLOCK, BLOCK_D, BLOCK, WARPS_N, WARPS_M)
+    lines = (log_a_ptr + zero_a, log_b_ptr + zero_b, f_ptr + zero_a, g_ptr + zero_b)
     inverse_ptr = of_rows_ptr + 3 * zero_a
     spent_ptr = inverse_ptr + n
     t_ptr = spent_ptr + n
@@ -222,130 +176,10 @@ def adjoint_loop_kernel(
     stiff_a = 1 + epsilon * inverse_rho_a
     stiff_b = 1 + epsilon * inverse_rho_b
     singular = (inverse_rho_a == 0) & (inverse_rho_b == 0)
-    sums(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        f_ptr,
-        g_ptr,
-        t_ptr,
-        inverse_ptr,
-        stride_n,
-        stride_m,
-        n,
-        m,
-        dim,
-        scale,
-        1,
-        MASS,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
-    )
-    sums(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        f_ptr,
-        g_ptr,
-        t_ptr,
-        diagonal_ptr,
-        stride_n,
-        stride_m,
-        n,
-        m,
-        dim,
-        scale,
-        0,
-        MASS,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
-    )
-    sums(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        f_ptr,
-        g_ptr,
-        t_ptr,
-        spent_ptr,
-        stride_n,
-        stride_m,
-        n,
-        m,
-        dim,
-        scale,
-        1,
-        SPENT,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
-    )
-    sums(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        f_ptr,
-        g_ptr,
-        t_ptr,
-        spent_b_ptr,
-        stride_n,
-        stride_m,
-        n,
-        m,
-        dim,
-        scale,
-        0,
-        SPENT,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
-    )
+    sums(costs, lines, t_ptr, inverse_ptr, scale, 1, MASS, HOW, TILE)
+    sums(costs, lines, t_ptr, diagonal_ptr, scale, 0, MASS, HOW, TILE)
+    sums(costs, lines, t_ptr, spent_ptr, scale, 1, SPENT, HOW, TILE)
+    sums(costs, lines, t_ptr, spent_b_ptr, scale, 0, SPENT, HOW, TILE)
     mass = tl.zeros((LINES,), tl.float64)
     for zero in range(0, n, LINES):
         index = zero + tl.arange(0, LINES)
@@ -355,37 +189,7 @@ def adjoint_loop_kernel(
         tl.store(inverse_ptr + index, inverse, mask=index < n)
         tl.store(t_ptr + index, load(spent_ptr, index, n) * inverse, mask=index < n)
     mass = tl.sum(mass, 0)
-    sums(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        f_ptr,
-        g_ptr,
-        t_ptr,
-        q_ptr,
-        stride_n,
-        stride_m,
-        n,
-        m,
-        dim,
-        scale,
-        0,
-        PRODUCT,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
-    )
+    sums(costs, lines, t_ptr, q_ptr, scale, 0, PRODUCT, HOW, TILE)
     size = tl.zeros((LINES,), tl.float64)
     for zero in range(0, m, LINES):
         index = zero + tl.arange(0, LINES)
@@ -409,72 +213,12 @@ def adjoint_loop_kernel(
     stale = 0
     step = 0
     while (rho > noise) & (stale < PATIENCE) & (step < 4 * m + 100):
-        sums(
-            x_ptr,
-            y_ptr,
-            norm_x_ptr,
-            norm_y_ptr,
-            scale_x_ptr,
-            scale_y_ptr,
-            centre_ptr,
-            log_a_ptr,
-            log_b_ptr,
-            f_ptr,
-            g_ptr,
-            p_ptr,
-            t_ptr,
-            stride_n,
-            stride_m,
-            n,
-            m,
-            dim,
-            scale,
-            1,
-            PRODUCT,
-            KIND,
-            SCALED,
-            WIDE,
-            PRECISION,
-            BLOCK,
-            BLOCK_D,
-            WARPS_N,
-            WARPS_M,
-        )
+        sums(costs, lines, p_ptr, t_ptr, scale, 1, PRODUCT, HOW, TILE)
         for zero in range(0, n, LINES):
             index = zero + tl.arange(0, LINES)
             t = load(t_ptr, index, n) * load(inverse_ptr, index, n)
             tl.store(t_ptr + index, t, mask=index < n)
-        sums(
-            x_ptr,
-            y_ptr,
-            norm_x_ptr,
-            norm_y_ptr,
-            scale_x_ptr,
-            scale_y_ptr,
-            centre_ptr,
-            log_a_ptr,
-            log_b_ptr,
-            f_ptr,
-            g_ptr,
-            t_ptr,
-            q_ptr,
-            stride_n,
-            stride_m,
-            n,
-            m,
-            dim,
-            scale,
-            0,
-            PRODUCT,
-            KIND,
-            SCALED,
-            WIDE,
-            PRECISION,
-            BLOCK,
-            BLOCK_D,
-            WARPS_N,
-            WARPS_M,
-        )
+        sums(costs, lines, t_ptr, q_ptr, scale, 0, PRODUCT, HOW, TILE)
         curvature = tl.zeros((LINES,), tl.float64)
         for zero in range(0, m, LINES):
             index = zero + tl.arange(0, LINES)
@@ -508,37 +252,7 @@ def adjoint_loop_kernel(
         best = tl.where(better, following, best)
         rho = following
         step += 1
-    sums(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        f_ptr,
-        g_ptr,
-        best_ptr,
-        t_ptr,
-        stride_n,
-        stride_m,
-        n,
-        m,
-        dim,
-        scale,
-        1,
-        PRODUCT,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
-    )
+    sums(costs, lines, best_ptr, t_ptr, scale, 1, PRODUCT, HOW, TILE)
     mean = tl.zeros((LINES,), tl.float64)
     for zero in range(0, n, LINES):
         index = zero + tl.arange(0, LINES)

@@ -116,6 +116,10 @@ class Batch:
             return batch, column, row, self.m, self.n, self.dim
         return batch, row, column, self.n, self.m, self.dim
 
+    def warps(self, wanted: int) -> int:
+        """How many warps share a program for which a table has ``wanted``."""
+        return wanted if torch.version.hip is None else min(wanted, tuning.AMD_WARPS)
+
     def blocks(self, lines: int, block: int) -> int:
         """How many programs share the lines of a problem; packed ones may have any share of all."""
         count: int = triton.cdiv(lines, block)
@@ -125,6 +129,10 @@ class Batch:
 def tiles_of(batch: Batch, table: dict[int, tuning.Tile]) -> list[tuple[int, tuning.Tile]]:
     """The tiles to launch: one where the longest side is known, otherwise all that may be met."""
     longest = max(batch.n, batch.m)
+    if table is tuning.TILES and longest > tuning.RESIDENT and not batch.packed:
+        for tile in tuning.OBLONG:
+            if batch.n <= tile.rows and batch.m <= tile.columns:
+                return [(longest, tile)]
     fitting = [(side, tile) for side, tile in table.items() if side >= longest]
     if not batch.packed:
         return fitting[:1]
@@ -151,6 +159,6 @@ def tile_options(batch: Batch, tile: tuning.Tile) -> dict[str, Any]:
         "BLOCK_D": tile.depth,
         "WARPS_N": tile.warps_n,
         "WARPS_M": tile.warps_m,
-        "num_warps": tile.warps,
+        "num_warps": batch.warps(tile.warps),
         "num_stages": tile.stages,
     }

@@ -180,7 +180,7 @@ def _vector_gradient(
             BLOCK_M=tile.columns,
             BLOCK_D=tile.depth,
             BLOCK_G=tile.pull,
-            num_warps=tile.warps,
+            num_warps=batch.warps(tile.warps),
             num_stages=tile.stages,
         )
     return grad
@@ -214,7 +214,7 @@ def _mass_gradient(
         BLOCK_N=tile.rows,
         BLOCK_M=tile.columns,
         BLOCK_D=tile.depth,
-        num_warps=tile.warps,
+        num_warps=batch.warps(tile.warps),
         num_stages=tile.stages,
     )
     return grad
@@ -248,7 +248,7 @@ def apply_plan(arguments: Arguments, f: Tensor, g: Tensor, v: Tensor, transpose:
             BLOCK_M=tile.columns,
             BLOCK_D=tile.depth,
             BLOCK_G=part,
-            num_warps=tile.warps,
+            num_warps=batch.warps(tile.warps),
             num_stages=tile.stages,
         )
     return product

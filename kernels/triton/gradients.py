@@ -25,6 +25,7 @@ from optical.kernels.tiles import (
     extent,
     load_log_mass,
     operand,
+    place,
     plan_tile,
 )
 
@@ -43,71 +44,32 @@ def upstream_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT
 
 @triton.jit
 def pull_tile(
-    x_ptr,
-    y_ptr,
-    norm_x_ptr,
-    norm_y_ptr,
-    scale_x_ptr,
-    scale_y_ptr,
-    centre_ptr,
-    log_b_ptr,
-    g_ptr,
-    z_ptr,
-    stride_n,
-    stride_m,
+    costs,
+    columns_of,
     row_zero,
     column_zero,
-    n,
-    m,
-    dim,
     A,
     f,
     w,
     epsilon,
     upstream,
     upstream_linear,
-    KIND: tl.constexpr,
     IMPLICIT: tl.constexpr,
-    SCALED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HOW: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """How some rows are pulled by each column, how strongly along themselves, present columns."""
+    log_b_ptr, g_ptr, z_ptr = columns_of
+    _, norm_y_ptr, _, _, m = costs[1]
+    KIND: tl.constexpr = HOW[0]
+    BLOCK_M: tl.constexpr = TILE[1]
     columns = column_zero + tl.arange(0, BLOCK_M)
     B = load_log_mass(log_b_ptr, columns, m)
     g = tl.load(g_ptr + columns, mask=columns < m, other=0.0)
     z = g
     if IMPLICIT:
         z = tl.load(z_ptr + columns, mask=columns < m, other=0.0)
-    cost = cost_tile(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        stride_n,
-        stride_m,
-        row_zero,
-        column_zero,
-        n,
-        m,
-        dim,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_M,
-        BLOCK_D,
-        BLOCK_N,
-        1,
-        1,
-    )
+    cost = cost_tile(costs, row_zero, column_zero, HOW, TILE)
     plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
     pull = upstream_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT)
     along = f
@@ -173,14 +135,13 @@ def vector_gradient_kernel(
     zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
     if PACKED and ((m < least) | (m > most)):
         return
-    x_ptr += zero_a * dim
-    y_ptr += zero_b * dim
     grad_ptr += zero_a * dim
-    norm_x_ptr += zero_a
-    norm_y_ptr += zero_b
-    scale_x_ptr += zero_a
-    scale_y_ptr += zero_b
-    centre_ptr += problem * dim
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    columns_of = (log_b_ptr + zero_b, g_ptr + zero_b, z_ptr + zero_b)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, 1, 1)
     epsilon = tl.load(epsilon_ptr + problem)
     upstream = tl.load(grad_value_ptr + problem)
     upstream_linear = tl.load(grad_value_linear_ptr + problem)
@@ -194,60 +155,26 @@ def vector_gradient_kernel(
         if WHOLE:
             columns = tl.arange(0, BLOCK_M)
             pull, along, present = pull_tile(
-                x_ptr,
-                y_ptr,
-                norm_x_ptr,
-                norm_y_ptr,
-                scale_x_ptr,
-                scale_y_ptr,
-                centre_ptr,
-                log_b_ptr + zero_b,
-                g_ptr + zero_b,
-                z_ptr + zero_b,
-                stride_n,
-                stride_m,
+                costs,
+                columns_of,
                 row_zero,
                 0,
-                n,
-                m,
-                dim,
                 A,
                 f,
                 w,
                 epsilon,
                 upstream,
                 upstream_linear,
-                KIND,
                 IMPLICIT,
-                SCALED,
-                WIDE,
-                PRECISION,
-                BLOCK_N,
-                BLOCK_M,
-                BLOCK_D,
+                HOW,
+                TILE,
             )
             for d0 in range(0, dim, BLOCK_G):
                 d = d0 + tl.arange(0, BLOCK_G)
-                y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED, WIDE)
+                y = operand(costs[1], costs[2], columns, d, dim, HOW)
                 y = tl.where(present[:, None], y, 0.0).to(PULL)
                 pulled = tl.dot(pull.to(PULL), y, input_precision=PULL_PRECISION)
-                store_gradient(
-                    grad_ptr,
-                    x_ptr,
-                    norm_x_ptr,
-                    scale_x_ptr,
-                    centre_ptr,
-                    rows,
-                    n,
-                    A,
-                    d,
-                    dim,
-                    along,
-                    pulled,
-                    KIND,
-                    SCALED,
-                    WIDE,
-                )
+                store_gradient(grad_ptr, costs, rows, A, d, along, pulled, HOW)
         else:
             along = tl.zeros((BLOCK_N,), tl.float32)
             pulled = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
@@ -255,83 +182,38 @@ def vector_gradient_kernel(
             for column_zero in range(0, m, BLOCK_M):
                 columns = column_zero + tl.arange(0, BLOCK_M)
                 pull, more, present = pull_tile(
-                    x_ptr,
-                    y_ptr,
-                    norm_x_ptr,
-                    norm_y_ptr,
-                    scale_x_ptr,
-                    scale_y_ptr,
-                    centre_ptr,
-                    log_b_ptr + zero_b,
-                    g_ptr + zero_b,
-                    z_ptr + zero_b,
-                    stride_n,
-                    stride_m,
+                    costs,
+                    columns_of,
                     row_zero,
                     column_zero,
-                    n,
-                    m,
-                    dim,
                     A,
                     f,
                     w,
                     epsilon,
                     upstream,
                     upstream_linear,
-                    KIND,
                     IMPLICIT,
-                    SCALED,
-                    WIDE,
-                    PRECISION,
-                    BLOCK_N,
-                    BLOCK_M,
-                    BLOCK_D,
+                    HOW,
+                    TILE,
                 )
                 along += more
-                y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED, WIDE)
+                y = operand(costs[1], costs[2], columns, d, dim, HOW)
                 y = tl.where(present[:, None], y, 0.0).to(PULL)
                 pulled = tl.dot(pull.to(PULL), y, pulled, input_precision=PULL_PRECISION)
-            store_gradient(
-                grad_ptr,
-                x_ptr,
-                norm_x_ptr,
-                scale_x_ptr,
-                centre_ptr,
-                rows,
-                n,
-                A,
-                d,
-                dim,
-                along,
-                pulled,
-                KIND,
-                SCALED,
-                WIDE,
-            )
+            store_gradient(grad_ptr, costs, rows, A, d, along, pulled, HOW)
 
 
 @triton.jit
-def store_gradient(
-    grad_ptr,
-    x_ptr,
-    norm_ptr,
-    scale_ptr,
-    centre_ptr,
-    rows,
-    n,
-    A,
-    d,
-    dim,
-    along,
-    pulled,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+def store_gradient(grad_ptr, costs, rows, A, d, along, pulled, HOW: tl.constexpr):
     """The gradient of some entries of some tokens, from the pull of the other side on them."""
+    tokens, _, centre_ptr, dim = costs
+    _, norm_ptr, scale_ptr, _, n = tokens
+    KIND: tl.constexpr = HOW[0]
+    SCALED: tl.constexpr = HOW[1]
+    WIDE: tl.constexpr = HOW[2]
     grad = -pulled
     if KIND != DOT:
-        x = operand(x_ptr, scale_ptr, centre_ptr, rows, n, d, dim, KIND, SCALED, WIDE)
+        x = operand(tokens, centre_ptr, rows, d, dim, HOW)
         x = x.to(tl.float32)
         if KIND == COSINE:
             norm = tl.load(norm_ptr + rows, mask=rows < n, other=0.0)

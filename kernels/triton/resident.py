@@ -22,12 +22,12 @@ for each rebuilding of K.
 import triton
 import triton.language as tl
 from optical.kernels.tiles import (
-    GIVEN,
     INFINITY,
     LOG2_E,
     cost_tile,
     extent,
     load_log_mass,
+    place,
     quotient,
     times_log2,
 )
@@ -150,16 +150,10 @@ def resident_kernel(
     columns = tl.arange(0, BLOCK_M)
     log_a_ptr += zero_a
     log_b_ptr += zero_b
-    if KIND == GIVEN:
-        x_ptr += problem * stride_batch
-    else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
-        centre_ptr += problem * dim
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     epsilon = tl.load(epsilon_ptr + problem)
     readable = (epsilon > 0) & (epsilon < INFINITY)
     epsilon = tl.where(readable, epsilon, 1.0)
@@ -211,30 +205,7 @@ def resident_kernel(
         A = load_log_mass(log_a_ptr, rows + zero, n)
         B = load_log_mass(log_b_ptr, columns + zero, m)
         cost = cost_tile(
-            x_ptr,
-            y_ptr,
-            norm_x_ptr,
-            norm_y_ptr,
-            scale_x_ptr,
-            scale_y_ptr,
-            centre_ptr,
-            stride_n,
-            stride_m,
-            zero,
-            zero,
-            n,
-            m,
-            dim,
-            KIND,
-            SCALED,
-            WIDE,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_M,
-            BLOCK_D,
-            PART,
-            WARPS_N,
-            WARPS_M,
+            costs, zero, zero, HOW, (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M)
         )
         # One tile serves all: -S, then with G and B the scores of the rows, then with F and A the
         # logarithms of the plan.

@@ -1,17 +1,20 @@
 """From the arguments of the operator to its outputs, with no wait for the device."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import triton
 from optical.arguments import Arguments, Outputs
 from optical.kernels import tuning
 from optical.kernels.adjoint import adjoint_kernel
 from optical.kernels.adjoint_streamed import adjoint_loop_kernel
 from optical.kernels.batch import KINDS, Batch, starts, tile_options, tiles_of
+from optical.kernels.loop import loop_kernel
 from optical.kernels.resident import resident_kernel
-from optical.kernels.streaming import finish_kernel, loop_kernel, turn_kernel, walk_kernel
+from optical.kernels.streaming import finish_kernel, keep_kernel, turn_kernel, walk_kernel
 
 
 def supports(arguments: Arguments) -> str | None:
@@ -41,13 +44,14 @@ def forward(arguments: Arguments) -> Outputs:
         general = p.omega != 1 or min(p.rho_a, p.rho_b) < math.inf
         roomy = general or p.anneal_start > 0 or batch.precision != "ieee"
         outputs = value, value_linear, marginal_error, n_iter, status
-        if max(batch.n, batch.m) > tuning.RESIDENT:
+        tiles = tiles_of(batch, tuning.ROOMY if roomy else tuning.TILES)
+        if not tiles or (batch.packed and max(batch.n, batch.m) > tuning.RESIDENT):
             # One program runs a problem where sizes are unknown or problems many.
             if batch.size > (1 if batch.packed else tuning.PROGRAMS):
                 _loop(batch, f, g, outputs)
             else:
                 _steps(batch, f, g, outputs)
-        for side, tile in tiles_of(batch, tuning.ROOMY if roomy else tuning.TILES):
+        for side, tile in tiles:
             resident_kernel[(batch.size,)](
                 *batch.sources(),
                 *starts(p),
@@ -80,7 +84,7 @@ def forward(arguments: Arguments) -> Outputs:
                 PART=tile.part,
                 WARPS_N=tile.warps_n,
                 WARPS_M=tile.warps_m,
-                num_warps=tile.warps,
+                num_warps=batch.warps(tile.warps),
                 num_stages=tile.stages,
             )
         w, z, residual = _adjoint(batch, f, g)
@@ -118,7 +122,7 @@ def _adjoint(batch: Batch, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor
             WARPS_N=tile.warps_n,
             WARPS_M=tile.warps_m,
             LINES=tuning.LINES,
-            num_warps=tile.warps,
+            num_warps=batch.warps(tile.warps),
             num_stages=tile.stages,
         )
     for side, tile in tiles_of(batch, tuning.ADJOINT):
@@ -140,8 +144,33 @@ def _adjoint(batch: Batch, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor
     return w, z, residual
 
 
+class Kept(NamedTuple):
+    """Room for a plan in half precision, and for the potentials at which it is written."""
+
+    fast: bool
+    start_a: Tensor
+    start_b: Tensor
+    plan: Tensor
+    width: int
+    plane: int
+
+
+def _kept(batch: Batch) -> Kept:
+    """The room of the runs that use it: whose sizes are known and that nothing holds back."""
+    p, tile = batch.arguments, tuning.STREAM
+    width = triton.cdiv(batch.m, tile.columns) * tile.columns
+    plane = triton.cdiv(batch.n, tile.rows) * tile.rows * width
+    plain = p.omega == 1 and p.rho_a == p.rho_b == math.inf
+    fast = p.precision == "fast" and plain and not (p.packed or p.low_memory)
+    if not fast or p.max_iter < tuning.KEPT_ITERATIONS or plane >= 2**31:
+        # Where nothing is read, any pointer serves.
+        return Kept(False, p.epsilon, p.epsilon, p.epsilon, 0, 0)
+    plan = p.log_a.new_empty(batch.size * plane, dtype=torch.float16)
+    return Kept(True, torch.empty_like(p.log_a), torch.empty_like(p.log_b), plan, width, plane)
+
+
 def _loop(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> None:
-    p = batch.arguments
+    p, kept = batch.arguments, _kept(batch)
     scratch = [torch.empty_like(x) for x in (p.log_a, p.log_b, p.log_a, p.log_b)]
     loop_kernel[(batch.size,)](
         *batch.sources(),
@@ -149,8 +178,13 @@ def _loop(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> No
         f,
         g,
         *scratch,
+        kept.start_a,
+        kept.start_b,
+        kept.plan,
         *outputs,
         *batch.sizes(),
+        kept.width,
+        kept.plane,
         p.max_iter,
         p.tol,
         1 / p.rho_a,
@@ -159,6 +193,7 @@ def _loop(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> No
         p.anneal_start,
         p.anneal_ratio,
         tuning.RESIDENT if batch.packed else 0,
+        FAST=kept.fast,
         START=p.f0 is not None,
         BLOCK=tuning.LINES,
         **tile_options(batch, tuning.STREAM),
@@ -171,17 +206,32 @@ def _steps(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> N
         torch.empty_like(x) for x in (p.log_a, p.log_b, p.log_a, p.log_b)
     )
     n_iter = outputs[3]
-    stopped = torch.empty_like(n_iter)
+    stopped, state = torch.empty_like(n_iter), torch.empty_like(n_iter)
+    moved, kept = torch.empty_like(p.epsilon), _kept(batch)
     begins = starts(p)
     options = {"PACKED": batch.packed, "START": p.f0 is not None, "BLOCK": tuning.LINES}
-    rows = batch.cu_a, p.log_a, p.epsilon, begins[0], f, found_a, stopped, n_iter, batch.n
-    columns = batch.cu_b, p.log_b, p.epsilon, begins[1], g, found_b, stopped, n_iter, batch.m
+    rows = batch.cu_a, p.log_a, p.epsilon, begins[0], f, found_a, kept.start_a
+    columns = batch.cu_b, p.log_b, p.epsilon, begins[1], g, found_b, kept.start_b
 
     def walk(swapped: bool, annealing: float, seen: int) -> None:
         sides = (g, f, found_b, spent_b) if swapped else (f, g, found_a, spent_a)
+        origins = (kept.start_b, kept.start_a) if swapped else (kept.start_a, kept.start_b)
         blocks = batch.blocks(batch.m if swapped else batch.n, tuning.STREAM.rows)
         walk_kernel[(batch.size, blocks)](
-            *batch.sources(swapped), *sides, stopped, *batch.sizes(swapped), annealing, seen, **tile
+            *batch.sources(swapped),
+            *sides,
+            *origins,
+            kept.plan,
+            state,
+            stopped,
+            *batch.sizes(swapped),
+            kept.width,
+            kept.plane,
+            annealing,
+            SEEN=seen,
+            ROWS=kept.fast and not swapped,
+            FAST=kept.fast and seen == 0,
+            **tile,
         )
 
     def turn(swapped: bool, iteration: int, begin: bool = False) -> None:
@@ -189,7 +239,13 @@ def _steps(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> N
         annealing, before = (p.anneal_start * p.anneal_ratio**k for k in (iteration, iteration - 1))
         turn_kernel[(batch.size,)](
             *lines,
+            state,
+            moved,
+            stopped,
+            n_iter,
+            batch.m if swapped else batch.n,
             int(iteration == 0),
+            p.max_iter - 1 - iteration,
             p.tol,
             1 / rho,
             p.omega,
@@ -197,13 +253,30 @@ def _steps(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> N
             # Nothing came before the first iteration, so no residual is measured there.
             before if iteration else math.inf,
             ROWS=not swapped,
+            FAST=kept.fast,
             BEGIN=begin,
             **options,
+        )
+
+    def keep() -> None:
+        keep_kernel[(batch.size, batch.blocks(batch.n, tuning.STREAM.rows))](
+            *batch.sources(),
+            kept.start_a,
+            kept.start_b,
+            kept.plan,
+            state,
+            stopped,
+            *batch.sizes(),
+            kept.width,
+            kept.plane,
+            **tile,
         )
 
     turn(False, 0, begin=True)
     turn(True, 0, begin=True)
     for iteration in range(p.max_iter):
+        if kept.fast:
+            keep()
         for swapped in (False, True):
             walk(swapped, p.anneal_start * p.anneal_ratio**iteration, seen=0)
             turn(swapped, iteration)

@@ -2,16 +2,18 @@
 
     F_i <- -log2 sum_j exp2(B_j + G_j - S_ij)        in the units of ``resident``
 
-Two ways to run it, of the same bits. ``walk_kernel`` and ``turn_kernel`` are one half-step: any
-number of programs per problem, and as many launches as there are half-steps; a problem that has
-stopped costs the launches and no more. ``loop_kernel`` runs all iterations of a problem in one
-program, which is what packed problems need, whose sizes nobody knows when kernels are launched.
+``walk_kernel`` and ``turn_kernel`` are one half-step: any number of programs per problem, and as
+many launches as there are half-steps; a problem that has stopped costs the launches and no more.
+``loop`` is the other way to run it, with the same bits.
+
+With FAST, most iterations are products with a plan that is kept in half precision: see ``kept``.
 """
 
 import triton
 import triton.language as tl
-from optical.kernels.tiles import GIVEN, INFINITY, LOG2_E, extent
-from optical.kernels.walks import MINIMA, SUMS, begin, finish, miss, relax, walk
+from optical.kernels.kept import EXACT, NEVER, WRITE, consider, half_step, keep, proceed
+from optical.kernels.tiles import INFINITY, LOG2_E, extent, place
+from optical.kernels.walks import SUMS, begin, finish, miss, relax, walk
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m"])
@@ -32,6 +34,10 @@ def walk_kernel(
     g_ptr,
     found_ptr,
     spent_ptr,
+    start_a_ptr,
+    start_b_ptr,
+    kept_ptr,
+    state_ptr,
     stopped_ptr,
     stride_batch,
     stride_n,
@@ -39,8 +45,12 @@ def walk_kernel(
     n,
     m,
     dim,
+    width,
+    plane,
     annealing,
     SEEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    FAST: tl.constexpr,
     KIND: tl.constexpr,
     PACKED: tl.constexpr,
     SCALED: tl.constexpr,
@@ -54,59 +64,98 @@ def walk_kernel(
 ):
     """A walk of all programs of a problem; for the columns the two sides change places."""
     problem = tl.program_id(0).to(tl.int64)
-    if tl.load(stopped_ptr + problem) != 0 and SEEN == MINIMA:
+    if tl.load(stopped_ptr + problem) != 0 and SEEN != SUMS:
         return
     zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
     zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
-    if KIND == GIVEN:
-        x_ptr += problem * stride_batch
-    else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
-        centre_ptr += problem * dim
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
     epsilon = tl.load(epsilon_ptr + problem)
     epsilon = tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
-    walk(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
+    own = (
         log_a_ptr + zero_a,
-        log_b_ptr + zero_b,
         f_ptr + zero_a,
-        g_ptr + zero_b,
         found_ptr + zero_a,
         spent_ptr + zero_a,
-        stride_n,
-        stride_m,
-        n,
-        m,
-        dim,
-        tl.program_id(1) * BLOCK_N,
-        tl.num_programs(1) * BLOCK_N,
-        LOG2_E / epsilon,
-        epsilon / tl.maximum(epsilon, annealing),
-        SEEN,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_M,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
+        start_a_ptr + zero_a,
     )
+    other = (log_b_ptr + zero_b, g_ptr + zero_b, own[2], own[3], start_b_ptr + zero_b)
+    first = tl.program_id(1) * BLOCK_N
+    step = tl.num_programs(1) * BLOCK_N
+    scale = LOG2_E / epsilon
+    if SEEN == SUMS:
+        walk(costs, own, other, first, step, scale, 1.0, SUMS, HOW, TILE)
+    else:
+        kept = (kept_ptr + problem * plane, width)
+        state = 0
+        if FAST:
+            state = tl.load(state_ptr + problem)
+        ratio = epsilon / tl.maximum(epsilon, annealing)
+        half_step(costs, own, other, kept, state, first, step, scale, ratio, ROWS, FAST, HOW, TILE)
 
 
-@triton.jit(do_not_specialize=["n", "first"])
+@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m"])
+def keep_kernel(
+    x_ptr,
+    y_ptr,
+    norm_x_ptr,
+    norm_y_ptr,
+    scale_x_ptr,
+    scale_y_ptr,
+    centre_ptr,
+    cu_a_ptr,
+    cu_b_ptr,
+    log_a_ptr,
+    log_b_ptr,
+    epsilon_ptr,
+    start_a_ptr,
+    start_b_ptr,
+    kept_ptr,
+    state_ptr,
+    stopped_ptr,
+    stride_batch,
+    stride_n,
+    stride_m,
+    n,
+    m,
+    dim,
+    width,
+    plane,
+    KIND: tl.constexpr,
+    PACKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    WARPS_M: tl.constexpr,
+):
+    """Write K of the problems that are about to use one."""
+    problem = tl.program_id(0).to(tl.int64)
+    if (tl.load(stopped_ptr + problem) != 0) | (tl.load(state_ptr + problem) != WRITE):
+        return
+    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
+    epsilon = tl.load(epsilon_ptr + problem)
+    rows = (log_a_ptr + zero_a, start_a_ptr + zero_a)
+    columns = (log_b_ptr + zero_b, start_b_ptr + zero_b)
+    kept = (kept_ptr + problem * plane, width)
+    first = tl.program_id(1) * BLOCK_N
+    step = tl.num_programs(1) * BLOCK_N
+    keep(costs, rows, columns, kept, first, step, LOG2_E / epsilon, HOW, TILE)
+
+
+@triton.jit(do_not_specialize=["n", "first", "left"])
 def turn_kernel(
     cu_ptr,
     log_mass_ptr,
@@ -114,10 +163,14 @@ def turn_kernel(
     start_ptr,
     f_ptr,
     found_ptr,
+    kept_start_ptr,
+    state_ptr,
+    moved_ptr,
     stopped_ptr,
     n_iter_ptr,
     n,
     first,
+    left,
     tol,
     inverse_rho,
     omega,
@@ -125,6 +178,7 @@ def turn_kernel(
     before,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
+    FAST: tl.constexpr,
     START: tl.constexpr,
     BEGIN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -132,7 +186,7 @@ def turn_kernel(
     """After a walk: whether the problem stops here, if not, the potentials of one side.
 
     ``before`` is the temperature of the annealing one iteration earlier. With BEGIN there was no
-    walk yet, and the side is given its start.
+    walk yet, and the side is given its start. ``left`` iterations are to come after this one.
     """
     problem = tl.program_id(0).to(tl.int64)
     zero, n = extent(cu_ptr, problem, n, PACKED)
@@ -142,29 +196,45 @@ def turn_kernel(
         begin(f_ptr + zero, start_ptr + zero, n, LOG2_E / epsilon, START, BLOCK)
         tl.store(stopped_ptr + problem, 0)
         tl.store(n_iter_ptr + problem, 0)
+        if FAST and ROWS:
+            tl.store(state_ptr + problem, consider(log_mass_ptr + zero, n, BLOCK))
         return
     if tl.load(stopped_ptr + problem) != 0:
         return
+    own = (
+        log_mass_ptr + zero,
+        f_ptr + zero,
+        found_ptr + zero,
+        found_ptr + zero,
+        kept_start_ptr + zero,
+    )
+    state = 0
+    if FAST:
+        state = tl.load(state_ptr + problem)
     temperature = tl.maximum(epsilon, annealing)
     stop = False
     if ROWS and tol > 0:
-        missed = miss(
-            f_ptr + zero,
-            found_ptr + zero,
-            log_mass_ptr + zero,
-            n,
-            epsilon / temperature,
-            epsilon * inverse_rho,
-            BLOCK,
-        )
+        missed = miss(own, n, epsilon / temperature, epsilon * inverse_rho, BLOCK)
         stop = (missed <= tol) & (tl.maximum(epsilon, before) == epsilon)
+        if FAST:
+            # An exact iteration decides.
+            kept_alone = stop & (state > EXACT)
+            state = tl.where(kept_alone, NEVER, state)
+            stop = stop & (kept_alone == 0)
     if stop:
         tl.store(stopped_ptr + problem, 1)
     else:
         relaxation = tl.where((first != 0) | (temperature != epsilon), 1.0, omega)
         beta = relaxation / (1 + temperature * inverse_rho)
         tl.debug_barrier()
-        relax(f_ptr + zero, found_ptr + zero, n, relaxation, beta, BLOCK)
+        moved = relax(own, n, relaxation, beta, state, FAST, BLOCK)
+        if FAST and ROWS:
+            tl.store(moved_ptr + problem, moved)
+            tl.store(state_ptr + problem, state)
+        elif FAST:
+            moved = tl.maximum(moved, tl.load(moved_ptr + problem))
+            state = proceed(state, moved, temperature == epsilon, left)
+            tl.store(state_ptr + problem, state)
         if not ROWS:
             tl.store(n_iter_ptr + problem, tl.load(n_iter_ptr + problem) + 1)
 
@@ -206,331 +276,20 @@ def finish_kernel(
     epsilon = tl.load(epsilon_ptr + problem)
     readable = (epsilon > 0) & (epsilon < INFINITY)
     epsilon = tl.where(readable, epsilon, 1.0)
-    f0_ptr += zero_a
-    g0_ptr += zero_b
-    log_a_ptr += zero_a
-    log_b_ptr += zero_b
-    f_ptr += zero_a
-    g_ptr += zero_b
-    found_a_ptr += zero_a
-    found_b_ptr += zero_b
-    spent_a_ptr += zero_a
-    spent_b_ptr += zero_b
+    starts = (f0_ptr + zero_a, g0_ptr + zero_b)
+    rows = (log_a_ptr + zero_a, f_ptr + zero_a, found_a_ptr + zero_a, spent_a_ptr + zero_a)
+    columns = (log_b_ptr + zero_b, g_ptr + zero_b, found_b_ptr + zero_b, spent_b_ptr + zero_b)
+    outputs = (value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr)
     iteration = tl.load(n_iter_ptr + problem)
     stop = tl.load(stopped_ptr + problem) != 0
     finish(
         problem,
         epsilon,
         readable,
-        f0_ptr,
-        g0_ptr,
-        f_ptr,
-        g_ptr,
-        found_a_ptr,
-        found_b_ptr,
-        spent_a_ptr,
-        spent_b_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        value_ptr,
-        value_linear_ptr,
-        marginal_error_ptr,
-        n_iter_ptr,
-        status_ptr,
-        n,
-        m,
-        iteration,
-        stop,
-        max_iter,
-        inverse_rho_a,
-        inverse_rho_b,
-        START,
-        BLOCK,
-    )
-
-
-@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least"])
-def loop_kernel(
-    x_ptr,
-    y_ptr,
-    norm_x_ptr,
-    norm_y_ptr,
-    scale_x_ptr,
-    scale_y_ptr,
-    centre_ptr,
-    cu_a_ptr,
-    cu_b_ptr,
-    log_a_ptr,
-    log_b_ptr,
-    epsilon_ptr,
-    f0_ptr,
-    g0_ptr,
-    f_ptr,
-    g_ptr,
-    found_a_ptr,
-    found_b_ptr,
-    spent_a_ptr,
-    spent_b_ptr,
-    value_ptr,
-    value_linear_ptr,
-    marginal_error_ptr,
-    n_iter_ptr,
-    status_ptr,
-    stride_batch,
-    stride_n,
-    stride_m,
-    n,
-    m,
-    dim,
-    max_iter,
-    tol,
-    inverse_rho_a,
-    inverse_rho_b,
-    omega,
-    anneal_start,
-    anneal_ratio,
-    least,
-    KIND: tl.constexpr,
-    PACKED: tl.constexpr,
-    SCALED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WARPS_N: tl.constexpr,
-    WARPS_M: tl.constexpr,
-    START: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """All iterations of a problem in one program, for those of more than ``least`` lines a side."""
-    problem = tl.program_id(0).to(tl.int64)
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
-    if tl.maximum(n, m) <= least:
-        return
-    f0_ptr += zero_a
-    g0_ptr += zero_b
-    log_a_ptr += zero_a
-    log_b_ptr += zero_b
-    f_ptr += zero_a
-    g_ptr += zero_b
-    found_a_ptr += zero_a
-    found_b_ptr += zero_b
-    spent_a_ptr += zero_a
-    spent_b_ptr += zero_b
-    if KIND == GIVEN:
-        x_ptr += problem * stride_batch
-        y_ptr = x_ptr
-    else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
-        centre_ptr += problem * dim
-    epsilon = tl.load(epsilon_ptr + problem)
-    readable = (epsilon > 0) & (epsilon < INFINITY)
-    epsilon = tl.where(readable, epsilon, 1.0)
-    scale = LOG2_E / epsilon
-    begin(f_ptr, f0_ptr, n, scale, START, BLOCK)
-    begin(g_ptr, g0_ptr, m, scale, START, BLOCK)
-    iteration = 0
-    stop = False
-    settled = False
-    annealing = anneal_start
-    running = max_iter > 0
-    while running:
-        temperature = tl.maximum(epsilon, annealing)
-        annealing *= anneal_ratio
-        ratio = epsilon / temperature
-        relaxation = tl.where((iteration == 0) | (temperature != epsilon), 1.0, omega)
-        tl.debug_barrier()
-        walk(
-            x_ptr,
-            y_ptr,
-            norm_x_ptr,
-            norm_y_ptr,
-            scale_x_ptr,
-            scale_y_ptr,
-            centre_ptr,
-            log_a_ptr,
-            log_b_ptr,
-            f_ptr,
-            g_ptr,
-            found_a_ptr,
-            spent_a_ptr,
-            stride_n,
-            stride_m,
-            n,
-            m,
-            dim,
-            0,
-            BLOCK_N,
-            scale,
-            ratio,
-            MINIMA,
-            KIND,
-            SCALED,
-            WIDE,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_M,
-            BLOCK_D,
-            WARPS_N,
-            WARPS_M,
-        )
-        tl.debug_barrier()
-        if (tol > 0) & settled:
-            missed = miss(f_ptr, found_a_ptr, log_a_ptr, n, ratio, epsilon * inverse_rho_a, BLOCK)
-            stop = missed <= tol
-        settled = temperature == epsilon
-        if stop == 0:
-            tl.debug_barrier()
-            relax(
-                f_ptr,
-                found_a_ptr,
-                n,
-                relaxation,
-                relaxation / (1 + temperature * inverse_rho_a),
-                BLOCK,
-            )
-            tl.debug_barrier()
-            walk(
-                y_ptr,
-                x_ptr,
-                norm_y_ptr,
-                norm_x_ptr,
-                scale_y_ptr,
-                scale_x_ptr,
-                centre_ptr,
-                log_b_ptr,
-                log_a_ptr,
-                g_ptr,
-                f_ptr,
-                found_b_ptr,
-                spent_b_ptr,
-                stride_m,
-                stride_n,
-                m,
-                n,
-                dim,
-                0,
-                BLOCK_N,
-                scale,
-                ratio,
-                MINIMA,
-                KIND,
-                SCALED,
-                WIDE,
-                PRECISION,
-                BLOCK_N,
-                BLOCK_M,
-                BLOCK_D,
-                WARPS_N,
-                WARPS_M,
-            )
-            tl.debug_barrier()
-            relax(
-                g_ptr,
-                found_b_ptr,
-                m,
-                relaxation,
-                relaxation / (1 + temperature * inverse_rho_b),
-                BLOCK,
-            )
-            iteration += 1
-        running = (iteration < max_iter) & (stop == 0)
-    tl.debug_barrier()
-    walk(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        f_ptr,
-        g_ptr,
-        found_a_ptr,
-        spent_a_ptr,
-        stride_n,
-        stride_m,
-        n,
-        m,
-        dim,
-        0,
-        BLOCK_N,
-        scale,
-        1.0,
-        SUMS,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_M,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
-    )
-    walk(
-        y_ptr,
-        x_ptr,
-        norm_y_ptr,
-        norm_x_ptr,
-        scale_y_ptr,
-        scale_x_ptr,
-        centre_ptr,
-        log_b_ptr,
-        log_a_ptr,
-        g_ptr,
-        f_ptr,
-        found_b_ptr,
-        spent_b_ptr,
-        stride_m,
-        stride_n,
-        m,
-        n,
-        dim,
-        0,
-        BLOCK_N,
-        scale,
-        1.0,
-        SUMS,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_M,
-        BLOCK_D,
-        WARPS_N,
-        WARPS_M,
-    )
-    tl.debug_barrier()
-    finish(
-        problem,
-        epsilon,
-        readable,
-        f0_ptr,
-        g0_ptr,
-        f_ptr,
-        g_ptr,
-        found_a_ptr,
-        found_b_ptr,
-        spent_a_ptr,
-        spent_b_ptr,
-        log_a_ptr,
-        log_b_ptr,
-        value_ptr,
-        value_linear_ptr,
-        marginal_error_ptr,
-        n_iter_ptr,
-        status_ptr,
+        starts,
+        rows,
+        columns,
+        outputs,
         n,
         m,
         iteration,

@@ -7,12 +7,12 @@ columns the two sides change places.
 import triton
 import triton.language as tl
 from optical.kernels.tiles import (
-    GIVEN,
     INFINITY,
     LOG2_E,
     cost_tile,
     extent,
     load_log_mass,
+    place,
     plan_tile,
 )
 
@@ -63,16 +63,10 @@ def mass_gradient_kernel(
     problem = tl.program_id(0).to(tl.int64)
     zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
     zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
-    if KIND == GIVEN:
-        x_ptr += problem * stride_batch
-    else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
-        centre_ptr += problem * dim
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     epsilon = tl.load(epsilon_ptr + problem)
     scale = LOG2_E / epsilon
     upstream = tl.load(grad_value_ptr + problem)
@@ -98,30 +92,7 @@ def mass_gradient_kernel(
                 B = load_log_mass(log_b_ptr + zero_b, columns, m)
                 g = tl.load(g_ptr + zero_b + columns, mask=columns < m, other=0.0)
                 cost = cost_tile(
-                    x_ptr,
-                    y_ptr,
-                    norm_x_ptr,
-                    norm_y_ptr,
-                    scale_x_ptr,
-                    scale_y_ptr,
-                    centre_ptr,
-                    stride_n,
-                    stride_m,
-                    row_zero,
-                    column_zero,
-                    n,
-                    m,
-                    dim,
-                    KIND,
-                    SCALED,
-                    WIDE,
-                    PRECISION,
-                    BLOCK_N,
-                    BLOCK_M,
-                    BLOCK_D,
-                    BLOCK_N,
-                    2,
-                    2,
+                    costs, row_zero, column_zero, HOW, (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, 2, 2)
                 )
                 row_sum += tl.sum(plan_tile(cost, A, B, f, g, scale), 1)
                 present = (B != -INFINITY)[None, :]
@@ -182,16 +153,10 @@ def product_kernel(
     problem = tl.program_id(0).to(tl.int64)
     zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
     zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
-    if KIND == GIVEN:
-        x_ptr += problem * stride_batch
-    else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
-        centre_ptr += problem * dim
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     scale = LOG2_E / tl.load(epsilon_ptr + problem)
     d = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
     for row_zero in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
@@ -204,30 +169,7 @@ def product_kernel(
             B = load_log_mass(log_b_ptr + zero_b, columns, m)
             g = tl.load(g_ptr + zero_b + columns, mask=columns < m, other=0.0)
             cost = cost_tile(
-                x_ptr,
-                y_ptr,
-                norm_x_ptr,
-                norm_y_ptr,
-                scale_x_ptr,
-                scale_y_ptr,
-                centre_ptr,
-                stride_n,
-                stride_m,
-                row_zero,
-                column_zero,
-                n,
-                m,
-                dim,
-                KIND,
-                SCALED,
-                WIDE,
-                PRECISION,
-                BLOCK_N,
-                BLOCK_M,
-                BLOCK_D,
-                BLOCK_N,
-                2,
-                2,
+                costs, row_zero, column_zero, HOW, (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, 2, 2)
             )
             plan = plan_tile(cost, A, B, f, g, scale)
             offsets = (zero_b + columns).to(tl.int64)[:, None] * width + d[None, :]

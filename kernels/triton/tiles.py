@@ -45,19 +45,12 @@ def load_log_mass(log_mass_ptr, index, size):
 
 
 @triton.jit
-def operand(
-    vectors_ptr,
-    scale_ptr,
-    centre_ptr,
-    index,
-    size,
-    d,
-    dim,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+def operand(tokens, centre_ptr, index, d, dim, HOW: tl.constexpr):
     """A tile of token vectors as a dot takes them, zeros outside the problem."""
+    vectors_ptr, _, scale_ptr, _, size = tokens
+    KIND: tl.constexpr = HOW[0]
+    SCALED: tl.constexpr = HOW[1]
+    WIDE: tl.constexpr = HOW[2]
     inside = (index < size)[:, None] & (d < dim)[None, :]
     if WIDE:
         index = index.to(tl.int64)
@@ -73,27 +66,46 @@ def operand(
 
 
 @triton.jit
-def dots(
-    x_ptr,
-    y_ptr,
-    scale_x_ptr,
-    scale_y_ptr,
-    centre_ptr,
-    row_zero,
-    column_zero,
-    n,
-    m,
-    dim,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PART: tl.constexpr,
-):
+def place(tokens, sizes, problem, zero_a, zero_b, KIND: tl.constexpr):
+    """What the cost of a problem is made of: its tokens and what is known of them, strides, sizes.
+
+    Whatever makes costs takes this tuple, HOW = (KIND, SCALED, WIDE, PRECISION), and where the
+    tile is not one of its own, TILE = (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M).
+    """
+    x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr = tokens
+    stride_batch, stride_n, stride_m, n, m, dim = sizes
+    if KIND == GIVEN:
+        x_ptr += problem * stride_batch
+        y_ptr = x_ptr
+    else:
+        x_ptr += zero_a * dim
+        y_ptr += zero_b * dim
+        norm_x_ptr += zero_a
+        norm_y_ptr += zero_b
+        scale_x_ptr += zero_a
+        scale_y_ptr += zero_b
+        centre_ptr += problem * dim
+    x = (x_ptr, norm_x_ptr, scale_x_ptr, stride_n, n)
+    y = (y_ptr, norm_y_ptr, scale_y_ptr, stride_m, m)
+    return x, y, centre_ptr, dim
+
+
+@triton.jit
+def swapped(costs):
+    """The same with the two sides exchanged."""
+    x, y, centre_ptr, dim = costs
+    return y, x, centre_ptr, dim
+
+
+@triton.jit
+def dots(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
     """x_i . y_j (BLOCK_N, BLOCK_M), made of parts of PART rows."""
+    x_side, y_side, centre_ptr, dim = costs
+    PRECISION: tl.constexpr = HOW[3]
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_M: tl.constexpr = TILE[1]
+    BLOCK_D: tl.constexpr = TILE[2]
+    PART: tl.constexpr = TILE[3]
     PARTS: tl.constexpr = BLOCK_N // PART
     rows = row_zero + tl.arange(0, PART)
     columns = column_zero + tl.arange(0, BLOCK_M)
@@ -105,21 +117,17 @@ def dots(
         sum3 = tl.zeros((PART, BLOCK_M), tl.float32)
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED, WIDE)
+        y = operand(y_side, centre_ptr, columns, d, dim, HOW)
         y = tl.trans(y)
-        x = operand(x_ptr, scale_x_ptr, centre_ptr, rows, n, d, dim, KIND, SCALED, WIDE)
+        x = operand(x_side, centre_ptr, rows, d, dim, HOW)
         sum0 = tl.dot(x, y, sum0, input_precision=PRECISION)
         if PARTS >= 2:
-            x = operand(x_ptr, scale_x_ptr, centre_ptr, rows + PART, n, d, dim, KIND, SCALED, WIDE)
+            x = operand(x_side, centre_ptr, rows + PART, d, dim, HOW)
             sum1 = tl.dot(x, y, sum1, input_precision=PRECISION)
         if PARTS >= 4:
-            x = operand(
-                x_ptr, scale_x_ptr, centre_ptr, rows + 2 * PART, n, d, dim, KIND, SCALED, WIDE
-            )
+            x = operand(x_side, centre_ptr, rows + 2 * PART, d, dim, HOW)
             sum2 = tl.dot(x, y, sum2, input_precision=PRECISION)
-            x = operand(
-                x_ptr, scale_x_ptr, centre_ptr, rows + 3 * PART, n, d, dim, KIND, SCALED, WIDE
-            )
+            x = operand(x_side, centre_ptr, rows + 3 * PART, d, dim, HOW)
             sum3 = tl.dot(x, y, sum3, input_precision=PRECISION)
     if PARTS == 1:
         product = sum0
@@ -162,36 +170,16 @@ def stored_cost(
 
 
 @triton.jit
-def cost_tile(
-    x_ptr,
-    y_ptr,
-    norm_x_ptr,
-    norm_y_ptr,
-    scale_x_ptr,
-    scale_y_ptr,
-    centre_ptr,
-    stride_n,
-    stride_m,
-    row_zero,
-    column_zero,
-    n,
-    m,
-    dim,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PART: tl.constexpr,
-    WARPS_N: tl.constexpr,
-    WARPS_M: tl.constexpr,
-):
-    """A tile of the cost of one problem; the pointers stand at its beginning.
+def cost_tile(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
+    """A tile of the cost of one problem.
 
     A cost of vectors that is not finite becomes NaN, never a forbidden pair.
     """
+    x_ptr, norm_x_ptr, _, stride_n, n = costs[0]
+    _, norm_y_ptr, _, stride_m, m = costs[1]
+    KIND: tl.constexpr = HOW[0]
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_M: tl.constexpr = TILE[1]
     if KIND == GIVEN:
         cost = stored_cost(
             x_ptr,
@@ -201,33 +189,14 @@ def cost_tile(
             column_zero,
             n,
             m,
-            WIDE,
+            HOW[2],
             BLOCK_N,
             BLOCK_M,
-            WARPS_N,
-            WARPS_M,
+            TILE[4],
+            TILE[5],
         )
     else:
-        cost = dots(
-            x_ptr,
-            y_ptr,
-            scale_x_ptr,
-            scale_y_ptr,
-            centre_ptr,
-            row_zero,
-            column_zero,
-            n,
-            m,
-            dim,
-            KIND,
-            SCALED,
-            WIDE,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_M,
-            BLOCK_D,
-            PART,
-        )
+        cost = dots(costs, row_zero, column_zero, HOW, TILE)
         if KIND == DOT:
             cost = -cost
         else:

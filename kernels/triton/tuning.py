@@ -7,7 +7,7 @@ instructions off the machine code (``tests/test_triton_compile.py``); no entry w
 
 from typing import NamedTuple
 
-# The longest side of a problem that stays on chip; the larger ones are streamed.
+# The longest side of a problem that stays on chip; larger ones are OBLONG or streamed.
 RESIDENT = 128
 # How many iterations on chip pass between two looks at how far they have gone.
 STEPS = 4
@@ -33,6 +33,10 @@ class Tile(NamedTuple):
         return self.warps_n * self.warps_m
 
 
+# AMD's warps have 64 lanes, and four of them share a program with 512 registers for each lane; more
+# warps would have 256.
+AMD_WARPS = 4
+
 # The tiles on chip by the longest side they hold.
 TILES = {
     16: Tile(16, 16, 32, 16, 1, 1, 2),
@@ -41,7 +45,10 @@ TILES = {
     128: Tile(128, 128, 32, 32, 2, 2, 2),
 }
 
-# The same with fewer entries per thread, for runs with more to remember: float32 vectors, whose
+# Tiles on chip for padded problems with one long side, where nothing more has to be remembered.
+OBLONG = (Tile(128, 256, 32, 32, 2, 4, 2), Tile(256, 128, 32, 64, 4, 2, 2))
+
+# As TILES with fewer entries per thread, for runs with more to remember: float32 vectors, whose
 # products take three dots, penalties, over-relaxation and annealing.
 ROOMY = TILES | {
     64: Tile(64, 64, 32, 32, 2, 1, 2),
@@ -107,5 +114,7 @@ STREAM = Tile(64, 64, 32, 64, 2, 2, 2)
 ADJOINT_STREAM = {True: Tile(32, 32, 32, 32, 2, 2, 2), False: Tile(64, 64, 32, 64, 4, 2, 2)}
 # So many problems keep a GPU busy with one program each; fewer are shared out, launch by launch.
 PROGRAMS = 128
+# From so many iterations on a plan in half precision is worth being written down.
+KEPT_ITERATIONS = 8
 # How many lines of a side are looked at together between two walks.
 LINES = 256

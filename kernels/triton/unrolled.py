@@ -24,7 +24,9 @@ from optical.kernels.tiles import (
     extent,
     load_log_mass,
     operand,
+    place,
     plan_tile,
+    swapped,
 )
 
 
@@ -132,18 +134,14 @@ def unrolled_kernel(
     path_f_ptr += zero_a * (max_iter + 1) + rows
     path_g_ptr += zero_b * (max_iter + 1) + columns
     if KIND == GIVEN:
-        x_ptr += problem * stride_batch
         grad_x_ptr += problem * n * m
     else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
         grad_x_ptr += zero_a * dim
         grad_y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
-        centre_ptr += problem * dim
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     inside_a = rows < n
     inside_b = columns < m
     A = load_log_mass(log_a_ptr + zero_a, rows, n)
@@ -158,32 +156,7 @@ def unrolled_kernel(
     steps = tl.where(dead, 0, tl.load(n_iter_ptr + problem))
     epsilon = tl.load(epsilon_ptr + problem)
     epsilon = tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
-    cost = cost_tile(
-        x_ptr,
-        y_ptr,
-        norm_x_ptr,
-        norm_y_ptr,
-        scale_x_ptr,
-        scale_y_ptr,
-        centre_ptr,
-        stride_n,
-        stride_m,
-        0,
-        0,
-        n,
-        m,
-        dim,
-        KIND,
-        SCALED,
-        WIDE,
-        PRECISION,
-        BLOCK_N,
-        BLOCK_M,
-        BLOCK_D,
-        PART,
-        WARPS_N,
-        WARPS_M,
-    )
+    cost = cost_tile(costs, 0, 0, HOW, (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M))
     cost = tl.where(present_a[:, None] & present_b[None, :], cost, INFINITY)
     alive_a = tl.min(cost, 1) < INFINITY
     alive_b = tl.min(cost, 0) < INFINITY
@@ -281,8 +254,8 @@ def unrolled_kernel(
             near = tl.where(cost < INFINITY, bar * (1 - cost), 0.0)
             along_a = tl.sum(near, 1)
             along_b = tl.sum(near, 0)
-            pull_a *= tl.load(norm_y_ptr + columns, mask=inside_b, other=0.0)[None, :]
-            pull_b *= tl.load(norm_x_ptr + rows, mask=inside_a, other=0.0)[:, None]
+            pull_a *= tl.load(costs[1][1] + columns, mask=inside_b, other=0.0)[None, :]
+            pull_b *= tl.load(costs[0][1] + rows, mask=inside_a, other=0.0)[:, None]
             # The norm of an absent token may be no number.
             pull_a = tl.where((cost < INFINITY) & (dead == 0), pull_a, 0.0)
             pull_b = tl.where((cost < INFINITY) & (dead == 0), pull_b, 0.0)
@@ -292,44 +265,23 @@ def unrolled_kernel(
         for d0 in range(0, dim, BLOCK_G):
             d = d0 + tl.arange(0, BLOCK_G)
             if NEED_X:
-                y = operand(y_ptr, scale_y_ptr, centre_ptr, columns, m, d, dim, KIND, SCALED, WIDE)
+                y = operand(costs[1], costs[2], columns, d, dim, HOW)
                 y = tl.where(present_b[:, None] & (dead == 0), y, 0.0).to(PULL)
                 pulled = tl.dot(pull_a.to(PULL), y, input_precision=PULL_PRECISION)
                 store_gradient(
-                    grad_x_ptr,
-                    x_ptr,
-                    norm_x_ptr,
-                    scale_x_ptr,
-                    centre_ptr,
-                    rows,
-                    n,
-                    tl.where(dead, -INFINITY, A),
-                    d,
-                    dim,
-                    along_a,
-                    pulled,
-                    KIND,
-                    SCALED,
-                    WIDE,
+                    grad_x_ptr, costs, rows, tl.where(dead, -INFINITY, A), d, along_a, pulled, HOW
                 )
             if NEED_Y:
-                x = operand(x_ptr, scale_x_ptr, centre_ptr, rows, n, d, dim, KIND, SCALED, WIDE)
+                x = operand(costs[0], costs[2], rows, d, dim, HOW)
                 x = tl.where(present_a[:, None] & (dead == 0), x, 0.0).to(PULL)
                 pulled = tl.dot(tl.trans(pull_b).to(PULL), x, input_precision=PULL_PRECISION)
                 store_gradient(
                     grad_y_ptr,
-                    y_ptr,
-                    norm_y_ptr,
-                    scale_y_ptr,
-                    centre_ptr,
+                    swapped(costs),
                     columns,
-                    m,
                     tl.where(dead, -INFINITY, B),
                     d,
-                    dim,
                     along_b,
                     pulled,
-                    KIND,
-                    SCALED,
-                    WIDE,
+                    HOW,
                 )

@@ -27,43 +27,32 @@ DEAD = tl.constexpr(3e38)
 
 @triton.jit
 def walk(
-    x_ptr,
-    y_ptr,
-    norm_x_ptr,
-    norm_y_ptr,
-    scale_x_ptr,
-    scale_y_ptr,
-    centre_ptr,
-    log_a_ptr,
-    log_b_ptr,
-    F_ptr,
-    G_ptr,
-    found_ptr,
-    spent_ptr,
-    stride_n,
-    stride_m,
-    n,
-    m,
-    dim,
+    costs,
+    own,
+    other,
     first,
     step,
     scale,
     ratio,
     SEEN: tl.constexpr,
-    KIND: tl.constexpr,
-    SCALED: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WARPS_N: tl.constexpr,
-    WARPS_M: tl.constexpr,
+    HOW: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """For the rows from ``first`` in steps: their minima, or their sums of P and of P * C.
 
     Found is ``DEAD`` for a row without an allowed pair, and NaN where a cost is no number.
+    ``own``, ``other``: masses, potentials, and for the rows where to put what is found and spent.
     """
+    log_a_ptr = own[0]
+    F_ptr = own[1]
+    found_ptr = own[2]
+    spent_ptr = own[3]
+    log_b_ptr = other[0]
+    G_ptr = other[1]
+    n = costs[0][4]
+    m = costs[1][4]
+    BLOCK_N: tl.constexpr = TILE[0]
+    BLOCK_M: tl.constexpr = TILE[1]
     for row_zero in range(first, n, step):
         rows = row_zero + tl.arange(0, BLOCK_N)
         A = load_log_mass(log_a_ptr, rows, n)
@@ -77,32 +66,7 @@ def walk(
             columns = column_zero + tl.arange(0, BLOCK_M)
             B = load_log_mass(log_b_ptr, columns, m)
             G = tl.load(G_ptr + columns, mask=columns < m, other=0.0)
-            cost = cost_tile(
-                x_ptr,
-                y_ptr,
-                norm_x_ptr,
-                norm_y_ptr,
-                scale_x_ptr,
-                scale_y_ptr,
-                centre_ptr,
-                stride_n,
-                stride_m,
-                row_zero,
-                column_zero,
-                n,
-                m,
-                dim,
-                KIND,
-                SCALED,
-                WIDE,
-                PRECISION,
-                BLOCK_N,
-                BLOCK_M,
-                BLOCK_D,
-                BLOCK_N,
-                WARPS_N,
-                WARPS_M,
-            )
+            cost = cost_tile(costs, row_zero, column_zero, HOW, TILE)
             present = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
             cost = tl.where(present, cost, INFINITY)
             lowest = tl.minimum(lowest, tl.min(cost, 1))
@@ -134,8 +98,11 @@ def walk(
 
 
 @triton.jit
-def miss(F_ptr, found_ptr, log_mass_ptr, n, ratio, strength, BLOCK: tl.constexpr):
+def miss(own, n, ratio, strength, BLOCK: tl.constexpr):
     """How far the sums behind found minima are from those wanted, in L1."""
+    log_mass_ptr = own[0]
+    F_ptr = own[1]
+    found_ptr = own[2]
     missed = tl.zeros((BLOCK,), tl.float32)
     for zero in range(0, n, BLOCK):
         index = zero + tl.arange(0, BLOCK)
@@ -149,14 +116,28 @@ def miss(F_ptr, found_ptr, log_mass_ptr, n, ratio, strength, BLOCK: tl.constexpr
 
 
 @triton.jit
-def relax(F_ptr, found_ptr, n, relaxation, beta, BLOCK: tl.constexpr):
-    """Move the potentials of one side towards the minima found; those of dead lines are 0."""
+def relax(own, n, relaxation, beta, state, FAST: tl.constexpr, BLOCK: tl.constexpr):
+    """Move the potentials of one side towards the minima found; those of dead lines are 0.
+
+    With FAST, return how far they end from where an exact iteration found them, or in the states
+    of ``kept`` above 0 from where K was written; and note where an exact one leaves them.
+    """
+    F_ptr = own[1]
+    found_ptr = own[2]
+    moved = tl.zeros((BLOCK,), tl.float32)
     for zero in range(0, n, BLOCK):
         index = zero + tl.arange(0, BLOCK)
-        F = tl.load(F_ptr + index, mask=index < n, other=0.0)
+        origin = tl.load(F_ptr + index, mask=index < n, other=0.0)
         found = tl.load(found_ptr + index, mask=index < n, other=DEAD)
-        F = tl.where(found == DEAD, 0.0, (1 - relaxation) * F + beta * found)
+        F = tl.where(found == DEAD, 0.0, (1 - relaxation) * origin + beta * found)
         tl.store(F_ptr + index, F, mask=index < n)
+        if FAST:
+            start = tl.load(own[4] + index, mask=index < n, other=DEAD)
+            origin = tl.where(state > 0, start, origin)
+            moved = tl.maximum(moved, tl.where(found == DEAD, 0.0, tl.abs(F - origin)))
+            start = tl.where(found == DEAD, DEAD, F)
+            tl.store(own[4] + index, start, mask=(index < n) & (state <= 0))
+    return tl.max(moved, 0)
 
 
 @triton.jit
@@ -191,13 +172,15 @@ def inspect(start_ptr, log_mass_ptr, n, START: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def account(
-    F_ptr, found_ptr, spent_ptr, log_mass_ptr, n, inverse_rho, strength, BLOCK: tl.constexpr
-):
+def account(own, n, inverse_rho, strength, BLOCK: tl.constexpr):
     """What one side has: its part of the dual value, its penalty, its error, its sums, and costs.
 
     The last two say whether a fixed line is dead and whether a cost is no number.
     """
+    log_mass_ptr = own[0]
+    F_ptr = own[1]
+    found_ptr = own[2]
+    spent_ptr = own[3]
     dual = tl.zeros((BLOCK,), tl.float32)
     price = tl.zeros((BLOCK,), tl.float32)
     missed = tl.zeros((BLOCK,), tl.float32)
@@ -239,21 +222,10 @@ def finish(
     problem,
     epsilon,
     readable,
-    start_f_ptr,
-    start_g_ptr,
-    f_ptr,
-    g_ptr,
-    found_a_ptr,
-    found_b_ptr,
-    spent_a_ptr,
-    spent_b_ptr,
-    log_a_ptr,
-    log_b_ptr,
-    value_ptr,
-    value_linear_ptr,
-    marginal_error_ptr,
-    n_iter_ptr,
-    status_ptr,
+    starts,
+    rows,
+    columns,
+    outputs,
     n,
     m,
     iteration,
@@ -264,19 +236,23 @@ def finish(
     START: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The outputs of one problem, after a walk for the sums of each side."""
+    """The outputs of one problem, after a walk for the sums of each side.
+
+    ``rows`` and ``columns``: masses, potentials, and what the walks found and saw spent.
+    """
+    value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr = outputs
     strength_a = epsilon * inverse_rho_a
     strength_b = epsilon * inverse_rho_b
     scale = LOG2_E / epsilon
-    unreadable_a, some_a, mass_a = inspect(start_f_ptr, log_a_ptr, n, START, BLOCK)
-    unreadable_b, some_b, mass_b = inspect(start_g_ptr, log_b_ptr, m, START, BLOCK)
+    unreadable_a, some_a, mass_a = inspect(starts[0], rows[0], n, START, BLOCK)
+    unreadable_b, some_b, mass_b = inspect(starts[1], columns[0], m, START, BLOCK)
     empty = (some_a == 0) | (some_b == 0)
     dual, price, error, total, transported, dead_a, unreadable = account(
-        f_ptr, found_a_ptr, spent_a_ptr, log_a_ptr, n, inverse_rho_a, strength_a, BLOCK
+        rows, n, inverse_rho_a, strength_a, BLOCK
     )
     value = dual / scale + price + epsilon * (mass_a * mass_b - total)
     dual, price, error_b, total, _, dead_b, _ = account(
-        g_ptr, found_b_ptr, spent_b_ptr, log_b_ptr, m, inverse_rho_b, strength_b, BLOCK
+        columns, m, inverse_rho_b, strength_b, BLOCK
     )
     value += dual / scale + price
     error += error_b
@@ -298,8 +274,8 @@ def finish(
     )
     tl.store(n_iter_ptr + problem, iteration)
     tl.store(status_ptr + problem, status)
-    end(f_ptr, log_a_ptr, n, scale, empty, broken, BLOCK)
-    end(g_ptr, log_b_ptr, m, scale, empty, broken, BLOCK)
+    end(rows[1], rows[0], n, scale, empty, broken, BLOCK)
+    end(columns[1], columns[0], m, scale, empty, broken, BLOCK)
 
 
 @triton.jit

@@ -13,6 +13,8 @@ import torch
 from optical import BackendUnsupported, backends, kernels, ops, ot_alignment, sinkhorn
 from optical.arguments import example
 from optical.kernels import tuning
+from optical.kernels.batch import Batch
+from optical.kernels.solve import _kept as kept_room
 from optical.testing import (
     FIELDS,
     assert_backend_correct,
@@ -30,11 +32,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # The implicit mode has the run and the gradients of the envelope one in it.
 MODES = ("implicit",)
 # Each iteration of each problem costs milliseconds here, and eight reach every branch but one.
-ALL = {
-    problem.name: replace(problem, max_iter=min(8, problem.max_iter))
+AS_LONG = {
+    problem.name: problem
     for problem in problems()
     if max(problem.cost.shape[1:]) <= 128 and len(problem.cost) <= 4 and not problem.anderson
 }
+ALL = {name: replace(p, max_iter=min(8, p.max_iter)) for name, p in AS_LONG.items()}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -121,6 +124,78 @@ def test_implicit_gradients_of_streamed_problems(name, monkeypatch, poisoned_mem
     assert_backend_correct("triton", problem, torch.float32, gradients=("implicit",))
 
 
+def fast(name, **changes):
+    """A named problem with iterations enough for a plan in half precision to be written."""
+    return replace(AS_LONG[name], precision="fast", **({"max_iter": 9} | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("marginals", "loop"), ("forbidden_lines", "steps"), ("cosine_ragged", "steps")],
+)
+def test_fast_problems_by_their_own_rule(name, way, monkeypatch, poisoned_memory):
+    stream_everything(monkeypatch, way)
+    problem = fast(name)
+    assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
+    found = solve("triton", problem.to(torch.float32))
+    exact = solve("triton", replace(problem, precision="exact").to(torch.float32))
+    assert not torch.equal(found["f"], exact["f"]), "no plan was kept in half precision"
+
+
+def test_a_kept_plan_is_written_again_where_potentials_drift(monkeypatch):
+    from optical.kernels import kept, loop
+
+    stream_everything(monkeypatch, "loop")
+    written = []
+    keep = loop.keep.rewrite()
+    monkeypatch.setattr(loop, "keep", lambda *given: written.append(keep(*given)))
+    problem = fast("epsilon_0.01", max_iter=24).one(0)
+    for drift, least, most in ((6.0, 1, 1), (0.6, 2, 8), (1e-4, 0, 0)):
+        monkeypatch.setattr(kept, "DRIFT", type(kept.DRIFT)(drift))
+        written.clear()
+        assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
+        assert least <= len(written) <= most, (drift, len(written))
+
+
+@pytest.mark.parametrize("tol", [1e-2, pytest.param(1e-6, marks=pytest.mark.slow)])
+def test_fast_problems_stop_by_exact_iterations(tol, monkeypatch):
+    """Where half precision alone would stop, exact iterations look again and go on if they must."""
+    problem = fast("epsilon_per_problem", max_iter=20, tol=tol).to(torch.float32)
+    ways = []
+    for way in ("loop", "steps"):
+        stream_everything(monkeypatch, way)
+        ways.append(solve("triton", problem))
+    for field in FIELDS:
+        assert torch.equal(ways[0][field], ways[1][field]), field
+    expected = solve("reference", problem)
+    assert torch.equal(ways[0]["status"], expected["status"])
+    stopped = expected["status"] == 0
+    assert stopped.any() and (ways[0]["marginal_error"][stopped] <= 1.01 * tol + 1e-6).all()
+    assert ((ways[0]["n_iter"] - expected["n_iter"]).abs() <= 1 + 8 * (tol < 1e-4)).all()
+
+
+REFUSED = {"rho": {"rho_a": 1.0}, "omega": {"omega": 1.2}, "short": {"max_iter": 7}}
+REFUSED |= {"low_memory": {"low_memory": True}, "exact": {"precision": "exact"}}
+
+
+def test_what_half_precision_does_not_serve():
+    def served(problem):
+        return kept_room(Batch(problem.to(torch.float32).arguments())).fast
+
+    assert served(fast("7x5"))
+    assert not served(packed(fast("cosine_ragged")))
+    for what, changes in REFUSED.items():
+        assert not served(replace(fast("7x5"), **changes)), what
+
+
+def test_light_rows_have_the_bits_of_exact_problems(monkeypatch):
+    stream_everything(monkeypatch, "loop")
+    problem = fast("mass_1e-30").to(torch.float32)
+    found, exact = (solve("triton", replace(problem, precision=p)) for p in ("fast", "exact"))
+    for field in FIELDS:
+        assert torch.equal(found[field], exact[field]), field
+
+
 def test_both_ways_to_stream_have_the_same_bits(monkeypatch):
     problem = replace(ALL["epsilon_per_problem"].to(torch.float32), max_iter=30, tol=1e-2)
     found = []
@@ -133,12 +208,24 @@ def test_both_ways_to_stream_have_the_same_bits(monkeypatch):
 
 
 def test_problems_larger_than_a_chip():
-    tall = random_problem("140x20", 1, 140, 20, max_iter=3)
+    tall = replace(random_problem("140x20", 1, 140, 20, max_iter=3), omega=1.2)
     wide = replace(random_problem("20x140", 1, 20, 140, max_iter=3), rho_a=0.5)
     lengths = {"rows": [150, 20, 40], "columns": [30, 140, 33]}
     mixed = random_clouds("mixed", "cosine", batch=3, n=150, m=140, max_iter=3, **lengths)
     for problem in (tall, wide, packed(mixed)):
         assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
+
+
+@pytest.mark.parametrize(("n", "m"), [(9, 140), (140, 9)])
+def test_one_long_side_stays_on_chip(n, m, monkeypatch):
+    clouds = random_clouds(f"{n}x{m}", "cosine", batch=1, n=n, m=m, dim=5, max_iter=6)
+    given = random_problem(f"{n}x{m}", 1, n, m, max_iter=6)
+    monkeypatch.setattr("optical.kernels.solve._steps", None)
+    for problem, half in ((given, None), (clouds, torch.float16)):
+        moved = problem.to(torch.float32, vectors=half)
+        out, truth = solve("triton", moved), solve("reference", moved.to(torch.float64))
+        for field in ("value", "value_linear", "f", "g", "marginal_error"):
+            torch.testing.assert_close(out[field].double(), truth[field], rtol=1e-5, atol=1e-5)
 
 
 def test_drifting_scalings_are_rebuilt_and_lost_ones_are_redone():
