@@ -207,8 +207,8 @@ def resident_kernel(
         B = load_log_mass(log_b_ptr, columns + zero, m)
         if BLOCK_N > BLOCK_M:
             # A tall tile is made lying, and turned: then its sums cost no more than a wide one's.
-            TILE: tl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, PART, WARPS_M, WARPS_N)
-            cost = tl.trans(cost_tile(swapped(costs), zero, zero, HOW, TILE))
+            LYING: tl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, PART, WARPS_M, WARPS_N)
+            cost = tl.trans(cost_tile(swapped(costs), zero, zero, HOW, LYING))
         else:
             TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M)
             cost = cost_tile(costs, zero, zero, HOW, TILE)
