@@ -29,10 +29,11 @@ test test-slow: export OMP_NUM_THREADS := 1
 # The interpreter of Triton has a process of its own: it is chosen when kernels are imported.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton_interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow" tests/triton_interpreter
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m slow tests/triton_interpreter
 
 # Random calls, valid ones against the float64 reference, as many as the time allows.
 fuzz: $(STAMP)

@@ -29,6 +29,7 @@ from optical.kernels.tiles import (
     load_log_mass,
     place,
     quotient,
+    swapped,
     times_log2,
 )
 
@@ -204,9 +205,13 @@ def resident_kernel(
         beta_b = relaxation / (1 + temperature * inverse_rho_b)
         A = load_log_mass(log_a_ptr, rows + zero, n)
         B = load_log_mass(log_b_ptr, columns + zero, m)
-        cost = cost_tile(
-            costs, zero, zero, HOW, (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M)
-        )
+        if BLOCK_N > BLOCK_M:
+            # A tall tile is made lying, and turned: then its sums cost no more than a wide one's.
+            LYING: tl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, PART, WARPS_M, WARPS_N)
+            cost = tl.trans(cost_tile(swapped(costs), zero, zero, HOW, LYING))
+        else:
+            TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M)
+            cost = cost_tile(costs, zero, zero, HOW, TILE)
         # One tile serves all: -S, then with G and B the scores of the rows, then with F and A the
         # logarithms of the plan.
         present = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]

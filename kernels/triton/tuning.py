@@ -46,7 +46,7 @@ TILES = {
 }
 
 # Tiles on chip for padded problems with one long side, where nothing more has to be remembered.
-OBLONG = (Tile(128, 256, 32, 32, 2, 4, 2), Tile(256, 128, 32, 64, 4, 2, 2))
+OBLONG = (Tile(128, 256, 32, 32, 2, 4, 2), Tile(256, 128, 32, 32, 4, 2, 2))
 
 # As TILES with fewer entries per thread, for runs with more to remember: float32 vectors, whose
 # products take three dots, penalties, over-relaxation and annealing.
