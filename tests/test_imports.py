@@ -29,7 +29,7 @@ ORDER = [
     ),
     *("bitext", "codeswitch", "encoder", "vectors", "training_pairs", "options", "training"),
     *("arms", "config", "summary", "results", "figures", "report", "phrasebook"),
-    *("fingerprints", "cells", "places", "measuring", "study", "cli"),
+    *("fingerprints", "cells", "places", "measuring", "study", "selftest", "cli"),
 ]
 # Narrower than the order.
 ONLY = {
@@ -38,6 +38,7 @@ ONLY = {
     "native": {"arguments"},
     "kernels": {"kernels", "arguments"},
     "nvrtc": set(),
+    "selftest": {"arguments", "backends", "native", "provenance", "testing"},
 }
 PUBLIC = [
     "BackendUnsupported",

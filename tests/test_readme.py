@@ -150,7 +150,7 @@ def test_search_evaluate_compare_and_info_run(folder_of_examples, monkeypatch, c
     assert (folder_of_examples / "ot.run").is_file()
     printed = capsys.readouterr().out
     assert "nDCG@10" in printed
-    assert "reference  supported" in printed
+    assert "self-test passed" in printed
 
 
 def test_every_command_and_recipe_is_shown():
