@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: int = options.command(options)
         return result
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        print(f"interrupted; {_after_interrupt(arguments)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of a pipe, `head` for one, has what it wanted.
@@ -71,6 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"optical: error: {error}", file=sys.stderr)
         return 2
+
+
+def _after_interrupt(arguments: list[str]) -> str:
+    if arguments[:1] == ["train"]:
+        return "with --resume the same command continues from its last checkpoint"
+    if arguments[:1] in (["study"], ["vectors"]):
+        return "the same command continues where it stopped"
+    return "nothing was written"
 
 
 def _parser() -> argparse.ArgumentParser:

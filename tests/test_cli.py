@@ -101,9 +101,15 @@ def test_interrupted_is_130(capsys, monkeypatch):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_info", interrupt)
-    assert cli.main(["info"]) == 130
-    assert "continues where it stopped" in capsys.readouterr().err
+    told = {
+        "info": "nothing was written",
+        "study": "continues where it stopped",
+        "train": "--resume",
+    }
+    for command, message in told.items():
+        monkeypatch.setattr(cli, f"_{command}", interrupt)
+        assert cli.main([command]) == 130
+        assert message in capsys.readouterr().err
 
 
 def test_info(capsys):

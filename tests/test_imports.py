@@ -12,7 +12,7 @@ import optical
 PACKAGE = Path(optical.__file__).parent
 # A module may import those before it.
 ORDER = [
-    *("files", "provenance", "arguments", "native", "nvrtc", "kernels", "iterations"),
+    *("files", "folders", "provenance", "arguments", "native", "nvrtc", "kernels", "iterations"),
     "derivatives",
     *("reference", "costs", "dense", "cuda", "backends", "ops", "checks", "inputs", "result"),
     *("functional", "losses", "objectives"),
@@ -27,7 +27,16 @@ ORDER = [
         "evaluation",
         "significance",
     ),
-    *("bitext", "codeswitch", "encoder", "vectors", "training_pairs", "options", "training"),
+    *(
+        "bitext",
+        "codeswitch",
+        "encoder",
+        "vectors",
+        "training_pairs",
+        "options",
+        "checkpoints",
+        "training",
+    ),
     *("arms", "config", "summary", "results", "figures", "report", "phrasebook"),
     *("fingerprints", "cells", "places", "measuring", "study", "selftest", "cli"),
 ]
