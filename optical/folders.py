@@ -36,24 +36,36 @@ def locked(folder: str | Path) -> Iterator[None]:
         yield
         return
     path = Path(folder) / ".lock"
-    with path.open("a+", encoding="utf-8") as file:
+    while True:
+        file = path.open("a+", encoding="utf-8")
         try:
             # Not flock: a child that outlives a killed process would keep that lock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             other = file.read().strip() or "another process"
+            file.close()
             raise ValueError(
                 f"{folder}: {other} is working in this folder; wait for it, or choose another one"
             ) from None
         except OSError:
-            pass
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        # The one before removed the file between our opening and our locking it.
+        file.close()
+    try:
         # Best effort: on a full disk the lock holds all the same.
         with contextlib.suppress(OSError):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield
+    finally:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 @contextlib.contextmanager
