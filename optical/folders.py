@@ -80,8 +80,9 @@ def enough_space(folder: str | Path) -> Iterator[None]:
     except Exception as error:
         if not any(sign in str(error) for sign in FULL):
             raise
+        what = str(error).splitlines()[0]
         raise OSError(
-            f"{folder}: no room to write ({error}); free some space and continue: what was "
+            f"{folder}: no room to write ({what}); free some space and continue: what was "
             "finished is kept"
         ) from error
 

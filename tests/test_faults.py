@@ -152,6 +152,37 @@ def test_vectors_on_a_full_disk_go_on_when_there_is_space(disk, world, tiny_mode
     assert len(vectors.StoredVectors([disk / "store"], role="document")) == 64
 
 
+def test_training_on_a_full_disk_goes_on_from_its_checkpoint(disk, world, tiny_models):
+    pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
+    from transformers import TrainerCallback
+
+    from optical import training
+
+    assert mount("remount,size=20m", "tmpfs", str(disk))
+    options = training.TeacherOptions(
+        model=tiny_models.mixed, pairs=[str(world / "teacher.tsv")], document_length=24
+    )
+
+    def make():
+        arguments = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 8}
+        args = training.arguments(disk / "out", **arguments, disable_tqdm=True)
+        return training.teacher(options, args)
+
+    class Fill(TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            (disk / "fill").write_bytes(bytes(shutil.disk_usage(disk).free - 20_000))
+
+    trainer = make()
+    trainer.add_callback(Fill())
+    with pytest.raises(OSError, match=r"no room to write .* free some space") as error:
+        training.run(trainer, options, resume=False)
+    assert str(disk / "out") in one_line(error)
+    (disk / "fill").unlink()
+    assert training.last_checkpoint(disk / "out") == str(disk / "out" / "checkpoint-2")
+    final = training.run(make(), options, resume=True)
+    assert (final / "model.safetensors").is_file() and damaged(final) is None
+
+
 def test_a_build_on_a_full_disk_is_a_reason_and_not_a_crash(disk, monkeypatch):
     if native.find_compiler() is None:
         pytest.skip(reason="no C++ compiler")

@@ -239,7 +239,10 @@ def test_an_installed_wheel_tests_itself(distributions, tmp_path, compiler):
     if not compiler:
         (packages / "optical" / native.LIBRARY_NAME).unlink()
         environment["CXX"] = "/nonexistent"
-    code = "import optical, torch; c = torch.rand(2, 3, 4); [optical.sinkhorn(c) for _ in range(3)]"
+    code = (
+        "import optical, torch; cost = torch.rand(2, 3, 4)\n"
+        "for _ in range(3): optical.sinkhorn(cost, epsilon=1.0)"
+    )
     done = subprocess.run([inner, "-c", code], env=environment, cwd=tmp_path,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,8 @@ import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -252,6 +254,18 @@ def test_links_lead_somewhere(page):
         assert file.is_file(), target
         headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
         assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs the extra `docs`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # The reference is made of docstrings, and every page is part of the site.
+    assert "optical.sinkhorn_vectors" in (tmp_path / "api" / "index.html").read_text()
+    pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages <= {path.parent.name for path in tmp_path.glob("*/index.html")}
 
 
 def test_the_results_block_is_marked():
