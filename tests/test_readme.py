@@ -115,10 +115,8 @@ def test_the_numbers_shown_are_those_printed(name, error):
     (_, code), (_, shown) = next(blocks(page, "python")), next(blocks(page, "text"))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, name, "exec"), {})
-    found, expected = (
-        re.findall(r"[\d.]+(?:e[+-]\d+)?", text) for text in (printed.getvalue(), shown)
-    )
-    expected = [float(x) for x in expected]
+    texts = printed.getvalue(), shown
+    found, expected = ([float(x) for x in re.findall(NUMBER, text)] for text in texts)
     # Percentages by their points, small errors by their size.
     tolerance = {"abs": error} if name == "method.md" else {"rel": error}
     assert found == pytest.approx(expected, **tolerance)
