@@ -1,4 +1,4 @@
-"""What a million sentence pairs cost: measured on a few hundred, and multiplied.
+"""What a million sentence pairs cost: measured on a small sample, and multiplied.
 
     python -m benchmarks.scaling
 
