@@ -4,16 +4,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Versions tested together; a plain `torch` would bring whatever is newest.
+# Versions tested together; a plain `torch` would bring whatever is newest. For another one, in a
+# fresh environment: `make test TORCH='==2.10.0'`, `make test TORCH='>=2.10'`.
+ifdef TORCH
+$(shell mkdir -p build && sed 's/^torch==[0-9.]*/torch$(TORCH)/' constraints.txt > build/constraints.txt)
+export PIP_CONSTRAINT := $(CURDIR)/build/constraints.txt
+else
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install study test test-slow check format fuzz sanitize bench plots gpu cuda-resources clean
+.PHONY: install study test test-slow test-install check format fuzz soak sanitize docs dist bench plots gpu cuda-resources clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt csrc/*.h csrc/cpu/*
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-compile torch
+# A torch with CUDA has brought the Triton that it needs; beside any other, this one was tested.
+	test "$$(uname)" != Linux || $(BIN)/python -c 'import triton' 2> /dev/null || \
+		$(BIN)/pip install --quiet --no-compile triton==3.6.0
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
@@ -35,11 +45,20 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m slow tests/triton_interpreter
 
+# Builds and installs as a stranger does: in isolation, into empty environments.
+test-install: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow tests/test_packaging.py
+
 # Random calls, valid ones against the float64 reference, as many as the time allows.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --calls 100000 --seconds $(or $(SECONDS),300)
 
-# The same against a library that watches its memory and its arithmetic, and one that watches threads.
+# Mixed calls while memory, open files and threads must stay level.
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --minutes $(or $(MINUTES),30)
+
+# Random calls against a library that watches its memory and its arithmetic, and one that watches
+# threads.
 sanitize: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py --calls 2000 --seconds $(or $(SECONDS),120)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py --threads --calls 200 --seconds $(or $(SECONDS),120)
@@ -48,6 +67,15 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_readme.py -k "one_way or order or links"
+
+# The site in build/site, links and docstrings checked; `make docs SERVE=1` shows it and follows edits.
+docs: $(STAMP)
+	$(BIN)/mkdocs $(if $(SERVE),serve,build --strict)
+
+# A wheel and a source distribution in dist/, built as a stranger builds them.
+dist: $(STAMP)
+	$(BIN)/python -m build --outdir dist .
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

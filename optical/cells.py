@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import resource
 import shutil
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optical.files import write_text
+from optical.files import read_json, write_json
 
 logger = logging.getLogger("optical")
 
@@ -34,7 +33,19 @@ class Cell:
 
     @property
     def done(self) -> bool:
-        return self.mark.exists()
+        """Whether the mark is there, and whole where it is a file of the study's own."""
+        if not self.mark.exists() or self.mark.name == "config.json":
+            return self.mark.exists()
+        return self.mark.suffix != ".json" or _readable(self.mark)
+
+
+def _readable(path: Path) -> bool:
+    try:
+        read_json(path)
+    except ValueError as error:
+        logger.warning("%s", error)
+        return False
+    return True
 
 
 @dataclass
@@ -69,7 +80,10 @@ class Costs:
 
     def read(self) -> dict[str, dict[str, float]]:
         """Label of a cell -> ``seconds`` over all its runs, ``peak_mb`` of the largest."""
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        if not self.path.exists() or not _readable(self.path):
+            return {}
+        found: dict[str, dict[str, float]] = read_json(self.path)
+        return found
 
     def add(self, label: str, seconds: float, peak_mb: float) -> None:
         costs = self.read()
@@ -78,7 +92,7 @@ class Costs:
             "seconds": round(before["seconds"] + seconds, 1),
             "peak_mb": round(max(before["peak_mb"], peak_mb), 1),
         }
-        write_text(self.path, json.dumps(costs, indent=1) + "\n")
+        write_json(self.path, costs)
 
 
 def run_cells(title: str, cells: Sequence[Cell], output: Path) -> None:
@@ -95,8 +109,9 @@ def run_cells(title: str, cells: Sequence[Cell], output: Path) -> None:
     )
     # What finished cells took, in earlier runs too, tells what the others will take.
     known = costs.read()
+    waiting = {cell.mark for cell in todo}
     for cell in cells:
-        if cell.done and cell.label in known:
+        if cell.mark not in waiting and cell.label in known:
             progress.add(cell, known[cell.label]["seconds"])
     for position, cell in enumerate(todo):
         begun = time.monotonic()

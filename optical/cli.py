@@ -48,7 +48,7 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0, 2 for an error of the user's, 130 when interrupted."""
+    """Run a command: 0, 1 for a failed self-test, 2 for an error of the user's, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("optical").setLevel(logging.INFO)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: int = options.command(options)
         return result
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        print(f"interrupted; {_after_interrupt(arguments)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of a pipe, `head` for one, has what it wanted.
@@ -71,6 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"optical: error: {error}", file=sys.stderr)
         return 2
+
+
+def _after_interrupt(arguments: list[str]) -> str:
+    if arguments[:1] == ["train"]:
+        return "with --resume the same command continues from its last checkpoint"
+    if arguments[:1] in (["study"], ["vectors"]):
+        return "the same command continues where it stopped"
+    return "nothing was written"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, help="folder for the figures")
     command.set_defaults(command=_figures)
 
-    command = commands.add_parser("info", help="versions, and which Sinkhorn backends work here")
+    command = commands.add_parser("info", help="what works here, with a test of ten seconds")
+    command.add_argument(
+        "--seconds", type=float, default=10.0, help="for the test; 0 leaves it out"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_info)
     return parser
 
@@ -314,14 +326,11 @@ def _figures(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    import torch
+    from optical import selftest
 
-    from optical import __version__, backends
-
-    print(f"optical {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    print(f"threads: {torch.get_num_threads()}, CUDA: {torch.cuda.is_available()}")
-    print(backends.explain(torch.zeros(1, 1, 1)))
-    return 0
+    found = selftest.inspect(options.seconds)
+    print(json.dumps(found, indent=1) if options.json else selftest.to_text(found))
+    return 1 if found["passed"] is False else 0
 
 
 def _train(argv: list[str]) -> int:

@@ -12,7 +12,6 @@ library only and reaches for torch when it is given tensors.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -157,6 +156,8 @@ def _state() -> _State:
         return _State(_find_or_build(), None)
     except BuildError as error:
         return _State(None, str(error))
+    except OSError as error:
+        return _State(None, f"the CUDA kernels cannot be built ({error})")
 
 
 def unavailable_reason() -> str | None:
@@ -212,16 +213,16 @@ def _open_cached(folder: Path, nvcc: list[str], architectures: tuple[str, ...]) 
     from optical import native
 
     version = subprocess.run([*nvcc, "--version"], capture_output=True).stdout
-    identity = repr((source_hash(folder), nvcc, version, architectures))
-    cache = native._cache_folder()
-    path = cache / f"cuda-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    with native._locked(cache / "lock"):
-        if path.is_file():
-            # A damaged file is built anew.
-            with contextlib.suppress(BuildError):
-                return open_library(path, source_hash(folder))
-        build(folder, path, nvcc, architectures)
-    return open_library(path, source_hash(folder))
+    wanted = source_hash(folder)
+    identity = repr((wanted, nvcc, version, architectures))
+    try:
+        return native.cached_library(
+            f"cuda-{hashlib.sha256(identity.encode()).hexdigest()[:16]}",
+            lambda target: build(folder, target, nvcc, architectures),
+            lambda path: open_library(path, wanted),
+        )
+    except native.BuildError as error:
+        raise BuildError(str(error)) from error
 
 
 def _present_architectures() -> tuple[str, ...]:

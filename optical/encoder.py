@@ -15,6 +15,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import pickle
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from optical.bitext import read_pairs
 from optical.files import read_lines
+from optical.folders import damaged
 from optical.lexicon import words
 
 logger = logging.getLogger("optical")
@@ -245,8 +247,11 @@ def load_retriever(
             which a document in another language matches by accident.
 
     Raises:
-        ValueError: nothing of that name; the message says what was looked for.
+        ValueError: nothing of that name, or damaged; the message says what was looked for. Weights
+            are read from safetensors, or by PyTorch's reader of weights alone: no code of a model
+            runs.
     """
+    from safetensors import SafetensorError
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
@@ -254,6 +259,9 @@ def load_retriever(
 
     check_model(str(name))
     name = located(str(name))
+    bad = damaged(name) if Path(name).is_dir() else None
+    if bad:
+        raise ValueError(f"model {name}: {bad} is damaged; remove the folder and make it again")
     try:
         if _is_multi_vector(name):
             return MultiVectorEncoder(name)
@@ -264,7 +272,12 @@ def load_retriever(
             document_length=document_length,
             query_expansion=expansion,
         )
-    except (OSError, ValueError) as error:
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"model {name}: cannot be loaded (its weights hold more than tensors, and could run "
+            "code); convert them to safetensors where you trust them"
+        ) from None
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
     width = encoder.get_embedding_dimension()
     modules: list[nn.Module] = [encoder]

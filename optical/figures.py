@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from optical.files import atomic_file
 from optical.results import PLAN_COLUMNS, Row, read_rows
 from optical.summary import measure_name
 
@@ -187,5 +188,6 @@ def _save(figure: Any, path: Path) -> None:
 
     figure.tight_layout()
     # No time stamp inside: the same numbers give the same file.
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=150, metadata={"Software": None}, format=path.suffix[1:])
     plt.close(figure)

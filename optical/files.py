@@ -1,16 +1,17 @@
-"""Text files: UTF-8 or a one-line error, gzip read everywhere, writes that never tear."""
+"""Files: text is UTF-8 or a one-line error, gzip is read everywhere, and writes never tear."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
 import io
+import json
 import os
 import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -60,40 +61,81 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 @contextlib.contextmanager
-def atomic_text(path: str | os.PathLike[str]) -> Iterator[TextIO]:
-    """Open ``path`` for writing so that it appears whole or not at all (``.gz`` is compressed).
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open ``path`` for writing bytes so that it appears whole or not at all.
 
-    The text goes into a file beside ``path``, which takes its name only when the block ends without
-    an error: an interrupted program leaves an older file as it was, and never half a new one.
-    Missing folders are made. Raises OSError when the folder cannot be written.
+    What is written goes into a file beside ``path``, which takes its name only when the block ends
+    without an error: an interrupted program leaves an older file as it was, and never half a new
+    one. Missing folders are made.
+
+    Raises:
+        OSError: the file cannot be written, on a full disk say; one line names it and says why.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as raw:
-            with contextlib.ExitStack() as stack:
-                binary: Any = raw
-                if path.suffix == ".gz":
-                    # No name and no time inside, so that equal content gives equal bytes.
-                    packed = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
-                    binary = stack.enter_context(packed)
-                text = io.TextIOWrapper(binary, encoding="utf-8", newline="\n")
-                yield text
-                text.flush()
-                text.detach()
+            yield raw
             raw.flush()
             os.fsync(raw.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        # Not even this may hide the error: under a file that stands for a folder it fails too.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and _concerns(error, path, temporary):
+            why = error.strerror or str(error)
+            raise OSError(f"{path} cannot be written ({why}); nothing there has changed") from error
         raise
+
+
+def _concerns(error: OSError, path: Path, temporary: Path) -> bool:
+    """Whether an error is about writing ``path``, not about a file that the block reads."""
+    if error.filename is None or error.filename == str(temporary):
+        return True
+    return Path(error.filename) in path.parents
+
+
+@contextlib.contextmanager
+def atomic_text(path: str | os.PathLike[str]) -> Iterator[TextIO]:
+    """Open ``path`` for writing text as :func:`atomic_file` does; ``.gz`` is compressed."""
+    with atomic_file(path) as raw, contextlib.ExitStack() as stack:
+        binary: Any = raw
+        if Path(path).suffix == ".gz":
+            # No name and no time inside, so that equal content gives equal bytes.
+            packed = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
+            binary = stack.enter_context(packed)
+        text = io.TextIOWrapper(binary, encoding="utf-8", newline="\n")
+        yield text
+        text.flush()
+        text.detach()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file as a whole, as :func:`atomic_text` does."""
     with atomic_text(path) as file:
         file.write(text)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write plain data as JSON, as :func:`atomic_text` does."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file that this package wrote.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is damaged; the message names it and says what to do.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it, and the same command makes it anew"
+        ) from None
 
 
 def writable_folder(path: str | Path) -> Path:

@@ -195,8 +195,10 @@ def sinkhorn_vectors(
             ``cu_seqlens_a[i + 1]`` belong to problem i. Instead of masks and lengths. On a GPU
             their values are not checked.
         low_memory: allow a slower run that holds no (n, m) matrix; same numbers to rounding.
-        epsilon, mask_a, mask_b, lengths_a, lengths_b, max_iter, tol, init, rho, omega, anderson,
-            anneal, gradient, precision, backend: see ``sinkhorn``; init is shaped like the masses.
+        mask_a, mask_b, lengths_a, lengths_b: see ``sinkhorn``.
+        init: see ``sinkhorn``; shaped like the masses.
+        epsilon, max_iter, tol, rho, omega, anderson, anneal: see ``sinkhorn``.
+        gradient, precision, backend: see ``sinkhorn``.
 
     Returns:
         SinkhornResult, differentiable with respect to x, y, log_a and log_b.
@@ -315,8 +317,8 @@ def sinkhorn_divergence(
     it is >= 0 for costs such as "sqeuclidean", whose exp(-cost / epsilon) is a positive kernel.
 
     Args:
-        x, y, log_a, log_b, epsilon, mask_a, mask_b, lengths_a, lengths_b, cu_seqlens_a,
-            cu_seqlens_b: see ``sinkhorn_vectors``.
+        x, y, log_a, log_b, epsilon: see ``sinkhorn_vectors``.
+        mask_a, mask_b, lengths_a, lengths_b, cu_seqlens_a, cu_seqlens_b: see ``sinkhorn_vectors``.
         **options: cost, max_iter, tol, rho (one for both sides), omega, anderson, anneal, gradient,
             precision, backend and low_memory, see ``sinkhorn_vectors``.
 

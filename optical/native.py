@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -188,6 +188,8 @@ def _state() -> _State:
         return _State(_find_or_build(), None)
     except BuildError as error:
         return _State(None, str(error))
+    except OSError as error:
+        return _State(None, f"the CPU library cannot be built ({error})")
 
 
 def _find_or_build() -> ctypes.CDLL:
@@ -230,16 +232,37 @@ def _open_cached(folder: Path, compiler: list[str]) -> ctypes.CDLL:
     version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
     identity = repr((compiler, shutil.which(compiler[0]), version, platform.machine()))
     wanted = source_hash(folder)
-    key = hashlib.sha256((wanted + identity).encode()).hexdigest()[:16]
-    cache = _cache_folder()
-    path = cache / f"cpu-{key}{Path(LIBRARY_NAME).suffix}"
+    return cached_library(
+        f"cpu-{hashlib.sha256((wanted + identity).encode()).hexdigest()[:16]}",
+        lambda target: build(folder, target, compiler),
+        lambda path: _open(path, wanted),
+    )
+
+
+def cached_library(
+    stem: str, make: Callable[[Path], None], load: Callable[[Path], ctypes.CDLL]
+) -> ctypes.CDLL:
+    """Open a library of the user's cache, made first where it is missing, damaged or refused.
+
+    The name of its file ends in a digest of the contents: to map a library that a full disk cut
+    short would end the process.
+    """
+    cache, ending = _cache_folder(), Path(LIBRARY_NAME).suffix
     with _locked(cache / "lock"):
-        if path.is_file():
-            # A damaged file is built anew.
-            with contextlib.suppress(BuildError):
-                return _open(path, wanted)
-        build(folder, path, compiler)
-    return _open(path, wanted)
+        for path in cache.glob(f"{stem}-*{ending}"):
+            if path.stem.endswith(_digest(path)):
+                with contextlib.suppress(BuildError):
+                    return load(path)
+            path.unlink(missing_ok=True)
+        fresh = cache / f"{stem}{ending}"
+        make(fresh)
+        path = cache / f"{stem}-{_digest(fresh)}{ending}"
+        os.replace(fresh, path)
+    return load(path)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _cache_folder() -> Path:

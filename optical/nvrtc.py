@@ -17,7 +17,6 @@ import math
 import os
 import re
 import site
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,15 +102,24 @@ def cached(
     folder: Path,
     locked: contextlib.AbstractContextManager[Any],
 ) -> bytes:
-    """What ``make`` returns, from the file of that key if it was made before."""
+    """What ``make`` returns, from the file of that key if it was made before.
+
+    The file begins with a digest of the rest, so that a damaged one is made anew.
+    """
     path = folder / f"cuda-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cubin"
     with locked:
         if path.is_file():
-            return path.read_bytes()
+            digest, cubin = path.read_bytes()[:32], path.read_bytes()[32:]
+            if digest == hashlib.sha256(cubin).digest():
+                return cubin
         cubin = make()
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
+        partial = folder / f".{path.name}.{os.getpid()}.tmp"
+        try:
+            partial.write_bytes(hashlib.sha256(cubin).digest() + cubin)
+            os.replace(partial, path)
+        except OSError:
+            # A full disk costs the next process some seconds, and this one nothing.
+            partial.unlink(missing_ok=True)
         return cubin
 
 

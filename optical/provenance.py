@@ -12,11 +12,12 @@ from typing import Any
 def environment() -> dict[str, Any]:
     """Versions of the packages that shape results, and the project's commit where it has one."""
     packages = ("optical", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
-    versions = {name: _version(name) for name in packages}
+    versions = {name: version(name) for name in packages}
     return {"python": sys.version.split()[0], "versions": versions, "commit": _commit()}
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The version of an installed package, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

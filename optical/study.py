@@ -18,7 +18,6 @@ changed is never mistaken for what is there. The report is made from the results
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -28,7 +27,8 @@ from typing import Any
 from optical.arms import ENCODER, TEACHER, ArmConfig, filled
 from optical.cells import Cell, Costs, duration, run_cells, training_cell
 from optical.config import read_config
-from optical.files import writable_folder
+from optical.files import read_json, writable_folder
+from optical.folders import enough_space, locked
 from optical.measuring import Measuring
 from optical.places import ALL, file_name
 
@@ -50,11 +50,13 @@ def run_study(config: str | Path | None, output: str | Path | None = None) -> Pa
 
     Raises:
         ValueError, FileNotFoundError, OSError: the configuration or a file it names is wrong, or
-            the output folder cannot be written; found before any training starts.
+            the output folder cannot be written or another process works in it; found before any
+            training starts.
     """
     study = Study(read_config(config, output))
-    study.check()
-    return study.run()
+    with locked(study.output), enough_space(study.output):
+        study.check()
+        return study.run()
 
 
 class Study(Measuring):
@@ -331,7 +333,7 @@ class Study(Measuring):
         from optical.report import write_report
 
         results = [
-            json.loads(cell.mark.read_text(encoding="utf-8"))
+            read_json(cell.mark)
             for cell in cells
             if cell.mark.suffix == ".json" and cell.mark.parent.name == "results"
         ]

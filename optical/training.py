@@ -11,6 +11,7 @@ model cards are the trainer's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -39,9 +40,11 @@ from transformers import AutoTokenizer, PrinterCallback, set_seed
 
 from optical import objectives
 from optical.bitext import pairs_dataset, read_pairs
+from optical.checkpoints import WEIGHTS, SealCheckpoints, last_checkpoint
 from optical.codeswitch import CodeSwitcher
 from optical.encoder import frequent_tokens, load_retriever, located, token_counts
 from optical.files import writable_folder, write_text
+from optical.folders import enough_space, locked, seal
 from optical.lexicon import read_lexicon
 from optical.losses import DistillationLoss, OTDistillationLoss
 from optical.options import ROLES, CodeswitchOptions, DistillOptions, TeacherOptions
@@ -347,43 +350,34 @@ def _contrastive(
     )
 
 
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """Folder of the newest complete checkpoint, or None.
-
-    A checkpoint whose state file is missing or torn was being written when its process died; it is
-    removed, so that training goes on from the one before.
-    """
-    found = [
-        (int(folder.name.rsplit("-", 1)[1]), folder)
-        for folder in Path(output_dir).glob("checkpoint-*")
-        if folder.name.rsplit("-", 1)[1].isdigit()
-    ]
-    for _, folder in sorted(found, reverse=True):
-        try:
-            # The trainer writes this file last.
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(folder)
-        except (FileNotFoundError, ValueError):
-            logger.warning("%s is incomplete and is removed", folder)
-            shutil.rmtree(folder)
-    return None
-
-
 def run(trainer: Any, options: Any, *, resume: bool) -> Path:
     """Train, save the model to ``output_dir/final`` and the resolved run to ``run.json``.
 
     Args:
         trainer: what a recipe returned.
         options: the recipe's options, for the record.
-        resume: continue from the newest complete checkpoint where there is one; False refuses a
+        resume: continue from the newest whole checkpoint where there is one; False refuses a
             folder that holds checkpoints, so that nothing is overwritten by accident.
 
     Returns:
         The folder of the trained model.
+
+    Raises:
+        ValueError: another process trains into the folder, or it holds checkpoints and ``resume``
+            is False.
+        OSError: the folder cannot be written, or the disk is full.
     """
     output = writable_folder(trainer.args.output_dir)
+    # One process of a training locks for all of them.
+    alone = locked(output) if trainer.args.should_save else contextlib.nullcontext()
+    with alone, enough_space(output):
+        return _run(trainer, options, output, resume)
+
+
+def _run(trainer: Any, options: Any, output: Path, resume: bool) -> Path:
     # The bar tells the same; without a bar the callers log lines of their own.
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(SealCheckpoints())
     checkpoint = last_checkpoint(output)
     if checkpoint and not resume:
         raise ValueError(
@@ -398,6 +392,7 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
             shutil.rmtree(stale)
         partial = output / f".final.{os.getpid()}"
         trainer.save_model(str(partial))
+        seal(partial, WEIGHTS)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     return final

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optical.files import writable_folder, write_text
+from optical.files import atomic_file, read_json, writable_folder, write_text
+from optical.folders import checksum
 
 if TYPE_CHECKING:
     import numpy
@@ -78,7 +78,7 @@ def write_vectors(
         "shard_texts": shard_texts,
     }
     started = folder / "started.json"
-    if started.exists() and json.loads(started.read_text(encoding="utf-8")) != made:
+    if started.exists() and read_json(started) != made:
         raise ValueError(
             f"{folder}: holds vectors of other texts or options; choose another folder"
         )
@@ -126,7 +126,7 @@ class StoredVectors:
             index = folder / "index.json"
             if not index.is_file():
                 raise ValueError(f"{folder}: no finished store of token vectors; write it first")
-            made = json.loads(index.read_text(encoding="utf-8"))
+            made = read_json(index)
             if (made["role"], made["max_length"]) != (role, max_length):
                 raise ValueError(
                     f"{folder}: vectors of role {made['role']!r} and max_length "
@@ -137,8 +137,8 @@ class StoredVectors:
             for name in made["shards"]:
                 if verify and not _whole(folder, name):
                     raise ValueError(
-                        f"{folder}: shard {name} does not fit its checksum; remove it and write "
-                        "the store again"
+                        f"{folder}: shard {name} does not fit its checksum; remove {index} and "
+                        "write the store again: whole shards are kept"
                     )
                 parts = {part: folder / f"{name}.{part}.npy" for part in PARTS}
                 lengths = np.load(parts["lengths"]).astype(np.int64)
@@ -230,31 +230,19 @@ def _write_shard(
     checksums = {}
     for part, array in arrays.items():
         path = folder / f"{name}.{part}.npy"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with partial.open("wb") as file:
+        with atomic_file(path) as file:
             np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        checksums[part] = _checksum(path)
+        checksums[part] = checksum(path)
     write_text(folder / f"{name}.json", json.dumps(checksums) + "\n")
 
 
 def _whole(folder: Path, name: str) -> bool:
     """Whether a shard is complete and what it was when it was written."""
     try:
-        checksums = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        return all(checksums[part] == _checksum(folder / f"{name}.{part}.npy") for part in PARTS)
+        checksums = read_json(folder / f"{name}.json")
+        return all(checksums[part] == checksum(folder / f"{name}.{part}.npy") for part in PARTS)
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _hash(text: str) -> int:

@@ -101,16 +101,23 @@ def test_interrupted_is_130(capsys, monkeypatch):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_info", interrupt)
-    assert cli.main(["info"]) == 130
-    assert "continues where it stopped" in capsys.readouterr().err
+    told = {
+        "info": "nothing was written",
+        "study": "continues where it stopped",
+        "train": "--resume",
+    }
+    for command, message in told.items():
+        monkeypatch.setattr(cli, f"_{command}", interrupt)
+        assert cli.main([command]) == 130
+        assert message in capsys.readouterr().err
 
 
 def test_info(capsys):
-    assert cli.main(["info"]) == 0
+    assert cli.main(["info", "--seconds", "0"]) == 0
     out = capsys.readouterr().out
     assert f"optical {optical.__version__}" in out and "torch" in out
     assert all(name in out for name in ("reference", "triton"))
+    assert "self-test" not in out
 
 
 def test_runs_as_a_module():

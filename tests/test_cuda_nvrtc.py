@@ -176,6 +176,26 @@ def test_the_cache_is_used(tmp_path):
     assert made == [1]
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_kernel_in_the_cache_is_compiled_anew(tmp_path, damage):
+    made = []
+
+    def make():
+        made.append(1)
+        return bytes(range(256))
+
+    def cached():
+        return nvrtc.cached(make, "key", tmp_path, contextlib.nullcontext())
+
+    cached()
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes({"cut": data[:-7], "flipped": data, "empty": b""}[damage])
+    assert cached() == cached() == bytes(range(256))
+    assert made == [1, 1] and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("kernel", ["optical_forward_small", "optical_backward_warp"])
 def test_nvrtc_compiles_a_kernel(kernel):
     library = nvrtc.find()

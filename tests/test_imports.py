@@ -12,7 +12,7 @@ import optical
 PACKAGE = Path(optical.__file__).parent
 # A module may import those before it.
 ORDER = [
-    *("files", "provenance", "arguments", "native", "nvrtc", "kernels", "iterations"),
+    *("files", "folders", "provenance", "arguments", "native", "nvrtc", "kernels", "iterations"),
     "derivatives",
     *("reference", "costs", "dense", "problems", "cpu", "cuda", "backends"),
     *("ops", "checks", "inputs", "result"),
@@ -28,9 +28,18 @@ ORDER = [
         "evaluation",
         "significance",
     ),
-    *("bitext", "codeswitch", "encoder", "vectors", "training_pairs", "options", "training"),
+    *(
+        "bitext",
+        "codeswitch",
+        "encoder",
+        "vectors",
+        "training_pairs",
+        "options",
+        "checkpoints",
+        "training",
+    ),
     *("arms", "config", "summary", "results", "figures", "report", "phrasebook"),
-    *("fingerprints", "cells", "places", "measuring", "study", "cli"),
+    *("fingerprints", "cells", "places", "measuring", "study", "selftest", "cli"),
 ]
 # Narrower than the order.
 ONLY = {
@@ -39,6 +48,7 @@ ONLY = {
     "native": set(),
     "kernels": {"kernels", "arguments"},
     "nvrtc": set(),
+    "selftest": {"arguments", "backends", "native", "provenance", "testing"},
 }
 PUBLIC = [
     "BackendUnsupported",

@@ -542,17 +542,24 @@ def test_a_stale_library_is_not_used(quick_compiler, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_library_in_the_cache_is_built_anew(quick_compiler, monkeypatch, tmp_path):
+@pytest.mark.parametrize("damage", ["no library", "cut short", "one bit"])
+def test_a_damaged_library_in_the_cache_is_built_anew(
+    quick_compiler, monkeypatch, tmp_path, damage
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "_open", lambda path, wanted: path)
-        cached = native._open_cached(ROOT / "csrc", quick_compiler)
-    assert cached.parent == tmp_path / "cache" / "optical"
+    native._open_cached(ROOT / "csrc", quick_compiler)
+    (cached,) = (tmp_path / "cache" / "optical").glob("cpu-*")
     assert cached.stat().st_mode & 0o777 == 0o755
     good = cached.read_bytes()
-    cached.write_bytes(b"not a library")
+    bad = bytearray(good)
+    bad[len(bad) // 2] ^= 1
+    # Another file, since this process has mapped the good one. Cut to a page, it would still be
+    # mapped, and the process would end where it reads behind its end.
+    cached.unlink()
+    cached.write_bytes({"no library": b"no", "cut short": good[:8192], "one bit": bad}[damage])
     native._open_cached(ROOT / "csrc", quick_compiler)
-    assert cached.read_bytes()[:4] == good[:4]
+    (found,) = (tmp_path / "cache" / "optical").glob("cpu-*")
+    assert found.stem.endswith(native._digest(found)) and len(found.read_bytes()) == len(good)
 
 
 @pytest.mark.slow

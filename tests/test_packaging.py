@@ -1,8 +1,11 @@
 """What is installed, under which names, and what importing it costs."""
 
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -137,3 +140,115 @@ def test_without_a_compiler_the_wheel_is_pure(tmp_path, monkeypatch):
         "from optical import backends; print(backends.choose('auto', result.arguments).name)"
     )
     assert fresh(code, unpacked) == "reference"
+
+
+# --- as a stranger installs it --------------------------------------------------------------------
+
+
+def other_pythons():
+    """Commands of the supported interpreters that are found here, this one first."""
+    found = [sys.executable]
+    for minor in range(10, 15):
+        command = shutil.which(f"python3.{minor}")
+        if minor == sys.version_info.minor or command is None:
+            continue
+        done = subprocess.run([command, "-c", "import sys; print(sys.version_info[1])"],
+                              capture_output=True, text=True)  # fmt: skip
+        if done.stdout.strip() == str(minor):
+            found.append(command)
+    return found
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """Source distribution and wheel, the one built from the other, each in isolation."""
+    pytest.importorskip("build", reason="needs the extra `dev`")
+    folder = tmp_path_factory.mktemp("dist")
+    source = folder / "source"
+    ignore = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "No matching distribution found for setuptools" in done.stdout + done.stderr:
+        pytest.skip(reason="isolated builds need a package index, and there is none")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.mark.slow
+def test_a_source_distribution_holds_what_a_wheel_is_built_from(distributions):
+    sdist, wheel = distributions
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    for path in ("csrc/sinkhorn.h", "kernels/triton/solve.py", "LICENSE", "CHANGELOG.md"):
+        assert path in inside, path
+    assert not [name for name in inside if name.endswith((".so", ".pyc")) or ".venv" in name]
+    names = zipfile.ZipFile(wheel).namelist()
+    check_contents(names)
+    assert (f"optical/{native.LIBRARY_NAME}" in names) == (native.find_compiler() is not None)
+    folder = f"{wheel.name.split('-py3')[0]}.dist-info"
+    assert any(name.startswith(folder) and name.endswith("LICENSE") for name in names)
+
+
+def install(python, wheel, folder):
+    """The interpreter of a new environment that holds the wheel and nothing else."""
+    subprocess.run([python, "-m", "venv", "--without-pip", str(folder)], check=True)
+    inner = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(inner), "install", "--quiet"]
+    done = subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return inner
+
+
+# Loads the library by the module's path: torch is not in every environment.
+LOAD = """
+import compileall, importlib.util as u, pathlib, sys, sysconfig
+package = pathlib.Path(sysconfig.get_path("purelib")) / "optical"
+assert compileall.compile_dir(package, quiet=1)
+spec = u.spec_from_file_location("native", package / "native.py")
+native = u.module_from_spec(spec); spec.loader.exec_module(native)
+print(native.load()._name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", other_pythons(), ids=os.path.basename)
+def test_the_wheel_serves_every_python(distributions, tmp_path, python):
+    if native.find_compiler() is None:
+        pytest.skip(reason="no C++ compiler")
+    inner = install(python, distributions[1], tmp_path / "env")
+    done = subprocess.run([inner, "-W", "error", "-c", LOAD], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = Path(done.stdout.strip())
+    assert found.name == native.LIBRARY_NAME and tmp_path / "env" in found.parents
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", [True, False], ids=["compiler", "no compiler"])
+def test_an_installed_wheel_tests_itself(distributions, tmp_path, compiler):
+    """In an environment of its own, where torch alone is lent from this one."""
+    if native.find_compiler() is None:
+        pytest.skip(reason="no C++ compiler")
+    inner = install(sys.executable, distributions[1], tmp_path / "env")
+    (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (packages / "lent.pth").write_text(
+        str(Path(importlib.util.find_spec("torch").origin).parent.parent)
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    if not compiler:
+        (packages / "optical" / native.LIBRARY_NAME).unlink()
+        environment["CXX"] = "/nonexistent"
+    code = (
+        "import optical, torch; cost = torch.rand(2, 3, 4)\n"
+        "for _ in range(3): optical.sinkhorn(cost, epsilon=1.0)"
+    )
+    done = subprocess.run([inner, "-c", code], env=environment, cwd=tmp_path,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Without the library: once, what is slower and why.
+    assert done.stderr.count("no C++ compiler was found") == (not compiler)
+    info = [inner, "-m", "optical.cli", "info", "--seconds", "5"]
+    told = subprocess.run(info, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 0 and "self-test passed" in told.stdout, told.stdout + told.stderr
+    assert (str(packages) in told.stdout) == compiler

@@ -382,8 +382,23 @@ def test_an_interrupted_study_ends_as_if_it_had_not_been(finished, tmp_path, mon
     assert numbers(out) == numbers(uninterrupted)
 
 
+def test_a_torn_result_is_made_anew_and_nothing_else(finished, tmp_path, caplog):
+    config, whole = finished
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (torn,) = out.glob("results/ot-sw-0-*.json")
+    torn.write_text(torn.read_text()[:50])
+    (out / "costs.json").write_text("{")
+    with caplog.at_level(logging.INFO, "optical"):
+        run_study(config, out)
+    assert f"{torn.name} is damaged" in caplog.text and "costs.json is damaged" in caplog.text
+    assert len([line for line in caplog.messages if "about 0s left" in line]) == 1
+    assert numbers(out) == numbers(whole)
+
+
 @pytest.mark.slow
-def test_a_killed_study_ends_as_if_it_had_not_been(finished, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+def test_a_killed_study_ends_as_if_it_had_not_been(finished, tmp_path, sent):
     config, uninterrupted = finished
     out = tmp_path / "out"
     moments = {
@@ -403,9 +418,14 @@ def test_a_killed_study_ends_as_if_it_had_not_been(finished, tmp_path):
                 time.sleep(0.01)
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                os.kill(process.pid, sent)
             process.wait()
-        assert process.returncode == -signal.SIGKILL, moment
+        log = (tmp_path / "log").read_text()
+        if sent == signal.SIGINT:
+            assert process.returncode == 130, (moment, log)
+            assert log.endswith("interrupted; the same command continues where it stopped\n"), log
+        else:
+            assert process.returncode == -sent, (moment, log)
     run_study(config, out)
     assert numbers(out) == numbers(uninterrupted)
 

@@ -129,7 +129,7 @@ def with_dropout(folder, target):
     return str(target)
 
 
-@pytest.mark.parametrize("damage", ["none", "missing", "torn"])
+@pytest.mark.parametrize("damage", ["none", "missing", "torn", "one bit"])
 def test_an_interrupted_training_ends_as_if_it_had_not_been(
     distill, tiny_models, tmp_path, damage, caplog
 ):
@@ -150,6 +150,10 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
     elif damage == "torn":
         state = newest / "trainer_state.json"
         state.write_text(state.read_text()[:100])
+    elif damage == "one bit":
+        data = bytearray((newest / "optimizer.pt").read_bytes())
+        data[len(data) // 2] ^= 1
+        (newest / "optimizer.pt").write_bytes(data)
 
     again, chosen = distill("parts", **arguments)
     first = []
@@ -157,7 +161,9 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
     with caplog.at_level(logging.WARNING, "optical"):
         found = weights(training.run(again, chosen, resume=True))
     assert first == ([4] if damage == "none" else [2])
-    assert ("checkpoint-4 is incomplete and is removed" in caplog.text) == (damage != "none")
+    torn = "checkpoint-4 is incomplete and is removed" in caplog.text
+    changed = "optimizer.pt is damaged; the checkpoint is removed" in caplog.text
+    assert (torn, changed) == (damage in ("missing", "torn"), damage == "one bit")
     assert_same(found, expected)
     assert losses(again) == pytest.approx(losses(trainer), abs=1e-6)
 
