@@ -71,7 +71,7 @@ class BitextCollator(MultiVectorEncoderDataCollator):
     """Tokenise parallel sentences: the first column for the teacher, the others for the student.
 
     Args:
-        student, teacher: the two ``MultiVectorEncoder`` models.
+        student, teacher: two ``MultiVectorEncoder`` models, or dense ``SentenceTransformer`` ones.
         role: "query" or "document", the side of retrieval that the student will serve; it decides
             prompts, lengths and mask-token expansion on both sides.
         max_length: longest sentence in tokens (None: the models' own limits).

@@ -6,7 +6,6 @@ import io
 import itertools
 import os
 import re
-import runpy
 import shlex
 from pathlib import Path
 
@@ -246,8 +245,3 @@ def test_links_lead_somewhere(page):
 def test_the_results_block_is_marked():
     text = (ROOT / "README.md").read_text()
     assert 0 < text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")
-
-
-def test_the_drop_in_example_learns(capsys):
-    first, last = runpy.run_path(str(ROOT / "examples" / "dropin.py"))["main"]()
-    assert last < first / 2
