@@ -12,7 +12,7 @@ import optical
 PACKAGE = Path(optical.__file__).parent
 # A module may import those before it.
 ORDER = [
-    *("files", "provenance", "arguments", "native", "nvrtc", "kernels", "iterations"),
+    *("files", "settings", "provenance", "arguments", "native", "nvrtc", "kernels", "iterations"),
     "derivatives",
     *("reference", "costs", "dense", "cuda", "backends", "ops", "checks", "inputs", "result"),
     *("functional", "losses", "objectives"),
@@ -22,14 +22,18 @@ ORDER = [
         "lexicon",
         "alignment",
         "collections",
+        "maxsim",
         "search",
+        "index",
         "bm25",
         "evaluation",
         "significance",
     ),
-    *("bitext", "codeswitch", "encoder", "vectors", "training_pairs", "options", "training"),
+    *("bitext", "codeswitch", "encoder", "vectors", "training_pairs", "options", "export"),
+    "training",
     *("arms", "config", "summary", "results", "figures", "report", "phrasebook"),
-    *("fingerprints", "cells", "places", "measuring", "study", "cli"),
+    *("fingerprints", "cells", "places", "measuring", "study", "commands"),
+    *("train_command", "cli"),
 ]
 # Narrower than the order.
 ONLY = {
