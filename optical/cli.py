@@ -29,6 +29,22 @@ EXAMPLES = """examples:
   optical compare zeroshot.run sw.run --qrels wikiclir/sw
 """
 
+# At the end of each command's own help.
+EXAMPLE = {
+    "study": "optical study examples/clir_pack.yaml --output runs/pack",
+    "search": "optical search runs/sw/final --collection wikiclir/sw --output sw.run",
+    "evaluate": 'optical evaluate sw.run --qrels wikiclir/sw --measures "AP nDCG@10" --json',
+    "compare": "optical compare zeroshot.run sw.run --qrels wikiclir/sw",
+    "lexicon": "optical lexicon en-sw.tsv --output en-sw.lexicon.tsv",
+    "vectors": "optical vectors runs/teacher/final --bitext en-sw.tsv --role document --output v",
+    "align": "optical align runs/sw/final --teacher runs/teacher/final --bitext en-sw.tsv "
+    "--output en-sw.align",
+    "export": "optical export runs/sw/final --format pylate --output runs/sw/pylate",
+    "index": "optical index runs/teacher/final --documents documents.jsonl --output runs/base",
+    "figures": "optical figures runs/pack/results.csv --output figures",
+    "info": "optical info",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, 2 for an error of the user's, 130 when interrupted."""
@@ -135,7 +151,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = named.add_parser("info", help="versions, and which Sinkhorn backends work here")
     command.set_defaults(command=_info)
-    for command in named.choices.values():
+    for name, example in EXAMPLE.items():
+        command = named.choices[name]
+        command.epilog = f"example:\n  {example}"
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.set_defaults(parser=command)
     return parser
 

@@ -22,9 +22,10 @@ def align(options: argparse.Namespace) -> int:
     from optical.bitext import iter_pairs
 
     _one_of("format", options.format, ALIGNMENTS)
+    _one_of("role", options.role, ("query", "document"))
     output = Path(options.output)
     writable_folder(output.parent)
-    pairs = itertools.islice(iter_pairs(options.bitext), options.max_pairs)
+    read = itertools.islice(iter_pairs(options.bitext), options.max_pairs)
     quiet_libraries()
     from optical.encoder import load_retriever
 
@@ -32,10 +33,10 @@ def align(options: argparse.Namespace) -> int:
     teacher = load_retriever(options.teacher) if options.teacher else student
     reads: dict[str, Any] = {"role": options.role, "epsilon": options.epsilon}
     if options.format == "figure":
-        return _draw(student, teacher, pairs, options, reads)
+        return _draw(student, teacher, read, options, reads)
     if options.format == "lexicon":
-        return _write_lexicon(student, teacher, list(pairs), options, reads)
-    pairs, shown = itertools.tee(pairs)
+        return _write_lexicon(student, teacher, list(read), options, reads)
+    pairs, shown = itertools.tee(read)
     count = linked = 0
     with atomic_text(output) as file:
         if options.format == "tsv":

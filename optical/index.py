@@ -118,8 +118,8 @@ class FileIndex:
                 f"{folder}: no finished index of token vectors; write it first"
             ) from None
         self.dimension: int = made["dimension"]
-        for name, checksum in self.files.items() if verify else ():
-            if _checksum(self.folder / name) != checksum:
+        for name, checksum in self.files.items():
+            if verify and _checksum(self.folder / name) != checksum:
                 raise ValueError(
                     f"{self.folder / name}: does not fit its checksum; remove it and write the "
                     "index again"

@@ -39,6 +39,13 @@ def commands(page):
     return [words[1:] for words in shell_lines(page) if words[0] == "optical"]
 
 
+class Made(tuple):
+    """Stands in for a trainer."""
+
+    def add_callback(self, callback):
+        pass
+
+
 def named(items):
     return [pytest.param(item, id=f"{name}") for name, item in items]
 
@@ -126,7 +133,7 @@ def test_command_is_understood(words, monkeypatch, tmp_path):
         (training, "codeswitch"),
         (encoder, "encoder_trainer"),
     ):
-        monkeypatch.setattr(module, name, lambda options, args: (options, args))
+        monkeypatch.setattr(module, name, lambda options, args: Made((options, args)))
     made = []
     monkeypatch.setattr(training, "run", lambda *args, **options: made.append(args[0]) or "done")
     assert cli.main(words) == 0
@@ -144,7 +151,7 @@ def test_search_evaluate_compare_and_info_run(folder_of_examples, monkeypatch, c
     monkeypatch.chdir(folder_of_examples)
     names = ("search", "evaluate", "compare", "info")
     ran = [words[0] for words in commands(ROOT / "README.md") if words[0] in names
-           and cli.main(words) == 0]  # fmt: skip
+           and "--index" not in words and cli.main(words) == 0]  # fmt: skip
     assert ran == ["search", "search", "evaluate", "compare", "info"]
     assert (folder_of_examples / "ot.run").is_file()
     printed = capsys.readouterr().out
