@@ -94,7 +94,9 @@ def train(argv: list[str]) -> int:
     trainer = make_trainer(options, args)
     if args.disable_tqdm:
         trainer.add_callback(training.progress_lines(recipe))
-    print(training.run(trainer, options, resume=options.resume))
+    final = training.run(trainer, options, resume=options.resume)
+    if args.process_index == 0:
+        print(final)
     return 0
 
 
