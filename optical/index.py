@@ -286,7 +286,8 @@ def _chunks(
 
 
 def _require_unit(found: TokenVectors) -> None:
-    if len(found.vectors) and (found.vectors.norm(dim=-1) - 1).abs().max() > 1e-3:
+    length = torch.linalg.vector_norm(found.vectors, dim=-1)
+    if len(length) and (length - 1).abs().max() > 1e-3:
         raise ValueError(
             "the vectors are not of unit length, and the database compares by cosine; end the "
             "model in a Normalize module, or keep the index in files"

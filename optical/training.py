@@ -239,7 +239,8 @@ def _bitext(options: DistillOptions, args: MultiVectorEncoderTrainingArguments) 
         if args.max_steps < 1:
             raise ValueError("max_steps: none given, and a stream has no end; expected 1 or more")
         # Each process reads the stream and takes its turns; batches hold more than tensors.
-        args.accelerator_config.dispatch_batches = False
+        loading: Any = args.accelerator_config
+        loading.dispatch_batches = False
         return stream_bitext(options.bitext, seed=args.seed)
     pairs = [pair for path in options.bitext for pair in read_pairs(path)[: options.max_pairs]]
     dataset = pairs_dataset(pairs)
