@@ -297,8 +297,9 @@ def _require_unit(found: TokenVectors) -> None:
 def _metadata(path: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
+    reader: Any = safe_open
     try:
-        with safe_open(path, framework="pt") as file:
+        with reader(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise ValueError(
