@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,19 +79,64 @@ def word_links(
         the English word that it sends most to. Tokens that belong to no word, such as special
         ones, are left out; words are those of :func:`optical.lexicon.words`.
     """
-    for start in range(0, len(pairs), batch_size):
-        batch = pairs[start : start + batch_size]
-        x, x_words = _read_words(student, [other for _, other in batch], role)
-        y, y_words = _read_words(teacher, [english for english, _ in batch], role)
-        masks = [torch.zeros(v.shape[:2], dtype=torch.bool) for v in (x, y)]
-        for mask, found in zip(masks, (x_words, y_words), strict=True):
-            for row, owners in enumerate(found):
-                mask[row, : len(owners)] = True
-        result = sinkhorn_vectors(
-            x, y, mask_a=masks[0], mask_b=masks[1], epsilon=epsilon, max_iter=max_iter
+    for plan, x, y, (english, other) in _plans(
+        student, teacher, pairs, role, epsilon, max_iter, batch_size
+    ):
+        yield _strongest(plan, _named(_spelled(other), x), _named(_spelled(english), y))
+
+
+def align_words(
+    student: Any,
+    teacher: Any,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    role: str = "document",
+    epsilon: float = 0.05,
+    max_iter: int = 50,
+    mutual: bool = False,
+    batch_size: int = 64,
+) -> Iterator[list[tuple[int, int, float]]]:
+    """Yield the links of each (English, foreign) pair, between words that spaces separate.
+
+    Args:
+        student, teacher, role, epsilon, max_iter: see :func:`align`.
+        pairs: parallel sentences, read as they are needed; the teacher reads the first side.
+        mutual: keep a link only where the English word, too, gets most from the foreign one: fewer
+            links, and surer ones.
+        batch_size: pairs in one solve.
+
+    Yields:
+        (number of the English word, number of the foreign word, share of the foreign word's mass)
+        from 0, in order: each foreign word with the English word that it sends most to. A word of
+        which the models read nothing, at the end of a long sentence say, has no link.
+    """
+    for plan, x, y, (english, other) in _plans(
+        student, teacher, pairs, role, epsilon, max_iter, batch_size
+    ):
+        rows, columns = _named(_numbered(other), x), _named(_numbered(english), y)
+        mass, others, englishes = _word_mass(plan, rows, columns)
+        if not mass.numel():
+            yield []
+            continue
+        share = mass / mass.sum(1, keepdim=True).clamp(min=1e-30)
+        best, back = share.argmax(1).tolist(), mass.argmax(0).tolist()
+        yield sorted(
+            (englishes[column], others[row], float(share[row, column]))
+            for row, column in enumerate(best)
+            if others[row] is not None
+            and englishes[column] is not None
+            and (not mutual or back[column] == row)
         )
-        for plan, others, englishes in zip(result.plan(), x_words, y_words, strict=True):
-            yield _strongest(plan[: len(others), : len(englishes)], others, englishes)
+
+
+def pharaoh(links: Iterable[tuple[int, int, float]]) -> str:
+    """The links of a pair of sentences in one line, ``0-1 1-0``: English number, foreign number.
+
+    Example:
+        >>> pharaoh([(0, 1, 0.9), (1, 0, 0.7)])
+        '0-1 1-0'
+    """
+    return " ".join(f"{english}-{other}" for english, other, _ in links)
 
 
 def alignment_error_rate(
@@ -128,49 +174,79 @@ def alignment_error_rate(
     return (1 - 2 * both / (predicted + sure) if sure else None), sure
 
 
-def _strongest(
-    plan: torch.Tensor, others: Sequence[str], englishes: Sequence[str]
-) -> dict[tuple[str, str], float]:
+def _plans(
+    student: Any,
+    teacher: Any,
+    pairs: Iterable[tuple[str, str]],
+    role: str,
+    epsilon: float,
+    max_iter: int,
+    batch_size: int,
+) -> Iterator[tuple[torch.Tensor, list[int], list[int], tuple[str, str]]]:
+    """The plan of each pair, and where in their texts the tokens of its rows and columns begin."""
+    source = iter(pairs)
+    while batch := list(itertools.islice(source, batch_size)):
+        x, x_places = _read_places(student, [other for _, other in batch], role)
+        y, y_places = _read_places(teacher, [english for english, _ in batch], role)
+        masks = [torch.zeros(v.shape[:2], dtype=torch.bool) for v in (x, y)]
+        for mask, found in zip(masks, (x_places, y_places), strict=True):
+            for row, places in enumerate(found):
+                mask[row, : len(places)] = True
+        result = sinkhorn_vectors(
+            x, y, mask_a=masks[0], mask_b=masks[1], epsilon=epsilon, max_iter=max_iter
+        )
+        for plan, others, englishes, pair in zip(
+            result.plan(), x_places, y_places, batch, strict=True
+        ):
+            yield plan[: len(others), : len(englishes)], others, englishes, pair
+
+
+def _word_mass(
+    plan: torch.Tensor, others: Sequence[Any], englishes: Sequence[Any]
+) -> tuple[torch.Tensor, list[Any], list[Any]]:
+    """The mass between words, and the words of its rows and columns: tokens of a word together."""
     rows, columns = list(dict.fromkeys(others)), list(dict.fromkeys(englishes))
     mass = torch.zeros(len(rows), len(columns), dtype=plan.dtype)
     row = torch.tensor([rows.index(word) for word in others], dtype=torch.int64)
     column = torch.tensor([columns.index(word) for word in englishes], dtype=torch.int64)
     at = (row[:, None].expand_as(plan), column[None].expand_as(plan))
     mass.index_put_(at, plan, accumulate=True)
+    return mass, rows, columns
+
+
+def _strongest(
+    plan: torch.Tensor, others: Sequence[Any], englishes: Sequence[Any]
+) -> dict[tuple[str, str], float]:
+    mass, rows, columns = _word_mass(plan, others, englishes)
     links = {}
     for word, shares in zip(rows, mass / mass.sum(1, keepdim=True).clamp(min=1e-30), strict=True):
-        if word and len(columns):
+        if word is not None and len(columns):
             best = int(shares.argmax())
-            if columns[best]:
+            if columns[best] is not None:
                 links[columns[best], word] = float(shares[best])
     return links
 
 
-def _read_words(
+def _read_places(
     model: Any, texts: Sequence[str], role: str
-) -> tuple[torch.Tensor, list[list[str]]]:
-    """Unit vectors of the texts' scored tokens, padded, and the word of each ("" for none)."""
+) -> tuple[torch.Tensor, list[list[int]]]:
+    """Unit vectors of the texts' scored tokens, padded, and where each begins (-1: nowhere)."""
     encode = model.encode_query if role == "query" else model.encode_document
     outputs = encode(list(texts), output_value=None, show_progress_bar=False)
-    vectors, owners = [], []
+    vectors, places = [], []
     for text, output in zip(texts, outputs, strict=True):
         mask = output["attention_mask"].bool()
         ids = output["input_ids"][mask].tolist()
         vectors.append(
             torch.nn.functional.normalize(output["token_embeddings"][mask].float(), dim=-1).cpu()
         )
-        owners.append(_words_of(model.tokenizer, text, ids))
-    return torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True), owners
+        places.append(_begins(model.tokenizer, text, ids))
+    return torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True), places
 
 
-def _words_of(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
-    """The word that each token is part of, "" for tokens that are no part of the text."""
+def _begins(tokenizer: Any, text: str, ids: Sequence[int]) -> list[int]:
+    """Where in the text each token begins, -1 for tokens that are no part of it."""
     read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    # Words of the text with their places, so that each token finds the one it lies in.
-    marked = "".join(c if w else " " for c, w in ((c, words(c)) for c in text))
-    place: dict[int, str] = {}
-    for match in re.finditer(r"\S+", marked):
-        place.update(dict.fromkeys(range(*match.span()), match.group().lower()))
     ids_read, spans = read["input_ids"], read["offset_mapping"]
     found, here = [], 0
     for one in ids:
@@ -178,8 +254,32 @@ def _words_of(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
         try:
             at = ids_read.index(one, here)
         except ValueError:
-            found.append("")
+            found.append(-1)
             continue
-        found.append(place.get(spans[at][0], ""))
+        start, end = spans[at]
+        # Some tokenizers count the space before a word to its first token.
+        found.append(next((i for i in range(start, end) if not text[i].isspace()), start))
         here = at + 1
     return found
+
+
+def _named(names: Mapping[int, Any], places: Sequence[int]) -> list[Any]:
+    return [names.get(place) for place in places]
+
+
+def _spelled(text: str) -> dict[int, str]:
+    """The lower-case word at each place of a text, by :func:`optical.lexicon.words`."""
+    marked = "".join(c if w else " " for c, w in ((c, words(c)) for c in text))
+    return _spans(marked, lambda number, word: word.lower())
+
+
+def _numbered(text: str) -> dict[int, int]:
+    """The number of the word at each place of a text; spaces separate words."""
+    return _spans(text, lambda number, word: number)
+
+
+def _spans(text: str, name: Callable[[int, str], Any]) -> dict[int, Any]:
+    place: dict[int, Any] = {}
+    for number, match in enumerate(re.finditer(r"\S+", text)):
+        place.update(dict.fromkeys(range(*match.span()), name(number, match.group())))
+    return place

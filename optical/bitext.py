@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,10 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
         ValueError: wrong column count, not UTF-8, unequal Moses files, or no pair at all; the
             message names file, line and remedy.
     """
-    path = str(path)
-    if "," in path and not Path(path).exists():
-        pairs = _moses(path)
-    elif path.removesuffix(".gz").endswith((".jsonl", ".json")):
-        pairs = _json_lines(path)
-    else:
-        pairs = _tab_separated(path)
     kept: dict[tuple[str, str], None] = {}
     empty = total = 0
-    for english, other in pairs:
+    for pair in iter_pairs(path):
         total += 1
-        pair = (english.strip(), other.strip())
         if all(pair):
             kept[pair] = None
         else:
@@ -59,6 +52,18 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
             total - empty - len(kept),
         )
     return list(kept)
+
+
+def iter_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yield the pairs of a file of :func:`read_pairs`, every one, with one of them in memory."""
+    path = str(path)
+    if "," in path and not Path(path).exists():
+        pairs = _moses(path)
+    elif path.removesuffix(".gz").endswith((".jsonl", ".json")):
+        pairs = _json_lines(path)
+    else:
+        pairs = _tab_separated(path)
+    return ((english.strip(), other.strip()) for english, other in pairs)
 
 
 def _tab_separated(path: str) -> Iterator[tuple[str, str]]:
@@ -107,14 +112,18 @@ def _moses(path: str) -> Iterator[tuple[str, str]]:
     sides = path.split(",")
     if len(sides) != 2:
         raise ValueError(f"{path}: {len(sides)} files, expected two, `corpus.en,corpus.sw`")
-    english = [line for _, line in read_lines(sides[0])]
-    other = [line for _, line in read_lines(sides[1])]
-    if len(english) != len(other):
+    english, other = (read_lines(side) for side in sides)
+    lines = [0, 0]
+    for pair in itertools.zip_longest(english, other):
+        for side, line in enumerate(pair):
+            lines[side] += line is not None
+        if lines[0] == lines[1]:
+            yield pair[0][1], pair[1][1]
+    if lines[0] != lines[1]:
         raise ValueError(
-            f"{sides[1]}: {len(other)} lines, but {sides[0]} has {len(english)}; "
+            f"{sides[1]}: {lines[1]} lines, but {sides[0]} has {lines[0]}; "
             "aligned files have one sentence a line, the same number in both"
         )
-    return zip(english, other, strict=True)
 
 
 def read_bitext(path: str | Path, *, max_pairs: int | None = None) -> Any:
@@ -136,3 +145,36 @@ def pairs_dataset(pairs: Iterable[tuple[str, str]]) -> Any:
 
     source, target = zip(*pairs, strict=True)
     return Dataset.from_dict({"source": list(source), "target": list(target)})
+
+
+def stream_bitext(paths: Sequence[str | Path], *, seed: int = 0, buffer: int = 100_000) -> Any:
+    """Bitext of any size for the trainer: read from disk while it trains, never held as a whole.
+
+    Args:
+        paths: files, each as in :func:`read_pairs`; they take turns pair by pair, so that none is
+            learnt before the others.
+        seed: of the order, which is drawn from a window of the next `buffer` pairs.
+        buffer: pairs in memory.
+
+    Returns:
+        A ``datasets.IterableDataset`` with the columns ``source`` and ``target``. It has no length:
+        the trainer needs ``max_steps``. Pairs with an empty side are left out; repetitions stay.
+    """
+    from datasets import Features, IterableDataset, Value
+
+    return IterableDataset.from_generator(
+        _in_turn,
+        features=Features({"source": Value("string"), "target": Value("string")}),
+        gen_kwargs={"paths": tuple(map(str, paths))},
+    ).shuffle(seed=seed, buffer_size=buffer)
+
+
+def _in_turn(paths: Sequence[str]) -> Iterator[dict[str, str]]:
+    rest = [iter_pairs(path) for path in paths]
+    while rest:
+        for pairs in list(rest):
+            pair = next(pairs, None)
+            if pair is None:
+                rest.remove(pairs)
+            elif all(pair):
+                yield {"source": pair[0], "target": pair[1]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
@@ -14,28 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from optical import commands
+from optical.commands import quiet_libraries
 from optical.evaluation import DEFAULT_MEASURES
+from optical.settings import nearest
+from optical.train_command import RECIPES, train
 
-# What `optical train RECIPE --help` shows of the trainer's hundred arguments.
-COMMON_ARGUMENTS = (
-    "output_dir",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "warmup_steps",
-    "seed",
-    "bf16",
-    "fp16",
-    "save_steps",
-    "logging_steps",
-)
-RECIPES = {
-    "teacher": "train an English late-interaction retriever from (query, passage) pairs",
-    "distill": "pull a student onto a frozen teacher through parallel sentences",
-    "codeswitch": "train a retriever on text with words replaced through lexicons",
-    "encoder": "train a tokenizer and a small multilingual encoder from plain text",
-}
 EXAMPLES = """examples:
   optical study                                   the embedded demonstration, a few minutes
   optical study examples/clir_pack.yaml
@@ -46,6 +29,22 @@ EXAMPLES = """examples:
   optical compare zeroshot.run sw.run --qrels wikiclir/sw
 """
 
+# At the end of each command's own help.
+EXAMPLE = {
+    "study": "optical study examples/clir_pack.yaml --output runs/pack",
+    "search": "optical search runs/sw/final --collection wikiclir/sw --output sw.run",
+    "evaluate": 'optical evaluate sw.run --qrels wikiclir/sw --measures "AP nDCG@10" --json',
+    "compare": "optical compare zeroshot.run sw.run --qrels wikiclir/sw",
+    "lexicon": "optical lexicon en-sw.tsv --output en-sw.lexicon.tsv",
+    "vectors": "optical vectors runs/teacher/final --bitext en-sw.tsv --role document --output v",
+    "align": "optical align runs/sw/final --teacher runs/teacher/final --bitext en-sw.tsv "
+    "--output en-sw.align",
+    "export": "optical export runs/sw/final --format pylate --output runs/sw/pylate",
+    "index": "optical index runs/teacher/final --documents documents.jsonl --output runs/base",
+    "figures": "optical figures runs/pack/results.csv --output figures",
+    "info": "optical info",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command: 0, 1 for a failed self-test, 2 for an error of the user's, 130 interrupted."""
@@ -54,9 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("optical").setLevel(logging.INFO)
     try:
         if arguments[:1] == ["train"]:
-            return _train(arguments[1:])
-        parser = _parser()
-        options = parser.parse_args(arguments)
+            return train(arguments[1:])
+        options, unknown = _parser().parse_known_args(arguments)
+        if unknown:
+            known = [name for action in options.parser._actions for name in action.option_strings]
+            word = unknown[0].split("=")[0]
+            meant = nearest(word, known) if word.startswith("--") else ""
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         result: int = options.command(options)
         return result
     except KeyboardInterrupt:
@@ -90,15 +93,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     exact: Any = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="command", parser_class=exact)
-    commands.add_parser("train", help="train a model: " + ", ".join(RECIPES), add_help=False)
+    named = parser.add_subparsers(required=True, metavar="command", parser_class=exact)
+    named.add_parser("train", help="train a model: " + ", ".join(RECIPES), add_help=False)
 
-    command = commands.add_parser("study", help="train, search, evaluate, compare and report")
+    command = named.add_parser("study", help="train, search, evaluate, compare and report")
     command.add_argument("config", nargs="?", help="YAML file; without it, the demonstration")
     command.add_argument("--output", help="output folder, in place of the configuration's")
     command.set_defaults(command=_study)
 
-    command = commands.add_parser("search", help="search a collection exactly, write a TREC run")
+    command = named.add_parser("search", help="search a collection exactly, write a TREC run")
     command.add_argument("model", help="model for queries and documents: name or folder")
     command.add_argument("--document-model", help="another model for the documents")
     _collection_arguments(command)
@@ -106,17 +109,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=32, help="texts in one forward pass")
     command.add_argument("--passage-length", type=int, help="cut documents, in tokens (MaxP)")
     command.add_argument("--passage-stride", type=int, help="default: half the length")
+    command.add_argument("--index", help="search vectors of `export` or `index`: folder or address")
     command.add_argument("--output", required=True, help="the run to write; .gz compresses")
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--tag", help="name in the run's last column (default: the model's)")
     command.set_defaults(command=_search)
 
-    command = commands.add_parser("evaluate", help="measures of a run")
+    command = named.add_parser("evaluate", help="measures of a run")
     command.add_argument("run", help="TREC run, plain or gzip")
     _judgement_arguments(command)
     command.add_argument("--per-query", action="store_true", help="with the values of each query")
     command.set_defaults(command=_evaluate)
 
-    command = commands.add_parser("compare", help="test runs against each other, query by query")
+    command = named.add_parser("compare", help="test runs against each other, query by query")
     command.add_argument("runs", nargs="+", help="TREC runs; the first is the baseline")
     _judgement_arguments(command)
     command.add_argument("--baseline", help="another baseline, one of the runs")
@@ -126,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(command=_compare)
 
-    command = commands.add_parser("lexicon", help="learn a word table from parallel sentences")
+    command = named.add_parser("lexicon", help="learn a word table from parallel sentences")
     command.add_argument("bitext", nargs="+", help="files of `English TAB other`")
     command.add_argument("--max-pairs", type=int, help="the first so many pairs of each file")
     command.add_argument("--least-probability", type=float, default=0.3)
@@ -134,26 +139,72 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, help="the table to write; .gz compresses")
     command.set_defaults(command=_lexicon)
 
-    command = commands.add_parser("vectors", help="store a teacher's token vectors of bitext")
+    command = named.add_parser("vectors", help="store a teacher's token vectors of bitext")
     command.add_argument("model", help="the teacher: name or folder")
     command.add_argument("--bitext", required=True, help="file of `English TAB other`")
     command.add_argument("--role", required=True, help="query or document, as in training")
     command.add_argument("--max-length", type=int, help="in tokens, as in training")
     command.add_argument("--output", required=True, help="folder to write; continues in it")
+    for name, meaning in (("worker", "number of this process, from 0"), ("workers", "processes")):
+        variable = {"worker": "RANK", "workers": "WORLD_SIZE"}[name]
+        command.add_argument(f"--{name}", type=int, help=f"{meaning} (default: ${variable})")
     command.set_defaults(command=_vectors)
 
-    command = commands.add_parser("figures", help="draw a study's figures from its results.csv")
+    _model_commands(named)
+
+    command = named.add_parser("figures", help="draw a study's figures from its results.csv")
     command.add_argument("results", help="results.csv of a study")
     command.add_argument("--output", required=True, help="folder for the figures")
     command.set_defaults(command=_figures)
 
-    command = commands.add_parser("info", help="what works here, with a test of ten seconds")
+    command = named.add_parser("info", help="what works here, with a test of ten seconds")
     command.add_argument(
         "--seconds", type=float, default=10.0, help="for the test; 0 leaves it out"
     )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(command=_info)
+    for name, example in EXAMPLE.items():
+        command = named.choices[name]
+        command.epilog = f"example:\n  {example}"
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.set_defaults(parser=command)
     return parser
+
+
+def _model_commands(named: Any) -> None:
+    command = named.add_parser("align", help="align words of bitext with a pair of models")
+    command.add_argument("model", help="the student, which reads the other language")
+    command.add_argument("--teacher", help="the model that reads English (default: the student)")
+    command.add_argument("--bitext", required=True, help="file of `English TAB other`")
+    command.add_argument("--format", default="pharaoh", help=" | ".join(commands.ALIGNMENTS))
+    command.add_argument("--role", default="document", help="query or document, as in training")
+    command.add_argument("--epsilon", type=float, default=0.05, help="temperature of the plan")
+    command.add_argument("--mutual", action="store_true", help="links that both sides choose only")
+    command.add_argument("--max-pairs", type=int, help="the first so many pairs")
+    command.add_argument("--pair", type=int, default=1, help="of a figure: which pair, from 1")
+    command.add_argument("--output", required=True, help="file to write; .png for a figure")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=commands.align)
+
+    command = named.add_parser("export", help="write a model for PyLate, or vectors of documents")
+    command.add_argument("model", help="name or folder")
+    command.add_argument("--format", required=True, help=" | ".join(commands.FORMATS))
+    command.add_argument("--side", help="query or document: of a Router, or how vectors are made")
+    command.add_argument("--documents", help="with vectors: TSV, JSON lines or TREC documents")
+    command.add_argument("--precision", default="float32", help="of vectors: float32 | float16")
+    command.add_argument("--batch-size", type=int, default=32, help="texts in one forward pass")
+    command.add_argument("--output", required=True, help="folder to write")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=commands.export)
+
+    command = named.add_parser("index", help="keep documents in a vector database (LanceDB)")
+    command.add_argument("model", help="name or folder")
+    command.add_argument("--collection", help="ir_datasets id or BEIR folder")
+    command.add_argument("--documents", help="file: TSV, JSON lines or TREC documents")
+    command.add_argument("--batch-size", type=int, default=32, help="texts in one forward pass")
+    command.add_argument("--output", required=True, help="folder, s3://bucket/name or db://name")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(command=commands.index)
 
 
 def _collection_arguments(command: argparse.ArgumentParser) -> None:
@@ -169,7 +220,7 @@ def _judgement_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _study(options: argparse.Namespace) -> int:
-    _quiet_libraries()
+    quiet_libraries()
     from optical.study import run_study
 
     with _without_bars():
@@ -202,6 +253,11 @@ def _search(options: argparse.Namespace) -> int:
     from optical.texts import read_texts
 
     writable_folder(Path(options.output).parent)
+    tag = options.tag or _run_name(options.model)
+    if options.index:
+        run, total = commands.search_index(options)
+        write_run(run, options.output, tag=tag)
+        return _searched(options, run, total)
     if options.collection:
         collection = load_collection(
             options.collection, queries=options.queries, documents=options.documents
@@ -212,7 +268,7 @@ def _search(options: argparse.Namespace) -> int:
         collection = Collection(Path(options.documents).stem, *texts, {})
     else:
         raise ValueError("--collection, or --queries with --documents, says what to search")
-    _quiet_libraries()
+    quiet_libraries()
     model = load_retriever(options.model)
     documents = load_retriever(options.document_model) if options.document_model else None
     run = search(
@@ -223,11 +279,15 @@ def _search(options: argparse.Namespace) -> int:
         document_model=documents,
         passage_length=options.passage_length,
         passage_stride=options.passage_stride,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
-    write_run(run, options.output, tag=options.tag or _run_name(options.model))
-    print(f"{options.output}: {len(run)} queries, {len(collection.documents)} documents searched")
-    return 0
+    write_run(run, options.output, tag=tag)
+    return _searched(options, run, len(collection.documents))
+
+
+def _searched(options: argparse.Namespace, run: Any, total: int) -> int:
+    found = {"output": options.output, "queries": len(run), "documents searched": total}
+    return commands.done(options, found)
 
 
 def _run_name(path: str) -> str:
@@ -305,12 +365,15 @@ def _vectors(options: argparse.Namespace) -> int:
     if options.role not in ROLES:
         raise ValueError(f"role: {options.role!r}, expected 'query' or 'document'")
     texts = [english for english, _ in read_pairs(options.bitext)]
-    _quiet_libraries()
+    quiet_libraries()
     from optical.encoder import load_retriever
     from optical.vectors import write_vectors
 
     model = load_retriever(options.model)
     limits = {"role": options.role, "max_length": options.max_length}
+    # Under torchrun each process has its number in these variables.
+    limits["worker"] = int(os.environ.get("RANK", 0)) if options.worker is None else options.worker
+    limits["workers"] = options.workers or int(os.environ.get("WORLD_SIZE", 1))
     print(write_vectors(model, texts, options.output, **limits))
     return 0
 
@@ -331,116 +394,6 @@ def _info(options: argparse.Namespace) -> int:
     found = selftest.inspect(options.seconds)
     print(json.dumps(found, indent=1) if options.json else selftest.to_text(found))
     return 1 if found["passed"] is False else 0
-
-
-def _train(argv: list[str]) -> int:
-    if not argv or argv[0] not in RECIPES:
-        lines = [f"  {name:11} {text}" for name, text in RECIPES.items()]
-        print("usage: optical train RECIPE [options]\n\n" + "\n".join(lines))
-        if argv and argv[0] not in ("-h", "--help"):
-            raise ValueError(f"recipe {argv[0]!r} is unknown; expected one of {', '.join(RECIPES)}")
-        return 0 if argv else 2
-    from transformers import HfArgumentParser, TrainingArguments
-
-    from optical import encoder, training
-    from optical.files import writable_folder
-
-    recipe, argv = argv[0], argv[1:]
-    kinds: dict[str, tuple[Any, Any]] = {
-        "teacher": (training.TeacherOptions, training.teacher),
-        "distill": (training.DistillOptions, training.distill),
-        "codeswitch": (training.CodeswitchOptions, training.codeswitch),
-        "encoder": (encoder.EncoderOptions, encoder.encoder_trainer),
-    }
-    options_kind, make_trainer = kinds[recipe]
-    arguments_kind: Any = (
-        TrainingArguments if recipe == "encoder" else training.CommandLineArguments
-    )
-    make_parser: Any = HfArgumentParser
-    parser = make_parser(
-        (options_kind, arguments_kind),
-        prog=f"optical train {recipe}",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(**training.ARGUMENT_DEFAULTS)
-    if "--help-all" in argv:
-        parser.print_help()
-        return 0
-    if "-h" in argv or "--help" in argv:
-        _train_help(recipe, options_kind, arguments_kind)
-        return 0
-    argv = _with_config(argv, parser)
-    parser.set_defaults(output_dir=None)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        from optical.config import nearest
-
-        known = [f"--{action.dest}" for action in parser._actions]
-        raise ValueError(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
-    if not namespace.output_dir:
-        raise ValueError("output_dir: none given; expected a folder to write to")
-    values = vars(namespace)
-    names = {entry.name for entry in dataclasses.fields(options_kind)}
-    options = options_kind(**{name: values[name] for name in names})
-    options.validate()
-    # Before anything is read: the trainer would say it late and in its own words.
-    writable_folder(namespace.output_dir)
-    _quiet_libraries()
-    init = {entry.name for entry in dataclasses.fields(arguments_kind) if entry.init}
-    args = arguments_kind(**{name: values[name] for name in init & set(values)})
-    print(training.run(make_trainer(options, args), options, resume=options.resume))
-    return 0
-
-
-def _with_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Take `--config FILE` out of the arguments and make its keys the parser's defaults."""
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    reader.add_argument("--config")
-    given, rest = reader.parse_known_args(argv)
-    if given.config is None:
-        return rest
-    from optical.config import nearest, read_yaml
-
-    settings, _ = read_yaml(given.config)
-    known = {action.dest for action in parser._actions}
-    for key in settings:
-        if key not in known:
-            raise ValueError(f"{given.config}: unknown key `{key}`{nearest(key, known)}")
-    # As arguments in front, so that the parser converts them and the command line wins.
-    words: list[str] = []
-    for key, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        text = [json.dumps(one) if isinstance(one, dict) else str(one) for one in values]
-        words += [f"--{key}", *text]
-    return [*words, *rest]
-
-
-def _train_help(recipe: str, options_kind: Any, arguments_kind: Any) -> None:
-    print(f"usage: optical train {recipe} [--config FILE.yaml] [options]\n\n{RECIPES[recipe]}\n")
-    shown = [*dataclasses.fields(options_kind)]
-    by_name = {entry.name: entry for entry in dataclasses.fields(arguments_kind)}
-    shown += [by_name[name] for name in COMMON_ARGUMENTS]
-    for entry in shown:
-        text = " ".join(str(entry.metadata.get("help", "")).split())
-        print(f"  --{entry.name:28} {text[:110]}")
-    print("\n--config holds the same names in YAML; --help-all lists every option of the trainer")
-
-
-def _quiet_libraries() -> None:
-    """Loading reports and shard bars of the libraries would hide the project's own lines."""
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    silence: Any = transformers_logging
-    silence.set_verbosity_error()
-    silence.disable_progress_bar()
-    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
-    import datasets
-
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from optical.lexicon import words
 logger = logging.getLogger("optical")
 
 PACKAGE = "package:"
+SAVED = ("config", "modules")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -330,7 +331,8 @@ def check_model(name: str) -> None:
     looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local and not folder.is_dir():
         raise ValueError(f"model {name}: no such folder; train it first or give a hub name")
-    if folder.is_dir() and not (folder / "config.json").exists():
+    # A model with a Router has its encoders' configurations one folder deeper.
+    if folder.is_dir() and not any((folder / f"{kind}.json").exists() for kind in SAVED):
         raise ValueError(f"model {name}: no config.json in this folder, so it holds no model")
 
 

@@ -117,15 +117,17 @@ class DistillationLoss(nn.Module):
     """Distil a frozen teacher into a student through parallel sentences; `compare` says how.
 
     Follows the Sentence Transformers 6 loss contract, so it runs in the unmodified
-    ``MultiVectorEncoderTrainer``: the first column of a batch holds the sentences that the teacher
-    reads (English), every further column those that the student reads, each tokenised with its own
-    model's tokenizer (``optical.training.BitextCollator`` does that). The tokens compared are those
-    of the models' own scoring masks.
+    ``MultiVectorEncoderTrainer`` and ``SentenceTransformerTrainer``: the first column of a batch
+    holds the sentences that the teacher reads (English), every further column those that the
+    student reads, each tokenised by its own model (``optical.training.BitextCollator``
+    does that). The tokens compared are those of the models' own scoring masks; those of dense
+    models are their token vectors before pooling.
 
     Args:
-        model: the student, a ``MultiVectorEncoder``; the only part that is trained.
-        teacher: a ``MultiVectorEncoder`` with vectors of the same size. It is frozen here and stays
-            in evaluation mode. It does not run on columns that hold its vectors already.
+        model: the student, a ``MultiVectorEncoder`` or a dense ``SentenceTransformer``; the only
+            part that is trained.
+        teacher: one of the two kinds, with token vectors of the same size. It is frozen here and
+            stays in evaluation mode. It does not run on columns that hold its vectors already.
         student_mass, teacher_mass: (vocabulary,) weight of each token of the two tokenizers; tokens
             of weight 0 are left out. None: every token weighs the same.
 
@@ -277,5 +279,8 @@ def _log_shares(tokens: Tokens) -> Tensor:
 
 def _vector_size(model: nn.Module) -> int | None:
     """Size of a model's token vectors, or None where the model cannot tell."""
+    # A dense model tells the size of its sentence vectors, which modules after its tokens decide.
+    if any(type(part).__name__ == "Pooling" for part in model.children()):
+        return None
     tell = getattr(model, "get_embedding_dimension", None)
     return tell() if callable(tell) else None

@@ -151,6 +151,10 @@ class DistillOptions:
         default=False,
         metadata={"help": "Repeat the pairs of smaller files, so that all files weigh alike."},
     )
+    stream: bool = field(
+        default=False,
+        metadata={"help": "Read the bitext from disk while training, whatever its size."},
+    )
     dimension: int | None = field(
         default=None, metadata={"help": "Size of a new student's vectors (default: teacher's)."}
     )
@@ -185,6 +189,16 @@ class DistillOptions:
             )
         if self.max_pairs is not None and self.max_pairs < 1:
             raise ValueError(f"max_pairs: {self.max_pairs}, expected 1 or more")
+        if self.stream:
+            # These look at the whole bitext before the first step.
+            for name, usual in (("mass", "uniform"), ("skip_frequent", 0), ("reads", "other"),
+                                ("max_pairs", None)):  # fmt: skip
+                if getattr(self, name) != usual:
+                    raise ValueError(f"{name}: {getattr(self, name)!r}, expected {usual!r}, "
+                                     "because stream reads the bitext only once")  # fmt: skip
+            if self.objective == "contrastive":
+                raise ValueError("objective: 'contrastive' needs batches without repetitions, "
+                                 "which stream cannot promise")  # fmt: skip
         check_options(
             epsilon=self.epsilon,
             max_iter=self.max_iter,

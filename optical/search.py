@@ -7,22 +7,23 @@ and d_j of the document,
 
 Vectors come from a :class:`sentence_transformers.MultiVectorEncoder`, which decides what counts as
 a token (prompts, [MASK] expansion, skip lists) and whether vectors have unit length. This is for
-collections that fit an exhaustive search, about 10^5 to 10^6 documents; beyond that, export the
-model and use an index.
+collections that fit an exhaustive search, about 10^5 to 10^6 documents; their vectors may be kept
+in files or in a database, see :mod:`optical.index`.
 """
 
 from __future__ import annotations
 
 import logging
-import math
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optical.collections import Collection
+from optical.maxsim import EMPTY_DOCUMENT_SCORE, TokenVectors, rank
 from optical.runs import Run
 
 __all__ = [
@@ -34,39 +35,8 @@ __all__ = [
     "search_vectors",
 ]
 
+
 logger = logging.getLogger("optical")
-
-EMPTY_DOCUMENT_SCORE = -1e9
-"""Score of a document without tokens, below every real one; as in sentence-transformers."""
-
-# Size of the (query tokens x document tokens) tile. On a CPU the tile should stay near the cache: 8
-# MB took half the time of 64 MB. An accelerator wants few large products.
-_TILE_ELEMENTS = {"cpu": 2**21}
-_TILE_ELEMENTS_ACCELERATOR = 2**27
-
-
-@dataclass(frozen=True)
-class TokenVectors:
-    """Token vectors of several texts, one after the other.
-
-    Attributes:
-        vectors: (total tokens, dim), float32.
-        lengths: (texts,), int64 on the CPU: how many rows belong to each text; may be 0.
-    """
-
-    vectors: Tensor
-    lengths: Tensor
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def dim(self) -> int:
-        return self.vectors.shape[-1]
-
-    def split(self) -> list[Tensor]:
-        """The vectors of each text, (tokens, dim); views, nothing is copied."""
-        return list(torch.split(self.vectors, self.lengths.tolist()))
 
 
 def encode(
@@ -178,7 +148,7 @@ def search(
         passage_stride: tokens from the begin of one passage to the next; half the length by
             default.
         device: where to encode and score; ``None`` leaves the models where they are.
-        progress: show a progress bar over documents.
+        progress: show a bar over documents, or where no terminal is, a line now and then.
 
     Returns:
         Query id -> document id -> float32 score, best first, in the order of
@@ -235,7 +205,7 @@ def search(
             split = iter(vectors.split())
             yield [owners[text] for text in batch], [[next(split) for _ in text] for text in cut]
 
-    return _search(
+    return rank(
         list(collection.queries), queries, list(collection.documents), batches(),
         depth=depth, chunk_elements=chunk_elements, device=queries.vectors.device,
     )  # fmt: skip
@@ -282,169 +252,27 @@ def search_vectors(
             yield [[document_ids[i]] for i in chosen], [[pieces[i].to(target)] for i in chosen]
 
     moved = TokenVectors(query_vectors.vectors.to(target), query_vectors.lengths)
-    return _search(
+    return rank(
         query_ids, moved, document_ids, batches(),
         depth=depth, chunk_elements=chunk_elements, device=target,
     )  # fmt: skip
 
 
-def _search(
-    query_ids: Sequence[str],
-    queries: TokenVectors,
-    document_ids: Sequence[str],
-    batches: Iterator[tuple[list[list[str]], list[list[Tensor]]]],
-    *,
-    depth: int,
-    chunk_elements: int | None,
-    device: torch.device,
-) -> Run:
-    """Score batches of ``(ids that share a text, its passages)``; keep the best of each query."""
-    pieces = queries.split()
-    # Queries of similar length share a block, so that little of it is padding.
-    order = sorted((i for i in range(len(pieces)) if len(pieces[i])), key=lambda i: len(pieces[i]))
-    silent = len(pieces) - len(order)
-    if silent:
-        logger.warning(
-            "%d of %d queries have no tokens; they retrieve nothing", silent, len(pieces)
-        )
-    run: Run = {qid: {} for qid in query_ids}
-    if not order:
-        return run
-
-    if chunk_elements is None:
-        chunk_elements = _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ACCELERATOR)
-    blocks = _query_blocks([pieces[i] for i in order], chunk_elements)
-    # Among equal scores the higher id is better, as in optical.runs.ranked.
-    names = sorted(document_ids)
-    number = {docid: index for index, docid in enumerate(names)}
-    best = _Best(len(order), depth, device)
-    for ids, texts in batches:
-        with torch.no_grad():
-            scores = _maxsim(blocks, [one for text in texts for one in text], chunk_elements)
-            scores = _best_passage(scores, [len(text) for text in texts])
-        owners = [column for column, shared in enumerate(ids) for _ in shared]
-        numbers = [number[docid] for shared in ids for docid in shared]
-        best.add(
-            scores[:, torch.tensor(owners, device=device)], torch.tensor(numbers, device=device)
-        )
-    for row, (found, values) in zip(order, best.result(), strict=True):
-        run[query_ids[row]] = {
-            names[index]: score for index, score in zip(found, values, strict=True)
-        }
-    return run
-
-
-def _query_blocks(pieces: list[Tensor], chunk_elements: int) -> list[Tensor]:
-    """Pad queries to (block, tokens, dim) with zeros: a zero vector adds exactly 0 to a score."""
-    rows = max(1, math.isqrt(chunk_elements) // 2)
-    blocks: list[Tensor] = []
-    start = 0
-    while start < len(pieces):
-        # Ascending length: the last of a block is the longest.
-        end = start + 1
-        while end < len(pieces) and (end + 1 - start) * len(pieces[end]) <= rows:
-            end += 1
-        blocks.append(torch.nn.utils.rnn.pad_sequence(pieces[start:end], batch_first=True))
-        start = end
-    return blocks
-
-
-def _maxsim(blocks: list[Tensor], documents: list[Tensor], chunk_elements: int) -> Tensor:
-    """Scores, (queries, documents), float32.
-
-    One plain matrix product per tile. sentence_transformers.util.maxsim gives the same numbers (a
-    test compares them) through masks over a four-dimensional tensor: for 281 queries by 281
-    documents of dimension 128 it took 2.1 s of one CPU core in its best setting and 5.4 s by
-    default, this function 1.0 s, of which 0.9 s are the products.
-    """
-    queries = sum(len(block) for block in blocks)
-    rows = max(block.shape[0] * block.shape[1] for block in blocks)
-    scores = torch.full((queries, len(documents)), EMPTY_DOCUMENT_SCORE, device=blocks[0].device)
-    order = sorted(
-        (i for i in range(len(documents)) if len(documents[i])),
-        key=lambda i: len(documents[i]),
-        reverse=True,
-    )
-    start = 0
-    while start < len(order):
-        width = len(
-            documents[order[start]]
-        )  # descending length: the first of a tile is the longest
-        chosen = order[start : start + max(1, chunk_elements // (rows * width))]
-        start += len(chosen)
-        # Padding repeats the document's own first vector, which cannot change a maximum.
-        padded = [
-            torch.cat([vectors, vectors[:1].expand(width - len(vectors), -1)])
-            for vectors in (documents[index] for index in chosen)
-        ]
-        tile = torch.cat(padded).T
-        columns = torch.tensor(chosen, device=scores.device)
-        top = 0
-        for block in blocks:
-            size, tokens, dim = block.shape
-            similarities = block.reshape(size * tokens, dim) @ tile
-            best = similarities.view(size, tokens, len(chosen), width).amax(dim=-1)
-            scores[top : top + size, columns] = best.sum(dim=1)
-            top += size
-    return scores
-
-
-def _best_passage(scores: Tensor, counts: list[int]) -> Tensor:
-    """(queries, passages) -> (queries, texts): the best of each text's neighbouring passages."""
-    if all(count == 1 for count in counts):
-        return scores
-    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    best = scores.new_full((len(scores), len(counts)), float("-inf"))
-    index = owner.to(scores.device).expand_as(scores)
-    return best.scatter_reduce(1, index, scores, "amax", include_self=True)
-
-
-class _Best:
-    """The best ``depth`` documents of each query, kept while scores stream by.
-
-    A score and its document's number are packed in one 64-bit integer whose order is "better": the
-    float32 bits, made monotone, above the number. All keys of a query differ, so the selection is
-    the same whatever the batches were, on every device, ties included.
-    """
-
-    def __init__(self, queries: int, depth: int, device: torch.device) -> None:
-        self.depth = depth
-        self.keys = torch.zeros(queries, 0, dtype=torch.int64, device=device)
-        self.waiting: list[Tensor] = []
-
-    def add(self, scores: Tensor, numbers: Tensor) -> None:
-        if not bool(torch.isfinite(scores).all()):
-            raise ValueError(
-                "the scores are not finite: a model returned NaN or infinite vectors; check that "
-                "training did not diverge, and the precision of the model"
-            )
-        bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 turns -0.0 into 0.0
-        # Negative floats count downwards in their bits: flip all but the sign.
-        ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-        self.waiting.append((ordered << 32) | numbers)
-        if sum(keys.shape[1] for keys in self.waiting) >= max(self.depth, 1024):
-            self._merge()
-
-    def _merge(self) -> None:
-        keys = torch.cat([self.keys, *self.waiting], dim=1)
-        self.keys = keys.topk(min(self.depth, keys.shape[1]), dim=1).values
-        self.waiting = []
-
-    def result(self) -> Iterator[tuple[list[int], list[float]]]:
-        """Document numbers and scores of each query, best first."""
-        self._merge()
-        keys = self.keys.cpu()
-        ordered = keys >> 32
-        bits = torch.where(ordered >= 0, ordered, ordered ^ 0x7FFFFFFF).to(torch.int32)
-        yield from zip((keys & 0xFFFFFFFF).tolist(), bits.view(torch.float32).tolist(), strict=True)
-
-
 def _steps(total: int, size: int, progress: bool) -> Iterator[int]:
+    steps = range(0, total, size)
     if not progress:
-        return iter(range(0, total, size))
-    from tqdm.auto import tqdm  # comes with sentence-transformers
+        yield from steps
+    elif sys.stderr.isatty():
+        from tqdm.auto import tqdm  # comes with sentence-transformers
 
-    return iter(tqdm(range(0, total, size), desc="Searching", unit="batch"))
+        yield from tqdm(steps, desc="Searching", unit="batch")
+    else:
+        told = time.monotonic()
+        for start in steps:
+            yield start
+            if time.monotonic() - told > 20:
+                told = time.monotonic()
+                logger.info("searched %d of %d texts", min(start + size, total), total)
 
 
 def _unpack(

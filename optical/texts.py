@@ -12,7 +12,7 @@ from typing import Any
 
 from optical.files import read_lines
 
-__all__ = ["read_texts"]
+__all__ = ["iter_texts", "read_texts"]
 
 _ID_KEYS = ("id", "_id", "docid", "doc_id", "qid", "query_id")
 _TEXT_KEYS = ("text", "contents")
@@ -50,6 +50,13 @@ def read_texts(
         ValueError: a line in the wrong form, an id that occurs twice, an empty file; with file,
             line and what to do.
     """
+    return dict(iter_texts(path, topic_fields=topic_fields))
+
+
+def iter_texts(
+    path: str | os.PathLike[str], *, topic_fields: Sequence[str] = ("title",)
+) -> Iterator[tuple[str, str]]:
+    """Yield (id, text) of a file as :func:`read_texts` reads it, with only the ids in memory."""
     path = Path(path)
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     suffix = suffixes[-1].lower() if suffixes else ""
@@ -66,21 +73,21 @@ def read_texts(
     if suffix not in readers:
         first = next((line.lstrip()[0] for _, line in read_lines(path) if line.strip()), "")
         suffix = {"{": ".jsonl", "<": ".trec"}.get(first, ".tsv")
-    texts: dict[str, str] = {}
+    seen: set[str] = set()
     for number, key, text in readers[suffix](path):
         if key.split() != [key]:
             raise ValueError(
                 f"{path}:{number}: id {key!r} must be one word, because runs separate columns "
                 "by white space; rename it"
             )
-        if key in texts:
+        if key in seen:
             raise ValueError(
                 f"{path}:{number}: id {key!r} appears a second time; ids must be unique"
             )
-        texts[key] = text
-    if not texts:
+        seen.add(key)
+        yield key, text
+    if not seen:
         raise ValueError(f"{path}:1: the file has no texts; it needs at least one")
-    return texts
 
 
 def _read_tsv(path: Path) -> Iterator[tuple[int, str, str]]:

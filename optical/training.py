@@ -39,7 +39,7 @@ from sentence_transformers.multi_vector_encoder.losses import (
 from transformers import AutoTokenizer, PrinterCallback, set_seed
 
 from optical import objectives
-from optical.bitext import pairs_dataset, read_pairs
+from optical.bitext import pairs_dataset, read_pairs, stream_bitext
 from optical.checkpoints import WEIGHTS, SealCheckpoints, last_checkpoint
 from optical.codeswitch import CodeSwitcher
 from optical.encoder import frequent_tokens, load_retriever, located, token_counts
@@ -75,7 +75,7 @@ class BitextCollator(MultiVectorEncoderDataCollator):
     """Tokenise parallel sentences: the first column for the teacher, the others for the student.
 
     Args:
-        student, teacher: the two ``MultiVectorEncoder`` models.
+        student, teacher: two ``MultiVectorEncoder`` models, or dense ``SentenceTransformer`` ones.
         role: "query" or "document", the side of retrieval that the student will serve; it decides
             prompts, lengths and mask-token expansion on both sides.
         max_length: longest sentence in tokens (None: the models' own limits).
@@ -204,11 +204,7 @@ def distill(
     The student starts from the teacher unless the options name another model.
     """
     options.validate()
-    files = [read_pairs(path)[: options.max_pairs] for path in options.bitext]
-    if options.balance:
-        largest = max(map(len, files))
-        files = [list(itertools.islice(itertools.cycle(pairs), largest)) for pairs in files]
-    pairs = list(itertools.chain.from_iterable(files))
+    dataset = _bitext(options, args)
     set_seed(args.seed)
     taught_by = load_retriever(options.teacher)
     size = options.dimension or taught_by.get_embedding_dimension()
@@ -230,6 +226,31 @@ def distill(
     if options.objective == "contrastive":
         # A sentence that stands twice in a batch would be its own negative.
         args.batch_sampler = BatchSamplers.NO_DUPLICATES
+    return MultiVectorEncoderTrainer(
+        model=student,
+        args=args,
+        train_dataset=dataset,
+        loss=_objective(options, student, taught_by, dataset),
+        data_collator=BitextCollator(
+            student, taught_by, role=options.role, max_length=limit, vectors=stored
+        ),
+    )
+
+
+def _bitext(options: DistillOptions, args: MultiVectorEncoderTrainingArguments) -> Any:
+    """The parallel sentences as a dataset, with the columns that the student is to read."""
+    if options.stream:
+        if args.max_steps < 1:
+            raise ValueError("max_steps: none given, and a stream has no end; expected 1 or more")
+        # Each process reads the stream and takes its turns; batches hold more than tensors.
+        loading: Any = args.accelerator_config
+        loading.dispatch_batches = False
+        return stream_bitext(options.bitext, seed=args.seed)
+    files = [read_pairs(path)[: options.max_pairs] for path in options.bitext]
+    if options.balance:
+        largest = max(map(len, files))
+        files = [list(itertools.islice(itertools.cycle(pairs), largest)) for pairs in files]
+    pairs = list(itertools.chain.from_iterable(files))
     dataset = pairs_dataset(pairs)
     if options.reads != "other":
         english = [source for source, _ in pairs]
@@ -241,15 +262,7 @@ def distill(
         dataset = dataset.add_column("english", english)
     if options.reads == "english":
         dataset = dataset.remove_columns("target")
-    return MultiVectorEncoderTrainer(
-        model=student,
-        args=args,
-        train_dataset=dataset,
-        loss=_objective(options, student, taught_by, dataset),
-        data_collator=BitextCollator(
-            student, taught_by, role=options.role, max_length=limit, vectors=stored
-        ),
-    )
+    return dataset
 
 
 def _lexicons(entries: Sequence[str]) -> dict[str, dict[str, list[str]]]:
@@ -264,14 +277,14 @@ def _lexicons(entries: Sequence[str]) -> dict[str, dict[str, list[str]]]:
 
 
 def _objective(
-    options: DistillOptions, student: Any, taught_by: Any, dataset: Dataset
+    options: DistillOptions, student: Any, taught_by: Any, dataset: Any
 ) -> DistillationLoss:
-    source, *columns = dataset.column_names
-    read = [text for column in columns for text in dataset[column]]
-    masses: dict[str, Any] = {
-        "student_mass": _mass(student, read, options),
-        "teacher_mass": _mass(taught_by, list(dataset[source]), options),
-    }
+    masses: dict[str, Any] = {}
+    if options.mass != "uniform" or options.skip_frequent:
+        source, *columns = dataset.column_names
+        read = [text for column in columns for text in dataset[column]]
+        masses["student_mass"] = _mass(student, read, options)
+        masses["teacher_mass"] = _mass(taught_by, list(dataset[source]), options)
     if options.objective == "ot":
         return OTDistillationLoss(
             student,
@@ -296,14 +309,12 @@ def _objective(
     return kinds[options.objective](student, taught_by, **masses)
 
 
-def _mass(model: Any, texts: Sequence[str], options: DistillOptions) -> torch.Tensor | None:
-    """Weight of each token of a model's tokenizer, or None where all weigh the same.
+def _mass(model: Any, texts: Sequence[str], options: DistillOptions) -> torch.Tensor:
+    """Weight of each token of a model's tokenizer.
 
     idf is log((N + 1) / (n + 1)) for a token in n of the N texts: tokens of every text, such as
     the special ones, weigh nothing.
     """
-    if options.mass == "uniform" and not options.skip_frequent:
-        return None
     tokenizer = model.tokenizer
     counts = token_counts(tokenizer, texts, once=True, special=True)
     size = max(len(tokenizer), max(counts) + 1)
@@ -425,7 +436,7 @@ def progress_lines(label: str, every: float = 20.0) -> Any:
             rate = (now - self.begun) / (state.global_step - self.first)
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
             logger.info(
-                "    %s: step %d of %d%s, %.0f s left in this cell",
+                "    %s: step %d of %d%s, %.0f s left",
                 label,
                 state.global_step,
                 state.max_steps,

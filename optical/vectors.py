@@ -47,6 +47,8 @@ def write_vectors(
     max_length: int | None = None,
     batch_size: int = 64,
     shard_texts: int = 4096,
+    worker: int = 0,
+    workers: int = 1,
 ) -> Path:
     """Encode texts as a teacher encodes them in training, and keep the vectors in a folder.
 
@@ -58,14 +60,20 @@ def write_vectors(
         max_length: longest text in tokens, as in training (None: the model's own limit).
         batch_size: texts in one forward pass.
         shard_texts: texts in one shard.
+        worker, workers: the number of this process, from 0, among so many that write the store
+            together, on one machine or on several with a common folder. Each writes every
+            ``workers``-th shard; the last one to finish finishes the store.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: no text; or the folder holds vectors of other texts or options.
+        ValueError: no text; the folder holds vectors of other texts or options; or ``worker`` is
+            not one of ``workers``.
         OSError: the folder cannot be written.
     """
+    if not 0 <= worker < workers:
+        raise ValueError(f"worker: {worker}, expected a number from 0 to {workers - 1}")
     folder = writable_folder(folder)
     texts = list(dict.fromkeys(texts))
     if not texts:
@@ -86,13 +94,16 @@ def write_vectors(
     model.eval()
     names = []
     for start in range(0, len(texts), shard_texts):
-        name = f"{start // shard_texts:05d}"
+        number = start // shard_texts
+        name = f"{number:05d}"
         names.append(name)
-        if not _whole(folder, name):
+        if number % workers == worker and not _whole(folder, name):
             part = texts[start : start + shard_texts]
             _write_shard(folder, name, part, model, role, max_length, batch_size)
             logger.info("%s: %d of %d texts", folder, start + len(part), len(texts))
-    write_text(folder / "index.json", json.dumps({**made, "shards": names}) + "\n")
+    # Two workers that finish together write the same.
+    if workers == 1 or all(_whole(folder, name) for name in names):
+        write_text(folder / "index.json", json.dumps({**made, "shards": names}) + "\n")
     return folder
 
 

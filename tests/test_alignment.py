@@ -69,3 +69,48 @@ def test_alignment_error_rate(links, expected):
 
 def test_no_rate_without_a_known_word():
     assert alignment_error_rate([{}], [("sky", "himmel")], LEXICON) == (None, 0)
+
+
+def test_links_between_numbered_words():
+    """A plan by hand: tokens of a word count together, tokens of no word count nothing."""
+    import torch
+
+    from optical.alignment import _begins, _named, _numbered, _word_mass
+
+    assert _numbered("ab  c") == {0: 0, 1: 0, 4: 1}
+    others = _named(_numbered("ab c"), [-1, 0, 1, 3])
+    assert others == [None, 0, 0, 1]
+    plan = torch.tensor([[0.9, 0.0], [0.2, 0.1], [0.2, 0.0], [0.0, 0.3]])
+    mass, rows, columns = _word_mass(plan, others, [0, 1])
+    assert rows == [None, 0, 1] and columns == [0, 1]
+    torch.testing.assert_close(mass, torch.tensor([[0.9, 0.0], [0.4, 0.1], [0.0, 0.3]]))
+
+    def read(text, **_):
+        return {"input_ids": [7, 8], "offset_mapping": [(0, 2), (2, 4)]}
+
+    # The second token's span has the space before its word.
+    assert _begins(read, "ab c", [1, 7, 8, 2]) == [-1, 0, 3, -1]
+
+
+def test_pharaoh_lines(world, tiny_models):
+    from optical.alignment import align_words, pharaoh
+    from optical.bitext import read_pairs
+    from optical.encoder import load_retriever
+
+    pairs = read_pairs(world / "bitext/en-sw.tsv")[:6]
+    model = load_retriever(tiny_models.teacher)
+    # English with itself: every word with itself, and nothing else.
+    same = [(english, english) for english, _ in pairs] + [("", "")]
+    for mutual in (False, True):
+        found = list(align_words(model, model, same, mutual=mutual, batch_size=4))
+        assert len(found) == 7 and found[-1] == []
+        for links, (english, _) in zip(found[:-1], same, strict=False):
+            ids = [(e, f) for e, f, _ in links]
+            assert ids == sorted(ids) and all(0 < share <= 1 for _, _, share in links)
+            words = english.split()
+            assert len(words) == 5 and all(words[e] == words[f] for e, f in ids)
+    assert pharaoh(found[0]).split()[0] == "0-0"
+    loose, mutual = (
+        [len(x) for x in align_words(model, model, pairs, mutual=m)] for m in (False, True)
+    )
+    assert all(a >= b for a, b in zip(loose, mutual, strict=True))

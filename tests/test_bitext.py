@@ -143,3 +143,40 @@ def test_reads_real_parallel_text():
     for path in paths:
         pairs = read_pairs(path)
         assert pairs and all(english and other for english, other in pairs)
+
+
+def test_a_stream_gives_every_pair_once_and_files_take_turns(tmp_path):
+    pytest.importorskip("datasets", reason="the extra `train` is not installed")
+    from optical.bitext import stream_bitext
+
+    for name, count in (("a", 40), ("b", 10)):
+        lines = "".join(f"{name}{i}\t{name}{i} x\n" for i in range(count))
+        (tmp_path / f"{name}.tsv").write_text(lines + " \tempty\n")
+    paths = [tmp_path / "a.tsv", tmp_path / "b.tsv"]
+    rows = list(stream_bitext(paths, seed=1, buffer=8))
+    names = [row["source"] for row in rows]
+    assert sorted(names) == sorted([*(f"a{i}" for i in range(40)), *(f"b{i}" for i in range(10))])
+    assert all(row["target"] == row["source"] + " x" for row in rows)
+    assert sum(name.startswith("b") for name in names[:24]) >= 6
+    assert names == [row["source"] for row in stream_bitext(paths, seed=1, buffer=8)]
+    assert names != [row["source"] for row in stream_bitext(paths, seed=2, buffer=8)]
+
+
+def test_a_stream_holds_few_pairs_at_a_time(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="the extra `train` is not installed")
+    from optical import bitext
+
+    (tmp_path / "a.tsv").write_text("".join(f"a{i}\tb{i}\n" for i in range(1000)))
+    read = []
+    lines = bitext.read_lines
+
+    def counted(path):
+        for number, line in lines(path):
+            read.append(number)
+            yield number, line
+
+    monkeypatch.setattr(bitext, "read_lines", counted)
+    stream = iter(bitext.stream_bitext([tmp_path / "a.tsv"], buffer=16))
+    for _ in range(10):
+        next(stream)
+    assert 10 <= len(read) <= 40

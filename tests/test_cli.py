@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from optical import cli
 
 COMMANDS = [
     *("study", "search", "evaluate", "compare", "lexicon", "vectors", "figures", "info"),
+    *("align", "export", "index"),
 ]
 QRELS = "q1 0 d1 1\nq2 0 d2 1\nq3 0 d3 1\nq4 0 d4 1\n"
 
@@ -62,6 +64,11 @@ def test_help(capsys, command):
     assert stop.value.code == 0 and out.startswith(" ".join(["usage: optical", *command]))
     if not command:
         assert all(name in out for name in (*COMMANDS, "train", *cli.RECIPES))
+        return
+    # Help ends with a line that can be run.
+    words = shlex.split(out.split("example:\n")[1])
+    assert words[:2] == ["optical", *command]
+    assert cli._parser().parse_args(words[1:]).command
 
 
 def test_help_of_train(capsys):

@@ -11,7 +11,8 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
 import yaml
 from transformers import HfArgumentParser
 
-from optical.config import nearest, read_config
+from optical.config import read_config
+from optical.settings import nearest
 from optical.training import CodeswitchOptions, CommandLineArguments, DistillOptions
 
 USUAL = {

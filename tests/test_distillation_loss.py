@@ -117,6 +117,18 @@ def test_models_that_do_not_tell_their_size_fail_at_the_first_batch():
         loss([batch(), batch()])
 
 
+def test_a_dense_model_is_taken_by_its_tokens_not_by_its_sentence_vector():
+    """Whatever a module behind the pooling makes of the sentence vector, tokens keep their size."""
+
+    class Pooling(nn.Module):
+        pass
+
+    dense = Model(8)
+    dense.pooling = Pooling()
+    dense.get_embedding_dimension = lambda: 4
+    assert OTDistillationLoss(dense, Model(8))([batch(), batch()])["ot_cost"].isfinite()
+
+
 def test_models_on_different_devices_are_named(models):
     student, teacher = models
     loss = OTDistillationLoss(student.to("meta"), teacher)

@@ -12,7 +12,8 @@ import optical
 PACKAGE = Path(optical.__file__).parent
 # A module may import those before it.
 ORDER = [
-    *("files", "folders", "provenance", "arguments", "native", "nvrtc", "kernels", "iterations"),
+    *("files", "folders", "settings", "provenance", "arguments", "native", "nvrtc", "kernels"),
+    "iterations",
     "derivatives",
     *("reference", "costs", "dense", "problems", "cpu", "cuda", "backends"),
     *("ops", "checks", "inputs", "result"),
@@ -23,7 +24,9 @@ ORDER = [
         "lexicon",
         "alignment",
         "collections",
+        "maxsim",
         "search",
+        "index",
         "bm25",
         "evaluation",
         "significance",
@@ -35,11 +38,13 @@ ORDER = [
         "vectors",
         "training_pairs",
         "options",
+        "export",
         "checkpoints",
         "training",
     ),
     *("arms", "config", "summary", "results", "figures", "report", "phrasebook"),
-    *("fingerprints", "cells", "places", "measuring", "study", "selftest", "cli"),
+    *("fingerprints", "cells", "places", "measuring", "study", "selftest", "commands"),
+    *("train_command", "cli"),
 ]
 # Narrower than the order.
 ONLY = {

@@ -6,7 +6,6 @@ import io
 import itertools
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -42,6 +41,13 @@ def shell_lines(page):
 
 def commands(page):
     return [words[1:] for words in shell_lines(page) if words[0] == "optical"]
+
+
+class Made(tuple):
+    """Stands in for a trainer."""
+
+    def add_callback(self, callback):
+        pass
 
 
 def named(items):
@@ -139,7 +145,7 @@ def test_command_is_understood(words, monkeypatch, tmp_path):
         (training, "codeswitch"),
         (encoder, "encoder_trainer"),
     ):
-        monkeypatch.setattr(module, name, lambda options, args: (options, args))
+        monkeypatch.setattr(module, name, lambda options, args: Made((options, args)))
     made = []
     monkeypatch.setattr(training, "run", lambda *args, **options: made.append(args[0]) or "done")
     assert cli.main(words) == 0
@@ -157,7 +163,7 @@ def test_search_evaluate_compare_and_info_run(folder_of_examples, monkeypatch, c
     monkeypatch.chdir(folder_of_examples)
     names = ("search", "evaluate", "compare", "info")
     ran = [words[0] for words in commands(ROOT / "README.md") if words[0] in names
-           and cli.main(words) == 0]  # fmt: skip
+           and "--index" not in words and cli.main(words) == 0]  # fmt: skip
     assert ran == ["search", "search", "evaluate", "compare", "info"]
     assert (folder_of_examples / "ot.run").is_file()
     printed = capsys.readouterr().out
@@ -269,8 +275,3 @@ def test_the_site_builds_without_a_warning(tmp_path):
 def test_the_results_block_is_marked():
     text = (ROOT / "README.md").read_text()
     assert 0 < text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")
-
-
-def test_the_drop_in_example_learns(capsys):
-    first, last = runpy.run_path(str(ROOT / "examples" / "dropin.py"))["main"]()
-    assert last < first / 2

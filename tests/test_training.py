@@ -518,7 +518,7 @@ def test_progress_is_logged_with_step_loss_and_time(distill, caplog):
         "step 1 of 3",
         "step 2 of 3",
     ]
-    assert "loss 0." in lines[1] and "left in this cell" in lines[1]
+    assert "loss 0." in lines[1] and " s left" in lines[1]
 
 
 # --- what a student reads ------------------------------------------------------------------------

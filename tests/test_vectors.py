@@ -126,3 +126,18 @@ def test_a_training_with_them_is_the_training_without(world, tiny_models, tmp_pa
 
     expected = losses("plain", [])
     assert losses("stored", [str(store)]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_many_workers_write_one_store(teacher, texts, store, tmp_path):
+    folder = tmp_path / "shared"
+    together = {"role": "document", "shard_texts": 8, "workers": 2}
+    write_vectors(teacher, texts, folder, worker=1, **together)
+    assert sorted(path.name for path in folder.glob("0000?.json")) == ["00001.json", "00003.json"]
+    with pytest.raises(ValueError, match="no finished store"):
+        StoredVectors([folder], role="document")
+    write_vectors(teacher, texts, folder, worker=0, **together)
+    shared, alone = (StoredVectors([path], role="document") for path in (folder, store))
+    for name, value in alone.batch(texts).items():
+        assert torch.equal(shared.batch(texts)[name], value)
+    with pytest.raises(ValueError, match="worker: 2, expected a number from 0 to 1"):
+        write_vectors(teacher, texts, folder, worker=2, **together)

@@ -1,0 +1,51 @@
+"""An English index that stays: index first, train later, search with foreign queries.
+
+The teacher encodes the documents once. Later a student learns to read queries in another language,
+and a Router holds both: one model to share, whose documents are the teacher's to the last bit.
+
+python examples/router.py TEACHER STUDENT en-sw.tsv documents.en.jsonl queries.sw.tsv OUTPUT
+"""
+
+import sys
+
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Router
+
+from optical import training
+from optical.encoder import load_retriever
+from optical.runs import write_run
+from optical.search import encode, search_vectors
+from optical.texts import read_texts
+
+
+def index(teacher, documents):
+    """The ids and the token vectors of English documents, before there is any student."""
+    texts = read_texts(documents)
+    return list(texts), encode(load_retriever(teacher), list(texts.values()), "document")
+
+
+def train(teacher, student, bitext, output, **changes):
+    """Distil a student for queries; return the model that reads both sides, saved in `output`."""
+    options = training.DistillOptions(
+        teacher=teacher, student=student, bitext=[bitext], role="query"
+    )
+    args = training.arguments(f"{output}/student", **changes)
+    student = training.run(training.distill(options, args), options, resume=True)
+    sides = [list(load_retriever(name)) for name in (student, teacher)]
+    model = MultiVectorEncoder(modules=[Router.for_query_document(*sides)])
+    model.save_pretrained(f"{output}/router")
+    return MultiVectorEncoder(f"{output}/router")
+
+
+def main(teacher, student, bitext, documents, queries, output, **changes):
+    indexed = index(teacher, documents)
+    model = train(teacher, student, bitext, output, **changes)
+    texts = read_texts(queries)
+    asked = list(texts), encode(model, list(texts.values()), "query")
+    run = search_vectors(asked, indexed, depth=100)
+    write_run(run, f"{output}/router.run", tag="router")
+    return model, indexed, run
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
