@@ -231,11 +231,15 @@ class _Reader:
             raise ValueError(f"{self.place}: arms: two names differ in capitals only")
         self.references(config, raw)
         if config.alignment is not None:
-            self.known(self.mapping(config.alignment, "alignment"), ALIGNMENT_KEYS, "alignment")
+            known = (*ALIGNMENT_KEYS, "arm")
+            self.known(self.mapping(config.alignment, "alignment"), known, "alignment")
             for key in ALIGNMENT_KEYS:
                 if key not in config.alignment:
                     raise ValueError(f"{self.place}: alignment: no key `{key}`; it is required")
             self.one_of(config.alignment.get("language"), languages, "alignment.language")
+            distilled = [arm.name for arm in config.arms if arm.recipe == "distill"]
+            if "arm" in config.alignment:
+                self.one_of(config.alignment["arm"], distilled, "alignment.arm")
         return config
 
     def references(self, config: StudyConfig, raw: dict[str, Any]) -> None:

@@ -119,9 +119,10 @@ class Measuring(Places):
 
     def alignment_cells(self) -> Iterator[Cell]:
         chosen = self.config.alignment
-        arm = next((arm for arm in self.config.arms if arm.recipe == "distill"), None)
-        if not chosen or arm is None:
+        distilled = [arm for arm in self.config.arms if arm.recipe == "distill"]
+        if not chosen or not distilled:
             return
+        arm = self.config.arm(chosen["arm"]) if "arm" in chosen else distilled[0]
         role = self.config.role
         seed = (arm.seeds or self.config.seeds)[0]
         model = self.student_name(arm, chosen["language"], seed, role)

@@ -3,12 +3,17 @@
 import json
 import os
 import random
+import signal
 
 import pytest
 import torch
 
 # TRITON_INTERPRET is read when kernels are decorated, so interpreted tests need their own process.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton_interpreter"]
+
+
+# A suite that was started in the background ignores Ctrl-C, and so would the programs it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -245,6 +245,11 @@ WRONG = [
         "alignment.language: 'so', expected sw or de",
     ),
     ("alignment", {"language": "sw", "english": "water"}, "alignment: no key `other`"),
+    (
+        "alignment",
+        {"arm": "zeroshot", "language": "sw", "english": "a", "other": "b"},
+        "alignment.arm: 'zeroshot', expected ot",
+    ),
     ("lexicons", {"t": {"bitex": "a"}}, "unknown key `bitex` in lexicons.t; did you mean `bitext`"),
     ("lexicons", {"t": {"arm": "zeroshot"}}, "lexicons.t.arm: 'zeroshot', expected ot or switched"),
     (

@@ -37,7 +37,8 @@ def check_hot_loops(rows, kinds=tuple(cuda_resources.ITERATION)):
         kind = row["kernel"].removeprefix("optical_forward_")
         if kind in (*most, *half):
             # Those in half precision hold two copies of K, and cannot hold all of the rest.
-            spilled = dict.fromkeys(half, 16) | {"cluster": 2, "fast_warp": 36}
+            crowded = 24 if row["architecture"] == "80" else 16
+            spilled = dict.fromkeys(half, crowded) | {"cluster": 2, "fast_warp": 36}
             assert int(row["ldl_stl"]) <= spilled.get(kind, 0), row
             floor = cuda_resources.ITERATION[kind.removeprefix("fast_")]
             assert int(row["taken"]) <= (most | half)[kind] * floor, row
@@ -47,7 +48,7 @@ def test_the_committed_table_is_whole_and_keeps_its_promises():
     table = committed()
     architectures = {architecture for architecture, _ in table}
     # Rows are of the sources at hand, or there are none: some take half an hour to make.
-    assert {"90a", "100f"} <= architectures <= set(cuda.ARCHITECTURES)
+    assert architectures == set(cuda.ARCHITECTURES)
     names = set(nvrtc.kernels(ROOT / "csrc"))
     for architecture in architectures:
         rows = [row for key, row in table.items() if key[0] == architecture]
