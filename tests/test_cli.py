@@ -109,12 +109,12 @@ def test_interrupted_is_130(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     told = {
-        "info": "nothing was written",
-        "study": "continues where it stopped",
-        "train": "--resume",
+        "info": ("_info", "nothing was written"),
+        "study": ("_study", "continues where it stopped"),
+        "train": ("train", "--resume"),
     }
-    for command, message in told.items():
-        monkeypatch.setattr(cli, f"_{command}", interrupt)
+    for command, (function, message) in told.items():
+        monkeypatch.setattr(cli, function, interrupt)
         assert cli.main([command]) == 130
         assert message in capsys.readouterr().err
 

@@ -486,7 +486,7 @@ def test_every_vector_width_meets_the_truth(width, quick_compiler, tmp_path, mon
     path = tmp_path / f"width{width}.so"
     native.build(ROOT / "csrc", path, quick_compiler)
     library = native._open(path, native.source_hash(ROOT / "csrc"))
-    monkeypatch.setattr(native, "_library", lambda: library)
+    monkeypatch.setattr(native, "opened", lambda: library)
     for name in ("ragged", "forbidden_lines", "31x33", "clusters", "one_fully_masked", "tiny_mass"):
         for dtype in DTYPES:
             assert_backend_correct("cpu", ALL[name], dtype)

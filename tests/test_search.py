@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 import pytest
 import torch
@@ -378,7 +379,8 @@ def test_a_model_that_returns_nan_is_named(make_model, collection):
         search(broken, collection)
 
 
-def test_progress_is_shown_when_asked(model, collection, capsys):
+def test_progress_is_shown_when_asked(model, collection, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     search(model, collection, progress=True)
     assert "Searching" in capsys.readouterr().err
     search(model, collection)
