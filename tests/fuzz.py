@@ -497,7 +497,8 @@ class _Family:
                 same = None if k == 0 else self.call.dtype
                 self.members.append(referred(self.call, same, k))
             largest = max(largest, _difference(self.members[k][name][known], truth[known]))
-        if name == "value_linear" or name.startswith("grad"):
+        linear = name == "value_linear" or self.call.function == "ot_alignment"
+        if linear or name.startswith("grad"):
             # A run that ends early may carry far more than its masses, and every unit of it pays
             # costs that are differences of what is rounded: exact zeros of the truth among them.
             own *= self.largest_plan
