@@ -112,8 +112,8 @@ def main(arguments: Sequence[str]) -> int:
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory() as folder:
         while time.monotonic() - begun < 60 * options.minutes:
-            for call in range(seed, seed + CALLS):
-                fuzz.check(call)
+            for number in range(seed, seed + CALLS):
+                fuzz.check(fuzz.draw(number))
             seed += CALLS
             train(words, seed)
             retrieve(words, Path(folder), seed)
