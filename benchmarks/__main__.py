@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import accuracy, cases, jobs, measure, meter, report, rows
+from benchmarks import accuracy, answer, cases, jobs, measure, meter, report, rows
 from benchmarks.jobs import MODES
 from benchmarks.providers import PROVIDERS
 
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.benchmark == "report":
         report.main()
+        answer.main()
         return 0
 
     names = list(PROVIDERS)

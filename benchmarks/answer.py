@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from benchmarks.jobs import ROOT
 from optical.figures import draw_figures
 from optical.results import Row, read_rows
@@ -38,8 +38,10 @@ def measures(rows: Sequence[Row]) -> str:
     named = {r["language"]: (r["name"], r["group"]) for r in values.values()}
     groups = ("low", "high")
     lines = [
-        _line("arm", *(name for name, _ in named.values()), "low", "high", "high - low", "closed"),
-        _line("---", *["---:"] * (len(named) + 4)),
+        report.table_row(
+            "arm", *(name for name, _ in named.values()), "low", "high", "high - low", "closed"
+        ),
+        report.table_row("---", *["---:"] * (len(named) + 4)),
     ]
     for arm in _distinct(row["arm"] for row in values.values()):
         if any((arm, language) not in values for language in named):
@@ -56,7 +58,7 @@ def measures(rows: Sequence[Row]) -> str:
         cells.append(f"{_number(gap['value'])} [{_number(gap['low'])}, {_number(gap['high'])}]")
         share = closed.get(arm)
         cells.append(_percent(share) if share else "")
-        lines.append(_line(f"`{arm}`", *cells))
+        lines.append(report.table_row(f"`{arm}`", *cells))
     ceiling = next((row for row in rows if row["kind"] == "ceiling"), None)
     english = f" {ceiling['arm']}: {_number(ceiling['value'])}." if ceiling else ""
     caption = (
@@ -73,8 +75,8 @@ def differences(rows: Sequence[Row]) -> str:
     cells = {(r["arm"], r["language"]): r for r in found}
     languages = _distinct((r["language"], r["name"]) for r in found)
     lines = [
-        _line(f"minus `{OURS}`", *(name for _, name in languages)),
-        _line("---", *["---:"] * len(languages)),
+        report.table_row(f"minus `{OURS}`", *(name for _, name in languages)),
+        report.table_row("---", *["---:"] * len(languages)),
     ]
     for arm in _distinct(r["arm"] for r in found):
         shown = []
@@ -85,7 +87,7 @@ def differences(rows: Sequence[Row]) -> str:
                 continue
             value = f"{row['value']:+.3f}".replace("0.", ".", 1)
             shown.append(f"**{value}**" if row["p_holm"] < SURE else value)
-        lines.append(_line(f"`{arm}`", *shown))
+        lines.append(report.table_row(f"`{arm}`", *shown))
     caption = f"*Differences of MAP on {COLLECTION}; bold: p < {SURE:g} after Holm.*"
     return "\n".join([*lines, "", caption])
 
@@ -112,15 +114,7 @@ def _percent(row: Row) -> str:
     return f"{row['value']:.0%} [{row['low']:.0%}, {row['high']:.0%}]".replace("%", " %")
 
 
-def _line(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def main(readme: Path) -> None:
+def main() -> None:
     """Rewrite the block of the README, and the figures."""
     draw_figures(RESULTS, FIGURES)
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    written = f"{before}{BEGIN}\n{block(read_rows(RESULTS))}\n{END}{after}"
-    readme.write_text(written, encoding="utf-8")
+    report.rewrite(BEGIN, END, block(read_rows(RESULTS)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accuracy, answer
+from benchmarks import accuracy
 from benchmarks.jobs import ROOT
 from benchmarks.rows import FAILED, Row, read
 
@@ -49,8 +49,8 @@ def ratio_table(rows: Sequence[Row]) -> str:
     """How many times longer the peers take, with the most threads there are rows for."""
     threads = max(row.threads for row in rows)
     rows = [row for row in rows if row.threads == threads]
-    lines = [_table_row("task", "problems", "", "ours", *PEERS, "of the ceiling", "MB, ours / bmm")]
-    lines.append(_table_row(*["---"] * (len(PEERS) + 6)))
+    lines = [table_row("task", "problems", "", "ours", *PEERS, "of the ceiling", "MB, ours / bmm")]
+    lines.append(table_row(*["---"] * (len(PEERS) + 6)))
     groups: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row.benchmark, row.case_name, row.mode), {})[row.provider] = row
@@ -69,7 +69,7 @@ def ratio_table(rows: Sequence[Row]) -> str:
             shown = " / ".join(memory) if len(memory) == 2 and all(memory) else ""
             time = group[ours].ms_p50
             ms = time if time == FAILED else f"{time:g} ms"
-            lines.append(_table_row(label, f"`{name}`", MODES[mode], ms, *cells, share, shown))
+            lines.append(table_row(label, f"`{name}`", MODES[mode], ms, *cells, share, shown))
     row = rows[0]
     versions = sorted({r.version for r in rows if r.version} | {f"PyTorch {row.torch}"})
     caption = (
@@ -107,8 +107,8 @@ def _ratio(row: Row | None, ours: Row) -> str:
 def accuracy_table(rows: Sequence[Row]) -> str:
     """Our errors, each beside that of the most accurate peer."""
     found = {(row.provider, row.data, row.epsilon): row for row in rows}
-    lines = [_table_row("data", "ε", *accuracy.COLUMNS.values())]
-    lines.append(_table_row(*["---"] * (len(accuracy.COLUMNS) + 2)))
+    lines = [table_row("data", "ε", *accuracy.COLUMNS.values())]
+    lines.append(table_row(*["---"] * (len(accuracy.COLUMNS) + 2)))
     for (name, data, epsilon), row in found.items():
         if name != "cpu" or row.note:
             continue
@@ -121,7 +121,7 @@ def accuracy_table(rows: Sequence[Row]) -> str:
             ]
             best = "; {:.1e} {}".format(*min(others)) if others else ""
             cells.append(f"{float(getattr(row, column)):.1e}{best}")
-        lines.append(_table_row(data, f"{epsilon:g}", *cells))
+        lines.append(table_row(data, f"{epsilon:g}", *cells))
     row = rows[0]
     exceptions = len(list(accuracy.worse(rows)))
     compared = sum(r.provider in accuracy.PEERS and not r.note for r in rows)
@@ -137,7 +137,8 @@ def accuracy_table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", caption])
 
 
-def _table_row(*cells: object) -> str:
+def table_row(*cells: object) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -217,13 +218,15 @@ def _save(paint: Callable[[Any], None], path: Path) -> None:
         pyplot.close(figure)
 
 
+def rewrite(begin: str, end: str, block: str) -> None:
+    """Put a block between its two markers in the README."""
+    before, rest = README.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    README.write_text(f"{before}{begin}\n{block}\n{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
-    """Rewrite the blocks of the README and all figures."""
+    """Rewrite the block of the README and both figures."""
     rows = read(RESULTS)
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    written = f"{before}{BEGIN}\n{block(rows)}\n{END}{after}"
-    README.write_text(written, encoding="utf-8")
+    rewrite(BEGIN, END, block(rows))
     draw(rows, FIGURES)
-    answer.main(README)

@@ -112,6 +112,18 @@ class Outputs(NamedTuple):
     z: Tensor
     residual: Tensor
 
+    @classmethod
+    def empty(cls, log_a: Tensor, log_b: Tensor, epsilon: Tensor, gradient: str) -> Outputs:
+        """Outputs to be written, contiguous, for masses and temperatures of these shapes."""
+        floats = [epsilon.new_empty(epsilon.shape) for _ in range(4)]
+        n_iter, status = (epsilon.new_empty(epsilon.shape, dtype=torch.int32) for _ in range(2))
+        f, g = log_a.new_empty(log_a.shape), log_b.new_empty(log_b.shape)
+        solved = gradient == "implicit"
+        w = log_a.new_empty(log_a.shape if solved else 0)
+        z = log_b.new_empty(log_b.shape if solved else 0)
+        value, value_linear, marginal_error, residual = floats
+        return cls(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
+
 
 # Gradients with respect to x, y, log_a and log_b; None where nobody asked.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor, Tensor]

@@ -19,20 +19,7 @@ def forward(arguments: Arguments) -> Outputs:
     per thread: no (batch, n, m) tensor where the cost comes from vectors.
     """
     call = _Call(arguments)
-    log_a, log_b, epsilon = call.lines_a, call.lines_b, call.epsilon
-    implicit = arguments.gradient == "implicit"
-    outputs = Outputs(
-        value=torch.empty_like(epsilon),
-        value_linear=torch.empty_like(epsilon),
-        f=torch.empty_like(log_a),
-        g=torch.empty_like(log_b),
-        marginal_error=torch.empty_like(epsilon),
-        n_iter=torch.empty(len(epsilon), dtype=torch.int32),
-        status=torch.empty(len(epsilon), dtype=torch.int32),
-        w=torch.empty_like(log_a) if implicit else log_a.new_empty(0),
-        z=torch.empty_like(log_b) if implicit else log_b.new_empty(0),
-        residual=torch.empty_like(epsilon),
-    )
+    outputs = Outputs.empty(call.lines_a, call.lines_b, call.epsilon, arguments.gradient)
     solution = native._Solution(**{name: _address(x) for name, x in outputs._asdict().items()})
     call.run("optical_sinkhorn_forward", solution)
     return outputs

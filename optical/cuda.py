@@ -276,26 +276,12 @@ def _within_reach(n: int, m: int, kind: str, gradient: str, device: int | None) 
 
 def forward(arguments: Arguments) -> Outputs:
     """Solve a batch of problems; see ``optical.arguments`` for what goes in and comes out."""
-    import torch
-
     from optical import native
     from optical.arguments import Outputs
 
     call = _Call(arguments)
     p = call.arguments
-    implicit = p.gradient == "implicit"
-    outputs = Outputs(
-        value=torch.empty_like(p.epsilon),
-        value_linear=torch.empty_like(p.epsilon),
-        f=torch.empty_like(p.log_a),
-        g=torch.empty_like(p.log_b),
-        marginal_error=torch.empty_like(p.epsilon),
-        n_iter=torch.empty_like(p.epsilon, dtype=torch.int32),
-        status=torch.empty_like(p.epsilon, dtype=torch.int32),
-        w=torch.empty_like(p.log_a) if implicit else p.log_a.new_empty(0),
-        z=torch.empty_like(p.log_b) if implicit else p.log_b.new_empty(0),
-        residual=torch.empty_like(p.epsilon),
-    )
+    outputs = Outputs.empty(p.log_a, p.log_b, p.epsilon, p.gradient)
     solution = native._Solution(**{name: _address(x) for name, x in outputs._asdict().items()})
     call.run("optical_cuda_forward", solution)
     return outputs

@@ -6,14 +6,13 @@ environment, so models reach it as files. The folder written here loads in both.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from optical.encoder import load_retriever
-from optical.files import write_text
+from optical.files import write_json
 from optical.options import ROLES
 
 __all__ = ["export_pylate"]
@@ -128,7 +127,7 @@ def _write(folder: Path, modules: dict[str, list[Any]], settings: dict[str, Any]
     encoder.save(str(folder))
     # The keys that every release of Sentence Transformers knows.
     limits = {"max_seq_length": encoder.max_seq_length, "do_lower_case": False}
-    _write_json(folder / "sentence_bert_config.json", limits)
+    write_json(folder / "sentence_bert_config.json", limits)
     listed = [_entry(0, "", "sentence_transformers.models.Transformer")]
     # Without a projection PyLate would add one of random numbers.
     projections = modules.get("Dense") or [_identity(encoder.get_embedding_dimension())]
@@ -139,10 +138,10 @@ def _write(folder: Path, modules: dict[str, list[Any]], settings: dict[str, Any]
         (folder / path).mkdir()
         projection.save(str(folder / path))
         config = projection.get_config_dict()
-        _write_json(folder / path / "config.json", {key: config[key] for key in PROJECTION})
+        write_json(folder / path / "config.json", {key: config[key] for key in PROJECTION})
         listed.append(_entry(number, path, "pylate.models.Dense.Dense"))
-    _write_json(folder / "modules.json", listed)
-    _write_json(folder / "config_sentence_transformers.json", settings)
+    write_json(folder / "modules.json", listed)
+    write_json(folder / "config_sentence_transformers.json", settings)
 
 
 def _identity(width: int) -> Any:
@@ -160,7 +159,3 @@ def _identity(width: int) -> Any:
 
 def _entry(number: int, path: str, kind: str) -> dict[str, Any]:
     return {"idx": number, "name": str(number), "path": path, "type": kind}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")

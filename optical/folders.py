@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ CHECKSUMS = "checksums.json"
 # What libraries make of a full disk or quota: safetensors, numpy, and two of PyTorch's.
 FULL = (
     *("No space left on device", "Disk quota exceeded", "File too large"),
-    *("requested and", "unexpected pos", "PytorchStreamWriter"),
+    *(r"\d+ requested and \d+ written", r"unexpected pos \d+", "PytorchStreamWriter failed"),
 )
 
 
@@ -78,7 +79,7 @@ def enough_space(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not any(sign in str(error) for sign in FULL):
+        if not any(re.search(sign, str(error)) for sign in FULL):
             raise
         what = str(error).splitlines()[0]
         raise OSError(

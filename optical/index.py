@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optical.files import writable_folder, write_text
+from optical.files import atomic_file, read_json, writable_folder, write_json
+from optical.folders import checksum
 from optical.maxsim import TokenVectors, rank
 from optical.runs import Run, ranked
 from optical.search import encode
@@ -61,7 +61,7 @@ def write_index(
         ValueError: no text; or the folder holds vectors of other texts, role or precision.
         OSError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if precision not in PRECISIONS:
         raise ValueError(f"precision: {precision!r}, expected 'float32' or 'float16'")
@@ -81,19 +81,15 @@ def write_index(
             found = encode(model, texts, role, batch_size=batch_size)
             tensors = {"vectors": found.vectors.cpu().to(PRECISIONS[precision])}
             tensors["lengths"] = found.lengths
-            partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            try:
-                save_file(tensors, partial, metadata={"key": key, "ids": "\n".join(ids)})
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
-        files[path.name] = _checksum(path)
+            with atomic_file(path) as file:
+                file.write(save(tensors, metadata={"key": key, "ids": "\n".join(ids)}))
+        files[path.name] = checksum(path)
         total += len(ids)
         logger.info("%s: %d documents", folder, total)
     if not files:
         raise ValueError("documents: none given; expected at least one")
     index = {**made, "documents": total, "files": files}
-    write_text(folder / "index.json", json.dumps(index, indent=1) + "\n")
+    write_json(folder / "index.json", index)
     return folder
 
 
@@ -111,15 +107,15 @@ class FileIndex:
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
         self.folder = Path(folder)
         try:
-            made = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+            made = read_json(self.folder / "index.json")
             self.files: dict[str, str] = made["files"]
         except (OSError, ValueError, KeyError):
             raise ValueError(
                 f"{folder}: no finished index of token vectors; write it first"
             ) from None
         self.dimension: int = made["dimension"]
-        for name, checksum in self.files.items():
-            if verify and _checksum(self.folder / name) != checksum:
+        for name, digest in self.files.items():
+            if verify and checksum(self.folder / name) != digest:
                 raise ValueError(
                     f"{self.folder / name}: does not fit its checksum; remove it and write the "
                     "index again"
@@ -309,11 +305,3 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def _ids(path: Path) -> list[str]:
     return _metadata(path)["ids"].split("\n")
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

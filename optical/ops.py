@@ -124,14 +124,7 @@ def _apply_plan(*values: Any) -> Tensor:
 
 def _forward_fake(*values: Any) -> tuple[Tensor, ...]:
     p = Arguments(*values)
-    per_problem = [p.epsilon.new_empty(p.epsilon.shape) for _ in range(4)]
-    counts = [p.epsilon.new_empty(p.epsilon.shape, dtype=torch.int32) for _ in range(2)]
-    f, g = p.log_a.new_empty(p.log_a.shape), p.log_b.new_empty(p.log_b.shape)
-    implicit = p.gradient == "implicit"
-    w = p.log_a.new_empty(p.log_a.shape if implicit else 0)
-    z = p.log_b.new_empty(p.log_b.shape if implicit else 0)
-    value, value_linear, marginal_error, residual = per_problem
-    return value, value_linear, f, g, marginal_error, *counts, w, z, residual
+    return tuple(Outputs.empty(p.log_a, p.log_b, p.epsilon, p.gradient))
 
 
 def _backward_fake(*values: Any) -> tuple[Tensor, ...]:
@@ -234,7 +227,7 @@ def _batched(op: Any, first: int) -> Any:
 
     def rule(info: Any, in_dims: tuple[Any, ...], *values: Any) -> tuple[Any, Any]:
         if Arguments(*values[first : first + _COUNT]).packed:
-            raise NotImplementedError(
+            raise ValueError(
                 "vmap over packed problems is not possible: give cu_seqlens of all of them instead"
             )
         size = info.batch_size

@@ -41,7 +41,8 @@ FAMILY = 8  # runs of the reference on inputs rounded differently
 MARGIN = 4  # times whose largest error is allowed
 OUTPUTS = ("value", "value_linear", "f", "g", "marginal_error", "n_iter", "status")
 OF_VECTORS = ("grad_x", "grad_y", "grad_student", "grad_teacher")
-OF_ROWS = ("grad_x", "grad_log_a", "apply_plan", "grad_w")
+OF_ROWS = ("f", "grad_x", "grad_log_a", "apply_plan", "grad_w")
+OF_PROBLEMS = ("value", "value_linear", "marginal_error", "plan")
 
 
 class Dice:
@@ -474,10 +475,10 @@ class _Family:
         if self.exponents > 1e-2:
             # Neighbouring numbers are different costs to the plan: it has no digits to compare.
             self.members = self.members or [referred(self.call)]
-            # Where a value itself overflows, so may all that is made of the same plan.
-            if not self.members[0]["value"].isfinite().all():
-                return ""
             lost = self.members[0][name].isfinite() & ~found.isfinite()
+            # Where a value itself overflows, so may all that is made of the same plan.
+            overflown = self.of_problems(name, ~self.members[0]["value"].isfinite())
+            lost &= ~overflown.view(-1, *[1] * (truth.dim() - 1))
             return "" if not lost.any() else f"{found[lost][0].item()} where the truth is a number"
         known = torch.ones_like(truth, dtype=torch.bool)
         if name not in OUTPUTS:
@@ -516,9 +517,13 @@ class _Family:
 
     def unreadable(self, name: str) -> Tensor:
         """Whether the first index of this output is one of a problem whose value is NaN."""
-        broken = self.truth["value"].isnan()
+        return self.of_problems(name, self.truth["value"].isnan())
+
+    def of_problems(self, name: str, chosen: Tensor) -> Tensor:
+        """Whether the first index of this output is one of a problem that was chosen."""
         ends = self.call.option("cu_seqlens_" + ("a" if name in OF_ROWS else "b"))
-        return broken if ends is None or name == "plan" else broken.repeat_interleave(ends.diff())
+        alone = ends is None or name in OF_PROBLEMS
+        return chosen if alone else chosen.repeat_interleave(ends.diff())
 
     @functools.cached_property
     def largest_plan(self) -> float:

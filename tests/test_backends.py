@@ -34,7 +34,7 @@ def named(dtype):
 def skip_unless_supported(backend, problem, gradient="envelope"):
     reason = backends.BACKENDS[backend].supports(problem.arguments(gradient))
     if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
+        pytest.skip(reason=f"{backend}: {reason}")
 
 
 @pytest.fixture(params=[(b, d) for b in backends.BACKENDS for d in DEVICES], ids="-".join)
@@ -52,10 +52,10 @@ def test_every_problem_by_the_tolerance_rule(place, name, dtype, gradient, poiso
     backend, device = place
     problem = ALL[name]
     if problem.anderson and gradient == "unroll":
-        pytest.skip("no derivative of Anderson acceleration, in any backend")
+        pytest.skip(reason="no derivative of Anderson acceleration, in any backend")
     skip_unless_supported(backend, problem.to(dtype, device), gradient)
     if place == ("reference", "cpu"):
-        pytest.skip("it is what the others are compared with")
+        pytest.skip(reason="it is what the others are compared with")
     assert_backend_correct(backend, problem, dtype, device, (gradient,))
 
 
@@ -79,7 +79,7 @@ def test_half_vectors_by_the_tolerance_rule(place, kind, half, gradient):
     epsilon = 1.0 if kind == "cosine" else 16.0
     clouds = random_clouds(kind, kind, batch=2, n=7, m=6, dim=24, epsilon=epsilon)
     if place == ("reference", "cpu"):
-        pytest.skip("it is what the others are compared with")
+        pytest.skip(reason="it is what the others are compared with")
     for problem in (clouds, packed(clouds)):
         skip_unless_supported(backend, problem.to(torch.float32, device, half), gradient)
         given_half = problem.to(torch.float32, device, half)

@@ -93,8 +93,8 @@ def test_writes_and_reads_back(tmp_path, name):
 
 def test_equal_text_gives_equal_compressed_bytes(tmp_path, monkeypatch):
     written = []
-    for now in (1e9, 2e9):
-        monkeypatch.setattr("time.time", lambda now=now: now)
+    for moment in (1e9, 2e9):
+        monkeypatch.setattr("time.time", lambda moment=moment: moment)
         write_text(tmp_path / "a.gz", "maji\n")
         written.append((tmp_path / "a.gz").read_bytes())
     assert written[0] == written[1]

@@ -442,7 +442,7 @@ def test_vmap_over_anything():
 
 def test_vmap_over_packed_problems_is_refused_in_words():
     offsets = torch.tensor([0, 2, 4])
-    with pytest.raises(NotImplementedError, match="give cu_seqlens of all of them"):
+    with pytest.raises(ValueError, match="give cu_seqlens of all of them"):
         torch.vmap(
             lambda x: (
                 sinkhorn_vectors(
