@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from optical.options import CodeswitchOptions, DistillOptions, TeacherOptions
+from optical.options import CodeswitchOptions, DistillOptions, TeacherOptions, TransferOptions
 
 # Names of things that an arm may start from beside other arms.
 TEACHER, ENCODER = "teacher", "encoder"
@@ -36,6 +36,7 @@ RECIPES: dict[str, tuple[type[Any], bool]] = {
     "distill": (DistillOptions, True),
     "codeswitch": (CodeswitchOptions, True),
     "teacher": (TeacherOptions, True),
+    "transfer": (TransferOptions, True),
 }
 
 
@@ -133,6 +134,8 @@ class ArmConfig:
         if self.recipe == "distill":
             chosen = {"teacher": teacher, "role": role, **settings}
             return DistillOptions(**({"student": start} if start else {}) | chosen)
+        if self.recipe == "transfer":
+            return TransferOptions(**{"model": start or teacher, **settings})
         taught = config.teacher_options
         names = ["pairs", "queries", "passages", "scale"]
         if self.recipe == "teacher":

@@ -18,7 +18,7 @@ from optical.files import read_json, write_json
 logger = logging.getLogger("optical")
 
 # Relative cost of a training token, by recipe, until a finished cell of the kind tells better.
-COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0}
+COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0, "transfer": 0.1}
 
 
 @dataclass

@@ -313,8 +313,9 @@ class _Reader:
             replace=self.sides(raw.pop("replace", {}), f"{place}.replace"),
         )
         if trains:
-            own = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
-            arm.arguments = {**(taught if recipe == "teacher" else common), **own}
+            if recipe != "transfer":
+                own = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
+                arm.arguments = {**(taught if recipe == "teacher" else common), **own}
             if "seeds" in raw:
                 arm.seeds = self.numbers(raw.pop("seeds"), f"{place}.seeds")
             # A retriever taught in English alone is the same for every language.

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import collections
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from optical.files import read_lines, write_text
 
 Lexicon = Mapping[str, Sequence[str]]
+Unit = TypeVar("Unit", bound=Hashable)
 # English word, foreign word, probability of the foreign word given the English one.
 Entry = tuple[str, str, float]
 # Words of a sentence that IBM model 1 looks at: longer ones cost their square and teach little.
@@ -140,46 +142,65 @@ def induce(
         >>> [(e, f) for e, f, _ in induce(pairs)]
         [('book', 'kitabu'), ('red', 'nyekundu')]
     """
-    english, foreign = _Vocabulary(), _Vocabulary()
-    empty = english.number("")
-    # One slot for every foreign word of the bitext, with a candidate for each word that may have
-    # made it: the slot's candidates share a probability of one.
+    found = model_1(
+        ((words(one), words(other)) for one, other in pairs),
+        iterations=iterations,
+        least_probability=least_probability,
+        least_count=least_count,
+    )
+    return sorted(found)
+
+
+def model_1(
+    pairs: Iterable[tuple[Sequence[Unit], Sequence[Unit]]],
+    *,
+    iterations: int,
+    least_probability: float,
+    least_count: int = 1,
+) -> list[tuple[Unit, Unit, float]]:
+    """IBM model 1 over pairs of sequences of anything: (one, other, p(other | one)), unsorted.
+
+    Raises:
+        ValueError: no pair with something on both sides.
+    """
+    # Nothing equals this object, so no unit is taken for what has no counterpart.
+    nothing: Any = object()
+    left, right = _Vocabulary[Unit](), _Vocabulary[Unit]()
+    empty = left.number(nothing)
+    # One slot for every right unit of the pairs, with a candidate for each unit that may have made
+    # it: the slot's candidates share a probability of one.
     sources: list[int] = []
     targets: list[int] = []
     widths: list[int] = []
     occurrences: collections.Counter[int] = collections.Counter()
     for one, other in pairs:
-        e = [empty, *map(english.number, words(one)[:LONGEST])]
+        e = [empty, *map(left.number, one[:LONGEST])]
         occurrences.update(set(e))
-        for f in map(foreign.number, words(other)[:LONGEST]):
+        for f in map(right.number, other[:LONGEST]):
             sources += e
             targets.append(f)
             widths.append(len(e))
-    if len(english) < 2 or not len(foreign):
+    if len(left) < 2 or not len(right):
         raise ValueError("no sentence pair with words on both sides; expected at least one")
 
     width = torch.tensor(widths, dtype=torch.int32)
     slot = torch.repeat_interleave(torch.arange(len(widths), dtype=torch.int32), width)
     source = torch.tensor(sources, dtype=torch.int32)
     target = torch.repeat_interleave(torch.tensor(targets, dtype=torch.int32), width)
-    keys, candidate = torch.unique(
-        source.long() * len(foreign) + target.long(), return_inverse=True
-    )
-    source, target = keys // len(foreign), keys % len(foreign)
+    keys, candidate = torch.unique(source.long() * len(right) + target.long(), return_inverse=True)
+    source, target = keys // len(right), keys % len(right)
     probability = torch.ones(len(keys))
     for _ in range(iterations):
         likely = probability[candidate]
         share = likely / _sums(likely, slot, len(widths))[slot.long()]
         expected = _sums(share, candidate, len(keys))
-        probability = expected / _sums(expected, source, len(english))[source]
+        probability = expected / _sums(expected, source, len(left))[source]
 
     kept = (probability >= least_probability) & (source != empty)
     found = zip(*(x[kept].tolist() for x in (source, target, probability)), strict=True)
-    return sorted(
-        (english.words[e], foreign.words[f], p)
-        for e, f, p in found
-        if occurrences[e] >= least_count
-    )
+    return [
+        (left.units[e], right.units[f], p) for e, f, p in found if occurrences[e] >= least_count
+    ]
 
 
 def from_links(
@@ -210,20 +231,20 @@ def from_links(
     )
 
 
-class _Vocabulary:
-    """Words and their numbers, in the order in which they were met."""
+class _Vocabulary(Generic[Unit]):
+    """Units and their numbers, in the order in which they were met."""
 
     def __init__(self) -> None:
-        self.words: list[str] = []
-        self._number: dict[str, int] = {}
+        self.units: list[Unit] = []
+        self._number: dict[Unit, int] = {}
 
     def __len__(self) -> int:
-        return len(self.words)
+        return len(self.units)
 
-    def number(self, word: str) -> int:
-        found = self._number.setdefault(word, len(self.words))
-        if found == len(self.words):
-            self.words.append(word)
+    def number(self, unit: Unit) -> int:
+        found = self._number.setdefault(unit, len(self.units))
+        if found == len(self.units):
+            self.units.append(unit)
         return found
 
 

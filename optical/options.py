@@ -209,6 +209,32 @@ class DistillOptions:
         )
 
 
+@dataclass
+class TransferOptions:
+    """Options of `optical train transfer`."""
+
+    model: str = field(
+        default="", metadata={"help": "The English retriever: Hugging Face name or folder."}
+    )
+    text: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Text of all languages (a sentence a line, or JSON lines with `text`)."},
+    )
+    bitext: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Parallel sentences `English TAB other`, one file or more."},
+    )
+    vocabulary_size: int = field(default=40_000, metadata={"help": "WordPiece units."})
+
+    def validate(self) -> None:
+        """Raise ValueError for options that cannot work, before anything is read."""
+        _required("model", self.model)
+        if not self.text and not self.bitext:
+            raise ValueError("text, bitext: no file given, expected at least one")
+        if self.vocabulary_size < 1:
+            raise ValueError(f"vocabulary_size: {self.vocabulary_size}, expected 1 or more")
+
+
 def _check_switching(lexicon: list[str], probability: float) -> None:
     for entry in lexicon:
         if "=" not in entry:

@@ -113,7 +113,7 @@ class Study(Measuring):
 
     def _check_arm(self, arm: ArmConfig, language: str) -> None:
         from optical.bitext import read_pairs
-        from optical.encoder import check_model
+        from optical.encoder import check_model, read_sentences
         from optical.lexicon import read_lexicon
         from optical.texts import read_texts
         from optical.training import arguments
@@ -137,6 +137,8 @@ class Study(Measuring):
             check_model(options.student)
         for path in getattr(options, "bitext", []):
             read_pairs(path)
+        for path in getattr(options, "text", []):
+            read_sentences(path)
         for entry in getattr(options, "lexicon", []):
             path = entry.split("=", 1)[1]
             if path not in self.config.lexicons:

@@ -29,6 +29,7 @@ RECIPES = {
     "teacher": "train an English late-interaction retriever from (query, passage) pairs",
     "distill": "pull a student onto a frozen teacher through parallel sentences",
     "codeswitch": "train a retriever on text with words replaced through lexicons",
+    "transfer": "give a retriever a vocabulary of other languages, by spelling and bitext",
     "encoder": "train a tokenizer and a small multilingual encoder from plain text",
 }
 
@@ -51,6 +52,7 @@ def train(argv: list[str]) -> int:
         "teacher": (training.TeacherOptions, training.teacher),
         "distill": (training.DistillOptions, training.distill),
         "codeswitch": (training.CodeswitchOptions, training.codeswitch),
+        "transfer": (training.TransferOptions, training.transfer),
         "encoder": (encoder.EncoderOptions, encoder.encoder_trainer),
     }
     options_kind, make_trainer = kinds[recipe]
@@ -94,7 +96,7 @@ def train(argv: list[str]) -> int:
     trainer = make_trainer(options, args)
     if args.disable_tqdm:
         trainer.add_callback(training.progress_lines(recipe))
-    final = training.run(trainer, options, resume=options.resume)
+    final = training.run(trainer, options, resume=getattr(options, "resume", False))
     if args.process_index == 0:
         print(final)
     return 0
@@ -125,7 +127,9 @@ def _train_help(recipe: str, options_kind: Any, arguments_kind: Any) -> None:
     print(f"usage: optical train {recipe} [--config FILE.yaml] [options]\n\n{RECIPES[recipe]}\n")
     shown = [*dataclasses.fields(options_kind)]
     by_name = {entry.name: entry for entry in dataclasses.fields(arguments_kind)}
-    shown += [by_name[name] for name in COMMON_ARGUMENTS]
+    # No steps are taken in a transfer.
+    names = COMMON_ARGUMENTS[:1] if recipe == "transfer" else COMMON_ARGUMENTS
+    shown += [by_name[name] for name in names]
     for entry in shown:
         text = " ".join(str(entry.metadata.get("help", "")).split())
         print(f"  --{entry.name:28} {text[:110]}")

@@ -3,6 +3,7 @@
 teacher     English late interaction from (query, passage) pairs, in-batch softmax   (recipe R0)
 distill     a student pulled onto a frozen teacher through parallel sentences   (recipes R1 to R4)
 codeswitch  the teacher recipe on text whose words were replaced through lexicons    (recipe R5)
+transfer    a retriever whose vocabulary becomes that of other languages (``optical.transfer``)
 
 Each function returns the trainer, which its caller may change before ``run`` trains, resumes and
 saves. There is no training loop here: checkpoints, precision, seeds, progress bars, many GPUs and
@@ -47,9 +48,16 @@ from optical.files import writable_folder, write_text
 from optical.folders import enough_space, locked, seal
 from optical.lexicon import read_lexicon
 from optical.losses import DistillationLoss, OTDistillationLoss
-from optical.options import ROLES, CodeswitchOptions, DistillOptions, TeacherOptions
+from optical.options import (
+    ROLES,
+    CodeswitchOptions,
+    DistillOptions,
+    TeacherOptions,
+    TransferOptions,
+)
 from optical.provenance import environment
 from optical.training_pairs import read_training_pairs
+from optical.transfer import transfer
 from optical.vectors import StoredVectors
 
 __all__ = [
@@ -58,6 +66,7 @@ __all__ = [
     "CommandLineArguments",
     "DistillOptions",
     "TeacherOptions",
+    "TransferOptions",
     "arguments",
     "codeswitch",
     "distill",
@@ -66,6 +75,7 @@ __all__ = [
     "record",
     "run",
     "teacher",
+    "transfer",
 ]
 
 logger = logging.getLogger("optical")

@@ -1,0 +1,178 @@
+"""Vocabulary transfer: an English retriever that reads other languages' units, without training.
+
+The layers stay as they are. A new vocabulary is learnt from text of all languages, and each of its
+units starts as a mean of the English retriever's own input vectors:
+
+by spelling    of the units into which the English tokenizer cuts its letters;
+by bitext      of the English units that stand in the same sentence pairs, by their probabilities
+               under IBM model 1 (trans-tokenization: Remy et al., arXiv 2408.04303).
+
+What both say of a unit counts by how often it was met, in English text or in the foreign side of a
+pair. A student that starts here has words to learn, and no language model.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optical.bitext import read_pairs
+from optical.encoder import (
+    SPECIAL_TOKENS,
+    load_retriever,
+    read_sentences,
+    token_counts,
+    train_tokenizer,
+)
+from optical.lexicon import model_1
+from optical.options import TransferOptions
+
+logger = logging.getLogger("optical")
+
+ITERATIONS = 6
+# Unlikelier counterparts are noise of a model that knows no order.
+LEAST_PROBABILITY = 0.02
+CONTINUED = "##"
+ROLES_OF_SPECIAL = ("pad", "unk", "cls", "sep", "mask")
+
+
+class Finished:
+    """A model that needs no steps, where one is expected that trains."""
+
+    def __init__(self, model: Any, args: Any) -> None:
+        self.model = model
+        self.args = args
+
+    def train(self, resume_from_checkpoint: Any = None) -> None:
+        """Nothing is left to train."""
+
+    def save_model(self, folder: str) -> None:
+        self.model.save_pretrained(folder)
+
+    def add_callback(self, callback: Any) -> None:
+        """No step will call it."""
+
+    remove_callback = add_callback
+
+
+def transfer(options: TransferOptions, args: Any) -> Finished:
+    """Give a retriever a vocabulary of the texts' languages.
+
+    Args:
+        options: the retriever, texts and sentence pairs. Pairs give the units of both sides their
+            vectors; a file in ``text`` gives units alone.
+        args: training arguments, of which only the folder to write to is read.
+
+    Returns:
+        What ``training.run`` saves: the retriever with new tokenizer and input vectors.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model or file, or a file without text or pairs.
+    """
+    options.validate()
+    model = load_retriever(options.model)
+    reader = model[0]
+    old, encoder = reader.tokenizer, reader.auto_model
+    bitext = [read_pairs(path) for path in options.bitext]
+    texts = [text for path in options.text for text in read_sentences(path)]
+    english = [one for pairs in bitext for one, _ in pairs]
+    foreign = [other for pairs in bitext for _, other in pairs]
+    new = train_tokenizer(
+        [*texts, *english, *foreign], options.vocabulary_size, old.model_max_length
+    )
+    vectors = encoder.get_input_embeddings().weight.detach().float().cpu()
+    found = _Means(len(new), vectors)
+    for pairs in bitext:
+        found.add_pairs(*_units(pairs, new, old))
+    paired = int((found.weights > 0).sum())
+    found.add_spelling(new, old, token_counts(new, english or texts))
+    learnt = found.means()
+    for name, role in zip(SPECIAL_TOKENS, ROLES_OF_SPECIAL, strict=True):
+        known = getattr(old, f"{role}_token_id")
+        if known is not None:
+            learnt[new.convert_tokens_to_ids(name)] = vectors[known]
+    _replace(reader, new, learnt)
+    logger.info("transfer: %d units, %d of them from pairs", len(new), paired)
+    return Finished(model, args)
+
+
+class _Means:
+    """Weighted means of English input vectors, one for each unit of the new vocabulary."""
+
+    def __init__(self, size: int, vectors: Tensor) -> None:
+        self.vectors = vectors
+        self.sums = torch.zeros(size, vectors.shape[1])
+        self.weights = torch.zeros(size)
+
+    def add_pairs(self, other: list[list[int]], english: list[list[int]]) -> None:
+        """Units of the other language, as the English units that explain them."""
+        count = collections.Counter(unit for units in other for unit in units)
+        links = model_1(
+            zip(other, english, strict=True),
+            iterations=ITERATIONS,
+            least_probability=LEAST_PROBABILITY,
+        )
+        unit, counterpart, share = (torch.tensor(column) for column in zip(*links, strict=True))
+        weight = share * torch.tensor([float(count[one]) for one in unit.tolist()])
+        self.sums.index_add_(0, unit, weight[:, None] * self.vectors[counterpart])
+        self.weights.index_add_(0, unit, weight)
+
+    def add_spelling(self, new: Any, old: Any, count: collections.Counter[int]) -> None:
+        """Units by their letters: as often as English text has them, and all that have nothing."""
+        known = old.get_vocab()
+        for text, unit in new.get_vocab().items():
+            if not count[unit] and self.weights[unit]:
+                continue
+            pieces = _spelt(text, old, known)
+            if pieces:
+                weight = float(max(count[unit], 1))
+                self.sums[unit] += weight * self.vectors[pieces].mean(0)
+                self.weights[unit] += weight
+
+    def means(self) -> Tensor:
+        """The vectors; a unit of which nothing is known gets the mean of all English ones."""
+        means = self.sums / self.weights.clamp(min=1e-30)[:, None]
+        return torch.where(self.weights[:, None] > 0, means, self.vectors.mean(0))
+
+
+def _spelt(text: str, old: Any, known: dict[str, int]) -> list[int]:
+    """The English tokenizer's units in the letters of a new one, without unknown ones."""
+    if text in known:
+        return [known[text]]
+    letters = text.removeprefix(CONTINUED)
+    pieces: list[int] = old(letters, add_special_tokens=False)["input_ids"]
+    if old.unk_token_id in pieces:
+        return []
+    if letters != text and pieces:
+        # Inside of a word the first piece is another unit, where the vocabulary has such.
+        first = CONTINUED + str(old.convert_ids_to_tokens(pieces[0]))
+        pieces = [known.get(first, pieces[0]), *pieces[1:]]
+    return pieces
+
+
+def _units(
+    pairs: Iterable[tuple[str, str]], new: Any, old: Any
+) -> tuple[list[list[int]], list[list[int]]]:
+    english, other = (list(side) for side in zip(*pairs, strict=True))
+    limits = {"add_special_tokens": False, "truncation": True, "max_length": 64}
+    return new(other, **limits)["input_ids"], old(english, **limits)["input_ids"]
+
+
+def _replace(reader: Any, tokenizer: Any, vectors: Tensor) -> None:
+    """Put tokenizer and input vectors in the place of a retriever's own."""
+    encoder = reader.auto_model
+    before = encoder.get_input_embeddings()
+    after = torch.nn.Embedding(len(vectors), vectors.shape[1], tokenizer.pad_token_id)
+    after.weight = torch.nn.Parameter(vectors.to(before.weight))
+    encoder.set_input_embeddings(after)
+    encoder.config.vocab_size = len(tokenizer)
+    for role in ROLES_OF_SPECIAL:
+        if hasattr(encoder.config, f"{role}_token_id"):
+            setattr(encoder.config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
+    reader.processor = copy.copy(tokenizer)

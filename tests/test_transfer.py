@@ -1,0 +1,109 @@
+"""A retriever with the vocabulary of other languages: what its units begin as."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
+
+from optical import cli, training
+from optical.encoder import load_retriever
+from optical.files import read_json
+from optical.options import TransferOptions
+
+NOUNS = ("bread", "water", "fish", "basket", "book", "lamp", "teacher", "farmer", "doctor")
+
+
+def transferred(world, teacher, folder, **options):
+    options = TransferOptions(model=teacher, vocabulary_size=400, **options)
+    final = training.run(
+        training.transfer(options, training.arguments(folder)), options, resume=False
+    )
+    return load_retriever(final)
+
+
+@pytest.fixture(scope="module")
+def models(world, tiny_models, tmp_path_factory):
+    """The teacher, and two students of it: by spelling alone, and by bitext."""
+    folder = tmp_path_factory.mktemp("transfer")
+    text = [str(world / f"text/{language}.txt") for language in ("en", "sw", "de")]
+    bitext = [str(world / f"bitext/en-{language}.tsv") for language in ("sw", "de")]
+    return (
+        load_retriever(tiny_models.teacher),
+        transferred(world, tiny_models.teacher, folder / "spelt", text=text),
+        transferred(world, tiny_models.teacher, folder / "paired", bitext=bitext),
+    )
+
+
+def vector(model, unit):
+    weight = model[0].auto_model.get_input_embeddings().weight.detach()
+    return weight[model.tokenizer.get_vocab()[unit]]
+
+
+def test_nothing_but_tokenizer_and_input_vectors_changes(models):
+    teacher, spelt, paired = models
+    for student in (spelt, paired):
+        before, after = dict(teacher.named_parameters()), dict(student.named_parameters())
+        assert before.keys() == after.keys()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert len(changed) == 1 and "embeddings" in changed.pop()
+        assert student[0].document_length == teacher[0].document_length == 24
+
+
+def test_english_words_keep_their_vectors(models):
+    teacher, spelt, paired = models
+    for word in ("the", "fish", "[CLS]", "[PAD]"):
+        torch.testing.assert_close(vector(spelt, word), vector(teacher, word))
+    # No foreign sentence has the word, so bitext says nothing of it either.
+    torch.testing.assert_close(vector(paired, "the"), vector(teacher, "the"))
+
+
+@pytest.mark.parametrize(("foreign", "english"), [("samaki", "fish"), ("mwalimu", "teacher")])
+def test_words_of_bitext_begin_beside_their_translations(models, foreign, english):
+    teacher, _, paired = models
+    # Among nouns, since the words of these few sentences stand together all the time.
+    nouns = [word for word in NOUNS if word in teacher.tokenizer.get_vocab()]
+    weight = torch.stack([vector(teacher, word) for word in nouns])
+    likeness = torch.cosine_similarity(weight, vector(paired, foreign))
+    assert english in nouns and nouns[int(likeness.argmax())] == english
+
+
+def test_a_unit_with_no_letters_known_gets_the_mean(world, tiny_models, tmp_path):
+    (tmp_path / "text.txt").write_text("ώώ ώώ ώώ\nthe fish\n" * 5, encoding="utf-8")
+    teacher = load_retriever(tiny_models.teacher)
+    student = transferred(
+        world, tiny_models.teacher, tmp_path / "greek", text=[str(tmp_path / "text.txt")]
+    )
+    weight = teacher[0].auto_model.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(vector(student, "ώώ"), weight.mean(0))
+
+
+def test_a_student_starts_from_it(world, tiny_models, models, tmp_path):
+    _, _, paired = models
+    paired.save_pretrained(str(tmp_path / "start"))
+    options = training.DistillOptions(
+        teacher=tiny_models.teacher,
+        student=str(tmp_path / "start"),
+        bitext=[str(world / "bitext/en-sw.tsv")],
+        role="document",
+        max_iter=5,
+    )
+    args = training.arguments(
+        tmp_path / "out", max_steps=2, per_device_train_batch_size=4, disable_tqdm=True
+    )
+    final = training.run(training.distill(options, args), options, resume=False)
+    student = load_retriever(final)
+    assert len(student.tokenizer) == len(paired.tokenizer)
+    assert not torch.equal(vector(student, "samaki"), vector(paired, "samaki"))
+
+
+def test_the_command(world, tiny_models, tmp_path, capsys):
+    arguments = ["--model", tiny_models.teacher, "--vocabulary_size", "200"]
+    arguments += ["--bitext", str(world / "bitext/en-sw.tsv"), "--output_dir", str(tmp_path / "o")]
+    assert cli.main(["train", "transfer", *arguments]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "o/final")
+    assert read_json(tmp_path / "o/run.json")["recipe"] == "transfer"
+    assert json.loads((tmp_path / "o/final/config.json").read_text()) is not None
+    assert cli.main(["train", "transfer", "--output_dir", str(tmp_path / "p")]) != 0
+    assert "model: none given" in capsys.readouterr().err
