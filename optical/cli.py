@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["train"]:
             return train(arguments[1:])
+        # argparse lists every command and leaves the search to the reader.
+        if arguments and arguments[0] not in EXAMPLE and not arguments[0].startswith("-"):
+            meant = nearest(arguments[0], ("train", *EXAMPLE))
+            raise ValueError(f"command {arguments[0]!r} is unknown{meant}")
         options, unknown = _parser().parse_known_args(arguments)
         if unknown:
             known = [name for action in options.parser._actions for name in action.option_strings]
