@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["train"]:
             return train(arguments[1:])
+        # argparse lists every command and leaves the search to the reader.
+        if arguments and arguments[0] not in EXAMPLE and not arguments[0].startswith("-"):
+            meant = nearest(arguments[0], ("train", *EXAMPLE))
+            raise ValueError(f"command {arguments[0]!r} is unknown{meant}")
         options, unknown = _parser().parse_known_args(arguments)
         if unknown:
             known = [name for action in options.parser._actions for name in action.option_strings]
@@ -107,8 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     _collection_arguments(command)
     command.add_argument("--depth", type=int, default=1000, help="documents per query")
     command.add_argument("--batch-size", type=int, default=32, help="texts in one forward pass")
-    command.add_argument("--passage-length", type=int, help="cut documents, in tokens (MaxP)")
-    command.add_argument("--passage-stride", type=int, help="default: half the length")
+    _passage_arguments(command)
     command.add_argument("--index", help="search vectors of `export` or `index`: folder or address")
     command.add_argument("--output", required=True, help="the run to write; .gz compresses")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -202,6 +205,7 @@ def _model_commands(named: Any) -> None:
     command.add_argument("--collection", help="ir_datasets id or BEIR folder")
     command.add_argument("--documents", help="file: TSV, JSON lines or TREC documents")
     command.add_argument("--batch-size", type=int, default=32, help="texts in one forward pass")
+    _passage_arguments(command)
     command.add_argument("--output", required=True, help="folder, s3://bucket/name or db://name")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(command=commands.index)
@@ -211,6 +215,11 @@ def _collection_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--collection", help="ir_datasets id or BEIR folder")
     command.add_argument("--queries", help="file: TSV, JSON lines or TREC topics")
     command.add_argument("--documents", help="file: TSV, JSON lines or TREC documents")
+
+
+def _passage_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--passage-length", type=int, help="cut documents, in tokens (MaxP)")
+    command.add_argument("--passage-stride", type=int, help="default: half the length")
 
 
 def _judgement_arguments(command: argparse.ArgumentParser) -> None:

@@ -135,7 +135,14 @@ def index(options: argparse.Namespace) -> int:
     from optical.index import LanceIndex, write_database
 
     model = load_retriever(options.model)
-    added = write_database(model, documents, options.output, batch_size=options.batch_size)
+    added = write_database(
+        model,
+        documents,
+        options.output,
+        batch_size=options.batch_size,
+        passage_length=options.passage_length,
+        passage_stride=options.passage_stride,
+    )
     total = len(LanceIndex(options.output))
     return done(options, {"output": options.output, "added": added, "documents": total})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -10,8 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from sentence_transformers import MultiVectorEncoderTrainingArguments
 
@@ -19,18 +17,11 @@ from optical.arms import ENCODER, RECIPES, TEACHER, ArmConfig, LexiconConfig
 from optical.encoder import EncoderOptions
 from optical.evaluation import DEFAULT_MEASURES
 from optical.options import ROLES, TeacherOptions
-from optical.settings import nearest, parse_yaml, read_layered
+from optical.settings import nearest, parse_yaml, read_layered, typed
 
 COLLECTION_KEYS = ("source", "queries", "documents", "qrels", "role", "languages")
 SIDES = ("queries", "documents")
 ALIGNMENT_KEYS = ("language", "english", "other")
-PLAIN: dict[Any, Any] = {
-    bool: bool,
-    int: int,
-    float: (int, float),
-    str: str,
-    list[str]: list,
-}
 NOT_FOR_STUDIES = ("output_dir", "seed", "disable_tqdm")
 
 
@@ -349,24 +340,7 @@ class _Reader:
         return settings
 
     def typed(self, value: Any, hint: Any, place: str) -> Any:
-        """Check a value against a type; what is no plain type passes."""
-        kinds = set(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
-        if value is None and NoneType in kinds:
-            return value
-        kind = next(iter(kinds - {NoneType}))
-        if len(kinds - {NoneType}) > 1 or kind not in PLAIN:
-            return value
-        if kind is float and isinstance(value, str):
-            # YAML 1.1 reads 1e-3 as text.
-            with contextlib.suppress(ValueError):
-                value = float(value)
-        fits = isinstance(value, PLAIN[kind]) and (kind is bool or not isinstance(value, bool))
-        if fits and kind == list[str]:
-            fits = all(isinstance(entry, str) for entry in value)
-        if not fits:
-            name = getattr(kind, "__name__", "") if isinstance(kind, type) else str(kind)
-            raise ValueError(f"{self.place}: {place}: {value!r}, expected {name}")
-        return value
+        return typed(value, hint, f"{self.place}: {place}")
 
     def mapping(self, raw: Any, place: str) -> dict[str, Any]:
         if not isinstance(raw, dict):

@@ -23,13 +23,13 @@ from optical.files import atomic_file, read_json, writable_folder, write_json
 from optical.folders import checksum
 from optical.maxsim import TokenVectors, rank
 from optical.runs import Run, ranked
-from optical.search import encode
+from optical.search import cut_texts, encode
 
 __all__ = ["FileIndex", "LanceIndex", "open_index", "write_database", "write_index"]
 
 logger = logging.getLogger("optical")
 
-TABLE = "documents"
+TABLE, PASSAGES = "documents", "passages"
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -171,8 +171,12 @@ def write_database(
     role: str = "document",
     batch_size: int = 32,
     chunk_texts: int = 1024,
+    passage_length: int | None = None,
+    passage_stride: int | None = None,
 ) -> int:
     """Encode texts into a database of LanceDB; documents whose ids it has already stay as they are.
+
+    A document has one row, or one for each of its passages.
 
     Args:
         model: a ``MultiVectorEncoder`` whose vectors have unit length.
@@ -181,37 +185,53 @@ def write_database(
             ``db://name``.
         role: "query" or "document", how the model reads the texts.
         batch_size, chunk_texts: texts in one forward pass, and in one transaction.
+        passage_length, passage_stride: cut documents, as in :func:`optical.search.search`.
 
     Returns:
         How many documents were added. Documents without tokens cannot be found and are left out.
 
     Raises:
         ImportError: LanceDB is missing: ``pip install "optical[index]"``.
-        ValueError: vectors are not of unit length, or of another size than those in the database.
+        ValueError: vectors are not of unit length, or of another size than those in the database,
+            or its documents are cut in another way.
     """
     import pyarrow
 
     size = model.get_embedding_dimension()
     vector = pyarrow.list_(pyarrow.list_(pyarrow.float32(), size))
-    schema = pyarrow.schema([("id", pyarrow.string()), ("vector", vector)])
-    table = _connect(place).create_table(TABLE, schema=schema, exist_ok=True)
+    cut = f"{passage_length} {passage_stride}"
+    fields = [("id", pyarrow.string()), ("vector", vector)]
+    schema = pyarrow.schema(fields, metadata={PASSAGES: cut})
+    database = _connect(place)
+    try:
+        table = database.open_table(TABLE)
+    except (ValueError, FileNotFoundError):
+        table = database.create_table(TABLE, schema=schema)
     held = table.schema.field("vector").type.value_type.list_size
     if held != size:
         raise ValueError(f"{place}: vectors of size {held}, the model makes them of size {size}")
-    known = set(table.to_arrow().column("id").to_pylist()) if table.count_rows() else set()
+    before = (table.schema.metadata or {}).get(PASSAGES.encode(), b"None None").decode()
+    if before != cut:
+        raise ValueError(
+            f"{place}: its documents have passage_length and passage_stride {before}, now {cut}; "
+            "expected the same"
+        )
+    known = _documents(table)
     added = 0
     new = ((key, text) for key, text in documents if key not in known)
     for ids, texts in _chunks(new, chunk_texts):
-        found = encode(model, texts, role, batch_size=batch_size)
+        pieces = cut_texts(texts, model, passage_length, passage_stride)
+        found = encode(model, [one for text in pieces for one in text], role, batch_size=batch_size)
         _require_unit(found)
+        owners = [key for key, text in zip(ids, pieces, strict=True) for _ in text]
         kept = [
             (key, piece.cpu().numpy())
-            for key, piece in zip(ids, found.split(), strict=True)
+            for key, piece in zip(owners, found.split(), strict=True)
             if len(piece)
         ]
         rows = {"id": [key for key, _ in kept], "vector": [list(piece) for _, piece in kept]}
-        table.add(pyarrow.table(rows, schema=schema))
-        added += len(kept)
+        table.add(pyarrow.table(rows, schema=table.schema))
+        added += len({key for key, _ in kept})
         logger.info("%s: %d documents added", place, added)
     return added
 
@@ -234,10 +254,12 @@ class LanceIndex:
         self.dimension: int = self.table.schema.field("vector").type.value_type.list_size
 
     def __len__(self) -> int:
-        return int(self.table.count_rows())
+        return len(_documents(self.table))
 
     def search(self, query_ids: Sequence[str], queries: TokenVectors, *, depth: int = 1000) -> Run:
         """Return the best ``depth`` documents of each query, like ``search_vectors``.
+
+        A document scores as its best passage does.
 
         Exhaustive, and so exact up to rounding, unless an approximate index was made on the table
         (``LanceIndex(place).table.create_index(metric="cosine", vector_column_name="vector")``).
@@ -245,13 +267,23 @@ class LanceIndex:
         _require_unit(queries)
         run: Run = {}
         for key, piece in zip(query_ids, queries.split(), strict=True):
-            rows: list[dict[str, Any]] = []
-            if len(piece):
-                asked = self.table.search(piece.cpu().numpy(), vector_column_name="vector")
-                rows = asked.distance_type("cosine").limit(depth).select(["id"]).to_list()
             # The distance of a query is the sum over its tokens of 1 - the best cosine.
-            run[key] = dict(ranked({row["id"]: len(piece) - row["_distance"] for row in rows}))
+            nearest = self._nearest(piece.cpu().numpy(), depth) if len(piece) else {}
+            run[key] = dict(ranked({name: len(piece) - far for name, far in nearest.items()}))
         return run
+
+    def _nearest(self, query: Any, depth: int) -> dict[str, float]:
+        """The nearest documents and their distances: the nearest rows until there are enough."""
+        limit, total = depth, self.table.count_rows()
+        while True:
+            asked = self.table.search(query, vector_column_name="vector").distance_type("cosine")
+            found: dict[str, float] = {}
+            # Rows come by their distance: the first of a document is its best passage.
+            for row in asked.limit(limit).select(["id", "_distance"]).to_list():
+                found.setdefault(row["id"], row["_distance"])
+            if len(found) >= depth or limit >= total:
+                return dict(itertools.islice(found.items(), depth))
+            limit *= 4
 
 
 def open_index(place: str | Path) -> FileIndex | LanceIndex:
@@ -261,6 +293,10 @@ def open_index(place: str | Path) -> FileIndex | LanceIndex:
     if "://" not in str(place) and not Path(place).is_dir():
         raise ValueError(f"{place}: no such folder; write the index first")
     return LanceIndex(place)
+
+
+def _documents(table: Any) -> set[str]:
+    return set(table.search().select(["id"]).to_arrow().column("id").to_pylist())
 
 
 def _connect(place: str | Path) -> Any:

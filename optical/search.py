@@ -113,6 +113,16 @@ def passages(text: str, tokenizer: Any, length: int, stride: int) -> list[str]:
     return [text[spans[start][0] : spans[min(start + room, len(spans)) - 1][1]] for start in starts]
 
 
+def cut_texts(
+    texts: Sequence[str], model: Any, length: int | None, stride: int | None = None
+) -> list[list[str]]:
+    """The passages of each text, or the text itself; the usual stride is half the length."""
+    if length is None:
+        return [[text] for text in texts]
+    stride = stride or max(length // 2, 1)
+    return [passages(text, model.tokenizer, length, stride) for text in texts]
+
+
 def search(
     model: Any,
     collection: Collection,
@@ -192,11 +202,7 @@ def search(
     def batches() -> Iterator[tuple[list[list[str]], list[list[Tensor]]]]:
         for start in _steps(len(texts), batch_size, progress):
             batch = texts[start : start + batch_size]
-            cut = [[text] for text in batch]
-            if passage_length is not None:
-                stride = passage_stride or max(passage_length // 2, 1)
-                tokenizer = document_model.tokenizer
-                cut = [passages(text, tokenizer, passage_length, stride) for text in batch]
+            cut = cut_texts(batch, document_model, passage_length, passage_stride)
             pieces = [piece for text in cut for piece in text]
             vectors = encode(
                 document_model, pieces, "document", batch_size=batch_size, device=device

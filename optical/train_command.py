@@ -40,7 +40,7 @@ def train(argv: list[str]) -> int:
         lines = [f"  {name:11} {text}" for name, text in RECIPES.items()]
         print("usage: optical train RECIPE [options]\n\n" + "\n".join(lines))
         if argv and argv[0] not in ("-h", "--help"):
-            raise ValueError(f"recipe {argv[0]!r} is unknown; expected one of {', '.join(RECIPES)}")
+            raise ValueError(f"recipe {argv[0]!r} is unknown{nearest(argv[0], RECIPES)}")
         return 0 if argv else 2
     from transformers import HfArgumentParser, TrainingArguments
 
@@ -65,6 +65,7 @@ def train(argv: list[str]) -> int:
         prog=f"optical train {recipe}",
         add_help=False,
         allow_abbrev=False,
+        exit_on_error=False,  # which would print the usage of a hundred options first
     )
     parser.set_defaults(**training.ARGUMENT_DEFAULTS)
     if "--help-all" in argv:
@@ -75,7 +76,7 @@ def train(argv: list[str]) -> int:
         return 0
     argv = _with_config(argv, parser)
     parser.set_defaults(output_dir=None)
-    namespace, unknown = parser.parse_known_args(argv)
+    namespace, unknown = _parsed(parser, argv)
     if unknown:
         known = [f"--{action.dest}" for action in parser._actions]
         raise ValueError(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
@@ -102,6 +103,17 @@ def train(argv: list[str]) -> int:
     return 0
 
 
+def _parsed(
+    parser: argparse.ArgumentParser, words: list[str], place: str = ""
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parse known options; a wrong value is an error of one line, behind the words' `place`."""
+    try:
+        return parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        name = str(error.argument_name).split("/")[0]
+        raise ValueError(f"{place}{name}: {error.message}") from None
+
+
 def _with_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
     """Take `--config FILE` out of the arguments and make its keys the parser's defaults."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -120,6 +132,7 @@ def _with_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
         values = value if isinstance(value, list) else [value]
         text = [json.dumps(one) if isinstance(one, dict) else str(one) for one in values]
         words += [f"--{key}", *text]
+    _parsed(parser, words, f"{given.config}: ")
     return [*words, *rest]
 
 

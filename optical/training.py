@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from datasets import Dataset
@@ -56,6 +56,7 @@ from optical.options import (
     TransferOptions,
 )
 from optical.provenance import environment
+from optical.settings import nearest, typed
 from optical.training_pairs import read_training_pairs
 from optical.transfer import transfer
 from optical.vectors import StoredVectors
@@ -148,7 +149,17 @@ class CommandLineArguments(MultiVectorEncoderTrainingArguments):
 
 
 def arguments(output_dir: str | Path, **changes: Any) -> MultiVectorEncoderTrainingArguments:
-    """Training arguments with this project's defaults: quiet, resumable, nothing sent anywhere."""
+    """Training arguments with this project's defaults: quiet, resumable, nothing sent anywhere.
+
+    Raises:
+        ValueError: an argument is unknown, or its value of another type; the trainer would say so
+            after minutes, and without the argument's name.
+    """
+    hints = get_type_hints(MultiVectorEncoderTrainingArguments)
+    for name, value in changes.items():
+        if name not in hints:
+            raise ValueError(f"trainer's argument {name!r} is unknown{nearest(name, hints)}")
+        typed(value, hints[name], name)
     return MultiVectorEncoderTrainingArguments(
         output_dir=str(output_dir), **{**ARGUMENT_DEFAULTS, **changes}
     )

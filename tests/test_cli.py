@@ -93,8 +93,10 @@ def test_help_of_a_recipe(capsys, recipe):
 
 def test_no_command_and_an_unknown_one(capsys):
     fails(capsys, [], "required: command")
-    fails(capsys, ["serch"], "invalid choice: 'serch'")
-    fails(capsys, ["train", "destill"], "recipe 'destill' is unknown; expected one of teacher, dis")
+    fails(capsys, ["stduy"], "command 'stduy' is unknown; did you mean `study`")
+    fails(capsys, ["tarin", "distill"], "command 'tarin' is unknown; did you mean `train`")
+    fails(capsys, ["zzz"], "command 'zzz' is unknown; known: align, compare, .*, vectors")
+    fails(capsys, ["train", "destill"], "recipe 'destill' is unknown; did you mean `distill`")
 
 
 def test_unknown_options(capsys, judged):
@@ -318,7 +320,11 @@ def test_train_says_what_is_wrong(capsys, world, tmp_path, monkeypatch):
     distill = ["train", "distill"]
     fails(capsys, [*distill, *usual], "output_dir: none given; expected a folder to write to")
     fails(capsys, [*distill, *usual, *out, "--epsilo", "1"], "unknown option --epsilo; did you mea")
-    fails(capsys, [*distill, *usual, *out, "--epsilon", "x"], "invalid float value: 'x'")
+    told = fails(
+        capsys, [*distill, *usual, *out, "--epsilon", "x"], "--epsilon: invalid float value"
+    )
+    assert len(told.splitlines()) == 1
+    fails(capsys, [*distill, *usual, *out, "--bf16", "x"], "--bf16: Truthy value expected: got x")
     fails(capsys, [*distill, *usual, *out, "--epsilon", "-1"], "epsilon is -1.0; expected a finite")
     fails(capsys, [*distill, *out], "teacher: none given; expected a Hugging Face name or a folder")
     fails(capsys, [*distill, *usual, *out], r"model \./t: no such folder")
@@ -342,7 +348,9 @@ def test_wrong_configurations_of_train(capsys, tmp_path, monkeypatch):
         (b"a: [b\n", r"c\.yaml:\d: not YAML"),
         (b"- a\n", r"c\.yaml: expected keys and values, found list"),
         (b"\xff\n", r"c\.yaml:1: not UTF-8"),
-        (b"epsilon: small\n", "invalid float value: 'small'"),
+        (b"epsilon: small\n", r"c\.yaml: --epsilon: invalid float value: 'small'"),
+        (b"learning_rate: fast\n", r"c\.yaml: --learning_rate: invalid float value: 'fast'"),
+        (b"lr_scheduler_type: fast\n", r"c\.yaml: --lr_scheduler_type: invalid choice: 'fast'"),
     ):
         (tmp_path / "c.yaml").write_bytes(data)
         fails(capsys, argv, message)

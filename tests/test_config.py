@@ -12,7 +12,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from optical.config import read_config
-from optical.settings import nearest
+from optical.settings import nearest, parse_yaml
 from optical.training import CodeswitchOptions, CommandLineArguments, DistillOptions
 
 USUAL = {
@@ -193,16 +193,34 @@ def test_yaml_reads_norwegian_as_false(read):
 
 
 def test_numbers_may_be_written_without_a_point(read, tmp_path):
-    # YAML 1.1 reads 1e-3 as text.
-    read("arms.ot.epsilon", "5e-2")
+    read()
     path = tmp_path / "study.yaml"
-    text = path.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3")
+    text = path.read_text().replace("epsilon: 0.1", "epsilon: 5e-2")
+    text = text.replace("learning_rate: 0.001", "learning_rate: 1e-3")
     path.write_text(text)
+    # YAML 1.1 reads 1e-3 as text.
     assert yaml.safe_load(text)["arguments"]["learning_rate"] == "1e-3"
     config = read_config(path)
     assert config.arms[1].settings["epsilon"] == 0.05
     assert config.arms[1].arguments["learning_rate"] == 0.001
     assert isinstance(config.arms[1].arguments["max_steps"], int)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E+5", "-3e2", "+1e0", ".5e1", "5.e-1", "12e03"])
+def test_a_number_with_an_exponent_is_a_number(text):
+    found = parse_yaml(f"a: {text}\nb: [{text}]\nc: {{d: {text}}}\n", "here")
+    assert found == {"a": float(text), "b": [float(text)], "c": {"d": float(text)}}
+    assert isinstance(found["a"], float)
+
+
+@pytest.mark.parametrize("text", ["e1", "1e", "1e-", "1e4x", "'1e-4'", "1e-4.5", "v1e4"])
+def test_what_only_looks_like_a_number_is_text(text):
+    assert parse_yaml(f"a: {text}\n", "here") == {"a": text.strip("'")}
+
+
+def test_yaml_outside_is_left_as_it_was():
+    parse_yaml("a: 1e-4\n", "here")
+    assert yaml.safe_load("1e-4") == "1e-4"
 
 
 WRONG = [
@@ -272,6 +290,22 @@ WRONG = [
     ("arms.ot.max_iter", 2.5, "arms.ot.max_iter: 2.5, expected int"),
     ("arms.ot.epsilon", "small", "arms.ot.epsilon: 'small', expected float"),
     ("arms.ot.epsilon", [1], "arms.ot.epsilon: [1], expected float"),
+    ("arms.ot.epsilon", True, "arms.ot.epsilon: True, expected float"),
+    ("arms.ot.bitext", [1], "arms.ot.bitext: [1], expected list[str]"),
+    ("arguments.learning_rate", "fast", "arguments.learning_rate: 'fast', expected float"),
+    ("arguments.learning_rate", "1 e-4", "arguments.learning_rate: '1 e-4', expected float"),
+    (
+        "arguments.learning_rate_mapping",
+        {"a": "fast"},
+        "arguments.learning_rate_mapping: {'a': 'fast'}, expected str or dict[str, float]",
+    ),
+    ("arguments.max_length", 2.5, "arguments.max_length: 2.5, expected int or dict[str, int]"),
+    (
+        "arms.ot.arguments",
+        {"save_strategy": False},  # the `no` of YAML 1.1 without quotes
+        "arms.ot.arguments.save_strategy: False, expected 'no' or 'steps' or 'epoch' or 'best'",
+    ),
+    ("teacher.arguments.optim", "adam", "teacher.arguments.optim: 'adam', expected 'adamw_torch'"),
 ]
 
 

@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("sentence_transformers", reason="the extra `train` is not installed")
 
 from optical import index
+from optical.collections import Collection
 from optical.encoder import load_retriever
 from optical.index import FileIndex, LanceIndex, open_index, write_database, write_index
-from optical.search import encode, search_vectors
+from optical.search import encode, search, search_vectors
 from optical.texts import iter_texts, read_texts
 
 
@@ -143,13 +144,39 @@ def test_a_database_is_searched_by_its_own_maxsim(model, documents, queries, exp
     agree(opened.search(*queries, depth=10), expected)
 
 
-def test_a_database_refuses_what_it_would_compare_wrongly(model, documents, queries, tmp_path):
+def test_a_database_of_passages_finds_documents_by_the_best_one(
+    model, documents, queries, world, tmp_path
+):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    # Passages of a few long documents crowd the best rows.
+    texts = list(documents.items())
+    every = " ".join(text for _, text in texts)
+    texts = [(key, every if i < 3 else text) for i, (key, text) in enumerate(texts)]
+    asked = read_texts(world / "queries.tsv")
+    collection = Collection("long", asked, dict(texts), {})
+    expected = search(model, collection, depth=10, passage_length=8, passage_stride=4)
+    place = tmp_path / "base"
+    cut = {"passage_length": 8, "passage_stride": 4}
+    assert write_database(model, texts, place, **cut) == len(texts)
+    assert write_database(model, texts, place, **cut) == 0
+    opened = open_index(place)
+    assert len(opened) == len(texts) < opened.table.count_rows()
+    agree(opened.search(*queries, depth=10), expected)
+    with pytest.raises(ValueError, match="passage_stride 8 4, now 8 None; expected the same"):
+        write_database(model, texts, place, passage_length=8)
+
+
+def test_a_database_refuses_what_it_would_compare_wrongly(
+    model, documents, queries, tiny_models, tmp_path
+):
     pytest.importorskip("lancedb", reason="the extra `index` is not installed")
     place = tmp_path / "base"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no index of token vectors"):
         open_index(tmp_path / "empty")
     write_database(model, list(documents.items())[:3], place)
+    with pytest.raises(ValueError, match="vectors of size 16, the model makes them of size 24"):
+        write_database(load_retriever(tiny_models.wide), documents.items(), place)
     ids, vectors = queries
     longer = type(vectors)(2 * vectors.vectors, vectors.lengths)
     with pytest.raises(ValueError, match="not of unit length"):

@@ -297,6 +297,15 @@ def test_wrong_options_of_distillation(change, message):
 # --- what the two models read --------------------------------------------------------------------
 
 
+def test_arguments_of_the_trainer_are_named_when_they_do_not_fit(tmp_path):
+    with pytest.raises(ValueError, match=r"^learning_rate: 'fast', expected float"):
+        training.arguments(tmp_path, learning_rate="fast")
+    with pytest.raises(ValueError, match=r"^lr_scheduler_type: 'fast', expected 'linear' or "):
+        training.arguments(tmp_path, lr_scheduler_type="fast")
+    with pytest.raises(ValueError, match="'learning_rat' is unknown; did you mean `learning_rate`"):
+        training.arguments(tmp_path, learning_rat=1.0)
+
+
 def test_the_collator_gives_each_model_its_own_tokens(tiny_models):
     teacher = load_retriever(tiny_models.mixed, query_length=5, document_length=9)
     student = load_retriever(tiny_models.wide, query_length=6, document_length=10)
