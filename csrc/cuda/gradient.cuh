@@ -175,7 +175,7 @@ struct Gradient : Results<G> {
             slope = rho * given_up + target * ((float)other - (1.0f - given_up));
             // The factor may be too large for a number where the mass is too small for one.
             if (potential < -80 * rho) {
-                const float kept = Solve::asked(mass, log_mass, potential, rho, penalty);
+                const float kept = Result::asked(mass, log_mass, potential, rho, penalty);
                 return grad_value * (rho * (mass - kept) + target * (mass * (float)other - kept));
             }
         }

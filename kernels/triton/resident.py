@@ -82,7 +82,8 @@ def penalties(sums, log_mass, mass):
 @triton.jit
 def wanted(log_mass, alive, F, strength):
     """The sums of an optimal plan; strength is epsilon / rho, 0 for a fixed marginal."""
-    return tl.where(alive | (strength == 0), times_exp2(log_mass, -F * strength), 0.0)
+    penalised = tl.where(alive, times_exp2(log_mass, -F * strength), 0.0)
+    return tl.where(strength > 0, penalised, tl.exp2(log_mass))
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least", "most"])
