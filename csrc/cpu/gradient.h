@@ -340,11 +340,13 @@ struct Gradient : Unrolled<T> {
             const T along = S::sum(sum), scale = length > 0 ? -1 / length : (T)0;
             for (int64_t k = 0; k < padded; k += width)
                 S::store(product + k, scale * (S::load(product + k) - along * S::load(vector + k)));
-        } else {
-            const T own = s.kind == OPTICAL_SQEUCLIDEAN ? 2 * total : (T)0;
-            const T other = s.kind == OPTICAL_SQEUCLIDEAN ? -2 : -1;
+        } else if (s.kind == OPTICAL_SQEUCLIDEAN) {
+            // Both rounded, as one is already: then they cancel where all mass stays in its place.
             for (int64_t k = 0; k < padded; k += width)
-                S::store(product + k, own * S::load(vector + k) + other * S::load(product + k));
+                S::store(product + k, T(2) * (S::opaque(total * S::load(vector + k)) -
+                                              S::load(product + k)));
+        } else {
+            for (int64_t k = 0; k < padded; k += width) S::store(product + k, -S::load(product + k));
         }
         memcpy(out, product, (size_t)s.dim * sizeof(T));
     }

@@ -119,7 +119,7 @@ struct Simd {
         return condition ? yes : no;
     }
     // Keeps GCC from swapping the sides of a comparison with a constant, after which it no longer
-    // recognises the minimum or maximum instruction.
+    // recognises the minimum or maximum instruction, and from fusing a product with a sum.
     OPTICAL_INLINE Vector opaque(Vector x) {
 #if defined(OPTICAL_X86_REGISTERS)
         asm("" : "+v"(x));

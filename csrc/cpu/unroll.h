@@ -115,7 +115,9 @@ struct Unrolled {
             common += (double)s.miss_a[i] * (double)p_row[i];
             mass_of_rows += (double)s.miss_a[i];
         }
-        common = mass_of_rows > 0 ? common / mass_of_rows : 0;
+        common /= mass_of_rows;
+        // One line without a number must not take it from the others.
+        if (!(__builtin_fabs(common) < (double)(1 / Bounds<T>::some))) common = 0;
         sync(s.team);
         slopes_of_rows(common);
         s.own_chunks([&](int64_t chunk, int64_t from, int64_t to) {
@@ -139,7 +141,8 @@ struct Unrolled {
             Vector sum = S::load(s.part + j);
             for (int64_t c = 1; c < s.chunks; ++c) sum += S::load(s.part + c * s.col_count + j);
             const Vector mass = S::load(s.col_mass + j);
-            const Vector deviation = S::select(mass > Bounds<T>::some, sum / mass, S::all(0));
+            Vector deviation = S::select(mass > Bounds<T>::some, sum / mass, S::all(0));
+            deviation = S::select(S::absolute(deviation) < C::infinity, deviation, S::all(0));
             const Vector q =
                 grad_value * dual_slope(s.g, s.col_mass, s.mass_b, s.log_b, j, s.rho_b, -common);
             S::store(mean + j, q + deviation);
