@@ -106,10 +106,10 @@ def unrolled(
     bar_log_b = gv_ * epsilon * (p.b * p.a.sum(1, keepdim=True) - columns)
     rho_a, rho_b = p.arguments.rho_a, p.arguments.rho_b
     if rho_a != math.inf:
-        weight_a = weight_a + rho_a * log_ratio(rows, p.a)
+        weight_a = weight_a + rho_a * log_ratio(rows, p.log_a)
         bar_log_a = bar_log_a + gv_ * rho_a * (p.a - rows)
     if rho_b != math.inf:
-        weight_b = weight_b + rho_b * log_ratio(columns, p.b)
+        weight_b = weight_b + rho_b * log_ratio(columns, p.log_b)
         bar_log_b = bar_log_b + gv_ * rho_b * (p.b - columns)
     weights = gv_[:, :, None] * (weight_a[:, :, None] + weight_b[:, None, :])
     moved = (weights + gl_[:, :, None] * p.cost) * coupling
@@ -139,10 +139,10 @@ def unrolled(
     return bar_cost, bar_log_a, bar_log_b
 
 
-def log_ratio(sums: Tensor, mass: Tensor) -> Tensor:
-    """log(sums / mass), and 0 where nothing is transported."""
+def log_ratio(sums: Tensor, log_mass: Tensor) -> Tensor:
+    """log(sums / mass), and 0 where nothing is transported; the mass may be too small a number."""
     some = sums > 0
-    return torch.where(some, sums, 1.0).log() - torch.where(some, mass, 1.0).log()
+    return torch.where(some, sums, 1.0).log() - torch.where(some, log_mass, 0.0)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

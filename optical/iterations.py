@@ -30,6 +30,16 @@ def plan(
     return exponent.masked_fill(~allowed, -math.inf).exp()
 
 
+def times_exp(log_mass: Tensor, exponent: Tensor) -> Tensor:
+    """A mass times exp(exponent), where the one may be 0 as a number and the other infinite.
+
+    Only what an exponential cannot hold goes to the logarithm of the mass, whose rounding it would
+    otherwise share.
+    """
+    excess = (exponent - 80).clamp(min=0)
+    return (log_mass + excess).exp() * (exponent - excess).exp()
+
+
 class Problems:
     """Arguments in which everything that must not be read was replaced, and the iterations."""
 
@@ -70,9 +80,9 @@ class Problems:
         rho_a, rho_b = self.arguments.rho_a, self.arguments.rho_b
         rows, columns = self.a, self.b
         if rho_a != math.inf:
-            rows = torch.where(self.alive_a, self.a * (-f / rho_a).exp(), 0.0)
+            rows = torch.where(self.alive_a, times_exp(self.log_a, -f / rho_a), 0.0)
         if rho_b != math.inf:
-            columns = torch.where(self.alive_b, self.b * (-g / rho_b).exp(), 0.0)
+            columns = torch.where(self.alive_b, times_exp(self.log_b, -g / rho_b), 0.0)
         return rows, columns
 
     def infeasible(self) -> Tensor:
@@ -138,9 +148,8 @@ class Problems:
             minimum = self.row_minimum(g, epsilon)
             if tol > 0 and iteration > 0:
                 # The f half-step measures the row sums of the iterate that it starts from.
-                rows = torch.where(
-                    self.alive_a, self.a * ((f - minimum) / epsilon[:, None]).exp(), 0.0
-                )
+                rows = times_exp(self.log_a, (f - minimum) / epsilon[:, None])
+                rows = torch.where(self.alive_a, rows, 0.0)
                 error = (rows - self.wanted(f, g)[0]).abs().sum(1)
                 settled = self.temperature(iteration - 1) == self.epsilon
                 stopped = stopped | (settled & (error <= tol))
@@ -172,7 +181,7 @@ class Problems:
             minimum = self.column_minimum(f, epsilon)
             image = torch.where(stopped[:, None], image, beta_b * minimum)
             change = image - g
-            columns = self.b * ((g - minimum) / epsilon[:, None]).exp()
+            columns = times_exp(self.log_b, (g - minimum) / epsilon[:, None])
             columns = torch.where(self.alive_b, columns, 0.0)
             residual = (columns - self.wanted(f, g)[1]).abs().sum(1)
             if tol > 0:

@@ -274,6 +274,12 @@ def option_problems() -> Iterator[Problem]:
     yield replace(
         heavy, name="rho_large_costs", rho_a=50.0, x=1e3 * base.x, epsilon=base.epsilon * 100
     )
+    # Masses that are 0 in float32, with potentials by which a penalty asks for a part of 1 all the
+    # same: a number that is 0 times one that is infinite.
+    weak: dict[str, Any] = {"rho_a": 0.01, "rho_b": 0.01, "tol": 1e-4}
+    cheap, light_a, light_b = base.x.clone(), base.log_a.clone(), base.log_b.clone()
+    cheap[0, 2], light_a[0, 2], cheap[1, :, 3], light_b[1, 3] = -11, -105, -11, -105
+    yield replace(base, name="rho_mass_0", x=cheap, log_a=light_a, log_b=light_b, **weak)
     yield replace(base, name="omega", omega=1.5)
     yield replace(heavy, name="omega_below_one", omega=0.6, rho_b=0.4)
     yield replace(base, name="omega_1.8_forbidden", omega=1.8, x=forbidden)

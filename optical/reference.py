@@ -71,9 +71,13 @@ def forward(arguments: Arguments) -> Outputs:
     rows, columns = coupling.sum(2), coupling.sum(1)
     excess = p.a.sum(1) * p.b.sum(1) - rows.sum(1)
     value = (rows * f).sum(1) + (columns * g).sum(1) + p.epsilon * excess
-    for rho, sums, mass in ((arguments.rho_a, rows, p.a), (arguments.rho_b, columns, p.b)):
+    for rho, sums, log_mass in (
+        (arguments.rho_a, rows, p.log_a),
+        (arguments.rho_b, columns, p.log_b),
+    ):
         if rho != math.inf:
-            value = value + rho * (sums * derivatives.log_ratio(sums, mass) - sums + mass).sum(1)
+            divergence = sums * derivatives.log_ratio(sums, log_mass) - sums + log_mass.exp()
+            value = value + rho * divergence.sum(1)
     wanted_rows, wanted_columns = p.wanted(f, g)
     error = (rows - wanted_rows).abs().sum(1) + (columns - wanted_columns).abs().sum(1)
     w, z, residual = f.new_zeros(0), g.new_zeros(0), torch.zeros_like(value)

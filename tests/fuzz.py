@@ -462,6 +462,12 @@ class _Family:
         coldest = [_temperature(call, i) for i in range(len(call.cotangents["value"]))]
         coldest = [epsilon for epsilon in coldest if 0 < epsilon < INF]
         largest = max(call.scale, *(_largest(truth[name]) for name in "fg" if name in truth), 0.0)
+        # A potential is a temperature times the logarithm of a sum, whose own rounding is a share
+        # of 1 however small the logarithm: where a run ends before it has cooled down, that is an
+        # error of the hot potential, but the plan divides it by the cold temperature.
+        if call.option("anneal") is not None and call.arguments["max_iter"] > 0:
+            start, ratio = call.arguments["anneal"]
+            largest = max(largest, start * ratio ** (call.arguments["max_iter"] - 1))
         amplified = largest / min(coldest, default=1.0)
         self.exponents = 4 * torch.finfo(call.dtype).eps * amplified
 

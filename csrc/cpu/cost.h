@@ -265,7 +265,7 @@ private:
         }
         const T size = root(sum), inverse = 1 / size;
         for (int64_t k = 0; k < dim_padded; k += width)
-            S::store(vector + k, S::load(vector + k) * inverse);
+            S::store(vector + k, S::quotient(S::load(vector + k), size, inverse));
         return size * unit;
     }
     OPTICAL_INLINE float root(float value) { return __builtin_sqrtf(value); }

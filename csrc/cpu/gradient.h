@@ -123,13 +123,15 @@ struct Gradient : Unrolled<T> {
             });
             sync(s.team);
             s.own_rows([&](int64_t i) {
-                Vector d = mass_gradient(grad_value, s.mass_a, s.pad_a, s.f, i, s.rho_a, s.total_b);
+                Vector d = mass_gradient(grad_value, s.log_a, s.mass_a, s.pad_a, s.f, i, s.rho_a,
+                                         s.total_b);
                 if (implicit) d += adjoint_mass(s.miss_a, s.w, i, s.rho_a);
                 scatter(a_out, s.row_index, i, s.n, d);
             });
             if (!twice)
                 s.own_columns([&](int64_t j) {
-                    Vector d = mass_gradient(grad_value, s.mass_b, s.pad_b, s.g, j, s.rho_b, s.total_a);
+                    Vector d = mass_gradient(grad_value, s.log_b, s.mass_b, s.pad_b, s.g, j, s.rho_b,
+                                             s.total_a);
                     if (implicit) {
                         Vector sum = S::load(s.part + j);
                         for (int64_t c = 1; c < s.chunks; ++c)
@@ -223,16 +225,26 @@ struct Gradient : Unrolled<T> {
                          S::template across<typename S::Sum>(line + q * width));
     }
 
-    // The partial derivative of the dual; a line without a pair gives all its mass up.
-    Vector mass_gradient(T grad_value, const T* mass, const T* pad, const T* potential, int64_t i,
-                         T rho, double other) const {
-        const Vector phi = S::load(potential + i);
-        Vector slope = phi + s.target * (T)(other - 1);
-        if (rho < C::infinity) {
-            const Vector share = S::select(S::load(pad + i) > 0, S::all(0), S::exp(phi * (-1 / rho)));
-            slope = rho * (1 - share) + s.target * ((T)other - share);
+    // The partial derivative of the dual; a line without a pair gives all its mass up. What is left
+    // of a mass under a strong penalty is nearly all of it, and the difference must not be.
+    Vector mass_gradient(T grad_value, const T* log_mass, const T* mass, const T* pad,
+                         const T* potential, int64_t i, T rho, double other) const {
+        const Vector own = S::load(mass + i);
+        if (!(rho < C::infinity))
+            return grad_value * own * (S::load(potential + i) + s.target * (T)(other - 1));
+        Vector gradient;
+        for (int lane = 0; lane < width; ++lane, ++i) {
+            const double held = own[lane], exponent = -(double)potential[i] / (double)rho;
+            double given_up = held;
+            if (!(pad[i] > 0))
+                given_up = exponent < Bounds<T>::exponent
+                               ? -held * __builtin_expm1(exponent)
+                               : held - __builtin_exp((double)log_mass[i] + exponent);
+            const double excess = held * other - (held - given_up);
+            gradient[lane] =
+                (T)((double)grad_value * ((double)rho * given_up + (double)s.target * excess));
         }
-        return grad_value * S::load(mass + i) * slope;
+        return gradient;
     }
 
     Vector adjoint_mass(const T* sums, const T* solution, int64_t i, T rho) const {
@@ -328,11 +340,13 @@ struct Gradient : Unrolled<T> {
             const T along = S::sum(sum), scale = length > 0 ? -1 / length : (T)0;
             for (int64_t k = 0; k < padded; k += width)
                 S::store(product + k, scale * (S::load(product + k) - along * S::load(vector + k)));
-        } else {
-            const T own = s.kind == OPTICAL_SQEUCLIDEAN ? 2 * total : (T)0;
-            const T other = s.kind == OPTICAL_SQEUCLIDEAN ? -2 : -1;
+        } else if (s.kind == OPTICAL_SQEUCLIDEAN) {
+            // Both rounded, as one is already: then they cancel where all mass stays in its place.
             for (int64_t k = 0; k < padded; k += width)
-                S::store(product + k, own * S::load(vector + k) + other * S::load(product + k));
+                S::store(product + k, T(2) * (S::opaque(total * S::load(vector + k)) -
+                                              S::load(product + k)));
+        } else {
+            for (int64_t k = 0; k < padded; k += width) S::store(product + k, -S::load(product + k));
         }
         memcpy(out, product, (size_t)s.dim * sizeof(T));
     }

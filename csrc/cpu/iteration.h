@@ -234,11 +234,18 @@ struct Iteration : State<T> {
         double residual;
     };
 
-    // The mass a row or column is asked to carry, given its potential.
+    // The mass a row or column is asked to carry, given its potential: as one exponential where the
+    // factor would be too large for a number, and the mass possibly too small for one.
     template <typename Lanes = S>
-    static typename Lanes::Vector asked(const T* weight, typename Lanes::Vector potential, T rho) {
-        if (!(rho < C::infinity)) return Lanes::load(weight);
-        return Lanes::load(weight) * Lanes::exp(potential * (-1 / rho));
+    static typename Lanes::Vector asked(const T* log_mass, const T* weight,
+                                        typename Lanes::Vector potential, T rho) {
+        const typename Lanes::Vector mass = Lanes::load(weight);
+        if (!(rho < C::infinity)) return mass;
+        const typename Lanes::Vector exponent = potential * (-1 / rho);
+        const typename Lanes::Vector apart = mass * Lanes::exp(exponent);
+        const typename Lanes::Mask small = exponent < Bounds<T>::exponent;
+        if (Lanes::every(small)) return apart;
+        return Lanes::select(small, apart, Lanes::exp(Lanes::load(log_mass) + exponent));
     }
 
     // One iteration by scaling, into u_next and v_next, or f_next and g_next.
@@ -246,6 +253,7 @@ struct Iteration : State<T> {
     __attribute__((noinline)) Step iterate() {
         const T *const pad_of_row = pad_a, *const weight_of_row = weight_a, *const old_f = f;
         const T *const pad_of_col = pad_b, *const weight_of_col = weight_b, *const old_g = g;
+        const T *const log_of_row = log_a, *const log_of_col = log_b;
         const T *const origin_f = base_f, *const origin_g = base_g;
         T *const new_u = potentials ? f_next : u_next, *const new_v = potentials ? g_next : v_next;
         T *const row_weights = au, *const col_weights = bv;
@@ -263,7 +271,8 @@ struct Iteration : State<T> {
                 if constexpr (measure == Measure::rows) {
                     auto wanted = mass;
                     if constexpr (potentials)
-                        wanted = asked<L>(weight_of_row + i, L::load(old_f + i), strength_a);
+                        wanted = asked<L>(log_of_row + i, weight_of_row + i, L::load(old_f + i),
+                                          strength_a);
                     L::store(row_miss + i, L::absolute(L::load(row_weights + i) * total - wanted));
                 }
                 auto scaling = T(1) / total;
@@ -286,7 +295,8 @@ struct Iteration : State<T> {
                 if constexpr (measure == Measure::columns)
                     S::store(col_miss + j,
                              S::absolute(S::load(col_weights + j) * total -
-                                         asked(weight_of_col + j, S::load(old_g + j), strength_b)));
+                                         asked(log_of_col + j, weight_of_col + j,
+                                               S::load(old_g + j), strength_b)));
                 Vector scaling = T(1) / total;
                 if constexpr (potentials) {
                     const Vector origin = S::load(origin_g + j);
@@ -371,7 +381,7 @@ struct Iteration : State<T> {
                         epsilon * (S::load_unaligned(origin + q * width) - S::log(total));
                     const Vector old = S::load(f + i);
                     S::store(row_miss + i, S::absolute(row_share(i, old, softmin) -
-                                                       asked(weight_a + i, old, rho_a)));
+                                                       asked(log_a + i, weight_a + i, old, rho_a)));
                     S::store(f_next + i, alpha * old + share_a * softmin);
                 }
                 for (int r = 0; r < block; ++r)
@@ -408,8 +418,10 @@ struct Iteration : State<T> {
             for (int64_t c = 0; c < chunks; ++c) total += S::load(part + c * col_count + j);
             const Vector softmin = epsilon * (S::load(g_next + j) - S::log(total));
             const Vector old = S::load(g + j);
-            const Vector share = S::load(weight_b + j) * S::exp((old - softmin) * inverse_epsilon);
-            S::store(col_miss + j, S::absolute(share - asked(weight_b + j, old, rho_b)));
+            const Vector exponent = (old - softmin) * inverse_epsilon + S::load(log_b + j);
+            const Vector share = S::select(S::load(pad_b + j) > 0, S::all(0), S::exp(exponent));
+            S::store(col_miss + j,
+                     S::absolute(share - asked(log_b + j, weight_b + j, old, rho_b)));
             S::store(g_next + j, alpha * old + share_b * softmin);
         });
         sync(team);

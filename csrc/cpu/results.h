@@ -54,7 +54,7 @@ struct Results {
                 t.linear += (double)s.row_spent[i];
                 t.dual += row * (double)s.f[i];
                 t.mass += row;
-                add_marginal(t, row, s.mass_a[i], s.log_a[i], s.weight_a[i], s.f[i], s.rho_a);
+                add_marginal(t, row, s.mass_a[i], s.log_a[i], s.pad_a[i], s.f[i], s.rho_a);
             }
             s.row_totals[chunk] = t;
         });
@@ -68,7 +68,7 @@ struct Results {
             }
             for (int64_t j = from; j < to && j < s.m; ++j) {
                 t.dual += (double)s.col_mass[j] * (double)s.g[j];
-                add_marginal(t, (double)s.col_mass[j], s.mass_b[j], s.log_b[j], s.weight_b[j], s.g[j],
+                add_marginal(t, (double)s.col_mass[j], s.mass_b[j], s.log_b[j], s.pad_b[j], s.g[j],
                              s.rho_b);
             }
             s.col_totals[place] = t;
@@ -110,18 +110,24 @@ struct Results {
         to.error += t.error, to.divergence += t.divergence;
     }
 
-    // How far a line's mass is from what its potential asks for, and what that costs. The mass may
-    // be too small for a number where its logarithm is not.
-    static void add_marginal(Totals& t, double found, T mass, T log_mass, T weight, T potential,
-                             T rho) {
+    // How far a line's mass is from what its potential asks for, and what that costs; of a line
+    // without a pair nothing is asked. In double precision no mass of float32 is too small here.
+    static void add_marginal(Totals& t, double found, T mass, T log_mass, T pad, T potential, T rho) {
         if (!(rho < C::infinity)) {
             t.error += __builtin_fabs(found - (double)mass);
             return;
         }
-        const double wanted = (double)weight * __builtin_exp(-(double)potential / (double)rho);
-        t.error += __builtin_fabs(found - wanted);
-        const double logs = found > 0 ? found * (__builtin_log(found) - (double)log_mass) : 0;
+        const double exponent = (double)log_mass - (double)potential / (double)rho;
+        t.error += __builtin_fabs(found - (pad > 0 ? 0 : __builtin_exp(exponent)));
+        const double logs = found > 0 ? found * log_ratio(found, mass, log_mass) : 0;
         t.divergence += (double)rho * (logs - found + (double)mass);
+    }
+
+    // log(found / mass), which a large rho magnifies with every error of it. The mass, where it is
+    // no subnormal number: found was made with it, and its rounding cancels.
+    static double log_ratio(double found, T mass, T log_mass) {
+        return mass > Bounds<T>::some ? __builtin_log(found / (double)mass)
+                               : __builtin_log(found) - (double)log_mass;
     }
 
     double value(const Totals& t) const {

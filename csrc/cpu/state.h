@@ -27,11 +27,14 @@ struct Bounds;
 template <>
 struct Bounds<float> {
     static constexpr float drift = 0x1p30f, trusted = 0x1p46f;
+    static constexpr float exponent = 80;  // of this size, exp is far from 0 and from +inf
+    static constexpr float some = 1e-30f;  // a mass that may be divided by
     static constexpr double ridge = 1e-6, solved = 1e-7;
 };
 template <>
 struct Bounds<double> {
     static constexpr double drift = 0x1p300, trusted = 0x1p470;
+    static constexpr double exponent = 700, some = 1e-280;
     static constexpr double ridge = 1e-10, solved = 1e-14;
 };
 
@@ -391,9 +394,8 @@ struct State : Cost<T> {
     // logarithm; otherwise 1, with everything in the exponent, rounded once.
     static __attribute__((always_inline)) inline Vector weigh(Vector& x, T inverse_epsilon,
                                                               Vector log_mass, Vector mass) {
-        const T most = sizeof(T) == 4 ? 80 : 700;
         const Vector alone = x * inverse_epsilon, whole = x * inverse_epsilon + log_mass;
-        const Mask apart = (S::absolute(alone) < T(-0.75) * log_mass) & (log_mass > -most);
+        const Mask apart = (S::absolute(alone) < T(-0.75) * log_mass) & (log_mass > -Bounds<T>::exponent);
         x = S::select(apart, alone, whole);
         return S::select(apart, mass, S::all(1));
     }

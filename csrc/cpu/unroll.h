@@ -55,7 +55,8 @@ struct Unrolled {
         bool converged;
         const int32_t steps = s.solve(options, converged);
         Results<T>{s}.sum_up(false);
-        start(out, a.first, b.first, grad_value);
+        s.set_step(steps == 1 ? (T)1 : (T)p.omega);
+        start(out, a.first, b.first, grad_value, steps > 0 ? s.share_b : (T)0);
 
         int used = 0;
         bool based = false;
@@ -78,6 +79,10 @@ struct Unrolled {
                 replay_half(before, f, old_g, g, true), reverse(0, true, false), flush(2);
                 replay_half(before, f, old_g, g, false), reverse(0, false, true), flush(2);
             }
+            if (k == steps - 1)
+                s.own_columns([&](int64_t j) {
+                    S::store(bar_g + j, S::load(bar_g + j) + s.alpha * S::load(s.col_spent + j));
+                });
             if (used == rank) {
                 flush(used);
                 used = 0;
@@ -87,17 +92,61 @@ struct Unrolled {
         sync(s.team);
     }
 
-    // What the results receive, before any iteration is undone.
-    void start(const optical_gradient& out, int64_t first_a, int64_t first_b, T grad_value) {
+    // What the results receive before any iteration is undone: G = up P - P M / epsilon, with
+    // M_ij = grad_value (p_i + q_j) + linear C_ij, and sums of P M. The first half step to be undone
+    // takes a share of the mean of M in each column off again, since there pi_ij = P_ij / c_j. Under
+    // a strong penalty that is nearly all of M: here it is left out from the beginning, and the rest
+    // of it is left in col_spent.
+    void start(const optical_gradient& out, int64_t first_a, int64_t first_b, T grad_value, T taken) {
         const T *grad_f = out.grad_f ? (const T*)out.grad_f + first_a : nullptr;
         const T *grad_g = out.grad_g ? (const T*)out.grad_g + first_b : nullptr;
         const T scale = s.inverse_epsilon, eps = s.target;
-        T *const p_row = from_f, *const q_col = from_g;  // M_ij = grad_value (p_i + q_j) + linear C_ij
-        s.own_rows([&](int64_t i) {
-            S::store(p_row + i, dual_slope(s.f, s.miss_a, s.log_a, i, s.rho_a));
+        T *const p_row = from_f, *const mean = from_g, *const of_column = to_g;
+        const auto slopes_of_rows = [&](double origin) {
+            s.own_rows([&](int64_t i) {
+                S::store(p_row + i, dual_slope(s.f, s.miss_a, s.mass_a, s.log_a, i, s.rho_a, origin));
+            });
+            sync(s.team);
+        };
+        // What the rows have in common belongs to the columns, in double precision until then.
+        slopes_of_rows(0);
+        double common = 0, mass_of_rows = 0;
+        for (int64_t i = 0; i < s.n; ++i) {
+            common += (double)s.miss_a[i] * (double)p_row[i];
+            mass_of_rows += (double)s.miss_a[i];
+        }
+        common /= mass_of_rows;
+        // One line without a number must not take it from the others.
+        if (!(__builtin_fabs(common) < (double)(1 / Bounds<T>::some))) common = 0;
+        sync(s.team);
+        slopes_of_rows(common);
+        s.own_chunks([&](int64_t chunk, int64_t from, int64_t to) {
+            T* sums = s.part + chunk * s.col_count;
+            fill(sums, s.col_count, 0);
+            for (int64_t b = from; b < to; ++b) {
+                const T *kernel = s.kernel_tile(b), *cost = s.cost_tile(b, s.panels + (b + 1) % 2 * block * s.col_count);
+                const T *const share = s.au + b * block, *const p_of_row = p_row + b * block;
+                for (int64_t j = 0; j < s.col_count; j += width) {
+                    const Vector weight = S::load(s.bv + j);
+                    Vector column = S::load(sums + j);
+                    for (int r = 0; r < block; ++r, kernel += width, cost += width)
+                        column += (S::load(kernel) * share[r]) * weight *
+                                  (grad_value * p_of_row[r] + linear * Solve::price(cost));
+                    S::store(sums + j, column);
+                }
+            }
         });
+        sync(s.team);
         s.own_columns([&](int64_t j) {
-            S::store(q_col + j, dual_slope(s.g, s.col_mass, s.log_b, j, s.rho_b));
+            Vector sum = S::load(s.part + j);
+            for (int64_t c = 1; c < s.chunks; ++c) sum += S::load(s.part + c * s.col_count + j);
+            const Vector mass = S::load(s.col_mass + j);
+            Vector deviation = S::select(mass > Bounds<T>::some, sum / mass, S::all(0));
+            deviation = S::select(S::absolute(deviation) < C::infinity, deviation, S::all(0));
+            const Vector q =
+                grad_value * dual_slope(s.g, s.col_mass, s.mass_b, s.log_b, j, s.rho_b, -common);
+            S::store(mean + j, q + deviation);
+            S::store(of_column + j, (1 - taken) * q - taken * deviation);
         });
         sync(s.team);
         // P M goes into G and into both sums from one number, since the sweep takes much of it off
@@ -112,11 +161,11 @@ struct Unrolled {
                 Vector line[block];
                 for (int r = 0; r < block; ++r) line[r] = S::all(0);
                 for (int64_t j = 0; j < s.col_count; j += width) {
-                    const Vector weight = S::load(s.bv + j), q = S::load(q_col + j);
+                    const Vector weight = S::load(s.bv + j), shift = S::load(of_column + j);
                     Vector column = S::load(sums + j);
                     for (int r = 0; r < block; ++r, kernel += width, cost += width, tile += width) {
                         const Vector plan = (S::load(kernel) * share[r]) * weight;
-                        const Vector moved = plan * (grad_value * (p_of_row[r] + q) +
+                        const Vector moved = plan * ((grad_value * p_of_row[r] + shift) +
                                                      linear * Solve::price(cost));
                         line[r] += moved, column += moved;
                         S::store(tile, up * plan - scale * moved);
@@ -139,20 +188,27 @@ struct Unrolled {
         s.own_columns([&](int64_t j) {
             Vector moved = S::load(s.part + j);
             for (int64_t c = 1; c < s.chunks; ++c) moved += S::load(s.part + c * s.col_count + j);
-            const Vector mass = S::load(s.col_mass + j);
-            S::store(bar_g + j, moved * scale + given(grad_g, s.col_index, j, s.m));
+            const Vector mass = S::load(s.col_mass + j), all = mass * S::load(mean + j);
+            const Vector left = moved - (1 - taken) * all;  // rounding, and of columns without mass
+            S::store(bar_g + j, left * scale + given(grad_g, s.col_index, j, s.m));
+            S::store(s.col_spent + j, all * scale);
             Vector direct = eps * (S::load(s.mass_b + j) * (T)s.total_a - mass);
             if (s.rho_b < C::infinity) direct += s.rho_b * (S::load(s.mass_b + j) - mass);
-            S::store(bar_b + j, moved + grad_value * direct);
+            S::store(bar_b + j, (all + left) + grad_value * direct);
         });
     }
 
-    static Vector dual_slope(const T* potential, const T* found, const T* log_mass, int64_t i,
-                             T rho) {
-        const Vector slope = S::load(potential + i), r = S::load(found + i);
-        if (!(rho < C::infinity)) return slope;
-        const Vector ratio = S::log(S::select(r > 0, r, S::all(1))) - S::load(log_mass + i);
-        return slope + S::select(r > 0, rho * ratio, S::all(0));
+    // The potential and what a penalty adds to it, less a number.
+    static Vector dual_slope(const T* potential, const T* found, const T* mass, const T* log_mass,
+                             int64_t i, T rho, double origin) {
+        Vector slope;
+        for (int lane = 0; lane < width; ++lane, ++i) {
+            double all = (double)potential[i] - origin;
+            if (rho < C::infinity && found[i] > 0)
+                all += (double)rho * Results<T>::log_ratio(found[i], mass[i], log_mass[i]);
+            slope[lane] = (T)all;
+        }
+        return slope;
     }
 
     static Vector given(const T* gradient, const int64_t* index, int64_t at, int64_t count) {
@@ -172,8 +228,8 @@ struct Unrolled {
         s.own_columns([&](int64_t j) {
             const Vector scale = S::exp((S::load(g + j) - S::load(s.base_g + j)) * s.inverse_epsilon);
             const Vector weight = S::load(s.weight_b + j);
-            range.add(S::select(weight > 0, scale, S::all(1)));
-            // A mass too small for a number counts for nothing, whatever its potential became.
+            // A mass too small for a number counts for nothing, unless its scale is large.
+            range.add(S::select(weight > 0, scale, S::max(scale, S::all(1))));
             S::store(s.bv + j, S::select(weight > 0, weight * scale, S::all(0)));
         });
         sync(s.team);
@@ -187,7 +243,8 @@ struct Unrolled {
                 L::store(of_row + i, scale);
                 if (moved) {
                     scale = L::exp((L::load(f + i) - L::load(s.base_f + i)) * s.inverse_epsilon);
-                    range.template add_lanes<L>(L::select(weight > 0, scale, L::all(1)));
+                    range.template add_lanes<L>(
+                        L::select(weight > 0, scale, L::max(scale, L::all(1))));
                 }
                 return L::select(weight > 0, weight * scale, L::all(0));
             },

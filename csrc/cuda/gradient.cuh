@@ -97,12 +97,13 @@ struct Gradient : Results<G> {
         float of_row[OI], of_column[OJ];
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o)
-            of_row[o] = mass_gradient(row(MASS, o), row(PAD, o), row(POTENTIAL, o), this->rho_a,
-                                      this->penalty_a, this->total_b);
+            of_row[o] = mass_gradient(row(MASS, o), row(LOG, o), row(PAD, o), row(POTENTIAL, o),
+                                      this->rho_a, this->penalty_a, this->total_b);
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o)
-            of_column[o] = mass_gradient(column(MASS, o), column(PAD, o), column(POTENTIAL, o),
-                                         this->rho_b, this->penalty_b, this->total_a);
+            of_column[o] =
+                mass_gradient(column(MASS, o), column(LOG, o), column(PAD, o),
+                              column(POTENTIAL, o), this->rho_b, this->penalty_b, this->total_a);
         float f[OI], log_row[OI], w[OI], g_all[RJ], log_column[RJ], z[RJ];
         float sums[RJ], sum_row[OI] = {}, sum_column[OJ];
         this->columns_of(POTENTIAL, g_all);
@@ -166,12 +167,17 @@ struct Gradient : Results<G> {
     }
 
     // The partial derivative of the dual; a line without a pair gives all its mass up.
-    OPTICAL_DEVICE float mass_gradient(float mass, float pad, float potential, float rho,
-                                       bool penalty, double other) const {
+    OPTICAL_DEVICE float mass_gradient(float mass, float log_mass, float pad, float potential,
+                                       float rho, bool penalty, double other) const {
         float slope = potential + target * (float)(other - 1);
         if (penalty) {
             const float given_up = pad > 0 ? 1.0f : one_minus_exp(potential / rho);
             slope = rho * given_up + target * ((float)other - (1.0f - given_up));
+            // The factor may be too large for a number where the mass is too small for one.
+            if (potential < -80 * rho) {
+                const float kept = Result::asked(mass, log_mass, potential, rho, penalty);
+                return grad_value * (rho * (mass - kept) + target * (mass * (float)other - kept));
+            }
         }
         return grad_value * mass * slope;
     }

@@ -41,7 +41,7 @@ struct Results : Solver<G> {
                                         bool penalty) {
         const double sum = found;
         t[0] += spent, t[1] += sum * potential, t[2] += sum;
-        const float wanted = Solve::asked(weight, potential, rho, penalty);
+        const float wanted = Solve::asked(weight, log_mass, potential, rho, penalty);
         t[3] += absolute(found - (penalty ? wanted : mass));
         if (!penalty) return;
         const double ratio = log_ratio(found, mass, log_mass);

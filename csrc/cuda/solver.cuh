@@ -85,9 +85,14 @@ struct Solver : Halves<G> {
     OPTICAL_DEVICE static unsigned drift(float x) {
         return (halves ? Base::trusted(x, 0) : within(x, 30)) ? 0u : NOT_CALM;
     }
-    // The mass a line is asked to carry, given its potential.
-    OPTICAL_DEVICE static float asked(float weight, float potential, float rho, bool penalty) {
-        return penalty ? weight * exp2_fast(potential * (-OPTICAL_LOG2E / rho)) : weight;
+    // The mass a line is asked to carry, given its potential: as one exponential where the factor
+    // would be too large for a number, and the mass possibly too small for one.
+    OPTICAL_DEVICE static float asked(float weight, float log_mass, float potential, float rho,
+                                      bool penalty) {
+        const float exponent = potential * (-OPTICAL_LOG2E / rho);
+        if (!penalty) return weight;
+        if (exponent > 115) return exp2_fast(OPTICAL_LOG2E * log_mass + exponent);
+        return weight * exp2_fast(exponent);
     }
 
     // One iteration by scaling, into u_next and v_next, or the next potentials, given the sums of
@@ -120,7 +125,8 @@ struct Solver : Halves<G> {
             for (int o = 0; o < OI; ++o) {
                 const float weight = halves ? row(WEIGHT, o) : weight_a[o];
                 const float wanted =
-                    relaxed ? asked(weight, row(POTENTIAL, o), rho_a, penalty_a) : weight;
+                    relaxed ? asked(weight, row(LOG, o), row(POTENTIAL, o), rho_a, penalty_a)
+                            : weight;
                 missed += absolute(weight * u[o] * total_row[o] - wanted);
             }
             return missed;
@@ -235,7 +241,7 @@ struct Solver : Halves<G> {
                 epsilon * (low[o] - OPTICAL_LN2 * log2_fast(total[o] + row(PAD, o)));
             const float old = row(POTENTIAL, o);
             missed[0] += absolute(row_share(o, old, softmin) -
-                                  asked(weight_a[o], old, rho_a, penalty_a));
+                                  asked(weight_a[o], row(LOG, o), old, rho_a, penalty_a));
             next_row[o] = alpha * old + share_a * softmin;
             row(NEXT, o) = next_row[o];
         }

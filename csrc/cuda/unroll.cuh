@@ -60,14 +60,16 @@ struct Unrolled : Gradient<G> {
             const float *const new_g = this->kept_columns(history, k + 1);
             const float *const old_g = this->kept_columns(history, k);
             this->set_step(k == 0 ? 1.0f : (float)p.omega);
-            // On the base at hand, on a new one, or else each half on that of its own potentials,
-            // where K is pi / a or sigma / b.
+            // On the base at hand, on a new one, or else each half with pi or sigma itself as K.
             OPTICAL_ROLLED
             for (int attempt = based ? 0 : 1; attempt < 4; ++attempt) {
-                if (attempt >= 1) take(f, attempt == 2 ? new_g : old_g);
-                if (attempt == 1) this->rebase();
-                if (attempt >= 2) exact_base();
-                const bool harmless = replay(f, old_g);
+                if (attempt == 1) {
+                    take(f, old_g);
+                    this->rebase();
+                }
+                if (attempt >= 2)
+                    exact_base(this->kept_rows(history, k), f, old_g, new_g, attempt == 2);
+                const bool harmless = replay(f, old_g, attempt >= 2);
                 if (attempt < 2 && !harmless) continue;
                 based = attempt < 2;
                 reverse(attempt != 3, attempt != 2);
@@ -156,7 +158,7 @@ struct Unrolled : Gradient<G> {
     }
 
     // Kept potentials as those of the state.
-    OPTICAL_DEVICE void take(const float* f, const float* new_g) {
+    OPTICAL_DEVICE void take(const float* f, const float* old_g) {
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) {
             const int i = g.own_row(o);
@@ -165,29 +167,42 @@ struct Unrolled : Gradient<G> {
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) {
             const int j = g.own_column(o);
-            column(POTENTIAL, o) = j < b.count ? new_g[j] : 0.0f;
+            column(POTENTIAL, o) = j < b.count ? old_g[j] : 0.0f;
         }
     }
-    OPTICAL_DEVICE void exact_base() {
+    // Makes K pi of the half step that found new_g from f, or sigma of the one that found f from
+    // old_g, out of what was given to it and the minimum that it found, of which it kept a share.
+    // With the masses inside, no entry exceeds 1, however small they are.
+    OPTICAL_DEVICE void exact_base(const float* old_f, const float* f, const float* old_g,
+                                   const float* new_g, bool of_columns) {
         OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) row(BASE, o) = row(POTENTIAL, o);
+        for (int o = 0; o < OI; ++o) {
+            const int i = g.own_row(o);
+            const float next = i < a.count ? f[i] : 0.0f, old = i < a.count ? old_f[i] : 0.0f;
+            row(BASE, o) = of_columns ? next + target * row(LOG, o)
+                                      : (next - this->alpha * old) / this->share_a;
+        }
         OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) column(BASE, o) = column(POTENTIAL, o);
+        for (int o = 0; o < OJ; ++o) {
+            const int j = g.own_column(o);
+            const float next = j < b.count ? new_g[j] : 0.0f, old = j < b.count ? old_g[j] : 0.0f;
+            column(BASE, o) = of_columns ? (next - this->alpha * old) / this->share_b
+                                         : old + target * column(LOG, o);
+        }
         this->build(false);
     }
 
     // Runs one iteration again on the present base, from old_g to f: leaves the scales with which
-    // the rows of sigma and the columns of pi sum to 1 whatever was rounded, and a u and b v. False:
-    // a number on the way was not harmless.
-    OPTICAL_DEVICE bool replay(const float* f, const float* old_g) {
+    // the rows of sigma and the columns of pi sum to 1 whatever was rounded, and a u and b v, which
+    // are 1 where K is pi or sigma. False: a number on the way was not harmless.
+    OPTICAL_DEVICE bool replay(const float* f, const float* old_g, bool exact) {
         unsigned flags = 0;
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) {
             const int j = g.own_column(o);
             const float scaling =
                 this->boltzmann((j < b.count ? old_g[j] : 0.0f) - column(BASE, o));
-            if (this->weight_b[o] > 0) flags |= loss(scaling, COLUMNS_LOST);
-            this->bv[o] = this->weight_b[o] * scaling;
+            this->bv[o] = exact ? 1.0f : share(this->weight_b[o], scaling, flags);
         }
         float by_row[OI], by_column[OJ];
         this->rows_times(this->bv, by_row);
@@ -197,12 +212,12 @@ struct Unrolled : Gradient<G> {
             const float total = by_row[o] + row(PAD, o);
             flags |= loss(total, COLUMNS_LOST);
             row(FROM, o) = 1.0f / total;
-            float scaling = 1.0f / total;
-            if (this->relaxed) {
-                scaling = this->boltzmann((i < a.count ? f[i] : 0.0f) - row(BASE, o));
-                if (this->weight_a[o] > 0) flags |= loss(scaling, COLUMNS_LOST);
-            }
-            this->au[o] = this->weight_a[o] * scaling;
+            this->au[o] = this->weight_a[o] / total;
+            if (this->relaxed)
+                this->au[o] = share(this->weight_a[o],
+                                    this->boltzmann((i < a.count ? f[i] : 0.0f) - row(BASE, o)),
+                                    flags);
+            if (exact) this->au[o] = 1;
         }
         this->columns_times(this->au, by_column);
         OPTICAL_EACH
@@ -212,6 +227,12 @@ struct Unrolled : Gradient<G> {
             column(FROM, o) = 1.0f / total;
         }
         return g.united(flags) == 0;
+    }
+
+    // A mass too small for a number counts for nothing, unless its scale is large.
+    OPTICAL_DEVICE static float share(float weight, float scaling, unsigned& flags) {
+        if (weight > 0 || scaling > 1) flags |= loss(scaling, COLUMNS_LOST);
+        return weight > 0 ? weight * scaling : 0.0f;
     }
 
     // Undoes the step that was replayed, the half that made g, the half that made f, or both.

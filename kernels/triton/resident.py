@@ -30,6 +30,7 @@ from optical.kernels.tiles import (
     place,
     quotient,
     swapped,
+    times_exp2,
     times_log2,
 )
 
@@ -79,9 +80,10 @@ def penalties(sums, log_mass, mass):
 
 
 @triton.jit
-def wanted(mass, alive, F, strength):
+def wanted(log_mass, alive, F, strength):
     """The sums of an optimal plan; strength is epsilon / rho, 0 for a fixed marginal."""
-    return tl.where(strength > 0, tl.where(alive, mass * tl.exp2(-F * strength), 0.0), mass)
+    penalised = tl.where(alive, times_exp2(log_mass, -F * strength), 0.0)
+    return tl.where(strength > 0, penalised, tl.exp2(log_mass))
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least", "most"])
@@ -233,7 +235,7 @@ def resident_kernel(
         F = tl.load(f_ptr + rows + zero, mask=rows < n, other=0.0)
         F = tl.where(row_alive, F + tl.where(u > 0, tl.log2(u), 0.0), 0.0)
         row_sum = tl.where(row_alive, tl.exp2(A + (F - minimum) * ratio), 0.0)
-        error = tl.sum(tl.abs(row_sum - wanted(tl.exp2(A), row_alive, F, strength_a)), 0)
+        error = tl.sum(tl.abs(row_sum - wanted(A, row_alive, F, strength_a)), 0)
         stop = settled & (tol > 0) & (error <= tol)
         settled = temperature == epsilon
         halt = stop | empty | broken | (iteration >= max_iter)
@@ -290,12 +292,12 @@ def resident_kernel(
                 Kv = tl.maximum(tl.sum(K * v[None, :], 1), LEAST)
                 if STEPS == 1:
                     # The f half-step measures the row sums u * Kv of the iterate it starts from.
+                    log_mass = load_log_mass(log_a_ptr, rows, n)
                     if GENERAL:
                         F = tl.load(f_ptr + rows, mask=rows < n, other=0.0) + tl.log2(u)
-                        mass = tl.exp2(load_log_mass(log_a_ptr, rows, n))
-                        goal = wanted(mass, u > 0, F, strength_a)
+                        goal = wanted(log_mass, u > 0, F, strength_a)
                     else:
-                        goal = tl.exp2(load_log_mass(log_a_ptr, rows, n))
+                        goal = tl.exp2(log_mass)
                     stop = (tol > 0) & (tl.sum(tl.abs(u * Kv - goal), 0) <= tol)
                 if GENERAL:
                     start = tl.where(u > 0, (1 - omega) * tl.log2(u), 0.0)
@@ -359,8 +361,8 @@ def resident_kernel(
     goal_a = a
     goal_b = b
     if GENERAL:
-        goal_a = wanted(a, (row_sum > 0) | (F != 0), F, strength_a)
-        goal_b = wanted(b, (column_sum > 0) | (G != 0), G, strength_b)
+        goal_a = wanted(A, (row_sum > 0) | (F != 0), F, strength_a)
+        goal_b = wanted(B, (column_sum > 0) | (G != 0), G, strength_b)
         if inverse_rho_a > 0:
             value += tl.sum(penalties(row_sum, A, a), 0) / inverse_rho_a
         if inverse_rho_b > 0:

@@ -14,6 +14,7 @@ from optical.kernels.tiles import (
     load_log_mass,
     place,
     plan_tile,
+    times_exp2,
 )
 
 
@@ -102,7 +103,7 @@ def mass_gradient_kernel(
         wanted = a
         price = a * f
         if inverse_rho > 0:
-            wanted = tl.where(alive, a * tl.exp2(-f * inverse_rho * LOG2_E), 0.0)
+            wanted = tl.where(alive, times_exp2(A, -f * inverse_rho * LOG2_E), 0.0)
             price = (a - wanted) / inverse_rho
         grad = upstream * (price + epsilon * (a * total - wanted))
         if IMPLICIT:

@@ -230,6 +230,13 @@ def quotient(x, y, NVIDIA: tl.constexpr):
 
 
 @triton.jit
+def times_exp2(log_mass, exponent):
+    """A mass times 2 ** exponent, where the one may be 0 as a number and the other infinite."""
+    excess = tl.maximum(exponent - 115, 0.0)
+    return tl.exp2(log_mass + excess) * tl.exp2(exponent - excess)
+
+
+@triton.jit
 def times_log2(x, NVIDIA: tl.constexpr):
     """x log2 x of numbers >= 0, and 0 of 0; one instruction sequence, so that x need not stay."""
     if NVIDIA:

@@ -111,7 +111,7 @@ def miss(own, n, ratio, strength, BLOCK: tl.constexpr):
         found = tl.load(found_ptr + index, mask=index < n, other=DEAD)
         alive = found < DEAD
         sums = tl.where(alive, tl.exp2(A + (F - found) * ratio), 0.0)
-        missed += tl.abs(sums - wanted(tl.exp2(A), alive, F, strength))
+        missed += tl.abs(sums - wanted(A, alive, F, strength))
     return tl.sum(missed, 0)
 
 
@@ -200,7 +200,7 @@ def account(own, n, inverse_rho, strength, BLOCK: tl.constexpr):
         sums = tl.where(alive, found, 0.0)
         dual += sums * F
         total += sums
-        missed += tl.abs(sums - wanted(a, alive, F, strength))
+        missed += tl.abs(sums - wanted(A, alive, F, strength))
         paid += tl.load(spent_ptr + index, mask=index < n, other=0.0)
         dead = tl.maximum(dead, tl.where((A != -INFINITY) & (found == DEAD), 1.0, 0.0))
         unreadable = tl.maximum(unreadable, tl.where(found == found, 0.0, 1.0))
