@@ -38,6 +38,7 @@ ORDER = [
         "vectors",
         "training_pairs",
         "options",
+        "transfer",
         "export",
         "checkpoints",
         "training",
