@@ -143,6 +143,7 @@ def test_command_is_understood(words, monkeypatch, tmp_path):
         (training, "teacher"),
         (training, "distill"),
         (training, "codeswitch"),
+        (training, "transfer"),
         (encoder, "encoder_trainer"),
     ):
         monkeypatch.setattr(module, name, lambda options, args: Made((options, args)))
@@ -190,6 +191,7 @@ def test_every_option_of_every_recipe_is_described():
         "teacher": training.TeacherOptions,
         "distill": training.DistillOptions,
         "codeswitch": training.CodeswitchOptions,
+        "transfer": training.TransferOptions,
         "encoder": encoder.EncoderOptions,
     }
     assert set(sections) == set(kinds)
