@@ -462,7 +462,7 @@ WRONG = {
     "measure": ({"measures": ["AP", "nDGC@10"]}, r"measure.*'nDGC@10'"),
     "trainer argument": (
         {"arms.ot.arguments.lr_scheduler_type": "linaer"},
-        "arm ot.*linaer",
+        "arms.ot.*linaer",
     ),
     "encoder": ({"encoder": "{tmp}/nothing/at/all"}, "nothing/at/all: no such folder"),
     "teacher": (
