@@ -304,6 +304,7 @@ class _Reader:
             replace=self.sides(raw.pop("replace", {}), f"{place}.replace"),
         )
         if trains:
+            # A transfer takes no steps, and so no arguments of them.
             if recipe != "transfer":
                 own = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
                 arm.arguments = {**(taught if recipe == "teacher" else common), **own}

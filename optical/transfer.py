@@ -14,7 +14,6 @@ pair. A student that starts here has words to learn, and no language model.
 from __future__ import annotations
 
 import collections
-import copy
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -39,7 +38,8 @@ ITERATIONS = 6
 # Unlikelier counterparts are noise of a model that knows no order.
 LEAST_PROBABILITY = 0.02
 CONTINUED = "##"
-ROLES_OF_SPECIAL = ("pad", "unk", "cls", "sep", "mask")
+# What tokenizers and configurations call the numbers of special units.
+SPECIAL_IDS = [f"{token.strip('[]').lower()}_token_id" for token in SPECIAL_TOKENS]
 
 
 class Finished:
@@ -93,10 +93,10 @@ def transfer(options: TransferOptions, args: Any) -> Finished:
     paired = int((found.weights > 0).sum())
     found.add_spelling(new, old, token_counts(new, english or texts))
     learnt = found.means()
-    for name, role in zip(SPECIAL_TOKENS, ROLES_OF_SPECIAL, strict=True):
-        known = getattr(old, f"{role}_token_id")
+    for name in SPECIAL_IDS:
+        known = getattr(old, name)
         if known is not None:
-            learnt[new.convert_tokens_to_ids(name)] = vectors[known]
+            learnt[getattr(new, name)] = vectors[known]
     _replace(reader, new, learnt)
     logger.info("transfer: %d units, %d of them from pairs", len(new), paired)
     return Finished(model, args)
@@ -160,8 +160,8 @@ def _units(
     pairs: Iterable[tuple[str, str]], new: Any, old: Any
 ) -> tuple[list[list[int]], list[list[int]]]:
     english, other = (list(side) for side in zip(*pairs, strict=True))
-    limits = {"add_special_tokens": False, "truncation": True, "max_length": 64}
-    return new(other, **limits)["input_ids"], old(english, **limits)["input_ids"]
+    plain = {"add_special_tokens": False, "verbose": False}
+    return new(other, **plain)["input_ids"], old(english, **plain)["input_ids"]
 
 
 def _replace(reader: Any, tokenizer: Any, vectors: Tensor) -> None:
@@ -172,7 +172,7 @@ def _replace(reader: Any, tokenizer: Any, vectors: Tensor) -> None:
     after.weight = torch.nn.Parameter(vectors.to(before.weight))
     encoder.set_input_embeddings(after)
     encoder.config.vocab_size = len(tokenizer)
-    for role in ROLES_OF_SPECIAL:
-        if hasattr(encoder.config, f"{role}_token_id"):
-            setattr(encoder.config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
-    reader.processor = copy.copy(tokenizer)
+    for name in SPECIAL_IDS:
+        if hasattr(encoder.config, name):
+            setattr(encoder.config, name, getattr(tokenizer, name))
+    reader.processor = tokenizer

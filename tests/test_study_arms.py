@@ -69,6 +69,13 @@ def configuration(world, tiny_models, folder):
             "both": {**switched, "start": "ot", "lexicon": "table"},
             "together": {**distilled, "reads": "both", "lexicon": "table", "probability": 1.0},
             "english": {**distilled, "reads": "english"},
+            "transfer": {
+                "recipe": "transfer",
+                "bitext": bitext,
+                "vocabulary_size": 200,
+                "multilingual": True,
+            },
+            "ot-transfer": {**distilled, "start": "transfer", "multilingual": True},
         },
         "against": ["zeroshot", "ot"],
         "translation": "bm25-queries",
@@ -116,7 +123,8 @@ def test_each_arm_trains_what_it_says(finished, world):
     )
     # A retriever taught in English alone and a multilingual arm have one model.
     expected = [
-        "teacher", "zeroshot-all-0", "ot-all-all-0", "ot-all-all-1", "switched-all-0",
+        "teacher", "zeroshot-all-0", "ot-all-all-0", "ot-all-all-1", "switched-all-0", "transfer-all-0",
+        "ot-transfer-all-0",
         *(f"{arm}-{language}-0" for language in ("sw", "de") for arm in (
             "ot", "ot-20", "ot-idf", "position", "pooled", "greedy", "contrastive",
             "switched-table", "switched-plan", "both", "together", "english",
@@ -129,6 +137,10 @@ def test_each_arm_trains_what_it_says(finished, world):
     assert len(options["teacher_vectors"]) == 2 and options["student"] == ""
     assert "zeroshot-all-0" in record(out, "ot-sw-0")["options"]["student"]
     assert "ot-de-0" in record(out, "both-de-0")["options"]["model"]
+    transferred = record(out, "transfer-all-0")
+    assert transferred["options"]["bitext"] == options["bitext"]
+    assert "teacher-" in transferred["options"]["model"]
+    assert "transfer-all-0" in record(out, "ot-transfer-all-0")["options"]["student"]
     lexicons = record(out, "switched-all-0")["options"]["lexicon"]
     assert [entry.split("=")[0] for entry in lexicons] == ["sw", "de"]
     (entry,) = record(out, "switched-plan-sw-0")["options"]["lexicon"]
@@ -170,7 +182,7 @@ def test_the_report_answers_what_was_asked(finished):
     tested = {(row["arm"], row["against"]) for row in found["comparisons"]}
     assert {against for _, against in tested} == {"zeroshot", "ot"}
     assert ("ot", "zeroshot") in tested and ("zeroshot", "ot") not in tested
-    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (18 + 17)
+    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (20 + 19)
     gaps = {row["arm"]: row for row in found["gaps"]}
     assert gaps["ot"]["gain_low"] and gaps["bm25-queries"]["gain_low"] is None
     rates = {(row["arm"], row["language"]): row["rate"] for row in found["alignment_error_rates"]}

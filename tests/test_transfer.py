@@ -1,7 +1,5 @@
 """A retriever with the vocabulary of other languages: what its units begin as."""
 
-import json
-
 import pytest
 import torch
 
@@ -104,6 +102,5 @@ def test_the_command(world, tiny_models, tmp_path, capsys):
     assert cli.main(["train", "transfer", *arguments]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "o/final")
     assert read_json(tmp_path / "o/run.json")["recipe"] == "transfer"
-    assert json.loads((tmp_path / "o/final/config.json").read_text()) is not None
-    assert cli.main(["train", "transfer", "--output_dir", str(tmp_path / "p")]) != 0
+    assert cli.main(["train", "transfer", "--output_dir", str(tmp_path / "p")]) == 2
     assert "model: none given" in capsys.readouterr().err
