@@ -123,8 +123,8 @@ def test_each_arm_trains_what_it_says(finished, world):
     )
     # A retriever taught in English alone and a multilingual arm have one model.
     expected = [
-        "teacher", "zeroshot-all-0", "ot-all-all-0", "ot-all-all-1", "switched-all-0", "transfer-all-0",
-        "ot-transfer-all-0",
+        "teacher", "zeroshot-all-0", "ot-all-all-0", "ot-all-all-1", "switched-all-0",
+        "transfer-all-0", "ot-transfer-all-0",
         *(f"{arm}-{language}-0" for language in ("sw", "de") for arm in (
             "ot", "ot-20", "ot-idf", "position", "pooled", "greedy", "contrastive",
             "switched-table", "switched-plan", "both", "together", "english",
