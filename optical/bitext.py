@@ -13,11 +13,13 @@ from optical.files import read_lines
 
 logger = logging.getLogger("optical")
 
+Pair = tuple[str, str]
+
 # The forms that the field's files have, as (English side, other side).
 COLUMN_NAMES = (("source", "target"), ("english", "non_english"), ("en", "other"))
 
 
-def read_pairs(path: str | Path) -> list[tuple[str, str]]:
+def read_pairs(path: str | Path) -> list[Pair]:
     """Read sentence pairs (English, other language) from a file of parallel sentences.
 
     Accepted, each plain or gzip: TAB-separated lines ``English TAB other [TAB anything]``; JSON
@@ -31,7 +33,7 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
         ValueError: wrong column count, not UTF-8, unequal Moses files, or no pair at all; the
             message names file, line and remedy.
     """
-    kept: dict[tuple[str, str], None] = {}
+    kept: dict[Pair, None] = {}
     empty = total = 0
     for pair in iter_pairs(path):
         total += 1
@@ -54,7 +56,7 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     return list(kept)
 
 
-def iter_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
+def iter_pairs(path: str | Path) -> Iterator[Pair]:
     """Yield the pairs of a file of :func:`read_pairs`, every one, with one of them in memory."""
     path = str(path)
     if "," in path and not Path(path).exists():
@@ -126,6 +128,12 @@ def _moses(path: str) -> Iterator[tuple[str, str]]:
         )
 
 
+def balanced(files: Sequence[Sequence[Pair]]) -> list[list[Pair]]:
+    """Repeat the pairs of smaller files until every file has as many as the largest one."""
+    largest = max(map(len, files))
+    return [list(itertools.islice(itertools.cycle(pairs), largest)) for pairs in files]
+
+
 def read_bitext(path: str | Path, *, max_pairs: int | None = None) -> Any:
     """Read a file of parallel sentences as a Hugging Face dataset for the trainer.
 
@@ -139,7 +147,7 @@ def read_bitext(path: str | Path, *, max_pairs: int | None = None) -> Any:
     return pairs_dataset(read_pairs(path)[:max_pairs])
 
 
-def pairs_dataset(pairs: Iterable[tuple[str, str]]) -> Any:
+def pairs_dataset(pairs: Iterable[Pair]) -> Any:
     """Turn (English, other) pairs into a ``datasets.Dataset`` with columns source and target."""
     from datasets import Dataset
 

@@ -10,6 +10,7 @@ ROLES = ("query", "document")
 OBJECTIVES = ("ot", "position", "pooled", "greedy", "contrastive")
 MASSES = ("uniform", "idf")
 READS = ("other", "english", "both")
+VECTORS = ("bitext", "spelling")
 
 
 @dataclass
@@ -225,12 +226,22 @@ class TransferOptions:
         metadata={"help": "Parallel sentences `English TAB other`, one file or more."},
     )
     vocabulary_size: int = field(default=40_000, metadata={"help": "WordPiece units."})
+    balance: bool = field(
+        default=False,
+        metadata={"help": "Repeat the pairs of smaller files when units are learnt."},
+    )
+    vectors: str = field(
+        default="bitext",
+        metadata={"help": "What units start from: bitext, or their spelling alone."},
+    )
 
     def validate(self) -> None:
         """Raise ValueError for options that cannot work, before anything is read."""
         _required("model", self.model)
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
+        if self.vectors not in VECTORS:
+            raise ValueError(f"vectors: {self.vectors!r}, expected {' or '.join(VECTORS)}")
         if self.vocabulary_size < 1:
             raise ValueError(f"vocabulary_size: {self.vocabulary_size}, expected 1 or more")
 

@@ -40,7 +40,7 @@ from sentence_transformers.multi_vector_encoder.losses import (
 from transformers import AutoTokenizer, PrinterCallback, set_seed
 
 from optical import objectives
-from optical.bitext import pairs_dataset, read_pairs, stream_bitext
+from optical.bitext import balanced, pairs_dataset, read_pairs, stream_bitext
 from optical.checkpoints import WEIGHTS, SealCheckpoints, last_checkpoint
 from optical.codeswitch import CodeSwitcher
 from optical.encoder import frequent_tokens, load_retriever, located, token_counts
@@ -269,8 +269,7 @@ def _bitext(options: DistillOptions, args: MultiVectorEncoderTrainingArguments) 
         return stream_bitext(options.bitext, seed=args.seed)
     files = [read_pairs(path)[: options.max_pairs] for path in options.bitext]
     if options.balance:
-        largest = max(map(len, files))
-        files = [list(itertools.islice(itertools.cycle(pairs), largest)) for pairs in files]
+        files = balanced(files)
     pairs = list(itertools.chain.from_iterable(files))
     dataset = pairs_dataset(pairs)
     if options.reads != "other":

@@ -14,6 +14,7 @@ pair. A student that starts here has words to learn, and no language model.
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optical.bitext import read_pairs
+from optical.bitext import balanced, read_pairs
 from optical.encoder import (
     SPECIAL_TOKENS,
     load_retriever,
@@ -82,13 +83,14 @@ def transfer(options: TransferOptions, args: Any) -> Finished:
     bitext = [read_pairs(path) for path in options.bitext]
     texts = [text for path in options.text for text in read_sentences(path)]
     english = [one for pairs in bitext for one, _ in pairs]
-    foreign = [other for pairs in bitext for _, other in pairs]
+    files = balanced(bitext) if options.balance and bitext else bitext
+    both = itertools.chain.from_iterable(itertools.chain.from_iterable(files))
     new = train_tokenizer(
-        [*texts, *english, *foreign], options.vocabulary_size, old.model_max_length
+        itertools.chain(texts, both), options.vocabulary_size, old.model_max_length
     )
     vectors = encoder.get_input_embeddings().weight.detach().float().cpu()
     found = _Means(len(new), vectors)
-    for pairs in bitext:
+    for pairs in bitext if options.vectors == "bitext" else ():
         found.add_pairs(*_units(pairs, new, old))
     paired = int((found.weights > 0).sum())
     found.add_spelling(new, old, token_counts(new, english or texts))
@@ -103,11 +105,16 @@ def transfer(options: TransferOptions, args: Any) -> Finished:
 
 
 class _Means:
-    """Weighted means of English input vectors, one for each unit of the new vocabulary."""
+    """Weighted means of English input vectors, one for each unit of the new vocabulary.
+
+    A mean of several vectors is short, and where input vectors meet positions the positions would
+    drown it: directions and lengths are averaged apart.
+    """
 
     def __init__(self, size: int, vectors: Tensor) -> None:
-        self.vectors = vectors
-        self.sums = torch.zeros(size, vectors.shape[1])
+        # The last column is the length.
+        self.vectors = torch.cat([vectors, vectors.norm(dim=1, keepdim=True)], dim=1)
+        self.sums = torch.zeros(size, self.vectors.shape[1])
         self.weights = torch.zeros(size)
 
     def add_pairs(self, other: list[list[int]], english: list[list[int]]) -> None:
@@ -138,7 +145,8 @@ class _Means:
     def means(self) -> Tensor:
         """The vectors; a unit of which nothing is known gets the mean of all English ones."""
         means = self.sums / self.weights.clamp(min=1e-30)[:, None]
-        return torch.where(self.weights[:, None] > 0, means, self.vectors.mean(0))
+        means = torch.where(self.weights[:, None] > 0, means, self.vectors.mean(0))
+        return torch.nn.functional.normalize(means[:, :-1]) * means[:, -1:]
 
 
 def _spelt(text: str, old: Any, known: dict[str, int]) -> list[int]:

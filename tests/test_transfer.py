@@ -39,6 +39,11 @@ def vector(model, unit):
     return weight[model.tokenizer.get_vocab()[unit]]
 
 
+def mean(vectors):
+    """Their mean, as long as they are."""
+    return torch.nn.functional.normalize(vectors.mean(0), dim=0) * vectors.norm(dim=1).mean()
+
+
 def test_nothing_but_tokenizer_and_input_vectors_changes(models):
     teacher, spelt, paired = models
     for student in (spelt, paired):
@@ -67,6 +72,32 @@ def test_words_of_bitext_begin_beside_their_translations(models, foreign, englis
     assert english in nouns and nouns[int(likeness.argmax())] == english
 
 
+def test_pairs_may_give_units_alone(world, tiny_models, tmp_path):
+    bitext = [str(world / "bitext/en-sw.tsv")]
+    student = transferred(
+        world, tiny_models.teacher, tmp_path / "spelt", bitext=bitext, vectors="spelling"
+    )
+    paired = transferred(world, tiny_models.teacher, tmp_path / "paired", bitext=bitext)
+    assert student.tokenizer.get_vocab() == paired.tokenizer.get_vocab()
+    teacher = load_retriever(tiny_models.teacher)
+    weight = teacher[0].auto_model.get_input_embeddings().weight.detach()
+    pieces = teacher.tokenizer("samaki", add_special_tokens=False)["input_ids"]
+    assert len(pieces) > 1
+    torch.testing.assert_close(vector(student, "samaki"), mean(weight[pieces]))
+
+
+def test_small_files_are_repeated_when_units_are_learnt(world, tiny_models, tmp_path):
+    (tmp_path / "rare.tsv").write_text("the fish\tzzyqx\n", encoding="utf-8")
+    files = [str(world / "bitext/en-sw.tsv"), str(tmp_path / "rare.tsv")]
+    units = [
+        transferred(
+            world, tiny_models.teacher, tmp_path / str(balance), bitext=files, balance=balance
+        ).tokenizer.tokenize("zzyqx")
+        for balance in (False, True)
+    ]
+    assert len(units[0]) > 1 and units[1] == ["zzyqx"]
+
+
 def test_a_unit_with_no_letters_known_gets_the_mean(world, tiny_models, tmp_path):
     (tmp_path / "text.txt").write_text("ώώ ώώ ώώ\nthe fish\n" * 5, encoding="utf-8")
     teacher = load_retriever(tiny_models.teacher)
@@ -74,7 +105,7 @@ def test_a_unit_with_no_letters_known_gets_the_mean(world, tiny_models, tmp_path
         world, tiny_models.teacher, tmp_path / "greek", text=[str(tmp_path / "text.txt")]
     )
     weight = teacher[0].auto_model.get_input_embeddings().weight.detach()
-    torch.testing.assert_close(vector(student, "ώώ"), weight.mean(0))
+    torch.testing.assert_close(vector(student, "ώώ"), mean(weight))
 
 
 def test_a_student_starts_from_it(world, tiny_models, models, tmp_path):
@@ -104,3 +135,6 @@ def test_the_command(world, tiny_models, tmp_path, capsys):
     assert read_json(tmp_path / "o/run.json")["recipe"] == "transfer"
     assert cli.main(["train", "transfer", "--output_dir", str(tmp_path / "p")]) == 2
     assert "model: none given" in capsys.readouterr().err
+    wrong = [*arguments[:-1], str(tmp_path / "q"), "--vectors", "letters"]
+    assert cli.main(["train", "transfer", *wrong]) == 2
+    assert "vectors: 'letters', expected bitext or spelling" in capsys.readouterr().err
