@@ -292,8 +292,8 @@ class _Reader:
         raw = dict(self.mapping(raw or {}, place))
         recipe = self.one_of(raw.pop("recipe", "none"), tuple(RECIPES), f"{place}.recipe")
         kind, trains = RECIPES[recipe]
-        # Distillation leaves the other side to the teacher, so an index of it stays valid.
-        default = "role" if recipe == "distill" else "both"
+        # These leave the other side to the teacher, so an index of it stays valid.
+        default = "role" if recipe in ("distill", "transfer") else "both"
         arm = ArmConfig(
             name,
             recipe,

@@ -179,6 +179,7 @@ class Measuring(Places):
         models = {TEACHER: self.teacher_name}
         if any(arm.start == ENCODER for arm in config.arms):
             models[ENCODER] = self.encoder_name
+        models |= self._vocabularies(language)
         parts = [
             {key: self.prints.model(name) for key, name in models.items()},
             self.files(names, language),
@@ -202,3 +203,20 @@ class Measuring(Places):
             write_text(mark, json.dumps({"language": language, "tokens": row}) + "\n")
 
         return Cell(f"tokens {language}", "words", mark, 0.1, run)
+
+    def _vocabularies(self, language: str) -> dict[str, str]:
+        """Arms that brought a vocabulary of their own, each vocabulary once, and their models."""
+        config = self.config
+        found: dict[str, str] = {}
+        known = []
+        for arm in config.arms:
+            if arm.recipe != "transfer" or not (arm.multilingual or language in config.languages):
+                continue
+            options = self.options(arm, language, config.seeds[0], config.roles[0])
+            # The same units may start from different vectors.
+            units = dataclasses.replace(options, vectors="")
+            if units not in known:
+                known.append(units)
+                name = self.student_name(arm, language, config.seeds[0], config.roles[0])
+                found[arm.name] = name
+        return found

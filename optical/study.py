@@ -150,6 +150,7 @@ class Study(Measuring):
         every = [
             *self._base_cells(),
             *(cell for job in self._jobs() for cell in self._job_cells(*job)),
+            *self._token_cells(),
             *self.alignment_cells(),
         ]
         # What several arms need stands once, where it is needed first.
@@ -204,6 +205,9 @@ class Study(Measuring):
                     continue
                 ceiling = ArmConfig(CEILING, "none", {}, {}, "both")
                 yield self.evaluation_cell(ceiling, language, 0, role)
+
+    def _token_cells(self) -> Iterator[Cell]:
+        config = self.config
         for language in (*config.languages, *config.ceiling):
             if any(self.searched(language, role) for role in config.roles):
                 yield self.token_cell(language)

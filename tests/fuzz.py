@@ -468,7 +468,8 @@ class _Family:
         if call.option("anneal") is not None and call.arguments["max_iter"] > 0:
             start, ratio = call.arguments["anneal"]
             largest = max(largest, start * ratio ** (call.arguments["max_iter"] - 1))
-        amplified = largest / min(coldest, default=1.0)
+        self.coldest = min(coldest, default=1.0)
+        amplified = largest / self.coldest
         self.exponents = 4 * torch.finfo(call.dtype).eps * amplified
 
     def excess(self, name: str, found: Tensor) -> str:
@@ -491,8 +492,10 @@ class _Family:
             # A problem with an input that is not a number may have any gradient and plan, and where
             # float64 overflows there is no truth.
             known = truth.isfinite() & ~self.unreadable(name).view(-1, *[1] * (truth.dim() - 1))
-        # A number near the largest of its dtype may overflow on the way to it.
-        known &= ~truth.isfinite() | (truth.abs() < 1e-4 * torch.finfo(self.call.dtype).max)
+        # A number near the largest of its dtype may overflow on the way to it, and so may a
+        # temperature times such a number.
+        near = 1e-4 * torch.finfo(self.call.dtype).max * min(self.coldest, 1.0)
+        known &= ~truth.isfinite() | (truth.abs() < near)
         error = _difference(found[known], truth[known])
         own = (TOLERANCE[found.dtype] + self.exponents) * self.size(name)
         largest = 0.0

@@ -280,7 +280,7 @@ def test_changed_files_run_what_reads_them(finished, tmp_path):
             assert found == ["train ot sw seed 0", "evaluate ot sw seed 0", "alignment"]
         else:
             searched = [f"evaluate {arm} de seed 0" for arm in raw["arms"]]
-            assert found == ["tokens de", *searched]
+            assert found == [*searched, "tokens de"]
 
 
 def test_the_teacher_may_start_from_a_model_of_its_own(finished, tiny_models, tmp_path):

@@ -189,6 +189,8 @@ def test_the_report_answers_what_was_asked(finished):
     assert all(0 <= rate <= 1 for rate in rates.values())
     assert ("ot", "sw") in rates and ("bm25", "sw") not in rates
     assert found["tokens"]["sw"]["teacher"]["tokens"] >= 1
+    vocabularies = [arm for arm in found["tokens"]["sw"] if arm not in ("teacher", "encoder")]
+    assert vocabularies == ["transfer"]
 
     text = (out / "report.md").read_text(encoding="utf-8")
     for part in ("Gain over the translation baseline", "Tokenizers", "Word alignment", "Cost"):

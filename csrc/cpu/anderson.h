@@ -87,10 +87,13 @@ struct Mixer {
                         S::store(s.g + j, S::load(image + j) - S::select(dead > 0, taken, taken - mean));
                     }
                 });
-                bool finite = true;
-                for (int64_t j = 0; j < s.col_count; ++j) finite &= s.g[j] - s.g[j] == 0;
-                extrapolated = finite;
-                if (!finite) {
+                // Where no plan exists mixtures run away, and potentials whose last digit is worth a
+                // temperature satisfy anything.
+                const T most = s.epsilon * (T)((int64_t)1 << (Number<T>::mantissa - 5));
+                bool usable = true;
+                for (int64_t j = 0; j < s.col_count; ++j) usable &= s.g[j] <= most && s.g[j] >= -most;
+                extrapolated = usable;
+                if (!usable) {
                     count = oldest = 0, has_last = false;
                     s.alone([&] { copy(s.g, image); });
                 }
