@@ -11,3 +11,12 @@ def test_random_calls_agree_with_the_reference_or_are_refused():
     command = [sys.executable, str(FUZZ), "--calls", "150", "--seconds", "30", "--seed", "5109"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout[-4000:]
+
+
+def test_calls_that_once_failed_pass():
+    """An Anderson mixture that ran away, digits of unrolled gradients, a mass of 0 in float32."""
+    words = "import fuzz; [fuzz.check(fuzz.draw(n)) for n in (979571, 403025, 421773, 602993)]"
+    result = subprocess.run(
+        [sys.executable, "-c", words], cwd=FUZZ.parent, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
