@@ -130,7 +130,7 @@ def _moses(path: str) -> Iterator[tuple[str, str]]:
 
 def balanced(files: Sequence[Sequence[Pair]]) -> list[list[Pair]]:
     """Repeat the pairs of smaller files until every file has as many as the largest one."""
-    largest = max(map(len, files))
+    largest = max(map(len, files), default=0)
     return [list(itertools.islice(itertools.cycle(pairs), largest)) for pairs in files]
 
 

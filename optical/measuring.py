@@ -217,6 +217,5 @@ class Measuring(Places):
             units = dataclasses.replace(options, vectors="")
             if units not in known:
                 known.append(units)
-                name = self.student_name(arm, language, config.seeds[0], config.roles[0])
-                found[arm.name] = name
+                found[arm.name] = self.student_name(arm, language, config.seeds[0], config.roles[0])
         return found

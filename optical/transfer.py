@@ -1,7 +1,7 @@
 """Vocabulary transfer: an English retriever that reads other languages' units, without training.
 
 The layers stay as they are. A new vocabulary is learnt from text of all languages, and each of its
-units starts as a mean of the English retriever's own input vectors:
+units starts as a mean of the English retriever's own input vectors, as long as they are:
 
 by spelling    of the units into which the English tokenizer cuts its letters;
 by bitext      of the English units that stand in the same sentence pairs, by their probabilities
@@ -83,7 +83,7 @@ def transfer(options: TransferOptions, args: Any) -> Finished:
     bitext = [read_pairs(path) for path in options.bitext]
     texts = [text for path in options.text for text in read_sentences(path)]
     english = [one for pairs in bitext for one, _ in pairs]
-    files = balanced(bitext) if options.balance and bitext else bitext
+    files = balanced(bitext) if options.balance else bitext
     both = itertools.chain.from_iterable(itertools.chain.from_iterable(files))
     new = train_tokenizer(
         itertools.chain(texts, both), options.vocabulary_size, old.model_max_length

@@ -492,9 +492,10 @@ class _Family:
             # A problem with an input that is not a number may have any gradient and plan, and where
             # float64 overflows there is no truth.
             known = truth.isfinite() & ~self.unreadable(name).view(-1, *[1] * (truth.dim() - 1))
-        # A number near the largest of its dtype may overflow on the way to it, and so may a
-        # temperature times such a number.
-        near = 1e-4 * torch.finfo(self.call.dtype).max * min(self.coldest, 1.0)
+        # A number near the largest of its dtype may overflow on the way to it. A value is a
+        # temperature times the mass of the plan, and the mass may be that number.
+        near = 1e-4 * torch.finfo(self.call.dtype).max
+        near *= min(self.coldest, 1.0) if name == "value" else 1.0
         known &= ~truth.isfinite() | (truth.abs() < near)
         error = _difference(found[known], truth[known])
         own = (TOLERANCE[found.dtype] + self.exponents) * self.size(name)

@@ -117,7 +117,7 @@ def means(out):
 
 
 def test_each_arm_trains_what_it_says(finished, world):
-    _, out = finished
+    config, out = finished
     trained = sorted(
         re.sub(r"-[0-9a-f]{10}$", "", path.name) for path in (out / "models").iterdir()
     )
@@ -140,6 +140,8 @@ def test_each_arm_trains_what_it_says(finished, world):
     transferred = record(out, "transfer-all-0")
     assert transferred["options"]["bitext"] == options["bitext"]
     assert "teacher-" in transferred["options"]["model"]
+    # The teacher goes on reading the queries.
+    assert read_config(config).arm("transfer").encodes == "role"
     assert "transfer-all-0" in record(out, "ot-transfer-all-0")["options"]["student"]
     lexicons = record(out, "switched-all-0")["options"]["lexicon"]
     assert [entry.split("=")[0] for entry in lexicons] == ["sw", "de"]

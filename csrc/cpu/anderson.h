@@ -89,7 +89,7 @@ struct Mixer {
                 });
                 // Where no plan exists mixtures run away, and potentials whose last digit is worth a
                 // temperature satisfy anything.
-                const T most = s.epsilon * (T)((int64_t)1 << (Number<T>::mantissa - 5));
+                const T most = s.epsilon * Bounds<T>::farthest;
                 bool usable = true;
                 for (int64_t j = 0; j < s.col_count; ++j) usable &= s.g[j] <= most && s.g[j] >= -most;
                 extrapolated = usable;

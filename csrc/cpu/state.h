@@ -30,12 +30,14 @@ struct Bounds<float> {
     static constexpr float exponent = 80;  // of this size, exp is far from 0 and from +inf
     static constexpr float some = 1e-30f;  // a mass that may be divided by
     static constexpr double ridge = 1e-6, solved = 1e-7;
+    static constexpr float farthest = 0x1p18f;  // temperatures of which the last digit is 1/32
 };
 template <>
 struct Bounds<double> {
     static constexpr double drift = 0x1p300, trusted = 0x1p470;
     static constexpr double exponent = 700, some = 1e-280;
     static constexpr double ridge = 1e-10, solved = 1e-14;
+    static constexpr double farthest = 0x1p47;
 };
 
 // Masses that differ by more than this part have no plan between them.
