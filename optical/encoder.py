@@ -83,11 +83,14 @@ def read_sentences(path: str | Path) -> list[str]:
     return texts
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int, max_tokens: int) -> Any:
+def train_tokenizer(
+    texts: Iterable[str], vocabulary_size: int, max_tokens: int, units: Iterable[str] = ()
+) -> Any:
     """Learn a lower-casing WordPiece tokenizer; accents and vowel signs are kept.
 
     Equal texts give equal tokenizers, in every process: a training that is resumed finds the units
-    that it began with.
+    that it began with. ``units`` stand beside those that it learns, as far as they can be met in a
+    text: no capital letter, no special unit.
     """
     from tokenizers import (
         Tokenizer,
@@ -119,6 +122,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, max_tokens: int)
     )
     # A tokenizer anew, in which those letters are units like all others.
     vocabulary = learner.get_vocab()
+    for unit in units:
+        word = unit.removeprefix("##")
+        cut = learner.pre_tokenizer.pre_tokenize_str(learner.normalizer.normalize_str(word))
+        if [piece for piece, _ in cut] == [word]:
+            vocabulary.setdefault(unit, len(vocabulary))
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = learner.normalizer
     tokenizer.pre_tokenizer = learner.pre_tokenizer

@@ -225,7 +225,11 @@ class TransferOptions:
         default_factory=list,
         metadata={"help": "Parallel sentences `English TAB other`, one file or more."},
     )
-    vocabulary_size: int = field(default=40_000, metadata={"help": "WordPiece units."})
+    vocabulary_size: int = field(default=40_000, metadata={"help": "WordPiece units to learn."})
+    keep: bool = field(
+        default=False,
+        metadata={"help": "Keep the retriever's own units, and learn those of the others alone."},
+    )
     balance: bool = field(
         default=False,
         metadata={"help": "Repeat the pairs of smaller files when units are learnt."},

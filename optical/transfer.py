@@ -84,9 +84,14 @@ def transfer(options: TransferOptions, args: Any) -> Finished:
     texts = [text for path in options.text for text in read_sentences(path)]
     english = [one for pairs in bitext for one, _ in pairs]
     files = balanced(bitext) if options.balance else bitext
-    both = itertools.chain.from_iterable(itertools.chain.from_iterable(files))
+    pairs_read = itertools.chain.from_iterable(files)
+    # English needs no new units where the old ones stay.
+    read = (pair[1:] if options.keep else pair for pair in pairs_read)
     new = train_tokenizer(
-        itertools.chain(texts, both), options.vocabulary_size, old.model_max_length
+        itertools.chain(texts, itertools.chain.from_iterable(read)),
+        options.vocabulary_size,
+        old.model_max_length,
+        _word_pieces(old) if options.keep else (),
     )
     vectors = encoder.get_input_embeddings().weight.detach().float().cpu()
     found = _Means(len(new), vectors)
@@ -102,6 +107,15 @@ def transfer(options: TransferOptions, args: Any) -> Finished:
     _replace(reader, new, learnt)
     logger.info("transfer: %d units, %d of them from pairs", len(new), paired)
     return Finished(model, args)
+
+
+def _word_pieces(tokenizer: Any) -> list[str]:
+    """A tokenizer's units by their numbers, so that they get new ones in the same order."""
+    model = type(tokenizer.backend_tokenizer.model).__name__
+    if model != "WordPiece":
+        raise ValueError(f"keep: the retriever's units are those of a {model}, expected WordPiece")
+    known = tokenizer.get_vocab()
+    return sorted(known, key=known.__getitem__)
 
 
 class _Means:

@@ -102,6 +102,45 @@ def test_small_files_are_repeated_when_units_are_learnt(world, tiny_models, tmp_
     assert len(units[0]) > 1 and units[1] == ["zzyqx"]
 
 
+def test_kept_units_are_cut_and_read_as_before(world, tiny_models, tmp_path):
+    teacher = load_retriever(tiny_models.teacher)
+    bitext = [str(world / "bitext/en-sw.tsv")]
+    # So few units that the learnt ones alone would cut both words into letters.
+    student = transferred(
+        world, tiny_models.teacher, tmp_path / "kept", bitext=bitext, vocabulary_size=60, keep=True
+    )
+    before, after = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
+    lower = {unit for unit in before if not unit.startswith("[")}
+    assert lower <= after.keys() and len(after) == len({*after.values()})
+    for word in ("fish", "[CLS]", "[PAD]"):
+        assert student.tokenizer.tokenize(word) == [word]
+        torch.testing.assert_close(vector(student, word), vector(teacher, word))
+
+
+def test_units_of_another_kind_are_not_kept(world, tiny_models, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    teacher = load_retriever(tiny_models.teacher)
+    known = teacher.tokenizer.get_vocab()
+    names = {
+        name: getattr(teacher.tokenizer, name)
+        for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    }
+    teacher[0].processor = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(known, unk_token="[UNK]")), **names
+    )
+    teacher.save_pretrained(str(tmp_path / "words"))
+    with pytest.raises(ValueError, match=r"keep: .* WordLevel, expected WordPiece"):
+        transferred(
+            world,
+            str(tmp_path / "words"),
+            tmp_path / "out",
+            bitext=[str(world / "bitext/en-sw.tsv")],
+            keep=True,
+        )
+
+
 def test_a_unit_with_no_letters_known_gets_the_mean(world, tiny_models, tmp_path):
     (tmp_path / "text.txt").write_text("ώώ ώώ ώώ\nthe fish\n" * 5, encoding="utf-8")
     teacher = load_retriever(tiny_models.teacher)
