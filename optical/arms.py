@@ -10,7 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from optical.options import CodeswitchOptions, DistillOptions, TeacherOptions, TransferOptions
+from optical.options import (
+    AverageOptions,
+    CodeswitchOptions,
+    DistillOptions,
+    TeacherOptions,
+    TransferOptions,
+)
 
 # Names of things that an arm may start from beside other arms.
 TEACHER, ENCODER = "teacher", "encoder"
@@ -29,7 +35,7 @@ class NoOptions:
     """An arm that is the teacher as it is."""
 
 
-# Recipe: its options, and whether it trains a model.
+# Recipe: its options, and whether it makes a model.
 RECIPES: dict[str, tuple[type[Any], bool]] = {
     "none": (NoOptions, False),
     "bm25": (BM25Options, False),
@@ -37,6 +43,7 @@ RECIPES: dict[str, tuple[type[Any], bool]] = {
     "codeswitch": (CodeswitchOptions, True),
     "teacher": (TeacherOptions, True),
     "transfer": (TransferOptions, True),
+    "average": (AverageOptions, True),
 }
 
 
@@ -79,7 +86,8 @@ class ArmConfig:
             side.
         seeds: its own seeds; the study's when empty.
         multilingual: one model for all languages in place of one for each.
-        start: what the model is trained from: an earlier arm, "teacher" or "encoder".
+        start: what the model is made from: an earlier arm, "teacher" or "encoder"; several arms
+            where their average is taken.
         translate: "queries" or "documents" -> the word table that translates them.
         replace: "queries" or "documents" -> a file with these texts in another language.
     """
@@ -91,7 +99,7 @@ class ArmConfig:
     encodes: str
     seeds: tuple[int, ...] = ()
     multilingual: bool = False
-    start: str = ""
+    start: tuple[str, ...] = ()
     translate: dict[str, str] = field(default_factory=dict)
     replace: dict[str, str] = field(default_factory=dict)
 
@@ -106,7 +114,7 @@ class ArmConfig:
         config: Defaults,
         *,
         role: str = "",
-        start: str = "",
+        start: Sequence[str] = (),
         lexicon: Callable[[str, str], str] | None = None,
     ) -> Any:
         """The recipe's options for one language or several, or None for an arm without training.
@@ -116,7 +124,7 @@ class ArmConfig:
             teacher: folder or name of the teacher.
             config: the study.
             role: what the student reads; the study's role when empty.
-            start: model to start from; the teacher when empty.
+            start: models to start from; the teacher when empty.
             lexicon: path of a word table that the study makes, by its name and a language.
         """
         if not self.trains:
@@ -131,18 +139,21 @@ class ArmConfig:
         )
         if "lexicon" in settings:
             settings["lexicon"] = list(dict.fromkeys(named))
+        if self.recipe == "average":
+            return AverageOptions(**{"models": list(start), **settings})
+        model = start[0] if start else teacher
         if self.recipe == "distill":
             chosen = {"teacher": teacher, "role": role, **settings}
-            return DistillOptions(**({"student": start} if start else {}) | chosen)
+            return DistillOptions(**({"student": model} if start else {}) | chosen)
         if self.recipe == "transfer":
-            return TransferOptions(**{"model": start or teacher, **settings})
+            return TransferOptions(**{"model": model, **settings})
         taught = config.teacher_options
         names = ["pairs", "queries", "passages", "scale"]
         if self.recipe == "teacher":
             # An arm that is a retriever of its own reads as the teacher does.
             names += ["query_length", "document_length", "query_expansion", "skip_frequent"]
         shared = {name: getattr(taught, name) for name in names} if taught else {}
-        chosen = {"model": start or teacher, **shared, **settings}
+        chosen = {"model": model, **shared, **settings}
         if self.recipe == "teacher":
             return TeacherOptions(**chosen)
         return CodeswitchOptions(**{"sides": role, **chosen})

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from optical.files import read_json, write_json
+from optical.options import AT_ONCE
 
 logger = logging.getLogger("optical")
 
 # Relative cost of a training token, by recipe, until a finished cell of the kind tells better.
-COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0, "transfer": 0.1}
+COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0}
+COST |= dict.fromkeys(AT_ONCE, 0.1)
 
 
 @dataclass

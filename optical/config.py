@@ -16,7 +16,7 @@ from sentence_transformers import MultiVectorEncoderTrainingArguments
 from optical.arms import ENCODER, RECIPES, TEACHER, ArmConfig, LexiconConfig
 from optical.encoder import EncoderOptions
 from optical.evaluation import DEFAULT_MEASURES
-from optical.options import ROLES, TeacherOptions
+from optical.options import AT_ONCE, ROLES, TeacherOptions
 from optical.settings import nearest, parse_yaml, read_layered, typed
 
 COLLECTION_KEYS = ("source", "queries", "documents", "qrels", "role", "languages")
@@ -251,16 +251,16 @@ class _Reader:
                 self.one_of(made.arm, trained, f"lexicons.{table}.arm")
         earlier: list[str] = []
         for arm in config.arms:
-            if arm.start:
-                accepted = [TEACHER, ENCODER, *earlier]
-                self.one_of(arm.start, accepted, f"arms.{arm.name}.start")
-                if arm.start == ENCODER and not (config.encoder or config.encoder_options):
+            for name in arm.start:
+                accepted = [*earlier] if arm.recipe == "average" else [TEACHER, ENCODER, *earlier]
+                self.one_of(name, accepted, f"arms.{arm.name}.start")
+                if name == ENCODER and not (config.encoder or config.encoder_options):
                     raise ValueError(f"{self.place}: no key `encoder` for arms.{arm.name} to start")
-                start = config.arm(arm.start) if arm.start in earlier else arm
+                start = config.arm(name) if name in earlier else arm
                 if arm.multilingual and not start.multilingual:
                     raise ValueError(
                         f"{self.place}: arms.{arm.name} is multilingual but starts from "
-                        f"{arm.start}, which has a model for each language"
+                        f"{name}, which has a model for each language"
                     )
             for table in arm.lexicons(config):
                 made = config.lexicons[table]
@@ -293,7 +293,7 @@ class _Reader:
         recipe = self.one_of(raw.pop("recipe", "none"), tuple(RECIPES), f"{place}.recipe")
         kind, trains = RECIPES[recipe]
         # These leave the other side to the teacher, so an index of it stays valid.
-        default = "role" if recipe in ("distill", "transfer") else "both"
+        default = "role" if recipe in ("distill", *AT_ONCE) else "both"
         arm = ArmConfig(
             name,
             recipe,
@@ -304,8 +304,7 @@ class _Reader:
             replace=self.sides(raw.pop("replace", {}), f"{place}.replace"),
         )
         if trains:
-            # A transfer takes no steps, and so no arguments of them.
-            if recipe != "transfer":
+            if recipe not in AT_ONCE:
                 own = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
                 arm.arguments = {**(taught if recipe == "teacher" else common), **own}
             if "seeds" in raw:
@@ -314,7 +313,11 @@ class _Reader:
             arm.multilingual = self.typed(
                 raw.pop("multilingual", recipe == "teacher"), bool, f"{place}.multilingual"
             )
-            arm.start = str(raw.pop("start", ENCODER if recipe == "teacher" else ""))
+            start = raw.pop("start", [ENCODER] if recipe == "teacher" else [])
+            arm.start = self.words([start] if isinstance(start, str) else start, f"{place}.start")
+            wanted = "two arms or more" if recipe == "average" else "one name at most"
+            if (len(arm.start) > 1) != (recipe == "average"):
+                raise ValueError(f"{self.place}: {place}.start: {start!r}, expected {wanted}")
         arm.settings = self.settings(raw, kind, place)
         return arm
 

@@ -177,7 +177,7 @@ class Measuring(Places):
         config = self.config
         names = [name for role in config.roles for name in self.searched(language, role)]
         models = {TEACHER: self.teacher_name}
-        if any(arm.start == ENCODER for arm in config.arms):
+        if any(ENCODER in arm.start for arm in config.arms):
             models[ENCODER] = self.encoder_name
         models |= self._vocabularies(language)
         parts = [

@@ -11,6 +11,8 @@ OBJECTIVES = ("ot", "position", "pooled", "greedy", "contrastive")
 MASSES = ("uniform", "idf")
 READS = ("other", "english", "both")
 VECTORS = ("bitext", "spelling")
+# Recipes that take no steps, and so no arguments of them.
+AT_ONCE = ("transfer", "average")
 
 
 @dataclass
@@ -248,6 +250,21 @@ class TransferOptions:
             raise ValueError(f"vectors: {self.vectors!r}, expected {' or '.join(VECTORS)}")
         if self.vocabulary_size < 1:
             raise ValueError(f"vocabulary_size: {self.vocabulary_size}, expected 1 or more")
+
+
+@dataclass
+class AverageOptions:
+    """Options of `optical train average`."""
+
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Two students or more of one start: Hugging Face names or folders."},
+    )
+
+    def validate(self) -> None:
+        """Raise ValueError for options that cannot work, before anything is read."""
+        if len(self.models) < 2:
+            raise ValueError(f"models: {len(self.models)} given, expected two or more")
 
 
 def _check_switching(lexicon: list[str], probability: float) -> None:

@@ -89,12 +89,12 @@ class Places:
 
     def options(self, arm: ArmConfig, language: str, seed: int, role: str) -> Any:
         """An arm's options with every model and word table in its place."""
-        if arm.start == ENCODER:
-            start = self.encoder_name
-        elif arm.start in ("", TEACHER):
-            start = self.teacher_name if arm.recipe != "distill" else ""
-        else:
-            start = self.student_name(self.config.arm(arm.start), language, seed, role)
+        start = []
+        for name in arm.start:
+            if name == ENCODER:
+                start.append(self.encoder_name)
+            elif name != TEACHER:
+                start.append(self.student_name(self.config.arm(name), language, seed, role))
         return arm.options(
             self.languages(arm, language),
             self.teacher_name,

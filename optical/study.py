@@ -128,12 +128,12 @@ class Study(Measuring):
                 if language not in self.config.languages_of(name):
                     continue
                 read_texts(filled(path, [language]).replace("{collection}", name))
-        options = arm.options(language, "teacher", self.config)
+        options = arm.options(language, "teacher", self.config, start=arm.start)
         if options is None:
             return
         options.validate()
         arguments(self.output, **arm.arguments)
-        if getattr(options, "student", ""):
+        if "student" in arm.settings:
             check_model(options.student)
         for path in getattr(options, "bitext", []):
             read_pairs(path)
@@ -245,8 +245,9 @@ class Study(Measuring):
         options = self.options(arm, language, seed, role)
         if options is None:
             return
-        if arm.start not in ("", TEACHER, ENCODER):
-            yield from self._training_cells(config.arm(arm.start), language, seed, role)
+        for start in arm.start:
+            if start not in (TEACHER, ENCODER):
+                yield from self._training_cells(config.arm(start), language, seed, role)
         for name in arm.lexicons(config):
             for one in self.languages(arm, language):
                 yield from self._lexicon_cells(name, one, role)

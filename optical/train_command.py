@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from optical.commands import quiet_libraries
+from optical.options import AT_ONCE
 from optical.settings import nearest, read_yaml
 
 # What `optical train RECIPE --help` shows of the trainer's hundred arguments.
@@ -30,6 +31,7 @@ RECIPES = {
     "distill": "pull a student onto a frozen teacher through parallel sentences",
     "codeswitch": "train a retriever on text with words replaced through lexicons",
     "transfer": "give a retriever a vocabulary of other languages, by spelling and bitext",
+    "average": "make one student of several by the mean of their weights",
     "encoder": "train a tokenizer and a small multilingual encoder from plain text",
 }
 
@@ -53,6 +55,7 @@ def train(argv: list[str]) -> int:
         "distill": (training.DistillOptions, training.distill),
         "codeswitch": (training.CodeswitchOptions, training.codeswitch),
         "transfer": (training.TransferOptions, training.transfer),
+        "average": (training.AverageOptions, training.average),
         "encoder": (encoder.EncoderOptions, encoder.encoder_trainer),
     }
     options_kind, make_trainer = kinds[recipe]
@@ -140,8 +143,7 @@ def _train_help(recipe: str, options_kind: Any, arguments_kind: Any) -> None:
     print(f"usage: optical train {recipe} [--config FILE.yaml] [options]\n\n{RECIPES[recipe]}\n")
     shown = [*dataclasses.fields(options_kind)]
     by_name = {entry.name: entry for entry in dataclasses.fields(arguments_kind)}
-    # No steps are taken in a transfer.
-    names = COMMON_ARGUMENTS[:1] if recipe == "transfer" else COMMON_ARGUMENTS
+    names = COMMON_ARGUMENTS[:1] if recipe in AT_ONCE else COMMON_ARGUMENTS
     shown += [by_name[name] for name in names]
     for entry in shown:
         text = " ".join(str(entry.metadata.get("help", "")).split())

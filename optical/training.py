@@ -4,6 +4,7 @@ teacher     English late interaction from (query, passage) pairs, in-batch softm
 distill     a student pulled onto a frozen teacher through parallel sentences   (recipes R1 to R4)
 codeswitch  the teacher recipe on text whose words were replaced through lexicons    (recipe R5)
 transfer    a retriever whose vocabulary becomes that of other languages (``optical.transfer``)
+average     the mean of students that began alike (``optical.averaging``)
 
 Each function returns the trainer, which its caller may change before ``run`` trains, resumes and
 saves. There is no training loop here: checkpoints, precision, seeds, progress bars, many GPUs and
@@ -40,6 +41,7 @@ from sentence_transformers.multi_vector_encoder.losses import (
 from transformers import AutoTokenizer, PrinterCallback, set_seed
 
 from optical import objectives
+from optical.averaging import average
 from optical.bitext import balanced, pairs_dataset, read_pairs, stream_bitext
 from optical.checkpoints import WEIGHTS, SealCheckpoints, last_checkpoint
 from optical.codeswitch import CodeSwitcher
@@ -50,6 +52,7 @@ from optical.lexicon import read_lexicon
 from optical.losses import DistillationLoss, OTDistillationLoss
 from optical.options import (
     ROLES,
+    AverageOptions,
     CodeswitchOptions,
     DistillOptions,
     TeacherOptions,
@@ -62,6 +65,7 @@ from optical.transfer import transfer
 from optical.vectors import StoredVectors
 
 __all__ = [
+    "AverageOptions",
     "BitextCollator",
     "CodeswitchOptions",
     "CommandLineArguments",
@@ -69,6 +73,7 @@ __all__ = [
     "TeacherOptions",
     "TransferOptions",
     "arguments",
+    "average",
     "codeswitch",
     "distill",
     "last_checkpoint",

@@ -10,6 +10,7 @@ import pytest
 
 import optical
 from optical import cli
+from optical.options import AT_ONCE
 
 COMMANDS = [
     *("study", "search", "evaluate", "compare", "lexicon", "vectors", "figures", "info"),
@@ -86,8 +87,8 @@ def test_help_of_a_recipe(capsys, recipe):
     assert out.startswith(f"usage: optical train {recipe}")
     of_steps = {"--max_steps", "--resume", "--bf16"}
     assert "--output_dir" in out.split()
-    # A transfer takes no steps.
-    assert of_steps & set(out.split()) == (set() if recipe == "transfer" else of_steps)
+    shown = set() if recipe in AT_ONCE else of_steps
+    assert of_steps & set(out.split()) == shown
     # Every option has a line that says what it is.
     assert all(len(line.split()) > 1 for line in out.splitlines() if line.startswith("  --"))
     assert cli.main(["train", recipe, "--help-all"]) == 0

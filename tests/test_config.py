@@ -122,12 +122,20 @@ def test_an_arm_may_start_elsewhere(read):
     config = read("arms.more", {"recipe": "teacher", "arguments": {"max_steps": 2}})
     more = config.arm("more")
     # A retriever of its own: the teacher's pairs and limits, from the encoder.
-    assert (more.start, more.multilingual) == ("encoder", True)
+    assert (more.start, more.multilingual) == (("encoder",), True)
     assert more.arguments == {**config.teacher_arguments, "max_steps": 2}
-    options = more.options("sw", "t", config, start="e")
+    options = more.options("sw", "t", config, start=("e",))
     assert (options.model, options.pairs) == ("e", config.teacher_options.pairs)
+    config = read("arms.more", {"recipe": "average", "start": ["ot", "switched"]})
+    more = config.arm("more").options("sw", "t", config, start=("a", "b"))
+    assert more.models == ["a", "b"]
+    for start in ("ot", ["ot"], []):
+        with pytest.raises(ValueError, match=r"arms.more.start: .*, expected two arms or more"):
+            read("arms.more", {"recipe": "average", "start": start})
+    with pytest.raises(ValueError, match=r"arms.more.start: 'teacher', expected ot or switched"):
+        read("arms.more", {"recipe": "average", "start": ["ot", "teacher"]})
     config = read("arms.more", {"recipe": "distill", "bitext": "b", "start": "ot"})
-    assert config.arm("more").options("sw", "t", config, start="s").student == "s"
+    assert config.arm("more").options("sw", "t", config, start=("s",)).student == "s"
     with pytest.raises(ValueError, match=r"more is multilingual but starts from ot, which has a"):
         read("arms.more", {"recipe": "distill", "start": "ot", "multilingual": True})
 
@@ -276,6 +284,11 @@ WRONG = [
         "unknown key `query` in arms.zeroshot.translate; did you mean `queries`",
     ),
     ("arms.ot.start", "switched", "arms.ot.start: 'switched', expected teacher or encoder"),
+    (
+        "arms.ot.start",
+        ["teacher", "encoder"],
+        "arms.ot.start: ['teacher', 'encoder'], expected one name at most",
+    ),
     ("arms.ot.multilingual", "yes", "arms.ot.multilingual: 'yes', expected bool"),
     ("arms.zeroshot.seeds", [1], "unknown key `seeds` in arms.zeroshot"),
     ("collections.news.role", "both", "collections.news.role: 'both', expected query or document"),

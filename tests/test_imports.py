@@ -39,6 +39,7 @@ ORDER = [
         "training_pairs",
         "options",
         "transfer",
+        "averaging",
         "export",
         "checkpoints",
         "training",

@@ -144,6 +144,7 @@ def test_command_is_understood(words, monkeypatch, tmp_path):
         (training, "distill"),
         (training, "codeswitch"),
         (training, "transfer"),
+        (training, "average"),
         (encoder, "encoder_trainer"),
     ):
         monkeypatch.setattr(module, name, lambda options, args: Made((options, args)))
@@ -192,6 +193,7 @@ def test_every_option_of_every_recipe_is_described():
         "distill": training.DistillOptions,
         "codeswitch": training.CodeswitchOptions,
         "transfer": training.TransferOptions,
+        "average": training.AverageOptions,
         "encoder": encoder.EncoderOptions,
     }
     assert set(sections) == set(kinds)

@@ -76,6 +76,11 @@ def configuration(world, tiny_models, folder):
                 "multilingual": True,
             },
             "ot-transfer": {**distilled, "start": "transfer", "multilingual": True},
+            "average": {
+                "recipe": "average",
+                "start": ["transfer", "ot-transfer"],
+                "multilingual": True,
+            },
         },
         "against": ["zeroshot", "ot"],
         "translation": "bm25-queries",
@@ -124,7 +129,7 @@ def test_each_arm_trains_what_it_says(finished, world):
     # A retriever taught in English alone and a multilingual arm have one model.
     expected = [
         "teacher", "zeroshot-all-0", "ot-all-all-0", "ot-all-all-1", "switched-all-0",
-        "transfer-all-0", "ot-transfer-all-0",
+        "transfer-all-0", "ot-transfer-all-0", "average-all-0",
         *(f"{arm}-{language}-0" for language in ("sw", "de") for arm in (
             "ot", "ot-20", "ot-idf", "position", "pooled", "greedy", "contrastive",
             "switched-table", "switched-plan", "both", "together", "english",
@@ -184,7 +189,7 @@ def test_the_report_answers_what_was_asked(finished):
     tested = {(row["arm"], row["against"]) for row in found["comparisons"]}
     assert {against for _, against in tested} == {"zeroshot", "ot"}
     assert ("ot", "zeroshot") in tested and ("zeroshot", "ot") not in tested
-    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (20 + 19)
+    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (21 + 20)
     gaps = {row["arm"]: row for row in found["gaps"]}
     assert gaps["ot"]["gain_low"] and gaps["bm25-queries"]["gain_low"] is None
     rates = {(row["arm"], row["language"]): row["rate"] for row in found["alignment_error_rates"]}

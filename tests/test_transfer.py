@@ -1,5 +1,7 @@
 """A retriever with the vocabulary of other languages: what its units begin as."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
 from optical import cli, training
 from optical.encoder import load_retriever
 from optical.files import read_json
-from optical.options import TransferOptions
+from optical.options import AverageOptions, TransferOptions
 
 NOUNS = ("bread", "water", "fish", "basket", "book", "lamp", "teacher", "farmer", "doctor")
 
@@ -168,6 +170,47 @@ def test_a_student_starts_from_it(world, tiny_models, models, tmp_path):
     student = load_retriever(final)
     assert len(student.tokenizer) == len(paired.tokenizer)
     assert not torch.equal(vector(student, "samaki"), vector(paired, "samaki"))
+
+
+def averaged(folder, *models):
+    options = AverageOptions(models=[str(model) for model in models])
+    final = training.run(
+        training.average(options, training.arguments(folder)), options, resume=False
+    )
+    return load_retriever(final)
+
+
+def test_an_average_has_the_mean_of_all_weights(models, tmp_path):
+    _, spelt, _ = models
+    for name, factor in (("one", 1.0), ("three", 3.0), ("five", 5.0)):
+        student = copy.deepcopy(spelt)
+        with torch.no_grad():
+            for value in student.parameters():
+                value.mul_(factor)
+        student.save_pretrained(str(tmp_path / name))
+    found = averaged(tmp_path / "o", *(tmp_path / name for name in ("one", "three", "five")))
+    expected = spelt.state_dict()
+    learnt = dict(spelt.named_parameters())
+    for name, value in found.state_dict().items():
+        assert value.dtype == expected[name].dtype
+        factor = 3.0 if name in learnt else 1.0
+        torch.testing.assert_close(value, factor * expected[name])
+    assert found.tokenizer.get_vocab() == spelt.tokenizer.get_vocab()
+
+
+def test_only_students_of_one_start_are_averaged(world, tiny_models, models, tmp_path):
+    _, spelt, paired = models
+    spelt.save_pretrained(str(tmp_path / "one"))
+    paired.save_pretrained(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"models: .*other has other units than .*one"):
+        averaged(tmp_path / "o", tmp_path / "one", tmp_path / "other")
+    for dimension in (8, 4):
+        narrow = load_retriever(tiny_models.mixed, dimension=dimension)
+        narrow.save_pretrained(str(tmp_path / str(dimension)))
+    with pytest.raises(ValueError, match=r"models: .* of .*4 has the shape \(4, .*8, \(8, "):
+        averaged(tmp_path / "o", tmp_path / "8", tmp_path / "4")
+    with pytest.raises(ValueError, match=r"models: 1 given, expected two or more"):
+        averaged(tmp_path / "o", tmp_path / "one")
 
 
 def test_the_command(world, tiny_models, tmp_path, capsys):
