@@ -75,13 +75,13 @@ class Progress:
 
 
 class Costs:
-    """Seconds and peak memory of every cell, kept in a file over all runs of a study."""
+    """Seconds and peak memory of every cell, in a file beside what the study has finished."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> dict[str, dict[str, float]]:
-        """Label of a cell -> ``seconds`` over all its runs, ``peak_mb`` of the largest."""
+        """Label of a cell -> ``seconds`` and ``peak_mb`` of the run that finished it."""
         if not self.path.exists() or not _readable(self.path):
             return {}
         found: dict[str, dict[str, float]] = read_json(self.path)
@@ -89,11 +89,9 @@ class Costs:
 
     def add(self, label: str, seconds: float, peak_mb: float) -> None:
         costs = self.read()
-        before = costs.get(label, {"seconds": 0.0, "peak_mb": 0.0})
-        costs[label] = {
-            "seconds": round(before["seconds"] + seconds, 1),
-            "peak_mb": round(max(before["peak_mb"], peak_mb), 1),
-        }
+        # A cell is finished again where its configuration changed: what it took before that made
+        # something else.
+        costs[label] = {"seconds": round(seconds, 1), "peak_mb": round(peak_mb, 1)}
         write_json(self.path, costs)
 
 

@@ -32,7 +32,7 @@ def write_report(
     Args:
         config: the study's configuration.
         results: what the evaluation cells and the alignment cell wrote.
-        costs: label of a cell -> its ``seconds`` and ``peak_mb``, over all runs of the study.
+        costs: label of a cell -> its ``seconds`` and ``peak_mb``.
         output: an existing folder that can be written.
 
     Returns:

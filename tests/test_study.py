@@ -23,7 +23,7 @@ import yaml
 from transformers import TrainerCallback
 
 from optical import measuring, study, training
-from optical.cells import Cell, Progress
+from optical.cells import Cell, Costs, Progress
 from optical.config import read_config
 from optical.study import Study, run_study
 
@@ -380,6 +380,17 @@ def test_an_interrupted_study_ends_as_if_it_had_not_been(finished, tmp_path, mon
     # One half of the work was not done twice.
     assert 0 < len(ran) < 8 and "evaluate switched sw seed 0" in ran
     assert numbers(out) == numbers(uninterrupted)
+
+
+def test_a_cell_that_is_made_anew_costs_what_it_took_then(tmp_path):
+    costs = Costs(tmp_path / "costs.json")
+    costs.add("train ot", 100.0, 900.0)
+    costs.add("train pooled", 10.0, 9.0)
+    costs.add("train ot", 7.04, 800.0)
+    assert costs.read() == {
+        "train ot": {"seconds": 7.0, "peak_mb": 800.0},
+        "train pooled": {"seconds": 10.0, "peak_mb": 9.0},
+    }
 
 
 def test_a_torn_result_is_made_anew_and_nothing_else(finished, tmp_path, caplog):
