@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from optical.config import read_config
 from optical.settings import nearest, parse_yaml
 from optical.training import CodeswitchOptions, CommandLineArguments, DistillOptions
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 USUAL = {
     "output": "out",
     "languages": ["sw", "de"],
@@ -363,3 +365,9 @@ def test_nearest():
 def test_the_resolved_options_are_plain_data(read):
     config = read()
     assert json.dumps(config.teacher_arguments) and json.dumps(config.arms[1].settings)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("clir_*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_understood(path, monkeypatch):
+    monkeypatch.setenv("OPTICAL_DATA", "/data")
+    assert read_config(path).arms
