@@ -30,10 +30,11 @@ def average(options: AverageOptions, args: Any) -> Finished:
             the first, because it is no student of the same start.
     """
     options.validate()
-    first, *others = (load_retriever(name) for name in options.models)
+    first = load_retriever(options.models[0])
     sums = {name: value.double() for name, value in first.state_dict().items()}
     units = first.tokenizer.get_vocab()
-    for name, model in zip(options.models[1:], others, strict=True):
+    for name in options.models[1:]:
+        model = load_retriever(name)
         if model.tokenizer.get_vocab() != units:
             raise ValueError(f"models: {name} has other units than {options.models[0]}")
         weights = model.state_dict()
