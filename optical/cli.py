@@ -196,6 +196,7 @@ def _model_commands(named: Any) -> None:
     command.add_argument("--documents", help="with vectors: TSV, JSON lines or TREC documents")
     command.add_argument("--precision", default="float32", help="of vectors: float32 | float16")
     command.add_argument("--batch-size", type=int, default=32, help="texts in one forward pass")
+    _passage_arguments(command)
     command.add_argument("--output", required=True, help="folder to write")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(command=commands.export)

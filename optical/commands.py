@@ -97,6 +97,8 @@ def export(options: argparse.Namespace) -> int:
     _one_of("format", options.format, FORMATS)
     if (options.format == "vectors") != bool(options.documents):
         raise ValueError("documents: expected a file with --format vectors, and none with pylate")
+    if options.format == "pylate" and options.passage_length:
+        raise ValueError("passage_length: given with --format pylate, which writes no documents")
     quiet_libraries()
     if options.format == "pylate":
         from optical.export import export_pylate
@@ -114,6 +116,8 @@ def export(options: argparse.Namespace) -> int:
         role=options.side or "document",
         precision=options.precision,
         batch_size=options.batch_size,
+        passage_length=options.passage_length,
+        passage_stride=options.passage_stride,
     )
     return done(options, {"output": str(folder), "documents": len(FileIndex(folder))})
 

@@ -42,12 +42,15 @@ def write_index(
     precision: str = "float32",
     batch_size: int = 32,
     shard_texts: int = 4096,
+    passage_length: int | None = None,
+    passage_stride: int | None = None,
 ) -> Path:
     """Encode texts and keep their vectors in files, a few thousand texts at a time.
 
-    Each ``00000.safetensors`` has the tensors ``vectors`` (tokens, dim) and ``lengths`` (texts,),
-    and in its metadata the ``ids``, one a line; ``index.json`` lists the files with their SHA-256
-    and is written last. Files of an interrupted writing of the same texts are kept.
+    Each ``00000.safetensors`` has the tensors ``vectors`` (tokens, dim) and ``lengths`` (rows,),
+    and in its metadata the ``ids`` of the rows, one a line: a text has one row, or one for each of
+    its passages, next to each other. ``index.json`` lists the files with their SHA-256 and is
+    written last. Files of an interrupted writing of the same texts are kept.
 
     Args:
         model: a ``MultiVectorEncoder``.
@@ -56,9 +59,11 @@ def write_index(
         role: "query" or "document", how the model reads the texts.
         precision: "float32", or "float16" for half the size.
         batch_size, shard_texts: texts in one forward pass, and in one file.
+        passage_length, passage_stride: cut documents, as in :func:`optical.search.search`.
 
     Raises:
-        ValueError: no text; or the folder holds vectors of other texts, role or precision.
+        ValueError: no text; or the folder holds vectors of other texts, role, precision or
+            passages.
         OSError: the folder cannot be written.
     """
     from safetensors.torch import save
@@ -67,6 +72,8 @@ def write_index(
         raise ValueError(f"precision: {precision!r}, expected 'float32' or 'float16'")
     folder = writable_folder(folder)
     made = {"role": role, "precision": precision, "dimension": model.get_embedding_dimension()}
+    if passage_length is not None:
+        made["passages"] = [passage_length, passage_stride]
     files: dict[str, str] = {}
     total = 0
     for number, (ids, texts) in enumerate(_chunks(documents, shard_texts)):
@@ -78,11 +85,15 @@ def write_index(
                     f"{path}: vectors of other texts or options; choose another folder"
                 )
         else:
-            found = encode(model, texts, role, batch_size=batch_size)
+            pieces = cut_texts(texts, model, passage_length, passage_stride)
+            found = encode(
+                model, [one for text in pieces for one in text], role, batch_size=batch_size
+            )
+            owners = [owner for owner, text in zip(ids, pieces, strict=True) for _ in text]
             tensors = {"vectors": found.vectors.cpu().to(PRECISIONS[precision])}
             tensors["lengths"] = found.lengths
             with atomic_file(path) as file:
-                file.write(save(tensors, metadata={"key": key, "ids": "\n".join(ids)}))
+                file.write(save(tensors, metadata={"key": key, "ids": "\n".join(owners)}))
         files[path.name] = checksum(path)
         total += len(ids)
         logger.info("%s: %d documents", folder, total)
@@ -120,13 +131,15 @@ class FileIndex:
                     f"{self.folder / name}: does not fit its checksum; remove it and write the "
                     "index again"
                 )
-        self.ids = [key for name in self.files for key in _ids(self.folder / name)]
+        # The rows of a document's passages are neighbours.
+        names = (self.folder / name for name in self.files)
+        self.ids = [key for name in names for key, _ in itertools.groupby(_ids(name))]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def shards(self) -> Iterator[tuple[list[str], TokenVectors]]:
-        """The ids and the vectors of each file, in order."""
+        """The rows of each file, in order: their documents' ids, and vectors."""
         from safetensors.torch import load_file
 
         for name in self.files:
@@ -148,13 +161,14 @@ class FileIndex:
         def batches() -> Iterator[tuple[list[list[str]], list[list[Tensor]]]]:
             seen = 0
             for ids, found in self.shards():
-                pieces = found.split()
+                rows = itertools.groupby(zip(ids, found.split(), strict=True), lambda row: row[0])
+                texts = [(key, [piece.to(target) for _, piece in text]) for key, text in rows]
                 # Neighbours of similar length make tiles with little padding.
-                order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]), reverse=True)
-                for start in range(0, len(order), 256):
-                    chosen = order[start : start + 256]
-                    yield [[ids[i]] for i in chosen], [[pieces[i].to(target)] for i in chosen]
-                seen += len(ids)
+                texts.sort(key=lambda text: len(text[1][0]), reverse=True)
+                for start in range(0, len(texts), 256):
+                    chosen = texts[start : start + 256]
+                    yield [[key] for key, _ in chosen], [pieces for _, pieces in chosen]
+                seen += len(texts)
                 logger.info("%s: %d of %d documents searched", self.folder, seen, len(self))
 
         return rank(

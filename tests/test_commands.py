@@ -94,6 +94,7 @@ def test_export_for_pylate(capsys, tiny_models, tmp_path):
     argv = ["export", tiny_models.teacher, "--format", "pylate", "--output", tmp_path / "pylate"]
     assert says(capsys, argv) == {"output": str(tmp_path / "pylate")}
     fails(capsys, argv, "pylate: holds something already; choose another folder")
+    fails(capsys, [*argv, "--passage-length", 8], "passage_length: given with --format pylate")
 
 
 def test_a_mistyped_option_is_answered_by_the_nearest(capsys):

@@ -144,26 +144,46 @@ def test_a_database_is_searched_by_its_own_maxsim(model, documents, queries, exp
     agree(opened.search(*queries, depth=10), expected)
 
 
+@pytest.fixture(scope="module")
+def long_documents(documents):
+    """Three documents whose passages crowd the best rows, and short ones."""
+    every = " ".join(documents.values())
+    return {key: every if i < 3 else text for i, (key, text) in enumerate(documents.items())}
+
+
+CUT = {"passage_length": 8, "passage_stride": 4}
+
+
+@pytest.fixture(scope="module")
+def best_passages(model, long_documents, world):
+    collection = Collection("long", read_texts(world / "queries.tsv"), long_documents, {})
+    return search(model, collection, depth=10, **CUT)
+
+
+def test_files_of_passages_find_documents_by_the_best_one(
+    model, long_documents, queries, best_passages, tmp_path
+):
+    folder = write_index(model, long_documents.items(), tmp_path / "index", shard_texts=20, **CUT)
+    opened = open_index(folder)
+    assert opened.ids == list(long_documents)
+    assert sum(len(ids) for ids, _ in opened.shards()) > 2 * len(long_documents)
+    agree(opened.search(*queries, depth=10), best_passages)
+    with pytest.raises(ValueError, match="vectors of other texts or options"):
+        write_index(model, long_documents.items(), folder, shard_texts=20, passage_length=8)
+
+
 def test_a_database_of_passages_finds_documents_by_the_best_one(
-    model, documents, queries, world, tmp_path
+    model, long_documents, queries, best_passages, tmp_path
 ):
     pytest.importorskip("lancedb", reason="the extra `index` is not installed")
-    # Passages of a few long documents crowd the best rows.
-    texts = list(documents.items())
-    every = " ".join(text for _, text in texts)
-    texts = [(key, every if i < 3 else text) for i, (key, text) in enumerate(texts)]
-    asked = read_texts(world / "queries.tsv")
-    collection = Collection("long", asked, dict(texts), {})
-    expected = search(model, collection, depth=10, passage_length=8, passage_stride=4)
     place = tmp_path / "base"
-    cut = {"passage_length": 8, "passage_stride": 4}
-    assert write_database(model, texts, place, **cut) == len(texts)
-    assert write_database(model, texts, place, **cut) == 0
+    assert write_database(model, long_documents.items(), place, **CUT) == len(long_documents)
+    assert write_database(model, long_documents.items(), place, **CUT) == 0
     opened = open_index(place)
-    assert len(opened) == len(texts) < opened.table.count_rows()
-    agree(opened.search(*queries, depth=10), expected)
+    assert len(opened) == len(long_documents) < opened.table.count_rows()
+    agree(opened.search(*queries, depth=10), best_passages)
     with pytest.raises(ValueError, match="passage_stride 8 4, now 8 None; expected the same"):
-        write_database(model, texts, place, passage_length=8)
+        write_database(model, long_documents.items(), place, passage_length=8)
 
 
 def test_a_database_refuses_what_it_would_compare_wrongly(
