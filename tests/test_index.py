@@ -203,6 +203,42 @@ def test_a_database_refuses_what_it_would_compare_wrongly(
         LanceIndex(place).search(ids, longer)
 
 
+@pytest.fixture
+def bucket(monkeypatch):
+    """Address of an empty bucket on a server that speaks S3, in this process."""
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    boto3 = pytest.importorskip("boto3", reason="the extra `dev` is not installed (boto3)")
+    threaded = pytest.importorskip(
+        "moto.moto_server.threaded_moto_server", reason="the extra `dev` is not installed (moto)"
+    )
+    server = threaded.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "name",
+        "AWS_SECRET_ACCESS_KEY": "word",
+        "AWS_REGION": "us-east-1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="vectors")
+    yield "s3://vectors"
+    server.stop()
+
+
+def test_a_database_in_an_object_store(model, documents, queries, expected, bucket):
+    place = f"{bucket}/base"
+    with pytest.raises(ValueError, match="s3://vectors/base: no index of token vectors"):
+        open_index(place)
+    assert write_database(model, list(documents.items())[:30], place, chunk_texts=16) == 30
+    assert write_database(model, documents.items(), place, chunk_texts=16) == 18
+    opened = open_index(place)
+    assert isinstance(opened, LanceIndex) and len(opened) == 48
+    agree(opened.search(*queries, depth=10), expected)
+
+
 def test_texts_are_read_one_by_one(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(
         json.dumps({"id": f"d{i}", "text": f"text {i}"}) + "\n" for i in range(3)
