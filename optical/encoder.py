@@ -359,7 +359,7 @@ def token_counts(
     seen: collections.Counter[int] = collections.Counter()
     for start in range(0, len(texts), 1000):
         part = list(texts[start : start + 1000])
-        for ids in tokenizer(part, add_special_tokens=special)["input_ids"]:
+        for ids in tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"]:
             seen.update(set(ids) if once else ids)
     return seen
 
