@@ -370,7 +370,7 @@ def resident_kernel(
     error = tl.sum(tl.abs(row_sum - goal_a), 0) + tl.sum(tl.abs(column_sum - goal_b), 0)
     fixed_a = inverse_rho_a == 0
     fixed_b = inverse_rho_b == 0
-    unequal = tl.abs(mass_a - mass_b) > MASS_TOLERANCE * tl.maximum(mass_a, mass_b)
+    unequal = tl.abs(mass_a - mass_b) > tl.maximum(mass_a, mass_b) * MASS_TOLERANCE
     infeasible = (fixed_a & dead_a) | (fixed_b & dead_b) | (fixed_a & fixed_b & unequal)
     broken = broken & (empty == 0)
     status = tl.where(stop, CONVERGED, MAX_ITER)

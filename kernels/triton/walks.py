@@ -258,7 +258,7 @@ def finish(
     error += error_b
     fixed_a = inverse_rho_a == 0
     fixed_b = inverse_rho_b == 0
-    unequal = tl.abs(mass_a - mass_b) > MASS_TOLERANCE * tl.maximum(mass_a, mass_b)
+    unequal = tl.abs(mass_a - mass_b) > tl.maximum(mass_a, mass_b) * MASS_TOLERANCE
     infeasible = (fixed_a & dead_a) | (fixed_b & dead_b) | (fixed_a & fixed_b & unequal)
     broken = (readable == 0) | unreadable | unreadable_a | unreadable_b
     broken = broken & (empty == 0)
