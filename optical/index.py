@@ -86,10 +86,7 @@ def write_index(
                 )
         else:
             pieces = cut_texts(texts, model, passage_length, passage_stride)
-            found = encode(
-                model, [one for text in pieces for one in text], role, batch_size=batch_size
-            )
-            owners = [owner for owner, text in zip(ids, pieces, strict=True) for _ in text]
+            owners, found = _encode_rows(model, ids, pieces, role, batch_size)
             tensors = {"vectors": found.vectors.cpu().to(PRECISIONS[precision])}
             tensors["lengths"] = found.lengths
             with atomic_file(path) as file:
@@ -162,12 +159,13 @@ class FileIndex:
             seen = 0
             for ids, found in self.shards():
                 rows = itertools.groupby(zip(ids, found.split(), strict=True), lambda row: row[0])
-                texts = [(key, [piece.to(target) for _, piece in text]) for key, text in rows]
+                texts = [(key, [piece for _, piece in text]) for key, text in rows]
                 # Neighbours of similar length make tiles with little padding.
                 texts.sort(key=lambda text: len(text[1][0]), reverse=True)
                 for start in range(0, len(texts), 256):
                     chosen = texts[start : start + 256]
-                    yield [[key] for key, _ in chosen], [pieces for _, pieces in chosen]
+                    pieces = [[piece.to(target) for piece in text] for _, text in chosen]
+                    yield [[key] for key, _ in chosen], pieces
                 seen += len(texts)
                 logger.info("%s: %d of %d documents searched", self.folder, seen, len(self))
 
@@ -235,9 +233,8 @@ def write_database(
     new = ((key, text) for key, text in documents if key not in known)
     for ids, texts in _chunks(new, chunk_texts):
         pieces = cut_texts(texts, model, passage_length, passage_stride)
-        found = encode(model, [one for text in pieces for one in text], role, batch_size=batch_size)
+        owners, found = _encode_rows(model, ids, pieces, role, batch_size)
         _require_unit(found)
-        owners = [key for key, text in zip(ids, pieces, strict=True) for _ in text]
         kept = [
             (key, piece.cpu().numpy())
             for key, piece in zip(owners, found.split(), strict=True)
@@ -329,6 +326,15 @@ def _chunks(
     source = iter(documents)
     while part := list(itertools.islice(source, size)):
         yield [key for key, _ in part], [text for _, text in part]
+
+
+def _encode_rows(
+    model: Any, ids: Sequence[str], pieces: Sequence[Sequence[str]], role: str, batch_size: int
+) -> tuple[list[str], TokenVectors]:
+    """The rows of some documents, one for each piece of their texts: whose it is, and vectors."""
+    owners = [key for key, text in zip(ids, pieces, strict=True) for _ in text]
+    flat = [one for text in pieces for one in text]
+    return owners, encode(model, flat, role, batch_size=batch_size)
 
 
 def _require_unit(found: TokenVectors) -> None:

@@ -47,19 +47,23 @@ CROWDED = {
 
 
 def check(row):
-    assert row.shared_bytes <= resources.SHARED[row.target], row
+    fits(row)
     crowded = (row.kernel, row.tile) in CROWDED or (row.kind, row.dtype) == ("cosine", "fp32")
     # The tiles were chosen by NVIDIA's registers.
     crowded = crowded or row.target == "gfx942"
-    assert row.loop_spills == 0 and row.spills <= (MORE if crowded else SPILLS), row
+    assert row.spills <= (MORE if crowded else SPILLS), row
+
+
+def fits(row):
+    """What every compiler has to make of a kernel."""
+    assert row.shared_bytes <= resources.SHARED[row.target] and row.loop_spills == 0, row
 
 
 def measured(configuration, target):
     row = resources.measure(configuration, target)
-    # Another compiler may lay out registers in another way, outside of loops.
-    assert row.loop_spills == 0, row
-    if row.key in ROWS and row.triton == ROWS[row.key].triton:
-        check(row)
+    # The bounds of spills outside of loops are those of the Triton that made the table.
+    fits(row)
+    if row.triton == ROWS[row.key].triton:
         assert row == ROWS[row.key], "run benchmarks.resources again and look at the difference"
 
 
