@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,29 +76,39 @@ class Progress:
 
 
 class Costs:
-    """Seconds and peak memory of every cell, in a file beside what the study has finished."""
+    """Seconds and peak memory of every cell, in a file beside what the studies there have finished.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    The key is the file that marks the cell as finished: studies that share a folder have cells of
+    the same label that make different things.
+    """
 
-    def read(self) -> dict[str, dict[str, float]]:
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output / "costs.json"
+
+    def read(self, cells: Iterable[Cell]) -> dict[str, dict[str, float]]:
         """Label of a cell -> ``seconds`` and ``peak_mb`` of the run that finished it."""
+        found = self._read()
+        return {cell.label: found[key] for cell in cells if (key := self._key(cell)) in found}
+
+    def add(self, cell: Cell, seconds: float, peak_mb: float) -> None:
+        costs = self._read()
+        costs[self._key(cell)] = {"seconds": round(seconds, 1), "peak_mb": round(peak_mb, 1)}
+        write_json(self.path, costs)
+
+    def _key(self, cell: Cell) -> str:
+        return cell.mark.relative_to(self.output).as_posix()
+
+    def _read(self) -> dict[str, dict[str, float]]:
         if not self.path.exists() or not _readable(self.path):
             return {}
         found: dict[str, dict[str, float]] = read_json(self.path)
         return found
 
-    def add(self, label: str, seconds: float, peak_mb: float) -> None:
-        costs = self.read()
-        # A cell is finished again where its configuration changed: what it took before that made
-        # something else.
-        costs[label] = {"seconds": round(seconds, 1), "peak_mb": round(peak_mb, 1)}
-        write_json(self.path, costs)
-
 
 def run_cells(title: str, cells: Sequence[Cell], output: Path) -> None:
     """Run the cells that are not finished, in order, with a line for each."""
-    costs = Costs(output / "costs.json")
+    costs = Costs(output)
     progress = Progress()
     todo = [cell for cell in cells if not cell.done]
     logger.info(
@@ -108,7 +119,7 @@ def run_cells(title: str, cells: Sequence[Cell], output: Path) -> None:
         output,
     )
     # What finished cells took, in earlier runs too, tells what the others will take.
-    known = costs.read()
+    known = costs.read(cells)
     waiting = {cell.mark for cell in todo}
     for cell in cells:
         if cell.mark not in waiting and cell.label in known:
@@ -119,7 +130,9 @@ def run_cells(title: str, cells: Sequence[Cell], output: Path) -> None:
             cell.run()
         seconds = time.monotonic() - begun
         progress.add(cell, seconds)
-        costs.add(cell.label, seconds, peak[0])
+        costs.add(cell, seconds, peak[0])
+        # Trained and searched models hold themselves in cycles, which would wait for gigabytes.
+        gc.collect()
         left = progress.left(todo[position + 1 :])
         logger.info(
             "[%*d/%d] %-32s %7s, about %s left",

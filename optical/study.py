@@ -344,7 +344,7 @@ class Study(Measuring):
             for cell in cells
             if cell.mark.suffix == ".json" and cell.mark.parent.name == "results"
         ]
-        costs = Costs(self.output / "costs.json").read()
+        costs = Costs(self.output).read(cells)
         folder = writable_folder(self.output / self.config.report)
         return write_report(self.config, results, costs, folder)
 

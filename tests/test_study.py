@@ -383,14 +383,21 @@ def test_an_interrupted_study_ends_as_if_it_had_not_been(finished, tmp_path, mon
 
 
 def test_a_cell_that_is_made_anew_costs_what_it_took_then(tmp_path):
-    costs = Costs(tmp_path / "costs.json")
-    costs.add("train ot", 100.0, 900.0)
-    costs.add("train pooled", 10.0, 9.0)
-    costs.add("train ot", 7.04, 800.0)
-    assert costs.read() == {
+    costs = Costs(tmp_path)
+    marks = {"train ot": "models/ot", "train pooled": "models/pooled"}
+    ot, pooled = (Cell(label, "", tmp_path / mark, 1.0, print) for label, mark in marks.items())
+    costs.add(ot, 100.0, 900.0)
+    costs.add(pooled, 10.0, 9.0)
+    costs.add(ot, 7.04, 800.0)
+    assert costs.read([ot, pooled]) == {
         "train ot": {"seconds": 7.0, "peak_mb": 800.0},
         "train pooled": {"seconds": 10.0, "peak_mb": 9.0},
     }
+    # A study beside it, with a cell of that name that makes something else.
+    other = Cell("train ot", "", tmp_path / "models/ot-more", 1.0, print)
+    costs.add(other, 5.0, 6.0)
+    assert costs.read([other]) == {"train ot": {"seconds": 5.0, "peak_mb": 6.0}}
+    assert costs.read([ot]) == {"train ot": {"seconds": 7.0, "peak_mb": 800.0}}
 
 
 def test_a_torn_result_is_made_anew_and_nothing_else(finished, tmp_path, caplog):
