@@ -11,6 +11,7 @@ from optical.collections import Collection, load_collection
 from optical.config import StudyConfig
 from optical.files import writable_folder
 from optical.fingerprints import Fingerprints, effective
+from optical.options import AT_ONCE
 
 # Models of all languages are called so.
 ALL = "all"
@@ -73,6 +74,7 @@ class Places:
     def student_name(self, arm: ArmConfig, language: str, seed: int, role: str = "") -> str:
         """Folder of an arm's trained model; the teacher itself for an arm without training."""
         role = role or self.config.role
+        seed = self.seed_of(arm, seed)
         options = self.options(arm, language, seed, role)
         if options is None:
             return self.teacher_name
@@ -86,6 +88,15 @@ class Places:
         where = ALL if arm.multilingual else language
         name = f"{file_name(arm.name)}-{where}-{seed}-{self.prints.of(parts)}"
         return str(self.output / "models" / name / "final")
+
+    def seed_of(self, arm: ArmConfig, seed: int) -> int:
+        """The seed, or the study's first for an arm that is the same for every seed."""
+        return seed if self.random(arm) else self.config.seeds[0]
+
+    def random(self, arm: ArmConfig) -> bool:
+        """Whether seeds matter: not without training, nor to what is made of such models at once."""
+        starts = [self.config.arm(name) for name in arm.start if name not in (TEACHER, ENCODER)]
+        return arm.trains and (arm.recipe not in AT_ONCE or any(map(self.random, starts)))
 
     def options(self, arm: ArmConfig, language: str, seed: int, role: str) -> Any:
         """An arm's options with every model and word table in its place."""

@@ -217,9 +217,7 @@ class Study(Measuring):
         seeds = sorted({*config.seeds, *(seed for arm in config.arms for seed in arm.seeds)})
         for seed in seeds:
             for arm in config.arms:
-                own = arm.seeds or config.seeds
-                # An arm without training is the same for every seed.
-                if seed not in (own if arm.trains else config.seeds[:1]):
+                if seed not in ((arm.seeds or config.seeds) if self.random(arm) else config.seeds[:1]):
                     continue
                 for language in config.languages:
                     for role in config.roles:
@@ -241,7 +239,7 @@ class Study(Measuring):
         """The training of an arm's model, behind everything that it needs."""
         from optical import training
 
-        config = self.config
+        config, seed = self.config, self.seed_of(arm, seed)
         options = self.options(arm, language, seed, role)
         if options is None:
             return
