@@ -190,8 +190,7 @@ class DistillOptions:
                 f"teacher_vectors: {len(self.teacher_vectors)} folders for {len(self.bitext)} "
                 "files of bitext; expected one for each"
             )
-        if self.max_pairs is not None and self.max_pairs < 1:
-            raise ValueError(f"max_pairs: {self.max_pairs}, expected 1 or more")
+        _some_pairs(self.max_pairs)
         if self.stream:
             # These look at the whole bitext before the first step.
             for name, usual in (("mass", "uniform"), ("skip_frequent", 0), ("reads", "other"),
@@ -240,6 +239,9 @@ class TransferOptions:
         default="bitext",
         metadata={"help": "What units start from: bitext, or their spelling alone."},
     )
+    max_pairs: int | None = field(
+        default=None, metadata={"help": "Read the first so many pairs of each file alone."}
+    )
 
     def validate(self) -> None:
         """Raise ValueError for options that cannot work, before anything is read."""
@@ -250,6 +252,7 @@ class TransferOptions:
             raise ValueError(f"vectors: {self.vectors!r}, expected {' or '.join(VECTORS)}")
         if self.vocabulary_size < 1:
             raise ValueError(f"vocabulary_size: {self.vocabulary_size}, expected 1 or more")
+        _some_pairs(self.max_pairs)
 
 
 @dataclass
@@ -273,6 +276,11 @@ def _check_switching(lexicon: list[str], probability: float) -> None:
             raise ValueError(f"lexicon: {entry!r}, expected `language=file`")
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"probability: {probability}, expected a number from 0 to 1")
+
+
+def _some_pairs(max_pairs: int | None) -> None:
+    if max_pairs is not None and max_pairs < 1:
+        raise ValueError(f"max_pairs: {max_pairs}, expected 1 or more")
 
 
 def _required(name: str, value: str) -> None:

@@ -80,7 +80,7 @@ def transfer(options: TransferOptions, args: Any) -> Finished:
     model = load_retriever(options.model)
     reader = model[0]
     old, encoder = reader.tokenizer, reader.auto_model
-    bitext = [read_pairs(path) for path in options.bitext]
+    bitext = [read_pairs(path)[: options.max_pairs] for path in options.bitext]
     texts = [text for path in options.text for text in read_sentences(path)]
     english = [one for pairs in bitext for one, _ in pairs]
     files = balanced(bitext) if options.balance else bitext

@@ -104,6 +104,21 @@ def test_small_files_are_repeated_when_units_are_learnt(world, tiny_models, tmp_
     assert len(units[0]) > 1 and units[1] == ["zzyqx"]
 
 
+def test_the_first_pairs_alone_are_read(world, tiny_models, tmp_path):
+    lines = (world / "bitext/en-sw.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    first = tmp_path / "first.tsv"
+    first.write_text("".join(lines[:20]), encoding="utf-8")
+    made = [
+        transferred(world, tiny_models.teacher, tmp_path / name, bitext=[str(path)], max_pairs=limit)
+        for name, path, limit in (("whole", world / "bitext/en-sw.tsv", 20), ("cut", first, None))
+    ]
+    units = [model[0].tokenizer.get_vocab() for model in made]
+    assert units[0] == units[1]
+    assert torch.equal(*(model[0].auto_model.get_input_embeddings().weight for model in made))
+    with pytest.raises(ValueError, match="max_pairs: 0, expected 1 or more"):
+        transferred(world, tiny_models.teacher, tmp_path / "none", bitext=[str(first)], max_pairs=0)
+
+
 def test_kept_units_are_cut_and_read_as_before(world, tiny_models, tmp_path):
     teacher = load_retriever(tiny_models.teacher)
     bitext = [str(world / "bitext/en-sw.tsv")]
