@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,34 @@ def test_search_evaluate_compare_and_info_run(folder_of_examples, monkeypatch, c
     printed = capsys.readouterr().out
     assert "nDCG@10" in printed
     assert "self-test passed" in printed
+
+
+def test_the_commands_of_the_readme_follow_one_another(world, tmp_path, monkeypatch):
+    """All of the command line's section, in its order, with models that are small."""
+    from optical import cli
+    from optical.options import AT_ONCE
+
+    monkeypatch.chdir(tmp_path)
+    for source, name in (
+        ("text/en.txt", "en.txt"), ("text/sw.txt", "sw.txt"), ("bitext/en-sw.tsv", "en-sw.tsv"),
+        ("teacher.tsv", "pairs.tsv"), ("lexicon/en-sw.tsv", "lexicon.tsv"), ("qrels.txt",) * 2,
+        ("queries.tsv",) * 2, ("queries.tsv", "queries.sw.tsv"),
+        ("documents/sw.jsonl", "documents.jsonl"), ("documents/en.jsonl", "documents.en.jsonl"),
+    ):  # fmt: skip
+        shutil.copy(world / source, name)
+    table = ROOT / "examples/results/clir_cpu/results.csv"
+    (tmp_path / "runs/pack").mkdir(parents=True)
+    shutil.copy(table, "runs/pack/results.csv")
+    small = {"encoder": ["--hidden_size", "16", "--layers", "1"]}
+    shown = [words for words in commands(ROOT / "README.md") if words[0] != "study"]
+    for words in shown:
+        if words[0] == "train":
+            steps = [] if words[1] in AT_ONCE else ["--max_steps", "1", "--disable_tqdm", "true"]
+            words = [*words, *steps, *small.get(words[1], [])]
+        assert cli.main(words) == 0, words
+    made = ("runs/average/final/model.safetensors", "ot.run", "index.run", "en-sw.align",
+            "en-sw.lexicon.tsv", "runs/vectors/index.json", "figures/gap_per_arm.png")  # fmt: skip
+    assert [name for name in made if not Path(name).is_file()] == []
 
 
 def test_every_command_and_recipe_is_shown():
