@@ -7,12 +7,14 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.jobs import ROOT
-from optical.figures import draw_figures
+from optical.figures import draw_curves, draw_figures
 from optical.results import Row, read_rows
 
 STUDIES = ROOT / "examples" / "results"
 RESULTS = STUDIES / "clir_cpu" / "results.csv"
+FURTHER = STUDIES / "clir_further" / "results.csv"
 FIGURES = ROOT / "docs" / "figures" / "clir_cpu"
+CURVES = ROOT / "docs" / "figures" / "clir_further" / "pairs.png"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 MORE_BEGIN, MORE_END = "<!-- further:begin -->", "<!-- further:end -->"
 # The collection that things were chosen on, the measure, and the arms that all are held against.
@@ -29,10 +31,12 @@ def block(rows: Sequence[Row]) -> str:
 def further() -> str:
     """Arms that stand in no row of the first table, and collections that nothing was chosen on."""
     shown = {row["arm"] for row in read_rows(RESULTS)}
-    rows = _of_collection(read_rows(STUDIES / "clir_further" / "results.csv"))
+    rows = _of_collection(read_rows(FURTHER))
     arms = {row["arm"] for row in rows} - shown
     apart = [read_rows(STUDIES / name / "results.csv") for name in ("clir_heldout", "clir_queries")]
-    return "\n\n".join([measures(rows, arms), held_out([row for one in apart for row in one])])
+    curves = f"![MAP over the number of sentence pairs]({CURVES.relative_to(ROOT)})"
+    answers = held_out([row for one in apart for row in one])
+    return "\n\n".join([measures(rows, arms), curves, answers])
 
 
 def _of_collection(rows: Sequence[Row]) -> list[Row]:
@@ -169,5 +173,7 @@ def _percent(row: Row) -> str:
 def main() -> None:
     """Rewrite the block of the README, and the figures."""
     draw_figures(RESULTS, FIGURES)
+    CURVES.parent.mkdir(exist_ok=True)
+    draw_curves(read_rows(FURTHER), CURVES)
     report.rewrite(BEGIN, END, block(read_rows(RESULTS)))
     report.rewrite(MORE_BEGIN, MORE_END, further())
