@@ -94,7 +94,7 @@ class Places:
         return seed if self.random(arm) else self.config.seeds[0]
 
     def random(self, arm: ArmConfig) -> bool:
-        """Whether seeds matter: not without training, nor to what is made of such models at once."""
+        """Whether seeds matter: not without training, nor to what is made at once without any."""
         starts = [self.config.arm(name) for name in arm.start if name not in (TEACHER, ENCODER)]
         return arm.trains and (arm.recipe not in AT_ONCE or any(map(self.random, starts)))
 

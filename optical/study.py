@@ -217,7 +217,8 @@ class Study(Measuring):
         seeds = sorted({*config.seeds, *(seed for arm in config.arms for seed in arm.seeds)})
         for seed in seeds:
             for arm in config.arms:
-                if seed not in ((arm.seeds or config.seeds) if self.random(arm) else config.seeds[:1]):
+                own = arm.seeds or config.seeds
+                if seed not in (own if self.random(arm) else config.seeds[:1]):
                     continue
                 for language in config.languages:
                     for role in config.roles:

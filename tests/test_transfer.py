@@ -108,9 +108,10 @@ def test_the_first_pairs_alone_are_read(world, tiny_models, tmp_path):
     lines = (world / "bitext/en-sw.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
     first = tmp_path / "first.tsv"
     first.write_text("".join(lines[:20]), encoding="utf-8")
+    teacher, whole = tiny_models.teacher, world / "bitext/en-sw.tsv"
     made = [
-        transferred(world, tiny_models.teacher, tmp_path / name, bitext=[str(path)], max_pairs=limit)
-        for name, path, limit in (("whole", world / "bitext/en-sw.tsv", 20), ("cut", first, None))
+        transferred(world, teacher, tmp_path / name, bitext=[str(path)], max_pairs=limit)
+        for name, path, limit in (("whole", whole, 20), ("cut", first, None))
     ]
     units = [model[0].tokenizer.get_vocab() for model in made]
     assert units[0] == units[1]
