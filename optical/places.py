@@ -91,12 +91,12 @@ class Places:
 
     def seed_of(self, arm: ArmConfig, seed: int) -> int:
         """The seed, or the study's first for an arm that is the same for every seed."""
-        return seed if self.random(arm) else self.config.seeds[0]
+        return seed if self.seeded(arm) else self.config.seeds[0]
 
-    def random(self, arm: ArmConfig) -> bool:
+    def seeded(self, arm: ArmConfig) -> bool:
         """Whether seeds matter: not without training, nor to what is made at once without any."""
         starts = [self.config.arm(name) for name in arm.start if name not in (TEACHER, ENCODER)]
-        return arm.trains and (arm.recipe not in AT_ONCE or any(map(self.random, starts)))
+        return arm.trains and (arm.recipe not in AT_ONCE or any(map(self.seeded, starts)))
 
     def options(self, arm: ArmConfig, language: str, seed: int, role: str) -> Any:
         """An arm's options with every model and word table in its place."""

@@ -218,7 +218,7 @@ class Study(Measuring):
         for seed in seeds:
             for arm in config.arms:
                 own = arm.seeds or config.seeds
-                if seed not in (own if self.random(arm) else config.seeds[:1]):
+                if seed not in (own if self.seeded(arm) else config.seeds[:1]):
                     continue
                 for language in config.languages:
                     for role in config.roles:
