@@ -174,6 +174,6 @@ def main() -> None:
     """Rewrite the block of the README, and the figures."""
     draw_figures(RESULTS, FIGURES)
     CURVES.parent.mkdir(exist_ok=True)
-    draw_curves(read_rows(FURTHER), CURVES)
+    draw_curves(_of_collection(read_rows(FURTHER)), CURVES)
     report.rewrite(BEGIN, END, block(read_rows(RESULTS)))
     report.rewrite(MORE_BEGIN, MORE_END, further())

@@ -120,7 +120,12 @@ def draw_curves(rows: Sequence[Row], path: Path) -> bool:
     plt = _pyplot()
     panels = list(dict.fromkeys((row["collection"], row["arm"]) for row in points))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(1.5 + 3.6 * len(panels), 3.6), squeeze=False, sharey=True
+        1,
+        len(panels),
+        figsize=(1.5 + 3.6 * len(panels), 3.6),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
     )
     for axis, panel in zip(axes[0], panels, strict=True):
         here = [row for row in points if (row["collection"], row["arm"]) == panel]
