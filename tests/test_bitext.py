@@ -133,10 +133,7 @@ def test_wrong_aligned_files(tmp_path):
         read_pairs(tmp_path / "nothing.tsv")
 
 
-@pytest.mark.skipif(
-    not os.environ.get("OPTICAL_DATA"),
-    reason="the variable OPTICAL_DATA names no folder with the data pack",
-)
+@pytest.mark.skipif(not os.environ.get("OPTICAL_DATA"), reason="OPTICAL_DATA names no data pack")
 def test_reads_real_parallel_text():
     paths = sorted((Path(os.environ["OPTICAL_DATA"]) / "bitext").glob("*.train.tsv*"))
     assert paths

@@ -367,10 +367,10 @@ def test_clirmatrix_id(loaded):
 def test_the_shipped_wikiclir_sample():
     root = os.environ.get("OPTICAL_DATA")
     if not root:
-        pytest.skip("set OPTICAL_DATA to the folder of the real-data pack")
+        pytest.skip(reason="set OPTICAL_DATA to the folder of the real-data pack")
     folder = Path(root) / "clir" / "wikiclir-sw-mini"
     if not folder.is_dir():
-        pytest.skip(f"OPTICAL_DATA has no {folder.relative_to(root)}")
+        pytest.skip(reason=f"OPTICAL_DATA has no {folder.relative_to(root)}")
     collection = load_collection(
         queries=folder / "queries.en.tsv",
         documents=folder / "docs.sw.jsonl",

@@ -16,9 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wno-unused-parameter")
 
 needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="nvcc was not found")
-needs_nvdisasm = pytest.mark.skipif(
-    cuda_resources.disassembler() is None, reason="triton, which brings nvdisasm, is not installed"
-)
+DISASSEMBLER = cuda_resources.disassembler()
+needs_nvdisasm = pytest.mark.skipif(DISASSEMBLER is None, reason="triton brings nvdisasm; not here")
 
 
 def committed():

@@ -26,7 +26,7 @@ def on_device(problem, gradient="envelope"):
     problem = problem.to(torch.float32, "cuda")
     reason = backends.BACKENDS["cuda"].supports(problem.arguments(gradient))
     if reason is not None:
-        pytest.skip(reason)
+        pytest.skip(reason=reason)
     return problem
 
 

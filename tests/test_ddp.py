@@ -23,7 +23,6 @@ half = slice(4 * rank, 4 * rank + 4)
 part = [{name: value[half] for name, value in one.items()} for one in test_ddp.batch()]
 loss(part)["ot_cost"].backward()
 torch.save(loss.module.model.vectors.weight.grad, f"{folder}/{rank}.pt")
-del loss
 dist.barrier()
 dist.destroy_process_group()
 # Without the interpreter's shutdown: a thread of gloo that wants its lock then aborts the process.
