@@ -14,7 +14,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install study test test-slow test-install check format fuzz soak sanitize docs dist bench plots gpu cuda-resources clean
+.PHONY: install study test test-slow test-install check format fuzz fuzz-kernels soak sanitize docs dist bench plots gpu cuda-resources clean
 
 install: $(STAMP)
 
@@ -52,6 +52,12 @@ test-install: $(STAMP)
 # Random calls, valid ones against the float64 reference, as many as the time allows.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --calls 100000 --seconds $(or $(SECONDS),300)
+
+# The same of the kernels of GPUs; without one they run on the CPU, slowly.
+fuzz-kernels: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py cuda --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py triton --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py streamed --seconds $(or $(SECONDS),300)
 
 # Mixed calls while memory, open files and threads must stay level.
 soak: $(STAMP)

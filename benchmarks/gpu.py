@@ -75,6 +75,9 @@ def steps(output: Path) -> list[Step]:
         Step("test-gpu", (*pytest, "-m", "gpu", "tests")),
         Step("test-backends", (*pytest, "tests/test_backends.py", "-k", "cuda")),
     ]
+    for kernels in ("cuda", "triton", "streamed"):
+        command = (python, "tests/fuzz_kernels.py", kernels, "--seconds", "20")
+        made.append(Step(f"fuzz-{kernels}", command))
     if shutil.which(SANITIZER):
         for tool in ("memcheck", "racecheck", "synccheck"):
             watched = (SANITIZER, "--tool", tool, "--error-exitcode", "1", *own, "build")

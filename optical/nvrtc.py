@@ -174,10 +174,15 @@ def most_warps(kind: int, backward: int | None, device: Device) -> int:
     return next(fitting, 0)
 
 
+def tiles(lines: int) -> int:
+    """Of 64 lines, along a side; a side without lines has one that is empty."""
+    return max(1, -(-lines // 64))
+
+
 def plan(n: int, m: int, kind: int, backward: int | None, device: Device) -> Plan | None:
     """For problems padded to n x m; None where they do not fit."""
     most = most_warps(kind, backward, device)
-    down, across = -(-n // 64), -(-m // 64)
+    down, across = tiles(n), tiles(m)
     found = None
     if most and n <= 32 and m <= 32:
         found = (0, 1, 1, 1)
@@ -205,12 +210,12 @@ def plans(problem: Any, backward: int | None, device: Device) -> Iterator[Plan]:
             yield largest
         return
     most = most_warps(problem.kind, backward, device)
-    tiles = -(-problem.n // 64) * -(-problem.m // 64)
+    several = max(problem.n, problem.m) > 64
     open_ = [(0, 1, 1, 1)]
     open_ += [(1, 1, 1, 1)] if max(problem.n, problem.m) > 32 else []
-    open_ += [(2, 2, 2, 1)] if tiles > 1 and most >= 4 else []
+    open_ += [(2, 2, 2, 1)] if several and most >= 4 else []
     # Any grid of so many warps may turn up; in one row it needs the most.
-    open_ += [(3, 1, most, 1)] if tiles > 1 else []
+    open_ += [(3, 1, most, 1)] if several else []
     open_ += [(4, 1, most, blocks) for blocks in (2, 4, 8) if blocks <= largest.blocks]
     for number, down, across, blocks in open_:
         size = shared_bytes(number, down, across, problem.kind, backward)

@@ -280,6 +280,9 @@ def option_problems() -> Iterator[Problem]:
     cheap, light_a, light_b = base.x.clone(), base.log_a.clone(), base.log_b.clone()
     cheap[0, 2], light_a[0, 2], cheap[1, :, 3], light_b[1, 3] = -11, -105, -11, -105
     yield replace(base, name="rho_mass_0", x=cheap, log_a=light_a, log_b=light_b, **weak)
+    # Every entry of the plan is 0, of lines that have allowed pairs all the same.
+    cold: dict[str, Any] = {"x": base.x + 20, "max_iter": 0, "rho_a": 0.5, "rho_b": 0.5}
+    yield replace(base, name="rho_no_iteration", **cold)
     yield replace(base, name="omega", omega=1.5)
     yield replace(heavy, name="omega_below_one", omega=0.6, rho_b=0.4)
     yield replace(base, name="omega_1.8_forbidden", omega=1.8, x=forbidden)
@@ -312,6 +315,8 @@ def vector_problems() -> Iterator[Problem]:
         yield packed(ragged)
         yield replace(packed(ragged), name=f"{kind}_packed_rho", rho_a=0.5, rho_b=math.inf)
         yield replace(ragged, name=f"{kind}_low_memory", low_memory=True)
+    lengths = {"rows": [3, 0, 2, 0], "columns": [48, 40, 0, 70]}
+    yield packed(random_clouds("empty_sides", "cosine", batch=4, n=3, m=70, **lengths))
     clouds = random_clouds("", "cosine", n=10, m=10, dim=16, seed=3)
     x, y = clouds.x, clouds.y
     assert y is not None

@@ -40,6 +40,7 @@ REFUSALS = (TypeError, ValueError, BackendUnsupported)
 LONGEST = 600  # seconds after which a call is taken to hang: other programs may run beside it
 FAMILY = 8  # runs of the reference on inputs rounded differently
 MARGIN = 4  # times whose largest error is allowed
+KERNELS = ("cuda", "triton")
 OUTPUTS = ("value", "value_linear", "f", "g", "marginal_error", "n_iter", "status")
 OF_VECTORS = ("grad_x", "grad_y", "grad_student", "grad_teacher")
 OF_ROWS = ("f", "grad_x", "grad_log_a", "apply_plan", "grad_w")
@@ -97,6 +98,7 @@ class Call:
         scale, mass, slope: of the costs, of the masses and of the costs' derivative: what errors
             are measured against.
         dtype: in which it is computed.
+        device: where it is; the tensors are the CPU's, as the reference's are.
     """
 
     function: str
@@ -109,6 +111,7 @@ class Call:
     mass: float = 1.0
     slope: float = 1.0
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"
 
     def __str__(self) -> str:
         given = ", ".join(f"{name}={_words(value)}" for name, value in self.arguments.items())
@@ -145,10 +148,19 @@ class Call:
         arguments = self.arguments | {"epsilon": epsilon.expand(batch)}
         changed = {name: other(value) for name, value in arguments.items()}
         changed["backend"] = "reference"
-        return replace(self, arguments=changed, vectors=other(self.vectors))
+        return replace(self, arguments=changed, vectors=other(self.vectors), device="cpu")
+
+    def placed(self, value: Any) -> Any:
+        """What is a tensor, or a pair of them, on the device of the call."""
+        if isinstance(value, tuple):
+            return tuple(map(self.placed, value))
+        return value.to(self.device) if isinstance(value, Tensor) else value
 
     def run(self) -> Any:
-        return getattr(optical, self.function)(**self.arguments)
+        arguments = self.arguments
+        if self.device != "cpu":
+            arguments = {name: self.placed(value) for name, value in arguments.items()}
+        return getattr(optical, self.function)(**arguments)
 
 
 def _words(value: Any) -> str:
@@ -406,7 +418,7 @@ def outputs(call: Call) -> dict[str, Tensor]:
         found = {name: getattr(result, name) for name in (*OUTPUTS, "gradient_residual")}
         found["plan"] = result.plan()
     if isinstance(result, SinkhornResult) and call.vectors is not None:
-        v, w = (x.detach().requires_grad_() for x in call.vectors)
+        v, w = (call.placed(x.detach()).requires_grad_() for x in call.vectors)
         found["apply_plan"] = result.apply_plan(v)
         found["apply_plan_transposed"] = result.apply_plan(w, transpose=True)
         product = found["apply_plan"].sum() + 2 * found["apply_plan_transposed"].sum()
@@ -414,10 +426,10 @@ def outputs(call: Call) -> dict[str, Tensor]:
     leaves = {k: x for k, x in call.arguments.items() if isinstance(x, Tensor) and x.requires_grad}
     if leaves:
         differentiated = [found[name] for name in call.cotangents]
-        upstream = [x.to(found["value"].dtype) for x in call.cotangents.values()]
+        upstream = [x.to(found["value"]) for x in call.cotangents.values()]
         gradients = torch.autograd.grad(differentiated, list(leaves.values()), upstream)
         found |= {f"grad_{name}": x for name, x in zip(leaves, gradients, strict=True)}
-    return {name: x.detach() for name, x in found.items()}
+    return {name: x.detach().cpu() for name, x in found.items()}
 
 
 def referred(call: Call, dtype: torch.dtype | None = None, nudge: int = 0) -> dict[str, Tensor]:
@@ -460,8 +472,8 @@ class _Family:
         self.call, self.found, self.truth = call, found, truth
         self.members: list[dict[str, Tensor]] = []
         # A cost is rounded to its dtype before it is divided by epsilon.
-        coldest = [_temperature(call, i) for i in range(len(call.cotangents["value"]))]
-        coldest = [epsilon for epsilon in coldest if 0 < epsilon < INF]
+        temperatures = [_temperature(call, i) for i in range(len(call.cotangents["value"]))]
+        self.temperatures = [epsilon for epsilon in temperatures if 0 < epsilon < INF]
         largest = max(call.scale, *(_largest(truth[name]) for name in "fg" if name in truth), 0.0)
         # A potential is a temperature times the logarithm of a sum, whose own rounding is a share
         # of 1 however small the logarithm: where a run ends before it has cooled down, that is an
@@ -469,7 +481,7 @@ class _Family:
         if call.option("anneal") is not None and call.arguments["max_iter"] > 0:
             start, ratio = call.arguments["anneal"]
             largest = max(largest, start * ratio ** (call.arguments["max_iter"] - 1))
-        self.coldest = min(coldest, default=1.0)
+        self.coldest = min(self.temperatures, default=1.0)
         amplified = largest / self.coldest
         self.exponents = 4 * torch.finfo(call.dtype).eps * amplified
 
@@ -480,8 +492,8 @@ class _Family:
             return f"shape {tuple(found.shape)}; expected {tuple(truth.shape)}"
         if not truth.numel():
             return ""
-        if self.call.function == "sinkhorn_divergence":
-            # It is a difference: what overflows in one of its terms may overflow in another.
+        if self.call.function == "sinkhorn_divergence" or self.call.option("backend") in KERNELS:
+            # It is a difference, or made of some: what overflows in one term may in another.
             found = torch.where(truth.isinf() & found.isnan(), truth.to(found.dtype), found)
         if self.exponents > 1e-2:
             # Neighbouring numbers are different costs to the plan: it has no digits to compare.
@@ -505,6 +517,11 @@ class _Family:
         known &= ~truth.isfinite() | (truth.abs() < near)
         error = _difference(found[known], truth[known])
         own = (TOLERANCE[found.dtype] + self.exponents) * self.size(name)
+        if name in ("f", "g") and self.call.option("backend") == "triton":
+            # Its scores hold the logarithms of the masses, and are rounded as the largest of them.
+            masses = [self.call.option(f"log_{side}", torch.zeros(0)).detach() for side in "ab"]
+            exponent = max(map(_largest, masses)) * max(self.temperatures, default=0.0)
+            own += torch.finfo(found.dtype).eps * exponent
         largest = 0.0
         for k in range(FAMILY):
             if error <= own + MARGIN * largest:

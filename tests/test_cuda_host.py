@@ -54,15 +54,15 @@ def compiled(tmp_path_factory):
     return cuda.open_library(build(tmp_path_factory.mktemp("host"), "-O1", "-Werror"), None)
 
 
-def use(library, monkeypatch):
-    monkeypatch.setattr(cuda, "_state", lambda: cuda._State(library, None))
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+def use(library, replace_attribute):
+    replace_attribute(cuda, "_state", lambda: cuda._State(library, None))
+    replace_attribute(cuda, "DEVICE", "cpu")
     cuda._within_reach.cache_clear()
 
 
 @pytest.fixture
 def kernels(compiled, monkeypatch):
-    use(compiled, monkeypatch)
+    use(compiled, monkeypatch.setattr)
     compiled.optical_host_seed(1)
     yield compiled
     cuda._within_reach.cache_clear()
@@ -209,7 +209,7 @@ def test_a_missing_barrier_is_noticed(tmp_path, kernels, monkeypatch):
     problem = random_problem("barrier", 1, 100, 120, max_iter=4)
     assert_backend_correct("cuda", problem, torch.float32, gradients=("envelope",))
     broken = cuda.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_BARRIER"), None)
-    use(broken, monkeypatch)
+    use(broken, monkeypatch.setattr)
     with pytest.raises((AssertionError, RuntimeError)):
         assert_backend_correct("cuda", problem, torch.float32, gradients=("envelope",))
 
@@ -235,7 +235,7 @@ def test_threads_that_wait_for_ever_are_reported(tmp_path):
 @pytest.mark.slow
 def test_no_undefined_behaviour(tmp_path, monkeypatch, kernels):
     flags = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-static-libubsan")
-    use(cuda.open_library(build(tmp_path, *flags), None), monkeypatch)
+    use(cuda.open_library(build(tmp_path, *flags), None), monkeypatch.setattr)
     for n, m in ((7, 5), (40, 60), (130, 70), (200, 300)):
         clouds = random_clouds("clouds", "cosine", batch=1, n=n, m=m, dim=18, max_iter=2)
         for problem in (clouds, packed(clouds), random_problem("given", 1, n, m, max_iter=2)):

@@ -1,8 +1,13 @@
-"""A short run of the random calls of fuzz.py; `make fuzz` runs a long one."""
+"""A short run of the random calls of fuzz.py and fuzz_kernels.py; `make fuzz` runs a long one."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from optical import native
 
 FUZZ = Path(__file__).with_name("fuzz.py")
 
@@ -10,6 +15,18 @@ FUZZ = Path(__file__).with_name("fuzz.py")
 def test_random_calls_agree_with_the_reference_or_are_refused():
     command = [sys.executable, str(FUZZ), "--calls", "150", "--seconds", "30", "--seed", "5109"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+@pytest.mark.parametrize("kernels", ["cuda", "triton", "streamed"])
+def test_random_calls_of_the_kernels_agree_with_the_reference(kernels):
+    if kernels == "cuda" and native.find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    if kernels != "cuda" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    program = FUZZ.with_name("fuzz_kernels.py")
+    command = [sys.executable, str(program), kernels, "--calls", "30", "--seconds", "15"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-4000:]
 
 

@@ -22,10 +22,13 @@ struct Limits {
     int warps, blocks;
 };
 
+// Large tiles along a side; a side without lines has one that is empty.
+OPTICAL_ANYWHERE int64_t tiles_of(int64_t lines) { return lines > 64 ? (lines + 63) / 64 : 1; }
+
 OPTICAL_ANYWHERE Regime regime_of(int64_t n, int64_t m, const Limits& most) {
     if (most.warps < 1) return {-1, 0, 0, 0};
     if (n <= 32 && m <= 32) return {0, 1, 1, 1};
-    const int64_t down = (n + 63) / 64, across = (m + 63) / 64;
+    const int64_t down = tiles_of(n), across = tiles_of(m);
     if (down * across == 1) return {1, 1, 1, 1};
     if (down == 2 && across == 2 && most.warps >= 4) return {square_regime, 2, 2, 1};
     if (down * across <= most.warps) return {3, (int)down, (int)across, 1};

@@ -119,7 +119,7 @@ int for_regimes(const optical_problem& p, Operation operation, Queue queue) {
     if (largest.number < 0) return out_of_reach;
     if (!p.offset_a) return queue(largest, most);
     int status = queue({0, 1, 1, 1}, most);
-    const int64_t tiles = (p.n + 63) / 64 * ((p.m + 63) / 64);
+    const int64_t tiles = tiles_of(p.n) * tiles_of(p.m);
     if (status == OPTICAL_OK && (p.n > 32 || p.m > 32)) status = queue({1, 1, 1, 1}, most);
     if (status == OPTICAL_OK && tiles > 1 && most.warps >= 4)
         status = queue({square_regime, 2, 2, 1}, most);

@@ -253,8 +253,9 @@ def resident_kernel(
             K = tl.exp2(T + (A + F)[:, None] + (B + G_next)[None, :])
         else:
             K = tl.exp2(T + tl.where(column_alive, G_next - G, 0.0)[None, :])
-        u = tl.full((BLOCK_N,), 1.0, tl.float32)
-        v = tl.full((BLOCK_M,), 1.0, tl.float32)
+        # Until the end the scaling of a line without an allowed pair is 0, and of no other.
+        u = tl.where(row_alive, 1.0, 0.0)
+        v = tl.where(column_alive, 1.0, 0.0)
         tl.debug_barrier()
         tl.store(f_ptr + rows + zero, F, mask=rows < n)
         tl.store(g_ptr + columns + zero, G_next, mask=columns < m)
@@ -357,12 +358,11 @@ def resident_kernel(
     mass_b = tl.sum(b, 0)
     dual = tl.sum(row_sum * F, 0) + tl.sum(column_sum * G, 0)
     value = dual / scale + epsilon * (mass_a * mass_b - total)
-    # A line without an allowed pair has an empty row of K, as has one whose pairs all underflow.
     goal_a = a
     goal_b = b
     if GENERAL:
-        goal_a = wanted(A, (row_sum > 0) | (F != 0), F, strength_a)
-        goal_b = wanted(B, (column_sum > 0) | (G != 0), G, strength_b)
+        goal_a = wanted(A, u > 0, F, strength_a)
+        goal_b = wanted(B, v > 0, G, strength_b)
         if inverse_rho_a > 0:
             value += tl.sum(penalties(row_sum, A, a), 0) / inverse_rho_a
         if inverse_rho_b > 0:

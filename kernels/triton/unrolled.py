@@ -56,10 +56,10 @@ def half_step(cost, potential, log_mass, temperature, axis: tl.constexpr):
 
 
 @triton.jit
-def log_ratio(sums, mass):
-    """log(sums / mass), and 0 where nothing is transported."""
+def log_ratio(sums, log_mass):
+    """log(sums / mass), and 0 where nothing is transported; the mass may be 0 in float32."""
     some = sums > 0
-    return (tl.log2(tl.where(some, sums, 1.0)) - tl.log2(tl.where(some, mass, 1.0))) / LOG2_E
+    return (tl.log2(tl.where(some, sums, 1.0)) - tl.where(some, log_mass, 0.0)) / LOG2_E
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least", "most"])
@@ -193,10 +193,10 @@ def unrolled_kernel(
     bar_a = upstream * epsilon * (a * tl.sum(b, 0) - row_sum)
     bar_b = upstream * epsilon * (b * tl.sum(a, 0) - column_sum)
     if inverse_rho_a > 0:
-        weight_a += log_ratio(row_sum, a) / inverse_rho_a
+        weight_a += log_ratio(row_sum, A) / inverse_rho_a
         bar_a += upstream * (a - row_sum) / inverse_rho_a
     if inverse_rho_b > 0:
-        weight_b += log_ratio(column_sum, b) / inverse_rho_b
+        weight_b += log_ratio(column_sum, B) / inverse_rho_b
         bar_b += upstream * (b - column_sum) / inverse_rho_b
     weight = upstream * (weight_a[:, None] + weight_b[None, :])
     moved = plan * (weight + upstream_linear * tl.where(plan > 0, cost, 0.0))

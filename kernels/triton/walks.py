@@ -192,7 +192,8 @@ def account(own, n, inverse_rho, strength, BLOCK: tl.constexpr):
         index = zero + tl.arange(0, BLOCK)
         A = load_log_mass(log_mass_ptr, index, n)
         found = tl.load(found_ptr + index, mask=index < n, other=DEAD)
-        alive = found < DEAD
+        # A sum beyond float32 is a sum.
+        alive = found != DEAD
         F = tl.load(F_ptr + index, mask=index < n, other=0.0)
         F = tl.where(found == DEAD, 0.0, F)
         tl.store(F_ptr + index, F, mask=index < n)

@@ -56,6 +56,7 @@ def test_envelope_gradients_by_the_tolerance_rule(name, poisoned_memory):
 
 
 UNROLLED = ["ragged", "rho_forbidden_lines", "nan_padding", "init", "anneal_unfinished", "rho"]
+UNROLLED += ["rho_mass_0", "rho_no_iteration"]
 UNROLLED += ["everything", "omega_1.8_forbidden", "no_iteration", "cosine_all", "zero_vectors"]
 UNROLLED += ["cosine_ragged_packed", "sqeuclidean_ragged", "dot_ragged", "epsilon_0.001"]
 

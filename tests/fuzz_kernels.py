@@ -1,0 +1,85 @@
+"""Random calls of fuzz.py for the kernels of GPUs, on one where there is one.
+
+    python tests/fuzz_kernels.py cuda --calls 1000 --seconds 300 --seed 0
+    python tests/fuzz_kernels.py triton --seconds 300
+    python tests/fuzz_kernels.py streamed --seconds 300
+
+Without a GPU the CUDA kernels run as in test_cuda_host.py, compiled for the CPU, and those of
+Triton in its interpreter, on fewer and shorter problems. ``streamed`` gives Triton's kernels for
+sides that do not stay on chip sides of any length.
+"""
+
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import fuzz
+import torch
+
+NAMES = ("cuda", "triton", "streamed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use(name: str) -> None:
+    """Makes the kernels of that name run here."""
+    if name == "cuda":
+        if DEVICE == "cpu":
+            _compile_for_the_cpu()
+        return
+    if DEVICE == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    from optical.kernels import tuning
+
+    if name == "streamed":
+        # One pair stays on chip, and one program runs each problem unless there is one alone.
+        tuning.RESIDENT, tuning.PROGRAMS, tuning.OBLONG = 1, 1, ()
+        for table in ("TILES", "ROOMY", "ADJOINT"):
+            setattr(tuning, table, {1: getattr(tuning, table)[16]})
+    if DEVICE == "cpu":
+        from interpreter import patch_once
+
+        patch_once(setattr)
+
+
+def _compile_for_the_cpu() -> None:
+    import test_cuda_host
+
+    from optical import cuda
+
+    with tempfile.TemporaryDirectory() as folder:
+        library = cuda.open_library(test_cuda_host.build(Path(folder), "-O1"), None)
+    test_cuda_host.use(library, setattr)
+
+
+def draw(name: str, seed: int) -> fuzz.Call:
+    """The first valid call that the dice of this number give and these kernels serve."""
+    dice = fuzz.Dice(seed)
+    backend = "cuda" if name == "cuda" else "triton"
+    while True:
+        call = fuzz.draw_valid(dice).but(backend=backend, precision="exact")
+        call = replace(call, threads=1, device=DEVICE)
+        given = call.option
+        if call.dtype != torch.float32 or given("anderson"):
+            continue
+        refused = name == "streamed" or (name == "cuda" and given("anneal") is not None)
+        if given("gradient") == "unroll" and refused:
+            continue
+        long = len(call.cotangents["value"]) > 3 or call.arguments["max_iter"] > 12
+        if backend == "triton" and DEVICE == "cpu" and long:
+            continue
+        return call
+
+
+def main() -> int:
+    if sys.argv[1:2] not in [[name] for name in NAMES]:
+        sys.exit(f"{sys.argv[0]}: expected {', '.join(NAMES[:-1])} or {NAMES[-1]} first")
+    name = sys.argv.pop(1)
+    use(name)
+    sys.argv[0] += f" {name}"
+    return fuzz.main(sys.argv[1:], lambda seed: draw(name, seed), fuzz.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
