@@ -103,6 +103,10 @@ def train(argv: list[str]) -> int:
     final = training.run(trainer, options, resume=getattr(options, "resume", False))
     if args.process_index == 0:
         print(final)
+    # Many processes end together: one that is left behind may abort in the interpreter's shutdown,
+    # and torchrun would report a training as failed whose model is whole.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return 0
 
 
