@@ -156,7 +156,7 @@ BACKENDS: dict[str, Backend] = {
             _cuda_forward,
             _cuda_backward,
             _cuda_apply_plan,
-            "packed with more than 512 lines in all, it waits for the longest lengths",
+            "packed with more lines than fit in one problem, it waits for the longest lengths",
         ),
         Backend(
             "triton",

@@ -3,8 +3,8 @@
 The kernels of ``csrc/cuda`` take the structures of ``csrc/sinkhorn.h``, with pointers of the device
 and a stream, so one binary serves every version of Python and PyTorch. Memory comes from PyTorch's
 allocator. Nothing waits for the device, so that calls can be captured in CUDA graphs, but for
-packed problems of which one could be too large, those of more than 512 lines in all: then the
-longest lengths are read, once for each pair of offsets, and under capture they are refused.
+packed problems of which one could be too large, since all their lines would not fit in one: then
+the longest lengths are read, once for each pair of offsets, and under capture they are refused.
 
 ``setup.py`` runs this file by its path before PyTorch is there, so the module imports the standard
 library only and reaches for torch when it is given tensors.
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 LIBRARY_NAME = "_cuda.so"
 # What a binary for every device that the kernels know is built for.
 ARCHITECTURES = ("80", "90a", "100f", "120")
-# The sides of a problem of which 8 blocks of a cluster, with 8 warps of 64 x 64 each, are certain
-# to hold the whole.
-ALWAYS_FITS = 512
 
 FLAGS = ("-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden")
 
@@ -249,8 +246,8 @@ def supports(arguments: Arguments) -> str | None:
         return reason
     if _may_wait(p) and _capturing():
         return (
-            f"the longest of packed problems must be read, with more than {ALWAYS_FITS} lines in "
-            "all, and a CUDA graph is being captured"
+            "the longest of packed problems must be read, since one problem of all their lines "
+            "would not fit, and a CUDA graph is being captured"
         )
     n, m = _largest(p)
     if not _within_reach(n, m, p.kind, p.gradient, p.x.device.index):
@@ -432,8 +429,10 @@ def _capturing() -> bool:
 def _may_wait(arguments: Arguments) -> bool:
     """Whether only the device knows if every problem is small enough."""
     p = arguments
-    lines = max(p.log_a.shape[0], p.log_b.shape[0]) if p.packed and len(p.epsilon) else 0
-    return lines > ALWAYS_FITS
+    if not p.packed or not len(p.epsilon):
+        return False
+    lines = p.log_a.shape[0], p.log_b.shape[0]
+    return not _within_reach(*lines, p.kind, p.gradient, p.x.device.index)
 
 
 def _largest(arguments: Arguments) -> tuple[int, int]:

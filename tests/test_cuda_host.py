@@ -297,6 +297,15 @@ def test_longest_lengths_are_read_once_and_never_under_capture(kernels, monkeypa
     assert len(read) == 2
 
 
+def test_short_problems_are_served_however_many_lines_they_have_in_all(kernels):
+    """One problem of all these lines would fit when it is solved, but not when it is unrolled."""
+    many = packed(random_clouds("many", "cosine", batch=9, n=2, m=45, dim=4, max_iter=2))
+    whole = random_problem("whole", 1, 18, 405).to(torch.float32)
+    assert cuda.supports(whole.arguments()) is None
+    assert "does not fit" in cuda.supports(whole.arguments("unroll"))
+    assert_backend_correct("cuda", many, torch.float32, gradients=("envelope", "unroll"))
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "dot"])
 def test_the_content_of_padding_changes_no_bit(kind, gradient, kernels):
