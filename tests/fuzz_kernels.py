@@ -36,7 +36,8 @@ def use(name: str) -> None:
 
     if name == "streamed":
         # One pair stays on chip, and one program runs each problem unless there is one alone.
-        tuning.RESIDENT, tuning.PROGRAMS, tuning.OBLONG = 1, 1, ()
+        # The plan is kept in half precision for short runs too.
+        tuning.RESIDENT, tuning.PROGRAMS, tuning.OBLONG, tuning.KEPT_ITERATIONS = 1, 1, (), 4
         for table in ("TILES", "ROOMY", "ADJOINT"):
             setattr(tuning, table, {1: getattr(tuning, table)[16]})
     if DEVICE == "cpu":
