@@ -253,9 +253,12 @@ def resident_kernel(
             K = tl.exp2(T + (A + F)[:, None] + (B + G_next)[None, :])
         else:
             K = tl.exp2(T + tl.where(column_alive, G_next - G, 0.0)[None, :])
-        # Until the end the scaling of a line without an allowed pair is 0, and of no other.
-        u = tl.where(row_alive, 1.0, 0.0)
-        v = tl.where(column_alive, 1.0, 0.0)
+        u = tl.full((BLOCK_N,), 1.0, tl.float32)
+        v = tl.full((BLOCK_M,), 1.0, tl.float32)
+        if GENERAL:
+            # Until the end the scaling of a line without an allowed pair is 0, and of no other.
+            u = tl.where(row_alive, u, 0.0)
+            v = tl.where(column_alive, v, 0.0)
         tl.debug_barrier()
         tl.store(f_ptr + rows + zero, F, mask=rows < n)
         tl.store(g_ptr + columns + zero, G_next, mask=columns < m)
