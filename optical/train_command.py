@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import json
+import os
 import sys
 from typing import Any
 
@@ -44,6 +46,7 @@ def train(argv: list[str]) -> int:
         if argv and argv[0] not in ("-h", "--help"):
             raise ValueError(f"recipe {argv[0]!r} is unknown{nearest(argv[0], RECIPES)}")
         return 0 if argv else 2
+    from torch import distributed
     from transformers import HfArgumentParser, TrainingArguments
 
     from optical import encoder, training
@@ -103,11 +106,22 @@ def train(argv: list[str]) -> int:
     final = training.run(trainer, options, resume=getattr(options, "resume", False))
     if args.process_index == 0:
         print(final)
-    # Many processes end together: one that is left behind may abort in the interpreter's shutdown,
-    # and torchrun would report a training as failed whose model is whole.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    if distributed.is_available() and distributed.is_initialized():
+        _leave()
     return 0
+
+
+def _leave() -> None:
+    """End this process of several as the interpreter does, but for taking itself apart.
+
+    A thread of gloo may have a tensor left to let go of, and needs the interpreter's lock for it:
+    while that shuts down, or destroys the process group, the process aborts or hangs now and then,
+    and torchrun calls a training failed whose model is whole.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _parsed(
