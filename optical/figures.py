@@ -12,8 +12,8 @@ from optical.files import atomic_file
 from optical.results import PLAN_COLUMNS, Row, read_rows
 from optical.summary import measure_name
 
-# Okabe and Ito's palette, told apart by colour-blind readers and in grey print; grey in the place of
-# its black, on which intervals would not be seen.
+# Okabe and Ito's palette, told apart by colour-blind readers and in grey print, but for its black:
+# intervals would not be seen on it.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 # A second round of the palette is hatched.
 HATCHES = ("", "///", "...", "xxx")
