@@ -159,7 +159,9 @@ class Call:
     @property
     def in_halves(self) -> bool:
         """Whether kernels may keep the plan in half precision."""
-        return self.option("backend") in KERNELS and self.option("precision") == "fast"
+        plain = self.option("rho") is None and self.option("omega", 1) == 1
+        fast = plain and self.option("precision") == "fast"
+        return fast and self.option("backend") in KERNELS
 
     def run(self) -> Any:
         arguments = self.arguments

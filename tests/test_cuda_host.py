@@ -71,7 +71,7 @@ def kernels(compiled, monkeypatch):
 def skip_unless_supported(problem, gradient):
     reason = cuda.supports(problem.to(torch.float32).arguments(gradient))
     if reason is not None:
-        pytest.skip(reason)
+        pytest.skip(reason=reason)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

@@ -21,9 +21,9 @@ def test_random_calls_agree_with_the_reference_or_are_refused():
 @pytest.mark.parametrize("kernels", ["cuda", "triton", "streamed"])
 def test_random_calls_of_the_kernels_agree_with_the_reference(kernels):
     if kernels == "cuda" and native.find_compiler() is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip(reason="no C++ compiler")
     if kernels != "cuda" and importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+        pytest.skip(reason="triton is not installed")
     program = FUZZ.with_name("fuzz_kernels.py")
     command = [sys.executable, str(program), kernels, "--calls", "30", "--seconds", "15"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -25,9 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ALL = {problem.name: problem for problem in problems()}
 DTYPES = [torch.float32, torch.float64]
 
-needs_library = pytest.mark.skipif(
-    native.unavailable_reason() is not None, reason=f"CPU library: {native.unavailable_reason()}"
-)
+MISSING = native.unavailable_reason()
+needs_library = pytest.mark.skipif(MISSING is not None, reason=f"CPU library: {MISSING}")
 
 
 @pytest.fixture

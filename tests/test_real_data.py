@@ -14,10 +14,8 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EXAMPLE = EXAMPLES / "clir_pack.yaml"
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("OPTICAL_DATA"),
-    reason="the variable OPTICAL_DATA names no folder with the data pack",
-)
+DATA = os.environ.get("OPTICAL_DATA")
+pytestmark = pytest.mark.skipif(not DATA, reason="OPTICAL_DATA names no data pack")
 
 
 def needs_weights(name: str) -> None:

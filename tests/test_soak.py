@@ -1,6 +1,6 @@
 """The verdict of the soak test; `make soak` runs it for half an hour."""
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +12,7 @@ SOAK = Path(__file__).with_name("soak.py")
 
 @pytest.fixture(scope="module")
 def soak():
-    sys.path.insert(0, str(SOAK.parent))
-    try:
-        spec = importlib.util.spec_from_file_location("soak", SOAK)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(SOAK.parent))
+    return importlib.import_module("soak")
 
 
 @pytest.mark.parametrize("leak", ["MB", "tensors", "files", "threads"])

@@ -67,6 +67,12 @@ def test_unrolled_gradients_by_the_tolerance_rule(name, poisoned_memory):
     assert_backend_correct("triton", problem, torch.float32, gradients=("unroll",))
 
 
+def test_a_plan_beyond_float32_is_not_taken_for_none():
+    problem = random_problem("overflow", 1, 260, 3, max_iter=0)
+    out = solve("triton", replace(problem, x=problem.x - 50).to(torch.float32))
+    assert out["marginal_error"].isinf().all() and not out["value"].isfinite().any()
+
+
 def test_unrolled_gradients_stop_where_the_run_did():
     problem = replace(ALL["epsilon_per_problem"], max_iter=12, tol=1e-2).to(torch.float32)
     out, expected = (solve(name, problem, "unroll") for name in ("triton", "reference"))
