@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import optical
 from optical import cpu, native, reference
 from optical.arguments import GRADIENTS, Status
 from optical.testing import (
@@ -176,6 +177,19 @@ def test_extreme_masses_do_not_stop_early(tol, seed):
     early = run(replace(rounded, tol=tol * 1.01 + 1e-6))[5]
     late = run(replace(rounded, tol=tol * 0.99 - 1e-6))[5]
     assert ((early <= n_iter) & (n_iter <= late)).all()
+
+
+@needs_library
+def test_the_penalty_of_a_plan_many_times_its_mass_is_a_number():
+    """Two rows of masses 1 and e^-100, a plan of e^650 in the second: their ratio is no number."""
+    log_a, cost = torch.tensor([0.0, -100.0]).double(), torch.tensor([[0.0], [-7.5]]).double()
+    found = optical.sinkhorn(
+        cost[None], epsilon=0.01, log_a=log_a[None], rho=(1.0, None), max_iter=0, backend="cpu"
+    )
+    # f = g = 0, and f of no part: the value is epsilon (1 - P) and sum P log(P / a) - P + a.
+    plan = (log_a - cost[:, 0] / 0.01).exp()
+    expected = (0.01 * (log_a.exp() - plan) - cost[:, 0] / 0.01 * plan - plan + log_a.exp()).sum()
+    torch.testing.assert_close(found.value, expected[None], rtol=1e-12, atol=0)
 
 
 @needs_library

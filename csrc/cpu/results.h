@@ -124,10 +124,13 @@ struct Results {
     }
 
     // log(found / mass), which a large rho magnifies with every error of it. The mass, where it is
-    // no subnormal number: found was made with it, and its rounding cancels.
+    // no subnormal number and the ratio no infinite one: found was made with it, and its rounding
+    // cancels.
     static double log_ratio(double found, T mass, T log_mass) {
-        return mass > Bounds<T>::some ? __builtin_log(found / (double)mass)
-                               : __builtin_log(found) - (double)log_mass;
+        const double ratio = found / (double)mass;
+        return mass > Bounds<T>::some && ratio < Number<double>::infinity
+                   ? __builtin_log(ratio)
+                   : __builtin_log(found) - (double)log_mass;
     }
 
     double value(const Totals& t) const {
