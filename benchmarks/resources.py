@@ -42,6 +42,7 @@ from optical.kernels import (
     tokens,
     tuning,
     unrolled,
+    unrolled_streamed,
 )
 
 TARGETS = {
@@ -55,11 +56,12 @@ SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INTEGERS = {
     *("n", "m", "dim", "max_iter", "least", "most", "width", "first"),
-    *("plane", "left"),
+    *("plane", "left", "k", "lines_a", "lines_b"),
     *("stride_batch", "stride_n", "stride_m"),
 }
 POINTERS = {"cu_ptr": "*i64", "cu_a_ptr": "*i64", "cu_b_ptr": "*i64"}
 POINTERS |= dict.fromkeys(("n_iter_ptr", "status_ptr", "stopped_ptr", "state_ptr"), "*i32")
+POINTERS |= {"steps_ptr": "*i32"}
 POINTERS |= {"kept_ptr": "*fp16"}
 KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
 
@@ -170,6 +172,7 @@ def configurations() -> Iterator[Configuration]:
         yield _tiled(sums.mass_gradient_kernel, "64x64", tuning.WALK, kind, dtype, **options)
         options = stream | {"PULL": "exact", "BLOCK_G": 64}
         yield _tiled(sums.product_kernel, "64x64", tuning.WALK, kind, dtype, **options)
+        yield from _unrolled(kind, dtype)
     tile, fast = tuning.STREAM, stream | {"FAST": True}
     for rows in (True, False):
         options = fast | {"SEEN": 0, "ROWS": rows}
@@ -184,10 +187,34 @@ def configurations() -> Iterator[Configuration]:
     yield Configuration(streaming.turn_kernel, "lines", "", "fp32", turn, 4, 3)
     cells = {"IMPLICIT": True, "BLOCK_N": 32, "BLOCK_M": 64, "stride_m": 1}
     yield Configuration(gradients.cost_gradient_kernel, "32x64", "given", "fp32", cells, 4, 3)
+    survey = {"PACKED": False, "BLOCK": tuning.LINES}
+    yield Configuration(unrolled_streamed.survey_kernel, "lines", "", "fp32", survey, 4, 3)
     norms = {"KIND": 1, "PACKED": False, "SCALED": False, "BLOCK_T": 16, "BLOCK_D": 128}
     yield Configuration(tokens.norm_kernel, "16x128", "cosine", "bf16", norms, 4, 3)
     centre = {"PACKED": False, "BLOCK_T": 32, "BLOCK_D": 64}
     yield Configuration(tokens.centre_kernel, "32x64", "sqeuclidean", "bf16", centre, 4, 3)
+
+
+def _unrolled(kind: str, dtype: str) -> Iterator[Configuration]:
+    """The kernels of streamed unrolled gradients."""
+    options: dict[str, Any] = {"PACKED": False}
+    kernels = unrolled_streamed
+    yield _tiled(kernels.forth_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
+    yield _tiled(kernels.weight_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
+    back = options | {"COLUMNS": False, "POTENTIALS": True}
+    for begin in (True, False):
+        what = "begin" if begin else ""
+        back["BEGIN"] = begin
+        yield _tiled(kernels.back_kernel, "64x64", tuning.STREAM, kind, dtype, what, **back)
+    grain = tuning.SINGLE_PARTIAL if dtype == "fp32" else tuning.PARTIAL
+    tile = tuning.ADJOINT_STREAM[False]
+    if kind != "given":
+        tile = tuning.Tile(grain.rows, grain.columns, grain.depth, grain.rows, grain.warps, 1, 2)
+    options |= {"COLUMNS": False, "BLOCK_G": grain.pull}
+    options["PULL"] = tl.bfloat16 if dtype == "bf16" else tl.float32
+    options["PULL_PRECISION"] = "exact" if dtype == "fp32" else "tf32"
+    name = f"{tile.rows}x{tile.columns}"
+    yield _tiled(kernels.unrolled_gradient_kernel, name, tile, kind, dtype, **options)
 
 
 def _tiled(
@@ -237,7 +264,8 @@ def measure(configuration: Configuration, target: str) -> Row:
         constants[name] = value
     vectors, signature = "*" + c.dtype, {}
     of_vectors = {"x_ptr", "y_ptr", "vectors_ptr"}
-    of_vectors |= {"grad_ptr"} if c.name == "vector_gradient" else set()
+    if c.name in ("vector_gradient", "unrolled_gradient"):
+        of_vectors.add("grad_ptr")
     for name in c.kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"

@@ -32,6 +32,8 @@ QUICK = [
     ("finish", "lines", "", "fp32", ""),
     ("turn", "lines", "", "fp32", ""),
     ("cost_gradient", "32x64", "given", "fp32", ""),
+    ("back", "64x64", "cosine", "bf16", ""),
+    ("unrolled_gradient", "64x64", "cosine", "bf16", ""),
     ("norm", "16x128", "cosine", "bf16", ""),
     ("centre", "32x64", "sqeuclidean", "bf16", ""),
 ]

@@ -8,10 +8,10 @@ from torch import Tensor
 import triton
 from optical.arguments import Arguments, Gradients
 from optical.kernels import tuning
-from optical.kernels.batch import Batch, starts, tile_options, tiles_of
+from optical.kernels.batch import Batch
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
 from optical.kernels.sums import mass_gradient_kernel, product_kernel
-from optical.kernels.unrolled import unrolled_kernel
+from optical.kernels.unroll import Arriving, unroll
 
 
 def backward(
@@ -33,8 +33,8 @@ def backward(
     with torch.cuda.device_of(p.x):
         batch = Batch(arguments)
         if p.gradient == "unroll":
-            arriving = grad_value, grad_value_linear, grad_f, grad_g
-            return _unrolled(batch, arriving, f, n_iter, need_x, need_y)
+            arriving = Arriving(grad_value, grad_value_linear, grad_f, grad_g)
+            return unroll(batch, arriving, f, n_iter, need_x, need_y)
         implicit = p.gradient == "implicit"
         if not implicit:
             w, z = f, g
@@ -50,66 +50,6 @@ def backward(
         grad_log_a = _mass_gradient(batch, p.log_a, False, (f, g, w), upstream, p.rho_a, implicit)
         grad_log_b = _mass_gradient(batch, p.log_b, True, (g, f, z), upstream, p.rho_b, implicit)
     return grad_x, grad_y, grad_log_a, grad_log_b
-
-
-def _unrolled(
-    batch: Batch,
-    upstream: tuple[Tensor | None, ...],
-    f: Tensor,
-    n_iter: Tensor,
-    need_x: bool,
-    need_y: bool,
-) -> Gradients:
-    p = batch.arguments
-    grad_value, grad_value_linear, grad_f, grad_g = upstream
-    potentials = grad_f is not None and grad_g is not None
-    shape = p.x.shape if need_x else (0,)
-    grad_x = torch.empty(shape, dtype=p.x.dtype, device=p.x.device)
-    grad_y = torch.empty_like(batch.y) if need_y else grad_x
-    grad_log_a, grad_log_b = torch.empty_like(p.log_a), torch.empty_like(p.log_b)
-    steps = torch.arange(p.max_iter, dtype=torch.float64, device=p.x.device)
-    annealing = (p.anneal_start * p.anneal_ratio**steps).float()
-    path_f, path_g = (x.new_empty((p.max_iter + 1) * x.numel()) for x in (p.log_a, p.log_b))
-    for side, tile in tiles_of(batch, tuning.ADJOINT):
-        unrolled_kernel[(batch.size,)](
-            *batch.sources(),
-            *starts(p),
-            f,
-            n_iter,
-            annealing,
-            path_f,
-            path_g,
-            grad_value,
-            grad_value_linear,
-            grad_f if potentials else f,
-            grad_g if potentials else f,
-            grad_x,
-            grad_y,
-            grad_log_a,
-            grad_log_b,
-            *batch.sizes(),
-            p.max_iter,
-            1 / p.rho_a,
-            1 / p.rho_b,
-            p.omega,
-            0 if side == min(tuning.ADJOINT) else side // 2 + 1,
-            side,
-            START=p.f0 is not None,
-            POTENTIALS=potentials,
-            NEED_X=need_x,
-            NEED_Y=need_y and p.y is not None,
-            PULL=batch.pull,
-            PULL_PRECISION=batch.pull_precision,
-            BLOCK_G=32,
-            **tile_options(batch, tile),
-            PART=tile.part,
-        )
-    return (
-        grad_x if need_x else None,
-        grad_y if need_y and p.y is not None else None,
-        grad_log_a,
-        grad_log_b,
-    )
 
 
 def _cost_gradient(

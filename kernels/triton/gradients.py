@@ -20,7 +20,6 @@ from optical.kernels.tiles import (
     DOT,
     INFINITY,
     LOG2_E,
-    SQEUCLIDEAN,
     cost_tile,
     extent,
     load_log_mass,
@@ -43,6 +42,22 @@ def upstream_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT
 
 
 @triton.jit
+def pull_on(grad, cost, some, costs, columns, HOW: tl.constexpr):
+    """From the gradient of a tile of the cost: the pull of each column, and that along the rows.
+
+    Where not ``some``, the gradient is 0 and nothing else needs to be a number.
+    """
+    _, norm_y_ptr, _, _, m = costs[1]
+    KIND: tl.constexpr = HOW[0]
+    along = tl.sum(grad, 1)
+    if KIND == COSINE:
+        along = tl.sum(tl.where(some, grad * (1 - cost), 0.0), 1)
+        grad *= tl.load(norm_y_ptr + columns, mask=columns < m, other=0.0)[None, :]
+        grad = tl.where(some, grad, 0.0)
+    return grad, along
+
+
+@triton.jit
 def pull_tile(
     costs,
     columns_of,
@@ -60,8 +75,7 @@ def pull_tile(
 ):
     """How some rows are pulled by each column, how strongly along themselves, present columns."""
     log_b_ptr, g_ptr, z_ptr = columns_of
-    _, norm_y_ptr, _, _, m = costs[1]
-    KIND: tl.constexpr = HOW[0]
+    m = costs[1][4]
     BLOCK_M: tl.constexpr = TILE[1]
     columns = column_zero + tl.arange(0, BLOCK_M)
     B = load_log_mass(log_b_ptr, columns, m)
@@ -72,13 +86,7 @@ def pull_tile(
     cost = cost_tile(costs, row_zero, column_zero, HOW, TILE)
     plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
     pull = upstream_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT)
-    along = f
-    if KIND == COSINE:
-        along = tl.sum(tl.where(plan > 0, pull * (1 - cost), 0.0), 1)
-        pull *= tl.load(norm_y_ptr + columns, mask=columns < m, other=0.0)[None, :]
-        pull = tl.where(plan > 0, pull, 0.0)
-    elif KIND == SQEUCLIDEAN:
-        along = tl.sum(pull, 1)
+    pull, along = pull_on(pull, cost, plan > 0, costs, columns, HOW)
     return pull, along, B != -INFINITY
 
 

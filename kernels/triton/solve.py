@@ -25,11 +25,6 @@ def supports(arguments: Arguments) -> str | None:
         return f"the problem is {name}; the kernels compute in float32"
     if p.anderson:
         return "the kernels do not know anderson; over-relaxation (omega) is what they have"
-    longest = max(p.log_a.shape[-1], p.log_b.shape[-1])
-    if p.gradient == "unroll" and longest > tuning.RESIDENT:
-        what = "packed lines, of problems of unknown sizes" if p.packed else "lines"
-        limit = f"works on chip, on up to {tuning.RESIDENT}"
-        return f"a side has {longest} {what}; the kernel of gradient='unroll' {limit}"
     return None
 
 

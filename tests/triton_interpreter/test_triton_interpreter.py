@@ -73,7 +73,10 @@ def test_a_plan_beyond_float32_is_not_taken_for_none():
     assert out["marginal_error"].isinf().all() and not out["value"].isfinite().any()
 
 
-def test_unrolled_gradients_stop_where_the_run_did():
+@pytest.mark.parametrize("way", ["on chip", "streamed"])
+def test_unrolled_gradients_stop_where_the_run_did(way, monkeypatch):
+    if way == "streamed":
+        stream_everything(monkeypatch, "loop")
     problem = replace(ALL["epsilon_per_problem"], max_iter=12, tol=1e-2).to(torch.float32)
     out, expected = (solve(name, problem, "unroll") for name in ("triton", "reference"))
     assert torch.equal(out["n_iter"], expected["n_iter"]) and out["n_iter"].min() < 12
@@ -107,7 +110,8 @@ def test_half_vectors_by_the_tolerance_rule(kind, half):
 def stream_everything(monkeypatch, way):
     """No problem is small enough to stay on chip, and few or many are enough to fill one."""
     monkeypatch.setattr(tuning, "RESIDENT", 0)
-    monkeypatch.setattr("optical.kernels.solve.tiles_of", lambda batch, table: [])
+    for launches in ("solve", "unroll"):
+        monkeypatch.setattr(f"optical.kernels.{launches}.tiles_of", lambda batch, table: [])
     monkeypatch.setattr(tuning, "PROGRAMS", {"loop": 0, "steps": 10**6}[way])
 
 
@@ -129,6 +133,24 @@ def test_implicit_gradients_of_streamed_problems(name, monkeypatch, poisoned_mem
     stream_everything(monkeypatch, "loop")
     problem = replace(ALL[name], max_iter=min(5, ALL[name].max_iter))
     assert_backend_correct("triton", problem, torch.float32, gradients=("implicit",))
+
+
+@pytest.mark.parametrize("name", UNROLLED)
+def test_unrolled_gradients_of_streamed_problems(name, monkeypatch, poisoned_memory):
+    stream_everything(monkeypatch, "loop")
+    problem = replace(ALL[name], max_iter=min(5, ALL[name].max_iter))
+    assert_backend_correct("triton", problem, torch.float32, gradients=("unroll",))
+
+
+def test_unrolled_gradients_of_several_tiles(poisoned_memory):
+    problem = replace(random_problem("131x70", 1, 131, 70, max_iter=3), rho_a=0.5)
+    assert_backend_correct("triton", problem, torch.float32, gradients=("unroll",))
+    clouds = random_clouds("mixed", "cosine", batch=3, n=140, m=20, dim=40, epsilon=0.1, max_iter=2)
+    lengths = torch.tensor([140, 5, 66])[:, None]
+    absent = torch.arange(140) >= lengths
+    clouds = replace(clouds, log_a=clouds.log_a.masked_fill(absent, -math.inf))
+    problem = packed(clouds)
+    assert_backend_correct("triton", problem, torch.float32, gradients=("unroll",))
 
 
 def fast(name, **changes):
@@ -319,9 +341,7 @@ def test_refusals_say_what_is_missing():
     cost = torch.zeros(1, 200, 4)
     assert supports(example(cost)) is None
     assert supports(example(cost, gradient="implicit")) is None
-    assert supports(example(torch.zeros(1, 128, 128), gradient="unroll")) is None
-    with pytest.raises(BackendUnsupported, match=r"a side has 200 lines; .* on up to 128"):
-        sinkhorn(cost, epsilon=0.1, gradient="unroll", backend="triton")
+    assert supports(example(cost, gradient="unroll")) is None
     with pytest.raises(BackendUnsupported, match="do not know anderson"):
         sinkhorn(cost, epsilon=0.1, anderson=5, backend="triton")
     with pytest.raises(BackendUnsupported, match=r"the problem is float64; .* float32"):
