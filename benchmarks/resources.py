@@ -56,7 +56,7 @@ SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INTEGERS = {
     *("n", "m", "dim", "max_iter", "least", "most", "width", "first"),
-    *("plane", "left", "k", "lines_a", "lines_b"),
+    *("plane", "left", "k", "lines", "lines_a", "lines_b"),
     *("stride_batch", "stride_n", "stride_m"),
 }
 POINTERS = {"cu_ptr": "*i64", "cu_a_ptr": "*i64", "cu_b_ptr": "*i64"}
@@ -157,10 +157,12 @@ def configurations() -> Iterator[Configuration]:
     for kind, dtype in (("given", "fp32"), ("cosine", "bf16"), ("cosine", "fp32")):
         for seen in (0, 1):
             tile = tuning.STREAM
-            options = stream | {"SEEN": seen, "ROWS": False, "FAST": False}
+            options = stream | {"SPLIT": False, "SEEN": seen, "ROWS": False, "FAST": False}
             yield _tiled(
                 streaming.walk_kernel, "64x64", tile, kind, dtype, f"seen={seen}", **options
             )
+        options = stream | {"SPLIT": True, "SEEN": 0, "ROWS": False, "FAST": False}
+        yield _tiled(streaming.walk_kernel, "64x64", tile, kind, dtype, "split", **options)
         options = stream | {"START": False, "BLOCK": tuning.LINES, "FAST": False}
         yield _tiled(loop.loop_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
         apart = tuning.ADJOINT_STREAM[kind != "given" and dtype == "fp32"]
@@ -175,7 +177,7 @@ def configurations() -> Iterator[Configuration]:
         yield from _unrolled(kind, dtype)
     tile, fast = tuning.STREAM, stream | {"FAST": True}
     for rows in (True, False):
-        options = fast | {"SEEN": 0, "ROWS": rows}
+        options = fast | {"SPLIT": False, "SEEN": 0, "ROWS": rows}
         what = "fast rows" if rows else "fast columns"
         yield _tiled(streaming.walk_kernel, "64x64", tile, "cosine", "bf16", what, **options)
     yield _tiled(streaming.keep_kernel, "64x64", tile, "cosine", "bf16", **stream)
@@ -183,6 +185,8 @@ def configurations() -> Iterator[Configuration]:
     yield _tiled(loop.loop_kernel, "64x64", tile, "cosine", "bf16", "fast", **options)
     lines = {"PACKED": False, "START": False, "BLOCK": tuning.LINES}
     yield Configuration(streaming.finish_kernel, "lines", "", "fp32", lines, 4, 3)
+    gather = {"PACKED": False, "BLOCK": tuning.LINES}
+    yield Configuration(streaming.gather_kernel, "lines", "", "fp32", gather, 4, 3)
     turn = lines | {"ROWS": True, "BEGIN": False, "FAST": False}
     yield Configuration(streaming.turn_kernel, "lines", "", "fp32", turn, 4, 3)
     cells = {"IMPLICIT": True, "BLOCK_N": 32, "BLOCK_M": 64, "stride_m": 1}

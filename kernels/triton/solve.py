@@ -14,7 +14,14 @@ from optical.kernels.adjoint_streamed import adjoint_loop_kernel
 from optical.kernels.batch import KINDS, Batch, starts, tile_options, tiles_of
 from optical.kernels.loop import loop_kernel
 from optical.kernels.resident import resident_kernel
-from optical.kernels.streaming import finish_kernel, keep_kernel, turn_kernel, walk_kernel
+from optical.kernels.streaming import (
+    finish_kernel,
+    gather_kernel,
+    keep_kernel,
+    turn_kernel,
+    walk_kernel,
+)
+from optical.kernels.walks import SEGMENT
 
 
 def supports(arguments: Arguments) -> str | None:
@@ -211,23 +218,48 @@ def _steps(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> N
     def walk(swapped: bool, annealing: float, seen: int) -> None:
         sides = (g, f, found_b, spent_b) if swapped else (f, g, found_a, spent_a)
         origins = (kept.start_b, kept.start_a) if swapped else (kept.start_a, kept.start_b)
-        blocks = batch.blocks(batch.m if swapped else batch.n, tuning.STREAM.rows)
-        walk_kernel[(batch.size, blocks)](
+        own, other = (batch.m, batch.n) if swapped else (batch.n, batch.m)
+        lines = sides[0].numel()
+        blocks = batch.blocks(own, tuning.STREAM.rows)
+        # Where the rows alone would not fill a GPU, programs share the columns.
+        segments = triton.cdiv(other, SEGMENT.value)
+        share = tuning.FILLED // (batch.size * blocks)
+        share = 1 if kept.fast or seen else min(segments, max(1, share))
+        part = sides[0].new_empty(segments * 3 * lines) if share > 1 else sides[0]
+        walk_kernel[(batch.size, blocks, share)](
             *batch.sources(swapped),
             *sides,
             *origins,
             kept.plan,
+            part,
             state,
             stopped,
             *batch.sizes(swapped),
+            lines,
             kept.width,
             kept.plane,
             annealing,
+            SPLIT=share > 1,
             SEEN=seen,
             ROWS=kept.fast and not swapped,
             FAST=kept.fast and seen == 0,
             **tile,
         )
+        if share > 1:
+            offsets = (batch.cu_b, batch.cu_a) if swapped else (batch.cu_a, batch.cu_b)
+            gather_kernel[(batch.size, batch.blocks(own, tuning.LINES))](
+                *offsets,
+                p.epsilon,
+                part,
+                sides[2],
+                stopped,
+                own,
+                other,
+                lines,
+                annealing,
+                PACKED=batch.packed,
+                BLOCK=tuning.LINES,
+            )
 
     def turn(swapped: bool, iteration: int, begin: bool = False) -> None:
         lines, rho = (columns, p.rho_b) if swapped else (rows, p.rho_a)

@@ -2,9 +2,10 @@
 
     F_i <- -log2 sum_j exp2(B_j + G_j - S_ij)        in the units of ``resident``
 
-``walk_kernel`` and ``turn_kernel`` are one half-step: any number of programs per problem, and as
-many launches as there are half-steps; a problem that has stopped costs the launches and no more.
-``loop`` is the other way to run it, with the same bits.
+``walk_kernel`` and ``turn_kernel`` are one half-step: any number of programs per problem, which
+share the rows, and where these are too few for a GPU the columns as well, with ``gather_kernel``
+in between. A problem that has stopped costs the launches and no more. ``loop`` is the other way to
+run it, with the same bits.
 
 With FAST, most iterations are products with a plan that is kept in half precision: see ``kept``.
 """
@@ -13,10 +14,21 @@ import triton
 import triton.language as tl
 from optical.kernels.kept import EXACT, NEVER, WRITE, consider, half_step, keep, proceed
 from optical.kernels.tiles import INFINITY, LOG2_E, extent, place
-from optical.kernels.walks import SUMS, begin, finish, miss, relax, walk
+from optical.kernels.walks import (
+    SEGMENT,
+    SUMS,
+    begin,
+    finish,
+    join,
+    minimum,
+    miss,
+    relax,
+    walk,
+    walk_segments,
+)
 
 
-@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m"])
+@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "lines"])
 def walk_kernel(
     x_ptr,
     y_ptr,
@@ -37,6 +49,7 @@ def walk_kernel(
     start_a_ptr,
     start_b_ptr,
     kept_ptr,
+    part_ptr,
     state_ptr,
     stopped_ptr,
     stride_batch,
@@ -45,9 +58,11 @@ def walk_kernel(
     n,
     m,
     dim,
+    lines,
     width,
     plane,
     annealing,
+    SPLIT: tl.constexpr,
     SEEN: tl.constexpr,
     ROWS: tl.constexpr,
     FAST: tl.constexpr,
@@ -62,7 +77,10 @@ def walk_kernel(
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
 ):
-    """A walk of all programs of a problem; for the columns the two sides change places."""
+    """A walk of all programs of a problem; for the columns the two sides change places.
+
+    With SPLIT the programs share the columns too, and ``gather_kernel`` has to follow.
+    """
     problem = tl.program_id(0).to(tl.int64)
     if tl.load(stopped_ptr + problem) != 0 and SEEN != SUMS:
         return
@@ -86,15 +104,75 @@ def walk_kernel(
     first = tl.program_id(1) * BLOCK_N
     step = tl.num_programs(1) * BLOCK_N
     scale = LOG2_E / epsilon
+    ratio = epsilon / tl.maximum(epsilon, annealing)
     if SEEN == SUMS:
         walk(costs, own, other, first, step, scale, 1.0, SUMS, HOW, TILE)
+    elif SPLIT:
+        segment = tl.program_id(2)
+        segments = tl.num_programs(2)
+        part_ptr += zero_a
+        walk_segments(
+            costs,
+            own,
+            other,
+            part_ptr,
+            lines,
+            first,
+            step,
+            segment,
+            segments,
+            scale,
+            ratio,
+            HOW,
+            TILE,
+        )
     else:
         kept = (kept_ptr + problem * plane, width)
         state = 0
         if FAST:
             state = tl.load(state_ptr + problem)
-        ratio = epsilon / tl.maximum(epsilon, annealing)
         half_step(costs, own, other, kept, state, first, step, scale, ratio, ROWS, FAST, HOW, TILE)
+
+
+@triton.jit(do_not_specialize=["n", "m", "lines"])
+def gather_kernel(
+    cu_a_ptr,
+    cu_b_ptr,
+    epsilon_ptr,
+    part_ptr,
+    found_ptr,
+    stopped_ptr,
+    n,
+    m,
+    lines,
+    annealing,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The minima of rows from those of their segments."""
+    problem = tl.program_id(0).to(tl.int64)
+    if tl.load(stopped_ptr + problem) != 0:
+        return
+    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    _zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    epsilon = tl.load(epsilon_ptr + problem)
+    epsilon = tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
+    ratio = epsilon / tl.maximum(epsilon, annealing)
+    for zero in range(tl.program_id(1) * BLOCK, n, tl.num_programs(1) * BLOCK):
+        rows = zero + tl.arange(0, BLOCK)
+        inside = rows < n
+        peak = tl.full((BLOCK,), -INFINITY, tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        lowest = tl.full((BLOCK,), INFINITY, tl.float32)
+        source = part_ptr + zero_a + rows
+        for _ in range(0, m, SEGMENT):
+            more_peak = tl.load(source, mask=inside, other=-INFINITY)
+            more_total = tl.load(source + lines, mask=inside, other=0.0)
+            more_lowest = tl.load(source + 2 * lines, mask=inside, other=INFINITY)
+            peak, total = join(peak, total, more_peak, more_total)
+            lowest = tl.minimum(lowest, more_lowest)
+            source += 3 * lines
+        tl.store(found_ptr + zero_a + rows, minimum(peak, total, lowest, ratio), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m"])

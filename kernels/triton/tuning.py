@@ -114,6 +114,8 @@ STREAM = Tile(64, 64, 32, 64, 2, 2, 2)
 ADJOINT_STREAM = {True: Tile(32, 32, 32, 32, 2, 2, 2), False: Tile(64, 64, 32, 64, 4, 2, 2)}
 # So many problems keep a GPU busy with one program each; fewer are shared out, launch by launch.
 PROGRAMS = 128
+# So many programs fill the largest GPU; walks of fewer share the columns of a problem out as well.
+FILLED = 256
 # From so many iterations on a plan in half precision is worth being written down.
 KEPT_ITERATIONS = 8
 # How many lines of a side are looked at together between two walks.

@@ -236,6 +236,23 @@ def test_both_ways_to_stream_have_the_same_bits(monkeypatch):
         assert torch.equal(found[0][field], found[1][field]), field
 
 
+def test_columns_shared_out_have_the_same_bits(monkeypatch, poisoned_memory):
+    problem = random_problem("5x1100", 2, 5, 1100, max_iter=2)
+    log_b = problem.log_b.clone()
+    log_b[0, 512:1024] = -math.inf  # a whole segment
+    problem = replace(problem, log_b=log_b)
+    found = []
+    # One program, a program for the rows, two for three segments, and one for each.
+    for way, filled in (("loop", 1), ("steps", 1), ("steps", 4), ("steps", 6)):
+        stream_everything(monkeypatch, way)
+        monkeypatch.setattr(tuning, "FILLED", filled)
+        found.append(solve("triton", problem.to(torch.float32)))
+    for field in FIELDS:
+        for other in found[1:]:
+            assert torch.equal(found[0][field], other[field]), field
+    assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
+
+
 def test_problems_larger_than_a_chip():
     tall = replace(random_problem("140x20", 1, 140, 20, max_iter=3), omega=1.2)
     wide = replace(random_problem("20x140", 1, 20, 140, max_iter=3), rho_a=0.5)
