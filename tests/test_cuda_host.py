@@ -123,8 +123,9 @@ HALVES = [torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("kind", ["cosine", "sqeuclidean", "dot"])
 def test_half_vectors_by_the_tolerance_rule(kind, half, gradient, kernels):
     epsilon = 1.0 if kind == "cosine" else 16.0
-    for n, m in ((7, 6), (66, 40)):
-        clouds = random_clouds(kind, kind, batch=2, n=n, m=m, dim=40, epsilon=epsilon, max_iter=5)
+    # One regime each; vectors of several chunks.
+    for n, m, dim in ((7, 6, 40), (40, 50, 72), (66, 40, 104)):
+        clouds = random_clouds(kind, kind, batch=2, n=n, m=m, dim=dim, epsilon=epsilon, max_iter=5)
         for problem in (clouds, packed(clouds)):
             given = problem.to(torch.float32, "cpu", half)
             out = solve("cuda", given, gradient)
@@ -212,6 +213,15 @@ def test_a_missing_barrier_is_noticed(tmp_path, kernels, monkeypatch):
     use(broken, monkeypatch.setattr)
     with pytest.raises((AssertionError, RuntimeError)):
         assert_backend_correct("cuda", problem, torch.float32, gradients=("envelope",))
+
+
+def test_a_missing_wait_for_copies_is_noticed(tmp_path, kernels, monkeypatch):
+    problem = random_clouds("copies", "cosine", batch=1, n=20, m=30, dim=48, max_iter=2)
+    problem = problem.to(torch.float32, "cpu", torch.bfloat16)
+    assert solve("cuda", problem)["value"].isfinite().all()
+    broken = cuda.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_WAIT"), None)
+    use(broken, monkeypatch.setattr)
+    assert solve("cuda", problem)["value"].isnan().all()
 
 
 def test_threads_that_wait_for_ever_are_reported(tmp_path):

@@ -59,6 +59,9 @@ template <typename G>
 struct Cost {
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
     static constexpr int private_floats = RI * RJ + (OI + OJ) * kept_count;
+    // Of half vectors, whose chunks are two in memory: with lines this far apart no two lanes of a
+    // fragment meet in a bank.
+    static constexpr int half_chunk = G::tile_rows > 32 ? 32 : 16, half_pitch = half_chunk + 8;
 
     const optical_problem& p;
     G g;
@@ -85,7 +88,9 @@ struct Cost {
         const int lines = down * G::tile_rows + across * G::tile_columns;
         int work = private_floats * 32 * down * across * 4;
         const int staged = kind == OPTICAL_GIVEN ? 0 : chunk * (lines + 4) * 4;
+        const int ahead = kind == OPTICAL_GIVEN ? 0 : 2 * half_pitch * lines * 2;
         if (staged > work) work = staged;
+        if (ahead > work) work = ahead;
         return fixed_bytes(down, across, kind) + work;
     }
 
@@ -270,8 +275,8 @@ struct Cost {
         }
     }
 
-    // Chunks of 32 entries, a line every 40: then no two lanes of a fragment meet in a bank.
-    static constexpr int half_chunk = 32, half_pitch = 40;
+    // Has entries k to k + half_chunk of all lines come into shared memory: after wait_for_copies()
+    // of every thread they are there.
     OPTICAL_DEVICE void stage_halves(uint16_t* to, int64_t k) const {
         struct alignas(16) Eight {
             uint16_t entry[8];
@@ -284,17 +289,17 @@ struct Cost {
             const int64_t line = of_rows(l) ? (base_row + l) * a.stride : (l - block_rows) * b.stride;
             const uint16_t* const from =
                 (const uint16_t*)(of_rows(l) ? a.vectors : b.vectors) + line + first;
-            Eight eight = {};
-            if (present(l)) {
-                if (first + 8 <= p.dim && ((uintptr_t)from & 15) == 0) {
-                    eight = *(const Eight*)from;
-                } else {
-                    OPTICAL_EACH
-                    for (int e = 0; e < 8; ++e)
-                        if (first + e < p.dim) eight.entry[e] = from[e];
-                }
+            Eight* const place = (Eight*)(to + l * half_pitch + piece % parts * 8);
+            const bool here = present(l);
+            if (here && first + 8 <= p.dim && ((uintptr_t)from & 15) == 0) {
+                copy_ahead(place, from);
+                continue;
             }
-            *(Eight*)(to + l * half_pitch + piece % parts * 8) = eight;
+            Eight eight = {};
+            OPTICAL_EACH
+            for (int e = 0; e < 8; ++e)
+                if (here && first + e < p.dim) eight.entry[e] = from[e];
+            *place = eight;
         }
     }
 
@@ -315,12 +320,16 @@ struct Cost {
         const uint16_t* const columns =
             staged + (block_rows + g.warp_across * G::tile_columns + first) * half_pitch +
             2 * second;
+        // While one chunk is multiplied the next one is on its way, into the memory of the last.
+        int here = 0, next = (block_rows + block_columns) * half_pitch;
+        stage_halves(staged, 0);
         OPTICAL_ROLLED
         for (int64_t k = 0; k < p.dim; k += half_chunk) {
-            stage_halves(staged, k);
+            wait_for_copies();
             g.sync_own_block();
+            if (k + half_chunk < p.dim) stage_halves(staged + next, k + half_chunk);
             OPTICAL_ROLLED
-            for (int part = 0; part < half_chunk; part += 16) {
+            for (int part = here; part < here + half_chunk; part += 16) {
                 unsigned right[wide][2];
                 OPTICAL_EACH
                 for (int j = 0; j < wide; ++j)
@@ -340,8 +349,10 @@ struct Cost {
                         multiply_fragments(sum[i][j], left, right[j], brain);
                 }
             }
-            g.sync_own_block();
+            const int last = here;
+            here = next, next = last;
         }
+        g.sync_own_block();
         // From fragments to the tile of a lane, by way of shared memory.
         float* const matrix = (float*)stage;
         const int corner = (g.warp_down * G::tile_rows + first) * block_columns +

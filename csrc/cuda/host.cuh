@@ -98,11 +98,17 @@ struct Block {
     unsigned votes[3] = {0, 0, 0};
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+};
+
 struct Thread {
     Context context;
     Block* block;
     Warp* warp;
     int index, turn = 0, block_turn = 0;
+    std::vector<Copy> ahead;
 };
 
 constexpr size_t stack_bytes = 96 << 10;
@@ -214,6 +220,18 @@ inline int block_index() { return host::machine().self->block->index; }
 inline int cluster_rank() { return host::machine().self->block->rank; }
 inline int cluster_size() { return host::machine().cluster_size; }
 inline char* shared_memory() { return host::machine().self->block->aligned; }
+
+// As late as is allowed.
+inline void copy_ahead(void* to, const void* from) {
+    host::machine().self->ahead.push_back({to, from});
+}
+inline void wait_for_copies() {
+#if !defined(OPTICAL_WITHOUT_WAIT)
+    std::vector<host::Copy>& ahead = host::machine().self->ahead;
+    for (const host::Copy& copy : ahead) memcpy(copy.to, copy.from, 16);
+    ahead.clear();
+#endif
+}
 
 inline float shuffle_xor(float x, int mask) {
     return host::exchanged(x, (thread_index() % 32) ^ mask);

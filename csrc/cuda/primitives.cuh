@@ -35,6 +35,15 @@ OPTICAL_DEVICE char* shared_memory() {
     return optical_shared;
 }
 
+// Copies 16 bytes of device memory into shared memory while the thread goes on; both addresses are
+// multiples of 16.
+OPTICAL_DEVICE void copy_ahead(void* to, const void* from) {
+    const unsigned place = (unsigned)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+}
+// The copies of this thread are there for it; for others, after a barrier.
+OPTICAL_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 OPTICAL_DEVICE float shuffle_xor(float x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }
