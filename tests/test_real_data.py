@@ -24,7 +24,7 @@ def needs_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["clir_pack", "clir_cpu", "clir_further", "clir_all", "clir_heldout", "clir_queries"]
+    "name", ["clir_pack", "clir_cpu", "clir_further", "clir_heldout", "clir_queries"]
 )
 def test_example_fits_the_data(tmp_path: Path, name: str):
     from optical.config import read_config
@@ -65,7 +65,7 @@ def cut(source: Path, target: Path, lines: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["clir_cpu", "clir_all", "clir_gpu", "clir_heldout", "clir_queries"]
+    "name", ["clir_cpu", "clir_further", "clir_gpu", "clir_heldout", "clir_queries"]
 )
 def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
     """The whole table in miniature: the pack's first lines, two languages, two steps an arm."""
