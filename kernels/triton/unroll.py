@@ -69,8 +69,10 @@ def _on_chip(
 ) -> None:
     p = batch.arguments
     potentials = arriving.f is not None and arriving.g is not None
-    path_f, path_g = (x.new_empty((p.max_iter + 1) * x.numel()) for x in (p.log_a, p.log_b))
-    for side, tile in tiles_of(batch, tuning.ADJOINT):
+    tiles = tiles_of(batch, tuning.ADJOINT)
+    room = p.max_iter + 1 if tiles else 0
+    path_f, path_g = (x.new_empty(room * x.numel()) for x in (p.log_a, p.log_b))
+    for side, tile in tiles:
         unrolled_kernel[(batch.size,)](
             *batch.sources(),
             *starts(p),
