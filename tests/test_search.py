@@ -390,7 +390,7 @@ def test_progress_is_shown_when_asked(model, collection, capsys, monkeypatch):
 @pytest.mark.gpu
 def test_an_accelerator_gives_the_same_run(make_model, collection):
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip(reason="needs a CUDA device")
     model = make_model()
     cpu = search(model, collection, depth=20)
     gpu = search(model, collection, depth=20, device="cuda")

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
+    pytest.skip(reason="triton is not installed", allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
+    pytest.skip(reason="kernels are interpreted here, not compiled", allow_module_level=True)
 
 import triton
 
 from benchmarks import resources
 
 if not (resources.TOOLS / "cuobjdump").is_file():
-    pytest.skip("cuobjdump is not part of this triton", allow_module_level=True)
+    pytest.skip(reason="this triton has no cuobjdump", allow_module_level=True)
 
 TABLE = Path(resources.__file__).parent / "results" / "triton_resources.csv"
 ROWS = resources.read(TABLE)

@@ -215,17 +215,22 @@ def _steps(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> N
     rows = batch.cu_a, p.log_a, p.epsilon, begins[0], f, found_a, kept.start_a
     columns = batch.cu_b, p.log_b, p.epsilon, begins[1], g, found_b, kept.start_b
 
+    # Where the rows alone would not fill a GPU, programs share the columns, segment by segment.
+    shares, room = [], 1
+    for own, other, lines in ((batch.n, batch.m, f.numel()), (batch.m, batch.n, g.numel())):
+        programs = batch.size * batch.blocks(own, tuning.STREAM.rows)
+        segments = triton.cdiv(other, SEGMENT.value)
+        share = 1 if kept.fast else min(segments, max(1, tuning.FILLED // programs))
+        shares.append(share)
+        room = max(room, segments * 3 * lines if share > 1 else 0)
+    part = f.new_empty(room)
+
     def walk(swapped: bool, annealing: float, seen: int) -> None:
         sides = (g, f, found_b, spent_b) if swapped else (f, g, found_a, spent_a)
         origins = (kept.start_b, kept.start_a) if swapped else (kept.start_a, kept.start_b)
         own, other = (batch.m, batch.n) if swapped else (batch.n, batch.m)
         lines = sides[0].numel()
-        blocks = batch.blocks(own, tuning.STREAM.rows)
-        # Where the rows alone would not fill a GPU, programs share the columns.
-        segments = triton.cdiv(other, SEGMENT.value)
-        share = tuning.FILLED // (batch.size * blocks)
-        share = 1 if kept.fast or seen else min(segments, max(1, share))
-        part = sides[0].new_empty(segments * 3 * lines) if share > 1 else sides[0]
+        blocks, share = batch.blocks(own, tuning.STREAM.rows), 1 if seen else shares[swapped]
         walk_kernel[(batch.size, blocks, share)](
             *batch.sources(swapped),
             *sides,

@@ -13,7 +13,7 @@ With FAST, most iterations are products with a plan that is kept in half precisi
 import triton
 import triton.language as tl
 from optical.kernels.kept import EXACT, NEVER, WRITE, consider, half_step, keep, proceed
-from optical.kernels.tiles import INFINITY, LOG2_E, extent, place
+from optical.kernels.tiles import INFINITY, LOG2_E, extent, place, temperature_of
 from optical.kernels.walks import (
     SEGMENT,
     SUMS,
@@ -91,8 +91,7 @@ def walk_kernel(
     costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
     HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
-    epsilon = tl.load(epsilon_ptr + problem)
-    epsilon = tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
+    epsilon = temperature_of(epsilon_ptr, problem)
     own = (
         log_a_ptr + zero_a,
         f_ptr + zero_a,
@@ -155,8 +154,7 @@ def gather_kernel(
         return
     zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
     _zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
-    epsilon = tl.load(epsilon_ptr + problem)
-    epsilon = tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
+    epsilon = temperature_of(epsilon_ptr, problem)
     ratio = epsilon / tl.maximum(epsilon, annealing)
     for zero in range(tl.program_id(1) * BLOCK, n, tl.num_programs(1) * BLOCK):
         rows = zero + tl.arange(0, BLOCK)
@@ -268,8 +266,7 @@ def turn_kernel(
     """
     problem = tl.program_id(0).to(tl.int64)
     zero, n = extent(cu_ptr, problem, n, PACKED)
-    epsilon = tl.load(epsilon_ptr + problem)
-    epsilon = tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
+    epsilon = temperature_of(epsilon_ptr, problem)
     if BEGIN:
         begin(f_ptr + zero, start_ptr + zero, n, LOG2_E / epsilon, START, BLOCK)
         tl.store(stopped_ptr + problem, 0)

@@ -39,6 +39,13 @@ def extent(cu_ptr, problem, size, PACKED: tl.constexpr):
 
 
 @triton.jit
+def temperature_of(epsilon_ptr, problem):
+    """The epsilon of a problem, or 1 where it is none."""
+    epsilon = tl.load(epsilon_ptr + problem)
+    return tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
+
+
+@triton.jit
 def load_log_mass(log_mass_ptr, index, size):
     """log2 of the masses, -inf outside the problem."""
     return tl.load(log_mass_ptr + index, mask=index < size, other=-INFINITY) * LOG2_E

@@ -27,6 +27,7 @@ from optical.kernels.tiles import (
     place,
     plan_tile,
     swapped,
+    temperature_of,
 )
 
 
@@ -154,8 +155,7 @@ def unrolled_kernel(
     empty = tl.max(present_a.to(tl.int32), 0) * tl.max(present_b.to(tl.int32), 0) == 0
     dead = broken | empty
     steps = tl.where(dead, 0, tl.load(n_iter_ptr + problem))
-    epsilon = tl.load(epsilon_ptr + problem)
-    epsilon = tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
+    epsilon = temperature_of(epsilon_ptr, problem)
     cost = cost_tile(costs, 0, 0, HOW, (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M))
     cost = tl.where(present_a[:, None] & present_b[None, :], cost, INFINITY)
     alive_a = tl.min(cost, 1) < INFINITY

@@ -26,6 +26,7 @@ from optical.kernels.tiles import (
     operand,
     place,
     plan_tile,
+    temperature_of,
 )
 from optical.kernels.unrolled import log_ratio
 
@@ -74,12 +75,6 @@ def survey_kernel(
     tl.store(state_ptr + problem, state)
     steps = tl.where(state == LIVE, tl.load(n_iter_ptr + problem), 0)
     tl.store(steps_ptr + problem, steps)
-
-
-@triton.jit
-def temperature_of(epsilon_ptr, problem):
-    epsilon = tl.load(epsilon_ptr + problem)
-    return tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
 
 
 @triton.jit
