@@ -27,7 +27,8 @@ COLUMNS = (
     *("loop", "taken", "ffma", "shfl", "mufu", "bar", "lds_sts", "ldl_stl", "hmma"),
 )
 # Multiply-adds of one iteration on the tile of a lane.
-ITERATION = {"small": 2 * 8 * 4, **dict.fromkeys(("warp", "square", "block", "cluster"), 256)}
+ITERATION = dict.fromkeys(("warp", "square", "block", "cluster"), 2 * 16 * 8)
+ITERATION |= {"small": 2 * 8 * 4, "four": 2 * 8 * 4, "pair": 2 * 8 * 8}
 # Products of fragments of one iteration in half precision.
 FRAGMENTS = 32
 

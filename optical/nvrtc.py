@@ -126,18 +126,29 @@ def cached(
 # -------------------------------------------------------------------------------------- launching
 
 
+# As in kernels.cuh: several problems in a warp, which has one of them in a backward pass.
+FOUR, PAIR, WARP, SQUARE, BLOCK, CLUSTER = range(6)
+NAMES = {
+    "forward": ("four", "pair", "warp", "square", "block", "cluster"),
+    "backward": ("", "small", "warp", "block", "block", "cluster"),
+}
+
+
 class Plan(NamedTuple):
-    """What is launched: the regime, its grid of warps, blocks to a cluster, shared memory."""
+    """What is launched: the regime, its grid of warps, blocks to a cluster, shared memory, and
+    problems in a warp."""
 
     number: int
     down: int
     across: int
     blocks: int
     bytes: int
+    problems: int
 
-    @property
-    def kind(self) -> str:
-        return ("small", "warp", "square", "block", "cluster")[self.number]
+    def kernel(self, what: str) -> str:
+        """Its name for "forward", "backward" or "unroll"."""
+        names = NAMES["forward" if what == "forward" else "backward"]
+        return f"optical_{what}_{names[self.number]}"
 
 
 class Device(NamedTuple):
@@ -153,24 +164,37 @@ HALF_BYTES = 4 * (16 * 36 + 2 * 64)
 
 def shared_bytes(number: int, down: int, across: int, kind: int, backward: int | None) -> int:
     """As in csrc/cuda, of which a test sees that the two agree; ``backward``: its gradient."""
-    rows, columns, owned = (8, 4, 2) if number == 0 else (16, 8, 4)
-    threads = 32 * down * across
-    lines = down * 4 * rows + across * 8 * columns
-    exchanged = 0 if number < 2 else 2 * down * across * (32 * owned * 4 + 8 + 6 * 8)
+    # Of a warp: the grid of the lanes that have a problem, and the entries of each.
+    tall, wide, rows, columns = 4, 8, 16, 8
+    if number <= PAIR:
+        tall, wide, rows, columns = 4, 8, 8, 4
+        if backward is None:
+            tall, wide, rows, columns = (2, 4, 8, 4) if number == FOUR else (4, 4, 8, 8)
+    owned = rows // wide + columns // tall
+    threads = tall * wide * down * across
+    lines = down * tall * rows + across * wide * columns
+    exchanged = 0 if number <= WARP else 2 * down * across * (32 * owned * 4 + 8 + 6 * 8)
     measured = 8 * lines if kind else 0
     entries, kept = rows * columns * threads, (rows * columns + owned * 14) * threads
     if backward is None:
-        work = max(4 * kept, 64 * (lines + 4) if kind else 0)
+        # float32 vectors a chunk at a time, half ones two chunks.
+        chunk = 32 if down * tall * rows > 32 * down else 16
+        ahead = 2 * (chunk + 8) * lines * 2
+        work = max(4 * kept, 64 * (lines + 4) if kind else 0, ahead if kind else 0)
     else:
         work = 4 * (kept + (entries if backward == 2 else 0))
-        shares = 16 * across * 8 * columns if number == 4 else 0
+        shares = 16 * across * wide * columns if number == CLUSTER else 0
         work = max(work, 4 * (entries + 16 * (lines + 2) + lines + shares) if kind else 0)
-    return exchanged + measured + work
+    size = exchanged + measured + work
+    teams = 32 // (tall * wide)
+    return size if teams == 1 else teams * (-(-size // 128) * 128 + 128 // teams)
 
 
 def most_warps(kind: int, backward: int | None, device: Device) -> int:
     """Of 64 x 64 tiles, in one block."""
-    fitting = (w for w in range(8, 0, -1) if shared_bytes(4, 1, w, kind, backward) <= device.shared)
+    fitting = (
+        w for w in range(8, 0, -1) if shared_bytes(CLUSTER, 1, w, kind, backward) <= device.shared
+    )
     return next(fitting, 0)
 
 
@@ -181,25 +205,33 @@ def tiles(lines: int) -> int:
 
 def plan(n: int, m: int, kind: int, backward: int | None, device: Device) -> Plan | None:
     """For problems padded to n x m; None where they do not fit."""
-    most = most_warps(kind, backward, device)
+    most, several = most_warps(kind, backward, device), backward is None
     down, across = tiles(n), tiles(m)
     found = None
-    if most and n <= 32 and m <= 32:
-        found = (0, 1, 1, 1)
+    if most and max(n, m) <= 16 and several:
+        found = (FOUR, 1, 1, 1)
+    elif most and max(n, m) <= 32:
+        found = (PAIR, 1, 1, 1)
     elif most and down * across == 1:
-        found = (1, 1, 1, 1)
+        found = (WARP, 1, 1, 1)
     elif (down, across) == (2, 2) and most >= 4:
-        found = (2, 2, 2, 1)
+        found = (SQUARE, 2, 2, 1)
     elif down * across <= most:
-        found = (3, down, across, 1)
+        found = (BLOCK, down, across, 1)
     else:
         for blocks in (2, 4, 8):
             part = -(-down // blocks)
             if blocks <= device.clusters and part * across <= most and found is None:
-                found = (4, part, across, blocks)
-    if found is None:
-        return None
-    return Plan(*found, shared_bytes(found[0], found[1], found[2], kind, backward))
+                found = (CLUSTER, part, across, blocks)
+    return None if found is None else _sized(*found, kind, backward)
+
+
+def _sized(
+    number: int, down: int, across: int, blocks: int, kind: int, backward: int | None
+) -> Plan:
+    size = shared_bytes(number, down, across, kind, backward)
+    problems = {FOUR: 4, PAIR: 2}.get(number, 1) if backward is None else 1
+    return Plan(number, down, across, blocks, size, problems)
 
 
 def plans(problem: Any, backward: int | None, device: Device) -> Iterator[Plan]:
@@ -209,17 +241,17 @@ def plans(problem: Any, backward: int | None, device: Device) -> Iterator[Plan]:
         if largest is not None:
             yield largest
         return
-    most = most_warps(problem.kind, backward, device)
-    several = max(problem.n, problem.m) > 64
-    open_ = [(0, 1, 1, 1)]
-    open_ += [(1, 1, 1, 1)] if max(problem.n, problem.m) > 32 else []
-    open_ += [(2, 2, 2, 1)] if several and most >= 4 else []
+    most, several = most_warps(problem.kind, backward, device), backward is None
+    longest = max(problem.n, problem.m)
+    open_ = [(FOUR, 1, 1, 1)] if several else []
+    open_ += [(PAIR, 1, 1, 1)] if longest > 16 or not several else []
+    open_ += [(WARP, 1, 1, 1)] if longest > 32 else []
+    open_ += [(SQUARE, 2, 2, 1)] if longest > 64 and most >= 4 else []
     # Any grid of so many warps may turn up; in one row it needs the most.
-    open_ += [(3, 1, most, 1)] if several else []
-    open_ += [(4, 1, most, blocks) for blocks in (2, 4, 8) if blocks <= largest.blocks]
-    for number, down, across, blocks in open_:
-        size = shared_bytes(number, down, across, problem.kind, backward)
-        yield Plan(number, down, across, blocks, size)
+    open_ += [(BLOCK, 1, most, 1)] if longest > 64 else []
+    open_ += [(CLUSTER, 1, most, blocks) for blocks in (2, 4, 8) if blocks <= largest.blocks]
+    for found in open_:
+        yield _sized(*found, problem.kind, backward)
 
 
 class _Attribute(ctypes.Structure):
@@ -236,7 +268,7 @@ class _Config(ctypes.Structure):
 
 
 class _Limits(ctypes.Structure):
-    _fields_ = [("warps", ctypes.c_int), ("blocks", ctypes.c_int)]
+    _fields_ = [("warps", ctypes.c_int), ("blocks", ctypes.c_int), ("several", ctypes.c_int)]
 
 
 class Kernels:
@@ -311,20 +343,20 @@ class Kernels:
         launched = False
         for launch in plans(p, backward, device):
             launched = True
-            kind, size = launch.kind, launch.bytes
-            if what != "forward":
-                kind = "block" if kind == "square" else kind
-            elif kind != "small" and self._in_halves(p):
+            kernel, size = launch.kernel(what), launch.bytes
+            if what == "forward" and launch.number >= WARP and self._in_halves(p):
                 more = size + HALF_BYTES * launch.down * launch.across
                 if more <= device.shared:
-                    kind, size = f"fast_{kind}", more
-            function = self.function(f"optical_{what}_{kind}", current)
-            values = [p, *others, _Limits(most, device.clusters), ctypes.c_int(launch.number)]
+                    kernel, size = kernel.replace("forward", "forward_fast"), more
+            function = self.function(kernel, current)
+            limits = _Limits(most, device.clusters, what == "forward")
+            values = [p, *others, limits, ctypes.c_int(launch.number)]
             addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
             cluster = _Attribute(id=4)  # the dimensions of a cluster
             cluster.value[0], cluster.value[1], cluster.value[2] = launch.blocks, 1, 1
             config = _Config(
-                *(p.batch * launch.blocks, 1, 1, 32 * launch.down * launch.across, 1, 1),
+                *(-(-p.batch // launch.problems) * launch.blocks, 1, 1),
+                *(32 * launch.down * launch.across, 1, 1),
                 *(size, stream, ctypes.pointer(cluster), int(launch.blocks > 1)),
             )
             if self.driver.cuLaunchKernelEx(ctypes.byref(config), function, addresses, None) != 0:

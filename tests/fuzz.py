@@ -485,13 +485,18 @@ class _Family:
         # A potential is a temperature times the logarithm of a sum, whose own rounding is a share
         # of 1 however small the logarithm: where a run ends before it has cooled down, that is an
         # error of the hot potential, but the plan divides it by the cold temperature.
+        self.shift = 0.0
         if call.option("anneal") is not None and call.arguments["max_iter"] > 0:
             start, ratio = call.arguments["anneal"]
             largest = max(largest, start * ratio ** (call.arguments["max_iter"] - 1))
+            # No later iteration mends what is common to one side and missing from the other.
+            self.shift = torch.finfo(call.dtype).eps * start / (1 - ratio)
         self.coldest = min(self.temperatures, default=1.0)
         amplified = largest / self.coldest
-        # The plan of potentials that kernels found is one of costs summed in another order.
-        units = 8 if call.option("backend") in KERNELS else 4
+        # The plan of potentials that kernels found, or the library from vectors, is one of costs
+        # summed in another order.
+        given = call.function == "sinkhorn" and call.option("backend") not in KERNELS
+        units = 4 if given else 8
         self.exponents = units * torch.finfo(call.dtype).eps * amplified
 
     def excess(self, name: str, found: Tensor) -> str:
@@ -530,6 +535,8 @@ class _Family:
         own = (TOLERANCE[found.dtype] + self.exponents) * self.size(name)
         if self.call.in_halves:
             own += FAST.get(name, max(FAST.values())) * self.fast_unit(name)
+        if name in ("f", "g"):
+            own += self.shift
         if name in ("f", "g") and self.call.option("backend") == "triton":
             # Its scores hold the logarithms of the masses, and are rounded as the largest of them.
             masses = [self.call.option(f"log_{side}", torch.zeros(0)).detach() for side in "ab"]

@@ -289,6 +289,36 @@ def test_packed_problems_have_the_bits_of_their_own_size_in_any_batch(kernels):
     assert_backend_correct("cuda", packed(clouds), torch.float32, gradients=("envelope",))
 
 
+TEAMS = {
+    "rows": [3, 16, 30, 0, 9, 17, 40, 1, 12, 32, 5],
+    "columns": [16, 1, 32, 4, 0, 6, 35, 1, 13, 20, 7],
+}
+
+
+@pytest.mark.parametrize("kind", ["cosine", "dot"])
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rho_a": 0.3, "omega": 1.4}], ids=["plain", "relaxed"])
+def test_problems_that_share_a_warp_go_ways_of_their_own(options, half, kind, kernels):
+    """Four or two in a warp: some absent, some cold, which need new bases when others do not,
+    and each stops for itself."""
+    clouds = random_clouds("teams", kind, batch=11, n=40, m=35, dim=21, max_iter=50, **TEAMS)
+    clouds = replace(clouds, epsilon=torch.logspace(-2.5, 0.5, 11).double(), tol=1e-3, **options)
+    problem = packed(clouds).to(torch.float32, "cpu", half)
+    expected, stopped = [problem.one(i) for i in range(11)], set()
+    for seed in (1, 2):
+        kernels.optical_host_seed(seed)
+        together = solve("cuda", problem, "implicit")
+        stopped |= set(together["n_iter"].tolist())
+        for i, one in enumerate(expected):
+            alone = solve("cuda", one, "implicit")
+            for field in ("value", "value_linear", "marginal_error", "n_iter", "status"):
+                same = torch.equal(alone[field][0].nan_to_num(7), together[field][i].nan_to_num(7))
+                assert same, (field, i)
+            rows = slice(int(problem.cu_a[i]), int(problem.cu_a[i + 1]))
+            assert torch.equal(alone["f"], together["f"][rows])
+    assert len(stopped) > 4
+
+
 def test_longest_lengths_are_read_once_and_never_under_capture(kernels, monkeypatch):
     clouds = random_clouds("long", "cosine", batch=40, n=20, m=15, dim=4, max_iter=2)
     problem, read = packed(clouds).to(torch.float32), []
@@ -370,16 +400,16 @@ def test_extreme_masses_continue_in_the_log_domain(kernels):
 
 def test_both_ways_to_launch_plan_alike(kernels):
     """Without nvcc the plan is made in Python: the same regimes, the same shared memory."""
-    sides = (1, 32, 33, 64, 65, 128, 129, 320, 512, 513, 2000)
+    sides = (1, 16, 17, 32, 33, 64, 65, 128, 129, 320, 512, 513, 2000)
     for shared, clusters in ((227 << 10, 8), (163 << 10, 1), (99 << 10, 8)):
         device = nvrtc.Device(shared, clusters)
         for kind, backward, n, m in itertools.product((0, 1), (None, 0, 1, 2), sides, sides):
             problem = native._Problem(batch=1, n=n, m=m, kind=kind, gradient=backward or 0)
-            four = (ctypes.c_int * 4)()
+            found = (ctypes.c_int * 5)()
             number = kernels.optical_cuda_plan(
-                ctypes.byref(problem), backward is not None, shared, clusters, four
+                ctypes.byref(problem), backward is not None, shared, clusters, found
             )
-            expected = None if number < 0 else (number, *four)
+            expected = None if number < 0 else (number, *found)
             assert nvrtc.plan(n, m, kind, backward, device) == expected, (n, m, kind, backward)
 
 

@@ -73,30 +73,43 @@ def call(driver, given, backward=False):
 def test_padded_problems_are_one_launch_of_their_regime():
     driver = Driver()
     assert call(driver, problem(100, 128)) == 0
-    size = nvrtc.shared_bytes(2, 2, 2, 0, None)
+    size = nvrtc.shared_bytes(nvrtc.SQUARE, 2, 2, 0, None)
     assert driver.launches == [
-        ("optical_forward_square 90", 5, 128, size, 7, None, 2, 100),
+        ("optical_forward_square 90", 5, 128, size, 7, None, nvrtc.SQUARE, 100),
     ]
     assert call(driver, problem(512, 512)) == 0
     assert driver.launches[-1][:3] == ("optical_forward_cluster 90", 40, 256)
     assert driver.launches[-1][5] == [8, 1, 1]
 
 
+def test_a_warp_has_several_small_problems_forward_and_one_backward():
+    driver = Driver()
+    for n, m, name, warps in ((16, 9, "four", 2), (17, 3, "pair", 3), (33, 3, "warp", 5)):
+        assert call(driver, problem(n, m)) == 0
+        assert driver.launches[-1][:3] == (f"optical_forward_{name} 90", warps, 32)
+    assert call(driver, problem(16, 9), backward=True) == 0
+    assert driver.launches[-1][:3] == ("optical_backward_small 90", 5, 32)
+    driver = Driver()
+    assert call(driver, problem(20, 9, offset_a=1, offset_b=1)) == 0
+    assert [launch[1] for launch in driver.launches] == [2, 3]
+
+
 def test_half_precision_has_kernels_of_its_own():
     driver = Driver()
-    for n, kind in ((32, "small"), (64, "fast_warp"), (100, "fast_square"), (192, "fast_block")):
+    for n, kind in ((32, "pair"), (64, "fast_warp"), (100, "fast_square"), (192, "fast_block")):
         given = problem(n, min(n, 128), fast=1, max_iter=16)
         assert call(driver, given) == 0
         assert driver.launches[-1][0] == f"optical_forward_{kind} 90"
         assert call(driver, given, backward=True) == 0
         assert "fast" not in driver.launches[-1][0]
     assert call(driver, problem(64, 64, fast=1, max_iter=16)) == 0
-    assert driver.launches[-1][3] == nvrtc.shared_bytes(1, 1, 1, 0, None) + nvrtc.HALF_BYTES
+    exact = nvrtc.shared_bytes(nvrtc.WARP, 1, 1, 0, None)
+    assert driver.launches[-1][3] == exact + nvrtc.HALF_BYTES
     for fields in ({"max_iter": 15}, {"rho_a": 1.0}, {"omega": 1.5}, {"anneal_start": 1.0}):
         assert call(driver, problem(64, 64, **{"fast": 1, "max_iter": 16} | fields)) == 0
         assert driver.launches[-1][0] == "optical_forward_warp 90"
     # What does not fit beside everything else is left out, and the problem is solved exactly.
-    small = Driver(shared=nvrtc.shared_bytes(2, 2, 2, 0, None))
+    small = Driver(shared=nvrtc.shared_bytes(nvrtc.SQUARE, 2, 2, 0, None))
     assert call(small, problem(128, 128, fast=1, max_iter=16)) == 0
     assert small.launches[-1][0] == "optical_forward_square 90"
 
@@ -109,7 +122,7 @@ def test_each_gradient_has_its_kernel():
     # Every kernel that may be named exists.
     known = nvrtc.kernels(FOLDER)
     for what, kinds in (
-        ("forward", ("small", "warp", "square", "block", "cluster")),
+        ("forward", ("four", "pair", "warp", "square", "block", "cluster")),
         ("forward", ("fast_warp", "fast_square", "fast_block", "fast_cluster")),
         ("backward", ("small", "warp", "block", "cluster")),
         ("unroll", ("small", "warp", "block", "cluster")),
@@ -126,9 +139,10 @@ def test_packed_problems_are_launched_for_every_regime_that_their_bounds_leave_o
         (1, None),
         (2, None),
         (3, None),
-        (4, [2, 1, 1]),
-        (4, [4, 1, 1]),
-        (4, [8, 1, 1]),
+        (4, None),
+        (5, [2, 1, 1]),
+        (5, [4, 1, 1]),
+        (5, [8, 1, 1]),
     ]
 
 

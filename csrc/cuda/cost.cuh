@@ -67,6 +67,7 @@ struct Cost {
     G g;
     Lines a, b;
     int64_t index;
+    bool is_there;  // otherwise this team has no problem, and plays one without lines
     float* mine;
     // Of the vectors of this block's rows, then of all columns: the power of two that scales them,
     // and the inverse of their length (0 for the zero vector) or their squared length.
@@ -84,9 +85,17 @@ struct Cost {
         return G::exchange_bytes(down, across) + line_bytes(down, across, kind) +
                4 * G::half_words * down * across;
     }
+    // Of all teams; their private columns lie in different banks.
     static OPTICAL_ANYWHERE int shared_bytes(int down, int across, int32_t kind) {
+        return G::teams * bytes_of_team(down, across, kind);
+    }
+    static OPTICAL_ANYWHERE int bytes_of_team(int down, int across, int32_t kind) {
+        const int bytes = bytes_of_problem(down, across, kind);
+        return G::teams == 1 ? bytes : (bytes + 127) / 128 * 128 + 4 * G::lanes;
+    }
+    static OPTICAL_ANYWHERE int bytes_of_problem(int down, int across, int32_t kind) {
         const int lines = down * G::tile_rows + across * G::tile_columns;
-        int work = private_floats * 32 * down * across * 4;
+        int work = private_floats * G::lanes * down * across * 4;
         const int staged = kind == OPTICAL_GIVEN ? 0 : chunk * (lines + 4) * 4;
         const int ahead = kind == OPTICAL_GIVEN ? 0 : 2 * half_pitch * lines * 2;
         if (staged > work) work = staged;
@@ -96,11 +105,12 @@ struct Cost {
 
     OPTICAL_DEVICE Cost(const optical_problem& problem) : p(problem) {}
 
+    // `problem` may be -1 where a warp has several teams: none.
     OPTICAL_DEVICE void start(int64_t problem, int down, int across) {
-        index = problem;
-        a = lines_a(p, index), b = lines_b(p, index);
-        char* const memory = shared_memory();
+        choose(problem);
+        char* memory = shared_memory();
         g.start(memory, down, across);
+        if (G::teams > 1) memory += g.team * bytes_of_team(down, across, p.kind);
         block_rows = down * G::tile_rows, block_columns = across * G::tile_columns;
         base_row = g.rank * block_rows;
         unit = (float*)(memory + G::exchange_bytes(down, across));
@@ -108,6 +118,13 @@ struct Cost {
         stage = memory + fixed_bytes(down, across, p.kind);
         half_words = (unsigned*)stage - G::half_words * down * across;
         mine = (float*)stage + g.thread;
+    }
+
+    OPTICAL_DEVICE void choose(int64_t problem) {
+        is_there = G::teams == 1 || problem >= 0;
+        index = is_there ? problem : 0;
+        a = lines_a(p, index), b = lines_b(p, index);
+        if (!is_there) a.count = b.count = 0;
     }
 
     OPTICAL_DEVICE float& cost(int r, int c) const { return mine[(r * RJ + c) * g.threads]; }
@@ -195,8 +212,8 @@ struct Cost {
         return p.kind == OPTICAL_SQEUCLIDEAN ? load(b.vectors, b.type, at * b.stride + k) : 0.0f;
     }
 
-    // Units and measures of all lines, a warp for each line in turn. True, for this warp: there is a
-    // unit other than 1.
+    // Units and measures of all lines, a warp, or a team, for each line in turn. True, for this thread:
+    // there is a unit other than 1.
     OPTICAL_DEVICE bool measure_lines() {
         bool scaled = false;
         const int at = p.kind == OPTICAL_SQEUCLIDEAN ? origin() : 0;
@@ -204,7 +221,7 @@ struct Cost {
             float scale = 1, sum = 0;
             if (p.kind != OPTICAL_DOT && present(l)) {
                 float peak = 0;
-                for (int64_t k = g.lane; k < p.dim; k += 32) {
+                for (int64_t k = g.lane; k < p.dim; k += G::lanes) {
                     const float x = entry(l, k) - origin_entry(at, k);
                     sum = fused(x, x, sum);
                     peak = larger(peak, absolute(x));
@@ -212,14 +229,14 @@ struct Cost {
                 sum = G::over_lanes(sum);
                 if (p.kind == OPTICAL_COSINE && !(sum > 1e-30f && sum < 1e37f)) {
                     OPTICAL_EACH
-                    for (int mask = 16; mask > 0; mask /= 2)
-                        peak = larger(peak, shuffle_xor(peak, mask));
+                    for (int mask = G::lanes / 2; mask > 0; mask /= 2)
+                        peak = larger(peak, shuffle_xor<G::lanes>(peak, mask));
                     // The power of two below 1 / peak; exponents stay within the normal range.
                     const int exponent = (int)(bits_of(peak) >> 23 & 0xffu);
                     const int wanted = 253 - exponent;
                     scale = float_of((unsigned)(wanted < 1 ? 1 : wanted > 253 ? 253 : wanted) << 23);
                     sum = 0;
-                    for (int64_t k = g.lane; k < p.dim; k += 32) {
+                    for (int64_t k = g.lane; k < p.dim; k += G::lanes) {
                         const float x = entry(l, k) * scale;
                         sum = fused(x, x, sum);
                     }
@@ -239,12 +256,15 @@ struct Cost {
 
     // Puts entries k to k + chunk of the lines from `from` to `end` into shared memory.
     OPTICAL_DEVICE void stage_chunk(float* to, int from, int end, int64_t k, int at) const {
-        const int part = g.thread % chunk;
-        const float shift = k + part < p.dim ? origin_entry(at, k + part) : 0.0f;
-        for (int l = from + g.thread / chunk; l < end; l += g.threads / chunk) {
-            float x = 0;
-            if (k + part < p.dim && present(l)) x = (entry(l, k + part) - shift) * unit[l];
-            to[part * pitch() + l] = x;
+        constexpr int parts = G::lanes < chunk ? G::lanes : chunk;
+        OPTICAL_EACH
+        for (int part = g.thread % parts, end_part = part + chunk; part < end_part; part += parts) {
+            const float shift = k + part < p.dim ? origin_entry(at, k + part) : 0.0f;
+            for (int l = from + g.thread / parts; l < end; l += g.threads / parts) {
+                float x = 0;
+                if (k + part < p.dim && present(l)) x = (entry(l, k + part) - shift) * unit[l];
+                to[part * pitch() + l] = x;
+            }
         }
     }
 
@@ -275,6 +295,20 @@ struct Cost {
         }
     }
 
+    // The problem of another team, for all lanes of the warp.
+    OPTICAL_DEVICE Cost of_team(int team) const {
+        Cost other = *this;
+        if (G::teams == 1) return other;
+        other.choose(shuffle(is_there ? (int)index : -1, team * G::lanes));
+        other.stage = stage + (team - g.team) * bytes_of_team(1, 1, p.kind);
+        other.g.thread = other.g.lane = thread_index(), other.g.threads = 32;
+        return other;
+    }
+    OPTICAL_DEVICE void sync_together() const {
+        if (G::teams > 1) sync_warp();
+        else g.sync_own_block();
+    }
+
     // Has entries k to k + half_chunk of all lines come into shared memory: after wait_for_copies()
     // of every thread they are there.
     OPTICAL_DEVICE void stage_halves(uint16_t* to, int64_t k) const {
@@ -303,8 +337,10 @@ struct Cost {
         }
     }
 
+    // Products of half vectors, from fragments into a matrix in shared memory: a whole warp is needed
+    // for each problem, so teams are there together, for the problem of one after the other.
     template <bool brain>
-    OPTICAL_DEVICE void multiply_halves(float (&x)[RI][RJ]) {
+    OPTICAL_DEVICE void multiply_halves() const {
         constexpr int tall = G::tile_rows / 16, wide = G::tile_columns / 8;
         uint16_t* const staged = (uint16_t*)stage;
         const int first = g.lane / 4, second = g.lane % 4;
@@ -326,7 +362,7 @@ struct Cost {
         OPTICAL_ROLLED
         for (int64_t k = 0; k < p.dim; k += half_chunk) {
             wait_for_copies();
-            g.sync_own_block();
+            sync_together();
             if (k + half_chunk < p.dim) stage_halves(staged + next, k + half_chunk);
             OPTICAL_ROLLED
             for (int part = here; part < here + half_chunk; part += 16) {
@@ -352,7 +388,7 @@ struct Cost {
             const int last = here;
             here = next, next = last;
         }
-        g.sync_own_block();
+        sync_together();
         // From fragments to the tile of a lane, by way of shared memory.
         float* const matrix = (float*)stage;
         const int corner = (g.warp_down * G::tile_rows + first) * block_columns +
@@ -365,7 +401,10 @@ struct Cost {
                 for (int e = 0; e < 4; ++e)
                     matrix[corner + (i * 16 + e / 2 * 8) * block_columns + j * 8 + e % 2] =
                         sum[i][j][e];
-        g.sync_own_block();
+        sync_together();
+    }
+    OPTICAL_DEVICE void take_products(float (&x)[RI][RJ]) const {
+        const float* const matrix = (const float*)stage;
         OPTICAL_EACH
         for (int r = 0; r < RI; ++r)
             OPTICAL_EACH
@@ -380,9 +419,17 @@ struct Cost {
         float x[RI][RJ];
         const bool scaled = g.any(measure_lines());
         const bool halves = p.x_type != OPTICAL_F32 && p.x_type == p.y_type;
-        if (!halves || p.kind == OPTICAL_SQEUCLIDEAN || scaled) multiply_floats(x);
-        else if (p.x_type == OPTICAL_BF16) multiply_halves<true>(x);
-        else multiply_halves<false>(x);
+        const bool fragments = halves && p.kind != OPTICAL_SQEUCLIDEAN;
+        if (fragments && (G::teams > 1 || !scaled)) {
+            OPTICAL_ROLLED
+            for (int team = 0; team < G::teams; ++team) {
+                const Cost one = of_team(team);
+                if (p.x_type == OPTICAL_BF16) one.template multiply_halves<true>();
+                else one.template multiply_halves<false>();
+            }
+            take_products(x);
+        }
+        if (!fragments || scaled) multiply_floats(x);
         OPTICAL_EACH
         for (int r = 0; r < RI; ++r)
             OPTICAL_EACH

@@ -3,7 +3,8 @@
 // A problem is a grid of warp tiles. The lanes of a warp form a grid of 4 x 8, and each lane holds
 // RI x RJ entries of the tile in registers: RI rows, shared with the 8 lanes of its row of the
 // grid, and RJ columns, shared with the 4 lanes of its column. Warps stand in `across` columns and
-// `down` rows; the blocks of a cluster divide the rows.
+// `down` rows; the blocks of a cluster divide the rows. Of small problems a warp holds several, each
+// in a team of 16 lanes, 4 x 4, or of 8, 2 x 4, which goes its own way where the problem asks for it.
 //
 // The slots in which a lane holds its rows are in an order of its own, row = first + (slot ^ lane
 // bits): then a sum over lanes is a butterfly in which each lane sends its upper slots and keeps
@@ -36,12 +37,14 @@ struct Note {
 };
 
 constexpr int max_warps = 8;
-constexpr int lanes_down = 4, lanes_across = 8;
 
 // DOWN and ACROSS fix the grid of warps at compile time, where they are not 0. `fast`: iterations
-// use half precision, see halves.cuh.
-template <int RI_, int RJ_, Span span_, int DOWN = 0, int ACROSS = 0, bool fast_ = false>
+// use half precision, see halves.cuh. `lanes`: of a warp, for one problem.
+template <int RI_, int RJ_, Span span_, int DOWN = 0, int ACROSS = 0, bool fast_ = false,
+          int lanes_ = 32>
 struct Group {
+    static constexpr int lanes = lanes_, teams = 32 / lanes;
+    static constexpr int lanes_across = lanes == 32 ? 8 : 4, lanes_down = lanes / lanes_across;
     static constexpr int RI = RI_, RJ = RJ_;
     static constexpr Span span = span_;
     static constexpr bool fast = fast_;
@@ -51,7 +54,10 @@ struct Group {
     static constexpr int warps_at_once = DOWN * ACROSS > 0 ? DOWN * ACROSS : 1;
     static constexpr int tile_rows = lanes_down * RI, tile_columns = lanes_across * RJ;
 
-    int thread, threads, lane, lane_down, lane_across, warp, warp_down, warp_across;
+    static_assert(span == Span::warp || teams == 1, "a team is a part of one warp");
+    static_assert(OI * lanes_across == RI && OJ * lanes_down == RJ, "every lane owns lines");
+
+    int thread, threads, team, lane, lane_down, lane_across, warp, warp_down, warp_across;
     int down, across;       // the grid of warps of this block
     int rank, blocks;       // in the cluster
     int first_row, first_column;  // of this lane
@@ -69,10 +75,12 @@ struct Group {
     }
 
     OPTICAL_DEVICE void start(char* memory, int warps_down, int warps_across) {
-        thread = thread_index(), lane = thread % 32, warp = thread / 32;
+        thread = teams > 1 ? thread_index() % lanes : thread_index();
+        team = teams > 1 ? thread_index() / lanes : 0;
+        lane = thread % lanes, warp = thread / lanes;
         lane_down = lane / lanes_across, lane_across = lane % lanes_across;
         down = DOWN > 0 ? DOWN : warps_down, across = ACROSS > 0 ? ACROSS : warps_across;
-        threads = 32 * down * across;
+        threads = lanes * down * across;
         warp_down = span == Span::warp ? 0 : warp / across;
         warp_across = span == Span::warp ? 0 : warp % across;
         rank = span == Span::cluster ? cluster_rank() : 0;
@@ -93,12 +101,12 @@ struct Group {
     OPTICAL_DEVICE int own_column(int o) const { return first_column + lane_down * OJ + o; }
 
     OPTICAL_DEVICE void sync() const {
-        if (span == Span::warp) sync_warp();
+        if (span == Span::warp) sync_warp<lanes>();
         else if (span == Span::block) sync_block();
         else sync_cluster();
     }
     OPTICAL_DEVICE void sync_own_block() const {
-        if (span == Span::warp) sync_warp();
+        if (span == Span::warp) sync_warp<lanes>();
         else sync_block();
     }
     template <typename Element>
@@ -115,7 +123,7 @@ struct Group {
         for (int half = RI / 2; half >= OI; half /= 2)
             OPTICAL_EACH
             for (int s = 0; s < RI / 2; ++s)
-                if (s < half) x[s] = Op::of(x[s], shuffle_xor(x[s + half], half / OI));
+                if (s < half) x[s] = Op::of(x[s], shuffle_xor<lanes>(x[s + half], half / OI));
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) out[o] = x[o];
     }
@@ -126,7 +134,7 @@ struct Group {
             OPTICAL_EACH
             for (int s = 0; s < RJ / 2; ++s)
                 if (s < half)
-                    x[s] = Op::of(x[s], shuffle_xor(x[s + half], half / OJ * lanes_across));
+                    x[s] = Op::of(x[s], shuffle_xor<lanes>(x[s + half], half / OJ * lanes_across));
         OPTICAL_EACH
         for (int o = 0; o < OJ; ++o) out[o] = x[o];
     }
@@ -137,7 +145,7 @@ struct Group {
         for (int half = OI; half < RI; half *= 2)
             OPTICAL_EACH
             for (int s = 0; s < RI / 2; ++s)
-                if (s < half) x[s + half] = shuffle_xor(x[s], half / OI);
+                if (s < half) x[s + half] = shuffle_xor<lanes>(x[s], half / OI);
     }
     OPTICAL_DEVICE void spread_columns(const float (&own)[OJ], float (&x)[RJ]) const {
         OPTICAL_EACH
@@ -146,7 +154,7 @@ struct Group {
         for (int half = OJ; half < RJ; half *= 2)
             OPTICAL_EACH
             for (int s = 0; s < RJ / 2; ++s)
-                if (s < half) x[s + half] = shuffle_xor(x[s], half / OJ * lanes_across);
+                if (s < half) x[s + half] = shuffle_xor<lanes>(x[s], half / OJ * lanes_across);
     }
 
     // A row at a time, in loops that are not unrolled: where speed does not count, this saves
@@ -156,12 +164,12 @@ struct Group {
         float x = own[0];
         OPTICAL_EACH
         for (int o = 1; o < OI; ++o) x = q % OI == o ? own[o] : x;
-        return shuffle(x, lane_down * lanes_across + q / OI);
+        return shuffle<lanes>(x, lane_down * lanes_across + q / OI);
     }
     template <typename Op>
     OPTICAL_DEVICE void fold_row(float x, int q, float (&out)[OI]) const {
         OPTICAL_EACH
-        for (int mask = 1; mask < lanes_across; mask *= 2) x = Op::of(x, shuffle_xor(x, mask));
+        for (int mask = 1; mask < lanes_across; mask *= 2) x = Op::of(x, shuffle_xor<lanes>(x, mask));
         OPTICAL_EACH
         for (int o = 0; o < OI; ++o) out[o] = q == lane_across * OI + o ? x : out[o];
     }
@@ -240,7 +248,7 @@ struct Group {
     //
     // Returns whether any thread of the block has `seen` something before.
     OPTICAL_DEVICE bool exchange_rows(float (&out)[OI], bool seen) const {
-        if (span == Span::warp) return warp_any(seen);
+        if (span == Span::warp) return warp_any<lanes>(seen);
         put_rows(row_parts, out);
         const bool any = sync_block_or(seen);
         add_rows<Sum>(row_parts, out);
@@ -259,7 +267,7 @@ struct Group {
         if (span == Span::warp) return;
         put_columns(parts, out);
         if (span == Span::cluster) {
-            note.flags = warp_or(note.flags);
+            note.flags = warp_or<lanes>(note.flags);
             if (lane == 0) my_notes()[warp].flags = note.flags;
         }
         sync_exchange();
@@ -285,7 +293,7 @@ struct Group {
     }
     // Whether any thread of the block has seen something.
     OPTICAL_DEVICE bool any(bool seen) const {
-        return span == Span::warp ? warp_any(seen) : sync_block_or(seen);
+        return span == Span::warp ? warp_any<lanes>(seen) : sync_block_or(seen);
     }
 
     // The barrier of a block that the tests leave out, to see that they would notice.
@@ -300,7 +308,7 @@ struct Group {
     template <typename Value>
     OPTICAL_DEVICE static Value over_lanes(Value x) {
         OPTICAL_EACH
-        for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+        for (int mask = lanes / 2; mask > 0; mask /= 2) x += shuffle_xor<lanes>(x, mask);
         return x;
     }
 
@@ -331,7 +339,7 @@ struct Group {
 
     // The union of what all threads found.
     OPTICAL_DEVICE unsigned united(unsigned bits) {
-        bits = warp_or(bits);
+        bits = warp_or<lanes>(bits);
         if (span == Span::warp) return bits;
         const int warps = down * across;
         double* const all = scalars + scalar_turn * warps * scalars_per_warp;
@@ -341,7 +349,7 @@ struct Group {
         unsigned found = 0;
         for (int b = 0; b < blocks; ++b)
             if (lane < warps) found |= (unsigned)at_block(all, b)[lane * scalars_per_warp];
-        return warp_or(found);
+        return warp_or<lanes>(found);
     }
 };
 

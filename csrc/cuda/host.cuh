@@ -84,10 +84,27 @@ struct Meeting {
     std::vector<Thread*> waiting;
 };
 
-struct Warp {
+// Lanes that work together, and what they give each other.
+struct Team {
     Meeting meeting;
     uint64_t values[2][32];
     unsigned fragments[2][32][6];
+};
+
+// Its teams of 32, 16 and 8 lanes.
+struct Warp {
+    Team all, halves[2], quarters[4];
+
+    template <int lanes>
+    Team& team(int lane) {
+        static_assert(lanes == 32 || lanes == 16 || lanes == 8, "no such team");
+        return lanes == 32 ? all : lanes == 16 ? halves[lane / 16] : quarters[lane / 8];
+    }
+    template <typename Visit>
+    void visit(int lane, Visit visit) {
+        visit(all.meeting, 32), visit(halves[lane / 16].meeting, 16);
+        visit(quarters[lane / 8].meeting, 8);
+    }
 };
 
 struct Block {
@@ -107,7 +124,8 @@ struct Thread {
     Context context;
     Block* block;
     Warp* warp;
-    int index, turn = 0, block_turn = 0;
+    int index, block_turn = 0;
+    int turns[3] = {0, 0, 0};  // in its teams
     std::vector<Copy> ahead;
 };
 
@@ -158,7 +176,8 @@ inline void enter() {
     Machine& m = machine();
     (*m.body)();
     Thread* const self = m.self;
-    leave(self->warp->meeting), leave(self->block->meeting), leave(m.cluster);
+    self->warp->visit(self->index % 32, [](Meeting& meeting, int) { leave(meeting); });
+    leave(self->block->meeting), leave(m.cluster);
     Context::change(self->context, m.scheduler);
 }
 
@@ -184,7 +203,7 @@ inline bool run_cluster(int first, int size, int threads, size_t bytes,
             Thread& thread = of_thread[b * threads + t];
             thread.block = &blocks[b], thread.index = t;
             thread.warp = &of_warp[b * warps + t / 32];
-            thread.warp->meeting.expected = 32;
+            thread.warp->visit(t % 32, [](Meeting& meeting, int all) { meeting.expected = all; });
             thread.context.prepare(stacks.data() + (size_t)(b * threads + t) * stack_bytes,
                                    stack_bytes, enter);
             m.ready.push_back(&thread);
@@ -200,15 +219,23 @@ inline bool run_cluster(int first, int size, int threads, size_t bytes,
     return m.cluster.expected == 0;
 }
 
-template <typename Value>
-inline Value exchanged(Value value, int lane) {
+// The team of this thread, and which of its two places for values is free.
+template <int lanes>
+inline Team& next_turn(int& turn) {
     Thread& self = *machine().self;
-    uint64_t* const values = self.warp->values[self.turn & 1];
-    ++self.turn;
-    memcpy(values + self.index % 32, &value, sizeof value);
-    meet(self.warp->meeting);
+    turn = self.turns[lanes == 32 ? 0 : lanes == 16 ? 1 : 2]++ & 1;
+    return self.warp->team<lanes>(self.index % 32);
+}
+
+template <int lanes, typename Value>
+inline Value exchanged(Value value, int lane) {
+    int turn;
+    Team& team = next_turn<lanes>(turn);
+    const int own = machine().self->index % 32;
+    memcpy(team.values[turn] + own, &value, sizeof value);
+    meet(team.meeting);
     Value result;
-    memcpy(&result, values + lane, sizeof result);
+    memcpy(&result, team.values[turn] + own / lanes * lanes + lane % lanes, sizeof result);
     return result;
 }
 
@@ -233,24 +260,34 @@ inline void wait_for_copies() {
 #endif
 }
 
-inline float shuffle_xor(float x, int mask) {
-    return host::exchanged(x, (thread_index() % 32) ^ mask);
+template <int lanes = 32, typename Value>
+inline Value shuffle_xor(Value x, int mask) {
+    return host::exchanged<lanes>(x, (thread_index() % lanes) ^ mask);
 }
-inline double shuffle_xor(double x, int mask) {
-    return host::exchanged(x, (thread_index() % 32) ^ mask);
+template <int lanes = 32, typename Value>
+inline Value shuffle(Value x, int lane) {
+    return host::exchanged<lanes>(x, lane);
 }
-inline float shuffle(float x, int lane) { return host::exchanged(x, lane); }
+template <int lanes = 32>
 inline unsigned warp_or(unsigned bits) {
-    host::Thread& self = *host::machine().self;
-    uint64_t* const values = self.warp->values[self.turn & 1];
-    ++self.turn;
-    values[self.index % 32] = bits;
-    host::meet(self.warp->meeting);
+    int turn;
+    host::Team& team = host::next_turn<lanes>(turn);
+    const int own = thread_index() % 32, first = own / lanes * lanes;
+    team.values[turn][own] = bits;
+    host::meet(team.meeting);
     unsigned all = 0;
-    for (int lane = 0; lane < 32; ++lane) all |= (unsigned)values[lane];
+    for (int lane = first; lane < first + lanes; ++lane) all |= (unsigned)team.values[turn][lane];
     return all;
 }
-inline bool warp_any(bool here) { return warp_or(here) != 0; }
+template <int lanes = 32>
+inline bool warp_any(bool here) {
+    return warp_or<lanes>(here) != 0;
+}
+template <int lanes = 32>
+inline void sync_warp() {
+    host::Thread& self = *host::machine().self;
+    host::meet(self.warp->team<lanes>(self.index % 32).meeting);
+}
 float from_half(unsigned bits, bool brain);
 unsigned to_half(float value, bool brain);
 inline unsigned pack_halves(float x, float y) { return to_half(x, false) | to_half(y, false) << 16; }
@@ -258,13 +295,13 @@ inline float low_half(unsigned pair) { return from_half(pair & 0xffffu, false); 
 inline float high_half(unsigned pair) { return from_half(pair >> 16, false); }
 inline void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                                bool brain) {
-    host::Thread& self = *host::machine().self;
-    unsigned (*const all)[6] = self.warp->fragments[self.turn & 1];
-    ++self.turn;
-    const int lane = self.index % 32, first = lane / 4, second = lane % 4;
+    int turn;
+    host::Team& team = host::next_turn<32>(turn);
+    unsigned (*const all)[6] = team.fragments[turn];
+    const int lane = thread_index() % 32, first = lane / 4, second = lane % 4;
     memcpy(all[lane], a, sizeof a);
     memcpy(all[lane] + 4, b, sizeof b);
-    host::meet(self.warp->meeting);
+    host::meet(team.meeting);
     for (int i = 0; i < 4; ++i) {
         const int low = i / 2, column = 2 * second + i % 2;  // rows g and g + 8
         for (int k = 0; k < 16; ++k) {
@@ -274,7 +311,6 @@ inline void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsi
         }
     }
 }
-inline void sync_warp() { host::meet(host::machine().self->warp->meeting); }
 inline void sync_block() { host::meet(host::machine().self->block->meeting); }
 inline bool sync_block_or(bool here) {
     // Three votes: while some read one, others may cast the next, and the third is cleared.

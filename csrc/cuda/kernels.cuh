@@ -7,36 +7,37 @@ namespace optical {
 namespace cuda {
 
 // A problem belongs to the first regime whose threads it fits; n and m are its own sizes, or those
-// it was padded to, never those of its batch. Tiles of a warp are 32 x 32 or 64 x 64.
+// it was padded to, never those of its batch. Tiles of a warp are 64 x 64, or 32 x 32; forward they
+// are 32 x 32 or 16 x 16 for each of several problems.
+enum : int { NO_REGIME = -1, FOUR, PAIR, WARP, SQUARE, BLOCK, CLUSTER };
 struct Regime {
-    // 0: one warp, small tile; 1: one warp; 2: a block of 2 x 2 warps; 3: another block; 4: a
-    // cluster; -1: none.
     int number;
     int down, across, blocks;
+    int problems;  // in a warp
 };
-constexpr int square_regime = 2, cluster_regime = 4;
 
 // What a device offers: warps of the large tile in a block, by its shared memory, and blocks in a
-// cluster.
+// cluster; and whether a warp may have several problems.
 struct Limits {
-    int warps, blocks;
+    int warps, blocks, several;
 };
 
 // Large tiles along a side; a side without lines has one that is empty.
 OPTICAL_ANYWHERE int64_t tiles_of(int64_t lines) { return lines > 64 ? (lines + 63) / 64 : 1; }
 
 OPTICAL_ANYWHERE Regime regime_of(int64_t n, int64_t m, const Limits& most) {
-    if (most.warps < 1) return {-1, 0, 0, 0};
-    if (n <= 32 && m <= 32) return {0, 1, 1, 1};
+    if (most.warps < 1) return {NO_REGIME, 0, 0, 0, 0};
+    if (n <= 16 && m <= 16 && most.several) return {FOUR, 1, 1, 1, 4};
+    if (n <= 32 && m <= 32) return {PAIR, 1, 1, 1, most.several ? 2 : 1};
     const int64_t down = tiles_of(n), across = tiles_of(m);
-    if (down * across == 1) return {1, 1, 1, 1};
-    if (down == 2 && across == 2 && most.warps >= 4) return {square_regime, 2, 2, 1};
-    if (down * across <= most.warps) return {3, (int)down, (int)across, 1};
+    if (down * across == 1) return {WARP, 1, 1, 1, 1};
+    if (down == 2 && across == 2 && most.warps >= 4) return {SQUARE, 2, 2, 1, 1};
+    if (down * across <= most.warps) return {BLOCK, (int)down, (int)across, 1, 1};
     for (int blocks = 2; blocks <= most.blocks; blocks *= 2) {
         const int64_t part = (down + blocks - 1) / blocks;
-        if (part * across <= most.warps) return {cluster_regime, (int)part, (int)across, blocks};
+        if (part * across <= most.warps) return {CLUSTER, (int)part, (int)across, blocks, 1};
     }
-    return {-1, 0, 0, 0};
+    return {NO_REGIME, 0, 0, 0, 0};
 }
 
 template <typename G>
@@ -82,7 +83,7 @@ OPTICAL_DEVICE void forward(const optical_problem& p, const optical_solution& ou
         residual = implicit ? value : 0.0f;
         ran = p.max_iter;
     }
-    if (s.g.thread == 0 && s.g.rank == 0) {
+    if (s.g.thread == 0 && s.g.rank == 0 && s.is_there) {
         ((float*)out.value)[index] = value;
         ((float*)out.value_linear)[index] = linear;
         ((float*)out.marginal_error)[index] = error;
@@ -113,11 +114,22 @@ OPTICAL_DEVICE void unroll(const optical_problem& p, const optical_gradient& out
     if (G::span == Span::cluster) s.g.sync();
 }
 
-// Calls run(problem, regime) for the problem of this block, if it belongs to `number`. Of packed
-// problems, whose sizes only the device knows, all blocks come and some leave.
-template <typename Run>
+// Calls run(problem, regime) for the problem of this block, or team, if it belongs to `number`. Of
+// packed problems, whose sizes only the device knows, all blocks come and some leave. Teams come
+// together, with problem -1 where they have none.
+template <typename G, typename Run>
 OPTICAL_DEVICE void for_problem(const optical_problem& p, int number, const Limits& most, Run run) {
-    const int64_t index = number == cluster_regime ? block_index() / cluster_size() : block_index();
+    if constexpr (G::teams > 1) {
+        const int64_t index = (int64_t)block_index() * G::teams + thread_index() / G::lanes;
+        bool here = index < p.batch;
+        if (here && p.offset_a)
+            here = regime_of(p.offset_a[index + 1] - p.offset_a[index],
+                             p.offset_b[index + 1] - p.offset_b[index], most)
+                       .number == number;
+        if (warp_any(here)) run(here ? index : -1, {number, 1, 1, 1, G::teams});
+        return;
+    }
+    const int64_t index = number == CLUSTER ? block_index() / cluster_size() : block_index();
     int64_t n = p.n, m = p.m;
     if (p.offset_a) {
         n = p.offset_a[index + 1] - p.offset_a[index];
@@ -125,11 +137,13 @@ OPTICAL_DEVICE void for_problem(const optical_problem& p, int number, const Limi
     }
     const Regime regime = regime_of(n, m, most);
     if (regime.number != number) return;
-    if (number == cluster_regime && regime.blocks != cluster_size()) return;
+    if (number == CLUSTER && regime.blocks != cluster_size()) return;
     if (thread_index() >= 32 * regime.down * regime.across) return;
     run(index, regime);
 }
 
+typedef Group<8, 4, Span::warp, 0, 0, false, 8> FourInWarp;
+typedef Group<8, 8, Span::warp, 0, 0, false, 16> PairInWarp;
 typedef Group<8, 4, Span::warp> SmallWarp;
 typedef Group<16, 8, Span::warp> LargeWarp;
 typedef Group<16, 8, Span::block, 2, 2> SquareBlock;
@@ -143,7 +157,7 @@ typedef Group<16, 8, Span::cluster, 0, 0, true> FastCluster;
 #define OPTICAL_FORWARD(name, G, warps)                                                        \
     OPTICAL_KERNEL(optical_forward_##name, 32 * warps)                                         \
     (const optical_problem p, const optical_solution out, const Limits most, int number) {     \
-        for_problem(p, number, most, [&](int64_t index, const Regime& regime) {                \
+        for_problem<G>(p, number, most, [&](int64_t index, const Regime& regime) {             \
             forward<G>(p, out, index, regime);                                                 \
         });                                                                                    \
     }
@@ -151,7 +165,7 @@ typedef Group<16, 8, Span::cluster, 0, 0, true> FastCluster;
     OPTICAL_KERNEL(optical_##name, 32 * warps)                                                 \
     (const optical_problem p, const optical_gradient out, float* history, const Limits most,   \
      int number) {                                                                             \
-        for_problem(p, number, most, [&](int64_t index, const Regime& regime) {                \
+        for_problem<G>(p, number, most, [&](int64_t index, const Regime& regime) {             \
             backward<G>(p, out, history, index, regime);                                       \
         });                                                                                    \
     }
@@ -160,7 +174,8 @@ typedef Group<16, 8, Span::cluster, 0, 0, true> FastCluster;
 #if defined(OPTICAL_ONLY)
 OPTICAL_ONLY
 #else
-OPTICAL_FORWARD(small, SmallWarp, 1)
+OPTICAL_FORWARD(four, FourInWarp, 1)
+OPTICAL_FORWARD(pair, PairInWarp, 1)
 OPTICAL_FORWARD(warp, LargeWarp, 1)
 OPTICAL_FORWARD(square, SquareBlock, 4)
 OPTICAL_FORWARD(block, OneBlock, 8)

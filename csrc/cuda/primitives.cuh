@@ -44,16 +44,33 @@ OPTICAL_DEVICE void copy_ahead(void* to, const void* from) {
 // The copies of this thread are there for it; for others, after a barrier.
 OPTICAL_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-OPTICAL_DEVICE float shuffle_xor(float x, int mask) {
-    return __shfl_xor_sync(0xffffffffu, x, mask);
+// Of the lanes that a thread works with: all of its warp, or an aligned part, while the others may be
+// elsewhere.
+template <int lanes>
+OPTICAL_DEVICE unsigned members() {
+    return lanes == 32 ? 0xffffffffu
+                       : ((1u << lanes % 32) - 1u) << (threadIdx.x % 32 / lanes * lanes);
 }
-OPTICAL_DEVICE double shuffle_xor(double x, int mask) {
-    return __shfl_xor_sync(0xffffffffu, x, mask);
+template <int lanes = 32, typename Value>
+OPTICAL_DEVICE Value shuffle_xor(Value x, int mask) {
+    return __shfl_xor_sync(members<lanes>(), x, mask);
 }
-OPTICAL_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
-OPTICAL_DEVICE bool warp_any(bool here) { return __any_sync(0xffffffffu, here) != 0; }
-OPTICAL_DEVICE unsigned warp_or(unsigned bits) { return __reduce_or_sync(0xffffffffu, bits); }
-OPTICAL_DEVICE void sync_warp() { __syncwarp(); }
+template <int lanes = 32, typename Value>
+OPTICAL_DEVICE Value shuffle(Value x, int lane) {
+    return __shfl_sync(members<lanes>(), x, lane, lanes);
+}
+template <int lanes = 32>
+OPTICAL_DEVICE bool warp_any(bool here) {
+    return __any_sync(members<lanes>(), here) != 0;
+}
+template <int lanes = 32>
+OPTICAL_DEVICE unsigned warp_or(unsigned bits) {
+    return __reduce_or_sync(members<lanes>(), bits);
+}
+template <int lanes = 32>
+OPTICAL_DEVICE void sync_warp() {
+    __syncwarp(members<lanes>());
+}
 OPTICAL_DEVICE void sync_block() { __syncthreads(); }
 OPTICAL_DEVICE bool sync_block_or(bool here) { return __syncthreads_or(here) != 0; }
 

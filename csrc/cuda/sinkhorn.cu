@@ -98,7 +98,7 @@ int shared_bytes(const optical_problem& p, Operation operation, int down, int ac
 
 // Which grids of warps fit in a block of this device.
 Limits limits(const optical_problem& p, Operation operation, int bytes, int blocks) {
-    Limits most = {max_warps, blocks};
+    Limits most = {max_warps, blocks, operation == Operation::forward};
     // The longest grid has the most lines.
     while (most.warps > 0 && shared_bytes<Cluster>(p, operation, 1, most.warps) > bytes)
         --most.warps;
@@ -116,16 +116,20 @@ int for_regimes(const optical_problem& p, Operation operation, Queue queue) {
     if (p.batch == 0) return OPTICAL_OK;
     const Limits most = limits(p, operation);
     const Regime largest = regime_of(p.n, p.m, most);
-    if (largest.number < 0) return out_of_reach;
+    if (largest.number == NO_REGIME) return out_of_reach;
     if (!p.offset_a) return queue(largest, most);
-    int status = queue({0, 1, 1, 1}, most);
-    const int64_t tiles = tiles_of(p.n) * tiles_of(p.m);
-    if (status == OPTICAL_OK && (p.n > 32 || p.m > 32)) status = queue({1, 1, 1, 1}, most);
-    if (status == OPTICAL_OK && tiles > 1 && most.warps >= 4)
-        status = queue({square_regime, 2, 2, 1}, most);
-    if (status == OPTICAL_OK && tiles > 1) status = queue({3, 1, most.warps, 1}, most);
+    int status = OPTICAL_OK;
+    const auto also = [&](bool possible, const Regime& regime) {
+        if (possible && status == OPTICAL_OK) status = queue(regime, most);
+    };
+    const int64_t longest = p.n > p.m ? p.n : p.m;
+    also(most.several, {FOUR, 1, 1, 1, 4});
+    also(longest > 16 || !most.several, {PAIR, 1, 1, 1, most.several ? 2 : 1});
+    also(longest > 32, {WARP, 1, 1, 1, 1});
+    also(longest > 64 && most.warps >= 4, {SQUARE, 2, 2, 1, 1});
+    also(longest > 64, {BLOCK, 1, most.warps, 1, 1});
     for (int blocks = 2; blocks <= largest.blocks; blocks *= 2)
-        if (status == OPTICAL_OK) status = queue({cluster_regime, 1, most.warps, blocks}, most);
+        also(true, {CLUSTER, 1, most.warps, blocks, 1});
     return status;
 }
 
@@ -140,8 +144,8 @@ extern "C" {
 // Whether problems of these sizes can be solved, and differentiated, on the current device.
 OPTICAL_API int optical_cuda_reach(const optical_problem* problem) {
     const optical_problem& p = *problem;
-    return regime_of(p.n, p.m, limits(p, Operation::forward)).number >= 0 &&
-           regime_of(p.n, p.m, limits(p, Operation::backward)).number >= 0;
+    return regime_of(p.n, p.m, limits(p, Operation::forward)).number != NO_REGIME &&
+           regime_of(p.n, p.m, limits(p, Operation::backward)).number != NO_REGIME;
 }
 
 // As optical_sinkhorn_forward, on a stream.
@@ -150,22 +154,25 @@ OPTICAL_API int optical_cuda_forward(const optical_problem* problem,
     const optical_problem& p = *problem;
     return for_regimes(p, Operation::forward, [&](const Regime& r, const Limits& most) {
         const auto queue = [&](auto kernel, int bytes) {
-            return launch(kernel, p.batch * r.blocks, r.blocks, 32 * r.down * r.across, bytes,
+            const int64_t grid = (p.batch + r.problems - 1) / r.problems * r.blocks;
+            return launch(kernel, grid, r.blocks, 32 * r.down * r.across, bytes,
                           (Stream)stream, p, *solution, most, r.number);
         };
         const Operation what = Operation::forward;
         const bool fast = in_halves(p) && shared_bytes<FastCluster>(p, what, r.down, r.across) <=
                                               shared_memory_of_device();
-        if (r.number == 0)
-            return queue(optical_forward_small, shared_bytes<SmallWarp>(p, what, 1, 1));
-        if (r.number == 1)
+        if (r.number == FOUR)
+            return queue(optical_forward_four, shared_bytes<FourInWarp>(p, what, 1, 1));
+        if (r.number == PAIR)
+            return queue(optical_forward_pair, shared_bytes<PairInWarp>(p, what, 1, 1));
+        if (r.number == WARP)
             return fast ? queue(optical_forward_fast_warp, shared_bytes<FastWarp>(p, what, 1, 1))
                         : queue(optical_forward_warp, shared_bytes<LargeWarp>(p, what, 1, 1));
-        if (r.number == square_regime)
+        if (r.number == SQUARE)
             return fast ? queue(optical_forward_fast_square,
                                 shared_bytes<FastSquare>(p, what, 2, 2))
                         : queue(optical_forward_square, shared_bytes<SquareBlock>(p, what, 2, 2));
-        if (r.number == cluster_regime)
+        if (r.number == CLUSTER)
             return fast ? queue(optical_forward_fast_cluster,
                                 shared_bytes<FastCluster>(p, what, r.down, r.across))
                         : queue(optical_forward_cluster,
@@ -186,18 +193,19 @@ OPTICAL_API int optical_cuda_backward(const optical_problem* problem,
     if (p.gradient == OPTICAL_UNROLL && p.anneal_start > 0) return OPTICAL_INVALID_ARGUMENT;
     return for_regimes(p, Operation::backward, [&](const Regime& r, const Limits& most) {
         const auto queue = [&](auto kernel, int bytes) {
-            return launch(kernel, p.batch * r.blocks, r.blocks, 32 * r.down * r.across, bytes,
+            const int64_t grid = (p.batch + r.problems - 1) / r.problems * r.blocks;
+            return launch(kernel, grid, r.blocks, 32 * r.down * r.across, bytes,
                           (Stream)stream, p, *gradient, (float*)history, most, r.number);
         };
         const Operation what = Operation::backward;
         const bool unroll = p.gradient == OPTICAL_UNROLL;
-        if (r.number == 0)
+        if (r.number == PAIR)
             return queue(unroll ? optical_unroll_small : optical_backward_small,
                          shared_bytes<SmallWarp>(p, what, 1, 1));
-        if (r.number == 1)
+        if (r.number == WARP)
             return queue(unroll ? optical_unroll_warp : optical_backward_warp,
                          shared_bytes<LargeWarp>(p, what, 1, 1));
-        if (r.number == cluster_regime)
+        if (r.number == CLUSTER)
             return queue(unroll ? optical_unroll_cluster : optical_backward_cluster,
                          shared_bytes<Cluster>(p, what, r.down, r.across));
         return queue(unroll ? optical_unroll_block : optical_backward_block,
@@ -205,17 +213,21 @@ OPTICAL_API int optical_cuda_backward(const optical_problem* problem,
     });
 }
 
-// What is launched for a padded problem: down, across, blocks, and bytes of shared memory.
+// What is launched for a padded problem: down, across, blocks, bytes of shared memory, and problems
+// in a warp.
 OPTICAL_API int optical_cuda_plan(const optical_problem* problem, int backward, int shared,
                                   int clusters, int* plan) {
     const optical_problem& p = *problem;
     const Operation what = backward ? Operation::backward : Operation::forward;
     const Regime r = regime_of(p.n, p.m, limits(p, what, shared, clusters));
     plan[0] = r.down, plan[1] = r.across, plan[2] = r.blocks;
-    plan[3] = r.number == 0                ? shared_bytes<SmallWarp>(p, what, 1, 1)
-              : r.number == 1              ? shared_bytes<LargeWarp>(p, what, 1, 1)
-              : r.number == cluster_regime ? shared_bytes<Cluster>(p, what, r.down, r.across)
-                                           : shared_bytes<OneBlock>(p, what, r.down, r.across);
+    plan[4] = r.problems;
+    plan[3] = r.number == FOUR      ? shared_bytes<FourInWarp>(p, what, 1, 1)
+              : r.number == CLUSTER ? shared_bytes<Cluster>(p, what, r.down, r.across)
+              : r.number > WARP     ? shared_bytes<OneBlock>(p, what, r.down, r.across)
+              : r.number == WARP    ? shared_bytes<LargeWarp>(p, what, 1, 1)
+              : backward            ? shared_bytes<SmallWarp>(p, what, 1, 1)
+                                    : shared_bytes<PairInWarp>(p, what, 1, 1);
     return r.number;
 }
 
