@@ -178,13 +178,15 @@ def shared_bytes(number: int, down: int, across: int, kind: int, backward: int |
     entries, kept = rows * columns * threads, (rows * columns + owned * 14) * threads
     if backward is None:
         # float32 vectors a chunk at a time, half ones two chunks.
-        chunk = 32 if down * tall * rows > 32 * down else 16
-        ahead = 2 * (chunk + 8) * lines * 2
-        work = max(4 * kept, 64 * (lines + 4) if kind else 0, ahead if kind else 0)
+        half_chunk = 32 if tall * rows > 32 else 16
+        work = max(4 * kept, 64 * (lines + 4) if kind else 0, 4 * half_chunk * lines if kind else 0)
     else:
         work = 4 * (kept + (entries if backward == 2 else 0))
-        shares = 16 * across * wide * columns if number == CLUSTER else 0
-        work = max(work, 4 * (entries + 16 * (lines + 2) + lines + shares) if kind else 0)
+        # What lines have along themselves, the gradient of the cost in halves, chunks of vectors.
+        rows, columns = down * tall * rows, across * wide * columns
+        products = 4 * lines + 4 * rows * (columns + 8) + 64 * lines
+        products += 64 * columns if number == CLUSTER else 0
+        work = max(work, products if kind else 0)
     size = exchanged + measured + work
     teams = 32 // (tall * wide)
     return size if teams == 1 else teams * (-(-size // 128) * 128 + 128 // teams)

@@ -118,6 +118,19 @@ def test_clusters_of_many_blocks(n, m, gradient, kind, kernels):
 HALVES = [torch.float16, torch.bfloat16]
 
 
+def assert_rule(problem, given, gradient):
+    """What the kernels make of ``given`` is right; gradients have the types of their vectors."""
+    out = solve("cuda", given, gradient)
+    same = solve("reference", given.to(torch.float32), gradient)
+    truth = solve("reference", given.to(torch.float64), gradient)
+    for field in truth:
+        dtype = {"grad_x": given.x.dtype, "grad_y": given.y.dtype}.get(field, torch.float32)
+        assert out[field].dtype == dtype or field in ("n_iter", "status")
+        scale = max(1.0, truth[field].abs().max().item())
+        rule = {"dtype": dtype, "scale": scale, "name": f"{problem.name} {field}"}
+        assert_close_to_truth(out[field], truth[field], same[field], **rule)
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("kind", ["cosine", "sqeuclidean", "dot"])
@@ -127,16 +140,48 @@ def test_half_vectors_by_the_tolerance_rule(kind, half, gradient, kernels):
     for n, m, dim in ((7, 6, 40), (40, 50, 72), (66, 40, 104)):
         clouds = random_clouds(kind, kind, batch=2, n=n, m=m, dim=dim, epsilon=epsilon, max_iter=5)
         for problem in (clouds, packed(clouds)):
-            given = problem.to(torch.float32, "cpu", half)
-            out = solve("cuda", given, gradient)
-            same = solve("reference", given.to(torch.float32), gradient)
-            truth = solve("reference", given.to(torch.float64), gradient)
-            for field in truth:
-                dtype = half if field in ("grad_x", "grad_y") else torch.float32
-                assert out[field].dtype == dtype or field in ("n_iter", "status")
-                scale = max(1.0, truth[field].abs().max().item())
-                rule = {"dtype": dtype, "scale": scale, "name": f"{problem.name} {field}"}
-                assert_close_to_truth(out[field], truth[field], same[field], **rule)
+            assert_rule(problem, problem.to(torch.float32, "cpu", half), gradient)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_gradients_of_half_vectors_in_a_cluster(half, kernels):
+    clouds = random_clouds("cluster", "cosine", batch=1, n=140, m=400, dim=18, max_iter=2)
+    assert_rule(clouds, clouds.to(torch.float32, "cpu", half), "envelope")
+
+
+SPLIT = [(9, 12), (20, 30), (70, 100)]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(("n", "m"), SPLIT)
+def test_vectors_of_two_types(n, m, gradient, kernels):
+    clouds = random_clouds("two", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    given = clouds.to(torch.float32, "cpu", torch.bfloat16)
+    assert_rule(clouds, replace(given, x=given.x.float()), gradient)
+
+
+@pytest.mark.parametrize(("n", "m"), SPLIT)
+def test_cosines_do_not_depend_on_lengths(n, m, kernels):
+    """Gradients do, and shrink as vectors grow."""
+    clouds = random_clouds("long", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    scales = torch.logspace(-20, 18, 2 * n).view(2, n, 1)
+    given = replace(clouds.to(torch.float32), x=(clouds.x * scales).float())
+    out, same = solve("cuda", given), solve("cuda", clouds.to(torch.float32))
+    torch.testing.assert_close(out["value"], same["value"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(out["grad_x"] * scales, same["grad_x"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "m"), SPLIT)
+def test_half_vectors_whose_squares_underflow(n, m, kernels):
+    clouds = random_clouds("tiny", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    given = clouds.to(torch.float32, "cpu", torch.bfloat16)
+    tiny = given.x.clone()
+    tiny[0, 3] *= 2.0**-70
+    out, same = solve("cuda", replace(given, x=tiny)), solve("cuda", clouds.to(torch.float32))
+    torch.testing.assert_close(out["value"], same["value"], rtol=1e-6, atol=0)
+    found = out["grad_x"].float()
+    found[0, 3] *= 2.0**-70
+    torch.testing.assert_close(found, same["grad_x"], rtol=1e-2, atol=1e-4)
 
 
 # Problems that iterate in half precision, one in each regime that does, and hard ones.

@@ -210,7 +210,7 @@ def test_a_damaged_kernel_in_the_cache_is_compiled_anew(tmp_path, damage):
     assert made == [1, 1] and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("kernel", ["optical_forward_small", "optical_backward_warp"])
+@pytest.mark.parametrize("kernel", ["optical_forward_pair", "optical_backward_warp"])
 def test_nvrtc_compiles_a_kernel(kernel):
     library = nvrtc.find()
     if library is None:
@@ -225,8 +225,8 @@ def test_an_error_of_nvrtc_is_a_reason_in_one_line(tmp_path):
     (tmp_path / "cuda").mkdir()
     (tmp_path / "sinkhorn.h").write_text("")
     (tmp_path / "cuda" / "kernels.cuh").write_text(
-        "#error deliberately broken\nOPTICAL_FORWARD(small, SmallWarp, 1)\n"
+        "#error deliberately broken\nOPTICAL_FORWARD(pair, PairInWarp, 1)\n"
     )
     with pytest.raises(nvrtc.CompileError, match="deliberately broken") as caught:
-        nvrtc.compile_kernel(library, tmp_path, "optical_forward_small", "90")
+        nvrtc.compile_kernel(library, tmp_path, "optical_forward_pair", "90")
     assert "\n" not in str(caught.value)

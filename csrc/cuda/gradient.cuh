@@ -1,55 +1,43 @@
 // Gradients: what is read off the potentials of a solution.
 //
 // G = dL/dC of a problem is made in registers. For a given cost it is written as it is; from vectors
-// it is laid out in shared memory, in place of the cost, and multiplied with chunks of the vectors,
-// so that neither the plan nor G is ever in device memory, and each gradient is written once. With
-// G, for the cosine and unit vectors x and y,
-//
-//     dL/dx_i = (x_i sum_j G_ij (1 - C_ij) - sum_j G_ij y_j) / |x_i|
+// it is multiplied with them, so that neither the plan nor G is ever in device memory.
 #pragma once
 
-#include "results.cuh"
+#include "products.cuh"
 
 namespace optical {
 namespace cuda {
 
 template <typename G>
-struct Gradient : Results<G> {
-    typedef Results<G> Result;
+struct Gradient : Products<G> {
+    typedef Products<G> Result;
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
-    static constexpr int together = 4;  // rows or columns of G that a thread multiplies at once
     using Result::a;
     using Result::b;
     using Result::column;
     using Result::cost;
     using Result::g;
     using Result::index;
-    using Result::K;
+    using Result::out;
     using Result::p;
     using Result::price;
     using Result::row;
     using Result::target;
 
-    const optical_gradient& out;
     float up, linear, grad_value;  // upstream: of both values together, and of each
 
     OPTICAL_DEVICE Gradient(const optical_problem& problem, const optical_gradient& gradient)
-        : Result(problem), out(gradient) {}
+        : Result(problem, gradient) {}
 
-    // Memory behind that of the solver: a second private array for the reverse sweep; for vectors,
-    // what each line has along itself, and G beside chunks of the vectors, and of the products that
-    // the blocks of a cluster add.
+    // Memory behind that of the solver: a second private array for the reverse sweep; or that of the
+    // products.
     static OPTICAL_ANYWHERE int shared_bytes(int down, int across, int32_t kind, int32_t gradient) {
         const int threads = 32 * down * across;
-        const int rows = down * G::tile_rows, columns = across * G::tile_columns;
         int bytes = Cost<G>::private_floats * threads * 4;
         if (gradient == OPTICAL_UNROLL) bytes += RI * RJ * threads * 4;
-        if (kind != OPTICAL_GIVEN) {
-            int more = RI * RJ * threads + chunk * (rows + columns + 2) + rows + columns;
-            if (G::span == Span::cluster) more += chunk * columns;
-            if (4 * more > bytes) bytes = 4 * more;
-        }
-        return Cost<G>::fixed_bytes(down, across, kind) + bytes;
+        const int more = kind == OPTICAL_GIVEN ? 0 : Result::product_bytes(down, across);
+        return Cost<G>::fixed_bytes(down, across, kind) + (more > bytes ? more : bytes);
     }
 
     OPTICAL_DEVICE void differentiate() {
@@ -71,7 +59,7 @@ struct Gradient : Results<G> {
         if (p.kind == OPTICAL_GIVEN) {
             if (out.grad_x) write_cost((float*)out.grad_x + index * p.n * p.m);
         } else if (out.grad_x || out.grad_y) {
-            multiply_vectors();
+            this->multiply_vectors();
         }
     }
 
@@ -115,7 +103,7 @@ struct Gradient : Results<G> {
         OPTICAL_EACH
         for (int c = 0; c < RJ; ++c) sums[c] = 0;
         const float slope = implicit ? linear * this->inverse_epsilon : 0.0f;
-        begin_along();
+        this->begin_along();
         OPTICAL_ROLLED
         for (int q = 0; q < RI; ++q) {
             const int r = g.slot_of(q);
@@ -127,10 +115,10 @@ struct Gradient : Results<G> {
                 const float flow = this->plan_of(r, c, f_i, log_i, g_all[c], log_column[c]);
                 const float cost_ij = price(r, c);
                 sum += flow, sums[c] += flow;
-                set(r, c, flow * (up + slope * ((w_i + z[c]) - cost_ij)), cost_ij, along);
+                this->set(r, c, flow * (up + slope * ((w_i + z[c]) - cost_ij)), cost_ij, along);
             }
             g.template fold_row<Sum>(sum, q, sum_row);
-            end_row(along, q);
+            this->end_row(along, q);
         }
         if (implicit) {
             g.template combine_rows<Sum>(sum_row);
@@ -145,25 +133,6 @@ struct Gradient : Results<G> {
                 of_column[o] += linear * relief_b * sum_column[o] * column(SOLUTION, o);
         }
         write_masses(of_row, of_column);
-    }
-
-    // G takes the place of the cost, entry by entry, while what it weighs along each line is added:
-    // sum G (1 - C) for the cosine, sum G for the squared distance.
-    float row_along[OI], column_along[RJ];
-    OPTICAL_DEVICE void begin_along() {
-        OPTICAL_EACH
-        for (int c = 0; c < RJ; ++c) column_along[c] = 0;
-        OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) row_along[o] = 0;
-    }
-    OPTICAL_DEVICE void set(int r, int c, float slope, float cost_ij, float& along) {
-        const float weight = p.kind == OPTICAL_COSINE ? 1.0f - cost_ij : 1.0f;
-        along = fused(slope, weight, along);
-        column_along[c] = fused(slope, weight, column_along[c]);
-        cost(r, c) = slope;
-    }
-    OPTICAL_DEVICE void end_row(float along, int q) {
-        g.template fold_row<Sum>(along, q, row_along);
     }
 
     // The partial derivative of the dual; a line without a pair gives all its mass up.
@@ -234,126 +203,6 @@ struct Gradient : Results<G> {
         for (int64_t k = start; out.grad_y && k < b.count * p.dim; k += step)
             store(out.grad_y, p.y_type, b.first * p.dim + k, 0);
     }
-
-    // ------------------------------------------------------------------------------------ vectors
-
-    OPTICAL_DEVICE void multiply_vectors() {
-        float sum_along[OJ];
-        g.template combine_rows<Sum>(row_along);
-        g.template columns<Sum>(column_along, sum_along);
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r)
-            OPTICAL_EACH
-            for (int c = 0; c < RJ; ++c) K[r][c] = cost(r, c);
-        // From here on the private arrays make room.
-        g.sync_own_block();
-        const int pitch = this->block_columns, lines = this->block_rows + this->block_columns;
-        float* const matrix = (float*)this->stage;
-        float* const staged = matrix + this->block_rows * pitch;
-        float* const along = staged + chunk * this->pitch();
-        OPTICAL_EACH
-        for (int r = 0; r < RI; ++r)
-            OPTICAL_EACH
-            for (int c = 0; c < RJ; ++c)
-                matrix[(g.row(r) - this->base_row) * pitch + g.column(c)] = K[r][c];
-        OPTICAL_EACH
-        for (int o = 0; o < OI; ++o)
-            if (g.warp_across == 0) along[g.own_row(o) - this->base_row] = row_along[o];
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o)
-            if (g.warp_down == 0) along[this->block_rows + g.own_column(o)] = sum_along[o];
-        const int at = p.kind == OPTICAL_SQEUCLIDEAN ? this->origin() : 0;
-        for (int64_t k = 0; k < p.dim; k += chunk) {
-            g.sync_own_block();
-            this->stage_chunk(staged, 0, lines, k, at);
-            g.sync_own_block();
-            if (out.grad_x) times_columns(matrix, staged, along, k);
-            if (out.grad_y) times_rows(matrix, staged, along, k);
-        }
-    }
-
-    // Line `l` of G times the vectors, at entry k, from their sum: the gradient of its vector.
-    OPTICAL_DEVICE float finished(float sum, const float* staged, const float* along, int l,
-                                  int part) const {
-        if (p.kind == OPTICAL_DOT) return -sum;
-        const float own = staged[part * this->pitch() + l];
-        if (p.kind == OPTICAL_SQEUCLIDEAN) return 2.0f * (own * along[l] - sum);
-        const float inverse = this->measure[l];
-        return (along[l] * (own * inverse) - sum) * inverse * this->unit[l];
-    }
-    // For the cosine the entries of the other side are scaled to unit vectors.
-    OPTICAL_DEVICE float length_of(int l) const {
-        return p.kind == OPTICAL_COSINE ? this->measure[l] : 1.0f;
-    }
-
-    OPTICAL_DEVICE void times_columns(const float* matrix, const float* staged, const float* along,
-                                      int64_t k) {
-        const int part = g.thread % chunk, pitch = this->block_columns;
-        const int count = smaller_int(this->block_columns, b.count);
-        const float* const vectors = staged + part * this->pitch() + this->block_rows;
-        for (int i = g.thread / chunk * together; i < this->block_rows;
-             i += g.threads / chunk * together) {
-            if (this->base_row + i >= a.count) break;
-            float sum[together] = {0, 0, 0, 0};
-            for (int j = 0; j < count; ++j) {
-                const float y = vectors[j] * length_of(this->block_rows + j);
-                OPTICAL_EACH
-                for (int t = 0; t < together; ++t)
-                    sum[t] = fused(matrix[(i + t) * pitch + j], y, sum[t]);
-            }
-            OPTICAL_EACH
-            for (int t = 0; t < together; ++t) {
-                const int line = this->base_row + i + t;
-                if (line >= a.count || k + part >= p.dim) continue;
-                const float x = finished(sum[t], staged, along, i + t, part);
-                store(out.grad_x, p.x_type, (a.first + line) * p.dim + k + part,
-                      this->present_a(line) ? x : 0.0f);
-            }
-        }
-    }
-
-    OPTICAL_DEVICE void times_rows(const float* matrix, const float* staged, float* along,
-                                   int64_t k) {
-        const int part = g.thread % chunk, pitch = this->block_columns;
-        const int count = smaller_int(this->block_rows, a.count - this->base_row);
-        const float* const vectors = staged + part * this->pitch();
-        // What the blocks of a cluster have to add.
-        float* const shares = along + this->block_rows + this->block_columns;
-        for (int j = g.thread / chunk * together; j < this->block_columns;
-             j += g.threads / chunk * together) {
-            if (j >= b.count) break;
-            float sum[together] = {0, 0, 0, 0};
-            for (int i = 0; i < count; ++i) {
-                const float x = vectors[i] * length_of(i);
-                OPTICAL_EACH
-                for (int t = 0; t < together; ++t)
-                    sum[t] = fused(matrix[i * pitch + j + t], x, sum[t]);
-            }
-            OPTICAL_EACH
-            for (int t = 0; t < together; ++t) {
-                if (G::span == Span::cluster) shares[(j + t) * chunk + part] = sum[t];
-                else write_column(sum[t], staged, along, j + t, part, k);
-            }
-        }
-        if (G::span != Span::cluster) return;
-        g.sync();
-        for (int j = g.rank * (g.threads / chunk) + g.thread / chunk; j < b.count;
-             j += g.blocks * (g.threads / chunk)) {
-            float sum = 0;
-            for (int block = 0; block < g.blocks; ++block)
-                sum += g.at_block(shares, block)[j * chunk + part];
-            write_column(sum, staged, along, j, part, k);
-        }
-        g.sync();
-    }
-    OPTICAL_DEVICE void write_column(float sum, const float* staged, const float* along, int j,
-                                     int part, int64_t k) {
-        if (j >= b.count || k + part >= p.dim) return;
-        const float y = finished(sum, staged, along, this->block_rows + j, part);
-        store(out.grad_y, p.y_type, (b.first + j) * p.dim + k + part,
-              this->present_b(j) ? y : 0.0f);
-    }
-    OPTICAL_DEVICE static int smaller_int(int x, int y) { return x < y ? x : y; }
 };
 
 }  // namespace cuda

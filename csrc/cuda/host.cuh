@@ -20,6 +20,7 @@
 #define OPTICAL_DEVICE inline
 #define OPTICAL_ANYWHERE inline
 #define OPTICAL_KERNEL(name, threads) inline void name
+#define OPTICAL_CONSTANT const
 #define OPTICAL_EACH
 #define OPTICAL_ROLLED
 #define OPTICAL_WARPS
@@ -288,9 +289,29 @@ inline void sync_warp() {
     host::Thread& self = *host::machine().self;
     host::meet(self.warp->team<lanes>(self.index % 32).meeting);
 }
+template <bool turned>
+inline void load_matrices(unsigned (&pairs)[4], const void* row) {
+    int turn;
+    host::Team& team = host::next_turn<32>(turn);
+    unsigned (*const all)[6] = team.fragments[turn];
+    const int lane = thread_index() % 32, first = lane / 4, second = lane % 4;
+    if ((uintptr_t)row % 16 != 0) abort();
+    memcpy(all[lane], row, 16);
+    host::meet(team.meeting);
+    for (int i = 0; i < 4; ++i) {
+        uint16_t low, high;
+        const int row_low = 8 * i + (turned ? 2 * second : first);
+        const int row_high = turned ? row_low + 1 : row_low;
+        const int column = turned ? first : 2 * second;
+        memcpy(&low, (const char*)all[row_low] + 2 * column, 2);
+        memcpy(&high, (const char*)all[row_high] + 2 * (turned ? column : column + 1), 2);
+        pairs[i] = low | (unsigned)high << 16;
+    }
+}
 float from_half(unsigned bits, bool brain);
 unsigned to_half(float value, bool brain);
 inline unsigned pack_halves(float x, float y) { return to_half(x, false) | to_half(y, false) << 16; }
+inline unsigned pack_brains(float x, float y) { return to_half(x, true) | to_half(y, true) << 16; }
 inline float low_half(unsigned pair) { return from_half(pair & 0xffffu, false); }
 inline float high_half(unsigned pair) { return from_half(pair >> 16, false); }
 inline void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],

@@ -156,15 +156,16 @@ typedef Group<16, 8, Span::cluster, 0, 0, true> FastCluster;
 
 #define OPTICAL_FORWARD(name, G, warps)                                                        \
     OPTICAL_KERNEL(optical_forward_##name, 32 * warps)                                         \
-    (const optical_problem p, const optical_solution out, const Limits most, int number) {     \
+    (OPTICAL_CONSTANT optical_problem p, OPTICAL_CONSTANT optical_solution out,                \
+     const Limits most, int number) {                                                          \
         for_problem<G>(p, number, most, [&](int64_t index, const Regime& regime) {             \
             forward<G>(p, out, index, regime);                                                 \
         });                                                                                    \
     }
 #define OPTICAL_BACKWARD(name, G, warps, backward)                                             \
     OPTICAL_KERNEL(optical_##name, 32 * warps)                                                 \
-    (const optical_problem p, const optical_gradient out, float* history, const Limits most,   \
-     int number) {                                                                             \
+    (OPTICAL_CONSTANT optical_problem p, OPTICAL_CONSTANT optical_gradient out,                \
+     float* history, const Limits most, int number) {                                          \
         for_problem<G>(p, number, most, [&](int64_t index, const Regime& regime) {             \
             backward<G>(p, out, history, index, regime);                                       \
         });                                                                                    \

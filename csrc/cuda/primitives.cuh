@@ -19,6 +19,8 @@
 #define OPTICAL_DEVICE __device__ __forceinline__
 #define OPTICAL_ANYWHERE __host__ __device__ __forceinline__
 #define OPTICAL_KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
+// A parameter of a kernel that is read where it is, never copied into local memory.
+#define OPTICAL_CONSTANT const __grid_constant__
 #define OPTICAL_EACH _Pragma("unroll")
 #define OPTICAL_ROLLED _Pragma("unroll 1")
 #define OPTICAL_WARPS _Pragma("unroll warps_at_once")
@@ -123,10 +125,32 @@ OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4], co
 #undef OPTICAL_MMA
 }
 
+// Four matrices of 8 x 8 halves out of shared memory: each lane names a row, 16 bytes that are aligned,
+// row lane % 8 of matrix lane / 8. Of matrix i, pairs[i] has the columns 2t and 2t + 1 of row g, or
+// `turned` the rows 2t and 2t + 1 of column g.
+template <bool turned>
+OPTICAL_DEVICE void load_matrices(unsigned (&pairs)[4], const void* row) {
+    const unsigned place = (unsigned)__cvta_generic_to_shared(row);
+#define OPTICAL_LOAD(how)                                                                        \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" how ".shared.b16 {%0, %1, %2, %3}, [%4];"       \
+                 : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])                \
+                 : "r"(place)                                                                    \
+                 : "memory")
+    if (turned) OPTICAL_LOAD(".trans");
+    else OPTICAL_LOAD("");
+#undef OPTICAL_LOAD
+}
+
 // Pairs of float16 in a word, the first in its lower half.
 OPTICAL_DEVICE unsigned pack_halves(float x, float y) {
     unsigned pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+}
+// The same of bfloat16.
+OPTICAL_DEVICE unsigned pack_brains(float x, float y) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
     return pair;
 }
 OPTICAL_DEVICE float low_half(unsigned pair) {
@@ -188,6 +212,19 @@ namespace cuda {
 // The lower, or the upper, halves of two words.
 OPTICAL_DEVICE unsigned low_halves(unsigned x, unsigned y) { return (x & 0xffffu) | y << 16; }
 OPTICAL_DEVICE unsigned high_halves(unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000u); }
+
+// x as the sum of two halves: of float16 to 24 bits, of bfloat16 to 16.
+template <bool brain>
+OPTICAL_DEVICE void split_number(float x, uint16_t& upper, uint16_t& lower) {
+    if (brain) {
+        upper = (uint16_t)(bits_of(x) >> 16);
+        lower = (uint16_t)(bits_of(x - float_of((unsigned)upper << 16)) >> 16);
+    } else {
+        const unsigned pair = pack_halves(x, 0.0f);
+        upper = (uint16_t)pair;
+        lower = (uint16_t)pack_halves(x - low_half(pair), 0.0f);
+    }
+}
 
 OPTICAL_DEVICE float infinity() { return float_of(0x7f800000u); }
 OPTICAL_DEVICE float not_a_number() { return float_of(0x7fc00000u); }
