@@ -316,9 +316,10 @@ def test_the_order_names_backends_that_exist_and_where_it_comes_from():
         assert set(order.names) <= set(backends.BACKENDS)
         assert order.provenance in ("predicted", "measured")
     x = torch.zeros(2, 3, 300)
-    float32, half = (example(v, v, "cosine") for v in (x, x.half()))
-    first = [backends._ordered(p, g)[1][0].name for p in (PROBLEM, float32, half) for g in (0, 1)]
-    assert first == ["cuda", "cuda", "triton", "triton", "cuda", "triton"]
+    cosine, half = (example(v, v, "cosine") for v in (x, x.half()))
+    others = PROBLEM, cosine, half, example(x, x, "dot")
+    first = [[backends._ordered(p, g)[1][0].name for p in others] for g in (False, True)]
+    assert first == [["cuda", "cuda", "cuda", "triton"], ["cuda", "triton", "triton", "triton"]]
 
 
 def test_falling_back_to_the_reference_warns_once_per_reason(table):

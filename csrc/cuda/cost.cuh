@@ -129,10 +129,6 @@ struct Cost : Problem<G> {
         else g.sync_own_block();
     }
 
-    // Eight halves, which are loaded and stored as one.
-    struct alignas(16) Eight {
-        uint16_t entry[8];
-    };
     // Where eight entries of a line are, of chunks of so many: eight lines, which a load of fragments
     // takes at once, lie in different banks. Sixteen lines further is 16 entries further in memory.
     template <int entries>
@@ -145,47 +141,57 @@ struct Cost : Problem<G> {
     // every thread they are there.
     template <int entries>
     OPTICAL_DEVICE void stage_halves(uint16_t* to, int64_t k) const {
-        constexpr int parts = entries / 8;
-        for (int piece = g.thread; piece < (block_rows + block_columns) * parts;
-             piece += g.threads) {
-            const int l = piece / parts;
-            const int64_t first = k + piece % parts * 8;
-            const int64_t line = of_rows(l) ? (base_row + l) * a.stride : (l - block_rows) * b.stride;
-            const uint16_t* const from =
-                (const uint16_t*)(of_rows(l) ? a.vectors : b.vectors) + line + first;
-            Eight* const there = (Eight*)(to + place<entries>(l, piece % parts));
-            const bool here = unit[l] != 0.0f;
-            if (here && first + 8 <= p.dim && ((uintptr_t)from & 15) == 0) {
-                copy_ahead(there, from);
-                continue;
-            }
-            Eight eight = {};
-            OPTICAL_EACH
-            for (int e = 0; e < 8; ++e)
-                if (here && first + e < p.dim) eight.entry[e] = from[e];
-            *there = eight;
-        }
+        stage_lines<entries, Route::halves>(to, 0, block_rows, a, base_row, k);
+        stage_lines<entries, Route::halves>(to, block_rows, block_columns, b, 0, k);
     }
     // The same of numbers that are split: upper halves, and behind those of all lines the lower ones.
     template <int entries>
     OPTICAL_DEVICE void stage_split(uint16_t* to, int64_t k) const {
+        stage_lines<entries, Route::split>(to, 0, block_rows, a, base_row, k);
+        stage_lines<entries, Route::split>(to, block_rows, block_columns, b, 0, k);
+    }
+
+    // Lines `first` and further, which are those of a side from `line`. A thread has the same eighth of
+    // the chunk in every eighth line or a multiple of that: what it adds to addresses is the same.
+    template <int entries, Route way>
+    OPTICAL_DEVICE void stage_lines(uint16_t* to, int first, int count, const Lines& side, int line,
+                                    int64_t k) const {
         constexpr int parts = entries / 8;
-        const int lines = block_rows + block_columns;
-        for (int piece = g.thread; piece < lines * parts; piece += g.threads) {
-            const int l = piece / parts;
-            const int64_t first = k + piece % parts * 8;
-            const float scale = unit[l];
-            Eight upper, lower;
-            OPTICAL_EACH
-            for (int e = 0; e < 8; ++e) {
-                const bool here = scale != 0.0f && first + e < p.dim;
-                const float x = here ? entry(l, first + e) * scale : 0.0f;
-                split_number<false>(x * split_scale, upper.entry[e], lower.entry[e]);
+        const int part = g.thread % parts, step = g.threads / parts, bytes = bytes_of(side.type);
+        const int64_t rest = p.dim - k - 8 * part, stride = side.stride * bytes;
+        int l = g.thread / parts;
+        const char* from = side.vectors + (line + l) * stride + (k + 8 * part) * bytes;
+        l += first;
+        to += place<entries>(l, part);
+        const bool aligned = ((uintptr_t)from & 15) == 0;
+        const int lower = (block_rows + block_columns) * entries;
+        OPTICAL_ROLLED
+        for (; l < first + count; l += step, from += step * stride, to += step * entries) {
+            const bool here = unit[l] != 0.0f;
+            if (way == Route::split) {
+                float x[8];
+                load_eight(from, side.type, aligned, here ? rest : 0, x);
+                split_eight(x, unit[l] * split_scale, to, to + lower);
+            } else if (aligned && rest >= 8) {
+                copy_ahead(to, from, here);
+            } else {
+                *(Eight*)to = few(from, here ? rest : 0);
             }
-            const int there = place<entries>(l, piece % parts);
-            *(Eight*)(to + there) = upper;
-            *(Eight*)(to + lines * entries + there) = lower;
         }
+    }
+    OPTICAL_DEVICE static Eight few(const char* from, int64_t count) {
+        Eight eight = {};
+        OPTICAL_EACH
+        for (int e = 0; e < 8; ++e)
+            if (e < count) eight.entry[e] = ((const uint16_t*)from)[e];
+        return eight;
+    }
+    OPTICAL_DEVICE static void split_eight(const float (&x)[8], float scale, uint16_t* upper,
+                                           uint16_t* lower) {
+        Eight high, low;
+        OPTICAL_EACH
+        for (int e = 0; e < 8; ++e) split_number<false>(x[e] * scale, high.entry[e], low.entry[e]);
+        *(Eight*)upper = high, *(Eight*)lower = low;
     }
 
     // All products of rows and columns, into a matrix in shared memory.

@@ -250,13 +250,17 @@ inline int cluster_size() { return host::machine().cluster_size; }
 inline char* shared_memory() { return host::machine().self->block->aligned; }
 
 // As late as is allowed.
-inline void copy_ahead(void* to, const void* from) {
-    host::machine().self->ahead.push_back({to, from});
+inline void copy_ahead(void* to, const void* from, bool here) {
+    host::machine().self->ahead.push_back({to, here ? from : nullptr});
 }
 inline void wait_for_copies() {
 #if !defined(OPTICAL_WITHOUT_WAIT)
     std::vector<host::Copy>& ahead = host::machine().self->ahead;
-    for (const host::Copy& copy : ahead) memcpy(copy.to, copy.from, 16);
+    for (const host::Copy& copy : ahead) {
+        if (((uintptr_t)copy.to | (uintptr_t)copy.from) % 16 != 0) abort();
+        if (copy.from) memcpy(copy.to, copy.from, 16);
+        else memset(copy.to, 0, 16);
+    }
     ahead.clear();
 #endif
 }

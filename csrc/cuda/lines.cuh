@@ -194,28 +194,20 @@ struct Problem {
         for (int l = g.warp; l < block_rows + block_columns; l += g.down * g.across) {
             const bool here = present(l);
             float scale = here ? 1.0f : 0.0f, sum = 0;
-            if (p.kind != OPTICAL_DOT && here) {
-                float peak = 0;
+            if (here && p.kind == OPTICAL_SQEUCLIDEAN) {
                 for (int64_t k = g.lane; k < p.dim; k += G::lanes) {
                     const float x = entry(l, k) - origin_entry(at, k);
                     sum = fused(x, x, sum);
-                    peak = larger(peak, absolute(x));
                 }
                 sum = G::over_lanes(sum);
-                if (p.kind == OPTICAL_COSINE && !(sum > 1e-30f && sum < 1e37f)) {
-                    OPTICAL_EACH
-                    for (int mask = G::lanes / 2; mask > 0; mask /= 2)
-                        peak = larger(peak, shuffle_xor<G::lanes>(peak, mask));
-                    // The power of two below 1 / peak; exponents stay within the normal range.
-                    const int exponent = (int)(bits_of(peak) >> 23 & 0xffu);
-                    const int wanted = 253 - exponent;
+            } else if (here && p.kind == OPTICAL_COSINE) {
+                sum = squares(l, 1.0f);
+                if (!(sum > 1e-30f && sum < 1e37f)) {
+                    // The power of two below 1 / the largest entry, within the normal range.
+                    const int wanted = 253 - (int)(bits_of(largest_entry(l)) >> 23);
                     scale = float_of((unsigned)(wanted < 1 ? 1 : wanted > 253 ? 253 : wanted) << 23);
-                    sum = 0;
-                    for (int64_t k = g.lane; k < p.dim; k += G::lanes) {
-                        const float x = entry(l, k) * scale;
-                        sum = fused(x, x, sum);
-                    }
-                    sum = G::over_lanes(sum);
+                    sum = squares(l, scale);
+                    if (sum == 0) scale = 1;
                 }
             }
             if (g.lane == 0) {
@@ -232,6 +224,32 @@ struct Problem {
         }
     }
 
+    // The squared length of a line, scaled.
+    OPTICAL_DEVICE float squares(int l, float scale) const {
+        const int32_t type = of_rows(l) ? a.type : b.type;
+        const int64_t line = of_rows(l) ? (base_row + l) * a.stride : (l - block_rows) * b.stride;
+        const char* const from =
+            (of_rows(l) ? a.vectors : b.vectors) + (line + 8 * g.lane) * bytes_of(type);
+        const bool aligned = ((uintptr_t)from & 15) == 0;
+        float sum = 0;
+        OPTICAL_ROLLED
+        for (int64_t k = 8 * g.lane; k < p.dim; k += 8 * G::lanes) {
+            float x[8];
+            load_eight(from + (k - 8 * g.lane) * bytes_of(type), type, aligned, p.dim - k, x);
+            OPTICAL_EACH
+            for (int e = 0; e < 8; ++e) sum = fused(x[e] * scale, x[e] * scale, sum);
+        }
+        return G::over_lanes(sum);
+    }
+    OPTICAL_DEVICE float largest_entry(int l) const {
+        float peak = 0;
+        for (int64_t k = g.lane; k < p.dim; k += G::lanes) peak = larger(peak, absolute(entry(l, k)));
+        OPTICAL_EACH
+        for (int mask = G::lanes / 2; mask > 0; mask /= 2)
+            peak = larger(peak, shuffle_xor<G::lanes>(peak, mask));
+        return peak;
+    }
+
     // Half vectors as they are; others, for the cosine, as halves of numbers; or float32.
     OPTICAL_DEVICE Route route() const {
         const bool halves = p.x_type != OPTICAL_F32 && p.x_type == p.y_type;
@@ -243,7 +261,8 @@ struct Problem {
     OPTICAL_DEVICE void bring_near_one(int l) const {
         const int one = 127, exponent = (int)(bits_of(measure[l]) >> 23);
         if (exponent == 0 || exponent == 255) return;  // zero, or not a number
-        const int room = 253 - (int)(bits_of(unit[l]) >> 23);
+        // The unit may be multiplied by 2^12 once more.
+        const int room = 241 - (int)(bits_of(unit[l]) >> 23);
         const int shift = exponent - one < room ? exponent - one : room;
         unit[l] = float_of(bits_of(unit[l]) + ((unsigned)shift << 23));
         measure[l] = float_of(bits_of(measure[l]) - ((unsigned)shift << 23));

@@ -37,11 +37,12 @@ OPTICAL_DEVICE char* shared_memory() {
     return optical_shared;
 }
 
-// Copies 16 bytes of device memory into shared memory while the thread goes on; both addresses are
-// multiples of 16.
-OPTICAL_DEVICE void copy_ahead(void* to, const void* from) {
-    const unsigned place = (unsigned)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+// Copies 16 bytes of device memory into shared memory while the thread goes on, or zeros where there is
+// nothing to copy; both addresses are multiples of 16.
+OPTICAL_DEVICE void copy_ahead(void* to, const void* from, bool here) {
+    const unsigned place = (unsigned)__cvta_generic_to_shared(to), bytes = here ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes)
+                 : "memory");
 }
 // The copies of this thread are there for it; for others, after a barrier.
 OPTICAL_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -264,6 +265,35 @@ OPTICAL_DEVICE unsigned to_half(float value, bool brain) {
 OPTICAL_DEVICE float load(const void* from, int32_t type, int64_t at) {
     if (type == OPTICAL_F32) return ((const float*)from)[at];
     return from_half(((const uint16_t*)from)[at], type == OPTICAL_BF16);
+}
+// Eight halves, or four numbers, that are loaded and stored as one.
+struct alignas(16) Eight {
+    uint16_t entry[8];
+};
+struct alignas(16) Four {
+    float entry[4];
+};
+// Eight numbers behind one another, as one or two loads where they are `aligned`; zeros for those after
+// the first `count`.
+OPTICAL_DEVICE void load_eight(const char* from, int32_t type, bool aligned, int64_t count,
+                               float (&x)[8]) {
+    if (aligned && count >= 8 && type == OPTICAL_F32) {
+        const Four low = ((const Four*)from)[0], high = ((const Four*)from)[1];
+        OPTICAL_EACH
+        for (int e = 0; e < 4; ++e) x[e] = low.entry[e], x[e + 4] = high.entry[e];
+    } else if (aligned && count >= 8) {
+        const Eight all = *(const Eight*)from;
+        OPTICAL_EACH
+        for (int e = 0; e < 8; e += 2) {
+            const unsigned pair = all.entry[e] | (unsigned)all.entry[e + 1] << 16;
+            const bool brain = type == OPTICAL_BF16;
+            x[e] = brain ? float_of(pair << 16) : low_half(pair);
+            x[e + 1] = brain ? float_of(pair & 0xffff0000u) : high_half(pair);
+        }
+    } else {
+        OPTICAL_EACH
+        for (int e = 0; e < 8; ++e) x[e] = e < count ? load(from, type, e) : 0.0f;
+    }
 }
 OPTICAL_DEVICE void store(void* to, int32_t type, int64_t at, float value) {
     if (type == OPTICAL_F32) ((float*)to)[at] = value;
