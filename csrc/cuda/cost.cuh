@@ -194,6 +194,30 @@ struct Cost : Problem<G> {
         *(Eight*)upper = high, *(Eight*)lower = low;
     }
 
+    // Adds the squares of a chunk to the measures of its lines. A line has the same threads each time.
+    template <int entries, bool brain>
+    OPTICAL_DEVICE void add_squares(const uint16_t* staged) const {
+        constexpr int parts = entries / 8;
+        const int part = g.thread % parts, step = g.threads / parts;
+        const uint16_t* from = staged + place<entries>(g.thread / parts, part);
+        OPTICAL_ROLLED
+        for (int l = g.thread / parts; l < block_rows + block_columns;
+             l += step, from += step * entries) {
+            const Eight eight = *(const Eight*)from;
+            float sum = 0;
+            OPTICAL_EACH
+            for (int e = 0; e < 8; e += 2) {
+                const unsigned pair = eight.entry[e] | (unsigned)eight.entry[e + 1] << 16;
+                const float low = brain ? float_of(pair << 16) : low_half(pair);
+                const float high = brain ? float_of(pair & 0xffff0000u) : high_half(pair);
+                sum = fused(low, low, sum), sum = fused(high, high, sum);
+            }
+            OPTICAL_EACH
+            for (int mask = 1; mask < parts; mask *= 2) sum += shuffle_xor(sum, mask);
+            if (part == 0) measure[l] += sum;
+        }
+    }
+
     // All products of rows and columns, into a matrix in shared memory.
     template <bool brain, Route way>
     OPTICAL_DEVICE void multiply_fragments() const {
@@ -225,6 +249,7 @@ struct Cost : Problem<G> {
                 wait_for_copies();
                 sync_together();
                 if (k + entries < p.dim) stage_halves<entries>(staged + (plane - here), k + entries);
+                if (!this->measured) add_squares<entries, brain>(staged + here);
             }
             // The product of the lower halves is below the last digit.
             OPTICAL_ROLLED
@@ -275,6 +300,14 @@ struct Cost : Problem<G> {
         else if (p.x_type == OPTICAL_BF16) multiply_fragments<true, Route::halves>();
         else multiply_fragments<false, Route::halves>();
     }
+    OPTICAL_DEVICE void multiply_together() const {
+        if constexpr (G::teams == 1) {
+            multiply_fragments();
+        } else {
+            OPTICAL_ROLLED
+            for (int team = 0; team < G::teams; ++team) of_team(team).multiply_fragments();
+        }
+    }
     OPTICAL_DEVICE void take_products(float (&x)[RI][RJ]) const {
         const float* const matrix = (const float*)stage;
         OPTICAL_EACH
@@ -289,15 +322,19 @@ struct Cost : Problem<G> {
 
     OPTICAL_DEVICE bool multiply(unsigned rows_here, unsigned columns_here) {
         float x[RI][RJ];
-        this->measure_lines();
+        if (this->half_products()) this->expect_lines();
+        else this->measure_lines();
         if (this->route() == Route::floats) {
             multiply_floats(x);
         } else {
-            if constexpr (G::teams == 1) {
-                multiply_fragments();
-            } else {
-                OPTICAL_ROLLED
-                for (int team = 0; team < G::teams; ++team) of_team(team).multiply_fragments();
+            // Once more where squares left the range, for one team or another.
+            bool again = true;
+            OPTICAL_ROLLED
+            while (G::teams == 1 ? again : warp_any(again)) {
+                const bool known = this->measured;
+                multiply_together();
+                again = !known && !this->take_measures();
+                if (again) this->measure_lines();
             }
             take_products(x);
         }

@@ -76,7 +76,8 @@ struct Problem {
     float *unit, *measure;
     unsigned* half_words;
     char* stage;
-    bool scaled;  // some unit is not 1
+    bool scaled;    // some unit is not 1
+    bool measured;  // measures are known
     int block_rows, block_columns, base_row;
 
     static OPTICAL_ANYWHERE int line_bytes(int down, int across, int32_t kind) {
@@ -187,6 +188,27 @@ struct Problem {
         return p.kind == OPTICAL_SQEUCLIDEAN ? load(b.vectors, b.type, at * b.stride + k) : 0.0f;
     }
 
+    // Units of half vectors, whose squares are added up to their measures while they are multiplied.
+    OPTICAL_DEVICE void expect_lines() {
+        for (int l = g.thread; l < block_rows + block_columns; l += g.threads)
+            unit[l] = present(l) ? 1.0f : 0.0f, measure[l] = 0;
+        scaled = false, measured = p.kind != OPTICAL_COSINE;
+        g.sync_own_block();
+    }
+    // Measures, from the sums of squares. False: some are too large or too small for numbers.
+    OPTICAL_DEVICE bool take_measures() {
+        bool lost = false;
+        for (int l = g.thread; l < block_rows + block_columns; l += g.threads) {
+            const float sum = measure[l];
+            lost |= unit[l] != 0.0f && !(sum > 1e-30f && sum < 1e37f);
+            measure[l] = sum > 0 ? inverse_root(sum) : 0.0f;
+        }
+        lost = g.united(lost) != 0;
+        g.sync_own_block();
+        measured = true;
+        return !lost;
+    }
+
     // Units and measures of all lines, a warp, or a team, for each line in turn.
     OPTICAL_DEVICE void measure_lines() {
         bool other = false;
@@ -216,7 +238,7 @@ struct Problem {
                 measure[l] = p.kind != OPTICAL_COSINE ? sum : sum > 0 ? inverse_root(sum) : 0.0f;
             }
         }
-        scaled = g.united(other) != 0;
+        scaled = g.united(other) != 0, measured = true;
         g.sync_own_block();
         if (route() == Route::split) {
             for (int l = g.thread; l < block_rows + block_columns; l += g.threads) bring_near_one(l);
@@ -250,10 +272,12 @@ struct Problem {
         return peak;
     }
 
+    OPTICAL_DEVICE bool half_products() const {
+        return p.x_type != OPTICAL_F32 && p.x_type == p.y_type && p.kind != OPTICAL_SQEUCLIDEAN;
+    }
     // Half vectors as they are; others, for the cosine, as halves of numbers; or float32.
     OPTICAL_DEVICE Route route() const {
-        const bool halves = p.x_type != OPTICAL_F32 && p.x_type == p.y_type;
-        if (halves && p.kind != OPTICAL_SQEUCLIDEAN && !scaled) return Route::halves;
+        if (half_products() && !scaled) return Route::halves;
         return p.kind == OPTICAL_COSINE ? Route::split : Route::floats;
     }
 
