@@ -194,27 +194,33 @@ struct Cost : Problem<G> {
         *(Eight*)upper = high, *(Eight*)lower = low;
     }
 
-    // Adds the squares of a chunk to the measures of its lines. A line has the same threads each time.
+    // Adds the squares of a chunk to the measures of its lines: sixteen lines times themselves, of which
+    // the diagonal counts.
     template <int entries, bool brain>
     OPTICAL_DEVICE void add_squares(const uint16_t* staged) const {
-        constexpr int parts = entries / 8;
-        const int part = g.thread % parts, step = g.threads / parts;
-        const uint16_t* from = staged + place<entries>(g.thread / parts, part);
+        const int line = g.lane / 4, odd = line % 2;
+        const uint16_t *left[entries / 16], *right[entries / 16];
+        OPTICAL_EACH
+        for (int k = 0; k < entries / 16; ++k) {
+            left[k] = staged + place<entries>(g.lane % 16, 2 * k + g.lane / 16);
+            right[k] = staged + place<entries>(g.lane / 16 * 8 + g.lane % 8, 2 * k + g.lane / 8 % 2);
+        }
         OPTICAL_ROLLED
-        for (int l = g.thread / parts; l < block_rows + block_columns;
-             l += step, from += step * entries) {
-            const Eight eight = *(const Eight*)from;
-            float sum = 0;
+        for (int first = 16 * g.warp; first < block_rows + block_columns;
+             first += 16 * g.down * g.across) {
+            float upper[4] = {0, 0, 0, 0}, lower[4] = {0, 0, 0, 0};
             OPTICAL_EACH
-            for (int e = 0; e < 8; e += 2) {
-                const unsigned pair = eight.entry[e] | (unsigned)eight.entry[e + 1] << 16;
-                const float low = brain ? float_of(pair << 16) : low_half(pair);
-                const float high = brain ? float_of(pair & 0xffff0000u) : high_half(pair);
-                sum = fused(low, low, sum), sum = fused(high, high, sum);
+            for (int k = 0; k < entries / 16; ++k) {
+                unsigned x[4], y[4];
+                load_matrices<false>(x, left[k] + first * entries);
+                load_matrices<false>(y, right[k] + first * entries);
+                const unsigned low[2] = {y[0], y[1]}, high[2] = {y[2], y[3]};
+                optical::cuda::multiply_fragments(upper, x, low, brain);
+                optical::cuda::multiply_fragments(lower, x, high, brain);
             }
-            OPTICAL_EACH
-            for (int mask = 1; mask < parts; mask *= 2) sum += shuffle_xor(sum, mask);
-            if (part == 0) measure[l] += sum;
+            if (line / 2 != g.lane % 4) continue;
+            measure[first + line] += odd ? upper[1] : upper[0];
+            measure[first + 8 + line] += odd ? lower[3] : lower[2];
         }
     }
 
