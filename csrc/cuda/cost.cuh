@@ -328,19 +328,21 @@ struct Cost : Problem<G> {
 
     OPTICAL_DEVICE bool multiply(unsigned rows_here, unsigned columns_here) {
         float x[RI][RJ];
-        if (this->half_products()) this->expect_lines();
-        else this->measure_lines();
-        if (this->route() == Route::floats) {
+        const bool halves = this->half_products();
+        if (!halves && p.kind != OPTICAL_COSINE) {
+            this->measure_lines();
             multiply_floats(x);
         } else {
-            // Once more where squares left the range, for one team or another.
-            bool again = true;
+            // Once more where squares left the range, of one team or another.
+            bool again = true, expect = halves;
             OPTICAL_ROLLED
             while (G::teams == 1 ? again : warp_any(again)) {
+                if (again && expect) this->expect_lines();
+                else if (again) this->measure_lines();
+                expect = false;
                 const bool known = this->measured;
                 multiply_together();
                 again = !known && !this->take_measures();
-                if (again) this->measure_lines();
             }
             take_products(x);
         }
