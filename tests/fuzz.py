@@ -506,9 +506,8 @@ class _Family:
             return f"shape {tuple(found.shape)}; expected {tuple(truth.shape)}"
         if not truth.numel():
             return ""
-        if self.call.function == "sinkhorn_divergence" or self.call.option("backend") in KERNELS:
-            # It is a difference, or made of some: what overflows in one term may in another.
-            found = torch.where(truth.isinf() & found.isnan(), truth.to(found.dtype), found)
+        # A value is a difference, or made of some: what overflows in one term may in another.
+        found = torch.where(truth.isinf() & found.isnan(), truth.to(found.dtype), found)
         if self.exponents > 1e-2:
             # Neighbouring numbers are different costs to the plan: it has no digits to compare.
             self.members = self.members or [referred(self.call)]
@@ -535,8 +534,8 @@ class _Family:
         own = (TOLERANCE[found.dtype] + self.exponents) * self.size(name)
         if self.call.in_halves:
             own += FAST.get(name, max(FAST.values())) * self.fast_unit(name)
-        if name in ("f", "g"):
-            own += self.shift
+        if name in ("f", "g", "grad_log_a", "grad_log_b"):
+            own += self.shift * (self.upstream if name.startswith("grad") else 1.0)
         if name in ("f", "g") and self.call.option("backend") == "triton":
             # Its scores hold the logarithms of the masses, and are rounded as the largest of them.
             masses = [self.call.option(f"log_{side}", torch.zeros(0)).detach() for side in "ab"]
@@ -583,6 +582,11 @@ class _Family:
         return chosen if alone else chosen.repeat_interleave(ends.diff())
 
     @functools.cached_property
+    def upstream(self) -> float:
+        """By which potentials are multiplied to become gradients of log-masses."""
+        return self.call.mass * sum(map(_largest, self.call.cotangents.values()))
+
+    @functools.cached_property
     def largest_plan(self) -> float:
         return max(1.0, *(_transported(c) for c in _solved_by(self.call)))
 
@@ -592,7 +596,8 @@ class _Family:
 
         An unrolled gradient of the truth holds it, with its rounding, until the sweep takes nearly
         all of it off again, and so do those of the kernels in float32. The CPU library leaves it
-        out from the beginning.
+        out from the beginning. The slope is a logarithm, whose rounding is a share of 1 however
+        small it is.
         """
         steepest = 0.0
         for call in _solved_by(self.call):
@@ -603,7 +608,7 @@ class _Family:
                 (given.rho_b, plan.sum(1), given.log_b),
             ):
                 if rho != INF:
-                    steepest = max(steepest, rho * _largest(log_ratio(sums, log_mass)))
+                    steepest = max(steepest, rho, rho * _largest(log_ratio(sums, log_mass)))
         return steepest / self.coldest
 
     def fast_unit(self, name: str) -> float:
