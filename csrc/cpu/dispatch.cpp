@@ -104,18 +104,29 @@ void on_threads(int threads, Work work) {
     for (std::thread& other : others) other.join();
 }
 
+constexpr int64_t large_page = (int64_t)2 << 20;
+
+// Fewer pages to ask for and to look up where the system has large ones. Those at both ends are shared
+// with neighbours, to whom it makes no difference; what is not there is left alone.
+void ask_for_large_pages(void* start, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    if (!start || bytes < 2 * large_page) return;
+    const uintptr_t from = (uintptr_t)start / large_page * large_page;
+    const uintptr_t end = ((uintptr_t)start + (uintptr_t)bytes + large_page - 1) / large_page * large_page;
+    madvise((void*)from, (size_t)(end - from), MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
+
 // Aligned memory, freed at the end of its scope.
 struct Memory {
-    static constexpr int64_t huge_page = (int64_t)2 << 20;
     void* start = nullptr;
     explicit Memory(int64_t bytes) {
-        const bool large = bytes >= 2 * huge_page;
+        const bool large = bytes >= 2 * large_page;
         const size_t size = (size_t)(bytes > 0 ? bytes : 64);
-        if (posix_memalign(&start, large ? huge_page : 64, size) != 0) start = nullptr;
-#if defined(MADV_HUGEPAGE)
-        // A large problem reads all of it again and again: fewer pages to ask for and to look up.
-        if (large && start) madvise(start, size, MADV_HUGEPAGE);
-#endif
+        if (posix_memalign(&start, large ? large_page : 64, size) != 0) start = nullptr;
+        ask_for_large_pages(start, bytes);
     }
     Memory(const Memory&) = delete;
     ~Memory() { free(start); }
@@ -211,6 +222,13 @@ int optical_sinkhorn_backward(const optical_problem* problem, const optical_grad
     if (!valid(p) || (unroll && (p.anderson > 0 || p.anneal_start > 0)))
         return OPTICAL_INVALID_ARGUMENT;
     if (p.batch == 0) return OPTICAL_OK;
+    // Gradients are the largest arrays, and new ones in each step of a training.
+    const int64_t bytes = p.precision == OPTICAL_F64 ? 8 : 4;
+    const int64_t rows = p.offset_a ? p.offset_a[p.batch] : p.batch * p.n;
+    const int64_t columns = p.offset_b ? p.offset_b[p.batch] : p.batch * p.m;
+    const int64_t width = p.kind == OPTICAL_GIVEN ? p.m : p.dim;
+    ask_for_large_pages(gradient->grad_x, rows * width * bytes);
+    ask_for_large_pages(gradient->grad_y, columns * p.dim * bytes);
     const Kernel& chosen = kernel(p);
     return for_each_problem(p, chosen.scratch(p, Operation::backward, 0),
                             unroll ? 3.0 * p.max_iter : 1,
