@@ -281,13 +281,14 @@ struct Problem {
         return p.kind == OPTICAL_COSINE ? Route::split : Route::floats;
     }
 
-    // Scales a line by a power of two, to a length in 1/2 .. 1.
+    // Scales a line by a power of two, to a length in 1/2 .. 1, or as near to that as the range allows:
+    // the unit may be multiplied by 2^12 once more.
     OPTICAL_DEVICE void bring_near_one(int l) const {
-        const int one = 127, exponent = (int)(bits_of(measure[l]) >> 23);
+        const int exponent = (int)(bits_of(measure[l]) >> 23), own = (int)(bits_of(unit[l]) >> 23);
         if (exponent == 0 || exponent == 255) return;  // zero, or not a number
-        // The unit may be multiplied by 2^12 once more.
-        const int room = 241 - (int)(bits_of(unit[l]) >> 23);
-        const int shift = exponent - one < room ? exponent - one : room;
+        int shift = exponent - 127;
+        if (shift > 241 - own) shift = 241 - own;
+        if (shift < 1 - own) shift = 1 - own;
         unit[l] = float_of(bits_of(unit[l]) + ((unsigned)shift << 23));
         measure[l] = float_of(bits_of(measure[l]) - ((unsigned)shift << 23));
     }
