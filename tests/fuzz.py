@@ -532,6 +532,9 @@ class _Family:
         known &= ~truth.isfinite() | (truth.abs() < near)
         error = _difference(found[known], truth[known])
         own = (TOLERANCE[found.dtype] + self.exponents) * self.size(name)
+        if name == "value" and self.call.option("backend") in KERNELS:
+            # What other costs change about the plan, the penalty multiplies.
+            own += self.exponents * self.slopes[0] * self.call.mass * self.largest_plan
         if self.call.in_halves:
             own += FAST.get(name, max(FAST.values())) * self.fast_unit(name)
         if name in ("f", "g", "grad_log_a", "grad_log_b"):
@@ -591,15 +594,9 @@ class _Family:
         return max(1.0, *(_transported(c) for c in _solved_by(self.call)))
 
     @functools.cached_property
-    def steepest(self) -> float:
-        """The largest slope of a marginal penalty over epsilon.
-
-        An unrolled gradient of the truth holds it, with its rounding, until the sweep takes nearly
-        all of it off again, and so do those of the kernels in float32. The CPU library leaves it
-        out from the beginning. The slope is a logarithm, whose rounding is a share of 1 however
-        small it is.
-        """
-        steepest = 0.0
+    def slopes(self) -> tuple[float, float]:
+        """The largest slope of a marginal penalty, and its strength."""
+        slope = strength = 0.0
         for call in _solved_by(self.call):
             result = call.rounded(torch.float64).run()
             given, plan = Dense(result.arguments).given, result.plan().detach()
@@ -608,8 +605,20 @@ class _Family:
                 (given.rho_b, plan.sum(1), given.log_b),
             ):
                 if rho != INF:
-                    steepest = max(steepest, rho, rho * _largest(log_ratio(sums, log_mass)))
-        return steepest / self.coldest
+                    slope = max(slope, rho * _largest(log_ratio(sums, log_mass)))
+                    strength = max(strength, rho)
+        return slope, strength
+
+    @property
+    def steepest(self) -> float:
+        """The largest slope of a marginal penalty over epsilon.
+
+        An unrolled gradient of the truth holds it, with its rounding, until the sweep takes nearly
+        all of it off again, and so do those of the kernels in float32. The CPU library leaves it
+        out from the beginning. The slope is a logarithm, whose rounding is a share of 1 however
+        small it is.
+        """
+        return max(self.slopes) / self.coldest
 
     def fast_unit(self, name: str) -> float:
         """What an entry of ``FAST`` is a share of."""
