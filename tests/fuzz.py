@@ -481,7 +481,7 @@ class _Family:
         # A cost is rounded to its dtype before it is divided by epsilon.
         temperatures = [_temperature(call, i) for i in range(len(call.cotangents["value"]))]
         self.temperatures = [epsilon for epsilon in temperatures if 0 < epsilon < INF]
-        largest = max(call.scale, *(_largest(truth[name]) for name in "fg" if name in truth), 0.0)
+        largest = max(call.scale, *self.potentials)
         # A potential is a temperature times the logarithm of a sum, whose own rounding is a share
         # of 1 however small the logarithm: where a run ends before it has cooled down, that is an
         # error of the hot potential, but the plan divides it by the cold temperature.
@@ -516,6 +516,7 @@ class _Family:
             lost = (self.members[0][name].abs() < near) & ~found.isfinite()
             # Where a value itself overflows, so may all that is made of the same plan.
             overflown = self.of_problems(name, ~self.members[0]["value"].isfinite())
+            overflown |= self.overflows_on_the_way(name)
             lost &= ~overflown.view(-1, *[1] * (truth.dim() - 1))
             # And where the rounding of an exponent is as long as the range of exponents.
             lost &= (name in OUTPUTS) | (self.exponents < math.log(torch.finfo(found.dtype).max))
@@ -530,6 +531,8 @@ class _Family:
         near = 1e-4 * torch.finfo(self.call.dtype).max
         near *= min(self.coldest, 1.0) if name == "value" else 1.0
         known &= ~truth.isfinite() | (truth.abs() < near)
+        if self.overflows_on_the_way(name):
+            known &= found.isfinite()
         error = _difference(found[known], truth[known])
         own = (TOLERANCE[found.dtype] + self.exponents) * self.size(name)
         if name == "value" and self.call.option("backend") in KERNELS:
@@ -537,6 +540,9 @@ class _Family:
             own += self.exponents * self.slopes[0] * self.call.mass * self.largest_plan
         if self.call.in_halves:
             own += FAST.get(name, max(FAST.values())) * self.fast_unit(name)
+            if name == "value" and self.call.option("tol", 0.0) > 0:
+                # It may have stopped where a value still depends on potentials in the first order.
+                own += FAST["value_linear"] * self.fast_unit("value_linear")
         if name in ("f", "g", "grad_log_a", "grad_log_b"):
             own += self.shift * (self.upstream if name.startswith("grad") else 1.0)
         if name in ("f", "g") and self.call.option("backend") == "triton":
@@ -563,8 +569,7 @@ class _Family:
         if implicit and name.startswith("grad"):
             allowed += self.size(name) * max(_uncertainty(c) for c in _solved_by(self.call))
         if self.call.option("gradient") == "unroll" and name.startswith("grad"):
-            of_kernels = self.call.option("backend") in KERNELS
-            holds = torch.float32 if of_kernels else torch.float64
+            holds = torch.float32 if self.sweeps_in_float32 else torch.float64
             allowed += self.size(name) * torch.finfo(holds).eps * self.steepest
         if error <= allowed:
             return ""
@@ -583,6 +588,28 @@ class _Family:
         ends = self.call.option("cu_seqlens_" + ("a" if name in OF_ROWS else "b"))
         alone = ends is None or name in OF_PROBLEMS
         return chosen if alone else chosen.repeat_interleave(ends.diff())
+
+    @property
+    def sweeps_in_float32(self) -> bool:
+        of_kernels = self.call.option("backend") in KERNELS
+        return of_kernels and self.call.option("gradient") == "unroll"
+
+    def overflows_on_the_way(self, name: str) -> bool:
+        """Before they are weighed, numbers of a sweep are as large as squares of what comes out."""
+        large = 1e-3 * math.sqrt(torch.finfo(self.call.dtype).max)
+        return (
+            self.sweeps_in_float32
+            and name.startswith("grad")
+            and _largest(self.truth[name]) > large
+        )
+
+    @functools.cached_property
+    def potentials(self) -> tuple[float, ...]:
+        """The largest, which run away where masses differ and no plan has them."""
+        if "f" in self.truth:
+            return tuple(_largest(self.truth[name]) for name in "fg")
+        solved = [call.rounded(torch.float64).run() for call in _solved_by(self.call)]
+        return tuple(_largest(x.detach()) for result in solved for x in (result.f, result.g))
 
     @functools.cached_property
     def upstream(self) -> float:
