@@ -496,7 +496,8 @@ class _Family:
         # The plan of potentials that kernels found, or the library from vectors, is one of costs
         # summed in another order.
         given = call.function == "sinkhorn" and call.option("backend") not in KERNELS
-        units = 4 if given else 8
+        vectors = call.option("x", call.option("student"))
+        units = (4 if given else 8) + (0 if vectors is None else math.sqrt(vectors.shape[-1]))
         self.exponents = units * torch.finfo(call.dtype).eps * amplified
 
     def excess(self, name: str, found: Tensor) -> str:
@@ -515,7 +516,7 @@ class _Family:
             near = 1e-4 * torch.finfo(found.dtype).max
             lost = (self.members[0][name].abs() < near) & ~found.isfinite()
             # Where a value itself overflows, so may all that is made of the same plan.
-            overflown = self.of_problems(name, ~self.members[0]["value"].isfinite())
+            overflown = self.of_problems(name, ~(self.members[0]["value"].abs() < near))
             overflown |= self.overflows_on_the_way(name)
             lost &= ~overflown.view(-1, *[1] * (truth.dim() - 1))
             # And where the rounding of an exponent is as long as the range of exponents.
@@ -560,7 +561,7 @@ class _Family:
                 self.members.append(referred(self.call, same, k))
             largest = max(largest, _difference(self.members[k][name][known], truth[known]))
         linear = name == "value_linear" or self.call.function == "ot_alignment"
-        if linear or name.startswith("grad"):
+        if linear or name == "marginal_error" or name.startswith("grad"):
             # A run that ends early may carry far more than its masses, and every unit of it pays
             # costs that are differences of what is rounded: exact zeros of the truth among them.
             own *= self.largest_plan
