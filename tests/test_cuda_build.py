@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import re
 import subprocess
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def test_the_committed_table_is_whole_and_keeps_its_promises():
         assert {row["kernel"] for row in rows} == names
         assert all(int(row["registers"]) <= 255 for row in rows)
         check_hot_loops(rows, (*FORWARD, "fast_warp", "fast_square"))
+
+
+def test_the_page_has_the_numbers_of_the_table():
+    page = (ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
+    problems = {"four": 4, "pair": 2}
+    for kind in ("four", "pair", "warp", "square", "block", "cluster", "fast warp", "fast square"):
+        row = committed()["90a", f"optical_forward_{kind.replace(' ', '_')}"]
+        loop, taken = (round(int(row[name]) / problems.get(kind, 1)) for name in ("loop", "taken"))
+        (line,) = re.findall(rf"^\| {kind},.* \| (\d+ \| \d+) \| [\d.]+ \|$", page, re.MULTILINE)
+        assert line == f"{loop} | {taken}", kind
 
 
 def test_rows_of_an_architecture_take_the_place_of_its_old_ones(tmp_path):
