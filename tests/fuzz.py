@@ -507,8 +507,10 @@ class _Family:
             return f"shape {tuple(found.shape)}; expected {tuple(truth.shape)}"
         if not truth.numel():
             return ""
-        # A value is a difference, or made of some: what overflows in one term may in another.
-        found = torch.where(truth.isinf() & found.isnan(), truth.to(found.dtype), found)
+        of_kernels = self.call.option("backend") in KERNELS
+        if name == "value" or of_kernels or self.call.function == "sinkhorn_divergence":
+            # It is a difference, or made of some: what overflows in one term may in another.
+            found = torch.where(truth.isinf() & found.isnan(), truth.to(found.dtype), found)
         if self.exponents > 1e-2:
             # Neighbouring numbers are different costs to the plan: it has no digits to compare.
             self.members = self.members or [referred(self.call)]
@@ -570,8 +572,7 @@ class _Family:
         if implicit and name.startswith("grad"):
             allowed += self.size(name) * max(_uncertainty(c) for c in _solved_by(self.call))
         if self.call.option("gradient") == "unroll" and name.startswith("grad"):
-            holds = torch.float32 if self.sweeps_in_float32 else torch.float64
-            allowed += self.size(name) * torch.finfo(holds).eps * self.steepest
+            allowed += self.size(name) * self.rounding_of_slopes
         if error <= allowed:
             return ""
         worst = torch.where(known.reshape(-1), _differences(found, truth), 0.0).argmax()
@@ -638,15 +639,18 @@ class _Family:
         return slope, strength
 
     @property
-    def steepest(self) -> float:
-        """The largest slope of a marginal penalty over epsilon.
+    def rounding_of_slopes(self) -> float:
+        """What the largest slope of a marginal penalty over epsilon loses.
 
         An unrolled gradient of the truth holds it, with its rounding, until the sweep takes nearly
         all of it off again, and so do those of the kernels in float32. The CPU library leaves it
-        out from the beginning. The slope is a logarithm, whose rounding is a share of 1 however
-        small it is.
+        out from the beginning. The slope is a logarithm, whose rounding in the truth is a share of
+        1 however small it is.
         """
-        return max(self.slopes) / self.coldest
+        slope, strength = self.slopes
+        holds = torch.float32 if self.sweeps_in_float32 else torch.float64
+        lost = torch.finfo(holds).eps * slope + torch.finfo(torch.float64).eps * strength
+        return lost / self.coldest
 
     def fast_unit(self, name: str) -> float:
         """What an entry of ``FAST`` is a share of."""

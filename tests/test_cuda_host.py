@@ -175,6 +175,21 @@ def test_cosines_do_not_depend_on_lengths(n, m, kernels):
 
 
 @pytest.mark.parametrize(("n", "m"), SPLIT)
+def test_a_short_vector_takes_no_digits_from_the_gradients_of_long_ones(n, m, kernels):
+    clouds = random_clouds("short", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    given = clouds.to(torch.float32, "cpu", torch.float16)
+    x, y = given.x * 256, given.y * 256
+    x[:, 1], y[:, 2] = given.x[:, 1] * 2.0**-20, given.y[:, 2] * 2.0**-20
+    given = replace(given, x=x, y=y)
+    out, truth = solve("cuda", given), solve("reference", given.to(torch.float64))
+    for name, short in (("grad_x", 1), ("grad_y", 2)):
+        others = [i for i in range(out[name].shape[1]) if i != short]
+        found, expected = out[name].double()[:, others], truth[name][:, others]
+        # float16 has no numbers between 0 and 6e-8.
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * expected.abs().max() + 6e-8)
+
+
+@pytest.mark.parametrize(("n", "m"), SPLIT)
 def test_half_vectors_whose_squares_underflow(n, m, kernels):
     clouds = random_clouds("tiny", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
     given = clouds.to(torch.float32, "cpu", torch.bfloat16)

@@ -130,7 +130,7 @@ struct Cost : Problem<G> {
     }
 
     // Where eight entries of a line are, of chunks of so many: eight lines, which a load of fragments
-    // takes at once, lie in different banks. Sixteen lines further is 16 entries further in memory.
+    // takes at once, lie in different banks, and every eighth line is turned alike.
     template <int entries>
     OPTICAL_DEVICE static int place(int l, int eighth) {
         constexpr int parts = entries / 8;

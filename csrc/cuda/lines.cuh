@@ -35,23 +35,13 @@ struct Lines {
 
 OPTICAL_DEVICE int bytes_of(int32_t type) { return type == OPTICAL_F32 ? 4 : 2; }
 
-OPTICAL_DEVICE Lines lines_a(const optical_problem& p, int64_t index) {
-    const int64_t* const offset = p.offset_a;
-    Lines s = {offset ? offset[index] : index * p.n,
-               (int)(offset ? offset[index + 1] - offset[index] : p.n), nullptr, p.x_type,
-               p.x_stride_line};
-    const int64_t start = offset ? s.first * p.x_stride_line : index * p.x_stride_batch;
-    s.vectors = (const char*)p.x + start * bytes_of(p.x_type);
-    return s;
-}
-OPTICAL_DEVICE Lines lines_b(const optical_problem& p, int64_t index) {
-    const int64_t* const offset = p.offset_b;
-    Lines s = {offset ? offset[index] : index * p.m,
-               (int)(offset ? offset[index + 1] - offset[index] : p.m), nullptr, p.y_type,
-               p.y_stride_line};
-    const int64_t start = offset ? s.first * p.y_stride_line : index * p.y_stride_batch;
-    s.vectors = (const char*)p.y + start * bytes_of(p.y_type);
-    return s;
+// Of problem `index`: `count` lines, or as many as the offsets say.
+OPTICAL_DEVICE Lines lines_of(int64_t index, int64_t count, const int64_t* offset, const void* vectors,
+                              int32_t type, int64_t stride_batch, int64_t stride_line) {
+    const int64_t first = offset ? offset[index] : index * count;
+    const int64_t start = offset ? first * stride_line : index * stride_batch;
+    return {first, (int)(offset ? offset[index + 1] - first : count),
+            (const char*)vectors + start * bytes_of(type), type, stride_line};
 }
 
 // How vectors are multiplied.
@@ -127,7 +117,8 @@ struct Problem {
     OPTICAL_DEVICE void choose(int64_t problem) {
         is_there = G::teams == 1 || problem >= 0;
         index = is_there ? problem : 0;
-        a = lines_a(p, index), b = lines_b(p, index);
+        a = lines_of(index, p.n, p.offset_a, p.x, p.x_type, p.x_stride_batch, p.x_stride_line);
+        b = lines_of(index, p.m, p.offset_b, p.y, p.y_type, p.y_stride_batch, p.y_stride_line);
         if (!is_there) a.count = b.count = 0;
     }
 
@@ -240,10 +231,7 @@ struct Problem {
         }
         scaled = g.united(other) != 0, measured = true;
         g.sync_own_block();
-        if (route() == Route::split) {
-            for (int l = g.thread; l < block_rows + block_columns; l += g.threads) bring_near_one(l);
-            g.sync_own_block();
-        }
+        if (route() == Route::split) bring_near_one();
     }
 
     // The squared length of a line, scaled.
@@ -281,6 +269,10 @@ struct Problem {
         return p.kind == OPTICAL_COSINE ? Route::split : Route::floats;
     }
 
+    OPTICAL_DEVICE void bring_near_one() const {
+        for (int l = g.thread; l < block_rows + block_columns; l += g.threads) bring_near_one(l);
+        g.sync_own_block();
+    }
     // Scales a line by a power of two, to a length in 1/2 .. 1, or as near to that as the range allows:
     // the unit may be multiplied by 2^12 once more.
     OPTICAL_DEVICE void bring_near_one(int l) const {

@@ -273,6 +273,11 @@ struct alignas(16) Eight {
 struct alignas(16) Four {
     float entry[4];
 };
+// The two halves of a word.
+OPTICAL_DEVICE void unpack(unsigned pair, bool brain, float& low, float& high) {
+    low = brain ? float_of(pair << 16) : low_half(pair);
+    high = brain ? float_of(pair & 0xffff0000u) : high_half(pair);
+}
 // Eight numbers behind one another, as one or two loads where they are `aligned`; zeros for those after
 // the first `count`.
 OPTICAL_DEVICE void load_eight(const char* from, int32_t type, bool aligned, int64_t count,
@@ -284,12 +289,9 @@ OPTICAL_DEVICE void load_eight(const char* from, int32_t type, bool aligned, int
     } else if (aligned && count >= 8) {
         const Eight all = *(const Eight*)from;
         OPTICAL_EACH
-        for (int e = 0; e < 8; e += 2) {
-            const unsigned pair = all.entry[e] | (unsigned)all.entry[e + 1] << 16;
-            const bool brain = type == OPTICAL_BF16;
-            x[e] = brain ? float_of(pair << 16) : low_half(pair);
-            x[e + 1] = brain ? float_of(pair & 0xffff0000u) : high_half(pair);
-        }
+        for (int e = 0; e < 8; e += 2)
+            unpack(all.entry[e] | (unsigned)all.entry[e + 1] << 16, type == OPTICAL_BF16, x[e],
+                   x[e + 1]);
     } else {
         OPTICAL_EACH
         for (int e = 0; e < 8; ++e) x[e] = e < count ? load(from, type, e) : 0.0f;

@@ -84,11 +84,25 @@ struct Products : Results<G> {
         for (int o = 0; o < OJ; ++o)
             if (g.warp_down == 0) along[block_rows + g.own_column(o)] = sum_along[o];
         float* const room = along + block_rows + block_columns;
-        const Route way = this->route();
+        Route way = this->route();
+        if (way == Route::halves && lengths_differ()) {
+            this->bring_near_one();
+            way = Route::split;
+        }
         if (way == Route::floats) multiply_in_float(along, room);
-        else if (way == Route::split) multiply<false, Route::split>(along, room);
-        else if (p.x_type == OPTICAL_BF16) multiply<true, Route::halves>(along, room);
-        else multiply<false, Route::halves>(along, room);
+        else if (way == Route::split) multiply_fragments<false, Route::split>(along, room);
+        else if (p.x_type == OPTICAL_BF16) multiply_fragments<true, Route::halves>(along, room);
+        else multiply_fragments<false, Route::halves>(along, room);
+    }
+
+    // Whether G with the inverse lengths of its lines has too wide a range for float16: the entries of
+    // long lines would have no digits beside those of short ones.
+    OPTICAL_DEVICE bool lengths_differ() {
+        if (p.kind != OPTICAL_COSINE || p.x_type != OPTICAL_F16) return false;
+        bool far = false;
+        for (int l = g.thread; l < block_rows + block_columns; l += g.threads)
+            far |= measure[l] != 0.0f && !(measure[l] > 1.0f / 256 && measure[l] < 4.0f);
+        return g.united(far) != 0;
     }
 
     OPTICAL_DEVICE int count_of_rows() const {
@@ -104,7 +118,7 @@ struct Products : Results<G> {
     // G has the inverse lengths of both its lines, so that vectors are used as they are:
     //     dL/dx_i = x_i |x_i|^-2 sum_j G_ij (1 - C_ij) - sum_j (G_ij / |x_i| |y_j|) y_j
     template <bool brain, Route way>
-    OPTICAL_DEVICE void multiply(float* along, float* room) {
+    OPTICAL_DEVICE void multiply_fragments(float* along, float* room) {
         constexpr bool split = way == Route::split;
         const int lines = block_rows + block_columns;
         uint16_t* const upper = (uint16_t*)room;
@@ -222,15 +236,15 @@ struct Products : Results<G> {
             OPTICAL_EACH
             for (int t = 0; t < 2; ++t) {
                 const unsigned pairs[2] = {right[2 * t], right[2 * t + 1]};
-                multiply_fragments(sum[t], high, pairs, brain);
-                multiply_fragments(more[t], low, pairs, brain);
+                optical::cuda::multiply_fragments(sum[t], high, pairs, brain);
+                optical::cuda::multiply_fragments(more[t], low, pairs, brain);
             }
             if (way == Route::split) {
                 load_matrices<true>(right, vectors + plane);
                 OPTICAL_EACH
                 for (int t = 0; t < 2; ++t) {
                     const unsigned pairs[2] = {right[2 * t], right[2 * t + 1]};
-                    multiply_fragments(more[t], high, pairs, brain);
+                    optical::cuda::multiply_fragments(more[t], high, pairs, brain);
                 }
             }
             from += turned ? 16 * pitch : 16;
@@ -272,21 +286,15 @@ struct Products : Results<G> {
             const int at = Result::template place<chunk>(l, t) + part;
             const int plane = (block_rows + block_columns) * chunk;
             float own[2], more[2];
-            unpack<brain>(staged + at, own);
+            unpack(*(const unsigned*)(staged + at), brain, own[0], own[1]);
             if (way == Route::split) {
-                unpack<brain>(staged + at + plane, more);
+                unpack(*(const unsigned*)(staged + at + plane), brain, more[0], more[1]);
                 own[0] += more[0], own[1] += more[1];
             }
             const float x = factor != 0.0f ? fused(weight, own[0], -factor * sum[t][0]) : 0.0f;
             const float y = factor != 0.0f ? fused(weight, own[1], -factor * sum[t][1]) : 0.0f;
             store_pair(to, type, place + 8 * t, x, y, (int)(p.dim - k) - part - 8 * t);
         }
-    }
-    template <bool brain>
-    OPTICAL_DEVICE static void unpack(const uint16_t* from, float (&x)[2]) {
-        const unsigned pair = *(const unsigned*)from;
-        x[0] = brain ? float_of(pair << 16) : low_half(pair);
-        x[1] = brain ? float_of(pair & 0xffff0000u) : high_half(pair);
     }
     // x and y, one behind the other, of which there is room for so many.
     OPTICAL_DEVICE static void store_pair(void* to, int32_t type, int64_t at, float x, float y,
