@@ -1,7 +1,8 @@
 """What the CUDA compiler makes of the kernels, without a GPU: registers, spills, hot loops.
 
 ``python -m benchmarks.cuda_resources`` compiles them for every architecture and writes the rows of
-``benchmarks/results/cuda_resources.csv``. The hot loop of a kernel is the innermost one with a
+``benchmarks/results/cuda_resources.csv``; ``--predict`` prints what these let one expect of an
+H200, as in ``docs/cuda.md``. The hot loop of a kernel is the innermost one with a
 multiply-add for each entry of the tile and half-step, or a product of fragments for each 256 of
 them. "loop" counts all of its instructions, "taken" those of a calm iteration with ``tol=0``: what
 a branch forward within the loop jumps over, the residual and what is lost to underflow, is not run.
@@ -169,11 +170,68 @@ def write(output: Path, architecture: str, new: list[dict[str, Any]]) -> None:
         writer.writerows(table)
 
 
+class Shape(NamedTuple):
+    """Problems, and how they are solved: ``warps`` of each; instructions of a warp for a chunk of so
+    many entries, counted in the code for sm_90a; entries of a lane; products of fragments for 16
+    entries of the vectors; how busy a multiprocessor is kept."""
+
+    batch: int
+    dim: int
+    iterations: int
+    kernel: str
+    warps: float
+    per_chunk: int
+    chunk: int
+    entries: int
+    fragments: int
+    busy: float
+    blocks: int = 1
+    barrier: float = 0.0  # seconds, of a cluster
+
+
+SHAPES = {
+    "T1": Shape(4096, 128, 20, "pair", 1 / 2, 2 * 280, 16, 64, 2 * 16, 0.8),
+    "T2": Shape(1024, 256, 50, "warp", 1, 540, 32, 128, 48, 0.8),
+    "T3": Shape(512, 768, 50, "square", 4, 467, 32, 128, 40, 0.8),
+    "T4": Shape(512, 768, 50, "block", 6, 467, 32, 128, 40, 0.6),
+    "T5": Shape(256, 1024, 100, "cluster", 16, 467, 32, 128, 38, 0.6, 2, 0.7e-6),
+    "T6": Shape(64, 768, 100, "cluster", 64, 467, 32, 128, 38, 0.6, 8, 1e-6),
+    "T7": Shape(32, 1024, 200, "cluster", 64, 467, 32, 128, 38, 0.6, 8, 1e-6),
+}
+MULTIPROCESSORS, CLOCK, PER_ENTRY, PER_FRAGMENT = 132, 1.98e9, 80, 8
+
+
+def predicted(shape: Shape, taken: int) -> tuple[float, float]:
+    """Seconds of a forward pass: with the tensor cores beside the rest, and one after the other."""
+    s, slots = shape, 4 * MULTIPROCESSORS * CLOCK
+    instructions = s.iterations * taken + -(-s.dim // s.chunk) * s.per_chunk + PER_ENTRY * s.entries
+    issue = s.batch * s.warps * instructions / slots
+    tensor = s.batch * s.warps * s.dim / 16 * s.fragments * PER_FRAGMENT / slots
+    waits = -(-s.batch * s.blocks // MULTIPROCESSORS) * s.iterations * s.barrier
+    return max(issue, tensor) / s.busy + waits, (issue + tensor) / s.busy + waits
+
+
+def predictions(table: Path = TABLE) -> dict[str, tuple[float, float]]:
+    """Shape -> microseconds, from and to."""
+    with open(table, newline="") as file:
+        rows = {row["kernel"]: row for row in csv.DictReader(file) if row["architecture"] == "90a"}
+    found = {}
+    for name, shape in SHAPES.items():
+        low, high = predicted(shape, int(rows[f"optical_forward_{shape.kernel}"]["taken"]))
+        found[name] = (low * 1e6, high * 1e6)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", nargs="+", default=list(cuda.ARCHITECTURES))
     parser.add_argument("--output", type=Path, default=TABLE)
+    parser.add_argument("--predict", action="store_true")
     options = parser.parse_args()
+    if options.predict:
+        for name, (low, high) in predictions(options.output).items():
+            print(f"{name} {low:.0f} ... {high:.0f} us")
+        return
     for architecture in options.architectures:
         with tempfile.TemporaryDirectory() as folder:
             write(options.output, architecture, rows(architecture, Path(folder)))

@@ -71,6 +71,14 @@ def test_the_page_has_the_numbers_of_the_table():
         assert line == f"{loop} | {taken}", kind
 
 
+def test_the_page_predicts_what_the_table_lets_one_expect():
+    page = (ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
+    for name, times in cuda_resources.predictions().items():
+        (line,) = re.findall(rf"^\| {name} \|.*\| (\d+) … (\d+) \| no GPU \|$", page, re.MULTILINE)
+        for written, time in zip(line, times, strict=True):
+            assert abs(int(written) - time) <= max(1, 0.01 * time), (name, line, times)
+
+
 def test_rows_of_an_architecture_take_the_place_of_its_old_ones(tmp_path):
     table = tmp_path / "table.csv"
     for architecture, registers in (("90a", 1), ("80", 2), ("90a", 3)):
