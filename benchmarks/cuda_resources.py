@@ -171,8 +171,8 @@ def write(output: Path, architecture: str, new: list[dict[str, Any]]) -> None:
 
 
 class Shape(NamedTuple):
-    """Problems, and how they are solved: ``warps`` of each; instructions of a warp for a chunk of so
-    many entries, counted in the code for sm_90a; entries of a lane; products of fragments for 16
+    """Problems, and how they are solved: ``warps`` of each; instructions of a warp for a chunk of
+    so many entries, counted in the code for sm_90a; entries of a lane; products of fragments for 16
     entries of the vectors; how busy a multiprocessor is kept."""
 
     batch: int
