@@ -39,15 +39,15 @@ test test-slow: export OMP_NUM_THREADS := 1
 # The interpreter of Triton has a process of its own: it is chosen when kernels are imported.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow" tests/triton_interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow" tests/kernels/interpreter
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m slow tests/triton_interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m slow tests/kernels/interpreter
 
 # Builds and installs as a stranger does: in isolation, into empty environments.
 test-install: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow tests/test_packaging.py
+	$(BIN)/python -m pytest -q -m slow tests/project/test_packaging.py
 
 # Random calls, valid ones against the float64 reference, as many as the time allows.
 fuzz: $(STAMP)
@@ -73,7 +73,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_readme.py -k "one_way or order or links"
+	$(BIN)/python -m pytest -q tests/project/test_imports.py tests/project/test_readme.py -k "one_way or order or links"
 
 # The site in build/site, links and docstrings checked; `make docs SERVE=1` shows it and follows edits.
 docs: $(STAMP)
@@ -113,7 +113,7 @@ plots: $(STAMP)
 
 # Registers, spills and hot loops of the CUDA kernels, by nvcc and without a GPU.
 cuda-resources: $(STAMP)
-	$(BIN)/python -m benchmarks.cuda_resources
+	$(BIN)/python -m benchmarks.machine_code.cuda
 
 clean:
 	rm -rf build dist *.egg-info optical/_cpu.* optical/_cuda.* .pytest_cache .mypy_cache .ruff_cache

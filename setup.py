@@ -22,14 +22,21 @@ ROOT = Path(__file__).resolve().parent
 
 def recipe(name: str) -> ModuleType:
     """A module of the package by its path: importing the package would need PyTorch."""
-    spec = importlib.util.spec_from_file_location(f"_{name}", ROOT / "optical" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"_{name}", ROOT / "optical" / "backends" / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-native, cuda = recipe("native"), recipe("cuda")
-compiler = native.find_compiler()
+library, cuda = recipe("library"), recipe("cuda")
+WINGS = sorted(
+    path.parent.name
+    for path in (ROOT / "optical").glob("*/__init__.py")
+    if path.parent.name != "kernels"  # a link; its package is mapped below
+)
+compiler = library.find_compiler()
 nvcc = cuda.find_nvcc() if compiler else None
 architectures = cuda.architectures_of_driver() if nvcc else ()
 extensions = [Extension("optical._cpu", sources=[], optional=True)] if compiler else []
@@ -44,15 +51,15 @@ class BuildLibrary(build_ext):
             if ext.name == "optical._cuda":
                 cuda.build(ROOT / "csrc", target, nvcc, architectures)
             else:
-                native.build(ROOT / "csrc", target, compiler)
-        except (native.BuildError, cuda.BuildError) as error:
+                library.build(ROOT / "csrc", target, compiler)
+        except (library.BuildError, cuda.BuildError) as error:
             # The extension is optional: setuptools reports this and goes on without it.
             raise CompileError(str(error)) from error
 
     def get_ext_filename(self, fullname: str) -> str:
         *folders, name = fullname.split(".")
-        library = cuda.LIBRARY_NAME if name == "_cuda" else native.LIBRARY_NAME
-        return os.path.join(*folders, library)
+        filename = cuda.LIBRARY_NAME if name == "_cuda" else library.LIBRARY_NAME
+        return os.path.join(*folders, filename)
 
 
 class LibraryWheel(bdist_wheel):
@@ -70,7 +77,12 @@ if compiler is None:
     print("optical: no C++ compiler found; the CPU library is left to be built at first use")
 
 setup(
-    packages=["optical", "optical.kernels", "optical.csrc"],
+    packages=[
+        "optical",
+        *(f"optical.{wing}" for wing in WINGS),
+        "optical.kernels",
+        "optical.csrc",
+    ],
     package_dir={
         "optical": "optical",
         # A package named `kernels` at the top would hide Hugging Face's: see kernels/README.md.
@@ -79,7 +91,7 @@ setup(
     },
     include_package_data=False,  # the lists below are complete
     package_data={
-        "optical": ["py.typed", "data/**/*"],
+        "optical": ["py.typed", "phrasebook/tables/*.tsv", "phrasebook/study.yaml"],
         "optical.csrc": ["*.h", "cpu/*.h", "cpu/*.cpp", "cuda/*.cuh", "cuda/*.cu"],
     },
     ext_modules=extensions,

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import accuracy, answer, cases, jobs, measure, meter, report, rows
-from benchmarks.jobs import MODES
-from benchmarks.providers import PROVIDERS
+from benchmarks.operator import accuracy, cases, jobs, measure, meter, rows
+from benchmarks.operator.jobs import MODES
+from benchmarks.operator.providers import PROVIDERS
+from benchmarks.tables import operator as operator_tables
+from benchmarks.tables import study as study_tables
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TIMED = ("solve", "vectors", "residual", "large")
@@ -49,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--seconds", type=float, default=10, help="per shape and mode")
         command.add_argument("--rounds", type=int, default=5, help="at least, whatever --seconds")
         command.add_argument("--memory", action="store_true", help="measure peak memory as well")
-    commands.add_parser("report", help=report.__doc__)
+    commands.add_parser("report", help=operator_tables.__doc__)
     given = parser.parse_args(arguments)
     if given.benchmark == "report":
-        report.main()
-        answer.main()
+        operator_tables.main()
+        study_tables.main()
         return 0
 
     names = list(PROVIDERS)

@@ -26,11 +26,12 @@ from typing import Any
 import torch
 
 import optical
-from benchmarks import cases, rows
-from benchmarks.jobs import ROOT, Task, _device_turn
-from optical.arguments import GRADIENTS, PRECISIONS, example
-from optical.backends import BACKENDS
-from optical.testing import FAST, assert_close_to_truth, random_clouds, solve
+from benchmarks.operator import cases, rows
+from benchmarks.operator.jobs import ROOT, Task, _device_turn
+from optical.backends.problem import GRADIENTS, PRECISIONS, example
+from optical.backends.registry import BACKENDS
+from optical.testing.cases import random_clouds
+from optical.testing.tolerance import FAST, assert_close_to_truth, solve
 
 # Batch x n x m x dim x iterations, with the temperature where it is not that of the others.
 SHAPES = {
@@ -73,7 +74,7 @@ def steps(output: Path) -> list[Step]:
     made = [
         Step("build", (*own, "build")),
         Step("test-gpu", (*pytest, "-m", "gpu", "tests")),
-        Step("test-backends", (*pytest, "tests/test_backends.py", "-k", "cuda")),
+        Step("test-backends", (*pytest, "tests/backends/test_registry.py", "-k", "cuda")),
     ]
     for kernels in ("cuda", "triton", "streamed"):
         command = (python, "tests/fuzz_kernels.py", kernels, "--seconds", "20")

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from optical import encoder, training
-from optical.cells import peak_memory
-from optical.encoder import load_retriever
-from optical.search import encode
-from optical.vectors import write_vectors
+from optical.models import tokenizers
+from optical.models.encoding import encode
+from optical.models.retriever import load_retriever
+from optical.models.token_store import write_vectors
+from optical.study.tasks import peak_memory
+from optical.training import pretraining, recipes
 
 # Name, width, layers, heads: the models of the demonstration's size, and of a MiniLM's.
 MODELS = (("2 layers of 128", 128, 2, 2), ("6 layers of 384", 384, 6, 6))
@@ -54,9 +55,9 @@ def rows(name: str, width: int, layers: int, heads: int, pairs: int, batch: int)
     made = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        tokenizer = encoder.train_tokenizer(iter(texts), 4000, 128)
-        options = encoder.EncoderOptions(hidden_size=width, layers=layers, heads=heads)
-        encoder.new_encoder(options, len(tokenizer)).save_pretrained(folder / "encoder")
+        tokenizer = tokenizers.train_tokenizer(iter(texts), 4000, 128)
+        options = pretraining.EncoderOptions(hidden_size=width, layers=layers, heads=heads)
+        pretraining.new_encoder(options, len(tokenizer)).save_pretrained(folder / "encoder")
         tokenizer.save_pretrained(folder / "encoder")
         teacher = load_retriever(folder / "encoder", dimension=DIMENSION)
         teacher.save_pretrained(str(folder / "teacher"))
@@ -77,20 +78,20 @@ def rows(name: str, width: int, layers: int, heads: int, pairs: int, batch: int)
         add("the teacher's vectors, stored", time.process_time() - begun, peak[0], size)
 
         for stored in ([str(folder / "store")], []):
-            chosen = training.DistillOptions(
+            chosen = recipes.DistillOptions(
                 teacher=str(folder / "teacher"),
                 bitext=[str(folder / "bitext.tsv")],
                 role="document",
                 teacher_vectors=stored,
             )
-            args = training.arguments(
+            args = recipes.arguments(
                 folder / f"run{len(stored)}",
                 max_steps=STEPS,
                 per_device_train_batch_size=batch,
                 disable_tqdm=True,
                 save_strategy="no",
             )
-            trainer, clock = training.distill(chosen, args), Clock()
+            trainer, clock = recipes.distill(chosen, args), Clock()
             trainer.add_callback(clock)
             with peak_memory() as peak:
                 trainer.train()

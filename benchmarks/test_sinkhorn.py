@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import CPU_SHAPES, GPU_SHAPES, parse_shape
-from benchmarks.jobs import MODES, Task
-from benchmarks.measure import gated
-from benchmarks.providers import PROVIDERS
+from benchmarks.operator.cases import CPU_SHAPES, GPU_SHAPES, parse_shape
+from benchmarks.operator.jobs import MODES, Task
+from benchmarks.operator.measure import gated
+from benchmarks.operator.providers import PROVIDERS
 
 DEVICES = {"cpu": CPU_SHAPES, **({"cuda": GPU_SHAPES} if torch.cuda.is_available() else {})}
 TASKS = [

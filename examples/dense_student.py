@@ -13,8 +13,8 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.evaluation import MSEEvaluator
 
-from optical.losses import OTDistillationLoss
-from optical.training import BitextCollator
+from optical.losses.distillation import OTDistillationLoss
+from optical.training.recipes import BitextCollator
 
 
 def main(teacher, student, output, pairs, held_out, **changes):

@@ -8,7 +8,7 @@ import sys
 from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments
 
 from optical import OTAlignmentLoss
-from optical.bitext import read_bitext
+from optical.data.pairs import read_bitext
 
 
 class Distillation(Trainer):

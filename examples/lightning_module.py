@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer
 
 from optical import OTAlignmentLoss
-from optical.bitext import read_pairs
+from optical.data.pairs import read_pairs
 
 
 class Distillation(lightning.LightningModule):

@@ -14,9 +14,9 @@ from sentence_transformers.multi_vector_encoder.evaluation import (
     MultiVectorInformationRetrievalEvaluator,
 )
 
-from optical.encoder import load_retriever
-from optical.losses import OTDistillationLoss
-from optical.training import BitextCollator
+from optical.losses.distillation import OTDistillationLoss
+from optical.models.retriever import load_retriever
+from optical.training.recipes import BitextCollator
 
 
 class Retrieval(MultiVectorInformationRetrievalEvaluator):

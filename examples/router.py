@@ -11,11 +11,12 @@ import sys
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Router
 
-from optical import training
-from optical.encoder import load_retriever
-from optical.runs import write_run
-from optical.search import encode, search_vectors
-from optical.texts import read_texts
+from optical.data.texts import read_texts
+from optical.data.trec import write_run
+from optical.models.encoding import encode
+from optical.models.retriever import load_retriever
+from optical.retrieval.exact_search import search_vectors
+from optical.training import recipes, runner
 
 
 def index(teacher, documents):
@@ -26,11 +27,11 @@ def index(teacher, documents):
 
 def train(teacher, student, bitext, output, **changes):
     """Distil a student for queries; return the model that reads both sides, saved in `output`."""
-    options = training.DistillOptions(
+    options = recipes.DistillOptions(
         teacher=teacher, student=student, bitext=[bitext], role="query"
     )
-    args = training.arguments(f"{output}/student", **changes)
-    student = training.run(training.distill(options, args), options, resume=True)
+    args = recipes.arguments(f"{output}/student", **changes)
+    student = runner.run(recipes.distill(options, args), options, resume=True)
     sides = [list(load_retriever(name)) for name in (student, teacher)]
     model = MultiVectorEncoder(modules=[Router.for_query_document(*sides)])
     model.save_pretrained(f"{output}/router")

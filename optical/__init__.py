@@ -4,11 +4,11 @@ The names below are the whole public interface. Importing the package needs PyTo
 queries no device, compiles nothing and loads neither Triton nor the native library.
 """
 
-from optical.arguments import Status
-from optical.backends import BackendUnsupported
-from optical.functional import ot_alignment, sinkhorn, sinkhorn_divergence, sinkhorn_vectors
-from optical.losses import OTAlignmentLoss
-from optical.result import SinkhornResult
+from optical.backends.problem import Status
+from optical.backends.registry import BackendUnsupported
+from optical.losses.alignment import OTAlignmentLoss
+from optical.ot.functional import ot_alignment, sinkhorn, sinkhorn_divergence, sinkhorn_vectors
+from optical.ot.result import SinkhornResult
 
 __version__ = "0.1.0.dev0"
 

@@ -1,4 +1,4 @@
-"""Shared fixtures. Helpers live in ``optical.testing``: files here cannot import one another."""
+"""Shared fixtures. Helpers live in ``optical.testing.tolerance``: files here cannot import one another."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 # TRITON_INTERPRET is read when kernels are decorated, so interpreted tests need their own process.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton_interpreter"]
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/interpreter"]
 
 
 # A suite that was started in the background ignores Ctrl-C, and so would the programs it starts.
@@ -148,12 +148,12 @@ def tiny_models(world, tmp_path_factory):
 
     from transformers import TrainingArguments
 
-    from optical import encoder, training
+    from optical.training import pretraining, recipes, runner
 
     folder = tmp_path_factory.mktemp("models")
 
     def make(name, width, units, text, bitext):
-        options = encoder.EncoderOptions(
+        options = pretraining.EncoderOptions(
             text=[str(world / f"text/{language}.txt") for language in text],
             bitext=[str(world / f"bitext/en-{language}.tsv") for language in bitext],
             vocabulary_size=units,
@@ -164,14 +164,14 @@ def tiny_models(world, tmp_path_factory):
         )
         arguments = {"max_steps": 3, "report_to": "none", "disable_tqdm": True}
         args = TrainingArguments(str(folder / name), learning_rate=1e-2, **arguments)
-        return str(training.run(encoder.encoder_trainer(options, args), options, resume=False))
+        return str(runner.run(pretraining.encoder_trainer(options, args), options, resume=False))
 
     mixed = make("mixed", 16, 200, ("en", "sw", "de"), ("sw",))
     wide = make("wide", 24, 90, ("en", "sw"), ())
-    options = training.TeacherOptions(
+    options = recipes.TeacherOptions(
         model=mixed, pairs=[str(world / "teacher.tsv")], document_length=24
     )
     arguments = {"max_steps": 15, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
-    args = training.arguments(folder / "teacher", **arguments, disable_tqdm=True)
-    teacher = training.run(training.teacher(options, args), options, resume=False)
+    args = recipes.arguments(folder / "teacher", **arguments, disable_tqdm=True)
+    teacher = runner.run(recipes.teacher(options, args), options, resume=False)
     return SimpleNamespace(mixed=mixed, wide=wide, teacher=str(teacher))

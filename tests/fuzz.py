@@ -3,7 +3,7 @@
     python tests/fuzz.py --calls 100000 --seconds 300 --seed 0
 
 Call number ``seed + i`` is drawn from that number alone. A valid one must agree with the reference
-in float64 by the rule of ``optical.testing``, an invalid one must raise an error that names the
+in float64 by the rule of ``optical.testing.tolerance``, an invalid one must raise an error that names the
 argument that was made invalid, and none may crash or hang. What fails is printed with the
 number that draws it again.
 """
@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 import optical
-from optical import native
-from optical.arguments import Status
-from optical.backends import BackendUnsupported
-from optical.dense import Dense
-from optical.derivatives import log_ratio
-from optical.iterations import Problems
-from optical.result import SinkhornResult
-from optical.testing import FAST, TOLERANCE
+from optical.backends import library
+from optical.backends.dense import PaddedProblem
+from optical.backends.iterations import MaskedProblem
+from optical.backends.problem import Status
+from optical.backends.reference import log_ratio
+from optical.backends.registry import BackendUnsupported
+from optical.ot.result import SinkhornResult
+from optical.testing.tolerance import FAST, TOLERANCE
 
 REFUSALS = (TypeError, ValueError, BackendUnsupported)
 LONGEST = 600  # seconds after which a call is taken to hang: other programs may run beside it
@@ -470,7 +470,7 @@ def check_valid(call: Call) -> None:
 class _Family:
     """How wrong the reference itself may be, in the dtype of a call.
 
-    The rule of ``optical.testing`` allows the error of the same-dtype reference. One run of it is
+    The rule of ``optical.testing.tolerance`` allows the error of the same-dtype reference. One run of it is
     one sample of that error, and among many calls some sample is small by luck: where the first
     does not suffice, the largest error of several counts. In float64 the truth is such a sample.
     """
@@ -628,7 +628,7 @@ class _Family:
         slope = strength = 0.0
         for call in _solved_by(self.call):
             result = call.rounded(torch.float64).run()
-            given, plan = Dense(result.arguments).given, result.plan().detach()
+            given, plan = PaddedProblem(result.arguments).given, result.plan().detach()
             for rho, sums, log_mass in (
                 (given.rho_a, plan.sum(2), given.log_a),
                 (given.rho_b, plan.sum(1), given.log_b),
@@ -719,8 +719,8 @@ def _same_decisions(call: Call, found: dict[str, Tensor], truth: dict[str, Tenso
 def _row_residual(call: Call, i: int) -> float:
     """How far the reference's rows of problem i are from those wanted, after ``max_iter``."""
     result = call.rounded(torch.float64).run()
-    dense = Dense(result.arguments)
-    problems = Problems(dense.given)
+    dense = PaddedProblem(result.arguments)
+    problems = MaskedProblem(dense.given)
     wanted = problems.wanted(dense.a.pad(result.f), dense.b.pad(result.g))[0]
     return (result.plan().sum(2) - wanted).abs().sum(1)[i].item()
 
@@ -880,7 +880,7 @@ def _wrong_tensor(d: Dice, call: Call) -> Call | None:
 
 
 def _contradiction(d: Dice, call: Call) -> Call | None:
-    """Arguments that are wrong together, or in their values."""
+    """Problem that are wrong together, or in their values."""
     packed = call.option("cu_seqlens_a") is not None
     letter = d.pick("a", "b")
     tokens = call.option({"a": "x", "b": "y"}[letter])
@@ -965,8 +965,8 @@ def main(
     warnings.simplefilter("ignore")  # that the reference serves what the library cannot
     faulthandler.enable()
     sys.stdout.reconfigure(line_buffering=True)  # what was found outlives a crash
-    if native.unavailable_reason() is not None:  # builds the library, which takes its time
-        parser.error(f"there is no library to compare: {native.unavailable_reason()}")
+    if library.unavailable_reason() is not None:  # builds the library, which takes its time
+        parser.error(f"there is no library to compare: {library.unavailable_reason()}")
     start = time.monotonic()
     done = failures = 0
     for seed in range(options.seed, options.seed + options.calls):

@@ -18,7 +18,7 @@ from pathlib import Path
 import fuzz
 import torch
 
-from optical.backends import BackendUnsupported
+from optical.backends.registry import BackendUnsupported
 
 NAMES = ("cuda", "triton", "streamed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +41,7 @@ def use(name: str) -> None:
         for table in ("TILES", "ROOMY", "ADJOINT"):
             setattr(tuning, table, {1: getattr(tuning, table)[16]})
     if DEVICE == "cpu":
-        from interpreter import patch_once
+        from tests.kernels.interpreted import patch_once
 
         patch_once(setattr)
 
@@ -49,7 +49,7 @@ def use(name: str) -> None:
 def _compile_for_the_cpu() -> None:
     import test_cuda_host
 
-    from optical import cuda
+    from optical.backends import cuda
 
     with tempfile.TemporaryDirectory() as folder:
         library = cuda.open_library(test_cuda_host.build(Path(folder), "-O1"), None)

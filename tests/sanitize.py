@@ -21,7 +21,7 @@ from pathlib import Path
 import fuzz
 import torch
 
-from optical import native
+from optical.backends import library as native
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = "--threads" in sys.argv

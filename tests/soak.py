@@ -28,9 +28,9 @@ import fuzz
 import torch
 
 from optical import OTAlignmentLoss
-from optical.evaluation import evaluate
-from optical.runs import read_run, write_run
-from optical.search import search_vectors
+from optical.data.trec import read_run, write_run
+from optical.retrieval.evaluation import evaluate
+from optical.retrieval.exact_search import search_vectors
 
 # What may come and go without a leak: the allocator's arenas, caches that fill up once.
 ALLOWED = {"MB": 16.0, "tensors": 20, "files": 0, "threads": 0}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from optical import native
+from optical.backends import library
 
 FUZZ = Path(__file__).with_name("fuzz.py")
 
@@ -20,7 +20,7 @@ def test_random_calls_agree_with_the_reference_or_are_refused():
 
 @pytest.mark.parametrize("kernels", ["cuda", "triton", "streamed"])
 def test_random_calls_of_the_kernels_agree_with_the_reference(kernels):
-    if kernels == "cuda" and native.find_compiler() is None:
+    if kernels == "cuda" and library.find_compiler() is None:
         pytest.skip(reason="no C++ compiler")
     if kernels != "cuda" and importlib.util.find_spec("triton") is None:
         pytest.skip(reason="triton is not installed")

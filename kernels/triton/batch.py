@@ -8,7 +8,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from optical.arguments import Arguments
+from optical.backends.problem import Problem
 from optical.kernels import tuning
 from optical.kernels.tokens import centre_kernel, norm_kernel
 
@@ -19,7 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 class Batch:
     """The problems as the kernels read them: pointers, sizes and what is known of each token."""
 
-    def __init__(self, arguments: Arguments) -> None:
+    def __init__(self, arguments: Problem) -> None:
         p = self.arguments = arguments
         self.size = len(p.epsilon)
         self.packed = p.packed
@@ -140,7 +140,7 @@ def tiles_of(batch: Batch, table: dict[int, tuning.Tile]) -> list[tuple[int, tun
     return [(side, tile) for side, tile in table.items() if side <= last]
 
 
-def starts(arguments: Arguments) -> tuple[Tensor, Tensor]:
+def starts(arguments: Problem) -> tuple[Tensor, Tensor]:
     """Where to start; any pointer where that is 0."""
     p = arguments
     return (p.epsilon if p.f0 is None else p.f0), (p.epsilon if p.g0 is None else p.g0)

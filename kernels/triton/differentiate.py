@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import triton
-from optical.arguments import Arguments, Gradients
+from optical.backends.problem import Gradients, Problem
 from optical.kernels import tuning
 from optical.kernels.batch import Batch
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
@@ -19,7 +19,7 @@ def backward(
     grad_value_linear: Tensor,
     grad_f: Tensor | None,
     grad_g: Tensor | None,
-    arguments: Arguments,
+    arguments: Problem,
     f: Tensor,
     g: Tensor,
     w: Tensor,
@@ -28,7 +28,7 @@ def backward(
     need_x: bool = True,
     need_y: bool = False,
 ) -> Gradients:
-    """As ``optical.reference.backward``, to the vectors where there are some."""
+    """As ``optical.backends.reference.backward``, to the vectors where there are some."""
     p = arguments
     with torch.cuda.device_of(p.x):
         batch = Batch(arguments)
@@ -160,8 +160,8 @@ def _mass_gradient(
     return grad
 
 
-def apply_plan(arguments: Arguments, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
-    """As ``optical.reference.apply_plan``."""
+def apply_plan(arguments: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
+    """As ``optical.backends.reference.apply_plan``."""
     p, tile = arguments, tuning.WALK
     with torch.cuda.device_of(p.x):
         batch = Batch(arguments)

@@ -41,7 +41,7 @@ LEAST = tl.constexpr(2.0**-120)
 STRONG = tl.constexpr(2.0**100)
 # Masses that differ by more than this share of the larger have no plan with both marginals fixed.
 MASS_TOLERANCE = tl.constexpr(1e-3)
-# The values of optical.arguments.Status.
+# The values of optical.backends.problem.Status.
 CONVERGED = tl.constexpr(0)
 MAX_ITER = tl.constexpr(1)
 EMPTY = tl.constexpr(2)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import triton
-from optical.arguments import Arguments, Outputs
+from optical.backends.problem import Problem, Solution
 from optical.kernels import tuning
 from optical.kernels.adjoint import adjoint_kernel
 from optical.kernels.adjoint_streamed import adjoint_loop_kernel
@@ -24,7 +24,7 @@ from optical.kernels.streaming import (
 from optical.kernels.walks import SEGMENT
 
 
-def supports(arguments: Arguments) -> str | None:
+def supports(arguments: Problem) -> str | None:
     """Why the kernels cannot serve these problems, on whatever device; None where they can."""
     p = arguments
     if p.log_a.dtype != torch.float32:
@@ -35,8 +35,8 @@ def supports(arguments: Arguments) -> str | None:
     return None
 
 
-def forward(arguments: Arguments) -> Outputs:
-    """As ``optical.reference.forward``, for everything that ``supports`` does not refuse."""
+def forward(arguments: Problem) -> Solution:
+    """As ``optical.backends.reference.forward``, for everything that ``supports`` does not refuse."""
     with torch.cuda.device_of(arguments.x):
         batch = Batch(arguments)
         p, like = arguments, arguments.epsilon
@@ -90,7 +90,7 @@ def forward(arguments: Arguments) -> Outputs:
                 num_stages=tile.stages,
             )
         w, z, residual = _adjoint(batch, f, g)
-    return Outputs(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
+    return Solution(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
 
 
 def _adjoint(batch: Batch, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 A tile of the cost comes from a stored cost or from token vectors, whose tiles meet in tensor cores
 and become a cost in registers: raw half-precision operands, float32 sums, and the norms of the
-tokens afterwards (``optical.costs`` says why in this order). Lines outside the problem or of no
+tokens afterwards (``optical.backends.dense`` says why in this order). Lines outside the problem or of no
 mass hold +inf, as forbidden pairs do; what memory holds there is replaced and never computed with.
 
 Layouts: reductions of a tile cost shuffles, and how many depends on which lanes hold which entries.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import triton
-from optical.arguments import Gradients
+from optical.backends.problem import Gradients
 from optical.kernels import tuning
 from optical.kernels.batch import Batch, starts, tile_options, tiles_of
 from optical.kernels.unrolled import unrolled_kernel

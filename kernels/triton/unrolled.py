@@ -6,7 +6,7 @@ step back is
 
     d g_j = -sum_i pi_ij d f_i + sum_i pi_ij d C_ij,    d f_i = -sum_j sigma_ij d g_j + ...
 
-(``optical.derivatives`` has all terms). In the end the gradient of the cost, still in registers,
+(``optical.backends.reference`` has all terms). In the end the gradient of the cost, still in registers,
 pulls at the vectors.
 """
 

@@ -1,0 +1,30 @@
+"""``python -m benchmarks.operator.peak REQUEST``: memory of one call, in a process that makes no other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+from benchmarks.operator import jobs
+from benchmarks.operator.cases import Case
+from benchmarks.operator.jobs import Task
+from benchmarks.operator.providers import PROVIDERS
+
+
+def main(request: str) -> None:
+    values = json.loads(request)
+    jobs.ott_python = values.pop("ott_python")
+    provider = PROVIDERS[values.pop("provider")]
+    task = Task(values.pop("kind"), values.pop("mode"), Case.from_dict(values))
+    # Something tiny first: libraries are loaded and threads started before anything is counted.
+    tiny = replace(task.case, batch=1, n=8, m=8, dim=8, max_iter=2)
+    for case in (tiny, task.case):
+        job = provider.start(task._replace(case=case))
+        found = job.peak_megabytes()
+        job.close()
+    print(found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

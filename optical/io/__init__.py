@@ -1,0 +1,1 @@
+"""Files, settings and a record of the environment."""

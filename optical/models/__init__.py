@@ -1,0 +1,18 @@
+"""Late-interaction retrievers: loading, tokenizers, encoding, stored token vectors."""
+
+from optical.models.encoding import TokenVectors, encode
+from optical.models.pylate import export_pylate
+from optical.models.retriever import load_retriever
+from optical.models.token_store import StoredVectors, write_vectors
+from optical.models.word_alignment import align_words, word_links
+
+__all__ = [
+    "StoredVectors",
+    "TokenVectors",
+    "align_words",
+    "encode",
+    "export_pylate",
+    "load_retriever",
+    "word_links",
+    "write_vectors",
+]

@@ -1,0 +1,1 @@
+"""A small multilingual collection with exactly known relevance, for demonstrations and tests."""

@@ -1,0 +1,118 @@
+"""report.render."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# The report as blocks, which are written once as Markdown and once as HTML
+
+
+@dataclass
+class Heading:
+    text: str
+    level: int = 2
+
+
+@dataclass
+class Text:
+    text: str
+
+
+@dataclass
+class Table:
+    head: list[str]
+    rows: list[list[str]]
+    caption: str
+
+
+@dataclass
+class Figure:
+    path: Path
+    caption: str
+
+
+@dataclass
+class Code:
+    text: str
+
+
+Block = Heading | Text | Table | Figure | Code
+
+
+# Writers
+
+
+def _markdown(block: Block) -> str:
+    if isinstance(block, Heading):
+        return "#" * block.level + " " + block.text
+    if isinstance(block, Text):
+        return block.text
+    if isinstance(block, Code):
+        return f"```yaml\n{block.text}\n```"
+    if isinstance(block, Figure):
+        return (
+            f"![{block.caption}]({block.path.parent.name}/{block.path.name})\n\n*{block.caption}*"
+        )
+    lines = [block.head, ["---"] * len(block.head), *block.rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n*{block.caption}*"
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1b1b1b; background: #fff; }
+table { border-collapse: collapse; margin: 1rem 0 0.3rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left; }
+th { border-bottom: 2px solid #444; } figure { margin: 1.5rem 0; } img { max-width: 100%; }
+.caption, figcaption { color: #555; font-size: 0.9rem; }
+pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; }
+.wide { overflow-x: auto; }
+"""
+
+
+def _html(title: str, blocks: Sequence[Block], output: Path) -> str:
+    body = "\n".join(_html_block(block) for block in blocks)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def _html_block(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"<h{block.level}>{html.escape(block.text)}</h{block.level}>"
+    if isinstance(block, Text):
+        lines = block.text.split("\n")
+        if all(line.startswith("- ") for line in lines):
+            return "<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in lines) + "</ul>"
+        return f"<p>{_inline(block.text)}</p>"
+    if isinstance(block, Code):
+        return f"<pre>{html.escape(block.text)}</pre>"
+    if isinstance(block, Figure):
+        # Inside the page, so that the one file can be sent to somebody.
+        data = base64.b64encode(block.path.read_bytes()).decode()
+        caption = html.escape(block.caption)
+        return (
+            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.head)
+    rows = "\n".join(
+        "<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>"
+        for row in block.rows
+    )
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>'
+        f'</div><p class="caption">{html.escape(block.caption)}</p>'
+    )
+
+
+def _inline(text: str) -> str:
+    """Escape a line; ``**bold**`` is the only markup that the report's own sentences use."""
+    parts = html.escape(text).split("**")
+    return "".join(f"<strong>{part}</strong>" if i % 2 else part for i, part in enumerate(parts))

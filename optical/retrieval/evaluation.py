@@ -1,0 +1,384 @@
+"""Measure how good a run is: one value per query and measure, and their means.
+
+The measures are those of ``ir_measures``, which calls ``trec_eval`` for most; this module decides
+what happens around them. Needs ``pip install "optical[eval]"``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from subprocess import SubprocessError
+from typing import TYPE_CHECKING, Any
+
+from optical.data.trec import ranked
+
+if TYPE_CHECKING:
+    pass
+from optical.retrieval.statistics import CORRECTIONS, _require_one_of, correct, paired_test
+
+logger = logging.getLogger("optical")
+
+DEFAULT_MEASURES = ("AP", "nDCG@10", "R@10", "R@100", "RR@10")
+
+_SIMPLE = re.compile(r"(\w+)(?:@([1-9]\d*))?$")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` found.
+
+    Attributes:
+        per_query: measure -> query id -> value; every evaluated query, in the judgements' order.
+        mean: measure -> mean over the evaluated queries.
+        missing: evaluated queries for which the run has no document; they count 0.
+        ignored: number of queries in the run that have no judgements; they count nothing.
+        without_relevant: queries in the judgements for which nothing is relevant; not evaluated.
+    """
+
+    per_query: dict[str, dict[str, float]]
+    mean: dict[str, float]
+    missing: tuple[str, ...] = ()
+    ignored: int = 0
+    without_relevant: tuple[str, ...] = ()
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return tuple(self.per_query)
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        return tuple(next(iter(self.per_query.values())))
+
+    def to_table(self) -> str:
+        """A Markdown table of the means, with the number of queries below it."""
+        lines = ["| measure | mean |", "|---|---:|"]
+        lines += [f"| {measure} | {value:.4f} |" for measure, value in self.mean.items()]
+        notes = [f"{len(self.queries)} queries"]
+        if self.missing:
+            notes.append(f"{len(self.missing)} missing in the run count 0")
+        if self.ignored:
+            notes.append(f"{self.ignored} in the run without judgements ignored")
+        if self.without_relevant:
+            notes.append(f"{len(self.without_relevant)} without a relevant document left out")
+        return "\n".join(lines) + "\n\n" + "; ".join(notes) + "\n"
+
+    def to_dict(self, *, per_query: bool = True) -> dict[str, Any]:
+        """Plain lists and dictionaries for JSON; without the values of each query if so wished."""
+        values: dict[str, Any] = {
+            "queries": len(self.queries),
+            "mean": dict(self.mean),
+            "missing": list(self.missing),
+            "ignored": self.ignored,
+            "without_relevant": list(self.without_relevant),
+        }
+        if per_query:
+            values["per_query"] = {measure: dict(each) for measure, each in self.per_query.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """Undo :meth:`to_dict`, which must have kept the values of each query."""
+        return cls(
+            per_query={measure: dict(each) for measure, each in values["per_query"].items()},
+            mean=dict(values["mean"]),
+            missing=tuple(values["missing"]),
+            ignored=int(values["ignored"]),
+            without_relevant=tuple(values["without_relevant"]),
+        )
+
+
+def evaluate(
+    run: Mapping[str, Mapping[str, float]],
+    qrels: Mapping[str, Mapping[str, int]],
+    measures: Sequence[str] | str = DEFAULT_MEASURES,
+) -> Evaluation:
+    """Evaluate a run against judgements.
+
+    All judged queries with at least one relevant document (grade 1 or more) are evaluated: a
+    query missing in the run counts 0 and is listed. Queries without a relevant document are left
+    out, as :func:`optical.data.collection.load_collection` does: every system scores 0 there. The
+    order of documents is that of :func:`optical.data.trec.ranked`, for every measure; ``ir_measures`` by
+    itself breaks ties one way for AP and another way for RR@10.
+
+    Args:
+        run: query id -> document id -> score.
+        qrels: query id -> document id -> grade.
+        measures: names as in ``ir_measures``, or one string with spaces or commas between them:
+            ``AP``, ``nDCG@10``, ``R@100``, ``RR@10``, ``P@5``, ``AP(rel=2)``. ``MAP``, ``MRR@10``,
+            ``NDCG@10`` and ``Recall@10`` are other names of the same; results use the first ones.
+
+    Raises:
+        ValueError: a measure is unknown or lacks its cutoff, or no query can be evaluated.
+        ImportError: ``ir_measures`` is not installed.
+
+    Example:
+        >>> result = evaluate({"q": {"d1": 0.5, "d2": 0.9}}, {"q": {"d1": 1}}, "AP RR@10")
+        >>> result.mean
+        {'AP': 0.5, 'RR@10': 0.5}
+    """
+    try:
+        import ir_measures
+    except ImportError as error:
+        raise ImportError(
+            'measures need ir_measures; install it with `pip install "optical[eval]"`'
+        ) from error
+
+    if isinstance(measures, str):
+        measures = re.split(r"[,\s]+(?![^(]*\))", measures.strip())
+    if not measures or not all(measures):
+        raise ValueError("no measure given; for example AP, nDCG@10 or R@100")
+    parsed = [_parse(ir_measures, measure) for measure in measures]
+    names = list(dict.fromkeys(str(measure) for measure in parsed))
+
+    judged = {
+        qid: dict(grades) for qid, grades in qrels.items() if max(grades.values(), default=0) > 0
+    }
+    without_relevant = tuple(qid for qid in qrels if qid not in judged)
+    if not judged:
+        raise ValueError(
+            f"none of the {len(qrels)} judged queries has a relevant document (grade 1 or more); "
+            "there is nothing to evaluate"
+        )
+    if without_relevant:
+        logger.warning("left out %d queries without a relevant document", len(without_relevant))
+    ignored = sum(1 for qid in run if qid not in qrels)
+    if ignored:
+        logger.warning("ignored %d queries of the run that have no judgements", ignored)
+    missing = tuple(qid for qid in judged if not run.get(qid))
+    if missing:
+        logger.warning(
+            "the run has no documents for %d of %d queries; they count 0", len(missing), len(judged)
+        )
+
+    # Ranks in place of scores leave no ties, so that all measures see one order.
+    ordered = {
+        qid: {docid: -float(rank) for rank, (docid, _) in enumerate(ranked(run[qid]))}
+        for qid in judged
+        if run.get(qid)
+    }
+    per_query = {name: dict.fromkeys(judged, 0.0) for name in names}
+    try:
+        # An empty run is no input that all of its providers take; the zeros stand for it.
+        for metric in ir_measures.iter_calc(set(parsed), judged, ordered) if ordered else ():
+            per_query[str(metric.measure)][metric.query_id] = float(metric.value)
+    except (RuntimeError, SubprocessError, ValueError) as error:
+        # Some measures are computed by programs of their own, which may be absent or fail.
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"ir_measures cannot calculate one of {', '.join(names)}: {reason}"
+        ) from error
+    mean = {name: statistics.fmean(values.values()) for name, values in per_query.items()}
+    return Evaluation(per_query, mean, missing, ignored, without_relevant)
+
+
+def _parse(ir_measures: Any, name: str) -> Any:
+    simple = _SIMPLE.match(name)
+    try:
+        if simple is None:
+            measure = ir_measures.parse_measure(name)
+        else:
+            # Not parse_measure: it relies on parts of `ast` that Python 3.14 no longer has.
+            measure = ir_measures.measures.registry[simple[1]]
+            measure = measure if simple[2] is None else measure @ int(simple[2])
+        if not set(measure.params) <= set(measure.SUPPORTED_PARAMS) or name.endswith("@0"):
+            raise ValueError(f"parameters {measure.params}")
+    except (AttributeError, AssertionError, LookupError, NameError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"unknown measure {name!r}; for example AP, nDCG@10, R@100, RR@10 or P@5 "
+            "(the names of ir_measures)"
+        ) from error
+    try:
+        measure.validate_params()
+    except AssertionError as error:
+        raise ValueError(
+            f"measure {name!r} is not complete; measures such as R, P and Success need a cutoff, "
+            "as in R@100, and others take none"
+        ) from error
+    return measure
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system against the baseline by one measure."""
+
+    system: str
+    measure: str
+    mean: float
+    baseline_mean: float
+    difference: float
+    low: float
+    high: float
+    p: float
+    p_corrected: float
+    queries: int
+    missing: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of systems against one baseline; see :func:`compare`.
+
+    Attributes:
+        rows: one for each system but the baseline and each measure, in the order they were given.
+        baseline: name of the baseline.
+        baseline_missing: queries for which the baseline's run had no document.
+        test, correction, samples, seed, confidence: how it was made.
+    """
+
+    rows: tuple[Row, ...]
+    baseline: str
+    baseline_missing: int
+    test: str
+    correction: str
+    samples: int
+    seed: int
+    confidence: float
+
+    def to_markdown(self, *, alpha: float = 0.05) -> str:
+        """The table, one measure after the other; ``*`` marks corrected p below ``alpha``."""
+        percent = f"{100 * self.confidence:g} %"
+        lines = [
+            f"| measure | system | mean | difference | {percent} interval | p "
+            + "| p corrected | queries | missing |",
+            "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for measure in dict.fromkeys(row.measure for row in self.rows):
+            rows = [row for row in self.rows if row.measure == measure]
+            lines.append(
+                f"| {measure} | {_cell(self.baseline)} (baseline) | {rows[0].baseline_mean:.4f} "
+                f"| – | – | – | – | {rows[0].queries} | {self.baseline_missing} |"
+            )
+            for row in rows:
+                star = " *" if row.p_corrected < alpha else ""
+                lines.append(
+                    f"| {measure} | {_cell(row.system)} | {row.mean:.4f} "
+                    f"| {row.difference:+.4f}{star} | {_range(row.low, row.high)} "
+                    f"| {_p(row.p)} | {_p(row.p_corrected)} | {row.queries} | {row.missing} |"
+                )
+        name = {"randomization": "paired randomisation test", "t": "paired t-test"}[self.test]
+        if self.test == "randomization":
+            name += f" ({self.samples} samples, seed {self.seed})"
+        note = {
+            "holm": f"Holm over {len(self.rows)} comparisons",
+            "bonferroni": f"Bonferroni over {len(self.rows)} comparisons",
+            "none": "no correction",
+        }[self.correction]
+        lines += ["", f"Two-sided {name}; {note}; * corrected p < {alpha:g}."]
+        return "\n".join(lines) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and dictionaries for JSON; an interval that does not exist is ``None``."""
+        values = asdict(self)
+        values["rows"] = [
+            {
+                key: None if isinstance(value, float) and math.isnan(value) else value
+                for key, value in row.items()
+            }
+            for row in values["rows"]
+        ]
+        return values
+
+
+def compare(
+    runs: Mapping[str, Evaluation],
+    *,
+    baseline: str | None = None,
+    measures: Sequence[str] | None = None,
+    test: str = "randomization",
+    correction: str = "holm",
+    samples: int = 100_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Comparison:
+    """Compare systems with a baseline, on the same queries, in one table.
+
+    Args:
+        runs: name of a system -> its :class:`optical.retrieval.evaluation.Evaluation`, two at least.
+        baseline: name of the system to compare with; the first one if ``None``.
+        measures: which measures, as named in the evaluations; all of the baseline's if ``None``.
+        test: ``"randomization"`` or ``"t"``.
+        correction: ``"holm"`` (Holm, 1979) over all rows of the table, ``"bonferroni"`` or
+            ``"none"``.
+        samples, seed, confidence: see :func:`paired_test`.
+
+    Raises:
+        ValueError: fewer than two systems, an unknown baseline, measure, test or correction, or
+            evaluations that do not cover the same queries.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"a comparison needs at least two systems, found {len(runs)}")
+    _require_one_of("correction", correction, CORRECTIONS)
+    baseline = next(iter(runs)) if baseline is None else baseline
+    if baseline not in runs:
+        raise ValueError(f"unknown baseline {baseline!r}; the systems are {', '.join(runs)}")
+    reference = runs[baseline]
+    measures = reference.measures if measures is None else tuple(measures)
+    if not measures:
+        raise ValueError("no measure to compare; evaluate with at least one")
+    for system, evaluation in runs.items():
+        for measure in measures:
+            if measure not in evaluation.per_query:
+                raise ValueError(
+                    f"system {system!r} was not evaluated by {measure!r}, only by "
+                    f"{', '.join(evaluation.measures)}; evaluate all systems by the same measures"
+                )
+        different = set(evaluation.queries) ^ set(reference.queries)
+        if different:
+            raise ValueError(
+                f"systems {system!r} and {baseline!r} were evaluated on different queries "
+                f"({len(different)} are in one of them only, such as {min(different)!r}); "
+                "evaluate both with the same judgements"
+            )
+
+    tested = [
+        (system, measure, paired_test(
+            evaluation.per_query[measure], reference.per_query[measure],
+            test=test, samples=samples, seed=seed, confidence=confidence,
+        ))
+        for system, evaluation in runs.items() if system != baseline
+        for measure in measures
+    ]  # fmt: skip
+    corrected = correct([result.p for _, _, result in tested], correction)
+    rows = tuple(
+        Row(
+            system=system,
+            measure=measure,
+            mean=runs[system].mean[measure],
+            baseline_mean=reference.mean[measure],
+            difference=result.difference,
+            low=result.low,
+            high=result.high,
+            p=result.p,
+            p_corrected=p_corrected,
+            queries=result.queries,
+            missing=len(runs[system].missing),
+        )
+        for (system, measure, result), p_corrected in zip(tested, corrected, strict=True)
+    )
+    return Comparison(
+        rows=rows,
+        baseline=baseline,
+        baseline_missing=len(reference.missing),
+        test=test,
+        correction=correction,
+        samples=samples,
+        seed=seed,
+        confidence=confidence,
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _range(low: float, high: float) -> str:
+    return "–" if math.isnan(low) else f"{low:+.4f} … {high:+.4f}"
+
+
+def _p(p: float) -> str:
+    return f"{p:.4f}" if p >= 1e-4 else f"{p:.1e}"

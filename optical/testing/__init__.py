@@ -1,0 +1,1 @@
+"""Named test problems, the tolerance rule, and a self-test of the installation."""

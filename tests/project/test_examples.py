@@ -1,0 +1,158 @@
+"""Every example runs, learns, and fits on a page; the models are made on the spot."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+ENGLISH = ["the book is old", "the house is big", "a child reads", "water is cold", "we eat bread"]
+SWAHILI = ["kitabu ni cha zamani", "nyumba ni kubwa", "mtoto anasoma", "maji ni baridi", "tunakula"]
+
+
+def example(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of untrained encoders of one width, each with a tokenizer of its own language."""
+    pytest.importorskip("sentence_transformers", reason="the extra `train` is not installed")
+    from optical.models import tokenizers
+    from optical.training import pretraining
+
+    folder = tmp_path_factory.mktemp("examples")
+    torch.manual_seed(0)
+    for name, texts in (("english", ENGLISH), ("swahili", SWAHILI)):
+        tokenizer = tokenizers.train_tokenizer(texts, 100, 32)
+        options = pretraining.EncoderOptions(hidden_size=16, layers=1, heads=2)
+        pretraining.new_encoder(options, len(tokenizer)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    lines = [f"{english}\t{other}\n" for english, other in zip(ENGLISH, SWAHILI, strict=True)]
+    (folder / "en-sw.tsv").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    datasets = pytest.importorskip("datasets", reason="the extra `train` is not installed")
+    return datasets.Dataset.from_dict({"english": ENGLISH, "non_english": SWAHILI})
+
+
+QUICK = {
+    "max_steps": 20,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 5,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+MEASURED = {**QUICK, "eval_strategy": "steps", "eval_steps": 10}
+
+
+def logged(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_an_example_has_less_than_sixty_lines(path):
+    assert len(path.read_text().splitlines()) < 60
+
+
+def test_every_example_has_a_test():
+    named = re.findall(r'example\("(\w+)"\)', Path(__file__).read_text())
+    assert set(named) == {path.stem for path in SCRIPTS}
+
+
+def test_dropin():
+    found = example("dropin")
+    learnt = found["main"]()
+    assert sum(learnt[-10:]) < sum(learnt[:10]) / 2
+
+
+def test_hugging_face_trainer(models, tmp_path):
+    found = example("huggingface_trainer")
+    files = [str(models / name) for name in ("english", "swahili", "en-sw.tsv")]
+    trainer = found["main"](*files, str(tmp_path), **QUICK)
+    first, *_, last = logged(trainer)
+    assert last < first / 2
+    assert not any(parameter.requires_grad for parameter in trainer.teacher.parameters())
+    from transformers import AutoModel, AutoTokenizer
+
+    again = AutoModel.from_pretrained(tmp_path).state_dict()
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path).tokenize("kitabu") == ["kitabu"]
+
+
+def test_lightning(models, tmp_path):
+    pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
+    found = example("lightning_module")
+    files = [str(models / name) for name in ("english", "swahili", "en-sw.tsv")]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "accelerator": "cpu"}
+    lengths = []
+    for epochs in (1, 20):
+        torch.manual_seed(0)
+        module = found["main"](
+            *files, str(tmp_path), learning_rate=1e-2, batch_size=5, max_epochs=epochs, **quiet
+        )
+        lengths.append(float(module.trainer.callback_metrics["ot_cost"]))
+    assert lengths[1] < lengths[0] / 2
+    # Its mode is still the one in which it was built: no dropout in what is learnt from.
+    assert not any(part.training for part in module.teacher.modules())
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_multi_vector_trainer(models, pairs, tmp_path):
+    found = example("multi_vector_trainer")
+    folders = [str(models / name) for name in ("english", "swahili")]
+    trainer = found["main"](*folders, str(tmp_path), pairs, pairs, **MEASURED)
+    first, *_, last = logged(trainer)
+    assert last < first / 2
+    assert logged(trainer, "eval_held-out_maxsim_accuracy@1")[-1] >= 0.8
+    card = (tmp_path / "final" / "README.md").read_text()
+    assert "OTDistillationLoss" in card and "huang2023optical" in card
+    assert "<code>english</code> and <code>non_english</code>" in card
+
+
+def test_dense_student(models, pairs, tmp_path):
+    pytest.importorskip("sentence_transformers", reason="the extra `train` is not installed")
+    from sentence_transformers import SentenceTransformer
+
+    found = example("dense_student")
+    folders = [str(models / name) for name in ("english", "swahili")]
+    trainer = found["main"](*folders, str(tmp_path), pairs, pairs, **MEASURED)
+    first, *_, last = logged(trainer)
+    assert last < first / 2
+    near, nearer = logged(trainer, "eval_held-out_negative_mse")
+    assert near < nearer < 0
+    again = SentenceTransformer(str(tmp_path / "final"))
+    assert again.encode(SWAHILI).shape == (5, 16)
+    assert "huang2023optical" in (tmp_path / "final" / "README.md").read_text()
+
+
+def test_router(models, tmp_path):
+    found = example("router")
+    for name, texts, key in (("documents", ENGLISH, "d"), ("queries", SWAHILI, "q")):
+        rows = [{"id": f"{key}{i}", "text": text} for i, text in enumerate(texts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    from optical.models.retriever import load_retriever
+
+    load_retriever(models / "english").save_pretrained(str(tmp_path / "teacher"))
+    files = [tmp_path / "teacher", models / "swahili", models / "en-sw.tsv"]
+    files += [tmp_path / "documents.jsonl", tmp_path / "queries.jsonl", tmp_path / "out"]
+    model, (ids, indexed), run = found["main"](*map(str, files), **QUICK)
+    # What was trained finds what was indexed before there was a student.
+    assert sum(next(iter(run[f"q{i}"])) == f"d{i}" for i in range(5)) >= 4
+    from optical.models.encoding import encode
+
+    again = encode(model, ENGLISH, "document")
+    assert ids == [f"d{i}" for i in range(5)]
+    assert torch.equal(again.vectors, indexed.vectors)
+    assert (tmp_path / "out" / "router.run").is_file()

@@ -1,0 +1,304 @@
+"""The report, from results that are made up: its numbers, its tests and its two forms."""
+
+import json
+import re
+import statistics
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
+pytest.importorskip("matplotlib", reason="needs the extra `study`")
+pytest.importorskip("scipy", reason="needs the extra `eval`")
+
+from optical.report.report import write_report
+from optical.report.summary import Summary
+from optical.report.table import read_rows
+from optical.study.arms import ArmConfig
+from optical.study.config import StudyConfig
+from optical.study.tasks import CEILING
+
+COST_KINDS = ("seconds", "peak_mb")
+QUERIES = [f"q{i}" for i in range(40)]
+
+
+COSTS = {
+    "train ot sw seed 0": {"seconds": 60.0, "peak_mb": 10.0},
+    "evaluate ot sw seed 0": {"seconds": 30.0, "peak_mb": 20.0},
+}
+
+
+def config(arms=("zeroshot", "ot"), collections=("news",), **changes):
+    usual = {
+        "title": "A & <B>",
+        "output": None,
+        "languages": ("sw", "de"),
+        "collections": {name: {} for name in collections},
+        "arms": [ArmConfig(name, "none", {}, {}, "both") for name in arms],
+        "low": ("sw",),
+        "high": ("de",),
+        "names": {"sw": "Swahili", "de": "Deutsch <1>"},
+        "text": "title: A & <B>\n",
+    }
+    return StudyConfig(**usual | changes)
+
+
+def values(mean, spread=0.2):
+    """One value per query around a mean."""
+    return {q: mean + spread * ((i * 7) % 10 / 9 - 0.5) for i, q in enumerate(QUERIES)}
+
+
+def row(arm, language, mean, seed=0, collections=("news",), **more):
+    measures = {"AP": values(mean), "RR@10": values(mean / 2)}
+    return {
+        "arm": arm,
+        "language": language,
+        "seed": seed,
+        "measures": dict.fromkeys(collections, measures),
+        **more,
+    }
+
+
+RESULTS = [
+    row(CEILING, "en", 0.8),
+    row("zeroshot", "sw", 0.2),
+    row("zeroshot", "de", 0.4),
+    row("ot", "sw", 0.5),
+    row("ot", "de", 0.6),
+]
+
+
+def strict(text):
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def write(tmp_path, *arguments, costs=None):
+    (tmp_path / "figures").mkdir(exist_ok=True)
+    path = write_report(*arguments, costs or {}, tmp_path)
+    return path.read_text(encoding="utf-8"), strict((tmp_path / "report.json").read_text())
+
+
+def test_means_and_differences(tmp_path):
+    text, found = write(
+        tmp_path,
+        config(),
+        RESULTS,
+        costs=COSTS,
+    )
+    assert found["measure"] == "AP"
+    means = {
+        (r["measure"], r["arm"], r["language"]): pytest.approx(r["mean"]) for r in found["means"]
+    }
+    for made in RESULTS:
+        for measure, expected in made["measures"]["news"].items():
+            key = measure, made["arm"], made["language"]
+            assert means[key] == statistics.fmean(expected.values())
+    comparisons = {
+        (one["language"], one["arm"], one["against"]): one for one in found["comparisons"]
+    }
+    assert comparisons.keys() == {("sw", "ot", "zeroshot"), ("de", "ot", "zeroshot")}
+    for language, difference in (("sw", 0.3), ("de", 0.2)):
+        one = comparisons[language, "ot", "zeroshot"]
+        assert one["difference"] == pytest.approx(difference) and one["queries"] == 40
+        # The same on every query, so there is nothing to be unsure of.
+        assert one["low"] == pytest.approx(difference) == one["high"]
+        assert 0 < one["p"] < one["p_holm"] < 0.001
+    assert "1.5 minutes" in text
+    assert "is above zeroshot in 2 of 2 languages" in text
+    assert re.search(r"\| Swahili \| low \| 0\.200 .*\| 0\.500 ", text)
+    assert re.search(r"English documents: 0\.800", text)
+
+
+def test_gaps(tmp_path):
+    _, found = write(tmp_path, config(), RESULTS)
+    zeroshot, ot = found["gaps"]
+    assert (zeroshot["low_mean"], zeroshot["high_mean"]) == pytest.approx((0.2, 0.4))
+    assert zeroshot["gap"] == pytest.approx([0.2, 0.2, 0.2])
+    assert zeroshot["closed"] is None and zeroshot["recovered_low"] is None
+    assert ot["gap"] == pytest.approx([0.1, 0.1, 0.1])
+    assert ot["closed"] == pytest.approx([0.5, 0.5, 0.5])
+    assert ot["recovered_low"] == pytest.approx([0.5, 0.5, 0.5])
+    assert ot["recovered_high"] == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_no_share_of_a_gap_that_may_be_zero(tmp_path):
+    unsure = [*RESULTS[:2], row("zeroshot", "de", 0.2), *RESULTS[3:]]
+    text, found = write(tmp_path, config(), unsure)
+    assert all(gap["closed"] is None for gap in found["gaps"])
+    assert "nan" not in text.lower() and "inf" not in text.lower()
+    # The baseline is already as good as English documents.
+    reached = [row(CEILING, "en", 0.2), *RESULTS[1:]]
+    text, found = write(tmp_path, config(), reached)
+    assert found["gaps"][1]["recovered_low"] is None
+    assert " nan" not in text and " inf" not in text
+
+
+def test_resamples_without_a_gap_are_left_out():
+    # 4 of 40 queries make the gap, so that one resample in a hundred has none.
+    def rows(arm, sw, de):
+        found = [row(arm, "sw", 0.0), row(arm, "de", 0.0)]
+        for each, level in zip(found, (sw, de), strict=True):
+            each["measures"]["news"]["AP"] = {q: level * (i < 4) for i, q in enumerate(QUERIES)}
+        return found
+
+    results = [*rows("zeroshot", 0.0, 1.0), *rows("ot", 0.5, 1.0)]
+    summary = Summary.of(config(), results)
+    assert summary.gaps[1].closed == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_scores_are_averaged_over_seeds(tmp_path):
+    seeds = [row("ot", x, mean, seed=1) for x, mean in (("sw", 0.7), ("de", 0.6))]
+    _, found = write(tmp_path, config(seeds=(0, 1)), [*RESULTS, *seeds])
+    means = {(r["arm"], r["language"]): r["mean"] for r in found["means"] if r["measure"] == "AP"}
+    assert means["ot", "sw"] == pytest.approx(0.6) and means["ot", "de"] == pytest.approx(0.6)
+    assert found["comparisons"][0]["queries"] == 40
+
+
+def test_intervals_are_over_seeds_too(tmp_path):
+    """Seeds that differ widen the interval; seeds that agree leave that of the queries."""
+    found = {}
+    for name, means in (("one", [0.5]), ("agree", [0.5, 0.5, 0.5]), ("differ", [0.3, 0.5, 0.7])):
+        results = [one for one in RESULTS if one["arm"] != "ot"] + [
+            row("ot", x, mean, seed=seed) for seed, mean in enumerate(means) for x in ("sw", "de")
+        ]
+        summary = Summary.of(config(seeds=(0, 1, 2)), results)
+        low, high = summary.intervals["news", "ot", "sw"]
+        one = next(c for c in summary.comparisons if c.language == "sw")
+        found[name] = (high - low, one.high - one.low)
+        assert summary.means["AP"]["news", "ot", "sw"] == pytest.approx(0.5)
+    assert found["agree"] == pytest.approx(found["one"])
+    assert found["differ"][0] > 3 * found["one"][0] and found["differ"][1] > 0.1
+
+
+def test_the_bootstrap_is_that_of_the_textbook():
+    """The resamples' spread is the standard error of the mean, over queries and over seeds."""
+    drawn = Summary.of(config(), RESULTS).draws["news", "ot", "sw"][1:]
+    x = np.array(list(values(0.5).values()))
+    assert drawn.std() == pytest.approx(x.std() / len(x) ** 0.5, rel=0.05)
+    means = [0.2, 0.5, 0.8]
+    seeds = [row("ot", "sw", mean, seed=s) for s, mean in enumerate(means)]
+    other = [one for one in RESULTS if (one["arm"], one["language"]) != ("ot", "sw")]
+    drawn = Summary.of(config(), [*other, *seeds]).draws["news", "ot", "sw"][1:]
+    expected = (x.var() / len(x) + np.var(means) / 3) ** 0.5
+    assert drawn.std() == pytest.approx(expected, rel=0.05)
+
+
+def test_gains_over_the_translation_baseline(tmp_path):
+    chosen = config(translation="zeroshot")
+    text, found = write(tmp_path, chosen, RESULTS)
+    zeroshot, ot = found["gaps"]
+    assert zeroshot["gain_low"] is None
+    # From 0.2 to 0.5, and from 0.4 to 0.6.
+    assert ot["gain_low"][0] == pytest.approx(1.5) and ot["gain_high"][0] == pytest.approx(0.5)
+    assert "| news | ot | 150%" in text
+
+
+def test_arms_are_tested_against_those_named(tmp_path):
+    arms = ("zeroshot", "ot", "more", "last")
+    results = [
+        row(arm, language, 0.2 + 0.1 * i) for i, arm in enumerate(arms) for language in ("sw", "de")
+    ]
+    _, found = write(tmp_path, config(arms, against=("ot", "last")), results)
+    tested = [(one["arm"], one["against"]) for one in found["comparisons"][:5]]
+    assert tested == [
+        ("zeroshot", "ot"), ("more", "ot"), ("last", "ot"), ("zeroshot", "last"), ("more", "last")
+    ]  # fmt: skip
+
+
+def test_curves_and_costs_are_rows(tmp_path):
+    arms = ("zeroshot", "ot-10", "ot")
+    results = [row(CEILING, "en", 0.8)] + [
+        row(arm, language, mean, pairs=pairs)
+        for arm, mean, pairs in (("zeroshot", 0.2, None), ("ot-10", 0.3, 10), ("ot", 0.5, 100))
+        for language in ("sw", "de")
+    ]
+    text, _ = write(tmp_path, config(arms, curves={"OT": ("ot-10", "ot")}), results, costs=COSTS)
+    rows = read_rows(tmp_path / "results.csv")
+    points = [(r["language"], r["pairs"], r["value"]) for r in rows if r["kind"] == "curve"]
+    assert points == [
+        ("sw", 10, pytest.approx(0.3)), ("de", 10, pytest.approx(0.3)),
+        ("sw", 100, pytest.approx(0.5)), ("de", 100, pytest.approx(0.5)),
+    ]  # fmt: skip
+    cost = {r["kind"]: r["value"] for r in rows if r["arm"] == "ot" and r["kind"] in COST_KINDS}
+    assert cost == {"seconds": 90, "peak_mb": 20}
+    assert "| ot | 1.5 | 20 |" in text and "](figures/pairs.png)" in text
+    assert {r["kind"] for r in rows} >= {"measure", "ceiling", "gap", "difference"}
+
+
+def test_holm_runs_over_the_whole_table(tmp_path):
+    arms, collections = ("zeroshot", "ot", "more"), ("news", "talks")
+    results = [row(CEILING, "en", 0.8, collections=collections)] + [
+        row(arm, language, mean + extra, collections=collections)
+        for arm, mean in (("zeroshot", 0.2), ("ot", 0.5), ("more", 0.5))
+        for language, extra in (("sw", 0.0), ("de", 0.1))
+    ]
+    _, found = write(tmp_path, config(arms, collections), results)
+    one = found["comparisons"]
+    assert len(one) == 2 * 2 * 3
+    tested = sorted(one, key=lambda each: each["p"])
+    expected, worst = [], 0.0
+    for rank, each in enumerate(tested):
+        worst = max(worst, min(1.0, each["p"] * (len(tested) - rank)))
+        expected.append(worst)
+    assert [each["p_holm"] for each in tested] == pytest.approx(expected)
+    assert [
+        each["p_holm"] for each in one if each["arm"] == "more" and each["against"] == "ot"
+    ] == ([1.0] * 4)
+    assert {each["collection"] for each in found["gaps"]} == set(collections)
+
+
+@pytest.mark.parametrize("groups", ["none", "one arm", "no ceiling"])
+def test_a_study_may_leave_parts_out(tmp_path, groups):
+    chosen, results = config(), RESULTS
+    if groups == "none":
+        chosen = config(low=(), high=())
+    elif groups == "one arm":
+        chosen, results = config(arms=("zeroshot",)), RESULTS[:3]
+    else:
+        results = RESULTS[1:]
+    text, found = write(tmp_path, chosen, results)
+    assert "0.200" in text
+    assert bool(found["gaps"]) == (groups != "none")
+    assert bool(found["comparisons"]) == (groups != "one arm")
+    assert (f"{CEILING}: 0.800" in text) == (groups != "no ceiling")
+    assert (tmp_path / "figures/gap_per_arm.png").exists() == (groups != "none")
+
+
+def test_the_alignment_is_drawn(tmp_path):
+    alignment = {
+        "language": "sw",
+        "other_tokens": ["[CLS]", "maji", "[SEP]"],
+        "english_tokens": ["water", "$x_1"],
+        "plan": [[0.2, 0.1], [0.3, 0.1], [0.0, 0.3]],
+        "value_linear": 0.25,
+    }
+    text, _ = write(tmp_path, config(), [*RESULTS, alignment])
+    assert "](figures/alignment.png)" in text and "0.250" in text
+    assert (tmp_path / "figures/alignment.png").stat().st_size > 3000
+
+
+def test_the_page_escapes_what_others_wrote(tmp_path):
+    write(tmp_path, config(note="a **bold** <i>claim</i>"), RESULTS)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>A &amp; &lt;B&gt;</title>" in page and "Deutsch &lt;1&gt;" in page
+    assert "<strong>bold</strong> &lt;i&gt;claim&lt;/i&gt;" in page
+    assert "<B>" not in page and "<i>" not in page
+
+
+def test_equal_results_give_equal_files(tmp_path):
+    found = []
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        write(folder, config(), RESULTS)
+        found.append({path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 6
+    assert found[0] == found[1]
+
+
+def test_the_order_of_results_decides_nothing():
+    forth, back = (Summary.of(config(), rows).to_dict() for rows in (RESULTS, RESULTS[::-1]))
+    assert forth["comparisons"] == back["comparisons"] and forth["gaps"] == back["gaps"]

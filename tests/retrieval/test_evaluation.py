@@ -1,0 +1,125 @@
+"""Measures are those of trec_eval, on all judged queries, with one order of documents for all."""
+
+import json
+import logging
+import sys
+
+import pytest
+
+from optical.retrieval.evaluation import DEFAULT_MEASURES, Evaluation, evaluate
+
+pytest.importorskip("ir_measures", reason='needs pip install "optical[eval]"')
+
+QRELS = {"q1": {"a": 1, "b": 2, "c": 0}, "q2": {"a": 1}, "q3": {"a": 0}}
+RUN = {"q1": {"c": 3.0, "b": 2.0, "x": 1.0, "a": 0.5}, "other": {"a": 1.0}}
+
+
+def test_values_by_hand():
+    result = evaluate(RUN, QRELS, ["AP", "RR@10", "R@3", "P@1", "AP(rel=2)"])
+    assert result.per_query == {
+        "AP": {"q1": (1 / 2 + 2 / 4) / 2, "q2": 0.0},
+        "RR@10": {"q1": 0.5, "q2": 0.0},
+        "R@3": {"q1": 0.5, "q2": 0.0},
+        "P@1": {"q1": 0.0, "q2": 0.0},
+        "AP(rel=2)": {"q1": 0.5, "q2": 0.0},
+    }
+    assert result.mean == {"AP": 0.25, "RR@10": 0.25, "R@3": 0.25, "P@1": 0.0, "AP(rel=2)": 0.25}
+
+
+def test_defaults_and_other_names():
+    assert evaluate(RUN, QRELS).measures == DEFAULT_MEASURES
+    other = evaluate(RUN, QRELS, "MAP NDCG@10, Recall@10,Recall@100 MRR@10")
+    assert other == evaluate(RUN, QRELS)
+    assert evaluate(RUN, QRELS, "MAP AP").measures == ("AP",)
+    assert evaluate(RUN, QRELS, "P(rel=2, cutoff=5) AP").measures == ("P(rel=2)@5", "AP")
+
+
+def test_queries_are_accounted_for(caplog):
+    with caplog.at_level(logging.WARNING, "optical"):
+        result = evaluate(RUN | {"q2": {}}, QRELS)
+    assert result.queries == ("q1", "q2")
+    assert (result.missing, result.ignored, result.without_relevant) == (("q2",), 1, ("q3",))
+    for message in (
+        "left out 1 queries without a relevant document",
+        "ignored 1 queries of the run that have no judgements",
+        "the run has no documents for 1 of 2 queries; they count 0",
+    ):
+        assert message in caplog.text
+
+
+def test_an_empty_run_counts_zero():
+    result = evaluate({}, QRELS)
+    assert set(result.mean.values()) == {0.0}
+    assert result.missing == ("q1", "q2")
+
+
+def test_ties_are_broken_by_id_for_every_measure():
+    """ir_measures by itself gives AP 0.5 and RR@10 1.0 for this run, in one call."""
+    tied = {"q1": {"a": 1.0, "z": 1.0}}
+    assert set(evaluate(tied, {"q1": {"a": 1}}, "AP RR@10 P@1 R@1").mean.values()) == {0.5, 0.0}
+    assert evaluate(tied, {"q1": {"z": 1}}, "AP RR@10 P@1 R@1").mean == {
+        "AP": 1.0,
+        "RR@10": 1.0,
+        "P@1": 1.0,
+        "R@1": 1.0,
+    }
+    # trec_eval holds scores in float32, where these two would be equal.
+    close = {"q1": {"a": 1.0, "z": 1.0 - 1e-12}}
+    assert evaluate(close, {"q1": {"a": 1}}, "AP").mean == {"AP": 1.0}
+
+
+def test_same_numbers_as_trec_eval():
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    qrels = {f"q{i}": {f"d{j}": (i * j) % 3 for j in range(1, 20)} for i in range(1, 8)}
+    run = {q: {f"d{j}": float((7 * j) % 11) for j in range(1, 30)} for q in qrels}
+    judged = {q: grades for q, grades in qrels.items() if max(grades.values())}
+    truth = pytrec_eval.RelevanceEvaluator(judged, {"map", "ndcg_cut.10", "recall.10"})
+    truth = truth.evaluate(run)
+    found = evaluate(run, qrels).per_query
+    for name, theirs in (("AP", "map"), ("nDCG@10", "ndcg_cut_10"), ("R@10", "recall_10")):
+        assert found[name] == {q: pytest.approx(truth[q][theirs], abs=1e-12) for q in judged}
+
+
+def test_table_and_json():
+    result = evaluate(RUN, QRELS)
+    table = result.to_table()
+    assert "| AP | 0.2500 |" in table
+    assert table.endswith(
+        "2 queries; 1 missing in the run count 0; 1 in the run without judgements ignored; "
+        "1 without a relevant document left out\n"
+    )
+    assert Evaluation.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    assert "per_query" not in result.to_dict(per_query=False)
+
+
+@pytest.mark.parametrize(
+    ("measures", "message"),
+    [
+        ("AP Foo", r"unknown measure 'Foo'; for example AP, nDCG@10, R@100, RR@10 or P@5"),
+        ("nDCG@ten", r"unknown measure 'nDCG@ten'"),
+        ("RR@0", r"unknown measure 'RR@0'"),
+        ("AP(rel=", r"unknown measure 'AP\(rel='"),
+        ("P(nonsense=1)@5", r"unknown measure 'P\(nonsense=1\)@5'"),
+        ("BPM", r"measure 'BPM' is not complete"),
+        ("R", r"measure 'R' is not complete; measures such as R, P and Success need a cutoff"),
+        ("", r"no measure given; for example AP"),
+        ([], r"no measure given"),
+        ("alpha_nDCG@10", r"ir_measures cannot calculate one of alpha_nDCG@10: Unsupported"),
+    ],
+)
+def test_bad_measures_are_named(measures, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate(RUN, QRELS, measures)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("qrels", [{}, {"q": {"a": 0}}, {"q": {}}])
+def test_nothing_to_evaluate_is_refused(qrels):
+    with pytest.raises(ValueError, match="judged queries has a relevant document"):
+        evaluate(RUN, qrels)
+
+
+def test_without_ir_measures_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ir_measures", None)
+    with pytest.raises(ImportError, match=r'pip install "optical\[eval\]"'):
+        evaluate(RUN, QRELS)

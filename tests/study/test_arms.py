@@ -1,0 +1,296 @@
+"""Every kind of arm in one miniature study: what each one trains on, starts from and searches."""
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("yaml", reason="needs the extra `study`")
+pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
+pytest.importorskip("ir_measures", reason="needs the extra `study`")
+pytest.importorskip("bm25s", reason="needs the extra `study`")
+pytest.importorskip("matplotlib", reason="needs the extra `study`")
+
+import yaml
+
+from optical.cli import main as cli
+from optical.report.table import read_rows
+from optical.study.config import read_config
+from optical.study.study import Study, run_study
+from optical.training import runner
+
+STEPS = {"max_steps": 2}
+
+
+def configuration(world, tiny_models, folder):
+    """Two languages, two roles, and an arm of each kind; trainings of two steps."""
+    bitext = str(world / "bitext/en-{language}.tsv")
+    distilled = {"recipe": "distill", "bitext": bitext, "max_iter": 5, "arguments": STEPS}
+    lexicon = str(world / "lexicon/en-{language}.tsv")
+    switched = {"recipe": "codeswitch", "start": "zeroshot", "arguments": STEPS}
+    # Machine translations of the Swahili and German documents, from somewhere.
+    english = (world / "documents/en.jsonl").read_text()
+    for language in ("sw", "de"):
+        (folder / f"tiny.{language}.jsonl").write_text(english)
+    return {
+        "output": str(folder / "out"),
+        "languages": ["sw", "de"],
+        "low": ["sw"],
+        "high": ["de"],
+        "measures": ["AP", "R@10"],
+        "store_teacher": True,
+        "passage_length": 5,
+        "arguments": {"learning_rate": 0.01, "per_device_train_batch_size": 8, "max_length": 16},
+        "encoder": tiny_models.mixed,
+        "teacher": {"pairs": str(world / "teacher.tsv"), "document_length": 24, "arguments": STEPS},
+        "lexicons": {
+            "table": {"bitext": bitext, "least_count": 1},
+            "plan": {"bitext": bitext, "arm": "ot", "max_pairs": 20, "least_count": 1},
+        },
+        "arms": {
+            "zeroshot": {"recipe": "teacher"},
+            "bm25": {"recipe": "bm25"},
+            "bm25-queries": {"recipe": "bm25", "translate": {"queries": "table"}},
+            "bm25-file": {"recipe": "bm25", "translate": {"documents": lexicon}, "k1": 0.9},
+            "bm25-nmt": {
+                "recipe": "bm25",
+                "replace": {"documents": str(folder / "{collection}.{language}.jsonl")},
+            },
+            "ot": {**distilled, "start": "zeroshot"},
+            "ot-all": {**distilled, "multilingual": True, "seeds": [0, 1]},
+            "ot-20": {**distilled, "max_pairs": 20},
+            "ot-idf": {**distilled, "mass": "idf", "rho": 0.5, "gradient": "implicit"},
+            "position": {**distilled, "objective": "position"},
+            "pooled": {**distilled, "objective": "pooled", "reads": "both"},
+            "greedy": {**distilled, "objective": "greedy", "skip_frequent": 3},
+            "contrastive": {**distilled, "objective": "contrastive"},
+            "switched": {**switched, "lexicon": lexicon, "multilingual": True},
+            "switched-table": {**switched, "lexicon": "table"},
+            "switched-plan": {**switched, "lexicon": "plan"},
+            "both": {**switched, "start": "ot", "lexicon": "table"},
+            "together": {**distilled, "reads": "both", "lexicon": "table", "probability": 1.0},
+            "english": {**distilled, "reads": "english"},
+            "transfer": {
+                "recipe": "transfer",
+                "bitext": bitext,
+                "vocabulary_size": 200,
+                "multilingual": True,
+            },
+            "ot-transfer": {
+                **distilled,
+                "start": "transfer",
+                "multilingual": True,
+                "seeds": [0, 1],
+            },
+            "average": {
+                "recipe": "average",
+                "start": ["transfer", "ot-transfer"],
+                "multilingual": True,
+            },
+        },
+        "against": ["zeroshot", "ot"],
+        "translation": "bm25-queries",
+        "curves": {"ot": ["ot-20", "ot"]},
+        "collections": {
+            "tiny": {
+                "queries": str(world / "queries.tsv"),
+                "documents": str(world / "documents/{language}.jsonl"),
+                "qrels": str(world / "qrels.txt"),
+            }
+        },
+        "word_alignment": {"bitext": bitext, "lexicon": lexicon, "max_pairs": 5},
+        "alignment": {"language": "sw", "english": "the book", "other": "kitabu"},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(world, tiny_models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("arms")
+    path = folder / "study.yaml"
+    raw = configuration(world, tiny_models, folder)
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    run_study(path)
+    return path, folder / "out"
+
+
+def record(out, stem):
+    (path,) = (out / "models").glob(f"{stem}-*/run.json")
+    return json.loads(path.read_text())
+
+
+def means(out):
+    found = json.loads((out / "report.json").read_text())
+    return {
+        (row["arm"], row["language"]): row["mean"]
+        for row in found["means"]
+        if row["measure"] == "AP"
+    }
+
+
+def test_each_arm_trains_what_it_says(finished, world):
+    config, out = finished
+    trained = sorted(
+        re.sub(r"-[0-9a-f]{10}$", "", path.name) for path in (out / "models").iterdir()
+    )
+    # A retriever taught in English alone and a multilingual arm have one model, and so has a
+    # transfer, which is the same for every seed.
+    expected = [
+        "teacher", "zeroshot-all-0", "ot-all-all-0", "ot-all-all-1", "switched-all-0",
+        "transfer-all-0", "ot-transfer-all-0", "ot-transfer-all-1", "average-all-0",
+        *(f"{arm}-{language}-0" for language in ("sw", "de") for arm in (
+            "ot", "ot-20", "ot-idf", "position", "pooled", "greedy", "contrastive",
+            "switched-table", "switched-plan", "both", "together", "english",
+        )),
+    ]  # fmt: skip
+    assert trained == sorted(expected)
+
+    options = record(out, "ot-all-all-0")["options"]
+    assert options["bitext"] == [str(world / f"bitext/en-{x}.tsv") for x in ("sw", "de")]
+    assert len(options["teacher_vectors"]) == 2 and options["student"] == ""
+    assert "zeroshot-all-0" in record(out, "ot-sw-0")["options"]["student"]
+    assert "ot-de-0" in record(out, "both-de-0")["options"]["model"]
+    transferred = record(out, "transfer-all-0")
+    assert transferred["options"]["bitext"] == options["bitext"]
+    assert "teacher-" in transferred["options"]["model"]
+    # The teacher goes on reading the queries.
+    assert read_config(config).arm("transfer").encodes == "role"
+    assert "transfer-all-0" in record(out, "ot-transfer-all-0")["options"]["student"]
+    lexicons = record(out, "switched-all-0")["options"]["lexicon"]
+    assert [entry.split("=")[0] for entry in lexicons] == ["sw", "de"]
+    (entry,) = record(out, "switched-plan-sw-0")["options"]["lexicon"]
+    assert re.fullmatch(r"sw=.*/lexicons/plan-sw-[0-9a-f]{10}\.tsv", entry)
+
+
+def test_teacher_vectors_are_written_once_for_each_bitext(finished):
+    _, out = finished
+    stores = sorted(path.name.rsplit("-", 1)[0] for path in (out / "vectors").iterdir())
+    assert stores == ["en-de", "en-sw"]
+
+
+def test_translation_finds_what_words_alone_do_not(finished):
+    _, out = finished
+    found = means(out)
+    for language in ("sw", "de"):
+        # No word of the queries is in the foreign documents.
+        assert found["bm25", language] == 0
+        assert found["bm25-queries", language] > 0.5
+        assert found["bm25-nmt", language] == pytest.approx(found["bm25-file", language], abs=0.5)
+        assert found["bm25-nmt", language] > 0.5
+
+
+def test_word_tables_hold_the_translations(finished):
+    from optical.data.lexicon import read_lexicon
+
+    _, out = finished
+    (table,) = (out / "lexicons").glob("table-sw-*.tsv")
+    lexicon = read_lexicon(table)
+    expected = {"bread": "mkate", "water": "maji", "teacher": "mwalimu", "sees": "anaona"}
+    assert {word: lexicon[word][0] for word in expected} == expected
+    (plan,) = (out / "lexicons").glob("plan-de-*.tsv")
+    assert read_lexicon(plan)
+
+
+def test_the_report_answers_what_was_asked(finished):
+    _, out = finished
+    found = json.loads((out / "report.json").read_text())
+    tested = {(row["arm"], row["against"]) for row in found["comparisons"]}
+    assert {against for _, against in tested} == {"zeroshot", "ot"}
+    assert ("ot", "zeroshot") in tested and ("zeroshot", "ot") not in tested
+    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (21 + 20)
+    gaps = {row["arm"]: row for row in found["gaps"]}
+    assert gaps["ot"]["gain_low"] and gaps["bm25-queries"]["gain_low"] is None
+    rates = {(row["arm"], row["language"]): row["rate"] for row in found["alignment_error_rates"]}
+    assert all(0 <= rate <= 1 for rate in rates.values())
+    assert ("ot", "sw") in rates and ("bm25", "sw") not in rates
+    assert found["tokens"]["sw"]["teacher"]["tokens"] >= 1
+    vocabularies = [arm for arm in found["tokens"]["sw"] if arm not in ("teacher", "encoder")]
+    assert vocabularies == ["transfer"]
+
+    text = (out / "report.md").read_text(encoding="utf-8")
+    for part in ("Gain over the translation baseline", "Tokenizers", "Word alignment", "Cost"):
+        assert f"## {part}" in text
+    assert "](figures/pairs.png)" in text
+
+
+def test_figures_come_out_of_the_table_alone(finished, tmp_path, capsys):
+    _, out = finished
+    rows = read_rows(out / "results.csv")
+    curve = [(r["against"], r["pairs"]) for r in rows if r["kind"] == "curve" and r["name"] == "sw"]
+    assert [arm for arm, _ in curve] == ["ot", "ot-20"] and curve[1][1] == 20 < curve[0][1]
+    seconds = {row["arm"]: row["value"] for row in rows if row["kind"] == "seconds"}
+    assert seconds["ot"] > 0 and seconds["bm25"] >= 0
+    for name in ("results.csv", "alignment.csv"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    assert cli.main(["figures", str(tmp_path / "results.csv"), "--output", str(tmp_path)]) == 0
+    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert drawn == sorted(path.name for path in (out / "figures").iterdir())
+    assert len(capsys.readouterr().out.splitlines()) == len(drawn) == 4
+    for name in drawn:
+        assert (tmp_path / name).read_bytes() == (out / "figures" / name).read_bytes()
+
+
+def left(path, output=None):
+    return [cell.label for cell in Study(read_config(path, output)).cells() if not cell.done]
+
+
+def test_nothing_runs_twice_and_a_new_arm_alone(finished, monkeypatch, tmp_path):
+    path, _ = finished
+    monkeypatch.setattr(runner, "run", lambda *_, **__: pytest.fail("a finished cell ran again"))
+    assert left(path) == []
+    raw = yaml.safe_load(path.read_text())
+    raw["arms"]["more"] = {**raw["arms"]["ot"], "epsilon": 0.1}
+    new = tmp_path / "study.yaml"
+    new.write_text(yaml.safe_dump(raw, sort_keys=False))
+    expected = [
+        f"{verb} more {language} seed 0"
+        for language in ("sw", "de")
+        for verb in ("train", "evaluate", "words")
+    ]
+    assert left(new) == expected
+
+
+def test_what_an_arm_stands_on_runs_again_with_it(finished, tmp_path):
+    path, _ = finished
+    raw = yaml.safe_load(path.read_text())
+    raw["arms"]["ot"]["epsilon"] = 0.2
+    new = tmp_path / "study.yaml"
+    new.write_text(yaml.safe_dump(raw, sort_keys=False))
+    found = left(new)
+    for label in ("train ot sw seed 0", "lexicon plan sw", "train switched-plan sw seed 0",
+                  "train both de seed 0", "evaluate both de seed 0", "alignment"):  # fmt: skip
+        assert label in found
+    assert not [label for label in found if "switched-table" in label or "ot-all" in label]
+
+
+def test_both_roles_in_one_study(world, tiny_models, tmp_path):
+    """Foreign queries search English documents in one collection, and the other way in another."""
+    for language in ("sw", "de"):
+        (tmp_path / f"queries.{language}.tsv").write_text((world / "queries.tsv").read_text())
+    raw = configuration(world, tiny_models, tmp_path)
+    raw["arms"] = {name: raw["arms"][name] for name in ("zeroshot", "ot")}
+    raw["lexicons"], raw["curves"], raw["translation"] = {}, {}, ""
+    raw["ceiling"] = []
+    raw["report"] = "one"
+    raw["collections"]["asked"] = {
+        "role": "query",
+        "languages": ["de"],
+        "queries": str(tmp_path / "queries.{language}.tsv"),
+        "documents": str(world / "documents/en.jsonl"),
+        "qrels": str(world / "qrels.txt"),
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    run_study(path)
+    out = tmp_path / "out"
+    roles = {record_["options"]["role"] for record_ in map(json.loads, (
+        found.read_text() for found in (out / "models").glob("ot-de-*/run.json")
+    ))}  # fmt: skip
+    assert roles == {"document", "query"}
+    assert len(list((out / "models").glob("ot-sw-*"))) == 1
+    found = json.loads((out / "one/report.json").read_text())
+    places = {(row["collection"], row["language"]) for row in found["means"]}
+    assert places == {("tiny", "sw"), ("tiny", "de"), ("asked", "de")}
+    # No gap where a language is missing.
+    assert {row["collection"] for row in found["gaps"]} == {"tiny"}
+    assert "asked" in (out / "one/report.md").read_text()
+    assert len(list((out / "models").glob("zeroshot-*"))) == 1

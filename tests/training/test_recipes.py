@@ -1,0 +1,603 @@
+"""The recipes: they learn what they say, from the right texts, and go on after an interruption."""
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
+
+from safetensors.torch import load_file
+from sentence_transformers import MultiVectorEncoder
+from transformers import TrainerCallback
+
+from optical.data.pairs import read_training_pairs
+from optical.models.retriever import load_retriever
+from optical.training import recipes, runner
+
+STEPS = 6
+
+
+@pytest.fixture
+def distill(world, tiny_models, tmp_path):
+    """Configure a short distillation: ``distill(folder, **arguments)`` gives trainer, options."""
+
+    def make(folder="out", *, options=(), **arguments):
+        settings = {
+            "teacher": tiny_models.teacher,
+            "student": tiny_models.wide,
+            "bitext": [str(world / "bitext/en-sw.tsv")],
+            "role": "document",
+            **dict(options),
+        }
+        chosen = recipes.DistillOptions(**settings)
+        usual = {
+            "max_steps": STEPS,
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 8,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+        }
+        args = recipes.arguments(tmp_path / folder, **usual | arguments)
+        return recipes.distill(chosen, args), chosen
+
+    return make
+
+
+def weights(folder):
+    """Every weight of a saved model, by the name of its file."""
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        found |= {f"{path.parent.name}/{key}": value for key, value in load_file(path).items()}
+    return found
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6, msg=key)
+
+
+# --- distillation --------------------------------------------------------------------------------
+
+
+def test_distillation_pulls_the_student_onto_the_teacher(distill, tmp_path):
+    trainer, options = distill(max_steps=15)
+    student, teacher = trainer.model, trainer.loss.teacher
+    assert student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    final = runner.run(trainer, options, resume=False)
+
+    history = losses(trainer)
+    assert len(history) == 15 and history[-1] < 0.8 * history[0]
+    # The cost is also logged under its own name.
+    assert any("ot_cost" in name for entry in trainer.state.log_history for name in entry)
+    assert not teacher.training
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+    optimized = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert all(parameter.requires_grad for parameter in optimized)
+    assert {id(p) for p in optimized} == {id(p) for p in student.parameters()}
+    assert not {id(p) for p in optimized} & {id(p) for p in teacher.parameters()}
+
+    # The result is an ordinary model, without a class of ours and without the teacher.
+    assert final == tmp_path / "out/final"
+    modules = json.loads((final / "modules.json").read_text())
+    assert all(module["type"].startswith("sentence_transformers.") for module in modules)
+    reloaded = MultiVectorEncoder(str(final))
+    assert reloaded.get_embedding_dimension() == 16
+    assert_same(dict(reloaded.state_dict()), dict(student.state_dict()))
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+    card = (final / "README.md").read_text(encoding="utf-8")
+    assert "OTDistillationLoss" in card and "huang2023optical" in card and '"epsilon": 0.05' in card
+
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["recipe"] == "distill"
+    assert run["options"] == dataclasses.asdict(options)
+    assert run["arguments"]["max_steps"] == 15 and run["arguments"]["seed"] == 42
+    assert run["arguments"]["learning_rate"] == 1e-2
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["python"] and run["commit"]
+
+
+class Stop(TrainerCallback):
+    """Interrupts as Ctrl-C would, after so many steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.steps:
+            raise KeyboardInterrupt
+
+
+def with_dropout(folder, target):
+    """A copy of an encoder that draws random numbers in training."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    config |= {"embedding_dropout": 0.1, "mlp_dropout": 0.1}
+    (target / "config.json").write_text(json.dumps(config))
+    return str(target)
+
+
+@pytest.mark.parametrize("damage", ["none", "missing", "torn", "one bit"])
+def test_an_interrupted_training_ends_as_if_it_had_not_been(
+    distill, tiny_models, tmp_path, damage, caplog
+):
+    options = {"student": with_dropout(tiny_models.wide, tmp_path / "student")}
+    arguments = {"save_steps": 2, "save_total_limit": 2, "options": options}
+    trainer, chosen = distill("whole", **arguments)
+    expected = weights(runner.run(trainer, chosen, resume=False))
+
+    stopped, chosen = distill("parts", **arguments)
+    stopped.add_callback(Stop(5))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(stopped, chosen, resume=False)
+    folder = tmp_path / "parts"
+    assert not (folder / "final").exists()
+    newest = folder / "checkpoint-4"
+    if damage == "missing":
+        (newest / "trainer_state.json").unlink()
+    elif damage == "torn":
+        state = newest / "trainer_state.json"
+        state.write_text(state.read_text()[:100])
+    elif damage == "one bit":
+        data = bytearray((newest / "optimizer.pt").read_bytes())
+        data[len(data) // 2] ^= 1
+        (newest / "optimizer.pt").write_bytes(data)
+
+    again, chosen = distill("parts", **arguments)
+    first = []
+    again.add_callback(Seen(first))
+    with caplog.at_level(logging.WARNING, "optical"):
+        found = weights(runner.run(again, chosen, resume=True))
+    assert first == ([4] if damage == "none" else [2])
+    torn = "checkpoint-4 is incomplete and is removed" in caplog.text
+    changed = "optimizer.pt is damaged; the checkpoint is removed" in caplog.text
+    assert (torn, changed) == (damage in ("missing", "torn"), damage == "one bit")
+    assert_same(found, expected)
+    assert losses(again) == pytest.approx(losses(trainer), abs=1e-6)
+
+
+class Seen(TrainerCallback):
+    """Notes the step from which a training goes on."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+def test_resuming_what_is_finished_changes_nothing(distill, tmp_path):
+    trainer, options = distill(max_steps=2)
+    expected = weights(runner.run(trainer, options, resume=False))
+    trainer, options = distill(max_steps=2)
+    assert_same(weights(runner.run(trainer, options, resume=True)), expected)
+    # Without --resume nothing is overwritten.
+    trainer, options = distill(max_steps=2)
+    with pytest.raises(ValueError, match="holds checkpoints; add --resume to continue, or choose"):
+        runner.run(trainer, options, resume=False)
+    assert_same(weights(tmp_path / "out/final"), expected)
+
+
+def test_last_checkpoint(tmp_path):
+    assert recipes.last_checkpoint(tmp_path) is None
+    assert recipes.last_checkpoint(tmp_path / "nothing") is None
+    for name, state in (("9", "{}"), ("100", "{}"), ("200", ""), ("best", "{}")):
+        (tmp_path / f"checkpoint-{name}").mkdir()
+        (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-300").mkdir()
+    assert recipes.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+    left = {"checkpoint-9", "checkpoint-100", "checkpoint-best"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_accumulated_half_batches_take_the_step_of_a_whole_one(distill):
+    plain = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "max_steps": 2}
+    found = []
+    for size, parts in ((8, 1), (4, 2)):
+        trainer, options = distill(
+            f"by{parts}",
+            **plain,
+            warmup_steps=0,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+        )
+        start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        found.append((weights(runner.run(trainer, options, resume=False)), losses(trainer)))
+        moved = [
+            (value - start[name]).abs().max() for name, value in trainer.model.state_dict().items()
+        ]
+        assert max(moved) > 1e-3
+    assert_same(found[1][0], found[0][0])
+    assert found[1][1] == pytest.approx(found[0][1], abs=1e-4)
+
+
+def test_mixed_precision(distill):
+    trainer, options = distill(bf16=True, use_cpu=True, max_steps=3)
+    assert trainer.args.bf16
+    final = runner.run(trainer, options, resume=False)
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+    assert {value.dtype for value in weights(final).values()} == {torch.float32}
+
+
+def test_seed_decides(distill):
+    runs = []
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        trainer, options = distill(folder, seed=seed, max_steps=2)
+        runs.append(weights(runner.run(trainer, options, resume=False)))
+    assert_same(runs[1], runs[0])
+    assert any((runs[2][key] - value).abs().max() > 1e-4 for key, value in runs[0].items())
+
+
+def test_the_student_starts_from_the_teacher(distill):
+    trainer, _ = distill(options={"student": "", "max_pairs": 5})
+    assert trainer.model is not trainer.loss.teacher
+    assert_same(dict(trainer.model.state_dict()), dict(trainer.loss.teacher.state_dict()))
+    assert len(trainer.train_dataset) == 5
+
+
+def test_balance_repeats_the_pairs_of_smaller_files(distill, tmp_path):
+    (tmp_path / "small.tsv").write_text("one\tmoja\ntwo\tmbili\n")
+    (tmp_path / "large.tsv").write_text("".join(f"{i}\tnamba {i}\n" for i in range(5)))
+    bitext = [str(tmp_path / "small.tsv"), str(tmp_path / "large.tsv")]
+    trainer, _ = distill(options={"bitext": bitext, "balance": True})
+    sources = list(trainer.train_dataset["source"])
+    assert sources == ["one", "two", "one", "two", "one", *"01234"]
+    assert list(trainer.train_dataset["target"])[4:6] == ["moja", "namba 0"]
+
+
+def test_a_student_of_another_size_is_refused(distill, tiny_models, tmp_path):
+    load_retriever(tiny_models.wide).save_pretrained(str(tmp_path / "student"))
+    with pytest.raises(ValueError, match="size 16, the student of size 24; give the student a Den"):
+        distill(options={"student": str(tmp_path / "student")})
+    with pytest.raises(ValueError, match="size 16, the student of size 8"):
+        distill(options={"dimension": 8})
+
+
+def test_an_output_folder_that_cannot_be_written(distill, tmp_path):
+    trainer, options = distill("out")
+    (tmp_path / "out").rmdir()  # the trainer made it
+    (tmp_path / "out").touch()
+    with pytest.raises(OSError, match=r"output folder .*out cannot be written .*choose another"):
+        runner.run(trainer, options, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": ""}, "teacher: none given; expected a Hugging Face name or a folder"),
+        ({"role": ""}, "role: '', expected 'query' or 'document'"),
+        ({"objective": "mse"}, "objective: 'mse', expected ot"),
+        ({"bitext": []}, "bitext: none given"),
+        ({"epsilon": 0.0}, "epsilon is 0.0; expected a finite number > 0"),
+        ({"epsilon": "small"}, "epsilon is a str; expected a float"),
+        ({"max_iter": -1}, "max_iter is -1"),
+        ({"gradient": "none"}, "gradient is 'none'"),
+        ({"backend": "gpu"}, "backend is 'gpu'"),
+        ({"max_pairs": 0}, "max_pairs: 0, expected 1 or more"),
+    ],
+)
+def test_wrong_options_of_distillation(change, message):
+    usual = {"teacher": "a", "bitext": ["b"], "role": "query"}
+    with pytest.raises((ValueError, TypeError), match=message):
+        recipes.DistillOptions(**usual | change).validate()
+
+
+# --- what the two models read --------------------------------------------------------------------
+
+
+def test_arguments_of_the_trainer_are_named_when_they_do_not_fit(tmp_path):
+    with pytest.raises(ValueError, match=r"^learning_rate: 'fast', expected float"):
+        recipes.arguments(tmp_path, learning_rate="fast")
+    with pytest.raises(ValueError, match=r"^lr_scheduler_type: 'fast', expected 'linear' or "):
+        recipes.arguments(tmp_path, lr_scheduler_type="fast")
+    with pytest.raises(ValueError, match="'learning_rat' is unknown; did you mean `learning_rate`"):
+        recipes.arguments(tmp_path, learning_rat=1.0)
+
+
+def test_the_collator_gives_each_model_its_own_tokens(tiny_models):
+    teacher = load_retriever(tiny_models.mixed, query_length=5, document_length=9)
+    student = load_retriever(tiny_models.wide, query_length=6, document_length=10)
+    rows = [{"source": "water " * 20, "target": "maji " * 20, "other": "samaki"}] * 2
+    for role, lengths in (("query", (5, 6)), ("document", (9, 10))):
+        batch = recipes.BitextCollator(student, teacher, role=role)(rows)
+        assert batch["source_task"] == batch["target_task"] == batch["other_task"] == role
+        assert (batch["source_input_ids"].shape, batch["target_input_ids"].shape) == (
+            (2, lengths[0]),
+            (2, lengths[1]),
+        )
+        for column, model, text in (("source", teacher, "water"), ("target", student, "maji")):
+            decoded = model.tokenizer.decode(batch[f"{column}_input_ids"][0])
+            assert decoded.startswith(f"[CLS] {text} ")
+    short = recipes.BitextCollator(student, teacher, role="document", max_length=4)(rows)
+    assert short["source_input_ids"].shape == short["target_input_ids"].shape == (2, 4)
+    with pytest.raises(ValueError, match="role: 'passage', expected 'query' or 'document'"):
+        recipes.BitextCollator(student, teacher, role="passage")
+
+
+def test_prompts_and_expansion_follow_the_role(tiny_models):
+    teacher = load_retriever(tiny_models.mixed, query_length=8, query_expansion=True)
+    student = load_retriever(tiny_models.wide, query_length=8, query_expansion=True)
+    teacher.prompts = {"query": "water: ", "document": "fish: "}
+    batch = recipes.BitextCollator(student, teacher, role="query")([{"a": "book", "b": "kitabu"}])
+    for column, model in (("a", teacher), ("b", student)):
+        assert batch[f"{column}_input_ids"].shape == (1, 8)
+        assert model.tokenizer.mask_token_id in batch[f"{column}_input_ids"]
+    assert "water" in teacher.tokenizer.decode(batch["a_input_ids"][0])
+    assert "water" not in student.tokenizer.decode(batch["b_input_ids"][0])
+
+
+def test_distillation_of_queries_runs(distill):
+    trainer, options = distill(options={"role": "query"}, max_steps=2)
+    runner.run(trainer, options, resume=False)
+    assert trainer.data_collator.role == "query" and len(losses(trainer)) == 2
+
+
+# --- the contrastive recipes ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(world):
+    return [str(world / "teacher.tsv")]
+
+
+def recipe(name, folder, **options):
+    kinds = {"teacher": recipes.TeacherOptions, "codeswitch": recipes.CodeswitchOptions}
+    chosen = kinds[name](**options)
+    args = recipes.arguments(
+        folder, max_steps=2, per_device_train_batch_size=8, disable_tqdm=True, seed=5
+    )
+    return getattr(recipes, name)(chosen, args), chosen
+
+
+def test_teacher_trains_and_keeps_its_options(tiny_models, pairs, tmp_path):
+    trainer, options = recipe(
+        "teacher",
+        tmp_path / "out",
+        model=tiny_models.mixed,
+        pairs=pairs,
+        dimension=8,
+        query_length=7,
+        document_length=11,
+        skip_frequent=1,
+    )
+    model = MultiVectorEncoder(str(runner.run(trainer, options, resume=False)))
+    assert model.get_embedding_dimension() == 8
+    query = model.encode_query(["the book " * 9], output_value=None, show_progress_bar=False)[0]
+    document = model.encode_document(["the book " * 9], output_value=None, show_progress_bar=False)
+    assert query["input_ids"].shape == (7,) and document[0]["input_ids"].shape == (11,)
+    # The most frequent token of the training texts is `the`.
+    the = model.tokenizer.convert_tokens_to_ids("the")
+    assert torch.equal(query["attention_mask"].bool(), query["input_ids"] != the)
+    card = (tmp_path / "out/final/README.md").read_text()
+    assert "MultiVectorMultipleNegativesRankingLoss" in card
+    assert json.loads((tmp_path / "out/run.json").read_text())["recipe"] == "teacher"
+
+
+def test_no_passage_stands_twice_in_a_batch(tiny_models, world, tmp_path):
+    lines = (world / "teacher.tsv").read_text().splitlines()[:4] * 6
+    (tmp_path / "double.tsv").write_text("\n".join(lines))
+    trainer, _ = recipe(
+        "teacher", tmp_path / "out", model=tiny_models.mixed, pairs=[str(tmp_path / "double.tsv")]
+    )
+    for batch in trainer.get_train_dataloader():
+        ids = batch["positive_input_ids"].tolist()
+        assert len({tuple(row) for row in ids}) == len(ids) <= 4
+
+
+def test_codeswitching_replaces_words_on_the_chosen_side(
+    tiny_models, pairs, world, tmp_path, caplog
+):
+    lexicon = world / "lexicon/en-sw.tsv"
+    swahili = {line.split("\t")[1] for line in lexicon.read_text().splitlines()}
+    plain = read_training_pairs(pairs)
+
+    def rows(**options):
+        options = {"lexicon": [f"sw={lexicon}"], "probability": 1.0, **options}
+        trainer, _ = recipe(
+            "codeswitch", tmp_path / "out", model=tiny_models.mixed, pairs=pairs, **options
+        )
+        return [tuple(row.values()) for row in trainer.train_dataset]
+
+    with caplog.at_level(logging.INFO, "optical"):
+        switched = rows()
+    assert "the lexicons know 60 % of the words" in caplog.text  # not `the`, which stands twice
+    for (query, passage), (old_query, old_passage) in zip(switched, plain, strict=True):
+        assert query == old_query
+        words = passage.split()
+        assert words[0] == words[3] == "the" and set(words) - {"the"} <= swahili
+        assert passage != old_passage
+
+    for (query, passage), (_, old_passage) in zip(rows(sides="query"), plain, strict=True):
+        assert set(query.split()) <= swahili and passage == old_passage
+    both = rows(sides="both")
+    assert all(set((q + " " + p).split()) - {"the"} <= swahili for q, p in both)
+    half = rows(probability=0.5, copies=2)
+    assert len(half) == 2 * len(plain) and half[: len(plain)] != half[len(plain) :]
+    assert half == rows(probability=0.5, copies=2)
+    german = world / "lexicon/en-de.tsv"
+    mixed = rows(lexicon=[f"sw={lexicon}", f"de={german}"])
+    words = {word for _, passage in mixed for word in passage.split()}
+    assert words & swahili and words - swahili - {"the"}
+
+
+def test_codeswitching_trains(tiny_models, pairs, world, tmp_path):
+    trainer, options = recipe(
+        "codeswitch",
+        tmp_path / "out",
+        model=tiny_models.teacher,
+        pairs=pairs,
+        lexicon=[f"sw={world / 'lexicon/en-sw.tsv'}"],
+    )
+    assert MultiVectorEncoder(str(runner.run(trainer, options, resume=False)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": ""}, "model: none given"),
+        ({"pairs": []}, "pairs: none given; expected --pairs, or --queries with --passages"),
+        ({"queries": "q.tsv"}, "queries, passages: one of them alone; expected both or neither"),
+        ({"lexicon": []}, "lexicon: none given; expected at least one `language=file`"),
+        ({"lexicon": ["en-sw.tsv"]}, "lexicon: 'en-sw.tsv', expected `language=file`"),
+        ({"sides": "passage"}, "sides: 'passage', expected 'query', 'document' or 'both'"),
+        ({"copies": 0}, "copies: 0, expected 1 or more"),
+        ({"probability": 2.0}, "probability: 2.0, expected a number from 0 to 1"),
+    ],
+)
+def test_wrong_options_of_codeswitching(change, message):
+    usual = {"model": "a", "pairs": ["b"], "lexicon": ["sw=c"]}
+    with pytest.raises(ValueError, match=message):
+        recipes.CodeswitchOptions(**usual | change).validate()
+
+
+# --- training pairs ------------------------------------------------------------------------------
+
+
+def test_reads_training_pairs(tmp_path):
+    (tmp_path / "a.tsv").write_text("q1\tp1\n\nq2\tp2\tn2\n", encoding="utf-8")
+    assert read_training_pairs([str(tmp_path / "a.tsv")]) == [("q1", "p1"), ("q2", "p2")]
+    rows = [
+        {"query": "q1", "pos": ["p1", "p2"], "neg": ["n1", "n2"]},
+        {"query": "q2", "pos": ["p3"], "neg": ["n3"]},
+    ]
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    expected = [("q1", "p1", "n1"), ("q1", "p2", "n1"), ("q2", "p3", "n3")]
+    assert read_training_pairs([str(tmp_path / "b.jsonl")]) == expected
+    (tmp_path / "queries.tsv").write_text("7\td1\twater\n8\td2\tfish\n")
+    (tmp_path / "passages.jsonl").write_text(
+        '{"id": "d1", "text": "a lake"}\n{"id": "d2", "text": "a net"}\n'
+    )
+    joined = read_training_pairs(
+        [], str(tmp_path / "queries.tsv"), str(tmp_path / "passages.jsonl")
+    )
+    assert joined == [("water", "a lake"), ("fish", "a net")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.tsv", "", "no training pair in it"),
+        ("a.tsv", "q\tp\nq p\n", r"a\.tsv:2: expected `query TAB passage"),
+        ("a.tsv", "q\t\n", r"a\.tsv:1: expected `query TAB passage"),
+        ("a.jsonl", '{"query": "q", "pos": ["p"]}\n{', r"a\.jsonl:2: expected JSON with"),
+        ("a.jsonl", '{"query": "q"}', r"a\.jsonl:1: expected JSON with `query`, `pos`"),
+        ("a.jsonl", '{"query": "q", "pos": "passage"}', r"a\.jsonl:1: expected JSON with"),
+        ("a.jsonl", '{"query": "q", "pos": [1]}', r"a\.jsonl:1: expected JSON with"),
+        ("a.jsonl", '{"query": "q", "pos": ["p"], "neg": "n"}', r"a\.jsonl:1: expected JSON with"),
+        ("a.jsonl", '["q", "p"]', r"a\.jsonl:1: expected JSON with"),
+    ],
+)
+def test_wrong_training_pairs_name_file_and_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_training_pairs([str(tmp_path / name)])
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_passage_names_file_line_and_id(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"id": "d1", "text": "a lake"}\n')
+    queries = tmp_path / "q.tsv"
+    queries.write_text("7\td1\twater\n8\td9\tfish\n")
+    with pytest.raises(ValueError, match=r"q\.tsv:2: passage 'd9' is not in .*p\.jsonl"):
+        read_training_pairs([], str(queries), str(tmp_path / "p.jsonl"))
+    queries.write_text("7\td1\n")
+    with pytest.raises(ValueError, match=r"q\.tsv:1: 2 columns, expected `query id TAB passage id"):
+        read_training_pairs([], str(queries), str(tmp_path / "p.jsonl"))
+
+
+def test_progress_is_logged_with_step_loss_and_time(distill, caplog):
+    trainer, options = distill(max_steps=3)
+    trainer.add_callback(runner.progress_lines("ot sw seed 0", every=0.0))
+    with caplog.at_level(logging.INFO, "optical"):
+        runner.run(trainer, options, resume=False)
+    lines = [line for line in caplog.messages if "ot sw seed 0" in line]
+    assert [line.split(",")[0].split(": ")[1] for line in lines] == [
+        "step 1 of 3",
+        "step 2 of 3",
+    ]
+    assert "loss 0." in lines[1] and " s left" in lines[1]
+
+
+# --- what a student reads ------------------------------------------------------------------------
+
+
+def columns(trainer):
+    return {name: list(trainer.train_dataset[name]) for name in trainer.train_dataset.column_names}
+
+
+def test_the_student_may_read_english_plain_or_switched(distill, world):
+    lexicon = f"sw={world / 'lexicon/en-sw.tsv'}"
+    other, _ = distill("other")
+    english, _ = distill("english", options={"reads": "english"})
+    both, _ = distill("both", options={"reads": "both", "lexicon": [lexicon], "probability": 1.0})
+    assert list(columns(other)) == ["source", "target"]
+    assert list(columns(english)) == ["source", "english"]
+    assert columns(english)["english"] == columns(english)["source"] == columns(other)["source"]
+    assert list(columns(both)) == ["source", "target", "english"]
+    for source, target, switched in zip(*columns(both).values(), strict=True):
+        # Every word of this world but "the" has a translation.
+        assert set(switched.split()) - {"the"} == set(target.split())
+        assert switched.split()[0] == source.split()[0] == "the"
+    batch = both.data_collator([both.train_dataset[0]])
+    assert {"source_input_ids", "target_input_ids", "english_input_ids"} <= set(batch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "mse"}, "objective: 'mse', expected ot or position or pooled or greedy or"),
+        ({"mass": "tfidf"}, "mass: 'tfidf', expected uniform or idf"),
+        ({"reads": "all"}, "reads: 'all', expected other or english or both"),
+        ({"lexicon": ["sw=x"]}, "lexicon: given, but the student reads no English"),
+        ({"reads": "both", "lexicon": ["x"]}, "lexicon: 'x', expected `language=file`"),
+        ({"probability": 2.0}, "probability: 2.0, expected a number from 0 to 1"),
+        ({"temperature": 0.0}, "temperature: 0.0, expected a number > 0"),
+        ({"skip_frequent": -1}, "skip_frequent: -1, expected 0 or more"),
+        ({"rho": -1.0}, "rho is -1.0; expected numbers > 0"),
+        ({"teacher_vectors": ["a", "b"]}, "teacher_vectors: 2 folders for 1 files of bitext"),
+    ],
+)
+def test_options_that_cannot_work(distill, changes, message):
+    with pytest.raises(ValueError, match=message):
+        distill(options=changes)
+
+
+@pytest.mark.parametrize("objective", ["ot", "position", "pooled", "greedy", "contrastive"])
+def test_every_objective_learns(distill, objective):
+    options = {"objective": objective, "reads": "both"}
+    trainer, chosen = distill(options=options, max_steps=12)
+    runner.run(trainer, chosen, resume=False)
+    history = losses(trainer)
+    assert history[-1] < 0.9 * history[0]
+
+
+def test_masses_are_those_of_the_bitext(distill, tiny_models):
+    idf, _ = distill("idf", options={"mass": "idf"})
+    for side, column in (("student", "target"), ("teacher", "source")):
+        model = getattr(idf.loss, "model" if side == "student" else "teacher")
+        mass = getattr(idf.loss, f"{side}_mass")
+        texts = list(idf.train_dataset[column])
+        tokens = [set(model.tokenizer(text)["input_ids"]) for text in texts]
+        for token in set.union(*tokens):
+            count = sum(token in each for each in tokens)
+            expected = math.log((len(texts) + 1) / (count + 1))
+            assert mass[token].item() == pytest.approx(expected, abs=1e-6)
+        # Tokens of every sentence, the special ones, move nothing.
+        assert mass[model.tokenizer.cls_token_id] == 0
+    skipped, _ = distill("skipped", options={"skip_frequent": 4})
+    mass = skipped.loss.teacher_mass
+    tokenizer = skipped.loss.teacher.tokenizer
+    assert (mass == 0).sum() == 4 and set(mass.tolist()) == {0.0, 1.0}
+    assert mass[tokenizer.convert_tokens_to_ids("the")] == 0 == mass[tokenizer.sep_token_id]

@@ -1,9 +1,0 @@
-import pytest
-from interpreter import patch_once
-
-pytest.importorskip("triton")
-
-
-@pytest.fixture(autouse=True)
-def patched_once(monkeypatch):
-    patch_once(monkeypatch.setattr)
