@@ -18,7 +18,7 @@ from optical import (
 )
 from optical.backends import registry
 from optical.backends.dense import PaddedProblem
-from optical.losses import distillation
+from optical.losses import alignment
 from optical.ot import functional, result
 from optical.testing.cases import packed, random_clouds
 
@@ -41,7 +41,7 @@ def test_public_names():
 
 
 @pytest.mark.parametrize(
-    "module", [functional, distillation, registry, result], ids=lambda m: m.__name__
+    "module", [functional, alignment, registry, result], ids=lambda m: m.__name__
 )
 def test_examples_in_the_docstrings(module):
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
