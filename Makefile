@@ -73,7 +73,8 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/project/test_imports.py tests/project/test_readme.py -k "one_way or order or links"
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest -q tests/project/test_structure.py tests/project/test_readme.py -k "wings or links"
 
 # The site in build/site, links and docstrings checked; `make docs SERVE=1` shows it and follows edits.
 docs: $(STAMP)

@@ -94,6 +94,9 @@ setup(
         "optical": ["py.typed", "phrasebook/tables/*.tsv", "phrasebook/study.yaml"],
         "optical.csrc": ["*.h", "cpu/*.h", "cpu/*.cpp", "cuda/*.cuh", "cuda/*.cu"],
     },
+    # A plain path entry instead of an import hook, so that an editable install also works in the
+    # parent folder of a clone named `optical`. The link `optical/kernels` stands for the mapping.
+    options={"editable_wheel": {"mode": "compat"}},
     ext_modules=extensions,
     distclass=LibraryDistribution,
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": LibraryWheel},

@@ -10,7 +10,7 @@ from optical.losses.alignment import OTAlignmentLoss
 from optical.ot.functional import ot_alignment, sinkhorn, sinkhorn_divergence, sinkhorn_vectors
 from optical.ot.result import SinkhornResult
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "BackendUnsupported",

@@ -52,8 +52,12 @@ def check_contents(names):
     csrc = [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.[hc]*")]
     expected = {f"optical/kernels/{name}" for name in kernels}
     expected |= {f"optical/{name}" for name in csrc if name.endswith((".h", ".cpp", ".cuh", ".cu"))}
-    expected |= {f"optical/{path.name}" for path in (ROOT / "optical").glob("*.py")}
-    data = (path for path in (ROOT / "optical" / "data").rglob("*") if path.is_file())
+    expected |= {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "optical").rglob("*.py")
+        if "kernels" not in path.parts
+    }
+    data = (ROOT / "optical" / "phrasebook").rglob("*.[ty][sa][vm]*")
     expected |= {path.relative_to(ROOT).as_posix() for path in data}
     expected.add("optical/py.typed")
     assert expected <= set(names)
@@ -88,7 +92,7 @@ def test_import_needs_torch_only_and_builds_nothing():
     # torch loads parts of itself, and numpy, when they are first touched.
     assert outside <= {"torch", "torchgen", "functorch", "typing_extensions"}, outside
     state = fresh(
-        "import optical; from optical import native; print(native._state.cache_info().currsize)"
+        "from optical.backends import library; print(library._state.cache_info().currsize)"
     )
     assert state == "0"
 
@@ -115,7 +119,7 @@ def test_the_wheel_holds_the_library_and_its_sources(tmp_path):
     with zipfile.ZipFile(tmp_path / name) as wheel:
         wheel.extractall(unpacked)
     code = (
-        "from optical import native; print(native.load()._name);"
+        "from optical.backends import library; print(library.load()._name);"
         "import torch, optical; print(optical.sinkhorn(torch.rand(2, 3, 4), epsilon=1.).n_iter[0])"
     )
     loaded, count = fresh(code, unpacked).split("\n")
@@ -132,12 +136,12 @@ def test_without_a_compiler_the_wheel_is_pure(tmp_path, monkeypatch):
     unpacked = tmp_path / "unpacked"
     with zipfile.ZipFile(tmp_path / name) as wheel:
         wheel.extractall(unpacked)
-    found = fresh("from optical import native; print(native.source_folder())", unpacked)
+    found = fresh("from optical.backends import library; print(library.source_folder())", unpacked)
     assert Path(found) == unpacked / "optical" / "csrc"
     code = (
         "import torch, optical, warnings; warnings.simplefilter('ignore');"
         "result = optical.sinkhorn(torch.rand(2, 3, 4), epsilon=1.0);"
-        "from optical import backends; print(backends.choose('auto', result.arguments).name)"
+        "from optical.backends import registry; print(registry.choose('auto', result.arguments).name)"
     )
     assert fresh(code, unpacked) == "reference"
 
@@ -206,9 +210,9 @@ LOAD = """
 import compileall, importlib.util as u, pathlib, sys, sysconfig
 package = pathlib.Path(sysconfig.get_path("purelib")) / "optical"
 assert compileall.compile_dir(package, quiet=1)
-spec = u.spec_from_file_location("native", package / "native.py")
-native = u.module_from_spec(spec); spec.loader.exec_module(native)
-print(native.load()._name)
+spec = u.spec_from_file_location("library", package / "backends" / "library.py")
+library = u.module_from_spec(spec); spec.loader.exec_module(library)
+print(library.load()._name)
 """
 
 
