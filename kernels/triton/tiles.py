@@ -24,6 +24,18 @@ GIVEN = tl.constexpr(0)
 COSINE = tl.constexpr(1)
 SQEUCLIDEAN = tl.constexpr(2)
 DOT = tl.constexpr(3)
+# Masses that differ by more than this share of the larger have no plan with both marginals fixed.
+MASS_TOLERANCE = tl.constexpr(1e-3)
+# The values of optical.arguments.Status.
+CONVERGED = tl.constexpr(0)
+MAX_ITER = tl.constexpr(1)
+EMPTY = tl.constexpr(2)
+INFEASIBLE = tl.constexpr(3)
+# Below this share of the right side, relatively, there is nothing but rounding.
+SOLVED = tl.constexpr(1e-14)
+PATIENCE = tl.constexpr(10)
+# In the place of what a line without an allowed pair does not have.
+NO_PAIR = tl.constexpr(3e38)
 
 
 @triton.jit
@@ -264,3 +276,40 @@ def plan_tile(cost, A, B, f, g, scale):
     score = (f[:, None] + g[None, :] - cost) * scale + (A[:, None] + B[None, :])
     score = tl.where(present, score, -INFINITY)
     return tl.where(score < INFINITY, tl.exp2(score), 0.0)
+
+
+@triton.jit
+def log_sum(score, axis: tl.constexpr):
+    """log2 sum exp2 of the scores along the axis (0 where every one is -inf), and where not."""
+    peak = tl.max(score, axis)
+    alive = peak > -INFINITY
+    peak = tl.where(alive, peak, 0.0)
+    total = tl.sum(tl.exp2(score - tl.expand_dims(peak, axis)), axis)
+    return tl.where(alive, peak + tl.log2(tl.where(alive, total, 1.0)), 0.0), alive
+
+
+@triton.jit
+def penalties(sums, log_mass, mass):
+    """KL of the sums of one side of a plan from its masses, line by line."""
+    some = (sums > 0) & (mass > 0)
+    ratio = tl.log2(tl.where(sums > 0, sums, 1.0)) - tl.where(sums > 0, log_mass, 0.0)
+    apart = sums * ratio / LOG2_E - sums + mass
+    # Sums that nearly are the masses cancel; there the series of (1 + x) log(1 + x) - x is taken.
+    x = tl.where(some, sums / tl.where(some, mass, 1.0) - 1, 1.0)
+    series = 0.5 + x * (-1 / 6 + x * (1 / 12 + x * (-1 / 20 + x * (1 / 30 - x / 42))))
+    near = mass * x * x * series
+    return tl.where(tl.abs(x) < 0.125, near, apart)
+
+
+@triton.jit
+def wanted(log_mass, alive, F, strength):
+    """The sums of an optimal plan; strength is epsilon / rho, 0 for a fixed marginal."""
+    penalised = tl.where(alive, times_exp2(log_mass, -F * strength), 0.0)
+    return tl.where(strength > 0, penalised, tl.exp2(log_mass))
+
+
+@triton.jit
+def log_ratio(sums, log_mass):
+    """log(sums / mass), and 0 where nothing is transported; the mass may be 0 in float32."""
+    some = sums > 0
+    return (tl.log2(tl.where(some, sums, 1.0)) - tl.where(some, log_mass, 0.0)) / LOG2_E

@@ -4,6 +4,7 @@ Run as ``TRITON_INTERPRET=1 python -m pytest tests/triton_interpreter``. The int
 nothing about layouts, races or TF32; ``tests/test_triton_compile.py`` compiles for GPUs.
 """
 
+import importlib
 import math
 from dataclasses import replace
 
@@ -14,7 +15,6 @@ from optical import BackendUnsupported, backends, kernels, ops, ot_alignment, si
 from optical.arguments import example
 from optical.kernels import tuning
 from optical.kernels.batch import Batch
-from optical.kernels.solve import _kept as kept_room
 from optical.testing import (
     FIELDS,
     assert_backend_correct,
@@ -25,6 +25,10 @@ from optical.testing import (
     random_problem,
     solve,
 )
+
+# By import_module, since the package has functions of the same names.
+FORWARD = importlib.import_module("optical.kernels.forward")
+BACKWARD_UNROLLED = importlib.import_module("optical.kernels.backward_unrolled")
 
 # Discarded branches of tl.where divide by zero here; on a GPU that is silent.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -110,8 +114,8 @@ def test_half_vectors_by_the_tolerance_rule(kind, half):
 def stream_everything(monkeypatch, way):
     """No problem is small enough to stay on chip, and few or many are enough to fill one."""
     monkeypatch.setattr(tuning, "RESIDENT", 0)
-    for launches in ("solve", "unroll"):
-        monkeypatch.setattr(f"optical.kernels.{launches}.tiles_of", lambda batch, table: [])
+    for module in (FORWARD, BACKWARD_UNROLLED):
+        monkeypatch.setattr(module, "tiles_of", lambda batch, table: [])
     monkeypatch.setattr(tuning, "PROGRAMS", {"loop": 0, "steps": 10**6}[way])
 
 
@@ -172,15 +176,15 @@ def test_fast_problems_by_their_own_rule(name, way, monkeypatch, poisoned_memory
 
 
 def test_a_kept_plan_is_written_again_where_potentials_drift(monkeypatch):
-    from optical.kernels import kept, loop
+    from optical.kernels.streamed import half_precision, single_launch
 
     stream_everything(monkeypatch, "loop")
     written = []
-    keep = loop.keep.rewrite()
-    monkeypatch.setattr(loop, "keep", lambda *given: written.append(keep(*given)))
+    keep = single_launch.keep.rewrite()
+    monkeypatch.setattr(single_launch, "keep", lambda *given: written.append(keep(*given)))
     problem = fast("epsilon_0.01", max_iter=24).one(0)
     for drift, least, most in ((6.0, 1, 1), (0.6, 2, 8), (1e-4, 0, 0)):
-        monkeypatch.setattr(kept, "DRIFT", type(kept.DRIFT)(drift))
+        monkeypatch.setattr(half_precision, "DRIFT", type(half_precision.DRIFT)(drift))
         written.clear()
         assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
         assert least <= len(written) <= most, (drift, len(written))
@@ -209,7 +213,7 @@ REFUSED |= {"low_memory": {"low_memory": True}, "exact": {"precision": "exact"}}
 
 def test_what_half_precision_does_not_serve():
     def served(problem):
-        return kept_room(Batch(problem.to(torch.float32).arguments())).fast
+        return FORWARD._kept(Batch(problem.to(torch.float32).arguments())).fast
 
     assert served(fast("7x5"))
     assert not served(packed(fast("cosine_ragged")))
@@ -266,7 +270,7 @@ def test_problems_larger_than_a_chip():
 def test_one_long_side_stays_on_chip(n, m, monkeypatch):
     clouds = random_clouds(f"{n}x{m}", "cosine", batch=1, n=n, m=m, dim=5, max_iter=6)
     given = random_problem(f"{n}x{m}", 1, n, m, max_iter=6)
-    monkeypatch.setattr("optical.kernels.solve._steps", None)
+    monkeypatch.setattr(FORWARD, "_steps", None)
     for problem, half in ((given, None), (clouds, torch.float16)):
         moved = problem.to(torch.float32, vectors=half)
         out, truth = solve("triton", moved), solve("reference", moved.to(torch.float64))
@@ -290,10 +294,10 @@ def test_drifting_scalings_are_rebuilt_and_lost_ones_are_redone():
 
 def test_a_scaling_that_went_too_far_is_taken_back(monkeypatch):
     """With FAR below DRIFT every drift is taken back, and the exact steps after it agree."""
-    from optical.kernels import resident
+    from optical.kernels.onchip import solve as onchip
 
     for name in ("FAR", "DRIFT"):
-        monkeypatch.setattr(resident, name, type(resident.FAR)(1.5))
+        monkeypatch.setattr(onchip, name, type(onchip.FAR)(1.5))
     problem = replace(ALL["marginals"], max_iter=12)
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
 

@@ -12,20 +12,18 @@ With FAST, most iterations are products with a plan that is kept in half precisi
 
 import triton
 import triton.language as tl
-from optical.kernels.kept import EXACT, NEVER, WRITE, consider, half_step, keep, proceed
-from optical.kernels.tiles import INFINITY, LOG2_E, extent, place, temperature_of
-from optical.kernels.walks import (
-    SEGMENT,
-    SUMS,
-    begin,
-    finish,
-    join,
-    minimum,
-    miss,
-    relax,
-    walk,
-    walk_segments,
+from optical.kernels.streamed.half_precision import (
+    EXACT,
+    NEVER,
+    WRITE,
+    consider,
+    half_step,
+    keep,
+    proceed,
 )
+from optical.kernels.streamed.logsumexp import SEGMENT, SUMS, join, minimum, walk, walk_segments
+from optical.kernels.streamed.potentials import begin, finish, miss, relax
+from optical.kernels.tiles import INFINITY, LOG2_E, extent, place, temperature_of
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "lines"])

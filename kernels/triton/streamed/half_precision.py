@@ -19,8 +19,8 @@ of a run and those that decide where it stops.
 
 import triton
 import triton.language as tl
-from optical.kernels.tiles import INFINITY, cost_tile, load_log_mass
-from optical.kernels.walks import DEAD, MINIMA, walk
+from optical.kernels.streamed.logsumexp import MINIMA, walk
+from optical.kernels.tiles import INFINITY, NO_PAIR, cost_tile, load_log_mass
 
 # How far potentials may be from where K was written, in powers of two.
 DRIFT = tl.constexpr(6.0)
@@ -71,13 +71,13 @@ def keep(costs, rows, columns, kept, first, step, scale, HOW: tl.constexpr, TILE
     m = costs[1][4]
     for row_zero in range(first, n, step):
         i = row_zero + tl.arange(0, BLOCK_N)
-        F = tl.load(rows[1] + i, mask=i < n, other=DEAD)
+        F = tl.load(rows[1] + i, mask=i < n, other=NO_PAIR)
         A = load_log_mass(rows[0], i, n)
         for column_zero in range(0, m, BLOCK_M):
             j = column_zero + tl.arange(0, BLOCK_M)
-            G = tl.load(columns[1] + j, mask=j < m, other=DEAD)
+            G = tl.load(columns[1] + j, mask=j < m, other=NO_PAIR)
             cost = cost_tile(costs, row_zero, column_zero, HOW, TILE)
-            allowed = (F < DEAD)[:, None] & (G < DEAD)[None, :] & (cost < INFINITY)
+            allowed = (F < NO_PAIR)[:, None] & (G < NO_PAIR)[None, :] & (cost < INFINITY)
             score = (F + A + TOP)[:, None] + (G[None, :] - cost * scale)
             K = tl.exp2(tl.where(allowed, score, -INFINITY)).to(tl.float16)
             tl.store(kept_ptr + i[:, None] * width + j[None, :], K)
@@ -94,7 +94,7 @@ def multiply(own, other, kept, n, m, first, step, ROWS: tl.constexpr, TILE: tl.c
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for other_zero in range(0, m, BLOCK_M):
             j = other_zero + tl.arange(0, BLOCK_M)
-            start = tl.load(other[4] + j, mask=j < m, other=DEAD)
+            start = tl.load(other[4] + j, mask=j < m, other=NO_PAIR)
             weight = tl.load(other[1] + j, mask=j < m, other=0.0) - start
             if ROWS:
                 weight += load_log_mass(other[0], j, m)
@@ -102,14 +102,14 @@ def multiply(own, other, kept, n, m, first, step, ROWS: tl.constexpr, TILE: tl.c
             else:
                 weight -= TOP
                 offsets = j[None, :] * width + i[:, None]
-            weight = tl.exp2(tl.where(start < DEAD, weight, -INFINITY))
+            weight = tl.exp2(tl.where(start < NO_PAIR, weight, -INFINITY))
             total += tl.load(kept_ptr + offsets).to(tl.float32) * weight[None, :]
         total = tl.sum(total, 1)
-        start = tl.load(own[4] + i, mask=i < n, other=DEAD)
-        found = start - tl.log2(tl.where(start < DEAD, total, 1.0))
+        start = tl.load(own[4] + i, mask=i < n, other=NO_PAIR)
+        found = start - tl.log2(tl.where(start < NO_PAIR, total, 1.0))
         if ROWS:
             found += load_log_mass(own[0], i, n) + TOP
-        tl.store(own[2] + i, tl.where(start < DEAD, found, DEAD), mask=i < n)
+        tl.store(own[2] + i, tl.where(start < NO_PAIR, found, NO_PAIR), mask=i < n)
 
 
 @triton.jit

@@ -6,10 +6,11 @@ wait in device memory. Both products read the same tiles, so that they are those
 
 import triton
 import triton.language as tl
-from optical.kernels.adjoint import PATIENCE, SOLVED
 from optical.kernels.tiles import (
     INFINITY,
     LOG2_E,
+    PATIENCE,
+    SOLVED,
     cost_tile,
     extent,
     load_log_mass,

@@ -10,14 +10,9 @@ import triton
 from optical.arguments import Gradients
 from optical.kernels import tuning
 from optical.kernels.batch import Batch, starts, tile_options, tiles_of
-from optical.kernels.unrolled import unrolled_kernel
-from optical.kernels.unrolled_streamed import (
-    back_kernel,
-    forth_kernel,
-    survey_kernel,
-    unrolled_gradient_kernel,
-    weight_kernel,
-)
+from optical.kernels.onchip.unrolled import unrolled_kernel
+from optical.kernels.streamed.unrolled_backward import back_kernel, unrolled_gradient_kernel
+from optical.kernels.streamed.unrolled_replay import forth_kernel, survey_kernel, weight_kernel
 
 
 class Arriving(NamedTuple):

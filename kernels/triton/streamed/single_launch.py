@@ -6,9 +6,18 @@ problems do best with. The bits are those of ``streaming``.
 
 import triton
 import triton.language as tl
-from optical.kernels.kept import EXACT, NEVER, WRITE, consider, half_step, keep, proceed
+from optical.kernels.streamed.half_precision import (
+    EXACT,
+    NEVER,
+    WRITE,
+    consider,
+    half_step,
+    keep,
+    proceed,
+)
+from optical.kernels.streamed.logsumexp import SUMS, walk
+from optical.kernels.streamed.potentials import begin, finish, miss, relax
 from optical.kernels.tiles import INFINITY, LOG2_E, extent, place, swapped
-from optical.kernels.walks import SUMS, begin, finish, miss, relax, walk
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least"])

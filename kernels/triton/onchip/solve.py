@@ -22,16 +22,23 @@ for each rebuilding of K.
 import triton
 import triton.language as tl
 from optical.kernels.tiles import (
+    CONVERGED,
+    EMPTY,
+    INFEASIBLE,
     INFINITY,
     LOG2_E,
+    MASS_TOLERANCE,
+    MAX_ITER,
     cost_tile,
     extent,
     load_log_mass,
+    log_sum,
+    penalties,
     place,
     quotient,
     swapped,
-    times_exp2,
     times_log2,
+    wanted,
 )
 
 DRIFT = tl.constexpr(2.0**30)
@@ -39,23 +46,6 @@ FAR = tl.constexpr(2.0**50)
 WEAK = tl.constexpr(2.0**-40)
 LEAST = tl.constexpr(2.0**-120)
 STRONG = tl.constexpr(2.0**100)
-# Masses that differ by more than this share of the larger have no plan with both marginals fixed.
-MASS_TOLERANCE = tl.constexpr(1e-3)
-# The values of optical.arguments.Status.
-CONVERGED = tl.constexpr(0)
-MAX_ITER = tl.constexpr(1)
-EMPTY = tl.constexpr(2)
-INFEASIBLE = tl.constexpr(3)
-
-
-@triton.jit
-def log_sum(score, axis: tl.constexpr):
-    """log2 sum exp2 of the scores along the axis (0 where every one is -inf), and where not."""
-    peak = tl.max(score, axis)
-    alive = peak > -INFINITY
-    peak = tl.where(alive, peak, 0.0)
-    total = tl.sum(tl.exp2(score - tl.expand_dims(peak, axis)), axis)
-    return tl.where(alive, peak + tl.log2(tl.where(alive, total, 1.0)), 0.0), alive
 
 
 @triton.jit
@@ -64,26 +54,6 @@ def load_start(start_ptr, index, log_mass, size):
     inside = (index < size) & (log_mass != -INFINITY)
     start = tl.load(start_ptr + index, mask=inside, other=0.0)
     return start, tl.max((tl.abs(start) < INFINITY).to(tl.int32) ^ 1, 0) > 0
-
-
-@triton.jit
-def penalties(sums, log_mass, mass):
-    """KL of the sums of one side of a plan from its masses, line by line."""
-    some = (sums > 0) & (mass > 0)
-    ratio = tl.log2(tl.where(sums > 0, sums, 1.0)) - tl.where(sums > 0, log_mass, 0.0)
-    apart = sums * ratio / LOG2_E - sums + mass
-    # Sums that nearly are the masses cancel; there the series of (1 + x) log(1 + x) - x is taken.
-    x = tl.where(some, sums / tl.where(some, mass, 1.0) - 1, 1.0)
-    series = 0.5 + x * (-1 / 6 + x * (1 / 12 + x * (-1 / 20 + x * (1 / 30 - x / 42))))
-    near = mass * x * x * series
-    return tl.where(tl.abs(x) < 0.125, near, apart)
-
-
-@triton.jit
-def wanted(log_mass, alive, F, strength):
-    """The sums of an optimal plan; strength is epsilon / rho, 0 for a fixed marginal."""
-    penalised = tl.where(alive, times_exp2(log_mass, -F * strength), 0.0)
-    return tl.where(strength > 0, penalised, tl.exp2(log_mass))
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least", "most"])

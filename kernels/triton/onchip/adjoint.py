@@ -17,16 +17,14 @@ import triton.language as tl
 from optical.kernels.tiles import (
     INFINITY,
     LOG2_E,
+    PATIENCE,
+    SOLVED,
     cost_tile,
     extent,
     load_log_mass,
     place,
     plan_tile,
 )
-
-# Below this share of the right side, relatively, there is nothing but rounding.
-SOLVED = tl.constexpr(1e-14)
-PATIENCE = tl.constexpr(10)
 
 
 @triton.jit

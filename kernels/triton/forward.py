@@ -9,19 +9,19 @@ from torch import Tensor
 import triton
 from optical.arguments import Arguments, Outputs
 from optical.kernels import tuning
-from optical.kernels.adjoint import adjoint_kernel
-from optical.kernels.adjoint_streamed import adjoint_loop_kernel
 from optical.kernels.batch import KINDS, Batch, starts, tile_options, tiles_of
-from optical.kernels.loop import loop_kernel
-from optical.kernels.resident import resident_kernel
-from optical.kernels.streaming import (
+from optical.kernels.onchip.adjoint import adjoint_kernel
+from optical.kernels.onchip.solve import resident_kernel
+from optical.kernels.streamed.adjoint import adjoint_loop_kernel
+from optical.kernels.streamed.logsumexp import SEGMENT
+from optical.kernels.streamed.single_launch import loop_kernel
+from optical.kernels.streamed.stepwise import (
     finish_kernel,
     gather_kernel,
     keep_kernel,
     turn_kernel,
     walk_kernel,
 )
-from optical.kernels.walks import SEGMENT
 
 
 def supports(arguments: Arguments) -> str | None:

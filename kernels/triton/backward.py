@@ -8,10 +8,10 @@ from torch import Tensor
 import triton
 from optical.arguments import Arguments, Gradients
 from optical.kernels import tuning
+from optical.kernels.backward_unrolled import Arriving, unroll
 from optical.kernels.batch import Batch
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
-from optical.kernels.sums import mass_gradient_kernel, product_kernel
-from optical.kernels.unroll import Arriving, unroll
+from optical.kernels.plan_products import mass_gradient_kernel, product_kernel
 
 
 def backward(

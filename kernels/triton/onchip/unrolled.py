@@ -13,7 +13,6 @@ pulls at the vectors.
 import triton
 import triton.language as tl
 from optical.kernels.gradients import store_gradient
-from optical.kernels.resident import log_sum
 from optical.kernels.tiles import (
     COSINE,
     GIVEN,
@@ -23,6 +22,8 @@ from optical.kernels.tiles import (
     cost_tile,
     extent,
     load_log_mass,
+    log_ratio,
+    log_sum,
     operand,
     place,
     plan_tile,
@@ -54,13 +55,6 @@ def half_step(cost, potential, log_mass, temperature, axis: tl.constexpr):
     share = tl.exp2(tl.where(cost < INFINITY, score, -INFINITY))
     total = tl.where(alive, tl.sum(share, axis), 1.0)
     return rough - tl.log2(total) / scale, share / tl.expand_dims(total, axis)
-
-
-@triton.jit
-def log_ratio(sums, log_mass):
-    """log(sums / mass), and 0 where nothing is transported; the mass may be 0 in float32."""
-    some = sums > 0
-    return (tl.log2(tl.where(some, sums, 1.0)) - tl.where(some, log_mass, 0.0)) / LOG2_E
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least", "most"])

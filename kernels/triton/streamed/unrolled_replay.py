@@ -1,0 +1,248 @@
+"""The run again."""
+
+import triton
+import triton.language as tl
+from optical.kernels.tiles import (
+    INFINITY,
+    LOG2_E,
+    cost_tile,
+    extent,
+    load_log_mass,
+    log_ratio,
+    place,
+    plan_tile,
+    temperature_of,
+)
+
+# What a problem is here.
+LIVE = tl.constexpr(0)
+STATE_EMPTY = tl.constexpr(1)  # its gradients are 0
+ELSEWHERE = tl.constexpr(2)  # small enough to stay on chip
+
+
+@triton.jit(do_not_specialize=["n", "m", "least"])
+def survey_kernel(
+    cu_a_ptr,
+    cu_b_ptr,
+    log_a_ptr,
+    log_b_ptr,
+    f_ptr,
+    n_iter_ptr,
+    state_ptr,
+    steps_ptr,
+    n,
+    m,
+    least,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Which problems there are to do, and how many iterations each ran."""
+    problem = tl.program_id(0).to(tl.int64)
+    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    some_a = tl.zeros((BLOCK,), tl.int32)
+    some_b = tl.zeros((BLOCK,), tl.int32)
+    broken = tl.zeros((BLOCK,), tl.int32)
+    for zero in range(0, n, BLOCK):
+        index = zero + tl.arange(0, BLOCK)
+        A = load_log_mass(log_a_ptr + zero_a, index, n)
+        f = tl.load(f_ptr + zero_a + index, mask=index < n, other=0.0)
+        some_a = tl.maximum(some_a, (A != -INFINITY).to(tl.int32))
+        # Potentials that are no number tell of a problem that could not be read.
+        broken = tl.maximum(broken, (f != f).to(tl.int32))
+    for zero in range(0, m, BLOCK):
+        B = load_log_mass(log_b_ptr + zero_b, zero + tl.arange(0, BLOCK), m)
+        some_b = tl.maximum(some_b, (B != -INFINITY).to(tl.int32))
+    live = (tl.max(some_a, 0) > 0) & (tl.max(some_b, 0) > 0) & (tl.max(broken, 0) == 0)
+    state = tl.where(live, LIVE, STATE_EMPTY)
+    state = tl.where(tl.maximum(n, m) <= least, ELSEWHERE, state)
+    tl.store(state_ptr + problem, state)
+    steps = tl.where(state == LIVE, tl.load(n_iter_ptr + problem), 0)
+    tl.store(steps_ptr + problem, steps)
+
+
+@triton.jit
+def pace(epsilon, annealing_ptr, k, omega, inverse_rho):
+    """The temperature of iteration k, how much of a potential stays, and a minimum's share."""
+    temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
+    relaxation = tl.where((k == 0) | (temperature != epsilon), 1.0, omega)
+    return temperature, 1 - relaxation, relaxation / (1 + temperature * inverse_rho)
+
+
+@triton.jit
+def scores(cost, allowed, potential, anchor, log_mass, temperature):
+    """log2 of the plan of a half-step, up to what the anchors miss; all arguments are spread."""
+    score = (potential + anchor - cost) * (LOG2_E / temperature) + log_mass
+    return tl.where(allowed, score, -INFINITY)
+
+
+@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "k", "lines_a", "lines_b"])
+def forth_kernel(
+    x_ptr,
+    y_ptr,
+    norm_x_ptr,
+    norm_y_ptr,
+    scale_x_ptr,
+    scale_y_ptr,
+    centre_ptr,
+    cu_a_ptr,
+    cu_b_ptr,
+    log_a_ptr,
+    log_b_ptr,
+    epsilon_ptr,
+    steps_ptr,
+    annealing_ptr,
+    path_ptr,
+    anchor_ptr,
+    missing_ptr,
+    other_path_ptr,
+    stride_batch,
+    stride_n,
+    stride_m,
+    n,
+    m,
+    dim,
+    k,
+    lines_a,
+    lines_b,
+    inverse_rho,
+    omega,
+    KIND: tl.constexpr,
+    PACKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    WARPS_M: tl.constexpr,
+):
+    """A half-step of the run again: the minima of iteration k, and where the potentials go.
+
+    They are the anchors of the iteration after it.
+    """
+    problem = tl.program_id(0).to(tl.int64)
+    if k >= tl.load(steps_ptr + problem):
+        return
+    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
+    epsilon = temperature_of(epsilon_ptr, problem)
+    temperature, stays, share = pace(epsilon, annealing_ptr, k, omega, inverse_rho)
+    step = k.to(tl.int64)
+    path_ptr += step * lines_a + zero_a
+    anchor_ptr += step * lines_a + zero_a
+    missing_ptr += step * lines_a + zero_a
+    other_path_ptr += step * lines_b + zero_b
+    for row_zero in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
+        rows = row_zero + tl.arange(0, BLOCK_N)
+        present = load_log_mass(log_a_ptr + zero_a, rows, n) != -INFINITY
+        anchor = tl.load(anchor_ptr + rows, mask=rows < n, other=0.0)
+        peak = tl.full((BLOCK_N,), -INFINITY, tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        for column_zero in range(0, m, BLOCK_M):
+            columns = column_zero + tl.arange(0, BLOCK_M)
+            B = load_log_mass(log_b_ptr + zero_b, columns, m)
+            g = tl.load(other_path_ptr + columns, mask=columns < m, other=0.0)
+            cost = cost_tile(costs, row_zero, column_zero, HOW, TILE)
+            allowed = present[:, None] & (B != -INFINITY)[None, :] & (cost < INFINITY)
+            score = scores(cost, allowed, g[None, :], anchor[:, None], B[None, :], temperature)
+            higher = tl.maximum(peak, tl.max(score, 1))
+            base = tl.where(higher > -INFINITY, higher, 0.0)
+            total *= tl.exp2(tl.where(peak > -INFINITY, peak - base, 0.0))
+            total += tl.sum(tl.exp2(score - base[:, None]), 1)
+            peak = higher
+        alive = peak > -INFINITY
+        missing = tl.where(alive, peak + tl.log2(tl.where(alive, total, 1.0)), 0.0)
+        minima = tl.where(alive, anchor - missing * temperature / LOG2_E, 0.0)
+        f = tl.load(path_ptr + rows, mask=rows < n, other=0.0)
+        tl.store(missing_ptr + rows, missing, mask=rows < n)
+        tl.store(anchor_ptr + lines_a + rows, minima, mask=rows < n)
+        tl.store(path_ptr + lines_a + rows, stays * f + share * minima, mask=rows < n)
+
+
+@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "lines_a", "lines_b"])
+def weight_kernel(
+    x_ptr,
+    y_ptr,
+    norm_x_ptr,
+    norm_y_ptr,
+    scale_x_ptr,
+    scale_y_ptr,
+    centre_ptr,
+    cu_a_ptr,
+    cu_b_ptr,
+    log_a_ptr,
+    log_b_ptr,
+    epsilon_ptr,
+    state_ptr,
+    steps_ptr,
+    path_ptr,
+    other_path_ptr,
+    grad_value_ptr,
+    weight_ptr,
+    grad_log_ptr,
+    stride_batch,
+    stride_n,
+    stride_m,
+    n,
+    m,
+    dim,
+    lines_a,
+    lines_b,
+    inverse_rho,
+    KIND: tl.constexpr,
+    PACKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    WARPS_M: tl.constexpr,
+):
+    """What the value weighs each line of the last plan with, and its gradient to the masses."""
+    problem = tl.program_id(0).to(tl.int64)
+    state = tl.load(state_ptr + problem)
+    if state == ELSEWHERE:
+        return
+    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
+    sizes = (stride_batch, stride_n, stride_m, n, m, dim)
+    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
+    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
+    epsilon = temperature_of(epsilon_ptr, problem)
+    upstream = tl.load(grad_value_ptr + problem)
+    last = tl.load(steps_ptr + problem).to(tl.int64)
+    path_ptr += last * lines_a + zero_a
+    other_path_ptr += last * lines_b + zero_b
+    for row_zero in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
+        rows = row_zero + tl.arange(0, BLOCK_N)
+        A = load_log_mass(log_a_ptr + zero_a, rows, n)
+        f = tl.load(path_ptr + rows, mask=rows < n, other=0.0)
+        sums = tl.zeros((BLOCK_N,), tl.float32)
+        masses = tl.zeros((BLOCK_M,), tl.float32)
+        for column_zero in range(0, m, BLOCK_M):
+            columns = column_zero + tl.arange(0, BLOCK_M)
+            B = load_log_mass(log_b_ptr + zero_b, columns, m)
+            g = tl.load(other_path_ptr + columns, mask=columns < m, other=0.0)
+            cost = cost_tile(costs, row_zero, column_zero, HOW, TILE)
+            sums += tl.sum(plan_tile(cost, A, B, f, g, LOG2_E / epsilon), 1)
+            masses += tl.exp2(B)
+        a = tl.exp2(A)
+        grad = upstream * epsilon * (a * tl.sum(masses, 0) - sums)
+        weight = f
+        if inverse_rho > 0:
+            weight += log_ratio(sums, A) / inverse_rho
+            grad += upstream * (a - sums) / inverse_rho
+        live = (A != -INFINITY) & (state == LIVE)
+        tl.store(weight_ptr + zero_a + rows, tl.where(live, weight, 0.0), mask=rows < n)
+        tl.store(grad_log_ptr + zero_a + rows, tl.where(live, grad, 0.0), mask=rows < n)
