@@ -1,7 +1,11 @@
-"""Unrolled gradients: the launches, on chip and streamed; nothing waits for the device."""
+"""Unrolled gradients: the total derivative of a finite run, in registers or streamed.
+
+Kernels are launched without synchronising with the device.
+"""
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,14 +13,17 @@ from torch import Tensor
 import triton
 from optical.arguments import Gradients
 from optical.kernels import tuning
-from optical.kernels.batch import Batch, starts, tile_options, tiles_of
+from optical.kernels.batch import LaunchProblem, choose_tiles, initial_potentials, tile_options
 from optical.kernels.onchip.unrolled import unrolled_kernel
 from optical.kernels.streamed.unrolled_backward import back_kernel, unrolled_gradient_kernel
 from optical.kernels.streamed.unrolled_replay import forth_kernel, survey_kernel, weight_kernel
 
 
-class Arriving(NamedTuple):
-    """Upstream gradients; of the potentials only where there are some."""
+class Upstream(NamedTuple):
+    """Gradients of the loss with respect to the outputs of the run.
+
+    Those of the potentials are None where the loss does not depend on them.
+    """
 
     value: Tensor
     value_linear: Tensor
@@ -24,8 +31,8 @@ class Arriving(NamedTuple):
     g: Tensor | None
 
 
-class Wanted(NamedTuple):
-    """The gradients to fill; any tensor where one is not needed."""
+class GradientBuffers(NamedTuple):
+    """Tensors that receive the gradients; x and y are placeholders where they are not needed."""
 
     x: Tensor
     y: Tensor
@@ -36,260 +43,312 @@ class Wanted(NamedTuple):
 
 
 def unroll(
-    batch: Batch, arriving: Arriving, f: Tensor, n_iter: Tensor, need_x: bool, need_y: bool
+    launch: LaunchProblem, upstream: Upstream, f: Tensor, n_iter: Tensor, need_x: bool, need_y: bool
 ) -> Gradients:
-    """The total derivative of the run that ended at f after ``n_iter`` iterations."""
-    p = batch.arguments
-    need_y = need_y and p.y is not None
-    grad_x = torch.empty(p.x.shape if need_x else (0,), dtype=p.x.dtype, device=p.x.device)
-    grad_y = torch.empty_like(batch.y) if need_y else grad_x
-    wanted = Wanted(
-        grad_x, grad_y, torch.empty_like(p.log_a), torch.empty_like(p.log_b), need_x, need_y
-    )
-    steps = torch.arange(max(1, p.max_iter), dtype=torch.float64, device=p.x.device)
-    annealing = (p.anneal_start * p.anneal_ratio**steps).float()
-    _on_chip(batch, arriving, wanted, f, n_iter, annealing)
-    if max(batch.n, batch.m) > tuning.RESIDENT:
-        _streamed(batch, arriving, wanted, f, n_iter, annealing)
-    return (
-        grad_x if need_x else None,
-        grad_y if need_y else None,
-        wanted.log_a,
-        wanted.log_b,
-    )
+    """Compute the total derivative of the run that ended at f after ``n_iter`` iterations."""
+    problem = launch.problem
+    need_y = need_y and problem.y is not None
+    x = problem.x
+    grad_x = torch.empty(x.shape if need_x else (0,), dtype=x.dtype, device=x.device)
+    grad_y = torch.empty_like(launch.y) if need_y else grad_x
+    grad_log_a, grad_log_b = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
+    buffers = GradientBuffers(grad_x, grad_y, grad_log_a, grad_log_b, need_x, need_y)
+    steps = torch.arange(max(1, problem.max_iter), dtype=torch.float64, device=x.device)
+    annealing = (problem.anneal_start * problem.anneal_ratio**steps).float()
+    _unroll_onchip(launch, upstream, buffers, f, n_iter, annealing)
+    if max(launch.n, launch.m) > tuning.RESIDENT:
+        StreamedUnroll(launch, upstream, buffers, f, n_iter, annealing).run()
+    return grad_x if need_x else None, grad_y if need_y else None, grad_log_a, grad_log_b
 
 
-def _on_chip(
-    batch: Batch, arriving: Arriving, wanted: Wanted, f: Tensor, n_iter: Tensor, annealing: Tensor
+def _unroll_onchip(
+    launch: LaunchProblem,
+    upstream: Upstream,
+    buffers: GradientBuffers,
+    f: Tensor,
+    n_iter: Tensor,
+    annealing: Tensor,
 ) -> None:
-    p = batch.arguments
-    potentials = arriving.f is not None and arriving.g is not None
-    tiles = tiles_of(batch, tuning.ADJOINT)
-    room = p.max_iter + 1 if tiles else 0
-    path_f, path_g = (x.new_empty(room * x.numel()) for x in (p.log_a, p.log_b))
+    problem = launch.problem
+    potentials = upstream.f is not None and upstream.g is not None
+    tiles = choose_tiles(launch, tuning.ADJOINT)
+    steps = problem.max_iter + 1 if tiles else 0
+    path_f, path_g = (x.new_empty(steps * x.numel()) for x in (problem.log_a, problem.log_b))
     for side, tile in tiles:
-        unrolled_kernel[(batch.size,)](
-            *batch.sources(),
-            *starts(p),
+        unrolled_kernel[(launch.size,)](
+            *launch.pointers(),
+            *initial_potentials(problem),
             f,
             n_iter,
             annealing,
             path_f,
             path_g,
-            arriving.value,
-            arriving.value_linear,
-            arriving.f if potentials else f,
-            arriving.g if potentials else f,
-            wanted.x,
-            wanted.y,
-            wanted.log_a,
-            wanted.log_b,
-            *batch.sizes(),
-            p.max_iter,
-            1 / p.rho_a,
-            1 / p.rho_b,
-            p.omega,
+            upstream.value,
+            upstream.value_linear,
+            upstream.f if potentials else f,
+            upstream.g if potentials else f,
+            buffers.x,
+            buffers.y,
+            buffers.log_a,
+            buffers.log_b,
+            *launch.sizes(),
+            problem.max_iter,
+            1 / problem.rho_a,
+            1 / problem.rho_b,
+            problem.omega,
             0 if side == min(tuning.ADJOINT) else side // 2 + 1,
             side,
-            START=p.f0 is not None,
+            START=problem.f0 is not None,
             POTENTIALS=potentials,
-            NEED_X=wanted.need_x,
-            NEED_Y=wanted.need_y,
-            PULL=batch.pull,
-            PULL_PRECISION=batch.pull_precision,
+            NEED_X=buffers.need_x,
+            NEED_Y=buffers.need_y,
+            DOT_DTYPE=launch.dot_dtype,
+            DOT_PRECISION=launch.dot_precision,
             BLOCK_G=32,
-            **tile_options(batch, tile),
             PART=tile.part,
+            **tile_options(launch, tile),
         )
 
 
-class _Side(NamedTuple):
-    """What a side of a streamed run keeps: by iteration, then of the sweep in reverse."""
+@dataclass(frozen=True)
+class SideState:
+    """Vectors of the rows or columns of a streamed unrolled run.
+
+    Attributes:
+        path: (steps + 1, size) potentials before each iteration and after the last.
+        anchor, correction: soft-mins of each iteration in two parts; see ``unrolled_replay``.
+        adjoint: (steps, size) gradients with respect to the soft-mins.
+        weight: (size,) derivative of the value with respect to the entries of the last plan.
+        bar: (size,) gradient with respect to the potentials, during the reverse sweep.
+        grad_log: gradient of the log-masses.
+        upstream: gradient of the loss with respect to the final potentials, or None.
+        rho: strength of the marginal penalty.
+        size: number of rows or columns, of all problems together.
+    """
 
     path: Tensor
     anchor: Tensor
-    missing: Tensor
-    arrived: Tensor
+    correction: Tensor
+    adjoint: Tensor
     weight: Tensor
     bar: Tensor
     grad_log: Tensor
-    arriving: Tensor | None
+    upstream: Tensor | None
     rho: float
-    lines: int
+    size: int
 
     @staticmethod
-    def of(
+    def allocate(
         log_mass: Tensor,
         start: Tensor | None,
         steps: int,
         grad_log: Tensor,
-        arriving: Tensor | None,
+        upstream: Tensor | None,
         rho: float,
-    ) -> "_Side":
-        lines = log_mass.numel()
-        path = log_mass.new_empty(steps + 1, lines)
-        # What stands at an absent line may be no number.
+    ) -> "SideState":
+        size = log_mass.numel()
+        path = log_mass.new_empty(steps + 1, size)
+        # Initial potentials of padding may be NaN.
         path[0] = 0 if start is None else torch.where(log_mass != -math.inf, start, 0.0).flatten()
         anchor = torch.zeros_like(path)
-        missing, arrived = log_mass.new_empty(2, max(1, steps), lines)
-        weight, bar = log_mass.new_empty(2, lines)
-        return _Side(path, anchor, missing, arrived, weight, bar, grad_log, arriving, rho, lines)
-
-
-def _streamed(
-    batch: Batch, arriving: Arriving, wanted: Wanted, f: Tensor, n_iter: Tensor, annealing: Tensor
-) -> None:
-    p, tile = batch.arguments, tile_options(batch, tuning.STREAM)
-    rows = _Side.of(p.log_a, p.f0, p.max_iter, wanted.log_a, arriving.f, p.rho_a)
-    columns = _Side.of(p.log_b, p.g0, p.max_iter, wanted.log_b, arriving.g, p.rho_b)
-    state, steps = torch.empty_like(n_iter), torch.empty_like(n_iter)
-    survey_kernel[(batch.size,)](
-        batch.cu_a,
-        batch.cu_b,
-        p.log_a,
-        p.log_b,
-        f,
-        n_iter,
-        state,
-        steps,
-        batch.n,
-        batch.m,
-        tuning.RESIDENT if batch.packed else 0,
-        PACKED=batch.packed,
-        BLOCK=tuning.LINES,
-    )
-    values = arriving.value, arriving.value_linear
-
-    def sides(swapped: bool) -> tuple[_Side, _Side, tuple[int, int]]:
-        blocks = batch.blocks(batch.m if swapped else batch.n, tuning.STREAM.rows)
-        both = (columns, rows) if swapped else (rows, columns)
-        return *both, (batch.size, blocks)
-
-    def forth(swapped: bool, k: int) -> None:
-        own, other, grid = sides(swapped)
-        forth_kernel[grid](
-            *batch.sources(swapped),
-            steps,
-            annealing,
-            own.path,
-            own.anchor,
-            own.missing,
-            # The rows were done before the columns.
-            other.path[1:] if swapped else other.path,
-            *batch.sizes(swapped),
-            k,
-            own.lines,
-            other.lines,
-            1 / own.rho,
-            p.omega,
-            **tile,
+        correction, adjoint = log_mass.new_empty(2, max(1, steps), size)
+        weight, bar = log_mass.new_empty(2, size)
+        return SideState(
+            path, anchor, correction, adjoint, weight, bar, grad_log, upstream, rho, size
         )
 
-    def weigh(swapped: bool) -> None:
-        own, other, grid = sides(swapped)
-        weight_kernel[grid](
-            *batch.sources(swapped),
-            state,
-            steps,
-            own.path,
-            other.path,
-            arriving.value,
-            own.weight,
-            own.grad_log,
-            *batch.sizes(swapped),
-            own.lines,
-            other.lines,
-            1 / own.rho,
-            **tile,
+
+class StreamedUnroll:
+    """Replays a run, sweeps it in reverse and accumulates its gradients, one launch per half-step.
+
+    Only vectors are stored. Every launch takes the rows or, with ``swapped``, the columns of each
+    problem; the two sides then exchange their roles.
+    """
+
+    def __init__(
+        self,
+        launch: LaunchProblem,
+        upstream: Upstream,
+        buffers: GradientBuffers,
+        f: Tensor,
+        n_iter: Tensor,
+        annealing: Tensor,
+    ) -> None:
+        self.launch, self.upstream, self.buffers = launch, upstream, buffers
+        self.annealing = annealing
+        self.problem = problem = launch.problem
+        self.tile = tile_options(launch, tuning.STREAM)
+        steps = problem.max_iter
+        self.sides = (
+            SideState.allocate(
+                problem.log_a, problem.f0, steps, buffers.log_a, upstream.f, problem.rho_a
+            ),
+            SideState.allocate(
+                problem.log_b, problem.g0, steps, buffers.log_b, upstream.g, problem.rho_b
+            ),
+        )
+        self.state, self.steps = torch.empty_like(n_iter), torch.empty_like(n_iter)
+        survey_kernel[(launch.size,)](
+            launch.cu_a,
+            launch.cu_b,
+            problem.log_a,
+            problem.log_b,
+            f,
+            n_iter,
+            self.state,
+            self.steps,
+            launch.n,
+            launch.m,
+            tuning.RESIDENT if launch.packed else 0,
+            PACKED=launch.packed,
+            BLOCK=tuning.VECTOR_BLOCK,
         )
 
-    def back(swapped: bool, k: int, begin: bool = False) -> None:
-        own, other, grid = sides(swapped)
-        back_kernel[grid](
-            *batch.sources(swapped),
-            state,
-            steps,
-            annealing,
-            own.path,
-            other.path,
-            other.anchor,
-            other.missing,
-            own.arrived,
-            other.arrived,
-            own.weight,
-            other.weight,
-            *values,
-            own.bar if own.arriving is None else own.arriving,
-            own.bar,
-            own.grad_log,
-            *batch.sizes(swapped),
+    def run(self) -> None:
+        """Launch the replay, the reverse sweep and the gradients of the cost or the vectors."""
+        for k in range(self.problem.max_iter):
+            for swapped in (False, True):
+                self._replay(swapped, k)
+                if k == 0:
+                    # The first soft-mins have no predecessor, so they are their own anchors.
+                    side = self.sides[swapped]
+                    side.anchor[0] = side.anchor[1]
+                    self._replay(swapped, k)
+        for swapped in (False, True):
+            self._weigh(swapped)
+        for swapped in (False, True):
+            self._reverse(swapped, 0, init=True)
+        for k in reversed(range(self.problem.max_iter)):
+            self._reverse(False, k)
+            self._reverse(True, k)
+        if self.buffers.need_x:
+            self._gradient(False, self.buffers.x)
+        if self.buffers.need_y:
+            self._gradient(True, self.buffers.y)
+
+    def _pair(self, swapped: bool) -> tuple[SideState, SideState]:
+        return (self.sides[1], self.sides[0]) if swapped else self.sides
+
+    def _grid(self, swapped: bool, block: int) -> tuple[int, int]:
+        launch = self.launch
+        return launch.size, launch.blocks(launch.m if swapped else launch.n, block)
+
+    def _replay(self, swapped: bool, k: int) -> None:
+        """Repeat a half-step of iteration k and record its soft-mins and potentials."""
+        rows, columns = self._pair(swapped)
+        forth_kernel[self._grid(swapped, tuning.STREAM.rows)](
+            *self.launch.pointers(swapped),
+            self.steps,
+            self.annealing,
+            rows.path,
+            rows.anchor,
+            rows.correction,
+            # The columns' half-step reads the rows' potentials of the same iteration.
+            columns.path[1:] if swapped else columns.path,
+            *self.launch.sizes(swapped),
             k,
-            own.lines,
-            other.lines,
-            1 / own.rho,
-            p.omega,
-            BEGIN=begin,
+            rows.size,
+            columns.size,
+            1 / rows.rho,
+            self.problem.omega,
+            **self.tile,
+        )
+
+    def _weigh(self, swapped: bool) -> None:
+        """Compute the derivative of the value with respect to the last plan, and to the masses."""
+        rows, columns = self._pair(swapped)
+        weight_kernel[self._grid(swapped, tuning.STREAM.rows)](
+            *self.launch.pointers(swapped),
+            self.state,
+            self.steps,
+            rows.path,
+            columns.path,
+            self.upstream.value,
+            rows.weight,
+            rows.grad_log,
+            *self.launch.sizes(swapped),
+            rows.size,
+            columns.size,
+            1 / rows.rho,
+            **self.tile,
+        )
+
+    def _reverse(self, swapped: bool, k: int, init: bool = False) -> None:
+        """Propagate gradients through a half-step of iteration k, or into the run with ``init``."""
+        rows, columns = self._pair(swapped)
+        back_kernel[self._grid(swapped, tuning.STREAM.rows)](
+            *self.launch.pointers(swapped),
+            self.state,
+            self.steps,
+            self.annealing,
+            rows.path,
+            columns.path,
+            columns.anchor,
+            columns.correction,
+            rows.adjoint,
+            columns.adjoint,
+            rows.weight,
+            columns.weight,
+            self.upstream.value,
+            self.upstream.value_linear,
+            rows.bar if rows.upstream is None else rows.upstream,
+            rows.bar,
+            rows.grad_log,
+            *self.launch.sizes(swapped),
+            k,
+            rows.size,
+            columns.size,
+            1 / rows.rho,
+            self.problem.omega,
+            INIT=init,
             COLUMNS=swapped,
-            POTENTIALS=own.arriving is not None,
-            **tile,
+            POTENTIALS=rows.upstream is not None,
+            **self.tile,
         )
 
-    def pull(swapped: bool, grad: Tensor) -> None:
-        own, other, _ = sides(swapped)
-        grain = tuning.SINGLE_PARTIAL if batch.single else tuning.PARTIAL
-        options = tile | {
-            "BLOCK_N": grain.rows,
-            "BLOCK_M": grain.columns,
-            "BLOCK_D": grain.depth,
-            "num_warps": batch.warps(grain.warps),
-            "num_stages": grain.stages,
-        }
-        if p.y is None:
-            options = tile_options(batch, tuning.ADJOINT_STREAM[False])
-        parts = 1 if p.y is None else triton.cdiv(batch.dim, grain.pull)
-        blocks = batch.blocks(batch.m if swapped else batch.n, options["BLOCK_N"])
-        unrolled_gradient_kernel[(batch.size, blocks, parts)](
-            *batch.sources(swapped),
-            state,
-            steps,
-            annealing,
-            own.path,
-            other.path,
-            own.anchor,
-            other.anchor,
-            own.missing,
-            other.missing,
-            own.arrived,
-            other.arrived,
-            own.weight,
-            other.weight,
-            *values,
+    def _gradient_options(self) -> tuple[dict[str, Any], int]:
+        """The compile-time options of the gradient kernel, and the parts of a vector."""
+        tile = tuning.SINGLE_PARTIAL if self.launch.single else tuning.PARTIAL
+        if self.problem.y is None:
+            options, parts = tile_options(self.launch, tuning.ADJOINT_STREAM[False]), 1
+        else:
+            parts = triton.cdiv(self.launch.dim, tile.entries)
+            options = self.tile | {
+                "BLOCK_N": tile.rows,
+                "BLOCK_M": tile.columns,
+                "BLOCK_D": tile.depth,
+                "num_warps": self.launch.warps(tile.warps),
+                "num_stages": tile.stages,
+            }
+        return options | {"BLOCK_G": tile.entries}, parts
+
+    def _gradient(self, swapped: bool, grad: Tensor) -> None:
+        """Compute the gradient of the cost, or of the vectors of one side."""
+        rows, columns = self._pair(swapped)
+        options, parts = self._gradient_options()
+        unrolled_gradient_kernel[(*self._grid(swapped, options["BLOCK_N"]), parts)](
+            *self.launch.pointers(swapped),
+            self.state,
+            self.steps,
+            self.annealing,
+            rows.path,
+            columns.path,
+            rows.anchor,
+            columns.anchor,
+            rows.correction,
+            columns.correction,
+            rows.adjoint,
+            columns.adjoint,
+            rows.weight,
+            columns.weight,
+            self.upstream.value,
+            self.upstream.value_linear,
             grad,
-            *batch.sizes(swapped),
-            own.lines,
-            other.lines,
+            *self.launch.sizes(swapped),
+            rows.size,
+            columns.size,
             COLUMNS=swapped,
-            PULL=batch.pull,
-            PULL_PRECISION=batch.pull_precision,
-            BLOCK_G=grain.pull,
+            DOT_DTYPE=self.launch.dot_dtype,
+            DOT_PRECISION=self.launch.dot_precision,
             **options,
         )
-
-    for k in range(p.max_iter):
-        for side, swapped in ((rows, False), (columns, True)):
-            forth(swapped, k)
-            if k == 0:
-                # The first minima have no anchor but themselves.
-                side.anchor[0] = side.anchor[1]
-                forth(swapped, k)
-    for swapped in (False, True):
-        weigh(swapped)
-    for swapped in (False, True):
-        back(swapped, 0, begin=True)
-    for k in reversed(range(p.max_iter)):
-        back(False, k)
-        back(True, k)
-    if wanted.need_x:
-        pull(False, wanted.x)
-    if wanted.need_y:
-        pull(True, wanted.y)

@@ -1,4 +1,8 @@
-"""From the arguments of the operator to its outputs, with no wait for the device."""
+"""Forward pass of the operator: chooses the kernels of a batch and launches them.
+
+Problems that fit in the registers of one program run in ``onchip``, larger ones in ``streamed``.
+Kernels are launched without synchronising with the device.
+"""
 
 import math
 from typing import NamedTuple
@@ -9,7 +13,14 @@ from torch import Tensor
 import triton
 from optical.arguments import Arguments, Outputs
 from optical.kernels import tuning
-from optical.kernels.batch import KINDS, Batch, starts, tile_options, tiles_of
+from optical.kernels.batch import (
+    KINDS,
+    LaunchProblem,
+    choose_tiles,
+    cost_options,
+    initial_potentials,
+    tile_options,
+)
 from optical.kernels.onchip.adjoint import adjoint_kernel
 from optical.kernels.onchip.solve import resident_kernel
 from optical.kernels.streamed.adjoint import adjoint_loop_kernel
@@ -24,315 +35,359 @@ from optical.kernels.streamed.stepwise import (
 )
 
 
-def supports(arguments: Arguments) -> str | None:
-    """Why the kernels cannot serve these problems, on whatever device; None where they can."""
-    p = arguments
-    if p.log_a.dtype != torch.float32:
-        name = str(p.log_a.dtype).removeprefix("torch.")
+def supports(problem: Arguments) -> str | None:
+    """Return why the kernels cannot serve the problems on any device, or None if they can."""
+    if problem.log_a.dtype != torch.float32:
+        name = str(problem.log_a.dtype).removeprefix("torch.")
         return f"the problem is {name}; the kernels compute in float32"
-    if p.anderson:
-        return "the kernels do not know anderson; over-relaxation (omega) is what they have"
+    if problem.anderson:
+        return "the kernels do not support anderson; they accelerate by over-relaxation (omega)"
     return None
 
 
-def forward(arguments: Arguments) -> Outputs:
-    """As ``optical.reference.forward``, for everything that ``supports`` does not refuse."""
-    with torch.cuda.device_of(arguments.x):
-        batch = Batch(arguments)
-        p, like = arguments, arguments.epsilon
+def forward(problem: Arguments) -> Outputs:
+    """Solve the problems, which must be supported, as the ``forward`` of every backend does."""
+    with torch.cuda.device_of(problem.x):
+        launch, like = LaunchProblem(problem), problem.epsilon
         value, value_linear, marginal_error = (torch.empty_like(like) for _ in range(3))
         n_iter, status = (torch.empty_like(like, dtype=torch.int32) for _ in range(2))
-        f, g = torch.empty_like(p.log_a), torch.empty_like(p.log_b)
-        general = p.omega != 1 or min(p.rho_a, p.rho_b) < math.inf
-        roomy = general or p.anneal_start > 0 or batch.precision != "ieee"
         outputs = value, value_linear, marginal_error, n_iter, status
-        tiles = tiles_of(batch, tuning.ROOMY if roomy else tuning.TILES)
-        if not tiles or (batch.packed and max(batch.n, batch.m) > tuning.RESIDENT):
-            # One program runs a problem where sizes are unknown or problems many.
-            if batch.size > (1 if batch.packed else tuning.PROGRAMS):
-                _loop(batch, f, g, outputs)
+        f, g = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
+        general = problem.omega != 1 or min(problem.rho_a, problem.rho_b) < math.inf
+        roomy = general or problem.anneal_start > 0 or launch.precision != "ieee"
+        tiles = choose_tiles(launch, tuning.ROOMY if roomy else tuning.TILES)
+        if not tiles or (launch.packed and max(launch.n, launch.m) > tuning.RESIDENT):
+            # One program per problem where the sizes are unknown or the problems are many.
+            if launch.size > (1 if launch.packed else tuning.PROGRAMS):
+                _solve_in_one_launch(launch, f, g, outputs)
             else:
-                _steps(batch, f, g, outputs)
+                StepwiseSolve(launch, f, g, outputs).run()
         for side, tile in tiles:
-            resident_kernel[(batch.size,)](
-                *batch.sources(),
-                *starts(p),
-                f,
-                g,
-                *outputs,
-                *batch.sizes(),
-                p.max_iter,
-                p.tol,
-                1 / p.rho_a,
-                1 / p.rho_b,
-                p.omega,
-                p.anneal_start,
-                p.anneal_ratio,
-                0 if side == min(tuning.TILES) else side // 2 + 1,
-                side,
-                KIND=batch.kind,
-                PACKED=batch.packed,
-                START=p.f0 is not None,
-                GENERAL=general,
-                ANNEAL=p.anneal_start > 0,
-                STEPS=1 if general or p.tol > 0 else tuning.STEPS,
-                SCALED=batch.scaled,
-                WIDE=batch.wide,
-                PRECISION=batch.precision,
-                NVIDIA=batch.nvidia,
-                BLOCK_N=tile.rows,
-                BLOCK_M=tile.columns,
-                BLOCK_D=tile.depth,
-                PART=tile.part,
-                WARPS_N=tile.warps_n,
-                WARPS_M=tile.warps_m,
-                num_warps=batch.warps(tile.warps),
-                num_stages=tile.stages,
-            )
-        w, z, residual = _adjoint(batch, f, g)
+            _solve_onchip(launch, side, tile, general, (f, g, *outputs))
+        w, z, residual = _solve_adjoint(launch, f, g)
     return Outputs(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
 
 
-def _adjoint(batch: Batch, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    p = batch.arguments
-    residual = torch.zeros_like(p.epsilon)
-    if p.gradient != "implicit":
+def _solve_onchip(
+    launch: LaunchProblem, side: int, tile: tuning.Tile, general: bool, outputs: tuple[Tensor, ...]
+) -> None:
+    problem = launch.problem
+    resident_kernel[(launch.size,)](
+        *launch.pointers(),
+        *initial_potentials(problem),
+        *outputs,
+        *launch.sizes(),
+        problem.max_iter,
+        problem.tol,
+        1 / problem.rho_a,
+        1 / problem.rho_b,
+        problem.omega,
+        problem.anneal_start,
+        problem.anneal_ratio,
+        0 if side == min(tuning.TILES) else side // 2 + 1,
+        side,
+        START=problem.f0 is not None,
+        GENERAL=general,
+        ANNEAL=problem.anneal_start > 0,
+        STEPS=1 if general or problem.tol > 0 else tuning.STEPS,
+        NVIDIA=launch.nvidia,
+        PART=tile.part,
+        **tile_options(launch, tile),
+    )
+
+
+def _solve_adjoint(launch: LaunchProblem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve the linear systems behind implicit gradients; return w, z and their residuals."""
+    problem = launch.problem
+    residual = torch.zeros_like(problem.epsilon)
+    if problem.gradient != "implicit":
         return f.new_zeros(0), g.new_zeros(0), residual
     w, z = torch.empty_like(f), torch.empty_like(g)
-    if max(batch.n, batch.m) > tuning.RESIDENT:
-        tile = tuning.ADJOINT_STREAM[batch.kind != KINDS["given"] and batch.precision != "ieee"]
-        adjoint_loop_kernel[(batch.size,)](
-            *batch.sources(),
+    if max(launch.n, launch.m) > tuning.RESIDENT:
+        tile = tuning.ADJOINT_STREAM[launch.kind != KINDS["given"] and launch.precision != "ieee"]
+        adjoint_loop_kernel[(launch.size,)](
+            *launch.pointers(),
             f,
             g,
             w,
             z,
             residual,
-            p.log_a.new_empty(3 * f.numel(), dtype=torch.float64),
-            p.log_a.new_empty(7 * g.numel(), dtype=torch.float64),
-            *batch.sizes(),
-            1 / p.rho_a,
-            1 / p.rho_b,
-            tuning.RESIDENT if batch.packed else 0,
-            KIND=batch.kind,
-            PACKED=batch.packed,
-            SCALED=batch.scaled,
-            WIDE=batch.wide,
-            PRECISION=batch.precision,
+            problem.log_a.new_empty(3 * f.numel(), dtype=torch.float64),
+            problem.log_a.new_empty(7 * g.numel(), dtype=torch.float64),
+            *launch.sizes(),
+            1 / problem.rho_a,
+            1 / problem.rho_b,
+            tuning.RESIDENT if launch.packed else 0,
             BLOCK=tile.rows,
             BLOCK_D=tile.depth,
             WARPS_N=tile.warps_n,
             WARPS_M=tile.warps_m,
-            LINES=tuning.LINES,
-            num_warps=batch.warps(tile.warps),
+            VECTOR_BLOCK=tuning.VECTOR_BLOCK,
+            **cost_options(launch),
+            num_warps=launch.warps(tile.warps),
             num_stages=tile.stages,
         )
-    for side, tile in tiles_of(batch, tuning.ADJOINT):
-        adjoint_kernel[(batch.size,)](
-            *batch.sources(),
+    for side, tile in choose_tiles(launch, tuning.ADJOINT):
+        adjoint_kernel[(launch.size,)](
+            *launch.pointers(),
             f,
             g,
             w,
             z,
             residual,
-            *batch.sizes(),
-            1 / p.rho_a,
-            1 / p.rho_b,
+            *launch.sizes(),
+            1 / problem.rho_a,
+            1 / problem.rho_b,
             0 if side == min(tuning.ADJOINT) else side // 2 + 1,
             side,
             PART=tile.part,
-            **tile_options(batch, tile),
+            **tile_options(launch, tile),
         )
     return w, z, residual
 
 
-class Kept(NamedTuple):
-    """Room for a plan in half precision, and for the potentials at which it is written."""
+class StoredPlan(NamedTuple):
+    """Memory for the plan in half precision and for the potentials at which it was computed.
+
+    Attributes:
+        fast: whether the run stores plans at all; if not, the tensors are placeholders.
+        base_a, base_b: potentials of the stored plan.
+        plan: float16, ``plane`` entries per problem, ``width`` per row.
+    """
 
     fast: bool
-    start_a: Tensor
-    start_b: Tensor
+    base_a: Tensor
+    base_b: Tensor
     plan: Tensor
     width: int
     plane: int
 
 
-def _kept(batch: Batch) -> Kept:
-    """The room of the runs that use it: whose sizes are known and that nothing holds back."""
-    p, tile = batch.arguments, tuning.STREAM
-    width = triton.cdiv(batch.m, tile.columns) * tile.columns
-    plane = triton.cdiv(batch.n, tile.rows) * tile.rows * width
-    plain = p.omega == 1 and p.rho_a == p.rho_b == math.inf
-    fast = p.precision == "fast" and plain and not (p.packed or p.low_memory)
-    if not fast or p.max_iter < tuning.KEPT_ITERATIONS or plane >= 2**31:
-        # Where nothing is read, any pointer serves.
-        return Kept(False, p.epsilon, p.epsilon, p.epsilon, 0, 0)
-    plan = p.log_a.new_empty(batch.size * plane, dtype=torch.float16)
-    return Kept(True, torch.empty_like(p.log_a), torch.empty_like(p.log_b), plan, width, plane)
+def allocate_plan(launch: LaunchProblem) -> StoredPlan:
+    """Allocate a plan in half precision where ``precision="fast"`` applies.
+
+    It applies to padded problems with fixed marginals and no over-relaxation that run long enough
+    for the stored plan to pay off and whose indices fit in 32 bits.
+    """
+    problem, tile = launch.problem, tuning.STREAM
+    width = triton.cdiv(launch.m, tile.columns) * tile.columns
+    plane = triton.cdiv(launch.n, tile.rows) * tile.rows * width
+    plain = problem.omega == 1 and problem.rho_a == problem.rho_b == math.inf
+    fast = problem.precision == "fast" and plain and not (problem.packed or problem.low_memory)
+    if not fast or problem.max_iter < tuning.KEPT_ITERATIONS or plane >= 2**31:
+        unused = problem.epsilon
+        return StoredPlan(False, unused, unused, unused, 0, 0)
+    plan = problem.log_a.new_empty(launch.size * plane, dtype=torch.float16)
+    base_a, base_b = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
+    return StoredPlan(True, base_a, base_b, plan, width, plane)
 
 
-def _loop(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> None:
-    p, kept = batch.arguments, _kept(batch)
-    scratch = [torch.empty_like(x) for x in (p.log_a, p.log_b, p.log_a, p.log_b)]
-    loop_kernel[(batch.size,)](
-        *batch.sources(),
-        *starts(p),
+def _solve_in_one_launch(
+    launch: LaunchProblem, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]
+) -> None:
+    problem, stored = launch.problem, allocate_plan(launch)
+    log_masses = problem.log_a, problem.log_b
+    loop_kernel[(launch.size,)](
+        *launch.pointers(),
+        *initial_potentials(problem),
         f,
         g,
-        *scratch,
-        kept.start_a,
-        kept.start_b,
-        kept.plan,
+        *(torch.empty_like(x) for x in (*log_masses, *log_masses)),
+        stored.base_a,
+        stored.base_b,
+        stored.plan,
         *outputs,
-        *batch.sizes(),
-        kept.width,
-        kept.plane,
-        p.max_iter,
-        p.tol,
-        1 / p.rho_a,
-        1 / p.rho_b,
-        p.omega,
-        p.anneal_start,
-        p.anneal_ratio,
-        tuning.RESIDENT if batch.packed else 0,
-        FAST=kept.fast,
-        START=p.f0 is not None,
-        BLOCK=tuning.LINES,
-        **tile_options(batch, tuning.STREAM),
+        *launch.sizes(),
+        stored.width,
+        stored.plane,
+        problem.max_iter,
+        problem.tol,
+        1 / problem.rho_a,
+        1 / problem.rho_b,
+        problem.omega,
+        problem.anneal_start,
+        problem.anneal_ratio,
+        tuning.RESIDENT if launch.packed else 0,
+        FAST=stored.fast,
+        START=problem.f0 is not None,
+        BLOCK=tuning.VECTOR_BLOCK,
+        **tile_options(launch, tuning.STREAM),
     )
 
 
-def _steps(batch: Batch, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]) -> None:
-    p, tile = batch.arguments, tile_options(batch, tuning.STREAM)
-    found_a, found_b, spent_a, spent_b = (
-        torch.empty_like(x) for x in (p.log_a, p.log_b, p.log_a, p.log_b)
-    )
-    n_iter = outputs[3]
-    stopped, state = torch.empty_like(n_iter), torch.empty_like(n_iter)
-    moved, kept = torch.empty_like(p.epsilon), _kept(batch)
-    begins = starts(p)
-    options = {"PACKED": batch.packed, "START": p.f0 is not None, "BLOCK": tuning.LINES}
-    rows = batch.cu_a, p.log_a, p.epsilon, begins[0], f, found_a, kept.start_a
-    columns = batch.cu_b, p.log_b, p.epsilon, begins[1], g, found_b, kept.start_b
+class StepwiseSolve:
+    """A streamed run with many programs per problem, launched half-step by half-step.
 
-    # Where the rows alone would not fill a GPU, programs share the columns, segment by segment.
-    shares, room = [], 1
-    for own, other, lines in ((batch.n, batch.m, f.numel()), (batch.m, batch.n, g.numel())):
-        programs = batch.size * batch.blocks(own, tuning.STREAM.rows)
-        segments = triton.cdiv(other, SEGMENT.value)
-        share = 1 if kept.fast else min(segments, max(1, tuning.FILLED // programs))
-        shares.append(share)
-        room = max(room, segments * 3 * lines if share > 1 else 0)
-    part = f.new_empty(room)
+    Where the rows of a half-step do not make enough programs to fill a GPU, programs also split
+    its columns in segments, and a further launch merges the segments.
+    """
 
-    def walk(swapped: bool, annealing: float, seen: int) -> None:
-        sides = (g, f, found_b, spent_b) if swapped else (f, g, found_a, spent_a)
-        origins = (kept.start_b, kept.start_a) if swapped else (kept.start_a, kept.start_b)
-        own, other = (batch.m, batch.n) if swapped else (batch.n, batch.m)
-        lines = sides[0].numel()
-        blocks, share = batch.blocks(own, tuning.STREAM.rows), 1 if seen else shares[swapped]
-        walk_kernel[(batch.size, blocks, share)](
-            *batch.sources(swapped),
-            *sides,
-            *origins,
-            kept.plan,
-            part,
-            state,
-            stopped,
-            *batch.sizes(swapped),
-            lines,
-            kept.width,
-            kept.plane,
-            annealing,
-            SPLIT=share > 1,
-            SEEN=seen,
-            ROWS=kept.fast and not swapped,
-            FAST=kept.fast and seen == 0,
-            **tile,
-        )
-        if share > 1:
-            offsets = (batch.cu_b, batch.cu_a) if swapped else (batch.cu_a, batch.cu_b)
-            gather_kernel[(batch.size, batch.blocks(own, tuning.LINES))](
-                *offsets,
-                p.epsilon,
-                part,
-                sides[2],
-                stopped,
-                own,
-                other,
-                lines,
-                annealing,
-                PACKED=batch.packed,
-                BLOCK=tuning.LINES,
+    def __init__(
+        self, launch: LaunchProblem, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]
+    ) -> None:
+        self.launch, self.outputs = launch, outputs
+        self.problem = problem = launch.problem
+        self.stored = allocate_plan(launch)
+        self.potentials = f, g
+        # Soft-mins of a half-step, and after the run the marginals of the plan.
+        self.results = torch.empty_like(f), torch.empty_like(g)
+        # Sums of P * C after the run; scratch memory during it.
+        self.cost_sums = torch.empty_like(f), torch.empty_like(g)
+        self.starts = initial_potentials(problem)
+        n_iter = outputs[3]
+        self.stopped, self.state = torch.empty_like(n_iter), torch.empty_like(n_iter)
+        self.change = torch.empty_like(problem.epsilon)
+        self.tile = tile_options(launch, tuning.STREAM)
+        self.options = {
+            "PACKED": launch.packed,
+            "START": problem.f0 is not None,
+            "BLOCK": tuning.VECTOR_BLOCK,
+        }
+        self.splits = self._split(launch.n, launch.m), self._split(launch.m, launch.n)
+        partial = [
+            3 * triton.cdiv(columns, SEGMENT.value) * x.numel() if split > 1 else 0
+            for columns, x, split in zip(
+                (launch.m, launch.n), self.potentials, self.splits, strict=True
             )
+        ]
+        self.partial = f.new_empty(max(1, *partial))
 
-    def turn(swapped: bool, iteration: int, begin: bool = False) -> None:
-        lines, rho = (columns, p.rho_b) if swapped else (rows, p.rho_a)
-        annealing, before = (p.anneal_start * p.anneal_ratio**k for k in (iteration, iteration - 1))
-        turn_kernel[(batch.size,)](
-            *lines,
-            state,
-            moved,
-            stopped,
-            n_iter,
-            batch.m if swapped else batch.n,
-            int(iteration == 0),
-            p.max_iter - 1 - iteration,
-            p.tol,
-            1 / rho,
-            p.omega,
+    def _split(self, n: int, m: int) -> int:
+        """The number of programs that share the columns of a half-step over n rows."""
+        programs = self.launch.size * self.launch.blocks(n, tuning.STREAM.rows)
+        segments = triton.cdiv(m, SEGMENT.value)
+        return 1 if self.stored.fast else min(segments, max(1, tuning.FILLED // programs))
+
+    def run(self) -> None:
+        """Run every iteration and write the outputs; stopped problems cost only their launches."""
+        problem = self.problem
+        self._update(False, 0, init=True)
+        self._update(True, 0, init=True)
+        for iteration in range(problem.max_iter):
+            if self.stored.fast:
+                self._store_plan()
+            annealing = problem.anneal_start * problem.anneal_ratio**iteration
+            for swapped in (False, True):
+                self._reduce(swapped, annealing)
+                self._update(swapped, iteration)
+        self._reduce(False, sums=True)
+        self._reduce(True, sums=True)
+        self._write_outputs()
+
+    def _reduce(self, swapped: bool, annealing: float = 0.0, sums: bool = False) -> None:
+        """Compute the soft-mins of one side, or the sums of its plan and transport cost."""
+        launch, stored = self.launch, self.stored
+        order = (1, 0) if swapped else (0, 1)
+        own = order[0]
+        n = (launch.n, launch.m)[own]
+        split = 1 if sums else self.splits[own]
+        row_count = self.potentials[own].numel()
+        walk_kernel[(launch.size, launch.blocks(n, tuning.STREAM.rows), split)](
+            *launch.pointers(swapped),
+            *(self.potentials[i] for i in order),
+            self.results[own],
+            self.cost_sums[own],
+            *((stored.base_a, stored.base_b)[i] for i in order),
+            stored.plan,
+            self.partial,
+            self.state,
+            self.stopped,
+            *launch.sizes(swapped),
+            row_count,
+            stored.width,
+            stored.plane,
             annealing,
-            # Nothing came before the first iteration, so no residual is measured there.
-            before if iteration else math.inf,
+            SPLIT=split > 1,
+            REDUCE=int(sums),
+            ROWS=stored.fast and not swapped,
+            FAST=stored.fast and not sums,
+            **self.tile,
+        )
+        if split > 1:
+            self._merge_segments(order, row_count, annealing)
+
+    def _merge_segments(self, order: tuple[int, int], row_count: int, annealing: float) -> None:
+        launch, own = self.launch, order[0]
+        sizes = [(launch.n, launch.m)[i] for i in order]
+        gather_kernel[(launch.size, launch.blocks(sizes[0], tuning.VECTOR_BLOCK))](
+            *((launch.cu_a, launch.cu_b)[i] for i in order),
+            self.problem.epsilon,
+            self.partial,
+            self.results[own],
+            self.stopped,
+            *sizes,
+            row_count,
+            annealing,
+            PACKED=launch.packed,
+            BLOCK=tuning.VECTOR_BLOCK,
+        )
+
+    def _update(self, swapped: bool, iteration: int, init: bool = False) -> None:
+        """Update the potentials of one side, or set them to their start with ``init``."""
+        launch, problem, side = self.launch, self.problem, int(swapped)
+        annealing, previous = (
+            problem.anneal_start * problem.anneal_ratio**k for k in (iteration, iteration - 1)
+        )
+        turn_kernel[(launch.size,)](
+            (launch.cu_a, launch.cu_b)[side],
+            (problem.log_a, problem.log_b)[side],
+            problem.epsilon,
+            self.starts[side],
+            self.potentials[side],
+            self.results[side],
+            (self.stored.base_a, self.stored.base_b)[side],
+            self.state,
+            self.change,
+            self.stopped,
+            self.outputs[3],
+            (launch.n, launch.m)[side],
+            int(iteration == 0),
+            problem.max_iter - 1 - iteration,
+            problem.tol,
+            1 / (problem.rho_a, problem.rho_b)[side],
+            problem.omega,
+            annealing,
+            # The first iteration has no predecessor, so it measures no marginal error.
+            previous if iteration else math.inf,
             ROWS=not swapped,
-            FAST=kept.fast,
-            BEGIN=begin,
-            **options,
+            FAST=self.stored.fast,
+            INIT=init,
+            **self.options,
         )
 
-    def keep() -> None:
-        keep_kernel[(batch.size, batch.blocks(batch.n, tuning.STREAM.rows))](
-            *batch.sources(),
-            kept.start_a,
-            kept.start_b,
-            kept.plan,
-            state,
-            stopped,
-            *batch.sizes(),
-            kept.width,
-            kept.plane,
-            **tile,
+    def _store_plan(self) -> None:
+        launch, stored = self.launch, self.stored
+        keep_kernel[(launch.size, launch.blocks(launch.n, tuning.STREAM.rows))](
+            *launch.pointers(),
+            stored.base_a,
+            stored.base_b,
+            stored.plan,
+            self.state,
+            self.stopped,
+            *launch.sizes(),
+            stored.width,
+            stored.plane,
+            **self.tile,
         )
 
-    turn(False, 0, begin=True)
-    turn(True, 0, begin=True)
-    for iteration in range(p.max_iter):
-        if kept.fast:
-            keep()
-        for swapped in (False, True):
-            walk(swapped, p.anneal_start * p.anneal_ratio**iteration, seen=0)
-            turn(swapped, iteration)
-    walk(False, 0.0, seen=1)
-    walk(True, 0.0, seen=1)
-    finish_kernel[(batch.size,)](
-        batch.cu_a,
-        batch.cu_b,
-        p.log_a,
-        p.log_b,
-        p.epsilon,
-        *begins,
-        f,
-        g,
-        found_a,
-        found_b,
-        spent_a,
-        spent_b,
-        *outputs,
-        stopped,
-        batch.n,
-        batch.m,
-        p.max_iter,
-        1 / p.rho_a,
-        1 / p.rho_b,
-        **options,
-    )
+    def _write_outputs(self) -> None:
+        launch, problem = self.launch, self.problem
+        finish_kernel[(launch.size,)](
+            launch.cu_a,
+            launch.cu_b,
+            problem.log_a,
+            problem.log_b,
+            problem.epsilon,
+            *self.starts,
+            *self.potentials,
+            *self.results,
+            *self.cost_sums,
+            *self.outputs,
+            self.stopped,
+            launch.n,
+            launch.m,
+            problem.max_iter,
+            1 / problem.rho_a,
+            1 / problem.rho_b,
+            **self.options,
+        )

@@ -32,8 +32,8 @@ MAX_ITER = tl.constexpr(1)
 EMPTY = tl.constexpr(2)
 INFEASIBLE = tl.constexpr(3)
 # Below this share of the right side, relatively, there is nothing but rounding.
-SOLVED = tl.constexpr(1e-14)
-PATIENCE = tl.constexpr(10)
+ADJOINT_TOLERANCE = tl.constexpr(1e-14)
+ADJOINT_PATIENCE = tl.constexpr(10)
 # In the place of what a line without an allowed pair does not have.
 NO_PAIR = tl.constexpr(3e38)
 
@@ -51,7 +51,7 @@ def extent(cu_ptr, problem, size, PACKED: tl.constexpr):
 
 
 @triton.jit
-def temperature_of(epsilon_ptr, problem):
+def load_epsilon(epsilon_ptr, problem):
     """The epsilon of a problem, or 1 where it is none."""
     epsilon = tl.load(epsilon_ptr + problem)
     return tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
@@ -64,12 +64,12 @@ def load_log_mass(log_mass_ptr, index, size):
 
 
 @triton.jit
-def operand(tokens, centre_ptr, index, d, dim, HOW: tl.constexpr):
+def load_vectors(tokens, centre_ptr, index, d, dim, SPEC: tl.constexpr):
     """A tile of token vectors as a dot takes them, zeros outside the problem."""
     vectors_ptr, _, scale_ptr, _, size = tokens
-    KIND: tl.constexpr = HOW[0]
-    SCALED: tl.constexpr = HOW[1]
-    WIDE: tl.constexpr = HOW[2]
+    KIND: tl.constexpr = SPEC[0]
+    SCALED: tl.constexpr = SPEC[1]
+    WIDE: tl.constexpr = SPEC[2]
     inside = (index < size)[:, None] & (d < dim)[None, :]
     if WIDE:
         index = index.to(tl.int64)
@@ -85,7 +85,7 @@ def operand(tokens, centre_ptr, index, d, dim, HOW: tl.constexpr):
 
 
 @triton.jit
-def place(tokens, sizes, problem, zero_a, zero_b, KIND: tl.constexpr):
+def locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND: tl.constexpr):
     """What the cost of a problem is made of: its tokens and what is known of them, strides, sizes.
 
     Whatever makes costs takes this tuple, HOW = (KIND, SCALED, WIDE, PRECISION), and where the
@@ -97,12 +97,12 @@ def place(tokens, sizes, problem, zero_a, zero_b, KIND: tl.constexpr):
         x_ptr += problem * stride_batch
         y_ptr = x_ptr
     else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
+        x_ptr += offset_a * dim
+        y_ptr += offset_b * dim
+        norm_x_ptr += offset_a
+        norm_y_ptr += offset_b
+        scale_x_ptr += offset_a
+        scale_y_ptr += offset_b
         centre_ptr += problem * dim
     x = (x_ptr, norm_x_ptr, scale_x_ptr, stride_n, n)
     y = (y_ptr, norm_y_ptr, scale_y_ptr, stride_m, m)
@@ -110,24 +110,24 @@ def place(tokens, sizes, problem, zero_a, zero_b, KIND: tl.constexpr):
 
 
 @triton.jit
-def swapped(costs):
+def swap_sides(costs):
     """The same with the two sides exchanged."""
     x, y, centre_ptr, dim = costs
     return y, x, centre_ptr, dim
 
 
 @triton.jit
-def dots(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
+def dot_products(costs, row_start, column_start, SPEC: tl.constexpr, TILE: tl.constexpr):
     """x_i . y_j (BLOCK_N, BLOCK_M), made of parts of PART rows."""
     x_side, y_side, centre_ptr, dim = costs
-    PRECISION: tl.constexpr = HOW[3]
+    PRECISION: tl.constexpr = SPEC[3]
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_M: tl.constexpr = TILE[1]
     BLOCK_D: tl.constexpr = TILE[2]
     PART: tl.constexpr = TILE[3]
     PARTS: tl.constexpr = BLOCK_N // PART
-    rows = row_zero + tl.arange(0, PART)
-    columns = column_zero + tl.arange(0, BLOCK_M)
+    rows = row_start + tl.arange(0, PART)
+    columns = column_start + tl.arange(0, BLOCK_M)
     sum0 = tl.zeros((PART, BLOCK_M), tl.float32)
     if PARTS >= 2:
         sum1 = tl.zeros((PART, BLOCK_M), tl.float32)
@@ -136,17 +136,17 @@ def dots(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
         sum3 = tl.zeros((PART, BLOCK_M), tl.float32)
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        y = operand(y_side, centre_ptr, columns, d, dim, HOW)
+        y = load_vectors(y_side, centre_ptr, columns, d, dim, SPEC)
         y = tl.trans(y)
-        x = operand(x_side, centre_ptr, rows, d, dim, HOW)
+        x = load_vectors(x_side, centre_ptr, rows, d, dim, SPEC)
         sum0 = tl.dot(x, y, sum0, input_precision=PRECISION)
         if PARTS >= 2:
-            x = operand(x_side, centre_ptr, rows + PART, d, dim, HOW)
+            x = load_vectors(x_side, centre_ptr, rows + PART, d, dim, SPEC)
             sum1 = tl.dot(x, y, sum1, input_precision=PRECISION)
         if PARTS >= 4:
-            x = operand(x_side, centre_ptr, rows + 2 * PART, d, dim, HOW)
+            x = load_vectors(x_side, centre_ptr, rows + 2 * PART, d, dim, SPEC)
             sum2 = tl.dot(x, y, sum2, input_precision=PRECISION)
-            x = operand(x_side, centre_ptr, rows + 3 * PART, d, dim, HOW)
+            x = load_vectors(x_side, centre_ptr, rows + 3 * PART, d, dim, SPEC)
             sum3 = tl.dot(x, y, sum3, input_precision=PRECISION)
     if PARTS == 1:
         product = sum0
@@ -159,12 +159,12 @@ def dots(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def stored_cost(
+def load_cost(
     cost_ptr,
     stride_n,
     stride_m,
-    row_zero,
-    column_zero,
+    row_start,
+    column_start,
     n,
     m,
     WIDE: tl.constexpr,
@@ -177,9 +177,9 @@ def stored_cost(
     N: tl.constexpr = BLOCK_N // (4 * WARPS_N)
     M: tl.constexpr = BLOCK_M // (8 * WARPS_M)
     i = tl.reshape(tl.arange(0, BLOCK_N), (N, WARPS_N, 4))
-    i = tl.reshape(tl.permute(i, (2, 1, 0)), (1, 4, 1, WARPS_N, 1, N)) + row_zero
+    i = tl.reshape(tl.permute(i, (2, 1, 0)), (1, 4, 1, WARPS_N, 1, N)) + row_start
     j = tl.reshape(tl.arange(0, BLOCK_M), (M, WARPS_M, 8))
-    j = tl.reshape(tl.permute(j, (2, 1, 0)), (8, 1, WARPS_M, 1, M, 1)) + column_zero
+    j = tl.reshape(tl.permute(j, (2, 1, 0)), (8, 1, WARPS_M, 1, M, 1)) + column_start
     if WIDE:
         i = i.to(tl.int64)
         j = j.to(tl.int64)
@@ -189,38 +189,38 @@ def stored_cost(
 
 
 @triton.jit
-def cost_tile(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
+def cost_tile(costs, row_start, column_start, SPEC: tl.constexpr, TILE: tl.constexpr):
     """A tile of the cost of one problem.
 
     A cost of vectors that is not finite becomes NaN, never a forbidden pair.
     """
     x_ptr, norm_x_ptr, _, stride_n, n = costs[0]
     _, norm_y_ptr, _, stride_m, m = costs[1]
-    KIND: tl.constexpr = HOW[0]
+    KIND: tl.constexpr = SPEC[0]
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_M: tl.constexpr = TILE[1]
     if KIND == GIVEN:
-        cost = stored_cost(
+        cost = load_cost(
             x_ptr,
             stride_n,
             stride_m,
-            row_zero,
-            column_zero,
+            row_start,
+            column_start,
             n,
             m,
-            HOW[2],
+            SPEC[2],
             BLOCK_N,
             BLOCK_M,
             TILE[4],
             TILE[5],
         )
     else:
-        cost = dots(costs, row_zero, column_zero, HOW, TILE)
+        cost = dot_products(costs, row_start, column_start, SPEC, TILE)
         if KIND == DOT:
             cost = -cost
         else:
-            rows = row_zero + tl.arange(0, BLOCK_N)
-            columns = column_zero + tl.arange(0, BLOCK_M)
+            rows = row_start + tl.arange(0, BLOCK_N)
+            columns = column_start + tl.arange(0, BLOCK_M)
             norm_x = tl.load(norm_x_ptr + rows, mask=rows < n, other=0.0)[:, None]
             norm_y = tl.load(norm_y_ptr + columns, mask=columns < m, other=0.0)[None, :]
             if KIND == COSINE:
@@ -272,44 +272,44 @@ def times_log2(x, NVIDIA: tl.constexpr):
 @triton.jit
 def plan_tile(cost, A, B, f, g, scale):
     """The plan of a tile of costs from log2 masses and potentials; 0 where it is no number."""
-    present = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
+    valid = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
     score = (f[:, None] + g[None, :] - cost) * scale + (A[:, None] + B[None, :])
-    score = tl.where(present, score, -INFINITY)
+    score = tl.where(valid, score, -INFINITY)
     return tl.where(score < INFINITY, tl.exp2(score), 0.0)
 
 
 @triton.jit
-def log_sum(score, axis: tl.constexpr):
+def log_sum_exp2(score, axis: tl.constexpr):
     """log2 sum exp2 of the scores along the axis (0 where every one is -inf), and where not."""
     peak = tl.max(score, axis)
-    alive = peak > -INFINITY
-    peak = tl.where(alive, peak, 0.0)
+    has_finite = peak > -INFINITY
+    peak = tl.where(has_finite, peak, 0.0)
     total = tl.sum(tl.exp2(score - tl.expand_dims(peak, axis)), axis)
-    return tl.where(alive, peak + tl.log2(tl.where(alive, total, 1.0)), 0.0), alive
+    return tl.where(has_finite, peak + tl.log2(tl.where(has_finite, total, 1.0)), 0.0), has_finite
 
 
 @triton.jit
-def penalties(sums, log_mass, mass):
+def kl_penalty(sums, log_mass, mass):
     """KL of the sums of one side of a plan from its masses, line by line."""
-    some = (sums > 0) & (mass > 0)
+    positive = (sums > 0) & (mass > 0)
     ratio = tl.log2(tl.where(sums > 0, sums, 1.0)) - tl.where(sums > 0, log_mass, 0.0)
-    apart = sums * ratio / LOG2_E - sums + mass
+    divergence = sums * ratio / LOG2_E - sums + mass
     # Sums that nearly are the masses cancel; there the series of (1 + x) log(1 + x) - x is taken.
-    x = tl.where(some, sums / tl.where(some, mass, 1.0) - 1, 1.0)
+    x = tl.where(positive, sums / tl.where(positive, mass, 1.0) - 1, 1.0)
     series = 0.5 + x * (-1 / 6 + x * (1 / 12 + x * (-1 / 20 + x * (1 / 30 - x / 42))))
-    near = mass * x * x * series
-    return tl.where(tl.abs(x) < 0.125, near, apart)
+    small_divergence = mass * x * x * series
+    return tl.where(tl.abs(x) < 0.125, small_divergence, divergence)
 
 
 @triton.jit
-def wanted(log_mass, alive, F, strength):
+def target_marginal(log_mass, has_pair, F, strength):
     """The sums of an optimal plan; strength is epsilon / rho, 0 for a fixed marginal."""
-    penalised = tl.where(alive, times_exp2(log_mass, -F * strength), 0.0)
+    penalised = tl.where(has_pair, times_exp2(log_mass, -F * strength), 0.0)
     return tl.where(strength > 0, penalised, tl.exp2(log_mass))
 
 
 @triton.jit
 def log_ratio(sums, log_mass):
     """log(sums / mass), and 0 where nothing is transported; the mass may be 0 in float32."""
-    some = sums > 0
-    return (tl.log2(tl.where(some, sums, 1.0)) - tl.where(some, log_mass, 0.0)) / LOG2_E
+    positive = sums > 0
+    return (tl.log2(tl.where(positive, sums, 1.0)) - tl.where(positive, log_mass, 0.0)) / LOG2_E

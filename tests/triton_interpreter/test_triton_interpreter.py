@@ -14,7 +14,7 @@ import torch
 from optical import BackendUnsupported, backends, kernels, ops, ot_alignment, sinkhorn
 from optical.arguments import example
 from optical.kernels import tuning
-from optical.kernels.batch import Batch
+from optical.kernels.batch import LaunchProblem
 from optical.testing import (
     FIELDS,
     assert_backend_correct,
@@ -115,7 +115,7 @@ def stream_everything(monkeypatch, way):
     """No problem is small enough to stay on chip, and few or many are enough to fill one."""
     monkeypatch.setattr(tuning, "RESIDENT", 0)
     for module in (FORWARD, BACKWARD_UNROLLED):
-        monkeypatch.setattr(module, "tiles_of", lambda batch, table: [])
+        monkeypatch.setattr(module, "choose_tiles", lambda launch, table: [])
     monkeypatch.setattr(tuning, "PROGRAMS", {"loop": 0, "steps": 10**6}[way])
 
 
@@ -180,8 +180,8 @@ def test_a_kept_plan_is_written_again_where_potentials_drift(monkeypatch):
 
     stream_everything(monkeypatch, "loop")
     written = []
-    keep = single_launch.keep.rewrite()
-    monkeypatch.setattr(single_launch, "keep", lambda *given: written.append(keep(*given)))
+    keep = single_launch.store_plan.rewrite()
+    monkeypatch.setattr(single_launch, "store_plan", lambda *given: written.append(keep(*given)))
     problem = fast("epsilon_0.01", max_iter=24).one(0)
     for drift, least, most in ((6.0, 1, 1), (0.6, 2, 8), (1e-4, 0, 0)):
         monkeypatch.setattr(half_precision, "DRIFT", type(half_precision.DRIFT)(drift))
@@ -213,7 +213,7 @@ REFUSED |= {"low_memory": {"low_memory": True}, "exact": {"precision": "exact"}}
 
 def test_what_half_precision_does_not_serve():
     def served(problem):
-        return FORWARD._kept(Batch(problem.to(torch.float32).arguments())).fast
+        return FORWARD.allocate_plan(LaunchProblem(problem.to(torch.float32).arguments())).fast
 
     assert served(fast("7x5"))
     assert not served(packed(fast("cosine_ragged")))
@@ -270,7 +270,7 @@ def test_problems_larger_than_a_chip():
 def test_one_long_side_stays_on_chip(n, m, monkeypatch):
     clouds = random_clouds(f"{n}x{m}", "cosine", batch=1, n=n, m=m, dim=5, max_iter=6)
     given = random_problem(f"{n}x{m}", 1, n, m, max_iter=6)
-    monkeypatch.setattr(FORWARD, "_steps", None)
+    monkeypatch.setattr(FORWARD, "StepwiseSolve", None)
     for problem, half in ((given, None), (clouds, torch.float16)):
         moved = problem.to(torch.float32, vectors=half)
         out, truth = solve("triton", moved), solve("reference", moved.to(torch.float64))
@@ -293,11 +293,11 @@ def test_drifting_scalings_are_rebuilt_and_lost_ones_are_redone():
 
 
 def test_a_scaling_that_went_too_far_is_taken_back(monkeypatch):
-    """With FAR below DRIFT every drift is taken back, and the exact steps after it agree."""
+    """With both limits equal every drift is discarded, and the exact iterations after it agree."""
     from optical.kernels.onchip import solve as onchip
 
-    for name in ("FAR", "DRIFT"):
-        monkeypatch.setattr(onchip, name, type(onchip.FAR)(1.5))
+    for name in ("DISCARD_LIMIT", "REBUILD_LIMIT"):
+        monkeypatch.setattr(onchip, name, type(onchip.DISCARD_LIMIT)(1.5))
     problem = replace(ALL["marginals"], max_iter=12)
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
 
@@ -363,7 +363,7 @@ def test_refusals_say_what_is_missing():
     assert supports(example(cost)) is None
     assert supports(example(cost, gradient="implicit")) is None
     assert supports(example(cost, gradient="unroll")) is None
-    with pytest.raises(BackendUnsupported, match="do not know anderson"):
+    with pytest.raises(BackendUnsupported, match="do not support anderson"):
         sinkhorn(cost, epsilon=0.1, anderson=5, backend="triton")
     with pytest.raises(BackendUnsupported, match=r"the problem is float64; .* float32"):
         sinkhorn(cost.double(), epsilon=0.1, backend="triton")

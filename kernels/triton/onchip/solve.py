@@ -31,28 +31,28 @@ from optical.kernels.tiles import (
     MAX_ITER,
     cost_tile,
     extent,
+    kl_penalty,
     load_log_mass,
-    log_sum,
-    penalties,
-    place,
+    locate_cost,
+    log_sum_exp2,
     quotient,
-    swapped,
+    swap_sides,
+    target_marginal,
     times_log2,
-    wanted,
 )
 
-DRIFT = tl.constexpr(2.0**30)
-FAR = tl.constexpr(2.0**50)
-WEAK = tl.constexpr(2.0**-40)
-LEAST = tl.constexpr(2.0**-120)
-STRONG = tl.constexpr(2.0**100)
+REBUILD_LIMIT = tl.constexpr(2.0**30)
+DISCARD_LIMIT = tl.constexpr(2.0**50)
+MIN_MASS = tl.constexpr(2.0**-40)
+MIN_SUM = tl.constexpr(2.0**-120)
+MAX_SUM = tl.constexpr(2.0**100)
 
 
 @triton.jit
 def load_start(start_ptr, index, log_mass, size):
     """The potentials to start from and whether one at a present line is not finite."""
-    inside = (index < size) & (log_mass != -INFINITY)
-    start = tl.load(start_ptr + index, mask=inside, other=0.0)
+    mask = (index < size) & (log_mass != -INFINITY)
+    start = tl.load(start_ptr + index, mask=mask, other=0.0)
     return start, tl.max((tl.abs(start) < INFINITY).to(tl.int32) ^ 1, 0) > 0
 
 
@@ -112,8 +112,8 @@ def resident_kernel(
     WARPS_M: tl.constexpr,
 ):
     problem = tl.program_id(0).to(tl.int64)
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
     if PACKED:
         # The same grid is launched for each size of tile; a problem belongs to one of them.
         longest = tl.maximum(n, m)
@@ -121,15 +121,15 @@ def resident_kernel(
             return
     rows = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
-    log_a_ptr += zero_a
-    log_b_ptr += zero_b
+    log_a_ptr += offset_a
+    log_b_ptr += offset_b
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
-    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    costs = locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND)
+    SPEC: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     epsilon = tl.load(epsilon_ptr + problem)
-    readable = (epsilon > 0) & (epsilon < INFINITY)
-    epsilon = tl.where(readable, epsilon, 1.0)
+    valid_epsilon = (epsilon > 0) & (epsilon < INFINITY)
+    epsilon = tl.where(valid_epsilon, epsilon, 1.0)
     scale = LOG2_E / epsilon
     strength_a = epsilon * inverse_rho_a
     strength_b = epsilon * inverse_rho_b
@@ -139,35 +139,35 @@ def resident_kernel(
     empty = (tl.max((A != -INFINITY).to(tl.int32), 0) == 0) | (
         tl.max((B != -INFINITY).to(tl.int32), 0) == 0
     )
-    unreadable = tl.max((A < INFINITY).to(tl.int32) ^ 1, 0) > 0
-    unreadable = unreadable | (tl.max((B < INFINITY).to(tl.int32) ^ 1, 0) > 0)
-    broken = (readable == 0) | unreadable
+    not_finite = tl.max((A < INFINITY).to(tl.int32) ^ 1, 0) > 0
+    not_finite = not_finite | (tl.max((B < INFINITY).to(tl.int32) ^ 1, 0) > 0)
+    invalid = (valid_epsilon == 0) | not_finite
     # The potentials wait in device memory while K is scaled: its entries need the registers.
-    f_ptr += zero_a
-    g_ptr += zero_b
+    f_ptr += offset_a
+    g_ptr += offset_b
     F = tl.zeros((BLOCK_N,), tl.float32)
     G = tl.zeros((BLOCK_M,), tl.float32)
     if START:
-        F, unreadable = load_start(f0_ptr + zero_a, rows, A, n)
-        broken = broken | unreadable
-        G, unreadable = load_start(g0_ptr + zero_b, columns, B, m)
-        broken = broken | unreadable
+        F, not_finite = load_start(f0_ptr + offset_a, rows, A, n)
+        invalid = invalid | not_finite
+        G, not_finite = load_start(g0_ptr + offset_b, columns, B, m)
+        invalid = invalid | not_finite
     tl.store(f_ptr + rows, F * scale, mask=rows < n)
     tl.store(g_ptr + columns, G * scale, mask=columns < m)
     u = tl.zeros((BLOCK_N,), tl.float32) + 1.0
     v = tl.zeros((BLOCK_M,), tl.float32) + 1.0
     K = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    dead_a = False
-    dead_b = False
+    isolated_a = False
+    isolated_b = False
     iteration = 0
     stop = False
-    settled = False
+    at_epsilon = False
     running = True
     annealing = anneal_start
-    patience = 0
+    exact_until = 0
     while running:
         # Addresses that seem to depend on the loop stay out of the registers between rebuilds.
-        zero = tl.multiple_of(tl.minimum(iteration, 0), 16)
+        loop_zero = tl.multiple_of(tl.minimum(iteration, 0), 16)
         temperature = epsilon
         if ANNEAL:
             temperature = tl.maximum(epsilon, annealing)
@@ -175,87 +175,91 @@ def resident_kernel(
         relaxation = tl.where((iteration == 0) | (temperature != epsilon), 1.0, omega)
         beta_a = relaxation / (1 + temperature * inverse_rho_a)
         beta_b = relaxation / (1 + temperature * inverse_rho_b)
-        A = load_log_mass(log_a_ptr, rows + zero, n)
-        B = load_log_mass(log_b_ptr, columns + zero, m)
+        A = load_log_mass(log_a_ptr, rows + loop_zero, n)
+        B = load_log_mass(log_b_ptr, columns + loop_zero, m)
         if BLOCK_N > BLOCK_M:
             # A tall tile is made lying, and turned: then its sums cost no more than a wide one's.
-            LYING: tl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, PART, WARPS_M, WARPS_N)
-            cost = tl.trans(cost_tile(swapped(costs), zero, zero, HOW, LYING))
+            TRANSPOSED_TILE: tl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, PART, WARPS_M, WARPS_N)
+            cost = tl.trans(
+                cost_tile(swap_sides(costs), loop_zero, loop_zero, SPEC, TRANSPOSED_TILE)
+            )
         else:
             TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M)
-            cost = cost_tile(costs, zero, zero, HOW, TILE)
+            cost = cost_tile(costs, loop_zero, loop_zero, SPEC, TILE)
         # One tile serves all: -S, then with G and B the scores of the rows, then with F and A the
         # logarithms of the plan.
-        present = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
-        T = tl.where(present, -scale * cost, -INFINITY)
+        valid = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
+        T = tl.where(valid, -scale * cost, -INFINITY)
         # NaN compares with nothing, and a cost of -inf is no cost either.
-        highest = tl.min(tl.where(T < INFINITY, 1, 0), 1)
-        broken = broken | (tl.min(highest, 0) == 0)
+        finite_pairs = tl.min(tl.where(T < INFINITY, 1, 0), 1)
+        invalid = invalid | (tl.min(finite_pairs, 0) == 0)
         ratio = 1.0
         if ANNEAL:
             ratio = epsilon / temperature
             T = T * ratio
         tl.debug_barrier()
-        G = tl.load(g_ptr + columns + zero, mask=columns < m, other=0.0)
+        G = tl.load(g_ptr + columns + loop_zero, mask=columns < m, other=0.0)
         G += tl.where(v > 0, tl.log2(v), 0.0)
         T += (B + G * ratio)[None, :]
-        minimum, row_alive = log_sum(T, 1)
-        minimum = -minimum / ratio
-        dead_a = tl.max(tl.where(row_alive, 0, tl.where(A != -INFINITY, 1, 0)), 0) > 0
-        F = tl.load(f_ptr + rows + zero, mask=rows < n, other=0.0)
-        F = tl.where(row_alive, F + tl.where(u > 0, tl.log2(u), 0.0), 0.0)
-        row_sum = tl.where(row_alive, tl.exp2(A + (F - minimum) * ratio), 0.0)
-        error = tl.sum(tl.abs(row_sum - wanted(A, row_alive, F, strength_a)), 0)
-        stop = settled & (tol > 0) & (error <= tol)
-        settled = temperature == epsilon
-        halt = stop | empty | broken | (iteration >= max_iter)
-        F = tl.where(halt, F, (1 - relaxation) * F + beta_a * minimum)
+        softmin, row_has_pair = log_sum_exp2(T, 1)
+        softmin = -softmin / ratio
+        isolated_a = tl.max(tl.where(row_has_pair, 0, tl.where(A != -INFINITY, 1, 0)), 0) > 0
+        F = tl.load(f_ptr + rows + loop_zero, mask=rows < n, other=0.0)
+        F = tl.where(row_has_pair, F + tl.where(u > 0, tl.log2(u), 0.0), 0.0)
+        row_sum = tl.where(row_has_pair, tl.exp2(A + (F - softmin) * ratio), 0.0)
+        error = tl.sum(tl.abs(row_sum - target_marginal(A, row_has_pair, F, strength_a)), 0)
+        stop = at_epsilon & (tol > 0) & (error <= tol)
+        at_epsilon = temperature == epsilon
+        halt = stop | empty | invalid | (iteration >= max_iter)
+        F = tl.where(halt, F, (1 - relaxation) * F + beta_a * softmin)
         T += (A + F * ratio)[:, None]
-        total, column_alive = log_sum(T, 0)
-        dead_b = tl.max(tl.where(column_alive, 0, tl.where(B != -INFINITY, 1, 0)), 0) > 0
-        minimum = tl.where(column_alive, G + (B - total) / ratio, 0.0)
-        G_next = tl.where(halt, G, (1 - relaxation) * G + beta_b * minimum)
-        G_next = tl.where(column_alive, G_next, 0.0)
+        total, column_has_pair = log_sum_exp2(T, 0)
+        isolated_b = tl.max(tl.where(column_has_pair, 0, tl.where(B != -INFINITY, 1, 0)), 0) > 0
+        softmin = tl.where(column_has_pair, G + (B - total) / ratio, 0.0)
+        G_next = tl.where(halt, G, (1 - relaxation) * G + beta_b * softmin)
+        G_next = tl.where(column_has_pair, G_next, 0.0)
         if ANNEAL:
             # log2 of the plan at the final temperature: S = (A + B + (F + G) ratio - T) / ratio.
             T = tl.where(T > -INFINITY, T - (A + F * ratio)[:, None], -INFINITY)
             T = tl.where(T > -INFINITY, (T - (B + G * ratio)[None, :]) / ratio, -INFINITY)
             K = tl.exp2(T + (A + F)[:, None] + (B + G_next)[None, :])
         else:
-            K = tl.exp2(T + tl.where(column_alive, G_next - G, 0.0)[None, :])
+            K = tl.exp2(T + tl.where(column_has_pair, G_next - G, 0.0)[None, :])
         u = tl.full((BLOCK_N,), 1.0, tl.float32)
         v = tl.full((BLOCK_M,), 1.0, tl.float32)
         if GENERAL:
             # Until the end the scaling of a line without an allowed pair is 0, and of no other.
-            u = tl.where(row_alive, u, 0.0)
-            v = tl.where(column_alive, v, 0.0)
+            u = tl.where(row_has_pair, u, 0.0)
+            v = tl.where(column_has_pair, v, 0.0)
         tl.debug_barrier()
-        tl.store(f_ptr + rows + zero, F, mask=rows < n)
-        tl.store(g_ptr + columns + zero, G_next, mask=columns < m)
+        tl.store(f_ptr + rows + loop_zero, F, mask=rows < n)
+        tl.store(g_ptr + columns + loop_zero, G_next, mask=columns < m)
         if GENERAL:
             # The scaling loop reads F again.
             tl.debug_barrier()
         # A line that may carry mass, but whose K is lost below float32, needs exact steps, and so
         # has one whose mass is so small that a scaling within 2^+-30 could lose it.
-        weakest = tl.min(tl.where(row_alive, tl.minimum(tl.sum(K, 1), tl.exp2(A)), 1.0), 0)
-        weakest_b = tl.min(tl.where(column_alive, tl.minimum(tl.sum(K, 0), tl.exp2(B)), 1.0), 0)
+        smallest_sum = tl.min(tl.where(row_has_pair, tl.minimum(tl.sum(K, 1), tl.exp2(A)), 1.0), 0)
+        smallest_column_sum = tl.min(
+            tl.where(column_has_pair, tl.minimum(tl.sum(K, 0), tl.exp2(B)), 1.0), 0
+        )
         iteration += tl.where(halt, 0, 1)
         running = (halt == 0) & (iteration < max_iter)
-        scaling = running & settled & (tl.minimum(weakest, weakest_b) > WEAK)
-        scaling = scaling & (iteration >= patience)
+        scaling = running & at_epsilon & (tl.minimum(smallest_sum, smallest_column_sum) > MIN_MASS)
+        scaling = scaling & (iteration >= exact_until)
         if GENERAL:
-            strongest = tl.maximum(tl.max(tl.sum(K, 1), 0), tl.max(tl.sum(K, 0), 0))
-            scaling = scaling & (strongest < STRONG)
-        base = iteration
+            largest_sum = tl.maximum(tl.max(tl.sum(K, 1), 0), tl.max(tl.sum(K, 0), 0))
+            scaling = scaling & (largest_sum < MAX_SUM)
+        rebuilt_at = iteration
         # What an update multiplies with: the mass, or with penalties and relaxation its logarithm.
         if GENERAL:
             beta_a = omega / (1 + strength_a)
             beta_b = omega / (1 + strength_b)
-            a = tl.where(row_alive, beta_a * A + (beta_a - omega) * F, -INFINITY)
-            b = tl.where(column_alive, beta_b * B + (beta_b - omega) * G_next, -INFINITY)
+            a = tl.where(row_has_pair, beta_a * A + (beta_a - omega) * F, -INFINITY)
+            b = tl.where(column_has_pair, beta_b * B + (beta_b - omega) * G_next, -INFINITY)
         else:
-            a = tl.where(row_alive, tl.exp2(A), 0.0)
-            b = tl.where(column_alive, tl.exp2(B), 0.0)
+            a = tl.where(row_has_pair, tl.exp2(A), 0.0)
+            b = tl.where(column_has_pair, tl.exp2(B), 0.0)
         while scaling:
             # A scaling is looked at once in a few iterations, since that needs the whole program.
             steps = 1
@@ -263,22 +267,22 @@ def resident_kernel(
                 steps = tl.minimum(STEPS, max_iter - iteration)
             for _ in range(steps):
                 # Only a dead line sums to 0; its scaling becomes 0.
-                Kv = tl.maximum(tl.sum(K * v[None, :], 1), LEAST)
+                Kv = tl.maximum(tl.sum(K * v[None, :], 1), MIN_SUM)
                 if STEPS == 1:
                     # The f half-step measures the row sums u * Kv of the iterate it starts from.
                     log_mass = load_log_mass(log_a_ptr, rows, n)
                     if GENERAL:
                         F = tl.load(f_ptr + rows, mask=rows < n, other=0.0) + tl.log2(u)
-                        goal = wanted(log_mass, u > 0, F, strength_a)
+                        target = target_marginal(log_mass, u > 0, F, strength_a)
                     else:
-                        goal = tl.exp2(log_mass)
-                    stop = (tol > 0) & (tl.sum(tl.abs(u * Kv - goal), 0) <= tol)
+                        target = tl.exp2(log_mass)
+                    stop = (tol > 0) & (tl.sum(tl.abs(u * Kv - target), 0) <= tol)
                 if GENERAL:
                     start = tl.where(u > 0, (1 - omega) * tl.log2(u), 0.0)
                     u_next = tl.exp2(start + a - beta_a * tl.log2(Kv))
                 else:
                     u_next = quotient(a, Kv, NVIDIA)
-                Ku = tl.maximum(tl.sum(K * u_next[:, None], 0), LEAST)
+                Ku = tl.maximum(tl.sum(K * u_next[:, None], 0), MIN_SUM)
                 if GENERAL:
                     start = tl.where(v > 0, (1 - omega) * tl.log2(v), 0.0)
                     v_next = tl.exp2(start + b - beta_b * tl.log2(Ku))
@@ -295,11 +299,11 @@ def resident_kernel(
             largest = tl.maximum(tl.max(u, 0), tl.max(v, 0))
             smallest = tl.min(tl.where(u > 0, u, 1.0), 0)
             smallest = tl.minimum(smallest, tl.min(tl.where(v > 0, v, 1.0), 0))
-            scaling = running & (largest < DRIFT) & (smallest > 1 / DRIFT)
-            if (largest > FAR) | (smallest < 1 / FAR) | (largest != largest):
+            scaling = running & (largest < REBUILD_LIMIT) & (smallest > 1 / REBUILD_LIMIT)
+            if (largest > DISCARD_LIMIT) | (smallest < 1 / DISCARD_LIMIT) | (largest != largest):
                 # Too far to be trusted: back to where K was made, and on by exact steps.
-                patience = iteration
-                iteration = base
+                exact_until = iteration
+                iteration = rebuilt_at
                 stop = False
                 running = True
                 scaling = False
@@ -331,38 +335,38 @@ def resident_kernel(
     mass_b = tl.sum(b, 0)
     dual = tl.sum(row_sum * F, 0) + tl.sum(column_sum * G, 0)
     value = dual / scale + epsilon * (mass_a * mass_b - total)
-    goal_a = a
-    goal_b = b
+    target_a = a
+    target_b = b
     if GENERAL:
-        goal_a = wanted(A, u > 0, F, strength_a)
-        goal_b = wanted(B, v > 0, G, strength_b)
+        target_a = target_marginal(A, u > 0, F, strength_a)
+        target_b = target_marginal(B, v > 0, G, strength_b)
         if inverse_rho_a > 0:
-            value += tl.sum(penalties(row_sum, A, a), 0) / inverse_rho_a
+            value += tl.sum(kl_penalty(row_sum, A, a), 0) / inverse_rho_a
         if inverse_rho_b > 0:
-            value += tl.sum(penalties(column_sum, B, b), 0) / inverse_rho_b
-    error = tl.sum(tl.abs(row_sum - goal_a), 0) + tl.sum(tl.abs(column_sum - goal_b), 0)
+            value += tl.sum(kl_penalty(column_sum, B, b), 0) / inverse_rho_b
+    error = tl.sum(tl.abs(row_sum - target_a), 0) + tl.sum(tl.abs(column_sum - target_b), 0)
     fixed_a = inverse_rho_a == 0
     fixed_b = inverse_rho_b == 0
-    unequal = tl.abs(mass_a - mass_b) > tl.maximum(mass_a, mass_b) * MASS_TOLERANCE
-    infeasible = (fixed_a & dead_a) | (fixed_b & dead_b) | (fixed_a & fixed_b & unequal)
-    broken = broken & (empty == 0)
+    unbalanced = tl.abs(mass_a - mass_b) > tl.maximum(mass_a, mass_b) * MASS_TOLERANCE
+    infeasible = (fixed_a & isolated_a) | (fixed_b & isolated_b) | (fixed_a & fixed_b & unbalanced)
+    invalid = invalid & (empty == 0)
     status = tl.where(stop, CONVERGED, MAX_ITER)
-    status = tl.where(broken | infeasible, INFEASIBLE, status)
+    status = tl.where(invalid | infeasible, INFEASIBLE, status)
     status = tl.where(empty, EMPTY, status)
-    iteration = tl.where(empty, 0, tl.where(broken, max_iter, tl.minimum(iteration, max_iter)))
-    tl.store(value_ptr + problem, tl.where(empty, 0.0, tl.where(broken, float("nan"), value)))
-    transported = tl.where(empty, 0.0, tl.where(broken, float("nan"), transported / scale))
+    iteration = tl.where(empty, 0, tl.where(invalid, max_iter, tl.minimum(iteration, max_iter)))
+    tl.store(value_ptr + problem, tl.where(empty, 0.0, tl.where(invalid, float("nan"), value)))
+    transported = tl.where(empty, 0.0, tl.where(invalid, float("nan"), transported / scale))
     tl.store(value_linear_ptr + problem, transported)
     tl.store(
-        marginal_error_ptr + problem, tl.where(empty, 0.0, tl.where(broken, float("nan"), error))
+        marginal_error_ptr + problem, tl.where(empty, 0.0, tl.where(invalid, float("nan"), error))
     )
     tl.store(n_iter_ptr + problem, iteration)
     tl.store(status_ptr + problem, status)
     F = tl.where(
-        A == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(broken, float("nan"), F / scale))
+        A == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(invalid, float("nan"), F / scale))
     )
     G = tl.where(
-        B == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(broken, float("nan"), G / scale))
+        B == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(invalid, float("nan"), G / scale))
     )
     tl.debug_barrier()
     tl.store(f_ptr + rows, F, mask=rows < n)

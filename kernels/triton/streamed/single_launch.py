@@ -7,17 +7,22 @@ problems do best with. The bits are those of ``streaming``.
 import triton
 import triton.language as tl
 from optical.kernels.streamed.half_precision import (
-    EXACT,
-    NEVER,
-    WRITE,
-    consider,
+    STATE_EXACT,
+    STATE_EXACT_ONLY,
+    STATE_STORE,
     half_step,
-    keep,
-    proceed,
+    initial_state,
+    next_state,
+    store_plan,
 )
-from optical.kernels.streamed.logsumexp import SUMS, walk
-from optical.kernels.streamed.potentials import begin, finish, miss, relax
-from optical.kernels.tiles import INFINITY, LOG2_E, extent, place, swapped
+from optical.kernels.streamed.logsumexp import SUMS, reduce_rows
+from optical.kernels.streamed.potentials import (
+    init_potential,
+    marginal_error,
+    update_potential,
+    write_outputs,
+)
+from optical.kernels.tiles import INFINITY, LOG2_E, extent, locate_cost, swap_sides
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least"])
@@ -38,13 +43,13 @@ def loop_kernel(
     g0_ptr,
     f_ptr,
     g_ptr,
-    found_a_ptr,
-    found_b_ptr,
-    spent_a_ptr,
-    spent_b_ptr,
-    start_a_ptr,
-    start_b_ptr,
-    kept_ptr,
+    result_a_ptr,
+    result_b_ptr,
+    cost_sum_a_ptr,
+    cost_sum_b_ptr,
+    base_a_ptr,
+    base_b_ptr,
+    plan_ptr,
     value_ptr,
     value_linear_ptr,
     marginal_error_ptr,
@@ -82,80 +87,80 @@ def loop_kernel(
 ):
     """All iterations of a problem in one program, for those of more than ``least`` lines a side."""
     problem = tl.program_id(0).to(tl.int64)
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
     if tl.maximum(n, m) <= least:
         return
-    starts = (f0_ptr + zero_a, g0_ptr + zero_b)
+    starts = (f0_ptr + offset_a, g0_ptr + offset_b)
     rows = (
-        log_a_ptr + zero_a,
-        f_ptr + zero_a,
-        found_a_ptr + zero_a,
-        spent_a_ptr + zero_a,
-        start_a_ptr + zero_a,
+        log_a_ptr + offset_a,
+        f_ptr + offset_a,
+        result_a_ptr + offset_a,
+        cost_sum_a_ptr + offset_a,
+        base_a_ptr + offset_a,
     )
     columns = (
-        log_b_ptr + zero_b,
-        g_ptr + zero_b,
-        found_b_ptr + zero_b,
-        spent_b_ptr + zero_b,
-        start_b_ptr + zero_b,
+        log_b_ptr + offset_b,
+        g_ptr + offset_b,
+        result_b_ptr + offset_b,
+        cost_sum_b_ptr + offset_b,
+        base_b_ptr + offset_b,
     )
-    kept = (kept_ptr + problem * plane, width)
-    rows_kept = (rows[0], rows[4])
-    columns_kept = (columns[0], columns[4])
+    stored = (plan_ptr + problem * plane, width)
+    row_bases = (rows[0], rows[4])
+    column_bases = (columns[0], columns[4])
     outputs = (value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr)
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
-    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    costs = locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND)
+    SPEC: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
     epsilon = tl.load(epsilon_ptr + problem)
-    readable = (epsilon > 0) & (epsilon < INFINITY)
-    epsilon = tl.where(readable, epsilon, 1.0)
+    valid_epsilon = (epsilon > 0) & (epsilon < INFINITY)
+    epsilon = tl.where(valid_epsilon, epsilon, 1.0)
     scale = LOG2_E / epsilon
-    begin(rows[1], starts[0], n, scale, START, BLOCK)
-    begin(columns[1], starts[1], m, scale, START, BLOCK)
+    init_potential(rows[1], starts[0], n, scale, START, BLOCK)
+    init_potential(columns[1], starts[1], m, scale, START, BLOCK)
     iteration = 0
     stop = False
-    settled = False
+    at_epsilon = False
     annealing = anneal_start
     running = max_iter > 0
     state = 0
     if FAST:
-        state = consider(rows[0], n, BLOCK)
+        state = initial_state(rows[0], n, BLOCK)
     while running:
         temperature = tl.maximum(epsilon, annealing)
         annealing *= anneal_ratio
         ratio = epsilon / temperature
         relaxation = tl.where((iteration == 0) | (temperature != epsilon), 1.0, omega)
         tl.debug_barrier()
-        if FAST and state == WRITE:
-            keep(costs, rows_kept, columns_kept, kept, 0, BLOCK_N, scale, HOW, TILE)
+        if FAST and state == STATE_STORE:
+            store_plan(costs, row_bases, column_bases, stored, 0, BLOCK_N, scale, SPEC, TILE)
             tl.debug_barrier()
         half_step(
-            costs, rows, columns, kept, state, 0, BLOCK_N, scale, ratio, True, FAST, HOW, TILE
+            costs, rows, columns, stored, state, 0, BLOCK_N, scale, ratio, True, FAST, SPEC, TILE
         )
         tl.debug_barrier()
-        if (tol > 0) & settled:
-            missed = miss(rows, n, ratio, epsilon * inverse_rho_a, BLOCK)
-            stop = missed <= tol
+        if (tol > 0) & at_epsilon:
+            error = marginal_error(rows, n, ratio, epsilon * inverse_rho_a, BLOCK)
+            stop = error <= tol
             if FAST:
                 # An exact iteration decides.
-                kept_alone = stop & (state > EXACT)
-                state = tl.where(kept_alone, NEVER, state)
-                stop = stop & (kept_alone == 0)
-        settled = temperature == epsilon
+                undecided = stop & (state > STATE_EXACT)
+                state = tl.where(undecided, STATE_EXACT_ONLY, state)
+                stop = stop & (undecided == 0)
+        at_epsilon = temperature == epsilon
         if stop == 0:
             tl.debug_barrier()
             beta = relaxation / (1 + temperature * inverse_rho_a)
-            moved = relax(rows, n, relaxation, beta, state, FAST, BLOCK)
+            change = update_potential(rows, n, relaxation, beta, state, FAST, BLOCK)
             tl.debug_barrier()
             half_step(
-                swapped(costs),
+                swap_sides(costs),
                 columns,
                 rows,
-                kept,
+                stored,
                 state,
                 0,
                 BLOCK_N,
@@ -163,25 +168,25 @@ def loop_kernel(
                 ratio,
                 False,
                 FAST,
-                HOW,
+                SPEC,
                 TILE,
             )
             tl.debug_barrier()
             beta = relaxation / (1 + temperature * inverse_rho_b)
-            moved_b = relax(columns, m, relaxation, beta, state, FAST, BLOCK)
+            change_b = update_potential(columns, m, relaxation, beta, state, FAST, BLOCK)
             iteration += 1
             if FAST:
-                moved = tl.maximum(moved, moved_b)
-                state = proceed(state, moved, settled, max_iter - iteration)
+                change = tl.maximum(change, change_b)
+                state = next_state(state, change, at_epsilon, max_iter - iteration)
         running = (iteration < max_iter) & (stop == 0)
     tl.debug_barrier()
-    walk(costs, rows, columns, 0, BLOCK_N, scale, 1.0, SUMS, HOW, TILE)
-    walk(swapped(costs), columns, rows, 0, BLOCK_N, scale, 1.0, SUMS, HOW, TILE)
+    reduce_rows(costs, rows, columns, 0, BLOCK_N, scale, 1.0, SUMS, SPEC, TILE)
+    reduce_rows(swap_sides(costs), columns, rows, 0, BLOCK_N, scale, 1.0, SUMS, SPEC, TILE)
     tl.debug_barrier()
-    finish(
+    write_outputs(
         problem,
         epsilon,
-        readable,
+        valid_epsilon,
         starts,
         rows,
         columns,

@@ -13,20 +13,32 @@ With FAST, most iterations are products with a plan that is kept in half precisi
 import triton
 import triton.language as tl
 from optical.kernels.streamed.half_precision import (
-    EXACT,
-    NEVER,
-    WRITE,
-    consider,
+    STATE_EXACT,
+    STATE_EXACT_ONLY,
+    STATE_STORE,
     half_step,
-    keep,
-    proceed,
+    initial_state,
+    next_state,
+    store_plan,
 )
-from optical.kernels.streamed.logsumexp import SEGMENT, SUMS, join, minimum, walk, walk_segments
-from optical.kernels.streamed.potentials import begin, finish, miss, relax
-from optical.kernels.tiles import INFINITY, LOG2_E, extent, place, temperature_of
+from optical.kernels.streamed.logsumexp import (
+    SEGMENT,
+    SUMS,
+    merge,
+    reduce_rows,
+    reduce_segments,
+    softmin,
+)
+from optical.kernels.streamed.potentials import (
+    init_potential,
+    marginal_error,
+    update_potential,
+    write_outputs,
+)
+from optical.kernels.tiles import INFINITY, LOG2_E, extent, load_epsilon, locate_cost
 
 
-@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "lines"])
+@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "row_count"])
 def walk_kernel(
     x_ptr,
     y_ptr,
@@ -42,12 +54,12 @@ def walk_kernel(
     epsilon_ptr,
     f_ptr,
     g_ptr,
-    found_ptr,
-    spent_ptr,
-    start_a_ptr,
-    start_b_ptr,
-    kept_ptr,
-    part_ptr,
+    result_ptr,
+    cost_sum_ptr,
+    base_a_ptr,
+    base_b_ptr,
+    plan_ptr,
+    partial_ptr,
     state_ptr,
     stopped_ptr,
     stride_batch,
@@ -56,12 +68,12 @@ def walk_kernel(
     n,
     m,
     dim,
-    lines,
+    row_count,
     width,
     plane,
     annealing,
     SPLIT: tl.constexpr,
-    SEEN: tl.constexpr,
+    REDUCE: tl.constexpr,
     ROWS: tl.constexpr,
     FAST: tl.constexpr,
     KIND: tl.constexpr,
@@ -80,68 +92,88 @@ def walk_kernel(
     With SPLIT the programs share the columns too, and ``gather_kernel`` has to follow.
     """
     problem = tl.program_id(0).to(tl.int64)
-    if tl.load(stopped_ptr + problem) != 0 and SEEN != SUMS:
+    if tl.load(stopped_ptr + problem) != 0 and REDUCE != SUMS:
         return
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
-    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    costs = locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND)
+    SPEC: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
-    epsilon = temperature_of(epsilon_ptr, problem)
-    own = (
-        log_a_ptr + zero_a,
-        f_ptr + zero_a,
-        found_ptr + zero_a,
-        spent_ptr + zero_a,
-        start_a_ptr + zero_a,
+    epsilon = load_epsilon(epsilon_ptr, problem)
+    row_side = (
+        log_a_ptr + offset_a,
+        f_ptr + offset_a,
+        result_ptr + offset_a,
+        cost_sum_ptr + offset_a,
+        base_a_ptr + offset_a,
     )
-    other = (log_b_ptr + zero_b, g_ptr + zero_b, own[2], own[3], start_b_ptr + zero_b)
-    first = tl.program_id(1) * BLOCK_N
-    step = tl.num_programs(1) * BLOCK_N
+    column_side = (
+        log_b_ptr + offset_b,
+        g_ptr + offset_b,
+        row_side[2],
+        row_side[3],
+        base_b_ptr + offset_b,
+    )
+    first_row = tl.program_id(1) * BLOCK_N
+    row_step = tl.num_programs(1) * BLOCK_N
     scale = LOG2_E / epsilon
     ratio = epsilon / tl.maximum(epsilon, annealing)
-    if SEEN == SUMS:
-        walk(costs, own, other, first, step, scale, 1.0, SUMS, HOW, TILE)
+    if REDUCE == SUMS:
+        reduce_rows(costs, row_side, column_side, first_row, row_step, scale, 1.0, SUMS, SPEC, TILE)
     elif SPLIT:
         segment = tl.program_id(2)
-        segments = tl.num_programs(2)
-        part_ptr += zero_a
-        walk_segments(
+        segment_step = tl.num_programs(2)
+        partial_ptr += offset_a
+        reduce_segments(
             costs,
-            own,
-            other,
-            part_ptr,
-            lines,
-            first,
-            step,
+            row_side,
+            column_side,
+            partial_ptr,
+            row_count,
+            first_row,
+            row_step,
             segment,
-            segments,
+            segment_step,
             scale,
             ratio,
-            HOW,
+            SPEC,
             TILE,
         )
     else:
-        kept = (kept_ptr + problem * plane, width)
+        stored = (plan_ptr + problem * plane, width)
         state = 0
         if FAST:
             state = tl.load(state_ptr + problem)
-        half_step(costs, own, other, kept, state, first, step, scale, ratio, ROWS, FAST, HOW, TILE)
+        half_step(
+            costs,
+            row_side,
+            column_side,
+            stored,
+            state,
+            first_row,
+            row_step,
+            scale,
+            ratio,
+            ROWS,
+            FAST,
+            SPEC,
+            TILE,
+        )
 
 
-@triton.jit(do_not_specialize=["n", "m", "lines"])
+@triton.jit(do_not_specialize=["n", "m", "row_count"])
 def gather_kernel(
     cu_a_ptr,
     cu_b_ptr,
     epsilon_ptr,
-    part_ptr,
-    found_ptr,
+    partial_ptr,
+    result_ptr,
     stopped_ptr,
     n,
     m,
-    lines,
+    row_count,
     annealing,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -150,25 +182,25 @@ def gather_kernel(
     problem = tl.program_id(0).to(tl.int64)
     if tl.load(stopped_ptr + problem) != 0:
         return
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
     _zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
-    epsilon = temperature_of(epsilon_ptr, problem)
+    epsilon = load_epsilon(epsilon_ptr, problem)
     ratio = epsilon / tl.maximum(epsilon, annealing)
-    for zero in range(tl.program_id(1) * BLOCK, n, tl.num_programs(1) * BLOCK):
-        rows = zero + tl.arange(0, BLOCK)
-        inside = rows < n
+    for block_start in range(tl.program_id(1) * BLOCK, n, tl.num_programs(1) * BLOCK):
+        rows = block_start + tl.arange(0, BLOCK)
+        mask = rows < n
         peak = tl.full((BLOCK,), -INFINITY, tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
-        lowest = tl.full((BLOCK,), INFINITY, tl.float32)
-        source = part_ptr + zero_a + rows
+        least_cost = tl.full((BLOCK,), INFINITY, tl.float32)
+        source = partial_ptr + offset_a + rows
         for _ in range(0, m, SEGMENT):
-            more_peak = tl.load(source, mask=inside, other=-INFINITY)
-            more_total = tl.load(source + lines, mask=inside, other=0.0)
-            more_lowest = tl.load(source + 2 * lines, mask=inside, other=INFINITY)
-            peak, total = join(peak, total, more_peak, more_total)
-            lowest = tl.minimum(lowest, more_lowest)
-            source += 3 * lines
-        tl.store(found_ptr + zero_a + rows, minimum(peak, total, lowest, ratio), mask=inside)
+            segment_peak = tl.load(source, mask=mask, other=-INFINITY)
+            segment_total = tl.load(source + row_count, mask=mask, other=0.0)
+            segment_least = tl.load(source + 2 * row_count, mask=mask, other=INFINITY)
+            peak, total = merge(peak, total, segment_peak, segment_total)
+            least_cost = tl.minimum(least_cost, segment_least)
+            source += 3 * row_count
+        tl.store(result_ptr + offset_a + rows, softmin(peak, total, least_cost, ratio), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m"])
@@ -185,9 +217,9 @@ def keep_kernel(
     log_a_ptr,
     log_b_ptr,
     epsilon_ptr,
-    start_a_ptr,
-    start_b_ptr,
-    kept_ptr,
+    base_a_ptr,
+    base_b_ptr,
+    plan_ptr,
     state_ptr,
     stopped_ptr,
     stride_batch,
@@ -211,50 +243,50 @@ def keep_kernel(
 ):
     """Write K of the problems that are about to use one."""
     problem = tl.program_id(0).to(tl.int64)
-    if (tl.load(stopped_ptr + problem) != 0) | (tl.load(state_ptr + problem) != WRITE):
+    if (tl.load(stopped_ptr + problem) != 0) | (tl.load(state_ptr + problem) != STATE_STORE):
         return
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
-    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    costs = locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND)
+    SPEC: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
     epsilon = tl.load(epsilon_ptr + problem)
-    rows = (log_a_ptr + zero_a, start_a_ptr + zero_a)
-    columns = (log_b_ptr + zero_b, start_b_ptr + zero_b)
-    kept = (kept_ptr + problem * plane, width)
-    first = tl.program_id(1) * BLOCK_N
-    step = tl.num_programs(1) * BLOCK_N
-    keep(costs, rows, columns, kept, first, step, LOG2_E / epsilon, HOW, TILE)
+    rows = (log_a_ptr + offset_a, base_a_ptr + offset_a)
+    columns = (log_b_ptr + offset_b, base_b_ptr + offset_b)
+    stored = (plan_ptr + problem * plane, width)
+    first_row = tl.program_id(1) * BLOCK_N
+    row_step = tl.num_programs(1) * BLOCK_N
+    store_plan(costs, rows, columns, stored, first_row, row_step, LOG2_E / epsilon, SPEC, TILE)
 
 
-@triton.jit(do_not_specialize=["n", "first", "left"])
+@triton.jit(do_not_specialize=["n", "is_first", "remaining"])
 def turn_kernel(
     cu_ptr,
     log_mass_ptr,
     epsilon_ptr,
     start_ptr,
     f_ptr,
-    found_ptr,
-    kept_start_ptr,
+    result_ptr,
+    base_ptr,
     state_ptr,
-    moved_ptr,
+    change_ptr,
     stopped_ptr,
     n_iter_ptr,
     n,
-    first,
-    left,
+    is_first,
+    remaining,
     tol,
     inverse_rho,
     omega,
     annealing,
-    before,
+    previous_annealing,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
     FAST: tl.constexpr,
     START: tl.constexpr,
-    BEGIN: tl.constexpr,
+    INIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """After a walk: whether the problem stops here, if not, the potentials of one side.
@@ -263,23 +295,23 @@ def turn_kernel(
     walk yet, and the side is given its start. ``left`` iterations are to come after this one.
     """
     problem = tl.program_id(0).to(tl.int64)
-    zero, n = extent(cu_ptr, problem, n, PACKED)
-    epsilon = temperature_of(epsilon_ptr, problem)
-    if BEGIN:
-        begin(f_ptr + zero, start_ptr + zero, n, LOG2_E / epsilon, START, BLOCK)
+    offset, n = extent(cu_ptr, problem, n, PACKED)
+    epsilon = load_epsilon(epsilon_ptr, problem)
+    if INIT:
+        init_potential(f_ptr + offset, start_ptr + offset, n, LOG2_E / epsilon, START, BLOCK)
         tl.store(stopped_ptr + problem, 0)
         tl.store(n_iter_ptr + problem, 0)
         if FAST and ROWS:
-            tl.store(state_ptr + problem, consider(log_mass_ptr + zero, n, BLOCK))
+            tl.store(state_ptr + problem, initial_state(log_mass_ptr + offset, n, BLOCK))
         return
     if tl.load(stopped_ptr + problem) != 0:
         return
-    own = (
-        log_mass_ptr + zero,
-        f_ptr + zero,
-        found_ptr + zero,
-        found_ptr + zero,
-        kept_start_ptr + zero,
+    side = (
+        log_mass_ptr + offset,
+        f_ptr + offset,
+        result_ptr + offset,
+        result_ptr + offset,
+        base_ptr + offset,
     )
     state = 0
     if FAST:
@@ -287,26 +319,26 @@ def turn_kernel(
     temperature = tl.maximum(epsilon, annealing)
     stop = False
     if ROWS and tol > 0:
-        missed = miss(own, n, epsilon / temperature, epsilon * inverse_rho, BLOCK)
-        stop = (missed <= tol) & (tl.maximum(epsilon, before) == epsilon)
+        error = marginal_error(side, n, epsilon / temperature, epsilon * inverse_rho, BLOCK)
+        stop = (error <= tol) & (tl.maximum(epsilon, previous_annealing) == epsilon)
         if FAST:
             # An exact iteration decides.
-            kept_alone = stop & (state > EXACT)
-            state = tl.where(kept_alone, NEVER, state)
-            stop = stop & (kept_alone == 0)
+            undecided = stop & (state > STATE_EXACT)
+            state = tl.where(undecided, STATE_EXACT_ONLY, state)
+            stop = stop & (undecided == 0)
     if stop:
         tl.store(stopped_ptr + problem, 1)
     else:
-        relaxation = tl.where((first != 0) | (temperature != epsilon), 1.0, omega)
+        relaxation = tl.where((is_first != 0) | (temperature != epsilon), 1.0, omega)
         beta = relaxation / (1 + temperature * inverse_rho)
         tl.debug_barrier()
-        moved = relax(own, n, relaxation, beta, state, FAST, BLOCK)
+        change = update_potential(side, n, relaxation, beta, state, FAST, BLOCK)
         if FAST and ROWS:
-            tl.store(moved_ptr + problem, moved)
+            tl.store(change_ptr + problem, change)
             tl.store(state_ptr + problem, state)
         elif FAST:
-            moved = tl.maximum(moved, tl.load(moved_ptr + problem))
-            state = proceed(state, moved, temperature == epsilon, left)
+            change = tl.maximum(change, tl.load(change_ptr + problem))
+            state = next_state(state, change, temperature == epsilon, remaining)
             tl.store(state_ptr + problem, state)
         if not ROWS:
             tl.store(n_iter_ptr + problem, tl.load(n_iter_ptr + problem) + 1)
@@ -323,10 +355,10 @@ def finish_kernel(
     g0_ptr,
     f_ptr,
     g_ptr,
-    found_a_ptr,
-    found_b_ptr,
-    spent_a_ptr,
-    spent_b_ptr,
+    result_a_ptr,
+    result_b_ptr,
+    cost_sum_a_ptr,
+    cost_sum_b_ptr,
     value_ptr,
     value_linear_ptr,
     marginal_error_ptr,
@@ -344,21 +376,31 @@ def finish_kernel(
 ):
     """The outputs of each problem, after the last walks, which were for sums."""
     problem = tl.program_id(0).to(tl.int64)
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
     epsilon = tl.load(epsilon_ptr + problem)
-    readable = (epsilon > 0) & (epsilon < INFINITY)
-    epsilon = tl.where(readable, epsilon, 1.0)
-    starts = (f0_ptr + zero_a, g0_ptr + zero_b)
-    rows = (log_a_ptr + zero_a, f_ptr + zero_a, found_a_ptr + zero_a, spent_a_ptr + zero_a)
-    columns = (log_b_ptr + zero_b, g_ptr + zero_b, found_b_ptr + zero_b, spent_b_ptr + zero_b)
+    valid_epsilon = (epsilon > 0) & (epsilon < INFINITY)
+    epsilon = tl.where(valid_epsilon, epsilon, 1.0)
+    starts = (f0_ptr + offset_a, g0_ptr + offset_b)
+    rows = (
+        log_a_ptr + offset_a,
+        f_ptr + offset_a,
+        result_a_ptr + offset_a,
+        cost_sum_a_ptr + offset_a,
+    )
+    columns = (
+        log_b_ptr + offset_b,
+        g_ptr + offset_b,
+        result_b_ptr + offset_b,
+        cost_sum_b_ptr + offset_b,
+    )
     outputs = (value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr)
     iteration = tl.load(n_iter_ptr + problem)
     stop = tl.load(stopped_ptr + problem) != 0
-    finish(
+    write_outputs(
         problem,
         epsilon,
-        readable,
+        valid_epsilon,
         starts,
         rows,
         columns,

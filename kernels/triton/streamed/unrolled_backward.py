@@ -15,33 +15,40 @@ So s stands as two numbers, an anchor, the minimum one iteration earlier, and wh
 
 import triton
 import triton.language as tl
-from optical.kernels.gradients import pull_on, store_gradient
-from optical.kernels.streamed.unrolled_replay import ELSEWHERE, LIVE, pace, scores
+from optical.kernels.gradients import store_gradient, vector_weights
+from optical.kernels.streamed.unrolled_replay import (
+    STATE_ACTIVE,
+    STATE_ONCHIP,
+    plan_scores,
+    relaxation_factors,
+)
 from optical.kernels.tiles import (
     GIVEN,
     INFINITY,
     LOG2_E,
     cost_tile,
     extent,
+    load_epsilon,
     load_log_mass,
-    operand,
-    place,
+    load_vectors,
+    locate_cost,
     plan_tile,
-    temperature_of,
 )
 
 
 @triton.jit
-def last_plan(cost, A, B, f, g, epsilon, weights, upstream, upstream_linear):
+def final_plan(cost, A, B, f, g, epsilon, weights, upstream, upstream_linear):
     """The plan at the end of the run, and what arrives at the logarithm of each entry."""
     weight_a, weight_b = weights
     plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
     weight = upstream * (weight_a[:, None] + weight_b[None, :])
-    moved = plan * (weight + upstream_linear * tl.where(plan > 0, cost, 0.0))
-    return plan, tl.where(plan > 0, moved, 0.0)
+    flow = plan * (weight + upstream_linear * tl.where(plan > 0, cost, 0.0))
+    return plan, tl.where(plan > 0, flow, 0.0)
 
 
-@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "k", "lines_a", "lines_b"])
+@triton.jit(
+    do_not_specialize=["n", "m", "stride_n", "stride_m", "k", "total_rows", "total_columns"]
+)
 def back_kernel(
     x_ptr,
     y_ptr,
@@ -61,9 +68,9 @@ def back_kernel(
     path_ptr,
     other_path_ptr,
     other_anchor_ptr,
-    other_missing_ptr,
-    arrived_ptr,
-    other_arrived_ptr,
+    other_correction_ptr,
+    adjoint_ptr,
+    other_adjoint_ptr,
     weight_ptr,
     other_weight_ptr,
     grad_value_ptr,
@@ -78,11 +85,11 @@ def back_kernel(
     m,
     dim,
     k,
-    lines_a,
-    lines_b,
+    total_rows,
+    total_columns,
     inverse_rho,
     omega,
-    BEGIN: tl.constexpr,
+    INIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     POTENTIALS: tl.constexpr,
     KIND: tl.constexpr,
@@ -104,90 +111,96 @@ def back_kernel(
     problem = tl.program_id(0).to(tl.int64)
     state = tl.load(state_ptr + problem)
     steps = tl.load(steps_ptr + problem)
-    if state == ELSEWHERE:
+    if state == STATE_ONCHIP:
         return
-    if BEGIN:
+    if INIT:
         k = steps
     elif k >= steps:
         return
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
-    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    costs = locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND)
+    SPEC: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
-    epsilon = temperature_of(epsilon_ptr, problem)
+    epsilon = load_epsilon(epsilon_ptr, problem)
     upstream = tl.load(grad_value_ptr + problem)
     upstream_linear = tl.load(grad_value_linear_ptr + problem)
     step = k.to(tl.int64)
     # The rows of an iteration were done before its columns, whose plan has the new potentials.
-    own_step = step if COLUMNS or BEGIN else step + 1
-    path_ptr += own_step * lines_a + zero_a
-    other_path_ptr += step * lines_b + zero_b
-    other_anchor_ptr += step * lines_b + zero_b
-    other_missing_ptr += step * lines_b + zero_b
-    other_arrived_ptr += step * lines_b + zero_b
+    own_step = step if COLUMNS or INIT else step + 1
+    path_ptr += own_step * total_rows + offset_a
+    other_path_ptr += step * total_columns + offset_b
+    other_anchor_ptr += step * total_columns + offset_b
+    other_correction_ptr += step * total_columns + offset_b
+    other_adjoint_ptr += step * total_columns + offset_b
     temperature = epsilon
-    if not BEGIN:
+    if not INIT:
         temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
     # Where the own side's minima stand that this arrives at next.
-    to = k - 1 if COLUMNS else k
-    more = (to >= 0) & (to < steps)
-    _hot, stays, share = pace(epsilon, annealing_ptr, tl.where(more, to, 0), omega, inverse_rho)
-    arrived_ptr += to.to(tl.int64) * lines_a + zero_a
-    for row_zero in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
-        rows = row_zero + tl.arange(0, BLOCK_N)
-        inside = rows < n
-        A = load_log_mass(log_a_ptr + zero_a, rows, n)
-        live = (A != -INFINITY) & (state == LIVE)
-        f = tl.load(path_ptr + rows, mask=inside, other=0.0)
-        own_weight = f
-        if BEGIN:
-            own_weight = tl.load(weight_ptr + zero_a + rows, mask=inside, other=0.0)
+    target_step = k - 1 if COLUMNS else k
+    has_target = (target_step >= 0) & (target_step < steps)
+    _temperature, retained, step_size = relaxation_factors(
+        epsilon, annealing_ptr, tl.where(has_target, target_step, 0), omega, inverse_rho
+    )
+    adjoint_ptr += target_step.to(tl.int64) * total_rows + offset_a
+    for row_start in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
+        rows = row_start + tl.arange(0, BLOCK_N)
+        row_mask = rows < n
+        A = load_log_mass(log_a_ptr + offset_a, rows, n)
+        valid_rows = (A != -INFINITY) & (state == STATE_ACTIVE)
+        f = tl.load(path_ptr + rows, mask=row_mask, other=0.0)
+        row_weight = f
+        if INIT:
+            row_weight = tl.load(weight_ptr + offset_a + rows, mask=row_mask, other=0.0)
         total = tl.zeros((BLOCK_N,), tl.float32)
-        lowest = tl.full((BLOCK_N,), INFINITY, tl.float32)
-        for column_zero in range(0, m, BLOCK_M):
-            columns = column_zero + tl.arange(0, BLOCK_M)
-            within = columns < m
-            B = load_log_mass(log_b_ptr + zero_b, columns, m)
-            cost = cost_tile(costs, row_zero, column_zero, HOW, TILE)
-            if BEGIN:
-                g = tl.load(other_path_ptr + columns, mask=within, other=0.0)
-                weight = tl.load(other_weight_ptr + zero_b + columns, mask=within, other=0.0)
-                _plan, moved = last_plan(
-                    cost, A, B, f, g, epsilon, (own_weight, weight), upstream, upstream_linear
+        least_cost = tl.full((BLOCK_N,), INFINITY, tl.float32)
+        for column_start in range(0, m, BLOCK_M):
+            columns = column_start + tl.arange(0, BLOCK_M)
+            column_mask = columns < m
+            B = load_log_mass(log_b_ptr + offset_b, columns, m)
+            cost = cost_tile(costs, row_start, column_start, SPEC, TILE)
+            if INIT:
+                g = tl.load(other_path_ptr + columns, mask=column_mask, other=0.0)
+                weight = tl.load(other_weight_ptr + offset_b + columns, mask=column_mask, other=0.0)
+                _plan, flow = final_plan(
+                    cost, A, B, f, g, epsilon, (row_weight, weight), upstream, upstream_linear
                 )
-                lowest = tl.minimum(
-                    lowest, tl.min(tl.where((B != -INFINITY)[None, :], cost, INFINITY), 1)
+                least_cost = tl.minimum(
+                    least_cost, tl.min(tl.where((B != -INFINITY)[None, :], cost, INFINITY), 1)
                 )
             else:
-                anchor = tl.load(other_anchor_ptr + columns, mask=within, other=0.0)
-                missing = tl.load(other_missing_ptr + columns, mask=within, other=0.0)
-                v = tl.load(other_arrived_ptr + columns, mask=within, other=0.0)
-                allowed = live[:, None] & (B != -INFINITY)[None, :] & (cost < INFINITY)
-                log_mass = A[:, None] - missing[None, :]
-                score = scores(cost, allowed, f[:, None], anchor[None, :], log_mass, temperature)
-                moved = tl.exp2(score) * v[None, :]
-            total += tl.sum(moved, 1)
+                anchor = tl.load(other_anchor_ptr + columns, mask=column_mask, other=0.0)
+                correction = tl.load(other_correction_ptr + columns, mask=column_mask, other=0.0)
+                v = tl.load(other_adjoint_ptr + columns, mask=column_mask, other=0.0)
+                allowed = valid_rows[:, None] & (B != -INFINITY)[None, :] & (cost < INFINITY)
+                log_mass = A[:, None] - correction[None, :]
+                score = plan_scores(
+                    cost, allowed, f[:, None], anchor[None, :], log_mass, temperature
+                )
+                flow = tl.exp2(score) * v[None, :]
+            total += tl.sum(flow, 1)
         log_total = total
-        if BEGIN:
+        if INIT:
             bar = total / epsilon
             if POTENTIALS:
-                arriving = tl.load(grad_f_ptr + zero_a + rows, mask=inside, other=0.0)
-                bar += tl.where(lowest < INFINITY, arriving, 0.0)
+                upstream_f = tl.load(grad_f_ptr + offset_a + rows, mask=row_mask, other=0.0)
+                bar += tl.where(least_cost < INFINITY, upstream_f, 0.0)
         else:
-            bar = tl.load(bar_ptr + zero_a + rows, mask=inside, other=0.0) - total
+            bar = tl.load(bar_ptr + offset_a + rows, mask=row_mask, other=0.0) - total
             log_total = -temperature * total
-        bar = tl.where(live, bar, 0.0)
-        grad = tl.load(grad_log_ptr + zero_a + rows, mask=inside, other=0.0)
-        grad = tl.where(live, grad + log_total, 0.0)
-        tl.store(grad_log_ptr + zero_a + rows, grad, mask=inside)
-        tl.store(arrived_ptr + rows, share * bar, mask=inside & more)
-        tl.store(bar_ptr + zero_a + rows, tl.where(more, stays * bar, bar), mask=inside)
+        bar = tl.where(valid_rows, bar, 0.0)
+        grad = tl.load(grad_log_ptr + offset_a + rows, mask=row_mask, other=0.0)
+        grad = tl.where(valid_rows, grad + log_total, 0.0)
+        tl.store(grad_log_ptr + offset_a + rows, grad, mask=row_mask)
+        tl.store(adjoint_ptr + rows, step_size * bar, mask=row_mask & has_target)
+        tl.store(
+            bar_ptr + offset_a + rows, tl.where(has_target, retained * bar, bar), mask=row_mask
+        )
 
 
-@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "lines_a", "lines_b"])
+@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "total_rows", "total_columns"])
 def unrolled_gradient_kernel(
     x_ptr,
     y_ptr,
@@ -208,10 +221,10 @@ def unrolled_gradient_kernel(
     other_path_ptr,
     anchor_ptr,
     other_anchor_ptr,
-    missing_ptr,
-    other_missing_ptr,
-    arrived_ptr,
-    other_arrived_ptr,
+    correction_ptr,
+    other_correction_ptr,
+    adjoint_ptr,
+    other_adjoint_ptr,
     weight_ptr,
     other_weight_ptr,
     grad_value_ptr,
@@ -223,16 +236,16 @@ def unrolled_gradient_kernel(
     n,
     m,
     dim,
-    lines_a,
-    lines_b,
+    total_rows,
+    total_columns,
     COLUMNS: tl.constexpr,
     KIND: tl.constexpr,
     PACKED: tl.constexpr,
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    PULL: tl.constexpr,
-    PULL_PRECISION: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -244,84 +257,98 @@ def unrolled_gradient_kernel(
     problem = tl.program_id(0).to(tl.int64)
     state = tl.load(state_ptr + problem)
     steps = tl.load(steps_ptr + problem)
-    if state == ELSEWHERE:
+    if state == STATE_ONCHIP:
         return
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
-    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    costs = locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND)
+    SPEC: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
     if KIND == GIVEN:
         grad_ptr += problem * n * m
     else:
-        grad_ptr += zero_a * dim
-    epsilon = temperature_of(epsilon_ptr, problem)
+        grad_ptr += offset_a * dim
+    epsilon = load_epsilon(epsilon_ptr, problem)
     upstream = tl.load(grad_value_ptr + problem)
     upstream_linear = tl.load(grad_value_linear_ptr + problem)
-    wide_a, wide_b = lines_a.to(tl.int64), lines_b.to(tl.int64)
-    path_ptr += zero_a
-    other_path_ptr += zero_b
-    anchor_ptr += zero_a
-    other_anchor_ptr += zero_b
-    missing_ptr += zero_a
-    other_missing_ptr += zero_b
-    arrived_ptr += zero_a
-    other_arrived_ptr += zero_b
+    wide_a, wide_b = total_rows.to(tl.int64), total_columns.to(tl.int64)
+    path_ptr += offset_a
+    other_path_ptr += offset_b
+    anchor_ptr += offset_a
+    other_anchor_ptr += offset_b
+    correction_ptr += offset_a
+    other_correction_ptr += offset_b
+    adjoint_ptr += offset_a
+    other_adjoint_ptr += offset_b
     d = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
-    for row_zero in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
-        rows = row_zero + tl.arange(0, BLOCK_N)
-        inside = rows < n
-        A = load_log_mass(log_a_ptr + zero_a, rows, n)
-        live = (A != -INFINITY) & (state == LIVE)
-        own_weight = tl.load(weight_ptr + zero_a + rows, mask=inside, other=0.0)
-        along = tl.zeros((BLOCK_N,), tl.float32)
-        pulled = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
-        for column_zero in range(0, m, BLOCK_M):
-            columns = column_zero + tl.arange(0, BLOCK_M)
-            within = columns < m
-            B = load_log_mass(log_b_ptr + zero_b, columns, m)
-            present = (B != -INFINITY) & (state == LIVE)
-            cost = cost_tile(costs, row_zero, column_zero, HOW, TILE)
-            allowed = live[:, None] & present[None, :] & (cost < INFINITY)
-            f = tl.load(path_ptr + steps * wide_a + rows, mask=inside, other=0.0)
-            g = tl.load(other_path_ptr + steps * wide_b + columns, mask=within, other=0.0)
-            weight = tl.load(other_weight_ptr + zero_b + columns, mask=within, other=0.0)
-            plan, moved = last_plan(
-                cost, A, B, f, g, epsilon, (own_weight, weight), upstream, upstream_linear
+    for row_start in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
+        rows = row_start + tl.arange(0, BLOCK_N)
+        row_mask = rows < n
+        A = load_log_mass(log_a_ptr + offset_a, rows, n)
+        valid_rows = (A != -INFINITY) & (state == STATE_ACTIVE)
+        row_weight = tl.load(weight_ptr + offset_a + rows, mask=row_mask, other=0.0)
+        self_weight = tl.zeros((BLOCK_N,), tl.float32)
+        dot_sum = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
+        for column_start in range(0, m, BLOCK_M):
+            columns = column_start + tl.arange(0, BLOCK_M)
+            column_mask = columns < m
+            B = load_log_mass(log_b_ptr + offset_b, columns, m)
+            valid_columns = (B != -INFINITY) & (state == STATE_ACTIVE)
+            cost = cost_tile(costs, row_start, column_start, SPEC, TILE)
+            allowed = valid_rows[:, None] & valid_columns[None, :] & (cost < INFINITY)
+            f = tl.load(path_ptr + steps * wide_a + rows, mask=row_mask, other=0.0)
+            g = tl.load(other_path_ptr + steps * wide_b + columns, mask=column_mask, other=0.0)
+            weight = tl.load(other_weight_ptr + offset_b + columns, mask=column_mask, other=0.0)
+            plan, flow = final_plan(
+                cost, A, B, f, g, epsilon, (row_weight, weight), upstream, upstream_linear
             )
-            grad = (upstream + upstream_linear) * plan - moved / epsilon
+            grad = (upstream + upstream_linear) * plan - flow / epsilon
             for k in range(steps):
                 temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
-                own, other = k * wide_a, k * wide_b
+                row_base, column_base = k * wide_a, k * wide_b
                 # The columns of an iteration see the rows' new potentials, the rows their old ones.
-                own_path = own if COLUMNS else own + wide_a
-                other_path = other + wide_b if COLUMNS else other
-                f = tl.load(path_ptr + own_path + rows, mask=inside, other=0.0)
-                g = tl.load(other_path_ptr + other_path + columns, mask=within, other=0.0)
-                anchor_a = tl.load(anchor_ptr + own + rows, mask=inside, other=0.0)
-                anchor_b = tl.load(other_anchor_ptr + other + columns, mask=within, other=0.0)
-                missing_a = tl.load(missing_ptr + own + rows, mask=inside, other=0.0)
-                missing_b = tl.load(other_missing_ptr + other + columns, mask=within, other=0.0)
-                v_a = tl.load(arrived_ptr + own + rows, mask=inside, other=0.0)
-                v_b = tl.load(other_arrived_ptr + other + columns, mask=within, other=0.0)
-                log_mass = A[:, None] - missing_b[None, :]
-                score = scores(cost, allowed, f[:, None], anchor_b[None, :], log_mass, temperature)
+                own_path = row_base if COLUMNS else row_base + wide_a
+                other_path = column_base + wide_b if COLUMNS else column_base
+                f = tl.load(path_ptr + own_path + rows, mask=row_mask, other=0.0)
+                g = tl.load(other_path_ptr + other_path + columns, mask=column_mask, other=0.0)
+                anchor_a = tl.load(anchor_ptr + row_base + rows, mask=row_mask, other=0.0)
+                anchor_b = tl.load(
+                    other_anchor_ptr + column_base + columns, mask=column_mask, other=0.0
+                )
+                correction_a = tl.load(correction_ptr + row_base + rows, mask=row_mask, other=0.0)
+                correction_b = tl.load(
+                    other_correction_ptr + column_base + columns, mask=column_mask, other=0.0
+                )
+                v_a = tl.load(adjoint_ptr + row_base + rows, mask=row_mask, other=0.0)
+                v_b = tl.load(
+                    other_adjoint_ptr + column_base + columns, mask=column_mask, other=0.0
+                )
+                log_mass = A[:, None] - correction_b[None, :]
+                score = plan_scores(
+                    cost, allowed, f[:, None], anchor_b[None, :], log_mass, temperature
+                )
                 grad += tl.exp2(score) * v_b[None, :]
-                log_mass = B[None, :] - missing_a[:, None]
-                score = scores(cost, allowed, g[None, :], anchor_a[:, None], log_mass, temperature)
+                log_mass = B[None, :] - correction_a[:, None]
+                score = plan_scores(
+                    cost, allowed, g[None, :], anchor_a[:, None], log_mass, temperature
+                )
                 grad += tl.exp2(score) * v_a[:, None]
             grad = tl.where(allowed, grad, 0.0)
             if KIND == GIVEN:
                 target = rows[:, None].to(tl.int64) * m + columns[None, :]
-                tl.store(grad_ptr + target, grad, mask=inside[:, None] & within[None, :])
+                tl.store(grad_ptr + target, grad, mask=row_mask[:, None] & column_mask[None, :])
             else:
-                pull, more = pull_on(grad, cost, allowed, costs, columns, HOW)
-                along += more
-                y = operand(costs[1], costs[2], columns, d, dim, HOW)
-                y = tl.where(present[:, None], y, 0.0).to(PULL)
-                pulled = tl.dot(pull.to(PULL), y, pulled, input_precision=PULL_PRECISION)
+                dot_weight, tile_self_weight = vector_weights(
+                    grad, cost, allowed, costs, columns, SPEC
+                )
+                self_weight += tile_self_weight
+                y = load_vectors(costs[1], costs[2], columns, d, dim, SPEC)
+                y = tl.where(valid_columns[:, None], y, 0.0).to(DOT_DTYPE)
+                dot_sum = tl.dot(
+                    dot_weight.to(DOT_DTYPE), y, dot_sum, input_precision=DOT_PRECISION
+                )
         if KIND != GIVEN:
-            A = tl.where(live, A, -INFINITY)
-            store_gradient(grad_ptr, costs, rows, A, d, along, pulled, HOW)
+            A = tl.where(valid_rows, A, -INFINITY)
+            store_gradient(grad_ptr, costs, rows, A, d, self_weight, dot_sum, SPEC)

@@ -7,17 +7,17 @@ from optical.kernels.tiles import (
     LOG2_E,
     cost_tile,
     extent,
+    load_epsilon,
     load_log_mass,
+    locate_cost,
     log_ratio,
-    place,
     plan_tile,
-    temperature_of,
 )
 
 # What a problem is here.
-LIVE = tl.constexpr(0)
+STATE_ACTIVE = tl.constexpr(0)
 STATE_EMPTY = tl.constexpr(1)  # its gradients are 0
-ELSEWHERE = tl.constexpr(2)  # small enough to stay on chip
+STATE_ONCHIP = tl.constexpr(2)  # small enough to stay on chip
 
 
 @triton.jit(do_not_specialize=["n", "m", "least"])
@@ -38,31 +38,33 @@ def survey_kernel(
 ):
     """Which problems there are to do, and how many iterations each ran."""
     problem = tl.program_id(0).to(tl.int64)
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
-    some_a = tl.zeros((BLOCK,), tl.int32)
-    some_b = tl.zeros((BLOCK,), tl.int32)
-    broken = tl.zeros((BLOCK,), tl.int32)
-    for zero in range(0, n, BLOCK):
-        index = zero + tl.arange(0, BLOCK)
-        A = load_log_mass(log_a_ptr + zero_a, index, n)
-        f = tl.load(f_ptr + zero_a + index, mask=index < n, other=0.0)
-        some_a = tl.maximum(some_a, (A != -INFINITY).to(tl.int32))
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    any_valid_a = tl.zeros((BLOCK,), tl.int32)
+    any_valid_b = tl.zeros((BLOCK,), tl.int32)
+    not_finite = tl.zeros((BLOCK,), tl.int32)
+    for block_start in range(0, n, BLOCK):
+        index = block_start + tl.arange(0, BLOCK)
+        A = load_log_mass(log_a_ptr + offset_a, index, n)
+        f = tl.load(f_ptr + offset_a + index, mask=index < n, other=0.0)
+        any_valid_a = tl.maximum(any_valid_a, (A != -INFINITY).to(tl.int32))
         # Potentials that are no number tell of a problem that could not be read.
-        broken = tl.maximum(broken, (f != f).to(tl.int32))
-    for zero in range(0, m, BLOCK):
-        B = load_log_mass(log_b_ptr + zero_b, zero + tl.arange(0, BLOCK), m)
-        some_b = tl.maximum(some_b, (B != -INFINITY).to(tl.int32))
-    live = (tl.max(some_a, 0) > 0) & (tl.max(some_b, 0) > 0) & (tl.max(broken, 0) == 0)
-    state = tl.where(live, LIVE, STATE_EMPTY)
-    state = tl.where(tl.maximum(n, m) <= least, ELSEWHERE, state)
+        not_finite = tl.maximum(not_finite, (f != f).to(tl.int32))
+    for block_start in range(0, m, BLOCK):
+        B = load_log_mass(log_b_ptr + offset_b, block_start + tl.arange(0, BLOCK), m)
+        any_valid_b = tl.maximum(any_valid_b, (B != -INFINITY).to(tl.int32))
+    active = (
+        (tl.max(any_valid_a, 0) > 0) & (tl.max(any_valid_b, 0) > 0) & (tl.max(not_finite, 0) == 0)
+    )
+    state = tl.where(active, STATE_ACTIVE, STATE_EMPTY)
+    state = tl.where(tl.maximum(n, m) <= least, STATE_ONCHIP, state)
     tl.store(state_ptr + problem, state)
-    steps = tl.where(state == LIVE, tl.load(n_iter_ptr + problem), 0)
+    steps = tl.where(state == STATE_ACTIVE, tl.load(n_iter_ptr + problem), 0)
     tl.store(steps_ptr + problem, steps)
 
 
 @triton.jit
-def pace(epsilon, annealing_ptr, k, omega, inverse_rho):
+def relaxation_factors(epsilon, annealing_ptr, k, omega, inverse_rho):
     """The temperature of iteration k, how much of a potential stays, and a minimum's share."""
     temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
     relaxation = tl.where((k == 0) | (temperature != epsilon), 1.0, omega)
@@ -70,13 +72,15 @@ def pace(epsilon, annealing_ptr, k, omega, inverse_rho):
 
 
 @triton.jit
-def scores(cost, allowed, potential, anchor, log_mass, temperature):
+def plan_scores(cost, allowed, potential, anchor, log_mass, temperature):
     """log2 of the plan of a half-step, up to what the anchors miss; all arguments are spread."""
     score = (potential + anchor - cost) * (LOG2_E / temperature) + log_mass
     return tl.where(allowed, score, -INFINITY)
 
 
-@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "k", "lines_a", "lines_b"])
+@triton.jit(
+    do_not_specialize=["n", "m", "stride_n", "stride_m", "k", "total_rows", "total_columns"]
+)
 def forth_kernel(
     x_ptr,
     y_ptr,
@@ -94,7 +98,7 @@ def forth_kernel(
     annealing_ptr,
     path_ptr,
     anchor_ptr,
-    missing_ptr,
+    correction_ptr,
     other_path_ptr,
     stride_batch,
     stride_n,
@@ -103,8 +107,8 @@ def forth_kernel(
     m,
     dim,
     k,
-    lines_a,
-    lines_b,
+    total_rows,
+    total_columns,
     inverse_rho,
     omega,
     KIND: tl.constexpr,
@@ -125,48 +129,50 @@ def forth_kernel(
     problem = tl.program_id(0).to(tl.int64)
     if k >= tl.load(steps_ptr + problem):
         return
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
-    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    costs = locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND)
+    SPEC: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
-    epsilon = temperature_of(epsilon_ptr, problem)
-    temperature, stays, share = pace(epsilon, annealing_ptr, k, omega, inverse_rho)
+    epsilon = load_epsilon(epsilon_ptr, problem)
+    temperature, retained, step_size = relaxation_factors(
+        epsilon, annealing_ptr, k, omega, inverse_rho
+    )
     step = k.to(tl.int64)
-    path_ptr += step * lines_a + zero_a
-    anchor_ptr += step * lines_a + zero_a
-    missing_ptr += step * lines_a + zero_a
-    other_path_ptr += step * lines_b + zero_b
-    for row_zero in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
-        rows = row_zero + tl.arange(0, BLOCK_N)
-        present = load_log_mass(log_a_ptr + zero_a, rows, n) != -INFINITY
+    path_ptr += step * total_rows + offset_a
+    anchor_ptr += step * total_rows + offset_a
+    correction_ptr += step * total_rows + offset_a
+    other_path_ptr += step * total_columns + offset_b
+    for row_start in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
+        rows = row_start + tl.arange(0, BLOCK_N)
+        valid = load_log_mass(log_a_ptr + offset_a, rows, n) != -INFINITY
         anchor = tl.load(anchor_ptr + rows, mask=rows < n, other=0.0)
         peak = tl.full((BLOCK_N,), -INFINITY, tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
-        for column_zero in range(0, m, BLOCK_M):
-            columns = column_zero + tl.arange(0, BLOCK_M)
-            B = load_log_mass(log_b_ptr + zero_b, columns, m)
+        for column_start in range(0, m, BLOCK_M):
+            columns = column_start + tl.arange(0, BLOCK_M)
+            B = load_log_mass(log_b_ptr + offset_b, columns, m)
             g = tl.load(other_path_ptr + columns, mask=columns < m, other=0.0)
-            cost = cost_tile(costs, row_zero, column_zero, HOW, TILE)
-            allowed = present[:, None] & (B != -INFINITY)[None, :] & (cost < INFINITY)
-            score = scores(cost, allowed, g[None, :], anchor[:, None], B[None, :], temperature)
-            higher = tl.maximum(peak, tl.max(score, 1))
-            base = tl.where(higher > -INFINITY, higher, 0.0)
-            total *= tl.exp2(tl.where(peak > -INFINITY, peak - base, 0.0))
-            total += tl.sum(tl.exp2(score - base[:, None]), 1)
-            peak = higher
-        alive = peak > -INFINITY
-        missing = tl.where(alive, peak + tl.log2(tl.where(alive, total, 1.0)), 0.0)
-        minima = tl.where(alive, anchor - missing * temperature / LOG2_E, 0.0)
+            cost = cost_tile(costs, row_start, column_start, SPEC, TILE)
+            allowed = valid[:, None] & (B != -INFINITY)[None, :] & (cost < INFINITY)
+            score = plan_scores(cost, allowed, g[None, :], anchor[:, None], B[None, :], temperature)
+            new_peak = tl.maximum(peak, tl.max(score, 1))
+            shift = tl.where(new_peak > -INFINITY, new_peak, 0.0)
+            total *= tl.exp2(tl.where(peak > -INFINITY, peak - shift, 0.0))
+            total += tl.sum(tl.exp2(score - shift[:, None]), 1)
+            peak = new_peak
+        has_pair = peak > -INFINITY
+        correction = tl.where(has_pair, peak + tl.log2(tl.where(has_pair, total, 1.0)), 0.0)
+        softmin = tl.where(has_pair, anchor - correction * temperature / LOG2_E, 0.0)
         f = tl.load(path_ptr + rows, mask=rows < n, other=0.0)
-        tl.store(missing_ptr + rows, missing, mask=rows < n)
-        tl.store(anchor_ptr + lines_a + rows, minima, mask=rows < n)
-        tl.store(path_ptr + lines_a + rows, stays * f + share * minima, mask=rows < n)
+        tl.store(correction_ptr + rows, correction, mask=rows < n)
+        tl.store(anchor_ptr + total_rows + rows, softmin, mask=rows < n)
+        tl.store(path_ptr + total_rows + rows, retained * f + step_size * softmin, mask=rows < n)
 
 
-@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "lines_a", "lines_b"])
+@triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "total_rows", "total_columns"])
 def weight_kernel(
     x_ptr,
     y_ptr,
@@ -193,8 +199,8 @@ def weight_kernel(
     n,
     m,
     dim,
-    lines_a,
-    lines_b,
+    total_rows,
+    total_columns,
     inverse_rho,
     KIND: tl.constexpr,
     PACKED: tl.constexpr,
@@ -210,31 +216,31 @@ def weight_kernel(
     """What the value weighs each line of the last plan with, and its gradient to the masses."""
     problem = tl.program_id(0).to(tl.int64)
     state = tl.load(state_ptr + problem)
-    if state == ELSEWHERE:
+    if state == STATE_ONCHIP:
         return
-    zero_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    zero_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
-    costs = place(tokens, sizes, problem, zero_a, zero_b, KIND)
-    HOW: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
+    costs = locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND)
+    SPEC: tl.constexpr = (KIND, SCALED, WIDE, PRECISION)
     TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_N, WARPS_N, WARPS_M)
-    epsilon = temperature_of(epsilon_ptr, problem)
+    epsilon = load_epsilon(epsilon_ptr, problem)
     upstream = tl.load(grad_value_ptr + problem)
     last = tl.load(steps_ptr + problem).to(tl.int64)
-    path_ptr += last * lines_a + zero_a
-    other_path_ptr += last * lines_b + zero_b
-    for row_zero in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
-        rows = row_zero + tl.arange(0, BLOCK_N)
-        A = load_log_mass(log_a_ptr + zero_a, rows, n)
+    path_ptr += last * total_rows + offset_a
+    other_path_ptr += last * total_columns + offset_b
+    for row_start in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
+        rows = row_start + tl.arange(0, BLOCK_N)
+        A = load_log_mass(log_a_ptr + offset_a, rows, n)
         f = tl.load(path_ptr + rows, mask=rows < n, other=0.0)
         sums = tl.zeros((BLOCK_N,), tl.float32)
         masses = tl.zeros((BLOCK_M,), tl.float32)
-        for column_zero in range(0, m, BLOCK_M):
-            columns = column_zero + tl.arange(0, BLOCK_M)
-            B = load_log_mass(log_b_ptr + zero_b, columns, m)
+        for column_start in range(0, m, BLOCK_M):
+            columns = column_start + tl.arange(0, BLOCK_M)
+            B = load_log_mass(log_b_ptr + offset_b, columns, m)
             g = tl.load(other_path_ptr + columns, mask=columns < m, other=0.0)
-            cost = cost_tile(costs, row_zero, column_zero, HOW, TILE)
+            cost = cost_tile(costs, row_start, column_start, SPEC, TILE)
             sums += tl.sum(plan_tile(cost, A, B, f, g, LOG2_E / epsilon), 1)
             masses += tl.exp2(B)
         a = tl.exp2(A)
@@ -243,6 +249,6 @@ def weight_kernel(
         if inverse_rho > 0:
             weight += log_ratio(sums, A) / inverse_rho
             grad += upstream * (a - sums) / inverse_rho
-        live = (A != -INFINITY) & (state == LIVE)
-        tl.store(weight_ptr + zero_a + rows, tl.where(live, weight, 0.0), mask=rows < n)
-        tl.store(grad_log_ptr + zero_a + rows, tl.where(live, grad, 0.0), mask=rows < n)
+        active = (A != -INFINITY) & (state == STATE_ACTIVE)
+        tl.store(weight_ptr + offset_a + rows, tl.where(active, weight, 0.0), mask=rows < n)
+        tl.store(grad_log_ptr + offset_a + rows, tl.where(active, grad, 0.0), mask=rows < n)
