@@ -1,4 +1,4 @@
-"""Triton kernels of the Sinkhorn operator, from the arguments of the operator to its outputs.
+"""Triton backend: solves, differentiates and applies transport plans on NVIDIA and AMD GPUs.
 
 Imported only when the "triton" backend is used, so that the package works without Triton.
 """

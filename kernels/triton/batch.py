@@ -1,4 +1,4 @@
-"""The problems of a call as the kernels read them, and the tiles that serve them."""
+"""The batch of problems in the form the kernels take, the norms of its tokens, and its tiles."""
 
 import os
 from typing import Any
@@ -32,7 +32,7 @@ def centre_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The mean of all present tokens of a problem, both sides, BLOCK_D entries of it."""
+    """Compute BLOCK_D entries of the mean of a problem's valid tokens, both sides together."""
     problem = tl.program_id(0).to(tl.int64)
     offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
     offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
@@ -70,10 +70,10 @@ def norm_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """1 / |x| of each token (0 for the zero vector), or its |x - centre|^2.
+    """Compute 1 / |x| of each token (0 for the zero vector), or |x - centre|^2.
 
-    SCALED: the vector is to be multiplied by a power of two, also stored, before it is used, and
-    1 / |x| is that of the scaled one; then no square and no product of two tokens overflows.
+    SCALED: kernels multiply the vector by a power of two, stored as well, before they use it, and
+    the norm is that of the scaled vector. No square and no product of two tokens then overflows.
     """
     problem = tl.program_id(0).to(tl.int64)
     offset, n = extent(cu_ptr, problem, n, PACKED)
@@ -88,7 +88,7 @@ def norm_kernel(
                 mask = (t < n)[:, None] & (d < dim)[None, :]
                 x = tl.load(row_ptr + d[None, :], mask=mask, other=0.0).to(tl.float32)
                 peak = tl.maximum(peak, tl.max(tl.abs(x), 1))
-            # exp2 of a whole number is exact. A vector that holds no number stays one that does.
+            # exp2 of an integer is exact. Non-finite vectors are not scaled and stay non-finite.
             normal = (peak > 0) & (peak < INFINITY)
             power = tl.floor(tl.log2(tl.where(normal, peak, 1.0)))
             factor = tl.exp2(-tl.minimum(tl.maximum(power, -120.0), 120.0))
@@ -103,7 +103,7 @@ def norm_kernel(
                 x = x * factor[:, None]
             square += tl.sum(x * x, 1)
         if KIND == COSINE:
-            # Padding may hold anything, and a zero would divide.
+            # Padding may hold any value, zero included, by which nothing may be divided.
             nonzero = square != 0
             norm = tl.where(nonzero, 1 / tl.sqrt(tl.where(nonzero, square, 1.0)), 0.0)
             if SCALED:

@@ -1,16 +1,19 @@
-"""The gradients of token vectors and of given costs, from the potentials of a finished run.
+"""Gradients of token vectors and of given costs, from the potentials of a finished run.
 
-Every program owns some rows of one problem and walks over the columns: cost and plan of a tile are
-made again from the vectors and the potentials, used, and forgotten, so no n x m matrix exists and
-nothing is added up atomically. For the columns the two sides change places.
+A program takes some rows of one problem and loops over the columns. Cost and plan of a tile are
+recomputed from the vectors and the potentials, used and discarded, so no n x m matrix is stored
+and no atomic additions are needed. For the gradient of the columns the sides are exchanged.
 
     G_ij = P_ij (grad_value + grad_value_linear (1 + (w_i + z_j - C_ij) / epsilon))
 
-where the second bracket is 1 for envelope gradients, and with x' = x / |x|
+The second bracket is 1 for envelope gradients. With x' = x / |x|
 
     cosine       grad x_i = (sum_j G_ij (1 - C_ij) x'_i - sum_j G_ij y'_j) / |x_i|
     sqeuclidean  grad x_i = 2 (sum_j G_ij x_i - sum_j G_ij y_j)
     dot          grad x_i = -sum_j G_ij y_j
+
+Each has two parts: ``self_weight``, the factor of x_i, and ``dot_sum``, a product of
+``dot_weight`` (n, m) with the vectors of the columns.
 """
 
 import triton
@@ -33,9 +36,12 @@ from optical.kernels.tiles import (
 def cost_gradient_tile(
     plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT: tl.constexpr
 ):
-    """What arrives at each entry of the cost; a selection, for upstream may hold anything."""
+    """Compute a tile of G, the gradient of the cost.
+
+    It selects instead of multiplying by 0 because upstream gradients may be non-finite.
+    """
     if IMPLICIT:
-        # Where nothing moves, the cost may be +inf.
+        # The cost may be +inf where the plan is 0.
         implicit_term = tl.where(plan > 0, w[:, None] + z[None, :] - cost, 0.0)
         grad = plan * (upstream + upstream_linear * (1 + implicit_term / epsilon))
     else:
@@ -45,9 +51,9 @@ def cost_gradient_tile(
 
 @triton.jit
 def vector_weights(grad, cost, allowed, costs, columns, SPEC: tl.constexpr):
-    """From the gradient of a tile of the cost: the pull of each column, and that along the rows.
+    """From a tile of G, return the weight of each column's vector and of each row's own vector.
 
-    Where not ``some``, the gradient is 0 and nothing else needs to be a number.
+    Where not ``allowed`` the gradient is 0, and cost and norms may be NaN.
     """
     _, norm_y_ptr, _, _, m = costs[1]
     KIND: tl.constexpr = SPEC[0]
@@ -75,7 +81,7 @@ def vector_weight_tile(
     SPEC: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """How some rows are pulled by each column, how strongly along themselves, present columns."""
+    """Return the weights of ``vector_weights`` for one tile, and which columns are valid."""
     log_b_ptr, g_ptr, z_ptr = column_side
     m = costs[1][4]
     BLOCK_M: tl.constexpr = TILE[1]
@@ -135,10 +141,10 @@ def vector_gradient_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """The gradient of the vectors of one side, BLOCK_N tokens of a problem at a time.
+    """Compute the gradient of the vectors of one side, BLOCK_N tokens of a problem at a time.
 
-    WHOLE: BLOCK_M columns are all, so G is made once and every part of the vectors pulled with it.
-    Otherwise a program makes G tile by tile and pulls with BLOCK_G entries of the vectors.
+    WHOLE: BLOCK_M spans all columns, so G is computed once and multiplied with every part of the
+    vectors. Otherwise a program computes G tile by tile for BLOCK_G entries of the vectors.
     """
     problem = tl.program_id(0).to(tl.int64)
     offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
@@ -217,7 +223,7 @@ def vector_gradient_kernel(
 
 @triton.jit
 def store_gradient(grad_ptr, costs, rows, A, d, self_weight, dot_sum, SPEC: tl.constexpr):
-    """The gradient of some entries of some tokens, from the pull of the other side on them."""
+    """Store BLOCK_G entries of the gradient of some tokens from their weights."""
     tokens, _, centre_ptr, dim = costs
     _, norm_ptr, scale_ptr, _, n = tokens
     KIND: tl.constexpr = SPEC[0]
@@ -265,7 +271,7 @@ def cost_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The gradient of a given cost (B, n, m): each entry is read once and written once."""
+    """Compute the gradient of a given cost (B, n, m), one read and one write per entry."""
     problem = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

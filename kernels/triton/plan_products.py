@@ -1,7 +1,7 @@
-"""Sums over the plan of a finished run: the gradients of the masses, and products with vectors.
+"""Gradients of the masses, and products of vectors with the plan of a finished run.
 
-As in ``gradients``, a program owns some rows of one problem and walks over the columns; for the
-columns the two sides change places.
+As in ``gradients``, a program takes some rows of one problem and loops over the columns; for
+results of the columns the sides are exchanged.
 """
 
 import triton
@@ -56,10 +56,10 @@ def mass_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The gradient of the log-masses of one side.
+    """Compute the gradient of the log-masses of one side.
 
-    Only with WALK are costs looked at: for the sums of the plan behind implicit gradients, and for
-    lines without an allowed pair, of which a penalty wants nothing.
+    READ_COST: costs are computed, for the row sums of the plan in implicit gradients and for rows
+    without an allowed pair, whose target marginal under a penalty is 0.
     """
     problem = tl.program_id(0).to(tl.int64)
     offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
@@ -111,7 +111,7 @@ def mass_gradient_kernel(
         if IMPLICIT:
             w = tl.load(w_ptr + offset_a + rows, mask=rows < n, other=0.0)
             grad += upstream_linear * row_sum * w * (1 + epsilon * inverse_rho)
-        # Potentials that are no number tell of a problem that could not be read.
+        # Potentials are NaN where the inputs of a problem were not finite.
         grad = tl.where((A != -INFINITY) & (f == f) & (empty == 0), grad, 0.0)
         tl.store(grad_ptr + offset_a + rows, grad, mask=rows < n)
 
@@ -152,7 +152,7 @@ def product_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """P v (B, n, width) of v (B, m, width), BLOCK_N rows and BLOCK_G entries of each at a time."""
+    """Compute P v (B, n, width) of v (B, m, width), BLOCK_N rows and BLOCK_G entries at a time."""
     problem = tl.program_id(0).to(tl.int64)
     offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
     offset_b, m = extent(cu_b_ptr, problem, m, PACKED)

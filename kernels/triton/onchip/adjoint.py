@@ -1,15 +1,15 @@
-"""The linear system behind implicit gradients, one program per problem, its plan in registers.
+"""Linear system behind implicit gradients, one program per problem, with its plan in registers.
 
     [[diag(r'), P], [P', diag(c')]] [w; z] = [(P * C) 1; (P * C)' 1]
 
-with r' and c' the row and column sums of P times 1 + epsilon / rho of their side. w is eliminated
-and z found by conjugate gradients, preconditioned by c'. With both marginals fixed (1, -1) solves
-the homogeneous system: residuals are kept orthogonal to it, and in the end w gets mean 0 under the
-row sums. Near the solution rounding decides the direction, so the best z so far is kept, and a
-search that stops to halve its residual is given up.
+r' and c' are the row and column sums of P times 1 + epsilon / rho of their side. w is eliminated
+and z is found by conjugate gradients, preconditioned by c'. With both marginals fixed, (1, -1)
+spans the null space: residuals are kept orthogonal to it, and w is shifted to mean 0 under the
+row sums. Near the solution rounding errors determine the search direction, so the best z so far
+is kept, and the search stops once it no longer halves its residual.
 
-The plan is float32 and everything else float64: a rounded plan still determines the solution, for
-the system consists of its sums, but rounded sums do not.
+The plan is float32 and everything else float64. A rounded plan still determines the solution,
+because the system is built from its sums; rounded sums do not.
 """
 
 import triton
@@ -29,19 +29,20 @@ from optical.kernels.tiles import (
 
 @triton.jit
 def plan_times(plan, v, axis: tl.constexpr):
-    """The plan, or with axis 0 its transpose, times a vector, in float64."""
+    """Multiply the plan (axis 1), or its transpose (axis 0), with a vector in float64."""
     return tl.sum(plan.to(tl.float64) * tl.expand_dims(v, 1 - axis), axis)
 
 
 @triton.jit
 def weighted_norm(x, diagonal):
+    """Compute the squared norm of x under the inverse diagonal."""
     positive = diagonal > 0
     return tl.sum(tl.where(positive, x * x / tl.where(positive, diagonal, 1.0), 0.0), 0)
 
 
 @triton.jit
 def project_out_null(x, diagonal, singular):
-    """x without its part along the null vector."""
+    """Remove the component of x along the null vector."""
     mass = tl.sum(diagonal, 0)
     share = tl.where(singular & (mass > 0), tl.sum(x, 0) / tl.where(mass > 0, mass, 1.0), 0.0)
     return x - share * diagonal
@@ -88,6 +89,7 @@ def adjoint_kernel(
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
 ):
+    """Solve the system of one problem; store w, z and the relative residual."""
     problem = tl.program_id(0).to(tl.int64)
     offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
     offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
@@ -132,12 +134,12 @@ def adjoint_kernel(
     stalled = 0
     step = 0
     while (r_norm > tolerance) & (stalled < ADJOINT_PATIENCE) & (step < 4 * m + 100):
-        # A plan that seems to change is not kept in float64 all the time.
+        # A plan that appears to change is not held in float64 across iterations.
         plan_again = plan * (1.0 + tl.minimum(step, 0))
         q = diagonal * p - plan_times(plan_again, plan_times(plan_again, p, 1) * inverse, 0)
         curvature = tl.sum(p * q, 0)
         alpha = r_norm / curvature
-        # Rounding has the last word near the solution: no step along a direction that it decides.
+        # Near the solution rounding errors may spoil the direction; then no step is taken.
         usable = (curvature > 0) & (tl.abs(alpha) < INFINITY)
         z += tl.where(usable, alpha, 0.0) * p
         r = project_out_null(r - tl.where(usable, alpha, 0.0) * q, diagonal, singular)

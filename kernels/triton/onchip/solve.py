@@ -1,22 +1,22 @@
-"""Batched Sinkhorn, one program per problem, the whole plan in registers.
+"""Batched Sinkhorn solver, one program per problem, with the whole plan in registers.
 
     plan_ij = exp((f_i + g_j - C_ij) / epsilon + log a_i + log b_j)
 
-Inside, logarithms are binary and potentials are in units of epsilon / log2(e): F, G, S = C in those
-units, A = log2 a, B = log2 b, so that one exp2 replaces an exp and a division.
+Logarithms are binary and potentials are in units of epsilon / log2(e): F and G, S = C in the same
+units, A = log2 a and B = log2 b.
 
-An *exact* iteration is the pair of log-sum-exps of the definition; it spends one exp2 per entry and
-half-step. It leaves K = exp2(F + G - S + A + B), and a *scaling* iteration then gets the same
-iterates from multiplications alone (Schmitzer, arXiv 1610.06519, section 3):
+An *exact* iteration is the pair of log-sum-exps of the definition, one exp2 per entry and
+half-step. It leaves K = exp2(F + G - S + A + B). A *scaling* iteration then computes the same
+iterates by multiplications alone (Schmitzer, arXiv 1610.06519, section 3):
 
     u_i = a_i / sum_j K_ij v_j,    v_j = b_j / sum_i u_i K_ij,    F + log2 u, G + log2 v
 
-K is rebuilt by an exact iteration when a scaling has drifted past 2^+-30, and while the temperature
-falls. After an exact iteration of fixed marginals no exponent exceeds A or B, so nothing overflows;
-should a sum leave 2^+-100 all the same, the scaling iteration is discarded and done again exactly.
+An exact iteration rebuilds K when a scaling has drifted past 2^+-30, and while the temperature
+falls. With fixed marginals no exponent exceeds A or B after an exact iteration, so nothing
+overflows. If a scaling still leaves 2^+-50, its iterations are discarded and repeated exactly.
 
-Registers: K (n x m) and a few vectors. Device memory: vectors or cost are read once, and once more
-for each rebuilding of K.
+Registers: K (n x m) and a few vectors. Memory traffic: vectors or cost are read once, and once
+more each time K is rebuilt.
 """
 
 import triton
@@ -41,8 +41,12 @@ from optical.kernels.tiles import (
     times_log2,
 )
 
+# Scaling beyond which the next iteration is exact and rebuilds K, and beyond which the scaling
+# iterations since the last exact one are discarded.
 REBUILD_LIMIT = tl.constexpr(2.0**30)
 DISCARD_LIMIT = tl.constexpr(2.0**50)
+# Smallest mass and sum of a row or column with which K may be scaled, lower bound of a product with
+# K, and the largest sum with which K may be scaled under penalties or over-relaxation.
 MIN_MASS = tl.constexpr(2.0**-40)
 MIN_SUM = tl.constexpr(2.0**-120)
 MAX_SUM = tl.constexpr(2.0**100)
@@ -50,7 +54,7 @@ MAX_SUM = tl.constexpr(2.0**100)
 
 @triton.jit
 def load_start(start_ptr, index, log_mass, size):
-    """The potentials to start from and whether one at a present line is not finite."""
+    """Load the initial potentials, and whether one of a valid row or column is not finite."""
     mask = (index < size) & (log_mass != -INFINITY)
     start = tl.load(start_ptr + index, mask=mask, other=0.0)
     return start, tl.max((tl.abs(start) < INFINITY).to(tl.int32) ^ 1, 0) > 0
@@ -111,11 +115,12 @@ def resident_kernel(
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
 ):
+    """Run all iterations of one problem and write its outputs."""
     problem = tl.program_id(0).to(tl.int64)
     offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
     offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
     if PACKED:
-        # The same grid is launched for each size of tile; a problem belongs to one of them.
+        # Every tile size is launched with the same grid; each problem belongs to one of them.
         longest = tl.maximum(n, m)
         if (longest < least) | (longest > most):
             return
@@ -142,7 +147,7 @@ def resident_kernel(
     not_finite = tl.max((A < INFINITY).to(tl.int32) ^ 1, 0) > 0
     not_finite = not_finite | (tl.max((B < INFINITY).to(tl.int32) ^ 1, 0) > 0)
     invalid = (valid_epsilon == 0) | not_finite
-    # The potentials wait in device memory while K is scaled: its entries need the registers.
+    # Potentials live in device memory during scaling iterations: K needs the registers.
     f_ptr += offset_a
     g_ptr += offset_b
     F = tl.zeros((BLOCK_N,), tl.float32)
@@ -166,7 +171,8 @@ def resident_kernel(
     annealing = anneal_start
     exact_until = 0
     while running:
-        # Addresses that seem to depend on the loop stay out of the registers between rebuilds.
+        # An offset that appears to depend on the loop keeps addresses out of registers between
+        # rebuilds.
         loop_zero = tl.multiple_of(tl.minimum(iteration, 0), 16)
         temperature = epsilon
         if ANNEAL:
@@ -178,7 +184,7 @@ def resident_kernel(
         A = load_log_mass(log_a_ptr, rows + loop_zero, n)
         B = load_log_mass(log_b_ptr, columns + loop_zero, m)
         if BLOCK_N > BLOCK_M:
-            # A tall tile is made lying, and turned: then its sums cost no more than a wide one's.
+            # A tall tile is computed transposed, so that its sums cost no more than a wide one's.
             TRANSPOSED_TILE: tl.constexpr = (BLOCK_M, BLOCK_N, BLOCK_D, PART, WARPS_M, WARPS_N)
             cost = tl.trans(
                 cost_tile(swap_sides(costs), loop_zero, loop_zero, SPEC, TRANSPOSED_TILE)
@@ -186,11 +192,11 @@ def resident_kernel(
         else:
             TILE: tl.constexpr = (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M)
             cost = cost_tile(costs, loop_zero, loop_zero, SPEC, TILE)
-        # One tile serves all: -S, then with G and B the scores of the rows, then with F and A the
-        # logarithms of the plan.
+        # T holds -S, then the scores of the rows (with G and B), then log2 of the plan (with F
+        # and A).
         valid = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
         T = tl.where(valid, -scale * cost, -INFINITY)
-        # NaN compares with nothing, and a cost of -inf is no cost either.
+        # Comparisons with NaN are false; a cost of -inf is invalid as well.
         finite_pairs = tl.min(tl.where(T < INFINITY, 1, 0), 1)
         invalid = invalid | (tl.min(finite_pairs, 0) == 0)
         ratio = 1.0
@@ -228,17 +234,17 @@ def resident_kernel(
         u = tl.full((BLOCK_N,), 1.0, tl.float32)
         v = tl.full((BLOCK_M,), 1.0, tl.float32)
         if GENERAL:
-            # Until the end the scaling of a line without an allowed pair is 0, and of no other.
+            # From here on the scaling is 0 exactly for rows and columns without an allowed pair.
             u = tl.where(row_has_pair, u, 0.0)
             v = tl.where(column_has_pair, v, 0.0)
         tl.debug_barrier()
         tl.store(f_ptr + rows + loop_zero, F, mask=rows < n)
         tl.store(g_ptr + columns + loop_zero, G_next, mask=columns < m)
         if GENERAL:
-            # The scaling loop reads F again.
+            # The scaling loop reads F from memory.
             tl.debug_barrier()
-        # A line that may carry mass, but whose K is lost below float32, needs exact steps, and so
-        # has one whose mass is so small that a scaling within 2^+-30 could lose it.
+        # Exact iterations are needed where a row or column of K underflows although it has an
+        # allowed pair, or has so little mass that a scaling within 2^+-30 could underflow.
         smallest_sum = tl.min(tl.where(row_has_pair, tl.minimum(tl.sum(K, 1), tl.exp2(A)), 1.0), 0)
         smallest_column_sum = tl.min(
             tl.where(column_has_pair, tl.minimum(tl.sum(K, 0), tl.exp2(B)), 1.0), 0
@@ -251,7 +257,7 @@ def resident_kernel(
             largest_sum = tl.maximum(tl.max(tl.sum(K, 1), 0), tl.max(tl.sum(K, 0), 0))
             scaling = scaling & (largest_sum < MAX_SUM)
         rebuilt_at = iteration
-        # What an update multiplies with: the mass, or with penalties and relaxation its logarithm.
+        # Numerators of the scalings: the masses, or with penalties or relaxation their logarithms.
         if GENERAL:
             beta_a = omega / (1 + strength_a)
             beta_b = omega / (1 + strength_b)
@@ -261,15 +267,15 @@ def resident_kernel(
             a = tl.where(row_has_pair, tl.exp2(A), 0.0)
             b = tl.where(column_has_pair, tl.exp2(B), 0.0)
         while scaling:
-            # A scaling is looked at once in a few iterations, since that needs the whole program.
+            # Checking the scalings synchronises the program, so it is done every few iterations.
             steps = 1
             if STEPS > 1:
                 steps = tl.minimum(STEPS, max_iter - iteration)
             for _ in range(steps):
-                # Only a dead line sums to 0; its scaling becomes 0.
+                # Only rows and columns without an allowed pair sum to 0; their scaling becomes 0.
                 Kv = tl.maximum(tl.sum(K * v[None, :], 1), MIN_SUM)
                 if STEPS == 1:
-                    # The f half-step measures the row sums u * Kv of the iterate it starts from.
+                    # The error is that of the row sums u * Kv before this half-step.
                     log_mass = load_log_mass(log_a_ptr, rows, n)
                     if GENERAL:
                         F = tl.load(f_ptr + rows, mask=rows < n, other=0.0) + tl.log2(u)
@@ -301,7 +307,7 @@ def resident_kernel(
             smallest = tl.minimum(smallest, tl.min(tl.where(v > 0, v, 1.0), 0))
             scaling = running & (largest < REBUILD_LIMIT) & (smallest > 1 / REBUILD_LIMIT)
             if (largest > DISCARD_LIMIT) | (smallest < 1 / DISCARD_LIMIT) | (largest != largest):
-                # Too far to be trusted: back to where K was made, and on by exact steps.
+                # Digits may be lost: return to the iterate of K and repeat with exact iterations.
                 exact_until = iteration
                 iteration = rebuilt_at
                 stop = False
@@ -316,7 +322,7 @@ def resident_kernel(
     tl.debug_barrier()
     tl.store(f_ptr + rows, F, mask=rows < n)
     tl.store(g_ptr + columns, G, mask=columns < m)
-    # K holds the cost too, S = A + B + F + G - log2 K, so nothing is read from memory again.
+    # S = A + B + F + G - log2 K, so the cost is not read again.
     K = K * u[:, None] * v[None, :]
     transported = -tl.sum(tl.sum(times_log2(K, NVIDIA), 1), 0)
     row_sum = tl.sum(K, 1)

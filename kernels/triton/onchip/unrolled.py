@@ -1,13 +1,13 @@
-"""The total derivative of a finite run, one program per problem, cost and gradient in registers.
+"""Total derivative of a finite run, one program per problem, cost and gradient in registers.
 
-The run is repeated and its potentials written down, n + m numbers per iteration; then it is swept
-in reverse. With pi and sigma the plans of a half-step, each column or row of which sums to 1, a
-step back is
+The run is repeated and its potentials are stored, n + m numbers per iteration; then it is swept in
+reverse. pi and sigma are the plans of the two half-steps: columns of pi and rows of sigma sum to
+1. The half-steps have the differentials
 
     d g_j = -sum_i pi_ij d f_i + sum_i pi_ij d C_ij,    d f_i = -sum_j sigma_ij d g_j + ...
 
-(``optical.derivatives`` has all terms). In the end the gradient of the cost, still in registers,
-pulls at the vectors.
+(the reference backend has all terms). Finally the gradient of the cost, still in registers, is
+multiplied with the vectors.
 """
 
 import triton
@@ -34,7 +34,7 @@ from optical.kernels.tiles import (
 
 @triton.jit
 def half_step_scores(cost, potential, log_mass, temperature, axis: tl.constexpr):
-    """What a half-step sums up: along axis 1 over the columns, of which the vectors are."""
+    """Compute the scores that a half-step sums along the axis, along which the vectors lie."""
     potential = tl.expand_dims(potential, 1 - axis)
     score = (potential - cost) * (LOG2_E / temperature) + tl.expand_dims(log_mass, 1 - axis)
     return tl.where(cost < INFINITY, score, -INFINITY)
@@ -42,10 +42,10 @@ def half_step_scores(cost, potential, log_mass, temperature, axis: tl.constexpr)
 
 @triton.jit
 def half_step(cost, potential, log_mass, temperature, axis: tl.constexpr):
-    """The minimum along the axis (0 on a line without an allowed pair), and its softmax.
+    """Return the soft-min along the axis, 0 without an allowed pair, and the softmax of its scores.
 
-    Exponents of a thousand have lost digits that their differences still have, so both are formed
-    again around the minimum.
+    Exponents of about a thousand have lost digits that their differences still have. Both results
+    are therefore recomputed relative to a first estimate of the soft-min.
     """
     scale = LOG2_E / temperature
     total, has_pair = log_sum_exp2(
@@ -119,6 +119,7 @@ def unrolled_kernel(
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
 ):
+    """Differentiate the run of one problem; store the gradients of masses, vectors or cost."""
     problem = tl.program_id(0).to(tl.int64)
     offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
     offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
@@ -146,7 +147,7 @@ def unrolled_kernel(
     valid_a = A != -INFINITY
     valid_b = B != -INFINITY
     final_f = tl.load(f_ptr + offset_a + rows, mask=mask_a, other=0.0)
-    # Potentials that are no number tell of a problem that could not be read.
+    # Potentials are NaN where the inputs of a problem were not finite.
     invalid = tl.max(tl.where(final_f == final_f, 0, 1), 0) > 0
     empty = tl.max(valid_a.to(tl.int32), 0) * tl.max(valid_b.to(tl.int32), 0) == 0
     skip = invalid | empty
@@ -168,10 +169,10 @@ def unrolled_kernel(
     for k in range(steps):
         temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
         relaxation = tl.where((k == 0) | (temperature != epsilon), 1.0, omega)
-        flow, _ = half_step(cost, g, B, temperature, 1)
-        f = (1 - relaxation) * f + relaxation / (1 + temperature * inverse_rho_a) * flow
-        moved_b, _ = half_step(cost, f, A, temperature, 0)
-        g = (1 - relaxation) * g + relaxation / (1 + temperature * inverse_rho_b) * moved_b
+        softmin, _ = half_step(cost, g, B, temperature, 1)
+        f = (1 - relaxation) * f + relaxation / (1 + temperature * inverse_rho_a) * softmin
+        softmin, _ = half_step(cost, f, A, temperature, 0)
+        g = (1 - relaxation) * g + relaxation / (1 + temperature * inverse_rho_b) * softmin
         tl.store(path_f_ptr + (k + 1) * n, f, mask=mask_a)
         tl.store(path_g_ptr + (k + 1) * m, g, mask=mask_b)
 
@@ -252,7 +253,7 @@ def unrolled_kernel(
             self_weight_b = tl.sum(inner, 0)
             dot_weight_a *= tl.load(costs[1][1] + columns, mask=mask_b, other=0.0)[None, :]
             dot_weight_b *= tl.load(costs[0][1] + rows, mask=mask_a, other=0.0)[:, None]
-            # The norm of an absent token may be no number.
+            # Norms of padding may be NaN.
             dot_weight_a = tl.where((cost < INFINITY) & (skip == 0), dot_weight_a, 0.0)
             dot_weight_b = tl.where((cost < INFINITY) & (skip == 0), dot_weight_b, 0.0)
         elif KIND == SQEUCLIDEAN:

@@ -1,7 +1,7 @@
-"""The system of ``adjoint`` for problems larger than a chip's registers, one program per problem.
+"""Linear system behind implicit gradients for streamed problems, one program per problem.
 
-The same conjugate gradients; the plan is made again, tile by tile, for every product, and vectors
-wait in device memory. Both products read the same tiles, so that they are those of one matrix.
+The method is that of ``onchip.adjoint``. The plan is recomputed tile by tile for every product and
+vectors live in device memory. Both products read identical tiles, so they are those of one matrix.
 """
 
 import triton
@@ -18,7 +18,7 @@ from optical.kernels.tiles import (
     plan_tile,
 )
 
-# What the sums of a walk are of.
+# Quantities that ``plan_sums`` sums: P v, P, P * C.
 PRODUCT = tl.constexpr(0)
 MARGINAL = tl.constexpr(1)
 TRANSPORT = tl.constexpr(2)
@@ -36,9 +36,9 @@ def plan_sums(
     SPEC: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Along axis 1 the sums of each row, along axis 0 of each column: of P v, of P or of P * C.
+    """Sum P v, P or P * C (QUANTITY) along AXIS: 1 for the sum of each row, 0 of each column.
 
-    ``lines``: masses and potentials of both sides.
+    ``sides``: pointers to the log-masses and potentials of both sides.
     """
     log_a_ptr, log_b_ptr, f_ptr, g_ptr = sides
     x, y, _, _ = costs
@@ -46,13 +46,13 @@ def plan_sums(
     m = y[4]
     BLOCK: tl.constexpr = TILE[0]
     tl.debug_barrier()
-    own_size = n if AXIS == 1 else m
-    other_size = m if AXIS == 1 else n
-    for own_start in range(0, own_size, BLOCK):
+    out_size = n if AXIS == 1 else m
+    sum_size = m if AXIS == 1 else n
+    for out_start in range(0, out_size, BLOCK):
         total = tl.zeros((BLOCK,), tl.float64)
-        for other_start in range(0, other_size, BLOCK):
-            row_start = own_start if AXIS == 1 else other_start
-            column_start = other_start if AXIS == 1 else own_start
+        for sum_start in range(0, sum_size, BLOCK):
+            row_start = out_start if AXIS == 1 else sum_start
+            column_start = sum_start if AXIS == 1 else out_start
             rows = row_start + tl.arange(0, BLOCK)
             columns = column_start + tl.arange(0, BLOCK)
             cost = cost_tile(costs, row_start, column_start, SPEC, TILE)
@@ -65,29 +65,30 @@ def plan_sums(
             if QUANTITY == TRANSPORT:
                 value *= tl.where(plan > 0, cost, 0.0).to(tl.float64)
             elif QUANTITY == PRODUCT:
-                other = other_start + tl.arange(0, BLOCK)
-                v = tl.load(v_ptr + other, mask=other < other_size, other=0.0)
+                summed = sum_start + tl.arange(0, BLOCK)
+                v = tl.load(v_ptr + summed, mask=summed < sum_size, other=0.0)
                 value *= tl.expand_dims(v, 1 - AXIS)
             total += tl.sum(value, AXIS)
-        own = own_start + tl.arange(0, BLOCK)
-        tl.store(sum_ptr + own, total, mask=own < own_size)
+        index = out_start + tl.arange(0, BLOCK)
+        tl.store(sum_ptr + index, total, mask=index < out_size)
     tl.debug_barrier()
 
 
 @triton.jit
 def load_vector(ptr, index, size):
+    """Load part of a vector, 0 beyond its end."""
     return tl.load(ptr + index, mask=index < size, other=0.0)
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, and 0 of 0."""
+    """Compute 1 / x, and 0 for 0."""
     return tl.where(x > 0, 1 / tl.where(x > 0, x, 1.0), 0.0)
 
 
 @triton.jit
 def project_and_norm(r_ptr, diagonal_ptr, m, singular, VECTOR_BLOCK: tl.constexpr):
-    """Take the part along the null vector from the rest, and return its energy."""
+    """Remove the null vector's component from r; return the squared norm under 1 / diagonal."""
     tl.debug_barrier()
     total = tl.zeros((VECTOR_BLOCK,), tl.float64)
     mass = tl.zeros((VECTOR_BLOCK,), tl.float64)
@@ -149,7 +150,10 @@ def adjoint_loop_kernel(
     WARPS_M: tl.constexpr,
     VECTOR_BLOCK: tl.constexpr,
 ):
-    """For problems of more than ``least`` lines a side; 3 n and 7 m numbers of room for each."""
+    """Solve the system of each problem with more than ``least`` rows or columns.
+
+    Workspace per problem: 3 n float64 numbers in ``row_work_ptr`` and 7 m in ``column_work_ptr``.
+    """
     problem = tl.program_id(0).to(tl.int64)
     offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
     offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
@@ -230,7 +234,7 @@ def adjoint_loop_kernel(
         tl.debug_barrier()
         curvature = tl.sum(pq, 0)
         alpha = r_norm / curvature
-        # Rounding has the last word near the solution: no step along a direction that it decides.
+        # Near the solution rounding errors may spoil the direction; then no step is taken.
         usable = (curvature > 0) & (tl.abs(alpha) < INFINITY)
         alpha = tl.where(usable, alpha, 0.0)
         for block_start in range(0, m, VECTOR_BLOCK):

@@ -1,20 +1,20 @@
-"""Streamed iterations in half precision: K is written down once, and then only multiplied with.
+"""Streamed iterations with a plan stored in half precision.
 
     K_ij = 2^14 P_ij / b_j
 
-with P the plan after an exact iteration, whose columns sum to b, lies in device memory as float16.
-With F' and G' the potentials at which it was written, a half-step needs no cost and no exponential
-of an entry:
+P is the plan after an exact iteration, whose columns sum to b; K is stored as float16 in device
+memory. With F' and G' the base potentials at which it was stored, a half-step needs no cost and
+no exponential per entry:
 
     F_i <- F'_i + A_i + 14 - log2 sum_j K_ij exp2(B_j + G_j - G'_j)
     G_j <- G'_j            - log2 sum_i K_ij exp2(F_i - F'_i - 14)
 
-Both half-steps read the same K, so the run is that of costs that are off by epsilon / 2048 at most.
-K is written when an exact iteration has moved no potential by more than DRIFT (half-steps never
-lengthen a move), and again when potentials are farther than that from F' and G'. What float16
-cannot hold is below 2^-39 of a column; in a row that weighs at least 2^-16 of all, it stays below
-2^-11 of the sum. Problems with lighter rows keep to exact iterations, and so do the last iteration
-of a run and those that decide where it stops.
+Both half-steps read the same K, so the run is that of costs perturbed by at most epsilon / 2048.
+K is stored once an exact iteration moves no potential by more than DRIFT (half-steps never
+increase the largest move), and again when potentials are farther than DRIFT from F' and G'.
+Entries that float16 cannot hold are below 2^-39 of their column; in a row with at least 2^-16 of
+the total mass they stay below 2^-11 of the row sum. Problems with lighter rows run exact iterations
+only. The last iteration of a run, and those that decide whether it stops, are exact too.
 """
 
 import triton
@@ -22,23 +22,24 @@ import triton.language as tl
 from optical.kernels.streamed.logsumexp import SOFTMIN, reduce_rows
 from optical.kernels.tiles import INFINITY, NO_PAIR, cost_tile, load_log_mass
 
-# How far potentials may be from where K was written, in powers of two.
+# Largest distance of potentials from the base potentials of K, in powers of two.
 DRIFT = tl.constexpr(6.0)
-# The column sums of K, and the lightest row, in powers of two.
+# Column sums of K, and the smallest share of the mass in a row, in powers of two.
 LOG2_COLUMN_SUM = tl.constexpr(14.0)
 LOG2_MIN_ROW_MASS = tl.constexpr(-16.0)
-# What a problem does next: exact iterations to the end, an exact one, one with K, and K first.
+# States of a problem: exact iterations until the end; the next iteration is exact; it multiplies
+# with K; it stores K and multiplies with it.
 STATE_EXACT_ONLY = tl.constexpr(-1)
 STATE_EXACT = tl.constexpr(0)
 STATE_MULTIPLY = tl.constexpr(1)
 STATE_STORE = tl.constexpr(2)
-# So many iterations must be left for K to pay.
+# Fewest remaining iterations for which storing K pays off.
 MIN_REMAINING = tl.constexpr(4)
 
 
 @triton.jit
 def initial_state(log_mass_ptr, n, BLOCK: tl.constexpr):
-    """Whether no row is too light for K."""
+    """Return the initial state of a problem, by the mass of its lightest row."""
     lightest = tl.full((BLOCK,), INFINITY, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for block_start in range(0, n, BLOCK):
@@ -51,7 +52,23 @@ def initial_state(log_mass_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def next_state(state, change, at_epsilon, remaining):
-    """The state after an iteration that ended ``moved`` from its origin, with ``left`` to come."""
+    """Return the state after an iteration.
+
+    ``change`` is the largest move of a potential (see ``update_potential``), ``at_epsilon`` whether
+    annealing has reached epsilon, and ``remaining`` the number of iterations to come. The first row
+    that applies decides:
+
+        state         condition                                   next state
+        EXACT_ONLY                                                EXACT_ONLY
+        any           change > DRIFT or not at_epsilon            EXACT
+        EXACT         remaining >= MIN_REMAINING                  STORE
+        EXACT         otherwise                                   EXACT
+        STORE,        remaining >= 2                              MULTIPLY
+        MULTIPLY      otherwise (the last iteration is exact)     EXACT
+
+    Independently, a problem in STORE or MULTIPLY whose marginal error falls below ``tol`` becomes
+    EXACT_ONLY, so that exact iterations decide where it stops.
+    """
     following = tl.where(remaining >= 2, STATE_MULTIPLY, STATE_EXACT)
     following = tl.where(
         state == STATE_EXACT,
@@ -66,9 +83,10 @@ def next_state(state, change, at_epsilon, remaining):
 def store_plan(
     costs, rows, columns, stored, first_row, row_step, scale, SPEC: tl.constexpr, TILE: tl.constexpr
 ):
-    """Write K of the rows from ``first`` in steps, and zeros up to whole tiles.
+    """Store K for the rows from ``first_row`` in strides of ``row_step``.
 
-    ``rows`` and ``columns``: masses, and potentials of an exact iteration.
+    Rows and columns are zero-padded to whole tiles. ``rows`` and ``columns`` are pointers to
+    log-masses and to the potentials of an exact iteration.
     """
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_M: tl.constexpr = TILE[1]
@@ -93,7 +111,7 @@ def store_plan(
 def multiply_plan(
     row_side, column_side, stored, n, m, first_row, row_step, ROWS: tl.constexpr, TILE: tl.constexpr
 ):
-    """The minima of the lines of one side from ``first`` in steps, by products with K."""
+    """Compute the soft-mins of one side by products with K."""
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_M: tl.constexpr = TILE[1]
     plan_ptr, width = stored
@@ -136,7 +154,7 @@ def half_step(
     SPEC: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The minima of one side, in the way that the state of the problem says."""
+    """Compute the soft-mins of one side, exactly or from K, as the state of the problem demands."""
     if FAST:
         if state > STATE_EXACT:
             multiply_plan(

@@ -1,18 +1,19 @@
-"""The parts of a streamed run: walks over the costs of some rows, and what is done with the lines.
+"""Online log-sum-exp over cost tiles, for problems whose plan does not fit in registers.
 
-A walk makes the costs again tile by tile and keeps a running maximum and a running sum for each
-row, so memory holds vectors and potentials and nothing else. The columns are summed in segments and
-these are joined in one order, whoever shares them and the rows. Potentials are in the units of
-``resident``.
+Costs are recomputed tile by tile with a running maximum and sum per row, so only vectors and
+potentials are stored. Columns are reduced in segments of 512, which are merged in a fixed order:
+the result does not depend on how rows and columns are split over programs. ``row_side`` and
+``column_side`` are tuples of pointers to log-masses, potentials, results, cost sums and base
+potentials. Units are those of ``tiles``.
 """
 
 import triton
 import triton.language as tl
 from optical.kernels.tiles import INFINITY, NO_PAIR, cost_tile, load_log_mass
 
-# Columns of a segment.
+# Columns per segment.
 SEGMENT = tl.constexpr(512)
-# What a walk looks for.
+# Reductions of a row.
 SOFTMIN = tl.constexpr(0)
 SUMS = tl.constexpr(1)
 
@@ -30,9 +31,9 @@ def accumulate_scores(
     SPEC: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """What minima are made of, a tile later.
+    """Add one tile to the running reduction of its rows.
 
-    For each row the greatest score, the sum of all beside it, and the least cost.
+    ``running`` holds the largest score, the sum of exponentials relative to it, and the least cost.
     """
     log_b_ptr, G_ptr, _, _, _ = column_side
     peak, total, least_cost = running
@@ -55,7 +56,7 @@ def accumulate_scores(
 
 @triton.jit
 def merge(peak, total, other_peak, other_total):
-    """The greatest score and the sum of two segments; those of one alone with -inf and 0."""
+    """Merge the maxima and sums of two segments; (-inf, 0) is the neutral element."""
     new_peak = tl.maximum(peak, other_peak)
     shift = tl.where(new_peak > -INFINITY, new_peak, 0.0)
     total *= tl.exp2(tl.where(peak > -INFINITY, peak - shift, 0.0))
@@ -65,7 +66,7 @@ def merge(peak, total, other_peak, other_total):
 
 @triton.jit
 def merge_stored(peak_ptr, total_ptr, rows, n, peak, total, stop):
-    """A segment that ends with column ``end``, and those before it."""
+    """Merge the segment that ends at column ``stop`` with the stored earlier ones."""
     tl.debug_barrier()
     has_earlier = (rows < n) & (stop > SEGMENT)
     other_peak = tl.load(peak_ptr + rows, mask=has_earlier, other=-INFINITY)
@@ -76,7 +77,7 @@ def merge_stored(peak_ptr, total_ptr, rows, n, peak, total, stop):
 
 @triton.jit
 def softmin(peak, total, least_cost, ratio):
-    """What was found: ``NO_PAIR`` for a row without an allowed pair."""
+    """Return the soft-min of a reduction, or ``NO_PAIR`` for a row without an allowed pair."""
     has_pair = least_cost < INFINITY
     result = -(peak + tl.log2(tl.where(has_pair, total, 1.0))) / ratio
     return tl.where(has_pair, result, NO_PAIR)
@@ -95,10 +96,11 @@ def reduce_rows(
     SPEC: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """For the rows from ``first`` in steps: their minima, or their sums of P and of P * C.
+    """Reduce the rows from ``first_row`` in strides of ``row_step``.
 
-    Found is ``NO_PAIR`` for a row without an allowed pair, and NaN where a cost is no number.
-    ``own``, ``other``: masses, potentials, and for the rows where to put what is found and spent.
+    REDUCE is SOFTMIN for soft-mins of the scores, or SUMS for the sums of P and of P * C. The
+    result is ``NO_PAIR`` for a row without an allowed pair, and for SUMS NaN if a cost is NaN or
+    -inf.
     """
     log_a_ptr = row_side[0]
     F_ptr = row_side[1]
@@ -119,7 +121,7 @@ def reduce_rows(
             peak = tl.full((BLOCK_N,), -INFINITY, tl.float32)
             for column_start in range(0, m, BLOCK_M):
                 if (column_start > 0) & (column_start % SEGMENT.value == 0):
-                    # A segment needs every register; what came before waits in memory.
+                    # A segment needs every register, so the result so far is spilled to memory.
                     peak, total = merge_stored(
                         result_ptr, cost_sum_ptr, rows, n, peak, total, column_start
                     )
@@ -159,7 +161,7 @@ def reduce_rows(
                 plan = tl.exp2(tl.where(allowed, score, -INFINITY))
                 total += tl.sum(plan, 1)
                 cost_sum += tl.sum(plan * tl.where(allowed, cost, 0.0), 1)
-                # NaN compares with nothing, and a cost of -inf is no cost either.
+                # Comparisons with NaN are false; a cost of -inf is invalid as well.
                 not_finite = tl.maximum(not_finite, tl.max(tl.where(cost > -INFINITY, 0.0, 1.0), 1))
             result = tl.where(least_cost < INFINITY, total, NO_PAIR)
             result = tl.where(not_finite > 0, float("nan"), result)
@@ -183,9 +185,9 @@ def reduce_segments(
     SPEC: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """As ``walk`` for minima, but of every ``segments``-th segment alone; ``part_ptr`` keeps them.
+    """Reduce every ``segment_step``-th segment of the rows and store the partial results.
 
-    Each has three numbers for each of ``lines`` rows.
+    ``partial_ptr`` receives maximum, sum and least cost, ``row_count`` numbers each, per segment.
     """
     n = costs[0][4]
     m = costs[1][4]

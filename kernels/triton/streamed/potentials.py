@@ -1,4 +1,8 @@
-"""The updates of potentials, and the outputs of a streamed run."""
+"""Updates of the potentials after a reduction, stopping criterion, and outputs of streamed runs.
+
+``side`` is a tuple of pointers to the log-masses, potentials, reduction results, cost sums and
+base potentials of the rows or columns of one problem.
+"""
 
 import triton
 import triton.language as tl
@@ -19,7 +23,7 @@ from optical.kernels.tiles import (
 
 @triton.jit
 def marginal_error(side, n, ratio, strength, BLOCK: tl.constexpr):
-    """How far the sums behind found minima are from those wanted, in L1."""
+    """Return the L1 error of the marginal implied by the soft-mins of one side."""
     log_mass_ptr = side[0]
     F_ptr = side[1]
     softmin_ptr = side[2]
@@ -37,10 +41,11 @@ def marginal_error(side, n, ratio, strength, BLOCK: tl.constexpr):
 
 @triton.jit
 def update_potential(side, n, relaxation, beta, state, FAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Move the potentials of one side towards the minima found; those of dead lines are 0.
+    """Move the potentials of one side towards their soft-mins; 0 without an allowed pair.
 
-    With FAST, return how far they end from where an exact iteration found them, or in the states
-    of ``kept`` above 0 from where K was written; and note where an exact one leaves them.
+    With FAST, return the largest move: from the previous iterate in an exact iteration, otherwise
+    (``state`` > 0) from the base potentials of the stored plan. Exact iterations record their
+    iterate as the base.
     """
     F_ptr = side[1]
     softmin_ptr = side[2]
@@ -62,20 +67,20 @@ def update_potential(side, n, relaxation, beta, state, FAST: tl.constexpr, BLOCK
 
 @triton.jit
 def init_potential(F_ptr, start_ptr, n, scale, START: tl.constexpr, BLOCK: tl.constexpr):
-    """Write where one side begins."""
+    """Store the initial potentials of one side, 0 without START."""
     for block_start in range(0, n, BLOCK):
         index = block_start + tl.arange(0, BLOCK)
         F = tl.zeros((BLOCK,), tl.float32)
         if START:
             F = tl.load(start_ptr + index, mask=index < n, other=0.0) * scale
-            # What stands at an absent line may be no number; it has no plan to be multiplied with.
+            # Initial potentials of padding may be NaN, which would spread to the scores.
             F = tl.where(tl.abs(F) < INFINITY, F, 0.0)
         tl.store(F_ptr + index, F, mask=index < n)
 
 
 @triton.jit
 def check_inputs(start_ptr, log_mass_ptr, n, START: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether the numbers of one side cannot be read, whether it has a line, and its mass."""
+    """Return whether an input is not finite, whether an entry is valid, and the mass."""
     any_valid = tl.zeros((BLOCK,), tl.float32)
     not_finite = tl.zeros((BLOCK,), tl.float32)
     mass = tl.zeros((BLOCK,), tl.float32)
@@ -93,9 +98,10 @@ def check_inputs(start_ptr, log_mass_ptr, n, START: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def side_objective(side, n, inverse_rho, strength, BLOCK: tl.constexpr):
-    """What one side has: its part of the dual value, its penalty, its error, its sums, and costs.
+    """Return the contribution of one side to the outputs, from the marginal of its plan.
 
-    The last two say whether a fixed line is dead and whether a cost is no number.
+    In order: dual value, penalty, L1 error of the marginal, total mass, transport cost, whether a
+    valid row or column has no allowed pair, and whether a cost is not finite.
     """
     log_mass_ptr = side[0]
     F_ptr = side[1]
@@ -112,7 +118,7 @@ def side_objective(side, n, inverse_rho, strength, BLOCK: tl.constexpr):
         index = block_start + tl.arange(0, BLOCK)
         A = load_log_mass(log_mass_ptr, index, n)
         marginal = tl.load(marginal_ptr + index, mask=index < n, other=NO_PAIR)
-        # A sum beyond float32 is a sum.
+        # A sum that overflows float32 to +inf still counts as a sum.
         has_pair = marginal != NO_PAIR
         F = tl.load(F_ptr + index, mask=index < n, other=0.0)
         F = tl.where(marginal == NO_PAIR, 0.0, F)
@@ -159,9 +165,9 @@ def write_outputs(
     START: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The outputs of one problem, after a walk for the sums of each side.
+    """Write the outputs of one problem after the sums of both sides have been reduced.
 
-    ``rows`` and ``columns``: masses, potentials, and what the walks found and saw spent.
+    ``rows`` and ``columns`` are sides with marginals and cost sums.
     """
     value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr = outputs
     strength_a = epsilon * inverse_rho_a
@@ -203,7 +209,7 @@ def write_outputs(
 
 @triton.jit
 def rescale_potential(F_ptr, log_mass_ptr, n, scale, empty, invalid, BLOCK: tl.constexpr):
-    """Potentials in the units of the cost."""
+    """Convert the potentials of one side to the units of the cost."""
     tl.debug_barrier()
     for block_start in range(0, n, BLOCK):
         index = block_start + tl.arange(0, BLOCK)

@@ -1,7 +1,7 @@
-"""All iterations of a problem larger than a chip's registers in one program and one launch.
+"""Streamed Sinkhorn with one program per problem and all iterations in one launch.
 
-This is what packed problems need, whose sizes nobody knows when kernels are launched, and what many
-problems do best with. The bits are those of ``streaming``.
+It serves packed problems, whose sizes the host does not know, and large batches. The results have
+the same bits as those of ``stepwise``.
 """
 
 import triton
@@ -85,7 +85,7 @@ def loop_kernel(
     START: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """All iterations of a problem in one program, for those of more than ``least`` lines a side."""
+    """Run all iterations of each problem with more than ``least`` rows or columns."""
     problem = tl.program_id(0).to(tl.int64)
     offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
     offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
@@ -146,7 +146,7 @@ def loop_kernel(
             error = marginal_error(rows, n, ratio, epsilon * inverse_rho_a, BLOCK)
             stop = error <= tol
             if FAST:
-                # An exact iteration decides.
+                # Half precision never decides convergence; exact iterations follow.
                 undecided = stop & (state > STATE_EXACT)
                 state = tl.where(undecided, STATE_EXACT_ONLY, state)
                 stop = stop & (undecided == 0)

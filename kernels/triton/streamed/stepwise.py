@@ -1,13 +1,13 @@
-"""Sinkhorn for problems larger than a chip's registers.
+"""Streamed Sinkhorn with many programs per problem, one launch per half-step and update.
 
-    F_i <- -log2 sum_j exp2(B_j + G_j - S_ij)        in the units of ``resident``
+    F_i <- -log2 sum_j exp2(B_j + G_j - S_ij)
 
-``walk_kernel`` and ``turn_kernel`` are one half-step: any number of programs per problem, which
-share the rows, and where these are too few for a GPU the columns as well, with ``gather_kernel``
-in between. A problem that has stopped costs the launches and no more. ``loop`` is the other way to
-run it, with the same bits.
+``walk_kernel`` reduces and ``turn_kernel`` updates the potentials of one side. Any number of
+programs share the rows of a problem; where these are too few to fill a GPU they share the columns
+as well, and ``gather_kernel`` merges the segments. Problems that have stopped cost only the
+launches. ``single_launch`` computes the same bits with one program per problem.
 
-With FAST, most iterations are products with a plan that is kept in half precision: see ``kept``.
+With FAST, most iterations multiply with a plan in half precision; see ``half_precision``.
 """
 
 import triton
@@ -87,9 +87,9 @@ def walk_kernel(
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
 ):
-    """A walk of all programs of a problem; for the columns the two sides change places.
+    """Reduce the rows of each problem; for the columns the sides are exchanged.
 
-    With SPLIT the programs share the columns too, and ``gather_kernel`` has to follow.
+    With SPLIT, programs share the columns too and ``gather_kernel`` must follow.
     """
     problem = tl.program_id(0).to(tl.int64)
     if tl.load(stopped_ptr + problem) != 0 and REDUCE != SUMS:
@@ -178,7 +178,7 @@ def gather_kernel(
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The minima of rows from those of their segments."""
+    """Merge the segments of each row into its soft-min."""
     problem = tl.program_id(0).to(tl.int64)
     if tl.load(stopped_ptr + problem) != 0:
         return
@@ -241,7 +241,7 @@ def keep_kernel(
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
 ):
-    """Write K of the problems that are about to use one."""
+    """Store K of the problems in state STORE."""
     problem = tl.program_id(0).to(tl.int64)
     if (tl.load(stopped_ptr + problem) != 0) | (tl.load(state_ptr + problem) != STATE_STORE):
         return
@@ -289,10 +289,11 @@ def turn_kernel(
     INIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """After a walk: whether the problem stops here, if not, the potentials of one side.
+    """Stop a problem if it has converged; otherwise update the potentials of one side.
 
-    ``before`` is the temperature of the annealing one iteration earlier. With BEGIN there was no
-    walk yet, and the side is given its start. ``left`` iterations are to come after this one.
+    ``previous_annealing`` is the annealing temperature of the previous iteration, ``remaining`` the
+    number of iterations to come. With INIT there is no reduction yet, and the potentials are set to
+    their start.
     """
     problem = tl.program_id(0).to(tl.int64)
     offset, n = extent(cu_ptr, problem, n, PACKED)
@@ -322,7 +323,7 @@ def turn_kernel(
         error = marginal_error(side, n, epsilon / temperature, epsilon * inverse_rho, BLOCK)
         stop = (error <= tol) & (tl.maximum(epsilon, previous_annealing) == epsilon)
         if FAST:
-            # An exact iteration decides.
+            # Half precision never decides convergence; exact iterations follow.
             undecided = stop & (state > STATE_EXACT)
             state = tl.where(undecided, STATE_EXACT_ONLY, state)
             stop = stop & (undecided == 0)
@@ -374,7 +375,7 @@ def finish_kernel(
     START: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The outputs of each problem, after the last walks, which were for sums."""
+    """Write the outputs of each problem after its sums have been reduced."""
     problem = tl.program_id(0).to(tl.int64)
     offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
     offset_b, m = extent(cu_b_ptr, problem, m, PACKED)

@@ -1,16 +1,9 @@
-"""``unrolled`` for problems larger than a chip's registers: launch by launch, no matrix in memory.
+"""Reverse sweep and gradients of a streamed unrolled run, one launch per half-step.
 
-Of every half-step vectors stay: the potentials it read, f, the minima it found, s, and later what
-arrives at these in the reverse sweep, v. With them its plan can be made again at any tile,
-
-    pi_ij = a_i exp((f_i + s_j - C_ij) / T)        each column sums to 1
-
-and the gradient of the cost is that of the last plan plus the sum over the iterations of
-pi_ij v_j + sigma_ij v_i, sigma being pi with the sides exchanged. Every kernel owns rows of one
-side and walks over the other; for the columns the two sides change places.
-
-A minimum in float32 leaves an exponent of a thousand without the digits that make columns sum to 1.
-So s stands as two numbers, an anchor, the minimum one iteration earlier, and what was missing.
+The gradient of the cost is that of the last plan plus the sum over the iterations of
+pi_ij v_j + sigma_ij v_i, where pi and sigma are the plans of the two half-steps and v the adjoints
+of their soft-mins (see ``unrolled_replay``). No matrix is stored. A program takes rows of one side
+and loops over the other; for the columns the sides are exchanged.
 """
 
 import triton
@@ -38,7 +31,7 @@ from optical.kernels.tiles import (
 
 @triton.jit
 def final_plan(cost, A, B, f, g, epsilon, weights, upstream, upstream_linear):
-    """The plan at the end of the run, and what arrives at the logarithm of each entry."""
+    """Return a tile of the last plan, and the gradient with respect to its logarithm."""
     weight_a, weight_b = weights
     plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
     weight = upstream * (weight_a[:, None] + weight_b[None, :])
@@ -103,10 +96,11 @@ def back_kernel(
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
 ):
-    """What arrives at the potentials of one side before iteration k, or with BEGIN at the last.
+    """Propagate gradients to the potentials of one side before iteration k.
 
-    Of what has arrived the next half-step back takes its part, and leaves a part with COLUMNS to
-    the iteration before.
+    With INIT these are the potentials after the run. The gradient is split into the adjoint of the
+    soft-min that produced the potential and, under over-relaxation, a part for the previous
+    iteration.
     """
     problem = tl.program_id(0).to(tl.int64)
     state = tl.load(state_ptr + problem)
@@ -128,9 +122,9 @@ def back_kernel(
     upstream = tl.load(grad_value_ptr + problem)
     upstream_linear = tl.load(grad_value_linear_ptr + problem)
     step = k.to(tl.int64)
-    # The rows of an iteration were done before its columns, whose plan has the new potentials.
-    own_step = step if COLUMNS or INIT else step + 1
-    path_ptr += own_step * total_rows + offset_a
+    # Rows are updated before columns, so the columns' plan has the rows' new potentials.
+    path_step = step if COLUMNS or INIT else step + 1
+    path_ptr += path_step * total_rows + offset_a
     other_path_ptr += step * total_columns + offset_b
     other_anchor_ptr += step * total_columns + offset_b
     other_correction_ptr += step * total_columns + offset_b
@@ -138,7 +132,7 @@ def back_kernel(
     temperature = epsilon
     if not INIT:
         temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
-    # Where the own side's minima stand that this arrives at next.
+    # The iteration whose soft-mins produced these potentials.
     target_step = k - 1 if COLUMNS else k
     has_target = (target_step >= 0) & (target_step < steps)
     _temperature, retained, step_size = relaxation_factors(
@@ -253,7 +247,7 @@ def unrolled_gradient_kernel(
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
 ):
-    """The gradient of the vectors of one side, or of a given cost, all iterations at each tile."""
+    """Compute the gradient of one side's vectors, or of a given cost, over all iterations."""
     problem = tl.program_id(0).to(tl.int64)
     state = tl.load(state_ptr + problem)
     steps = tl.load(steps_ptr + problem)
@@ -308,11 +302,12 @@ def unrolled_gradient_kernel(
             for k in range(steps):
                 temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
                 row_base, column_base = k * wide_a, k * wide_b
-                # The columns of an iteration see the rows' new potentials, the rows their old ones.
-                own_path = row_base if COLUMNS else row_base + wide_a
-                other_path = column_base + wide_b if COLUMNS else column_base
-                f = tl.load(path_ptr + own_path + rows, mask=row_mask, other=0.0)
-                g = tl.load(other_path_ptr + other_path + columns, mask=column_mask, other=0.0)
+                # The columns' half-step reads new potentials of the rows, the rows' half-step old
+                # ones of the columns.
+                row_path = row_base if COLUMNS else row_base + wide_a
+                column_path = column_base + wide_b if COLUMNS else column_base
+                f = tl.load(path_ptr + row_path + rows, mask=row_mask, other=0.0)
+                g = tl.load(other_path_ptr + column_path + columns, mask=column_mask, other=0.0)
                 anchor_a = tl.load(anchor_ptr + row_base + rows, mask=row_mask, other=0.0)
                 anchor_b = tl.load(
                     other_anchor_ptr + column_base + columns, mask=column_mask, other=0.0

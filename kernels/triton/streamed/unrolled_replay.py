@@ -1,4 +1,21 @@
-"""The run again."""
+"""Replay of a streamed run for unrolled gradients: the vectors of every half-step.
+
+Per half-step only vectors are stored: the input potential f, the soft-min s and, in the reverse
+sweep, the adjoint v of the soft-min. The plan of the half-step can be recomputed from them at any
+tile,
+
+    pi_ij = a_i exp((f_i + s_j - C_ij) / T)        each column sums to 1
+
+In float32 a soft-min alone cannot make columns sum to 1, since exponents of about a thousand have
+lost their last digits. s is therefore stored in two parts: an anchor, the soft-min of the previous
+iteration, and a correction, log2 of the sum relative to the anchor.
+
+State of a problem:
+
+    STATE_ACTIVE    replayed and differentiated
+    STATE_EMPTY     a side has no valid entry, or an input is not finite; all gradients are 0
+    STATE_ONCHIP    small enough for ``onchip.unrolled``, ignored here
+"""
 
 import triton
 import triton.language as tl
@@ -14,10 +31,10 @@ from optical.kernels.tiles import (
     plan_tile,
 )
 
-# What a problem is here.
+# States of a problem.
 STATE_ACTIVE = tl.constexpr(0)
-STATE_EMPTY = tl.constexpr(1)  # its gradients are 0
-STATE_ONCHIP = tl.constexpr(2)  # small enough to stay on chip
+STATE_EMPTY = tl.constexpr(1)
+STATE_ONCHIP = tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize=["n", "m", "least"])
@@ -36,7 +53,7 @@ def survey_kernel(
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Which problems there are to do, and how many iterations each ran."""
+    """Set the state of each problem and the number of iterations to replay."""
     problem = tl.program_id(0).to(tl.int64)
     offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
     offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
@@ -48,7 +65,7 @@ def survey_kernel(
         A = load_log_mass(log_a_ptr + offset_a, index, n)
         f = tl.load(f_ptr + offset_a + index, mask=index < n, other=0.0)
         any_valid_a = tl.maximum(any_valid_a, (A != -INFINITY).to(tl.int32))
-        # Potentials that are no number tell of a problem that could not be read.
+        # Potentials are NaN where the inputs of a problem were not finite.
         not_finite = tl.maximum(not_finite, (f != f).to(tl.int32))
     for block_start in range(0, m, BLOCK):
         B = load_log_mass(log_b_ptr + offset_b, block_start + tl.arange(0, BLOCK), m)
@@ -65,7 +82,7 @@ def survey_kernel(
 
 @triton.jit
 def relaxation_factors(epsilon, annealing_ptr, k, omega, inverse_rho):
-    """The temperature of iteration k, how much of a potential stays, and a minimum's share."""
+    """Return the temperature of iteration k and the factors of old potential and soft-min."""
     temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
     relaxation = tl.where((k == 0) | (temperature != epsilon), 1.0, omega)
     return temperature, 1 - relaxation, relaxation / (1 + temperature * inverse_rho)
@@ -73,7 +90,7 @@ def relaxation_factors(epsilon, annealing_ptr, k, omega, inverse_rho):
 
 @triton.jit
 def plan_scores(cost, allowed, potential, anchor, log_mass, temperature):
-    """log2 of the plan of a half-step, up to what the anchors miss; all arguments are spread."""
+    """Compute log2 of the plan of a half-step, up to the corrections; arguments are broadcast."""
     score = (potential + anchor - cost) * (LOG2_E / temperature) + log_mass
     return tl.where(allowed, score, -INFINITY)
 
@@ -122,9 +139,9 @@ def forth_kernel(
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
 ):
-    """A half-step of the run again: the minima of iteration k, and where the potentials go.
+    """Replay a half-step of iteration k: store its soft-mins and the updated potentials.
 
-    They are the anchors of the iteration after it.
+    The soft-mins are the anchors of the next iteration.
     """
     problem = tl.program_id(0).to(tl.int64)
     if k >= tl.load(steps_ptr + problem):
@@ -213,7 +230,10 @@ def weight_kernel(
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
 ):
-    """What the value weighs each line of the last plan with, and its gradient to the masses."""
+    """Compute the derivative of the value with respect to the last plan, and to the log-masses.
+
+    The former is a weight per row and per column.
+    """
     problem = tl.program_id(0).to(tl.int64)
     state = tl.load(state_ptr + problem)
     if state == STATE_ONCHIP:
