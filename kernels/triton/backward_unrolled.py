@@ -326,7 +326,8 @@ class StreamedUnroll:
         """Compute the gradient of the cost, or of the vectors of one side."""
         rows, columns = self._pair(swapped)
         options, parts = self._gradient_options()
-        unrolled_gradient_kernel[(*self._grid(swapped, options["BLOCK_N"]), parts)](
+        grid = (*self._grid(swapped, options["BLOCK_N"]), parts)
+        unrolled_gradient_kernel[grid](
             *self.launch.pointers(swapped),
             self.state,
             self.steps,
