@@ -278,15 +278,15 @@ class StepwiseSolve:
         """Compute the soft-mins of one side, or the sums of its plan and transport cost."""
         launch, stored = self.launch, self.stored
         order = (1, 0) if swapped else (0, 1)
-        own = order[0]
-        n = (launch.n, launch.m)[own]
-        split = 1 if sums else self.splits[own]
-        row_count = self.potentials[own].numel()
+        side = order[0]
+        n = (launch.n, launch.m)[side]
+        split = 1 if sums else self.splits[side]
+        row_count = self.potentials[side].numel()
         walk_kernel[(launch.size, launch.blocks(n, tuning.STREAM.rows), split)](
             *launch.pointers(swapped),
             *(self.potentials[i] for i in order),
-            self.results[own],
-            self.cost_sums[own],
+            self.results[side],
+            self.cost_sums[side],
             *((stored.base_a, stored.base_b)[i] for i in order),
             stored.plan,
             self.partial,
@@ -307,13 +307,13 @@ class StepwiseSolve:
             self._merge_segments(order, row_count, annealing)
 
     def _merge_segments(self, order: tuple[int, int], row_count: int, annealing: float) -> None:
-        launch, own = self.launch, order[0]
+        launch, side = self.launch, order[0]
         sizes = [(launch.n, launch.m)[i] for i in order]
         gather_kernel[(launch.size, launch.blocks(sizes[0], tuning.VECTOR_BLOCK))](
             *((launch.cu_a, launch.cu_b)[i] for i in order),
             self.problem.epsilon,
             self.partial,
-            self.results[own],
+            self.results[side],
             self.stopped,
             *sizes,
             row_count,
