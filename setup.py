@@ -81,12 +81,16 @@ setup(
         "optical",
         *(f"optical.{wing}" for wing in WINGS),
         "optical.kernels",
+        "optical.kernels.onchip",
+        "optical.kernels.streamed",
         "optical.csrc",
     ],
     package_dir={
         "optical": "optical",
         # A package named `kernels` at the top would hide Hugging Face's: see kernels/README.md.
         "optical.kernels": "kernels/triton",
+        "optical.kernels.onchip": "kernels/triton/onchip",
+        "optical.kernels.streamed": "kernels/triton/streamed",
         "optical.csrc": "csrc",
     },
     include_package_data=False,  # the lists below are complete

@@ -31,18 +31,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from optical.kernels import (
-    adjoint,
-    adjoint_streamed,
-    gradients,
-    loop,
-    resident,
-    streaming,
-    sums,
-    tokens,
-    tuning,
-    unrolled,
-    unrolled_streamed,
+from optical.kernels import batch, gradients, plan_products, tuning
+from optical.kernels.onchip import adjoint, solve, unrolled
+from optical.kernels.streamed import adjoint as streamed_adjoint
+from optical.kernels.streamed import (
+    single_launch,
+    stepwise,
+    unrolled_backward,
+    unrolled_replay,
 )
 
 TARGETS = {
@@ -55,14 +51,14 @@ TARGETS = {
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INTEGERS = {
-    *("n", "m", "dim", "max_iter", "least", "most", "width", "first"),
-    *("plane", "left", "k", "lines", "lines_a", "lines_b"),
+    *("n", "m", "dim", "max_iter", "least", "most", "width", "is_first"),
+    *("plane", "remaining", "k", "row_count", "total_rows", "total_columns"),
     *("stride_batch", "stride_n", "stride_m"),
 }
 POINTERS = {"cu_ptr": "*i64", "cu_a_ptr": "*i64", "cu_b_ptr": "*i64"}
 POINTERS |= dict.fromkeys(("n_iter_ptr", "status_ptr", "stopped_ptr", "state_ptr"), "*i32")
 POINTERS |= {"steps_ptr": "*i32"}
-POINTERS |= {"kept_ptr": "*fp16"}
+POINTERS |= {"plan_ptr": "*fp16"}
 KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
 
 
@@ -127,23 +123,23 @@ def configurations() -> Iterator[Configuration]:
         name = f"{side}x{side}"
         roomy = tuning.ROOMY[side]
         options = plain | {"STEPS": tuning.STEPS}
-        yield _tiled(resident.resident_kernel, name, tile, "given", "fp32", **options)
-        yield _tiled(resident.resident_kernel, name, tile, "cosine", "bf16", **options)
-        yield _tiled(resident.resident_kernel, name, roomy, "cosine", "fp32", **options)
-        yield _tiled(resident.resident_kernel, name, roomy, "cosine", "bf16", "every", **every)
+        yield _tiled(solve.resident_kernel, name, tile, "given", "fp32", **options)
+        yield _tiled(solve.resident_kernel, name, tile, "cosine", "bf16", **options)
+        yield _tiled(solve.resident_kernel, name, roomy, "cosine", "fp32", **options)
+        yield _tiled(solve.resident_kernel, name, roomy, "cosine", "bf16", "every", **every)
     for tile in tuning.OBLONG:
         name, options = f"{tile.rows}x{tile.columns}", plain | {"STEPS": tuning.STEPS}
-        yield _tiled(resident.resident_kernel, name, tile, "given", "fp32", **options)
-        yield _tiled(resident.resident_kernel, name, tile, "cosine", "bf16", **options)
+        yield _tiled(solve.resident_kernel, name, tile, "given", "fp32", **options)
+        yield _tiled(solve.resident_kernel, name, tile, "cosine", "bf16", **options)
         options = plain | {"STEPS": 1}
-        yield _tiled(resident.resident_kernel, name, tile, "cosine", "bf16", "tol", **options)
+        yield _tiled(solve.resident_kernel, name, tile, "cosine", "bf16", "tol", **options)
     for side, tile in tuning.ADJOINT.items():
         for kind, dtype in (("given", "fp32"), ("cosine", "bf16")):
             options = {"PACKED": False}
             yield _tiled(adjoint.adjoint_kernel, f"{side}x{side}", tile, kind, dtype, **options)
             options |= {"START": False, "POTENTIALS": True, "NEED_X": True}
             options |= {"NEED_Y": kind != "given", "BLOCK_G": 32}
-            options |= {"PULL": tl.bfloat16, "PULL_PRECISION": "tf32"}
+            options |= {"DOT_DTYPE": tl.bfloat16, "DOT_PRECISION": "tf32"}
             name = f"{side}x{side}"
             yield _tiled(unrolled.unrolled_kernel, name, tile, kind, dtype, **options)
     for table, partial, dtypes in (
@@ -157,68 +153,73 @@ def configurations() -> Iterator[Configuration]:
     for kind, dtype in (("given", "fp32"), ("cosine", "bf16"), ("cosine", "fp32")):
         for seen in (0, 1):
             tile = tuning.STREAM
-            options = stream | {"SPLIT": False, "SEEN": seen, "ROWS": False, "FAST": False}
+            options = stream | {"SPLIT": False, "REDUCE": seen, "ROWS": False, "FAST": False}
             yield _tiled(
-                streaming.walk_kernel, "64x64", tile, kind, dtype, f"seen={seen}", **options
+                stepwise.walk_kernel, "64x64", tile, kind, dtype, f"seen={seen}", **options
             )
-        options = stream | {"SPLIT": True, "SEEN": 0, "ROWS": False, "FAST": False}
-        yield _tiled(streaming.walk_kernel, "64x64", tile, kind, dtype, "split", **options)
-        options = stream | {"START": False, "BLOCK": tuning.LINES, "FAST": False}
-        yield _tiled(loop.loop_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
+        options = stream | {"SPLIT": True, "REDUCE": 0, "ROWS": False, "FAST": False}
+        yield _tiled(stepwise.walk_kernel, "64x64", tile, kind, dtype, "split", **options)
+        options = stream | {"START": False, "BLOCK": tuning.VECTOR_BLOCK, "FAST": False}
+        yield _tiled(single_launch.loop_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
         apart = tuning.ADJOINT_STREAM[kind != "given" and dtype == "fp32"]
-        options = stream | {"BLOCK": apart.rows, "LINES": tuning.LINES}
-        kernel = adjoint_streamed.adjoint_loop_kernel
+        options = stream | {"BLOCK": apart.rows, "VECTOR_BLOCK": tuning.VECTOR_BLOCK}
+        kernel = streamed_adjoint.adjoint_loop_kernel
         name = f"{apart.rows}x{apart.columns}"
         yield _tiled(kernel, name, apart, kind, dtype, **options)
-        options = stream | {"IMPLICIT": True, "WALK": True}
-        yield _tiled(sums.mass_gradient_kernel, "64x64", tuning.WALK, kind, dtype, **options)
-        options = stream | {"PULL": "exact", "BLOCK_G": 64}
-        yield _tiled(sums.product_kernel, "64x64", tuning.WALK, kind, dtype, **options)
+        options = stream | {"IMPLICIT": True, "READ_COST": True}
+        yield _tiled(
+            plan_products.mass_gradient_kernel, "64x64", tuning.PLAN_PRODUCT, kind, dtype, **options
+        )
+        options = stream | {"DOT_PRECISION": "exact", "BLOCK_G": 64}
+        yield _tiled(
+            plan_products.product_kernel, "64x64", tuning.PLAN_PRODUCT, kind, dtype, **options
+        )
         yield from _unrolled(kind, dtype)
     tile, fast = tuning.STREAM, stream | {"FAST": True}
     for rows in (True, False):
-        options = fast | {"SPLIT": False, "SEEN": 0, "ROWS": rows}
+        options = fast | {"SPLIT": False, "REDUCE": 0, "ROWS": rows}
         what = "fast rows" if rows else "fast columns"
-        yield _tiled(streaming.walk_kernel, "64x64", tile, "cosine", "bf16", what, **options)
-    yield _tiled(streaming.keep_kernel, "64x64", tile, "cosine", "bf16", **stream)
-    options = fast | {"START": False, "BLOCK": tuning.LINES}
-    yield _tiled(loop.loop_kernel, "64x64", tile, "cosine", "bf16", "fast", **options)
-    lines = {"PACKED": False, "START": False, "BLOCK": tuning.LINES}
-    yield Configuration(streaming.finish_kernel, "lines", "", "fp32", lines, 4, 3)
-    gather = {"PACKED": False, "BLOCK": tuning.LINES}
-    yield Configuration(streaming.gather_kernel, "lines", "", "fp32", gather, 4, 3)
-    turn = lines | {"ROWS": True, "BEGIN": False, "FAST": False}
-    yield Configuration(streaming.turn_kernel, "lines", "", "fp32", turn, 4, 3)
+        yield _tiled(stepwise.walk_kernel, "64x64", tile, "cosine", "bf16", what, **options)
+    yield _tiled(stepwise.keep_kernel, "64x64", tile, "cosine", "bf16", **stream)
+    options = fast | {"START": False, "BLOCK": tuning.VECTOR_BLOCK}
+    yield _tiled(single_launch.loop_kernel, "64x64", tile, "cosine", "bf16", "fast", **options)
+    lines = {"PACKED": False, "START": False, "BLOCK": tuning.VECTOR_BLOCK}
+    yield Configuration(stepwise.finish_kernel, "lines", "", "fp32", lines, 4, 3)
+    gather = {"PACKED": False, "BLOCK": tuning.VECTOR_BLOCK}
+    yield Configuration(stepwise.gather_kernel, "lines", "", "fp32", gather, 4, 3)
+    turn = lines | {"ROWS": True, "INIT": False, "FAST": False}
+    yield Configuration(stepwise.turn_kernel, "lines", "", "fp32", turn, 4, 3)
     cells = {"IMPLICIT": True, "BLOCK_N": 32, "BLOCK_M": 64, "stride_m": 1}
     yield Configuration(gradients.cost_gradient_kernel, "32x64", "given", "fp32", cells, 4, 3)
-    survey = {"PACKED": False, "BLOCK": tuning.LINES}
-    yield Configuration(unrolled_streamed.survey_kernel, "lines", "", "fp32", survey, 4, 3)
+    survey = {"PACKED": False, "BLOCK": tuning.VECTOR_BLOCK}
+    yield Configuration(unrolled_replay.survey_kernel, "lines", "", "fp32", survey, 4, 3)
     norms = {"KIND": 1, "PACKED": False, "SCALED": False, "BLOCK_T": 16, "BLOCK_D": 128}
-    yield Configuration(tokens.norm_kernel, "16x128", "cosine", "bf16", norms, 4, 3)
+    yield Configuration(batch.norm_kernel, "16x128", "cosine", "bf16", norms, 4, 3)
     centre = {"PACKED": False, "BLOCK_T": 32, "BLOCK_D": 64}
-    yield Configuration(tokens.centre_kernel, "32x64", "sqeuclidean", "bf16", centre, 4, 3)
+    yield Configuration(batch.centre_kernel, "32x64", "sqeuclidean", "bf16", centre, 4, 3)
 
 
 def _unrolled(kind: str, dtype: str) -> Iterator[Configuration]:
     """The kernels of streamed unrolled gradients."""
     options: dict[str, Any] = {"PACKED": False}
-    kernels = unrolled_streamed
-    yield _tiled(kernels.forth_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
-    yield _tiled(kernels.weight_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
+    yield _tiled(unrolled_replay.forth_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
+    yield _tiled(unrolled_replay.weight_kernel, "64x64", tuning.STREAM, kind, dtype, **options)
     back = options | {"COLUMNS": False, "POTENTIALS": True}
     for begin in (True, False):
         what = "begin" if begin else ""
-        back["BEGIN"] = begin
-        yield _tiled(kernels.back_kernel, "64x64", tuning.STREAM, kind, dtype, what, **back)
+        back["INIT"] = begin
+        yield _tiled(
+            unrolled_backward.back_kernel, "64x64", tuning.STREAM, kind, dtype, what, **back
+        )
     grain = tuning.SINGLE_PARTIAL if dtype == "fp32" else tuning.PARTIAL
     tile = tuning.ADJOINT_STREAM[False]
     if kind != "given":
         tile = tuning.Tile(grain.rows, grain.columns, grain.depth, grain.rows, grain.warps, 1, 2)
-    options |= {"COLUMNS": False, "BLOCK_G": grain.pull}
-    options["PULL"] = tl.bfloat16 if dtype == "bf16" else tl.float32
-    options["PULL_PRECISION"] = "exact" if dtype == "fp32" else "tf32"
+    options |= {"COLUMNS": False, "BLOCK_G": grain.entries}
+    options["DOT_DTYPE"] = tl.bfloat16 if dtype == "bf16" else tl.float32
+    options["DOT_PRECISION"] = "exact" if dtype == "fp32" else "tf32"
     name = f"{tile.rows}x{tile.columns}"
-    yield _tiled(kernels.unrolled_gradient_kernel, name, tile, kind, dtype, **options)
+    yield _tiled(unrolled_backward.unrolled_gradient_kernel, name, tile, kind, dtype, **options)
 
 
 def _tiled(
@@ -243,11 +244,11 @@ def _gradient(tile: tuning.GradientTile, dtype: str) -> Configuration:
     constants = {"KIND": 1, "PACKED": False, "IMPLICIT": True, "WHOLE": tile.whole}
     constants |= {"SCALED": dtype == "fp32", "WIDE": False}
     constants |= {"PRECISION": "exact" if dtype == "fp32" else "ieee"}
-    constants |= {"PULL": tl.bfloat16 if dtype == "bf16" else tl.float32}
-    constants |= {"PULL_PRECISION": "exact" if dtype == "fp32" else "tf32"}
+    constants |= {"DOT_DTYPE": tl.bfloat16 if dtype == "bf16" else tl.float32}
+    constants |= {"DOT_PRECISION": "exact" if dtype == "fp32" else "tf32"}
     constants |= {"BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth}
-    constants |= {"BLOCK_G": tile.pull}
-    name = f"{tile.rows}x{tile.columns}x{tile.pull}"
+    constants |= {"BLOCK_G": tile.entries}
+    name = f"{tile.rows}x{tile.columns}x{tile.entries}"
     options = "whole" if tile.whole else "partial"
     kernel = gradients.vector_gradient_kernel
     return Configuration(kernel, name, "cosine", dtype, constants, tile.warps, tile.stages, options)

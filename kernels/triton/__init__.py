@@ -1,9 +1,9 @@
-"""Triton kernels of the Sinkhorn operator, from the arguments of the operator to its outputs.
+"""Triton backend: solves, differentiates and applies transport plans on NVIDIA and AMD GPUs.
 
 Imported only when the "triton" backend is used, so that the package works without Triton.
 """
 
-from optical.kernels.differentiate import apply_plan, backward
-from optical.kernels.solve import forward, supports
+from optical.kernels.backward import apply_plan, backward
+from optical.kernels.forward import forward, supports
 
 __all__ = ["apply_plan", "backward", "forward", "supports"]

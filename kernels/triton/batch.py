@@ -1,4 +1,4 @@
-"""The problems of a call as the kernels read them, and the tiles that serve them."""
+"""The batch of problems in the form the kernels take, the norms of its tokens, and its tiles."""
 
 import os
 from typing import Any
@@ -10,84 +10,198 @@ import triton
 import triton.language as tl
 from optical.backends.problem import Problem
 from optical.kernels import tuning
-from optical.kernels.tokens import centre_kernel, norm_kernel
+from optical.kernels.tiles import COSINE, INFINITY, SQEUCLIDEAN, extent
 
 KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Batch:
-    """The problems as the kernels read them: pointers, sizes and what is known of each token."""
+@triton.jit(do_not_specialize=["n", "m", "dim"])
+def centre_kernel(
+    x_ptr,
+    y_ptr,
+    cu_a_ptr,
+    cu_b_ptr,
+    log_a_ptr,
+    log_b_ptr,
+    centre_ptr,
+    n,
+    m,
+    dim,
+    PACKED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute BLOCK_D entries of the mean of a problem's valid tokens, both sides together."""
+    problem = tl.program_id(0).to(tl.int64)
+    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
+    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    count = tl.zeros((BLOCK_T,), tl.float32)
+    for side in tl.static_range(2):
+        vectors_ptr = x_ptr + offset_a * dim if side == 0 else y_ptr + offset_b * dim
+        log_mass_ptr = log_a_ptr + offset_a if side == 0 else log_b_ptr + offset_b
+        size = n if side == 0 else m
+        for t0 in range(0, size, BLOCK_T):
+            t = t0 + tl.arange(0, BLOCK_T)
+            valid = tl.load(log_mass_ptr + t, mask=t < size, other=-INFINITY) != -INFINITY
+            offsets = t.to(tl.int64)[:, None] * dim + d[None, :]
+            mask = valid[:, None] & (d < dim)[None, :]
+            x = tl.load(vectors_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(x, 0)
+            count += valid.to(tl.float32)
+    centre = total / tl.maximum(tl.sum(count, 0), 1.0)
+    tl.store(centre_ptr + problem * dim + d, centre, mask=d < dim)
 
-    def __init__(self, arguments: Problem) -> None:
-        p = self.arguments = arguments
-        self.size = len(p.epsilon)
-        self.packed = p.packed
-        self.n, self.m = p.log_a.shape[-1], p.log_b.shape[-1]
-        self.kind = KINDS[p.kind]
-        self.strides = p.x.stride() if p.y is None else (0, 0, 0)
-        self.dim = 0 if p.y is None else p.x.shape[-1]
+
+@triton.jit(do_not_specialize=["n", "dim"])
+def norm_kernel(
+    vectors_ptr,
+    cu_ptr,
+    centre_ptr,
+    norm_ptr,
+    scale_ptr,
+    n,
+    dim,
+    KIND: tl.constexpr,
+    PACKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute 1 / |x| of each token (0 for the zero vector), or |x - centre|^2.
+
+    SCALED: kernels multiply the vector by a power of two, stored as well, before they use it, and
+    the norm is that of the scaled vector. No square and no product of two tokens then overflows.
+    """
+    problem = tl.program_id(0).to(tl.int64)
+    offset, n = extent(cu_ptr, problem, n, PACKED)
+    for t0 in range(tl.program_id(1) * BLOCK_T, n, tl.num_programs(1) * BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        row_ptr = vectors_ptr + (offset + t).to(tl.int64)[:, None] * dim
+        factor = tl.zeros((BLOCK_T,), tl.float32) + 1.0
+        if KIND == COSINE:
+            peak = tl.zeros((BLOCK_T,), tl.float32)
+            for d0 in range(0, dim, BLOCK_D):
+                d = d0 + tl.arange(0, BLOCK_D)
+                mask = (t < n)[:, None] & (d < dim)[None, :]
+                x = tl.load(row_ptr + d[None, :], mask=mask, other=0.0).to(tl.float32)
+                peak = tl.maximum(peak, tl.max(tl.abs(x), 1))
+            # exp2 of an integer is exact. Non-finite vectors are not scaled and stay non-finite.
+            normal = (peak > 0) & (peak < INFINITY)
+            power = tl.floor(tl.log2(tl.where(normal, peak, 1.0)))
+            factor = tl.exp2(-tl.minimum(tl.maximum(power, -120.0), 120.0))
+        square = tl.zeros((BLOCK_T,), tl.float32)
+        for d0 in range(0, dim, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            mask = (t < n)[:, None] & (d < dim)[None, :]
+            x = tl.load(row_ptr + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            if KIND == SQEUCLIDEAN:
+                x -= tl.load(centre_ptr + problem * dim + d, mask=d < dim, other=0.0)[None, :]
+            else:
+                x = x * factor[:, None]
+            square += tl.sum(x * x, 1)
+        if KIND == COSINE:
+            # Padding may hold any value, zero included, by which nothing may be divided.
+            nonzero = square != 0
+            norm = tl.where(nonzero, 1 / tl.sqrt(tl.where(nonzero, square, 1.0)), 0.0)
+            if SCALED:
+                tl.store(scale_ptr + offset + t, factor, mask=t < n)
+            else:
+                norm = norm * factor
+        else:
+            norm = square
+        tl.store(norm_ptr + offset + t, norm, mask=t < n)
+
+
+class LaunchProblem:
+    """A batch of problems in the form the kernels take: pointers, strides, sizes and token norms.
+
+    Attributes:
+        problem: the problems and their options.
+        size: number of problems.
+        n, m: number of rows and columns, padding included; for packed problems the totals.
+        dim: length of a token vector, 0 for a given cost.
+        strides: strides of a given cost.
+        precision: ``input_precision`` of the dots of the cost.
+        exact: ``input_precision`` that multiplies float32 numbers without loss.
+        dot_dtype, dot_precision: dtype and ``input_precision`` of the dots of a vector gradient.
+        scaled: vectors are multiplied by a power of two before they are used.
+        wide: offsets within a problem need 64 bits.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.size = len(problem.epsilon)
+        self.packed = problem.packed
+        self.n, self.m = problem.log_a.shape[-1], problem.log_b.shape[-1]
+        self.kind = KINDS[problem.kind]
+        self.strides = problem.x.stride() if problem.y is None else (0, 0, 0)
+        self.dim = 0 if problem.y is None else problem.x.shape[-1]
         self.nvidia = torch.version.hip is None and not INTERPRETED
-        single = p.x.dtype == torch.float32
-        self.single = single
-        # Products of float32 numbers lose nothing that matters, products of half precision nothing.
+        self.single = problem.x.dtype == torch.float32
+        # Three TF32 products of float32 numbers lose nothing significant; products of
+        # half-precision numbers are exact.
         self.exact = "tf32x3" if self.nvidia else "ieee"
-        self.precision = "ieee" if p.y is None else self.exact
-        if not single and p.kind != "sqeuclidean":
+        self.precision = "ieee" if problem.y is None else self.exact
+        if not self.single and problem.kind != "sqeuclidean":
             self.precision = "ieee"
-        # Gradients are rounded to the vectors' dtype, and what pulls at them to one as fine: TF32
-        # holds every float16, and a pull in float16 would underflow.
-        self.pull, self.pull_precision = tl.float32, self.exact
-        if self.nvidia and p.x.dtype == torch.bfloat16:
-            self.pull = tl.bfloat16
-        elif self.nvidia and p.x.dtype == torch.float16:
-            self.pull_precision = "tf32"
-        self.scaled = p.kind == "cosine" and single
-        # Offsets from the beginning of a problem, where 32 bits are not enough for them.
-        reach = max(self.n, self.m) * max(1, self.dim)
-        if p.y is None:
-            reach = self.n * self.strides[1] + self.m * self.strides[2]
-        self.wide = reach >= 2**31
-        # Where nothing is read, any pointer serves.
-        none = p.epsilon
-        self.y = none if p.y is None else p.y
-        self.cu_a, self.cu_b = (none if x is None else x for x in (p.cu_a, p.cu_b))
-        self.norm_a = self.norm_b = self.scale_a = self.scale_b = self.centre = none
-        if p.kind == "sqeuclidean":
-            self.centre = torch.empty(self.size, self.dim, device=p.x.device)
-            block = 64
-            grid = (self.size, triton.cdiv(self.dim, block))
-            centre_kernel[grid](
-                p.x,
-                p.y,
-                self.cu_a,
-                self.cu_b,
-                p.log_a,
-                p.log_b,
-                self.centre,
-                self.n,
-                self.m,
-                self.dim,
-                PACKED=self.packed,
-                BLOCK_T=32,
-                BLOCK_D=block,
-            )
-        if p.kind in ("cosine", "sqeuclidean"):
-            self.norm_a, self.scale_a = self._norms(p.x, self.cu_a, p.log_a)
-            self.norm_b, self.scale_b = self._norms(self.y, self.cu_b, p.log_b)
+        # Gradients are rounded to the dtype of the vectors, so their weights need no more digits:
+        # TF32 holds every float16, and weights in float16 would underflow.
+        self.dot_dtype, self.dot_precision = tl.float32, self.exact
+        if self.nvidia and problem.x.dtype == torch.bfloat16:
+            self.dot_dtype = tl.bfloat16
+        elif self.nvidia and problem.x.dtype == torch.float16:
+            self.dot_precision = "tf32"
+        self.scaled = problem.kind == "cosine" and self.single
+        extent = max(self.n, self.m) * max(1, self.dim)
+        if problem.y is None:
+            extent = self.n * self.strides[1] + self.m * self.strides[2]
+        self.wide = extent >= 2**31
+        # Kernels ignore these pointers unless the kind of cost uses them; any tensor serves.
+        unused = problem.epsilon
+        self.y = unused if problem.y is None else problem.y
+        self.cu_a, self.cu_b = (unused if x is None else x for x in (problem.cu_a, problem.cu_b))
+        self.norm_a = self.norm_b = self.scale_a = self.scale_b = self.centre = unused
+        if problem.kind == "sqeuclidean":
+            self.centre = self._centre()
+        if problem.kind in ("cosine", "sqeuclidean"):
+            self.norm_a, self.scale_a = self._norms(problem.x, self.cu_a, problem.log_a)
+            self.norm_b, self.scale_b = self._norms(self.y, self.cu_b, problem.log_b)
+
+    def _centre(self) -> Tensor:
+        problem = self.problem
+        centre, block = torch.empty(self.size, self.dim, device=problem.x.device), 64
+        centre_kernel[(self.size, triton.cdiv(self.dim, block))](
+            problem.x,
+            self.y,
+            self.cu_a,
+            self.cu_b,
+            problem.log_a,
+            problem.log_b,
+            centre,
+            self.n,
+            self.m,
+            self.dim,
+            PACKED=self.packed,
+            BLOCK_T=32,
+            BLOCK_D=block,
+        )
+        return centre
 
     def _norms(self, vectors: Tensor, offsets: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
         norm, scale = torch.empty_like(log_mass), torch.empty_like(log_mass)
-        lines, block = log_mass.shape[-1], 16
-        # With offsets nobody here knows how long a problem is; each program takes every so many.
-        splits = min(triton.cdiv(lines, block), max(1, 4096 // self.size))
+        tokens, block = log_mass.shape[-1], 16
+        # The host does not know the lengths of packed problems, so programs stride over tokens.
+        splits = min(triton.cdiv(tokens, block), max(1, 4096 // self.size))
         norm_kernel[(self.size, splits)](
             vectors,
             offsets,
             self.centre,
             norm,
             scale,
-            lines,
+            tokens,
             self.dim,
             KIND=self.kind,
             PACKED=self.packed,
@@ -97,68 +211,88 @@ class Batch:
         )
         return norm, scale
 
-    def sources(self, swapped: bool = False) -> tuple[Tensor, ...]:
-        """The pointers from which a tile of the cost is made, in the order of the kernels."""
-        p = self.arguments
-        x, y = (p.x, self.y) if p.y is not None else (p.x, p.x)
-        tokens = [(x, y), (self.norm_a, self.norm_b), (self.scale_a, self.scale_b)]
-        lines = [(self.cu_a, self.cu_b), (p.log_a, p.log_b)]
+    def pointers(self, swapped: bool = False) -> tuple[Tensor, ...]:
+        """The tensors from which cost tiles are computed, in the order of the kernels' parameters.
+
+        ``swapped`` exchanges rows and columns.
+        """
+        problem = self.problem
+        x, y = (problem.x, self.y) if problem.y is not None else (problem.x, problem.x)
+        per_token = [(x, y), (self.norm_a, self.norm_b), (self.scale_a, self.scale_b)]
+        per_side = [(self.cu_a, self.cu_b), (problem.log_a, problem.log_b)]
         order = (1, 0) if swapped else (0, 1)
-        of_tokens, of_lines = (
-            [pair[i] for pair in pairs for i in order] for pairs in (tokens, lines)
-        )
-        return *of_tokens, self.centre, *of_lines, p.epsilon
+        tokens = [pair[i] for pair in per_token for i in order]
+        sides = [pair[i] for pair in per_side for i in order]
+        return *tokens, self.centre, *sides, problem.epsilon
 
     def sizes(self, swapped: bool = False) -> tuple[int, ...]:
-        """The strides of a given cost, the longest sides, and how long a vector is."""
+        """The strides of a given cost, the numbers of rows and columns, and the vector length."""
         batch, row, column = self.strides
         if swapped:
             return batch, column, row, self.m, self.n, self.dim
         return batch, row, column, self.n, self.m, self.dim
 
-    def warps(self, wanted: int) -> int:
-        """How many warps share a program for which a table has ``wanted``."""
-        return wanted if torch.version.hip is None else min(wanted, tuning.AMD_WARPS)
+    def warps(self, tuned: int) -> int:
+        """The number of warps per program on this device, where a tuning table has ``tuned``."""
+        return tuned if torch.version.hip is None else min(tuned, tuning.AMD_WARPS)
 
-    def blocks(self, lines: int, block: int) -> int:
-        """How many programs share the lines of a problem; packed ones may have any share of all."""
-        count: int = triton.cdiv(lines, block)
+    def blocks(self, size: int, block: int) -> int:
+        """The number of programs that share ``size`` rows or columns of a problem.
+
+        It is capped for packed problems, where ``size`` is the total of the batch.
+        """
+        count: int = triton.cdiv(size, block)
         return count if not self.packed else min(count, max(1, 1024 // self.size))
 
 
-def tiles_of(batch: Batch, table: dict[int, tuning.Tile]) -> list[tuple[int, tuning.Tile]]:
-    """The tiles to launch: one where the longest side is known, otherwise all that may be met."""
-    longest = max(batch.n, batch.m)
-    if table is tuning.TILES and longest > tuning.RESIDENT and not batch.packed:
+def choose_tiles(
+    launch: LaunchProblem, table: dict[int, tuning.Tile]
+) -> list[tuple[int, tuning.Tile]]:
+    """List the tiles to launch, each with the longest side it serves.
+
+    Padded problems need one tile, or none where the problem is too large. Packed problems, whose
+    lengths the host does not know, need every tile up to the largest that may occur.
+    """
+    longest = max(launch.n, launch.m)
+    if table is tuning.TILES and longest > tuning.RESIDENT and not launch.packed:
         for tile in tuning.OBLONG:
-            if batch.n <= tile.rows and batch.m <= tile.columns:
+            if launch.n <= tile.rows and launch.m <= tile.columns:
                 return [(longest, tile)]
     fitting = [(side, tile) for side, tile in table.items() if side >= longest]
-    if not batch.packed:
+    if not launch.packed:
         return fitting[:1]
     last = fitting[0][0] if fitting else max(table)
     return [(side, tile) for side, tile in table.items() if side <= last]
 
 
-def starts(arguments: Problem) -> tuple[Tensor, Tensor]:
-    """Where to start; any pointer where that is 0."""
-    p = arguments
-    return (p.epsilon if p.f0 is None else p.f0), (p.epsilon if p.g0 is None else p.g0)
+def initial_potentials(problem: Problem) -> tuple[Tensor, Tensor]:
+    """``f0`` and ``g0``, or placeholders where the run starts from zero."""
+    unused = problem.epsilon
+    return (
+        unused if problem.f0 is None else problem.f0,
+        unused if problem.g0 is None else problem.g0,
+    )
 
 
-def tile_options(batch: Batch, tile: tuning.Tile) -> dict[str, Any]:
-    """What every kernel of tiles is told of its problems and of its tile."""
+def cost_options(launch: LaunchProblem) -> dict[str, Any]:
+    """The compile-time options of every kernel that computes costs."""
     return {
-        "KIND": batch.kind,
-        "PACKED": batch.packed,
-        "SCALED": batch.scaled,
-        "WIDE": batch.wide,
-        "PRECISION": batch.precision,
+        "KIND": launch.kind,
+        "PACKED": launch.packed,
+        "SCALED": launch.scaled,
+        "WIDE": launch.wide,
+        "PRECISION": launch.precision,
+    }
+
+
+def tile_options(launch: LaunchProblem, tile: tuning.Tile) -> dict[str, Any]:
+    """The compile-time options of a kernel that computes tiles of the cost in ``tile``."""
+    return cost_options(launch) | {
         "BLOCK_N": tile.rows,
         "BLOCK_M": tile.columns,
         "BLOCK_D": tile.depth,
         "WARPS_N": tile.warps_n,
         "WARPS_M": tile.warps_m,
-        "num_warps": batch.warps(tile.warps),
+        "num_warps": launch.warps(tile.warps),
         "num_stages": tile.stages,
     }

@@ -1,14 +1,17 @@
-"""What every kernel needs: where a problem stands, its masses, and tiles of its cost.
+"""Shared building blocks of the kernels: offsets, masses, cost tiles, plan tiles, numerics.
 
-A tile of the cost comes from a stored cost or from token vectors, whose tiles meet in tensor cores
-and become a cost in registers: raw half-precision operands, float32 sums, and the norms of the
-tokens afterwards (``optical.backends.dense`` says why in this order). Lines outside the problem or of no
-mass hold +inf, as forbidden pairs do; what memory holds there is replaced and never computed with.
+A tile of the cost is loaded from memory or computed from token vectors: tensor cores multiply the
+raw half-precision vectors into float32 sums, and the norms of the tokens are applied afterwards in
+registers. Entries outside the problem hold +inf, the cost of a forbidden pair; values of padding
+are replaced before they enter an arithmetic operation.
 
-Layouts: reductions of a tile cost shuffles, and how many depends on which lanes hold which entries.
-A warp does best as 4 x 8 lanes of 16 x 8 entries each (64 shuffles for both sums of 64 x 64). Dots
-of at most 32 rows leave about that; a stored cost is loaded in six dimensions, of which the first
-two become the lanes, the next two the warps and the others the entries of a thread.
+Potentials F, G and scores are in units of epsilon / log2(e) and masses A, B are log2 masses, so
+that one exp2 replaces an exp and a division.
+
+Layouts: reductions of a tile cost shuffles, and their number depends on the lanes that hold its
+entries. A warp does best as 4 x 8 lanes of 16 x 8 entries each (64 shuffles for both sums of
+64 x 64). Dots of at most 32 rows come close to that. A stored cost is loaded in six dimensions:
+the first two become the lanes, the next two the warps, the others the entries of a thread.
 """
 
 import os
@@ -18,17 +21,30 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
-# The interpreter multiplies the bits of bfloat16, so there operands are converted first.
+# The interpreter multiplies bfloat16 as integers, so operands are converted to float32 there.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 GIVEN = tl.constexpr(0)
 COSINE = tl.constexpr(1)
 SQEUCLIDEAN = tl.constexpr(2)
 DOT = tl.constexpr(3)
+# Relative difference of total masses above which two fixed marginals are infeasible.
+MASS_TOLERANCE = tl.constexpr(1e-3)
+# Values of the Status enumeration.
+CONVERGED = tl.constexpr(0)
+MAX_ITER = tl.constexpr(1)
+EMPTY = tl.constexpr(2)
+INFEASIBLE = tl.constexpr(3)
+# Relative residual of the adjoint system below which only rounding errors remain.
+ADJOINT_TOLERANCE = tl.constexpr(1e-14)
+# Iterations without a halved residual after which conjugate gradients stop.
+ADJOINT_PATIENCE = tl.constexpr(10)
+# Sentinel potential of a row or column without an allowed pair.
+NO_PAIR = tl.constexpr(3e38)
 
 
 @triton.jit
 def extent(cu_ptr, problem, size, PACKED: tl.constexpr):
-    """Where the lines of a problem begin, and how many there are."""
+    """Return the offset of a problem's rows or columns in the batch, and their number."""
     if PACKED:
         start = tl.load(cu_ptr + problem)
         length = (tl.load(cu_ptr + problem + 1) - start).to(tl.int32)
@@ -39,25 +55,25 @@ def extent(cu_ptr, problem, size, PACKED: tl.constexpr):
 
 
 @triton.jit
-def temperature_of(epsilon_ptr, problem):
-    """The epsilon of a problem, or 1 where it is none."""
+def load_epsilon(epsilon_ptr, problem):
+    """Load the epsilon of a problem, or 1 where it is not positive and finite."""
     epsilon = tl.load(epsilon_ptr + problem)
     return tl.where((epsilon > 0) & (epsilon < INFINITY), epsilon, 1.0)
 
 
 @triton.jit
 def load_log_mass(log_mass_ptr, index, size):
-    """log2 of the masses, -inf outside the problem."""
+    """Load log2 masses, -inf outside the problem."""
     return tl.load(log_mass_ptr + index, mask=index < size, other=-INFINITY) * LOG2_E
 
 
 @triton.jit
-def operand(tokens, centre_ptr, index, d, dim, HOW: tl.constexpr):
-    """A tile of token vectors as a dot takes them, zeros outside the problem."""
+def load_vectors(tokens, centre_ptr, index, d, dim, SPEC: tl.constexpr):
+    """Load a tile of token vectors as an operand of a dot, zero outside the problem."""
     vectors_ptr, _, scale_ptr, _, size = tokens
-    KIND: tl.constexpr = HOW[0]
-    SCALED: tl.constexpr = HOW[1]
-    WIDE: tl.constexpr = HOW[2]
+    KIND: tl.constexpr = SPEC[0]
+    SCALED: tl.constexpr = SPEC[1]
+    WIDE: tl.constexpr = SPEC[2]
     inside = (index < size)[:, None] & (d < dim)[None, :]
     if WIDE:
         index = index.to(tl.int64)
@@ -73,11 +89,11 @@ def operand(tokens, centre_ptr, index, d, dim, HOW: tl.constexpr):
 
 
 @triton.jit
-def place(tokens, sizes, problem, zero_a, zero_b, KIND: tl.constexpr):
-    """What the cost of a problem is made of: its tokens and what is known of them, strides, sizes.
+def locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND: tl.constexpr):
+    """Return ``costs``, the pointers, strides and sizes from which a problem's cost is computed.
 
-    Whatever makes costs takes this tuple, HOW = (KIND, SCALED, WIDE, PRECISION), and where the
-    tile is not one of its own, TILE = (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M).
+    Functions that compute costs take this tuple, SPEC = (KIND, SCALED, WIDE, PRECISION) and
+    TILE = (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M).
     """
     x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr = tokens
     stride_batch, stride_n, stride_m, n, m, dim = sizes
@@ -85,12 +101,12 @@ def place(tokens, sizes, problem, zero_a, zero_b, KIND: tl.constexpr):
         x_ptr += problem * stride_batch
         y_ptr = x_ptr
     else:
-        x_ptr += zero_a * dim
-        y_ptr += zero_b * dim
-        norm_x_ptr += zero_a
-        norm_y_ptr += zero_b
-        scale_x_ptr += zero_a
-        scale_y_ptr += zero_b
+        x_ptr += offset_a * dim
+        y_ptr += offset_b * dim
+        norm_x_ptr += offset_a
+        norm_y_ptr += offset_b
+        scale_x_ptr += offset_a
+        scale_y_ptr += offset_b
         centre_ptr += problem * dim
     x = (x_ptr, norm_x_ptr, scale_x_ptr, stride_n, n)
     y = (y_ptr, norm_y_ptr, scale_y_ptr, stride_m, m)
@@ -98,24 +114,24 @@ def place(tokens, sizes, problem, zero_a, zero_b, KIND: tl.constexpr):
 
 
 @triton.jit
-def swapped(costs):
-    """The same with the two sides exchanged."""
+def swap_sides(costs):
+    """Exchange the rows and columns of ``costs``."""
     x, y, centre_ptr, dim = costs
     return y, x, centre_ptr, dim
 
 
 @triton.jit
-def dots(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
-    """x_i . y_j (BLOCK_N, BLOCK_M), made of parts of PART rows."""
+def dot_products(costs, row_start, column_start, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """Compute x_i . y_j (BLOCK_N, BLOCK_M) by dots of PART rows each."""
     x_side, y_side, centre_ptr, dim = costs
-    PRECISION: tl.constexpr = HOW[3]
+    PRECISION: tl.constexpr = SPEC[3]
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_M: tl.constexpr = TILE[1]
     BLOCK_D: tl.constexpr = TILE[2]
     PART: tl.constexpr = TILE[3]
     PARTS: tl.constexpr = BLOCK_N // PART
-    rows = row_zero + tl.arange(0, PART)
-    columns = column_zero + tl.arange(0, BLOCK_M)
+    rows = row_start + tl.arange(0, PART)
+    columns = column_start + tl.arange(0, BLOCK_M)
     sum0 = tl.zeros((PART, BLOCK_M), tl.float32)
     if PARTS >= 2:
         sum1 = tl.zeros((PART, BLOCK_M), tl.float32)
@@ -124,17 +140,17 @@ def dots(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
         sum3 = tl.zeros((PART, BLOCK_M), tl.float32)
     for d0 in range(0, dim, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
-        y = operand(y_side, centre_ptr, columns, d, dim, HOW)
+        y = load_vectors(y_side, centre_ptr, columns, d, dim, SPEC)
         y = tl.trans(y)
-        x = operand(x_side, centre_ptr, rows, d, dim, HOW)
+        x = load_vectors(x_side, centre_ptr, rows, d, dim, SPEC)
         sum0 = tl.dot(x, y, sum0, input_precision=PRECISION)
         if PARTS >= 2:
-            x = operand(x_side, centre_ptr, rows + PART, d, dim, HOW)
+            x = load_vectors(x_side, centre_ptr, rows + PART, d, dim, SPEC)
             sum1 = tl.dot(x, y, sum1, input_precision=PRECISION)
         if PARTS >= 4:
-            x = operand(x_side, centre_ptr, rows + 2 * PART, d, dim, HOW)
+            x = load_vectors(x_side, centre_ptr, rows + 2 * PART, d, dim, SPEC)
             sum2 = tl.dot(x, y, sum2, input_precision=PRECISION)
-            x = operand(x_side, centre_ptr, rows + 3 * PART, d, dim, HOW)
+            x = load_vectors(x_side, centre_ptr, rows + 3 * PART, d, dim, SPEC)
             sum3 = tl.dot(x, y, sum3, input_precision=PRECISION)
     if PARTS == 1:
         product = sum0
@@ -147,12 +163,12 @@ def dots(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def stored_cost(
+def load_cost(
     cost_ptr,
     stride_n,
     stride_m,
-    row_zero,
-    column_zero,
+    row_start,
+    column_start,
     n,
     m,
     WIDE: tl.constexpr,
@@ -161,13 +177,13 @@ def stored_cost(
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
 ):
-    """A tile of a stored cost, loaded so that 4 x 8 lanes share it; +inf outside the problem."""
+    """Load a tile of a stored cost in a layout of 4 x 8 lanes; +inf outside the problem."""
     N: tl.constexpr = BLOCK_N // (4 * WARPS_N)
     M: tl.constexpr = BLOCK_M // (8 * WARPS_M)
     i = tl.reshape(tl.arange(0, BLOCK_N), (N, WARPS_N, 4))
-    i = tl.reshape(tl.permute(i, (2, 1, 0)), (1, 4, 1, WARPS_N, 1, N)) + row_zero
+    i = tl.reshape(tl.permute(i, (2, 1, 0)), (1, 4, 1, WARPS_N, 1, N)) + row_start
     j = tl.reshape(tl.arange(0, BLOCK_M), (M, WARPS_M, 8))
-    j = tl.reshape(tl.permute(j, (2, 1, 0)), (8, 1, WARPS_M, 1, M, 1)) + column_zero
+    j = tl.reshape(tl.permute(j, (2, 1, 0)), (8, 1, WARPS_M, 1, M, 1)) + column_start
     if WIDE:
         i = i.to(tl.int64)
         j = j.to(tl.int64)
@@ -177,38 +193,38 @@ def stored_cost(
 
 
 @triton.jit
-def cost_tile(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexpr):
-    """A tile of the cost of one problem.
+def cost_tile(costs, row_start, column_start, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """Compute a tile of the cost of one problem.
 
-    A cost of vectors that is not finite becomes NaN, never a forbidden pair.
+    A non-finite cost of vectors becomes NaN, so that it is never mistaken for a forbidden pair.
     """
     x_ptr, norm_x_ptr, _, stride_n, n = costs[0]
     _, norm_y_ptr, _, stride_m, m = costs[1]
-    KIND: tl.constexpr = HOW[0]
+    KIND: tl.constexpr = SPEC[0]
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_M: tl.constexpr = TILE[1]
     if KIND == GIVEN:
-        cost = stored_cost(
+        cost = load_cost(
             x_ptr,
             stride_n,
             stride_m,
-            row_zero,
-            column_zero,
+            row_start,
+            column_start,
             n,
             m,
-            HOW[2],
+            SPEC[2],
             BLOCK_N,
             BLOCK_M,
             TILE[4],
             TILE[5],
         )
     else:
-        cost = dots(costs, row_zero, column_zero, HOW, TILE)
+        cost = dot_products(costs, row_start, column_start, SPEC, TILE)
         if KIND == DOT:
             cost = -cost
         else:
-            rows = row_zero + tl.arange(0, BLOCK_N)
-            columns = column_zero + tl.arange(0, BLOCK_M)
+            rows = row_start + tl.arange(0, BLOCK_N)
+            columns = column_start + tl.arange(0, BLOCK_M)
             norm_x = tl.load(norm_x_ptr + rows, mask=rows < n, other=0.0)[:, None]
             norm_y = tl.load(norm_y_ptr + columns, mask=columns < m, other=0.0)[None, :]
             if KIND == COSINE:
@@ -222,10 +238,10 @@ def cost_tile(costs, row_zero, column_zero, HOW: tl.constexpr, TILE: tl.constexp
 
 @triton.jit
 def quotient(x, y, NVIDIA: tl.constexpr):
-    """x / y of normal numbers, within two units in the last place.
+    """Divide normal numbers, within two units in the last place.
 
-    The division of the language takes six instructions, some of them on a unit that every
-    reduction waits for; NVIDIA's approximate reciprocal takes one.
+    Triton's division takes six instructions, some of them on a unit that reductions wait for.
+    NVIDIA's approximate reciprocal takes one.
     """
     if NVIDIA:
         assembly: tl.constexpr = "rcp.approx.ftz.f32 $0, $1;"
@@ -238,14 +254,17 @@ def quotient(x, y, NVIDIA: tl.constexpr):
 
 @triton.jit
 def times_exp2(log_mass, exponent):
-    """A mass times 2 ** exponent, where the one may be 0 as a number and the other infinite."""
+    """Multiply a log2 mass with 2 ** exponent; the mass may underflow, the power overflow."""
     excess = tl.maximum(exponent - 115, 0.0)
     return tl.exp2(log_mass + excess) * tl.exp2(exponent - excess)
 
 
 @triton.jit
 def times_log2(x, NVIDIA: tl.constexpr):
-    """x log2 x of numbers >= 0, and 0 of 0; one instruction sequence, so that x need not stay."""
+    """Compute x log2 x of numbers >= 0, and 0 for 0.
+
+    Inline assembly keeps it one instruction sequence, so that x does not stay in a register.
+    """
     if NVIDIA:
         assembly: tl.constexpr = """{ .reg .f32 t;
             max.f32 t, $1, 0f00800000;
@@ -259,8 +278,48 @@ def times_log2(x, NVIDIA: tl.constexpr):
 
 @triton.jit
 def plan_tile(cost, A, B, f, g, scale):
-    """The plan of a tile of costs from log2 masses and potentials; 0 where it is no number."""
-    present = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
+    """Compute a tile of the plan from log2 masses and potentials; 0 where it is NaN or +inf."""
+    valid = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
     score = (f[:, None] + g[None, :] - cost) * scale + (A[:, None] + B[None, :])
-    score = tl.where(present, score, -INFINITY)
+    score = tl.where(valid, score, -INFINITY)
     return tl.where(score < INFINITY, tl.exp2(score), 0.0)
+
+
+@triton.jit
+def log_sum_exp2(score, axis: tl.constexpr):
+    """Return log2 sum exp2 along the axis, 0 where all scores are -inf, and a mask of the rest."""
+    peak = tl.max(score, axis)
+    has_finite = peak > -INFINITY
+    peak = tl.where(has_finite, peak, 0.0)
+    total = tl.sum(tl.exp2(score - tl.expand_dims(peak, axis)), axis)
+    return tl.where(has_finite, peak + tl.log2(tl.where(has_finite, total, 1.0)), 0.0), has_finite
+
+
+@triton.jit
+def kl_penalty(sums, log_mass, mass):
+    """Compute the KL divergence of the marginal of a plan from its masses, per row or column."""
+    positive = (sums > 0) & (mass > 0)
+    ratio = tl.log2(tl.where(sums > 0, sums, 1.0)) - tl.where(sums > 0, log_mass, 0.0)
+    divergence = sums * ratio / LOG2_E - sums + mass
+    # Sums close to the masses cancel; the series of (1 + x) log(1 + x) - x does not.
+    x = tl.where(positive, sums / tl.where(positive, mass, 1.0) - 1, 1.0)
+    series = 0.5 + x * (-1 / 6 + x * (1 / 12 + x * (-1 / 20 + x * (1 / 30 - x / 42))))
+    small_divergence = mass * x * x * series
+    return tl.where(tl.abs(x) < 0.125, small_divergence, divergence)
+
+
+@triton.jit
+def target_marginal(log_mass, has_pair, F, strength):
+    """Return the marginal of an optimal plan, ``strength`` = epsilon / rho, 0 for a fixed marginal.
+
+    With a penalty it is 0 for rows and columns without an allowed pair (``has_pair``).
+    """
+    penalised = tl.where(has_pair, times_exp2(log_mass, -F * strength), 0.0)
+    return tl.where(strength > 0, penalised, tl.exp2(log_mass))
+
+
+@triton.jit
+def log_ratio(sums, log_mass):
+    """Compute log(sums / mass), and 0 where the sum is 0; the mass may underflow float32."""
+    positive = sums > 0
+    return (tl.log2(tl.where(positive, sums, 1.0)) - tl.where(positive, log_mass, 0.0)) / LOG2_E

@@ -1,23 +1,23 @@
-"""Which tile serves which problem, from its shape alone, and with how many warps.
+"""Tile sizes, warps and pipeline stages of the Triton kernels, by the shape of a problem alone.
 
-Nothing here is tuned at run time: texts have every length, and a search per length would cost
-seconds each. The numbers come from compiling every entry for every target and reading registers and
-instructions off the machine code (``tests/test_triton_compile.py``); no entry was timed on a GPU.
+Nothing is tuned at run time: text lengths vary freely, and a search per length would cost seconds
+each. The entries were chosen by compiling each of them for every target and reading registers and
+instruction counts off the machine code (``tests/test_triton_compile.py``). None was timed on a GPU.
 """
 
 from typing import NamedTuple
 
-# The longest side of a problem that stays on chip; larger ones are OBLONG or streamed.
+# Longest side of a problem whose plan stays in registers; larger ones are OBLONG or streamed.
 RESIDENT = 128
-# How many iterations on chip pass between two looks at how far they have gone.
+# Scaling iterations between two checks of how far the scalings have drifted.
 STEPS = 4
 
 
 class Tile(NamedTuple):
-    """A tile of rows x columns entries and how its threads share it.
+    """A tile of rows x columns entries and its distribution over threads.
 
-    ``part``: the rows of one dot. ``depth``: how many entries of the vectors are read at a time.
-    ``warps_n`` x ``warps_m``: the warps along rows and columns where the cost is stored.
+    ``part``: rows of one dot. ``depth``: vector entries read at a time. ``warps_n`` x ``warps_m``:
+    warps along rows and columns where the cost is loaded from memory.
     """
 
     rows: int
@@ -33,11 +33,11 @@ class Tile(NamedTuple):
         return self.warps_n * self.warps_m
 
 
-# AMD's warps have 64 lanes, and four of them share a program with 512 registers for each lane; more
-# warps would have 256.
+# AMD's warps have 64 lanes. Up to four of them share a program with 512 registers per lane; with
+# more warps a lane would have 256.
 AMD_WARPS = 4
 
-# The tiles on chip by the longest side they hold.
+# Tiles of problems that stay in registers, by the longest side they hold.
 TILES = {
     16: Tile(16, 16, 32, 16, 1, 1, 2),
     32: Tile(32, 32, 32, 32, 1, 1, 2),
@@ -45,16 +45,16 @@ TILES = {
     128: Tile(128, 128, 32, 32, 2, 2, 2),
 }
 
-# Tiles on chip for padded problems with one long side, where nothing more has to be remembered.
+# The same for padded problems with one long side, where the kernel has no further state to hold.
 OBLONG = (Tile(128, 256, 32, 32, 2, 4, 2), Tile(256, 128, 32, 32, 4, 2, 2))
 
-# As TILES with fewer entries per thread, for runs with more to remember: float32 vectors, whose
-# products take three dots, penalties, over-relaxation and annealing.
+# TILES with fewer entries per thread, for runs with more state: float32 vectors, whose products
+# take three dots, penalties, over-relaxation and annealing.
 ROOMY = TILES | {
     64: Tile(64, 64, 32, 32, 2, 1, 2),
     128: Tile(128, 128, 32, 32, 4, 2, 2),
 }
-# The tiles of the system behind implicit gradients, whose sums are float64.
+# Tiles of the linear system behind implicit gradients, whose sums are float64.
 ADJOINT = {
     16: Tile(16, 16, 32, 16, 1, 1, 2),
     32: Tile(32, 32, 32, 32, 1, 1, 2),
@@ -64,25 +64,27 @@ ADJOINT = {
 
 
 class GradientTile(NamedTuple):
-    """A tile of a gradient to vectors: ``pull`` of their entries are pulled at a time.
+    """A tile of a vector gradient, multiplied with ``entries`` vector entries at a time.
 
-    ``whole``: the columns of the tile are all that there are.
+    ``whole``: the tile spans all columns of the problem.
     """
 
     rows: int
     columns: int
     depth: int
-    pull: int
+    entries: int
     whole: bool
     warps: int
     stages: int
 
 
 def gradient_tiles(columns: int, packed: bool, single: bool) -> list[tuple[GradientTile, int, int]]:
-    """Tiles to launch and from how many to how many columns each serves, given the most there are.
+    """List the tiles to launch, each with the smallest and largest number of columns it serves.
 
-    Packed problems may have any number of columns up to that. ``single``: the products are those of
-    float32 numbers, which take three times the registers.
+    Args:
+        columns: the largest number of columns of a problem.
+        packed: each problem may have any number of columns up to ``columns``.
+        single: the vectors are float32, whose products take three times the registers.
     """
     whole, partial = (SINGLE, SINGLE_PARTIAL) if single else (WHOLE, PARTIAL)
     fitting = next((most for most in whole if columns <= most), None)
@@ -93,7 +95,7 @@ def gradient_tiles(columns: int, packed: bool, single: bool) -> list[tuple[Gradi
     return tiles if fitting else [*tiles, (partial, sides[-1] + 1, columns)]
 
 
-# By the number of columns that they hold.
+# Gradient tiles by the number of columns they hold.
 WHOLE = {
     32: GradientTile(32, 32, 32, 64, True, 4, 2),
     64: GradientTile(64, 64, 32, 64, True, 8, 2),
@@ -106,17 +108,18 @@ SINGLE = {
     128: GradientTile(16, 128, 16, 32, True, 4, 2),
 }
 SINGLE_PARTIAL = GradientTile(32, 64, 16, 64, False, 8, 2)
-# Tiles of kernels that sum over the columns of a plan.
-WALK = Tile(64, 64, 32, 64, 2, 2, 2)
-# The tile of problems that are streamed.
+# Tile of the kernels that sum over the columns of a plan.
+PLAN_PRODUCT = Tile(64, 64, 32, 64, 2, 2, 2)
+# Tile of streamed problems.
 STREAM = Tile(64, 64, 32, 64, 2, 2, 2)
-# Of the system behind their implicit gradients; for products of float32 numbers and for others.
+# Tiles of their linear systems behind implicit gradients; True: products of float32 vectors.
 ADJOINT_STREAM = {True: Tile(32, 32, 32, 32, 2, 2, 2), False: Tile(64, 64, 32, 64, 4, 2, 2)}
-# So many problems keep a GPU busy with one program each; fewer are shared out, launch by launch.
+# Number of problems from which one program per problem keeps a GPU busy. Fewer problems are split
+# over many programs, with two launches per half-step.
 PROGRAMS = 128
-# So many programs fill the largest GPU; walks of fewer share the columns of a problem out as well.
+# Number of programs that fills the largest GPU. Half-steps with fewer also split the columns.
 FILLED = 256
-# From so many iterations on a plan in half precision is worth being written down.
+# Fewest iterations for which storing the plan in half precision pays off.
 KEPT_ITERATIONS = 8
-# How many lines of a side are looked at together between two walks.
-LINES = 256
+# Rows or columns that the kernels of potentials process at a time.
+VECTOR_BLOCK = 256

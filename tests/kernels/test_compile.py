@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for real GPUs without having one, and hold them to their table."""
+"""Compiles the Triton kernels for GPUs, without one, and compares them with the resource table."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ if not (resources.TOOLS / "cuobjdump").is_file():
 TABLE = Path(resources.__file__).parents[1] / "results" / "triton_resources.csv"
 ROWS = resources.read(TABLE)
 ALL = list(resources.configurations())
-# What a busy two-core machine compiles in a minute: the headline kernels, and one of each other.
+# Compiled in a minute on a busy two-core machine: the main kernels, and one of each other kind.
 QUICK = [
     ("resident", "64x64", "given", "fp32", ""),
     ("resident", "128x128", "cosine", "bf16", ""),
@@ -37,9 +37,9 @@ QUICK = [
     ("norm", "16x128", "cosine", "bf16", ""),
     ("centre", "32x64", "sqeuclidean", "bf16", ""),
 ]
-# A few registers may be stored once around the loops of the largest tiles; in a loop of iterations
-# none. Those that crowd are known by name: float64 sums, products of three TF32 dots, two tiles of
-# up to 128 x 128 entries at once, and tiles of twice that.
+# The largest tiles may spill a few registers outside of their loops; no kernel spills in a loop of
+# iterations. The kernels with more spills are listed: float64 sums, products of three TF32 dots,
+# two tiles of up to 128 x 128 entries at once, and tiles of twice that size.
 SPILLS, MORE = 16, 1536
 CROWDED = {
     *(("adjoint", "128x128"), ("unrolled", "64x64"), ("unrolled", "128x128")),
@@ -51,28 +51,28 @@ CROWDED = {
 def check(row):
     fits(row)
     crowded = (row.kernel, row.tile) in CROWDED or (row.kind, row.dtype) == ("cosine", "fp32")
-    # The tiles were chosen by NVIDIA's registers.
+    # The tiles were chosen by the registers of NVIDIA's GPUs.
     crowded = crowded or row.target == "gfx942"
     assert row.spills <= (MORE if crowded else SPILLS), row
 
 
 def fits(row):
-    """What every compiler has to make of a kernel."""
+    """Check the limits that hold for every version of the compiler."""
     assert row.shared_bytes <= resources.SHARED[row.target] and row.loop_spills == 0, row
 
 
 def measured(configuration, target):
     row = resources.measure(configuration, target)
-    # The bounds of spills outside of loops are those of the Triton that made the table.
+    # Spills outside of loops are bounded only for the version of Triton that made the table.
     fits(row)
     if row.triton == ROWS[row.key].triton:
         assert row == ROWS[row.key], (
-            "run benchmarks.machine_code.triton again and look at the difference"
+            "run benchmarks.machine_code.triton again and inspect the difference"
         )
 
 
 @pytest.mark.parametrize("identified", QUICK, ids="-".join)
-def test_the_headline_kernels_are_what_the_table_says(identified):
+def test_main_kernels_match_the_table(identified):
     (configuration,) = [c for c in ALL if resources.identity(c) == identified]
     measured(configuration, "sm_90")
 
@@ -80,11 +80,11 @@ def test_the_headline_kernels_are_what_the_table_says(identified):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", resources.TARGETS)
 @pytest.mark.parametrize("configuration", ALL, ids=lambda c: "-".join(resources.identity(c)))
-def test_every_kernel_is_what_the_table_says(configuration, target):
+def test_every_kernel_matches_the_table(configuration, target):
     measured(configuration, target)
 
 
-def test_the_table_holds_every_kernel_and_nothing_that_a_chip_does_not():
+def test_the_table_is_complete_and_within_the_limits():
     assert set(ROWS) == {
         (*resources.identity(c), target) for c in ALL for target in resources.TARGETS
     }
@@ -97,12 +97,12 @@ def test_the_table_holds_every_kernel_and_nothing_that_a_chip_does_not():
 def test_an_iteration_takes_at_most_two_and_a_half_times_its_multiply_adds(target, n, m):
     for kind, dtype in (("given", "fp32"), ("cosine", "bf16")):
         row = ROWS["resident", f"{n}x{m}", kind, dtype, "", target]
-        # The count of one iteration's multiply-adds says that the right loop was found.
+        # The count of multiply-adds shows that the loop of iterations was identified.
         assert 0.75 * n * m * 2 / 32 <= row.ffma * row.warps <= n * m * 2 / 32, row
         assert row.floor_clocks <= row.clocks <= 2.5 * row.floor_clocks, row
 
 
-def test_a_loop_is_counted_as_the_assembly_has_it():
+def test_instructions_of_a_loop_are_counted():
     lines = [".L_x_0:", *(f"/*{i:04x}*/ FFMA R0, R1, R2, R0 ;" for i in range(60))]
     lines += [f"/*{i:04x}*/ SHFL.BFLY PT, R0, R1, 0x1, 0x1f ;" for i in range(12)]
     lines += ["/*0100*/ @P0 BRA `(.L_x_0) ;", "/*0110*/ STL [R1], R2 ;"]

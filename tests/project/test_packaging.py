@@ -48,7 +48,8 @@ def build_wheel(folder, environment):
 def check_contents(names):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"optical"}
-    kernels = [path.name for path in (ROOT / "kernels" / "triton").glob("*.py")]
+    folder = ROOT / "kernels" / "triton"
+    kernels = [path.relative_to(folder).as_posix() for path in folder.rglob("*.py")]
     csrc = [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.[hc]*")]
     expected = {f"optical/kernels/{name}" for name in kernels}
     expected |= {f"optical/{name}" for name in csrc if name.endswith((".h", ".cpp", ".cuh", ".cu"))}
@@ -185,7 +186,7 @@ def test_a_source_distribution_holds_what_a_wheel_is_built_from(distributions):
     sdist, wheel = distributions
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    for path in ("csrc/sinkhorn.h", "kernels/triton/solve.py", "LICENSE", "CHANGELOG.md"):
+    for path in ("csrc/sinkhorn.h", "kernels/triton/forward.py", "LICENSE", "CHANGELOG.md"):
         assert path in inside, path
     assert not [name for name in inside if name.endswith((".so", ".pyc")) or ".venv" in name]
     names = zipfile.ZipFile(wheel).namelist()

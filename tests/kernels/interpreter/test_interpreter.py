@@ -1,9 +1,10 @@
-"""The Triton kernels on CPU tensors, in the interpreter, by the one tolerance rule.
+"""The Triton kernels on CPU tensors, in Triton's interpreter, against the tolerance rule.
 
-Run as ``TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreter``. The interpreter says
-nothing about layouts, races or TF32; ``tests/kernels/test_compile.py`` compiles for GPUs.
+Run as ``TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreter``. The interpreter
+does not cover layouts, races or TF32; ``test_triton_compile.py`` compiles the kernels for GPUs.
 """
 
+import importlib
 import math
 from dataclasses import replace
 
@@ -14,24 +15,27 @@ from optical import BackendUnsupported, kernels, ot_alignment, sinkhorn
 from optical.backends import registry
 from optical.backends.problem import example
 from optical.kernels import tuning
-from optical.kernels.batch import Batch
-from optical.kernels.solve import _kept as kept_room
+from optical.kernels.batch import LaunchProblem
 from optical.ot import operator
 from optical.testing.cases import packed, problems, random_clouds, random_problem
 from optical.testing.tolerance import FIELDS, assert_backend_correct, assert_close_to_truth, solve
 
-# Discarded branches of tl.where divide by zero here; on a GPU that is silent.
+# import_module, because the package re-exports functions of the same names.
+FORWARD = importlib.import_module("optical.kernels.forward")
+BACKWARD_UNROLLED = importlib.import_module("optical.kernels.backward_unrolled")
+
+# The interpreter warns of divisions by zero in discarded branches of tl.where.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-# The implicit mode has the run and the gradients of the envelope one in it.
+# The implicit mode includes the run and the envelope gradients.
 MODES = ("implicit",)
-# Each iteration of each problem costs milliseconds here, and eight reach every branch but one.
-AS_LONG = {
+# An interpreted iteration takes milliseconds, and eight iterations reach every branch but one.
+FULL_LENGTH = {
     problem.name: problem
     for problem in problems()
     if max(problem.cost.shape[1:]) <= 128 and len(problem.cost) <= 4 and not problem.anderson
 }
-ALL = {name: replace(p, max_iter=min(8, p.max_iter)) for name, p in AS_LONG.items()}
+ALL = {name: replace(p, max_iter=min(8, p.max_iter)) for name, p in FULL_LENGTH.items()}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -61,14 +65,14 @@ def test_unrolled_gradients_by_the_tolerance_rule(name, poisoned_memory):
     assert_backend_correct("triton", problem, torch.float32, gradients=("unroll",))
 
 
-def test_a_plan_beyond_float32_is_not_taken_for_none():
+def test_an_overflowing_plan_is_not_an_empty_one():
     problem = random_problem("overflow", 1, 260, 3, max_iter=0)
     out = solve("triton", replace(problem, x=problem.x - 50).to(torch.float32))
     assert out["marginal_error"].isinf().all() and not out["value"].isfinite().any()
 
 
 @pytest.mark.parametrize("way", ["on chip", "streamed"])
-def test_unrolled_gradients_stop_where_the_run_did(way, monkeypatch):
+def test_unrolled_gradients_stop_at_the_iteration_of_the_run(way, monkeypatch):
     if way == "streamed":
         stream_everything(monkeypatch, "loop")
     problem = replace(ALL["epsilon_per_problem"], max_iter=12, tol=1e-2).to(torch.float32)
@@ -89,10 +93,10 @@ def test_half_vectors_by_the_tolerance_rule(kind, half):
     epsilon = 1.0 if kind == "cosine" else 16.0
     clouds = random_clouds(kind, kind, batch=2, n=7, m=6, dim=24, epsilon=epsilon, max_iter=6)
     for problem in (clouds, packed(clouds)):
-        given = problem.to(torch.float32, vectors=half)
-        out = solve("triton", given, "implicit")
-        same = solve("reference", given.to(torch.float32), "implicit")
-        truth = solve("reference", given.to(torch.float64), "implicit")
+        rounded = problem.to(torch.float32, vectors=half)
+        out = solve("triton", rounded, "implicit")
+        same = solve("reference", rounded.to(torch.float32), "implicit")
+        truth = solve("reference", rounded.to(torch.float64), "implicit")
         for field in truth:
             dtype = half if field in ("grad_x", "grad_y") else torch.float32
             assert out[field].dtype == dtype or field in ("n_iter", "status")
@@ -102,10 +106,10 @@ def test_half_vectors_by_the_tolerance_rule(kind, half):
 
 
 def stream_everything(monkeypatch, way):
-    """No problem is small enough to stay on chip, and few or many are enough to fill one."""
+    """Stream problems of any size, in one launch ("loop") or stepwise ("steps")."""
     monkeypatch.setattr(tuning, "RESIDENT", 0)
-    for launches in ("solve", "unroll"):
-        monkeypatch.setattr(f"optical.kernels.{launches}.tiles_of", lambda batch, table: [])
+    for module in (FORWARD, BACKWARD_UNROLLED):
+        monkeypatch.setattr(module, "choose_tiles", lambda launch, table: [])
     monkeypatch.setattr(tuning, "PROGRAMS", {"loop": 0, "steps": 10**6}[way])
 
 
@@ -141,15 +145,15 @@ def test_unrolled_gradients_of_several_tiles(poisoned_memory):
     assert_backend_correct("triton", problem, torch.float32, gradients=("unroll",))
     clouds = random_clouds("mixed", "cosine", batch=3, n=140, m=20, dim=40, epsilon=0.1, max_iter=2)
     lengths = torch.tensor([140, 5, 66])[:, None]
-    absent = torch.arange(140) >= lengths
-    clouds = replace(clouds, log_a=clouds.log_a.masked_fill(absent, -math.inf))
+    padding = torch.arange(140) >= lengths
+    clouds = replace(clouds, log_a=clouds.log_a.masked_fill(padding, -math.inf))
     problem = packed(clouds)
     assert_backend_correct("triton", problem, torch.float32, gradients=("unroll",))
 
 
 def fast(name, **changes):
-    """A named problem with iterations enough for a plan in half precision to be written."""
-    return replace(AS_LONG[name], precision="fast", **({"max_iter": 9} | changes))
+    """A named problem with enough iterations to store a plan in half precision."""
+    return replace(FULL_LENGTH[name], precision="fast", **({"max_iter": 9} | changes))
 
 
 @pytest.mark.parametrize(
@@ -160,29 +164,31 @@ def test_fast_problems_by_their_own_rule(name, way, monkeypatch, poisoned_memory
     stream_everything(monkeypatch, way)
     problem = fast(name).one(0)
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
-    found = solve("triton", problem.to(torch.float32))
+    fast_result = solve("triton", problem.to(torch.float32))
     exact = solve("triton", replace(problem, precision="exact").to(torch.float32))
-    assert not torch.equal(found["f"], exact["f"]), "no plan was kept in half precision"
+    assert not torch.equal(fast_result["f"], exact["f"]), "no plan was stored in half precision"
 
 
-def test_a_kept_plan_is_written_again_where_potentials_drift(monkeypatch):
-    from optical.kernels import kept, loop
+def test_a_stored_plan_is_replaced_when_potentials_drift(monkeypatch):
+    from optical.kernels.streamed import half_precision, single_launch
 
     stream_everything(monkeypatch, "loop")
-    written = []
-    keep = loop.keep.rewrite()
-    monkeypatch.setattr(loop, "keep", lambda *given: written.append(keep(*given)))
+    stored = []
+    store_plan = single_launch.store_plan.rewrite()
+    monkeypatch.setattr(
+        single_launch, "store_plan", lambda *arguments: stored.append(store_plan(*arguments))
+    )
     problem = fast("epsilon_0.01", max_iter=24).one(0)
     for drift, least, most in ((6.0, 1, 1), (0.6, 2, 8), (1e-4, 0, 0)):
-        monkeypatch.setattr(kept, "DRIFT", type(kept.DRIFT)(drift))
-        written.clear()
+        monkeypatch.setattr(half_precision, "DRIFT", type(half_precision.DRIFT)(drift))
+        stored.clear()
         assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
-        assert least <= len(written) <= most, (drift, len(written))
+        assert least <= len(stored) <= most, (drift, len(stored))
 
 
 @pytest.mark.parametrize("tol", [1e-2, pytest.param(1e-6, marks=pytest.mark.slow)])
 def test_fast_problems_stop_by_exact_iterations(tol, monkeypatch):
-    """Where half precision alone would stop, exact iterations look again and go on if they must."""
+    """Convergence in half precision is confirmed, or continued, by exact iterations."""
     problem = fast("epsilon_per_problem", max_iter=20, tol=tol).to(torch.float32)
     ways = []
     for way in ("loop", "steps"):
@@ -201,9 +207,9 @@ REFUSED = {"rho": {"rho_a": 1.0}, "omega": {"omega": 1.2}, "short": {"max_iter":
 REFUSED |= {"low_memory": {"low_memory": True}, "exact": {"precision": "exact"}}
 
 
-def test_what_half_precision_does_not_serve():
+def test_where_half_precision_does_not_apply():
     def served(problem):
-        return kept_room(Batch(problem.to(torch.float32).arguments())).fast
+        return FORWARD.allocate_plan(LaunchProblem(problem.to(torch.float32).arguments())).fast
 
     assert served(fast("7x5"))
     assert not served(packed(fast("cosine_ragged")))
@@ -214,36 +220,36 @@ def test_what_half_precision_does_not_serve():
 def test_light_rows_have_the_bits_of_exact_problems(monkeypatch):
     stream_everything(monkeypatch, "loop")
     problem = fast("mass_1e-30").one(0).to(torch.float32)
-    found, exact = (solve("triton", replace(problem, precision=p)) for p in ("fast", "exact"))
+    fast_result, exact = (solve("triton", replace(problem, precision=p)) for p in ("fast", "exact"))
     for field in FIELDS:
-        assert torch.equal(found[field], exact[field]), field
+        assert torch.equal(fast_result[field], exact[field]), field
 
 
-def test_both_ways_to_stream_have_the_same_bits(monkeypatch):
+def test_stepwise_and_single_launch_runs_have_the_same_bits(monkeypatch):
     problem = replace(ALL["epsilon_per_problem"].to(torch.float32), max_iter=30, tol=1e-2)
-    found = []
+    results = []
     for way in ("loop", "steps"):
         stream_everything(monkeypatch, way)
-        found.append(solve("triton", problem))
-    assert len(set(found[0]["n_iter"].tolist())) > 1
+        results.append(solve("triton", problem))
+    assert len(set(results[0]["n_iter"].tolist())) > 1
     for field in FIELDS:
-        assert torch.equal(found[0][field], found[1][field]), field
+        assert torch.equal(results[0][field], results[1][field]), field
 
 
-def test_columns_shared_out_have_the_same_bits(monkeypatch, poisoned_memory):
+def test_split_columns_have_the_same_bits(monkeypatch, poisoned_memory):
     problem = random_problem("5x1100", 2, 5, 1100, max_iter=2)
     log_b = problem.log_b.clone()
     log_b[0, 512:1024] = -math.inf  # a whole segment
     problem = replace(problem, log_b=log_b)
-    found = []
-    # One program, a program for the rows, two for three segments, and one for each.
+    results = []
+    # One program for everything, one for the rows, two for three segments, one per segment.
     for way, filled in (("loop", 1), ("steps", 1), ("steps", 4), ("steps", 6)):
         stream_everything(monkeypatch, way)
         monkeypatch.setattr(tuning, "FILLED", filled)
-        found.append(solve("triton", problem.to(torch.float32)))
+        results.append(solve("triton", problem.to(torch.float32)))
     for field in FIELDS:
-        for other in found[1:]:
-            assert torch.equal(found[0][field], other[field]), field
+        for other in results[1:]:
+            assert torch.equal(results[0][field], other[field]), field
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
 
 
@@ -260,7 +266,7 @@ def test_problems_larger_than_a_chip():
 def test_one_long_side_stays_on_chip(n, m, monkeypatch):
     clouds = random_clouds(f"{n}x{m}", "cosine", batch=1, n=n, m=m, dim=5, max_iter=6)
     given = random_problem(f"{n}x{m}", 1, n, m, max_iter=6)
-    monkeypatch.setattr("optical.kernels.solve._steps", None)
+    monkeypatch.setattr(FORWARD, "StepwiseSolve", None)
     for problem, half in ((given, None), (clouds, torch.float16)):
         moved = problem.to(torch.float32, vectors=half)
         out, truth = solve("triton", moved), solve("reference", moved.to(torch.float64))
@@ -268,8 +274,8 @@ def test_one_long_side_stays_on_chip(n, m, monkeypatch):
             torch.testing.assert_close(out[field].double(), truth[field], rtol=1e-5, atol=1e-5)
 
 
-def test_drifting_scalings_are_rebuilt_and_lost_ones_are_redone():
-    """Costs whose scalings pass 2^30 within one run, so that every branch of the loop is taken."""
+def test_drifting_scalings_are_rebuilt_or_repeated_exactly():
+    """The scalings pass 2^30 within one run, so that every branch of the loop is taken."""
     ramp = torch.linspace(0, 6, 12, dtype=torch.float64)
     cost = (ramp[:, None] * ramp[None, :])[None] + torch.rand(1, 12, 12).double()
     problem = replace(random_problem("ramp", 1, 12, 12, epsilon=0.05, max_iter=40), x=cost)
@@ -282,12 +288,12 @@ def test_drifting_scalings_are_rebuilt_and_lost_ones_are_redone():
     assert_backend_correct("triton", relaxed, torch.float32, gradients=mode)
 
 
-def test_a_scaling_that_went_too_far_is_taken_back(monkeypatch):
-    """With FAR below DRIFT every drift is taken back, and the exact steps after it agree."""
-    from optical.kernels import resident
+def test_scalings_past_the_limit_are_discarded(monkeypatch):
+    """With equal limits every drifting scaling is discarded and repeated exactly."""
+    from optical.kernels.onchip import solve as onchip
 
-    for name in ("FAR", "DRIFT"):
-        monkeypatch.setattr(resident, name, type(resident.FAR)(1.5))
+    for name in ("DISCARD_LIMIT", "REBUILD_LIMIT"):
+        monkeypatch.setattr(onchip, name, type(onchip.DISCARD_LIMIT)(1.5))
     problem = replace(ALL["marginals"], max_iter=12)
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
 
@@ -309,7 +315,7 @@ def test_stops_each_problem_at_its_own_iteration(way, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ragged", "cosine_ragged", "dot_ragged_packed"])
-def test_a_problem_alone_has_the_bits_it_has_in_a_batch(name):
+def test_results_do_not_depend_on_the_batch(name):
     problem = ALL[name].to(torch.float32)
     together = solve("triton", problem, "implicit")
     for i in (0, 3):
@@ -347,13 +353,13 @@ def test_gradient_through_the_loss():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_refusals_say_what_is_missing():
+def test_refusals_name_the_reason():
     supports = registry.BACKENDS["triton"].supports
     cost = torch.zeros(1, 200, 4)
     assert supports(example(cost)) is None
     assert supports(example(cost, gradient="implicit")) is None
     assert supports(example(cost, gradient="unroll")) is None
-    with pytest.raises(BackendUnsupported, match="do not know anderson"):
+    with pytest.raises(BackendUnsupported, match="do not support anderson"):
         sinkhorn(cost, epsilon=0.1, anderson=5, backend="triton")
     with pytest.raises(BackendUnsupported, match=r"the problem is float64; .* float32"):
         sinkhorn(cost.double(), epsilon=0.1, backend="triton")

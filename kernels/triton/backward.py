@@ -1,0 +1,181 @@
+"""Backward pass of the operator: gradients and plan products of a finished run.
+
+Kernels are launched without synchronising with the device.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+import triton
+from optical.backends.problem import Gradients, Problem
+from optical.kernels import tuning
+from optical.kernels.backward_unrolled import Upstream, unroll
+from optical.kernels.batch import LaunchProblem, cost_options
+from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
+from optical.kernels.plan_products import mass_gradient_kernel, product_kernel
+
+
+def backward(
+    grad_value: Tensor,
+    grad_value_linear: Tensor,
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    problem: Problem,
+    f: Tensor,
+    g: Tensor,
+    w: Tensor,
+    z: Tensor,
+    n_iter: Tensor,
+    need_x: bool = True,
+    need_y: bool = False,
+) -> Gradients:
+    """Compute the gradients of a run, as the ``backward`` of every backend does.
+
+    For token vectors these are the gradients of the vectors; the cost is not materialised.
+    """
+    with torch.cuda.device_of(problem.x):
+        launch = LaunchProblem(problem)
+        if problem.gradient == "unroll":
+            upstream = Upstream(grad_value, grad_value_linear, grad_f, grad_g)
+            return unroll(launch, upstream, f, n_iter, need_x, need_y)
+        implicit = problem.gradient == "implicit"
+        if not implicit:
+            w, z = f, g
+        values = grad_value, grad_value_linear
+        rows, columns = (f, g, w, z), (g, f, z, w)
+        grad_x = grad_y = None
+        if problem.y is None and need_x:
+            grad_x = _cost_gradient(launch, rows, values, implicit)
+        elif problem.y is not None:
+            if need_x:
+                grad_x = _vector_gradient(launch, problem.x, False, rows, values, implicit)
+            if need_y:
+                grad_y = _vector_gradient(launch, problem.y, True, columns, values, implicit)
+        grad_log_a = _mass_gradient(launch, False, rows[:3], values, implicit)
+        grad_log_b = _mass_gradient(launch, True, columns[:3], values, implicit)
+    return grad_x, grad_y, grad_log_a, grad_log_b
+
+
+def _cost_gradient(
+    launch: LaunchProblem,
+    potentials: tuple[Tensor, ...],
+    upstream: tuple[Tensor, Tensor],
+    implicit: bool,
+) -> Tensor:
+    problem = launch.problem
+    grad = torch.empty(problem.x.shape, dtype=problem.x.dtype, device=problem.x.device)
+    rows, columns = 32, 64
+    grid = (launch.size, triton.cdiv(launch.n, rows), triton.cdiv(launch.m, columns))
+    cost_gradient_kernel[grid](
+        problem.x,
+        problem.log_a,
+        problem.log_b,
+        problem.epsilon,
+        *potentials,
+        *upstream,
+        grad,
+        *launch.strides,
+        launch.n,
+        launch.m,
+        IMPLICIT=implicit,
+        BLOCK_N=rows,
+        BLOCK_M=columns,
+        num_warps=4,
+    )
+    return grad
+
+
+def _vector_gradient(
+    launch: LaunchProblem,
+    vectors: Tensor,
+    swapped: bool,
+    potentials: tuple[Tensor, ...],
+    upstream: tuple[Tensor, Tensor],
+    implicit: bool,
+) -> Tensor:
+    grad = torch.empty_like(vectors)
+    n, m = (launch.m, launch.n) if swapped else (launch.n, launch.m)
+    for tile, least, most in tuning.gradient_tiles(m, launch.packed, launch.single):
+        parts = 1 if tile.whole else triton.cdiv(launch.dim, tile.entries)
+        vector_gradient_kernel[(launch.size, launch.blocks(n, tile.rows), parts)](
+            *launch.pointers(swapped),
+            *potentials,
+            *upstream,
+            grad,
+            *launch.sizes(swapped),
+            least,
+            most,
+            IMPLICIT=implicit,
+            WHOLE=tile.whole,
+            DOT_DTYPE=launch.dot_dtype,
+            DOT_PRECISION=launch.dot_precision,
+            BLOCK_N=tile.rows,
+            BLOCK_M=tile.columns,
+            BLOCK_D=tile.depth,
+            BLOCK_G=tile.entries,
+            **cost_options(launch),
+            num_warps=launch.warps(tile.warps),
+            num_stages=tile.stages,
+        )
+    return grad
+
+
+def _mass_gradient(
+    launch: LaunchProblem,
+    swapped: bool,
+    potentials: tuple[Tensor, ...],
+    upstream: tuple[Tensor, Tensor],
+    implicit: bool,
+) -> Tensor:
+    problem, tile = launch.problem, tuning.PLAN_PRODUCT
+    log_mass, rho = (problem.log_b, problem.rho_b) if swapped else (problem.log_a, problem.rho_a)
+    grad = torch.empty_like(log_mass)
+    mass_gradient_kernel[(launch.size, launch.blocks(log_mass.shape[-1], tile.rows))](
+        *launch.pointers(swapped),
+        *potentials,
+        *upstream,
+        grad,
+        *launch.sizes(swapped),
+        1 / rho,
+        IMPLICIT=implicit,
+        READ_COST=implicit or (rho < math.inf and problem.y is None),
+        BLOCK_N=tile.rows,
+        BLOCK_M=tile.columns,
+        BLOCK_D=tile.depth,
+        **cost_options(launch),
+        num_warps=launch.warps(tile.warps),
+        num_stages=tile.stages,
+    )
+    return grad
+
+
+def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
+    """Multiply the plan of potentials f and g, or its transpose, with v (..., width)."""
+    tile = tuning.PLAN_PRODUCT
+    with torch.cuda.device_of(problem.x):
+        launch = LaunchProblem(problem)
+        width, log_mass = v.shape[-1], problem.log_b if transpose else problem.log_a
+        product = v.new_empty(*log_mass.shape, width)
+        if not product.numel():
+            return product
+        part = min(64, max(16, triton.next_power_of_2(width)))
+        blocks = launch.blocks(log_mass.shape[-1], tile.rows)
+        product_kernel[(launch.size, blocks, triton.cdiv(width, part))](
+            *launch.pointers(transpose),
+            *((g, f) if transpose else (f, g)),
+            v,
+            product,
+            *launch.sizes(transpose),
+            width,
+            DOT_PRECISION=launch.exact,
+            BLOCK_N=tile.rows,
+            BLOCK_M=tile.columns,
+            BLOCK_D=tile.depth,
+            BLOCK_G=part,
+            **cost_options(launch),
+            num_warps=launch.warps(tile.warps),
+            num_stages=tile.stages,
+        )
+    return product

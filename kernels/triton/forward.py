@@ -1,0 +1,393 @@
+"""Forward pass of the operator: chooses the kernels of a batch and launches them.
+
+Problems that fit in the registers of one program run in ``onchip``, larger ones in ``streamed``.
+Kernels are launched without synchronising with the device.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+from optical.backends.problem import Problem, Solution
+from optical.kernels import tuning
+from optical.kernels.batch import (
+    KINDS,
+    LaunchProblem,
+    choose_tiles,
+    cost_options,
+    initial_potentials,
+    tile_options,
+)
+from optical.kernels.onchip.adjoint import adjoint_kernel
+from optical.kernels.onchip.solve import resident_kernel
+from optical.kernels.streamed.adjoint import adjoint_loop_kernel
+from optical.kernels.streamed.logsumexp import SEGMENT
+from optical.kernels.streamed.single_launch import loop_kernel
+from optical.kernels.streamed.stepwise import (
+    finish_kernel,
+    gather_kernel,
+    keep_kernel,
+    turn_kernel,
+    walk_kernel,
+)
+
+
+def supports(problem: Problem) -> str | None:
+    """Return why the kernels cannot serve the problems on any device, or None if they can."""
+    if problem.log_a.dtype != torch.float32:
+        name = str(problem.log_a.dtype).removeprefix("torch.")
+        return f"the problem is {name}; the kernels compute in float32"
+    if problem.anderson:
+        return "the kernels do not support anderson; they accelerate by over-relaxation (omega)"
+    return None
+
+
+def forward(problem: Problem) -> Solution:
+    """Solve the problems, which must be supported, as the ``forward`` of every backend does."""
+    with torch.cuda.device_of(problem.x):
+        launch, like = LaunchProblem(problem), problem.epsilon
+        value, value_linear, marginal_error = (torch.empty_like(like) for _ in range(3))
+        n_iter, status = (torch.empty_like(like, dtype=torch.int32) for _ in range(2))
+        outputs = value, value_linear, marginal_error, n_iter, status
+        f, g = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
+        general = problem.omega != 1 or min(problem.rho_a, problem.rho_b) < math.inf
+        roomy = general or problem.anneal_start > 0 or launch.precision != "ieee"
+        tiles = choose_tiles(launch, tuning.ROOMY if roomy else tuning.TILES)
+        if not tiles or (launch.packed and max(launch.n, launch.m) > tuning.RESIDENT):
+            # One program per problem where the sizes are unknown or the problems are many.
+            if launch.size > (1 if launch.packed else tuning.PROGRAMS):
+                _solve_in_one_launch(launch, f, g, outputs)
+            else:
+                StepwiseSolve(launch, f, g, outputs).run()
+        for side, tile in tiles:
+            _solve_onchip(launch, side, tile, general, (f, g, *outputs))
+        w, z, residual = _solve_adjoint(launch, f, g)
+    return Solution(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
+
+
+def _solve_onchip(
+    launch: LaunchProblem, side: int, tile: tuning.Tile, general: bool, outputs: tuple[Tensor, ...]
+) -> None:
+    problem = launch.problem
+    resident_kernel[(launch.size,)](
+        *launch.pointers(),
+        *initial_potentials(problem),
+        *outputs,
+        *launch.sizes(),
+        problem.max_iter,
+        problem.tol,
+        1 / problem.rho_a,
+        1 / problem.rho_b,
+        problem.omega,
+        problem.anneal_start,
+        problem.anneal_ratio,
+        0 if side == min(tuning.TILES) else side // 2 + 1,
+        side,
+        START=problem.f0 is not None,
+        GENERAL=general,
+        ANNEAL=problem.anneal_start > 0,
+        STEPS=1 if general or problem.tol > 0 else tuning.STEPS,
+        NVIDIA=launch.nvidia,
+        PART=tile.part,
+        **tile_options(launch, tile),
+    )
+
+
+def _solve_adjoint(launch: LaunchProblem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve the linear systems behind implicit gradients; return w, z and their residuals."""
+    problem = launch.problem
+    residual = torch.zeros_like(problem.epsilon)
+    if problem.gradient != "implicit":
+        return f.new_zeros(0), g.new_zeros(0), residual
+    w, z = torch.empty_like(f), torch.empty_like(g)
+    if max(launch.n, launch.m) > tuning.RESIDENT:
+        tile = tuning.ADJOINT_STREAM[launch.kind != KINDS["given"] and launch.precision != "ieee"]
+        adjoint_loop_kernel[(launch.size,)](
+            *launch.pointers(),
+            f,
+            g,
+            w,
+            z,
+            residual,
+            problem.log_a.new_empty(3 * f.numel(), dtype=torch.float64),
+            problem.log_a.new_empty(7 * g.numel(), dtype=torch.float64),
+            *launch.sizes(),
+            1 / problem.rho_a,
+            1 / problem.rho_b,
+            tuning.RESIDENT if launch.packed else 0,
+            BLOCK=tile.rows,
+            BLOCK_D=tile.depth,
+            WARPS_N=tile.warps_n,
+            WARPS_M=tile.warps_m,
+            VECTOR_BLOCK=tuning.VECTOR_BLOCK,
+            **cost_options(launch),
+            num_warps=launch.warps(tile.warps),
+            num_stages=tile.stages,
+        )
+    for side, tile in choose_tiles(launch, tuning.ADJOINT):
+        adjoint_kernel[(launch.size,)](
+            *launch.pointers(),
+            f,
+            g,
+            w,
+            z,
+            residual,
+            *launch.sizes(),
+            1 / problem.rho_a,
+            1 / problem.rho_b,
+            0 if side == min(tuning.ADJOINT) else side // 2 + 1,
+            side,
+            PART=tile.part,
+            **tile_options(launch, tile),
+        )
+    return w, z, residual
+
+
+class StoredPlan(NamedTuple):
+    """Memory for the plan in half precision and for the potentials at which it was computed.
+
+    Attributes:
+        fast: whether the run stores plans at all; if not, the tensors are placeholders.
+        base_a, base_b: potentials of the stored plan.
+        plan: float16, ``plane`` entries per problem, ``width`` per row.
+    """
+
+    fast: bool
+    base_a: Tensor
+    base_b: Tensor
+    plan: Tensor
+    width: int
+    plane: int
+
+
+def allocate_plan(launch: LaunchProblem) -> StoredPlan:
+    """Allocate a plan in half precision where ``precision="fast"`` applies.
+
+    It applies to padded problems with fixed marginals and no over-relaxation that run long enough
+    for the stored plan to pay off and whose indices fit in 32 bits.
+    """
+    problem, tile = launch.problem, tuning.STREAM
+    width = triton.cdiv(launch.m, tile.columns) * tile.columns
+    plane = triton.cdiv(launch.n, tile.rows) * tile.rows * width
+    plain = problem.omega == 1 and problem.rho_a == problem.rho_b == math.inf
+    fast = problem.precision == "fast" and plain and not (problem.packed or problem.low_memory)
+    if not fast or problem.max_iter < tuning.KEPT_ITERATIONS or plane >= 2**31:
+        unused = problem.epsilon
+        return StoredPlan(False, unused, unused, unused, 0, 0)
+    plan = problem.log_a.new_empty(launch.size * plane, dtype=torch.float16)
+    base_a, base_b = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
+    return StoredPlan(True, base_a, base_b, plan, width, plane)
+
+
+def _solve_in_one_launch(
+    launch: LaunchProblem, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]
+) -> None:
+    problem, stored = launch.problem, allocate_plan(launch)
+    log_masses = problem.log_a, problem.log_b
+    loop_kernel[(launch.size,)](
+        *launch.pointers(),
+        *initial_potentials(problem),
+        f,
+        g,
+        *(torch.empty_like(x) for x in (*log_masses, *log_masses)),
+        stored.base_a,
+        stored.base_b,
+        stored.plan,
+        *outputs,
+        *launch.sizes(),
+        stored.width,
+        stored.plane,
+        problem.max_iter,
+        problem.tol,
+        1 / problem.rho_a,
+        1 / problem.rho_b,
+        problem.omega,
+        problem.anneal_start,
+        problem.anneal_ratio,
+        tuning.RESIDENT if launch.packed else 0,
+        FAST=stored.fast,
+        START=problem.f0 is not None,
+        BLOCK=tuning.VECTOR_BLOCK,
+        **tile_options(launch, tuning.STREAM),
+    )
+
+
+class StepwiseSolve:
+    """A streamed run with many programs per problem, launched half-step by half-step.
+
+    Where the rows of a half-step do not make enough programs to fill a GPU, programs also split
+    its columns in segments, and a further launch merges the segments.
+    """
+
+    def __init__(
+        self, launch: LaunchProblem, f: Tensor, g: Tensor, outputs: tuple[Tensor, ...]
+    ) -> None:
+        self.launch, self.outputs = launch, outputs
+        self.problem = problem = launch.problem
+        self.stored = allocate_plan(launch)
+        self.potentials = f, g
+        # Soft-mins of a half-step, and after the run the marginals of the plan.
+        self.results = torch.empty_like(f), torch.empty_like(g)
+        # Sums of P * C after the run; scratch memory during it.
+        self.cost_sums = torch.empty_like(f), torch.empty_like(g)
+        self.starts = initial_potentials(problem)
+        n_iter = outputs[3]
+        self.stopped, self.state = torch.empty_like(n_iter), torch.empty_like(n_iter)
+        self.change = torch.empty_like(problem.epsilon)
+        self.tile = tile_options(launch, tuning.STREAM)
+        self.options = {
+            "PACKED": launch.packed,
+            "START": problem.f0 is not None,
+            "BLOCK": tuning.VECTOR_BLOCK,
+        }
+        self.splits = self._split(launch.n, launch.m), self._split(launch.m, launch.n)
+        partial = [
+            3 * triton.cdiv(columns, SEGMENT.value) * x.numel() if split > 1 else 0
+            for columns, x, split in zip(
+                (launch.m, launch.n), self.potentials, self.splits, strict=True
+            )
+        ]
+        self.partial = f.new_empty(max(1, *partial))
+
+    def _split(self, n: int, m: int) -> int:
+        """The number of programs that share the columns of a half-step over n rows."""
+        programs = self.launch.size * self.launch.blocks(n, tuning.STREAM.rows)
+        segments = triton.cdiv(m, SEGMENT.value)
+        return 1 if self.stored.fast else min(segments, max(1, tuning.FILLED // programs))
+
+    def run(self) -> None:
+        """Run every iteration and write the outputs; stopped problems cost only their launches."""
+        problem = self.problem
+        self._update(False, 0, init=True)
+        self._update(True, 0, init=True)
+        for iteration in range(problem.max_iter):
+            if self.stored.fast:
+                self._store_plan()
+            annealing = problem.anneal_start * problem.anneal_ratio**iteration
+            for swapped in (False, True):
+                self._reduce(swapped, annealing)
+                self._update(swapped, iteration)
+        self._reduce(False, sums=True)
+        self._reduce(True, sums=True)
+        self._write_outputs()
+
+    def _reduce(self, swapped: bool, annealing: float = 0.0, sums: bool = False) -> None:
+        """Compute the soft-mins of one side, or the sums of its plan and transport cost."""
+        launch, stored = self.launch, self.stored
+        order = (1, 0) if swapped else (0, 1)
+        side = order[0]
+        n = (launch.n, launch.m)[side]
+        split = 1 if sums else self.splits[side]
+        row_count = self.potentials[side].numel()
+        walk_kernel[(launch.size, launch.blocks(n, tuning.STREAM.rows), split)](
+            *launch.pointers(swapped),
+            *(self.potentials[i] for i in order),
+            self.results[side],
+            self.cost_sums[side],
+            *((stored.base_a, stored.base_b)[i] for i in order),
+            stored.plan,
+            self.partial,
+            self.state,
+            self.stopped,
+            *launch.sizes(swapped),
+            row_count,
+            stored.width,
+            stored.plane,
+            annealing,
+            SPLIT=split > 1,
+            REDUCE=int(sums),
+            ROWS=stored.fast and not swapped,
+            FAST=stored.fast and not sums,
+            **self.tile,
+        )
+        if split > 1:
+            self._merge_segments(order, row_count, annealing)
+
+    def _merge_segments(self, order: tuple[int, int], row_count: int, annealing: float) -> None:
+        launch, side = self.launch, order[0]
+        sizes = [(launch.n, launch.m)[i] for i in order]
+        gather_kernel[(launch.size, launch.blocks(sizes[0], tuning.VECTOR_BLOCK))](
+            *((launch.cu_a, launch.cu_b)[i] for i in order),
+            self.problem.epsilon,
+            self.partial,
+            self.results[side],
+            self.stopped,
+            *sizes,
+            row_count,
+            annealing,
+            PACKED=launch.packed,
+            BLOCK=tuning.VECTOR_BLOCK,
+        )
+
+    def _update(self, swapped: bool, iteration: int, init: bool = False) -> None:
+        """Update the potentials of one side, or set them to their start with ``init``."""
+        launch, problem, side = self.launch, self.problem, int(swapped)
+        annealing, previous = (
+            problem.anneal_start * problem.anneal_ratio**k for k in (iteration, iteration - 1)
+        )
+        turn_kernel[(launch.size,)](
+            (launch.cu_a, launch.cu_b)[side],
+            (problem.log_a, problem.log_b)[side],
+            problem.epsilon,
+            self.starts[side],
+            self.potentials[side],
+            self.results[side],
+            (self.stored.base_a, self.stored.base_b)[side],
+            self.state,
+            self.change,
+            self.stopped,
+            self.outputs[3],
+            (launch.n, launch.m)[side],
+            int(iteration == 0),
+            problem.max_iter - 1 - iteration,
+            problem.tol,
+            1 / (problem.rho_a, problem.rho_b)[side],
+            problem.omega,
+            annealing,
+            # The first iteration has no predecessor, so it measures no marginal error.
+            previous if iteration else math.inf,
+            ROWS=not swapped,
+            FAST=self.stored.fast,
+            INIT=init,
+            **self.options,
+        )
+
+    def _store_plan(self) -> None:
+        launch, stored = self.launch, self.stored
+        keep_kernel[(launch.size, launch.blocks(launch.n, tuning.STREAM.rows))](
+            *launch.pointers(),
+            stored.base_a,
+            stored.base_b,
+            stored.plan,
+            self.state,
+            self.stopped,
+            *launch.sizes(),
+            stored.width,
+            stored.plane,
+            **self.tile,
+        )
+
+    def _write_outputs(self) -> None:
+        launch, problem = self.launch, self.problem
+        finish_kernel[(launch.size,)](
+            launch.cu_a,
+            launch.cu_b,
+            problem.log_a,
+            problem.log_b,
+            problem.epsilon,
+            *self.starts,
+            *self.potentials,
+            *self.results,
+            *self.cost_sums,
+            *self.outputs,
+            self.stopped,
+            launch.n,
+            launch.m,
+            problem.max_iter,
+            1 / problem.rho_a,
+            1 / problem.rho_b,
+            **self.options,
+        )
