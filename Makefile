@@ -1,11 +1,11 @@
-# Two commands for a fresh machine: `make study` and `make test`. Both build .venv and reuse it.
+# `make study` and `make test` are enough on a fresh machine: both create .venv and reuse it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Versions tested together; a plain `torch` would bring whatever is newest. For another one, in a
-# fresh environment: `make test TORCH='==2.10.0'`, `make test TORCH='>=2.10'`.
+# The versions that are tested together. To test another one, in a fresh environment:
+# `make test TORCH='==2.10.0'` or `make test TORCH='>=2.10'`.
 ifdef TORCH
 $(shell mkdir -p build && sed 's/^torch==[0-9.]*/torch$(TORCH)/' constraints.txt > build/constraints.txt)
 export PIP_CONSTRAINT := $(CURDIR)/build/constraints.txt
@@ -21,7 +21,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt csrc/*.h csrc/cpu/*
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile torch
-# A torch with CUDA has brought the Triton that it needs; beside any other, this one was tested.
+# A CUDA build of torch brings its own Triton; this version is tested with the other builds.
 	test "$$(uname)" != Linux || $(BIN)/python -c 'import triton' 2> /dev/null || \
 		$(BIN)/pip install --quiet --no-compile triton==3.6.0
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
@@ -30,13 +30,13 @@ $(STAMP): pyproject.toml setup.py constraints.txt csrc/*.h csrc/cpu/*
 study: $(STAMP)
 	$(BIN)/optical study $(CONFIG)
 
-# Tests make every model and text they need.
+# The tests create every model and text they need; nothing is downloaded.
 test test-slow: export HF_HUB_OFFLINE := 1
 test test-slow: export TOKENIZERS_PARALLELISM := false
-# Their problems are tiny: a second thread costs more than it brings.
+# The problems are tiny, so a second thread costs more than it saves.
 test test-slow: export OMP_NUM_THREADS := 1
 
-# The interpreter of Triton has a process of its own: it is chosen when kernels are imported.
+# Triton reads TRITON_INTERPRET when the kernels are imported, so the interpreter needs its own process.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow" tests/kernels/interpreter
@@ -45,26 +45,25 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m slow tests/kernels/interpreter
 
-# Builds and installs as a stranger does: in isolation, into empty environments.
+# Builds in isolation and installs into empty environments, as a new user does.
 test-install: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow tests/project/test_packaging.py
 
-# Random calls, valid ones against the float64 reference, as many as the time allows.
+# Random calls, compared with the float64 reference, until the time is up.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --calls 100000 --seconds $(or $(SECONDS),300)
 
-# The same of the kernels of GPUs; without one they run on the CPU, slowly.
+# Random calls of the GPU kernels; without a GPU they run emulated on the CPU, slowly.
 fuzz-kernels: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py cuda --seconds $(or $(SECONDS),300)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py triton --seconds $(or $(SECONDS),300)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py streamed --seconds $(or $(SECONDS),300)
 
-# Mixed calls while memory, open files and threads must stay level.
+# Mixed calls, with a watch on memory, open files and threads.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --minutes $(or $(MINUTES),30)
 
-# Random calls against a library that watches its memory and its arithmetic, and one that watches
-# threads.
+# Random calls under the address and undefined-behaviour sanitizers, then under the thread sanitizer.
 sanitize: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py --calls 2000 --seconds $(or $(SECONDS),120)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py --threads --calls 200 --seconds $(or $(SECONDS),120)
@@ -76,11 +75,11 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q tests/project/test_structure.py tests/project/test_readme.py -k "wings or links"
 
-# The site in build/site, links and docstrings checked; `make docs SERVE=1` shows it and follows edits.
+# Build the site into build/site, with strict checks; `make docs SERVE=1` serves it and reloads on edits.
 docs: $(STAMP)
 	$(BIN)/mkdocs $(if $(SERVE),serve,build --strict)
 
-# A wheel and a source distribution in dist/, built as a stranger builds them.
+# A wheel and a source distribution in dist/, built in isolation.
 dist: $(STAMP)
 	$(BIN)/python -m build --outdir dist .
 
@@ -88,13 +87,13 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# An interpreter with ott-jax, where the environment has none: it runs in a process of its own.
+# An interpreter that has ott-jax, if the environment has none; it runs in a separate process.
 OTT_PYTHON ?= $(BIN)/python
 ROWS := benchmarks/results/cpu.csv
 MEASURE := $(BIN)/python -m benchmarks
 MEASURED := --ott-python $(OTT_PYTHON) --output $(ROWS)
 
-# One machine, nothing else on it: first as a suite of tests, then as rows of the committed CSV.
+# Needs a quiet machine. Runs the benchmarks as tests first, then writes the rows of the committed CSV.
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q benchmarks
 	$(MEASURE) solve --threads 1 $(MEASURED)
@@ -104,7 +103,7 @@ bench: $(STAMP)
 	$(MEASURE) large --threads 2 --rounds 3 --memory $(MEASURED)
 	$(MEASURE) accuracy --threads 1 $(MEASURED)
 
-# A machine with a CUDA device: tests, times and sweeps, as far as the seconds go; again for the rest.
+# Needs a CUDA device: tests, timings and sweeps within SECONDS; run it again to continue.
 OUT ?= benchmarks/results/gpu
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu --output $(OUT) --seconds $(or $(SECONDS),520)
@@ -112,7 +111,7 @@ gpu: $(STAMP)
 plots: $(STAMP)
 	$(MEASURE) report
 
-# Registers, spills and hot loops of the CUDA kernels, by nvcc and without a GPU.
+# Registers, spills and inner loops of the CUDA kernels; needs nvcc, no GPU.
 cuda-resources: $(STAMP)
 	$(BIN)/python -m benchmarks.machine_code.cuda
 

@@ -1,4 +1,4 @@
-"""What is installed, under which names, and what importing it costs."""
+"""Packaging: contents of wheel and source distribution, import cost, clean installs."""
 
 import importlib.util
 import os
@@ -14,12 +14,12 @@ import pytest
 from optical.backends import library
 
 ROOT = Path(__file__).resolve().parents[2]
-# What a build reads. Building in a copy leaves the checkout clean and finds no stale leftovers.
+# The inputs of a build. Building in a copy leaves the checkout clean and sees no stale files.
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "csrc", "kernels", "optical")
 
 
 def fresh(code, folder=ROOT):
-    """What a new interpreter prints when it runs ``code`` in ``folder``."""
+    """Run ``code`` in a new interpreter in ``folder`` and return its output."""
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
     )
@@ -27,7 +27,7 @@ def fresh(code, folder=ROOT):
 
 
 def build_wheel(folder, environment):
-    """The names inside the wheel built from a copy of the sources, and the wheel's own name."""
+    """Build a wheel from a copy of the sources; return its file name and the names inside."""
     source = folder / "source"
     source.mkdir()
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.dylib")
@@ -147,11 +147,11 @@ def test_without_a_compiler_the_wheel_is_pure(tmp_path, monkeypatch):
     assert fresh(code, unpacked) == "reference"
 
 
-# --- as a stranger installs it --------------------------------------------------------------------
+# --- clean installs -------------------------------------------------------------------------------
 
 
 def other_pythons():
-    """Commands of the supported interpreters that are found here, this one first."""
+    """The supported interpreters on this machine, the running one first."""
     found = [sys.executable]
     for minor in range(10, 15):
         command = shutil.which(f"python3.{minor}")
@@ -166,7 +166,7 @@ def other_pythons():
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """Source distribution and wheel, the one built from the other, each in isolation."""
+    """A source distribution, and a wheel built from it, each in isolation."""
     pytest.importorskip("build", reason="needs the extra `dev`")
     folder = tmp_path_factory.mktemp("dist")
     source = folder / "source"
@@ -186,8 +186,13 @@ def test_a_source_distribution_holds_what_a_wheel_is_built_from(distributions):
     sdist, wheel = distributions
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    for path in ("csrc/sinkhorn.h", "kernels/triton/forward.py", "LICENSE", "CHANGELOG.md"):
-        assert path in inside, path
+    # The tests read the whole repository, so the archive holds all of it.
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    left_out = (".ci/", ".github/", ".gitignore", "optical/kernels")
+    missing = {name for name in tracked if name and not name.startswith(left_out)} - inside
+    assert not missing
     assert not [name for name in inside if name.endswith((".so", ".pyc")) or ".venv" in name]
     names = zipfile.ZipFile(wheel).namelist()
     check_contents(names)
@@ -197,7 +202,7 @@ def test_a_source_distribution_holds_what_a_wheel_is_built_from(distributions):
 
 
 def install(python, wheel, folder):
-    """The interpreter of a new environment that holds the wheel and nothing else."""
+    """Create an environment that holds only the wheel; return its interpreter."""
     subprocess.run([python, "-m", "venv", "--without-pip", str(folder)], check=True)
     inner = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(inner), "install", "--quiet"]
@@ -206,7 +211,7 @@ def install(python, wheel, folder):
     return inner
 
 
-# Loads the library by the module's path: torch is not in every environment.
+# Loads the library through the module's path, because torch is not installed there.
 LOAD = """
 import compileall, importlib.util as u, pathlib, sys, sysconfig
 package = pathlib.Path(sysconfig.get_path("purelib")) / "optical"
@@ -232,12 +237,12 @@ def test_the_wheel_serves_every_python(distributions, tmp_path, python):
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", [True, False], ids=["compiler", "no compiler"])
 def test_an_installed_wheel_tests_itself(distributions, tmp_path, compiler):
-    """In an environment of its own, where torch alone is lent from this one."""
+    """Run the self-test in a new environment that borrows only torch from this one."""
     if library.find_compiler() is None:
         pytest.skip(reason="no C++ compiler")
     inner = install(sys.executable, distributions[1], tmp_path / "env")
     (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    (packages / "lent.pth").write_text(
+    (packages / "borrowed.pth").write_text(
         str(Path(importlib.util.find_spec("torch").origin).parent.parent)
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -251,9 +256,22 @@ def test_an_installed_wheel_tests_itself(distributions, tmp_path, compiler):
     done = subprocess.run([inner, "-c", code], env=environment, cwd=tmp_path,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    # Without the library: once, what is slower and why.
+    # Without the library, one warning names the reason.
     assert done.stderr.count("no C++ compiler was found") == (not compiler)
     info = [inner, "-m", "optical.cli", "info", "--seconds", "5"]
     told = subprocess.run(info, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert told.returncode == 0 and "self-test passed" in told.stdout, told.stdout + told.stderr
     assert (str(packages) in told.stdout) == compiler
+
+
+def test_an_editable_install_works_beside_the_clone(tmp_path):
+    """A folder named like the package must not hide it: the parent folder of a clone has one."""
+    (tmp_path / "optical").symlink_to(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", "import optical; print(optical.sinkhorn.__module__)"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "optical.ot.functional", done.stderr
