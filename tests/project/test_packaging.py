@@ -142,7 +142,7 @@ def test_without_a_compiler_the_wheel_is_pure(tmp_path, monkeypatch):
     code = (
         "import torch, optical, warnings; warnings.simplefilter('ignore');"
         "result = optical.sinkhorn(torch.rand(2, 3, 4), epsilon=1.0);"
-        "from optical.backends import registry; print(registry.choose('auto', result.arguments).name)"
+        "from optical.backends.registry import choose; print(choose('auto', result.arguments).name)"
     )
     assert fresh(code, unpacked) == "reference"
 
