@@ -66,8 +66,8 @@ def sinkhorn(
 ) -> SinkhornResult:
     """Solve a batch of entropy-regularised optimal transport problems.
 
-    plan = exp((f + g - cost) / epsilon + log a + log b), the entropy being KL(plan || a b). One
-    iteration updates f, then g. ``optical/reference.py`` is the definition.
+    ``plan = exp((f + g - cost) / epsilon + log a + log b)``, the entropy being ``KL(plan || a b)``.
+    One iteration updates f, then g. ``optical/reference.py`` is the definition.
 
     Args:
         cost: (batch, n, m) float64/32/16 or bfloat16. Float16 and bfloat16 are computed in float32.
@@ -84,14 +84,15 @@ def sinkhorn(
             those wanted (POT: stopThr; OTT: threshold). 0 runs exactly max_iter iterations.
         init: (f, g), potentials to start from, shaped like log_a and log_b; zeros when None. They
             receive no gradient.
-        rho: None keeps both marginals. A number > 0 replaces them by penalties rho * KL(row sums ||
-            a) and rho * KL(column sums || b); a pair gives each side its own, None or inf fixing
-            one side (POT: reg_m; OTT: tau_a = rho_a / (rho_a + epsilon); GeomLoss: reach ** p).
+        rho: None keeps both marginals. A number > 0 replaces them by penalties
+            ``rho * KL(row sums || a)`` and ``rho * KL(column sums || b)``; a pair gives each side
+            its own, None or inf fixing one side (POT: ``reg_m``; OTT:
+            ``tau_a = rho_a / (rho_a + epsilon)``; GeomLoss: reach ** p).
         omega: over-relaxation in (0, 2); 1 is none, 1.5 to 1.9 helps hard problems (OTT: momentum).
         anderson: how many past iterates the acceleration may use, 1 to 16; 0 is none. With
             ``tol``, far fewer iterations where plain ones crawl.
         anneal: (start, ratio): iteration k runs at the temperature max(epsilon, start * ratio ** k)
-            (GeomLoss: diameter ** p and scaling ** p; OTT: an Epsilon schedule).
+            (GeomLoss: ``diameter ** p`` and ``scaling ** p``; OTT: an Epsilon schedule).
         gradient: how ``value`` and ``value_linear`` are differentiated with respect to cost, log_a
             and log_b. "envelope" holds the plan fixed: exact for ``value`` at convergence; it is
             OPTICAL's choice for ``value_linear`` too, of which it is not the true gradient and can
@@ -115,8 +116,9 @@ def sinkhorn(
         SinkhornResult. A problem with one side entirely absent has value 0 and gradient 0.
 
         Other packages count the entropy differently. At convergence with fixed marginals that sum
-        to 1, POT's ``reg_type="entropy"`` value is ours minus epsilon * (H(a) + H(b)), where H(a) =
-        -sum a log a; POT's ``reg_type="KL"``, OTT's ``ent_reg_cost`` and GeomLoss's value are ours.
+        to 1, POT's ``reg_type="entropy"`` value is ours minus ``epsilon * (H(a) + H(b))``, where
+        ``H(a) = -sum a log a``; POT's ``reg_type="KL"``, OTT's ``ent_reg_cost`` and GeomLoss's
+        value are ours.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
@@ -128,7 +130,7 @@ def sinkhorn(
     (arXiv 1711.01851); implicit: Luise et al., "Differential Properties of Sinkhorn Approximation"
     (arXiv 1805.11897), section 4.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optical import sinkhorn
         >>> cost = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
@@ -188,8 +190,8 @@ def sinkhorn_vectors(
             Vectors of absent tokens are never read as numbers.
         y: (batch, m, dim), one vector per column.
         log_a, log_b: masses as in ``sinkhorn``; for packed problems (N,) and (M,).
-        cost: "cosine" 1 - x.y / (|x| |y|), where a zero vector is at distance 1 from everything;
-            "sqeuclidean" |x - y| ** 2; "dot" -x.y.
+        cost: "cosine" ``1 - x.y / (|x| |y|)``, where a zero vector is at distance 1 from
+            everything; "sqeuclidean" ``|x - y| ** 2``; "dot" ``-x.y``.
         cu_seqlens_a, cu_seqlens_b: (batch + 1,) int32 or int64, both or neither: the problems stand
             behind one another, x is (N, dim), y is (M, dim), and rows ``cu_seqlens_a[i]`` to
             ``cu_seqlens_a[i + 1]`` belong to problem i. Instead of masks and lengths. On a GPU
@@ -206,7 +208,7 @@ def sinkhorn_vectors(
     Raises:
         TypeError, ValueError, BackendUnsupported, RuntimeError: see ``sinkhorn``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optical import sinkhorn_vectors
         >>> x, y = torch.eye(3), torch.eye(3)[[2, 0, 1, 1]]
@@ -257,7 +259,7 @@ def ot_alignment(
 ) -> Tensor:
     """Compute the transported distance between each student text and its teacher text.
 
-    <plan, cost(student_i, teacher_j)>, where plan is the Sinkhorn coupling of the two clouds of
+    ``<plan, cost(student_i, teacher_j)>``, where plan is the Sinkhorn coupling of the two clouds of
     tokens, every real token weighing the same. The clouds may differ in length and order.
 
     Args:
@@ -282,7 +284,7 @@ def ot_alignment(
     Source: Huang, Yu, Allan, "Improving Cross-lingual Information Retrieval on Low-Resource
     Languages via Optimal Transport Distillation" (OPTICAL, WSDM 2023, arXiv 2301.12566).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optical import ot_alignment
         >>> teacher = torch.eye(3)[None]
@@ -312,9 +314,9 @@ def sinkhorn_divergence(
 ) -> Tensor:
     """Compute the Sinkhorn divergence of clouds of vectors, which is 0 for equal clouds.
 
-    value(x, y) - value(x, x) / 2 - value(y, y) / 2 + epsilon / 2 * (sum a - sum b) ** 2, where
+    ``value(x, y) - value(x, x) / 2 - value(y, y) / 2 + epsilon / 2 * (sum a - sum b) ** 2``, where
     value is that of ``sinkhorn_vectors`` (GeomLoss: SamplesLoss with debias=True). At convergence
-    it is >= 0 for costs such as "sqeuclidean", whose exp(-cost / epsilon) is a positive kernel.
+    it is >= 0 for costs such as "sqeuclidean", whose ``exp(-cost / epsilon)`` is a positive kernel.
 
     Args:
         x, y, log_a, log_b, epsilon: see ``sinkhorn_vectors``.
@@ -334,7 +336,7 @@ def sinkhorn_divergence(
     Divergences" (arXiv 1810.08278); unequal masses: Séjourné, Feydy, Vialard, Trouvé, Peyré,
     "Sinkhorn Divergences for Unbalanced Optimal Transport" (arXiv 1910.12958), definition 5.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optical import sinkhorn_divergence
         >>> x = torch.eye(3)[None]

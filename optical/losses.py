@@ -41,7 +41,7 @@ class OTAlignmentLoss(nn.Module):
 
     Source: OPTICAL (WSDM 2023, arXiv 2301.12566).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optical import OTAlignmentLoss
         >>> loss = OTAlignmentLoss(epsilon=0.05)
@@ -202,7 +202,7 @@ class OTDistillationLoss(DistillationLoss):
     exact.
 
     Args:
-        model, teacher, student_mass, teacher_mass: see :class:`DistillationLoss`. The weights of a
+        model, teacher, student_mass, teacher_mass: see ``DistillationLoss``. The weights of a
             sentence's tokens, made to sum to 1, are the masses that are transported.
         **options: those of ``optical.ot_alignment``: cost, epsilon, max_iter, tol, gradient, ...
 

@@ -20,13 +20,13 @@ class SinkhornResult:
     For packed problems, (batch, n) reads (N,) and (batch, m) reads (M,).
 
     Attributes:
-        value: (batch,) <plan, cost> + epsilon * KL(plan || a b), plus, for each side that rho
-            relaxes, rho * KL(its sums || its masses): the objective of the plan returned.
-        value_linear: (batch,) <plan, cost>, the transport part.
+        value: (batch,) ``<plan, cost> + epsilon * KL(plan || a b)``, plus, for each side that rho
+            relaxes, ``rho * KL(its sums || its masses)``: the objective of the plan returned.
+        value_linear: (batch,) ``<plan, cost>``, the transport part.
         f: (batch, n) potential of the rows, 0 where absent.
         g: (batch, m) potential of the columns, 0 where absent.
         marginal_error: (batch,) L1 distance of the plan's sums from those of the optimal plan: from
-            a and b, or from a exp(-f / rho_a) and b exp(-g / rho_b) on a relaxed side.
+            a and b, or from ``a exp(-f / rho_a)`` and ``b exp(-g / rho_b)`` on a relaxed side.
         n_iter: (batch,) int32, iterations each problem ran.
         status: (batch,) int32, an ``optical.Status``: CONVERGED (within tol), MAX_ITER, EMPTY (a
             side without a present line; everything is 0), or INFEASIBLE (an input that was not a
@@ -56,7 +56,7 @@ class SinkhornResult:
         Absent and forbidden pairs are exactly 0. Packed problems are padded to the longest ones,
         whose length is read from the device.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from optical import sinkhorn
             >>> result = sinkhorn(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), epsilon=0.1)
@@ -81,7 +81,7 @@ class SinkhornResult:
         Raises:
             TypeError, ValueError: v has a wrong type, dtype, shape or device.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from optical import sinkhorn
             >>> result = sinkhorn(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), epsilon=0.05)
