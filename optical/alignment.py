@@ -132,7 +132,7 @@ def align_words(
 def pharaoh(links: Iterable[tuple[int, int, float]]) -> str:
     """The links of a pair of sentences in one line, ``0-1 1-0``: English number, foreign number.
 
-    Example:
+    Examples:
         >>> pharaoh([(0, 1, 0.9), (1, 0, 0.7)])
         '0-1 1-0'
     """

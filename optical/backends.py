@@ -304,7 +304,7 @@ def explain(
     ``kind="cosine"``, say. ``options`` are fields of ``optical.arguments.Arguments`` by name, such
     as ``gradient="implicit"`` or ``rho_a=1.0``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optical.backends import explain
         >>> print(explain(torch.zeros(2, 3, 4), backend="reference").splitlines()[0])

@@ -26,7 +26,7 @@ class CodeSwitcher:
         probability: chance that a word with a translation is replaced, in [0, 1].
         seed: with the text's key, fixes every draw; equal on every machine and Python version.
 
-    Example:
+    Examples:
         >>> switch = CodeSwitcher({"sw": {"water": ["maji"]}}, probability=1.0, seed=0)
         >>> switch("Cold Water, please", key=7)
         'Cold maji, please'

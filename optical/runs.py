@@ -47,7 +47,7 @@ def ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
 
     Score from high to low; equal scores by document id from high to low, as ``trec_eval`` does.
 
-    Example:
+    Examples:
         >>> ranked({"a": 1.0, "b": 2.0, "c": 1.0})
         [('b', 2.0), ('c', 1.0), ('a', 1.0)]
     """
