@@ -1,7 +1,7 @@
 """A fixed English index: index first, train later, search with foreign queries.
 
-The teacher encodes the documents once. A student trained later encodes queries in another language. A
-Router combines both into one model, whose document vectors equal the teacher's bit for bit.
+The teacher encodes the documents once. A student trained later encodes queries in another language.
+A Router combines both into one model, whose document vectors equal the teacher's bit for bit.
 
 python examples/router.py TEACHER STUDENT en-sw.tsv documents.en.jsonl queries.sw.tsv OUTPUT
 """

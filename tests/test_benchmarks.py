@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import xml.dom.minidom
 from dataclasses import fields, replace
 
@@ -404,22 +405,51 @@ def test_the_report_shows_ratios_failures_and_the_ceiling(tmp_path):
     assert report.block([]) == ""
 
 
-def test_the_readme_holds_what_the_committed_rows_say():
-    text = report.README.read_text(encoding="utf-8")
-    shown = text.split(report.BEGIN)[1].split(report.END)[0].strip()
-    assert shown == report.block(rows.read(report.RESULTS))
+def test_operator_tables_match_the_committed_rows():
+    committed = rows.read(report.RESULTS)
+    shown = report.read_block(report.PAGE, report.BLOCK)
+    assert shown == report.block(committed)
+    assert report.read_block(report.README, report.SPEED) == report.speed_table(committed)
     figures = {path.name for path in report.FIGURES.glob("operator_*.svg")}
     assert figures == {f"operator_{name}.svg" for name in ("ratios", "ceiling") if name in shown}
 
 
-def test_the_readme_answers_with_the_committed_study():
-    text = report.README.read_text(encoding="utf-8")
-    shown = text.split(answer.BEGIN)[1].split(answer.END)[0].strip()
-    assert shown == answer.block(read_rows(answer.RESULTS))
+def test_study_tables_match_the_committed_results():
+    results = read_rows(answer.RESULTS)
+    assert report.read_block(answer.PAGE, answer.BLOCK) == answer.block(results)
+    assert report.read_block(answer.PAGE, answer.FURTHER_BLOCK) == answer.further()
+    assert report.read_block(answer.PAGE, answer.HELD_OUT_BLOCK) == answer.held_out_studies()
+    assert report.read_block(report.README, answer.README_BLOCK) == answer.answer(results)
     figures = {path.stem for path in answer.FIGURES.glob("*.png")}
     assert {"measure_per_language", "gap_per_arm", "alignment"} <= figures
-    more = text.split(answer.MORE_BEGIN)[1].split(answer.MORE_END)[0].strip()
-    assert more == answer.further()
+
+
+def test_make_plots_regenerates_every_page_byte_for_byte(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra `study`")
+    figures = tmp_path / "docs" / "figures"
+    figures.mkdir(parents=True)
+    copies = {}
+    for module, name in ((report, "README"), (report, "PAGE"), (answer, "PAGE")):
+        page = getattr(module, name)
+        copies[page] = tmp_path / page.relative_to(jobs.ROOT)
+        empty = re.sub(
+            r"(:begin -->\n).*?(<!-- \w+:end)", r"\1\2", page.read_text(), flags=re.DOTALL
+        )
+        copies[page].write_text(empty)
+        monkeypatch.setattr(module, name, copies[page])
+    for module, name in ((report, "FIGURES"), (answer, "FIGURES"), (answer, "CURVES"),
+                         (answer, "OVERVIEW")):  # fmt: skip
+        path = getattr(module, name)
+        monkeypatch.setattr(module, name, tmp_path / path.relative_to(jobs.ROOT))
+    assert main(["report"]) == 0
+    for page, copy in copies.items():
+        assert copy.read_bytes() == page.read_bytes(), page.name
+    drawn = {path.relative_to(figures) for path in figures.rglob("*.*")}
+    committed = jobs.ROOT / "docs" / "figures"
+    assert drawn == {path.relative_to(committed) for path in committed.rglob("*.*")}
+    first = answer.OVERVIEW.read_bytes()
+    answer.draw_overview(read_rows(answer.RESULTS), answer.OVERVIEW)
+    assert answer.OVERVIEW.read_bytes() == first
 
 
 def test_the_answer_on_collections_that_nothing_was_chosen_on():
