@@ -61,7 +61,7 @@ def ratio_table(rows: Sequence[Row]) -> str:
     rows = [row for row in rows if row.threads == threads]
     head = ("task", "problems", "pass", "ours", *PEERS, "of ceiling", "MB, ours / cost tensor")
     lines = [table_row(*head)]
-    lines.append(table_row(*["---"] * (len(PEERS) + 6)))
+    lines.append(table_row(*["---"] * 3, *["---:"] * (len(PEERS) + 3)))
     groups: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row.benchmark, row.case_name, row.mode), {})[row.provider] = row

@@ -392,7 +392,7 @@ def test_the_report_shows_ratios_failures_and_the_ceiling(tmp_path):
     (both,) = [line for line in text.splitlines() if "| from vectors |" in line]
     assert "| 4.5× | 41× | failed |" in both
     assert "0.5 / 7.25" in both
-    assert "2 threads of an Abacus; POT 0.9, PyTorch" in text
+    assert "2 threads of an Abacus (rows: `benchmarks/results/cpu.csv`; POT 0.9, PyTorch" in text
     assert "| aligned | 0.05 | 1.0e-06; 1.1e-06 POT | 1.0e-06; 2.0e-07 POT |" in text
     assert "in 3 of 4 comparisons" in text
     report.draw(made, tmp_path)

@@ -203,8 +203,15 @@ def test_the_commands_of_the_command_line_page_run(world, tmp_path, monkeypatch)
             steps = [] if words[1] in AT_ONCE else ["--max_steps", "1", "--disable_tqdm", "true"]
             words = [*words, *steps, *small.get(words[1], [])]
         assert cli.main(words) == 0, words
-    expected = ("runs/average/final/model.safetensors", "ot.run", "index.run", "en-sw.align",
-                "en-sw.lexicon.tsv", "runs/vectors/index.json", "figures/gap_per_arm.png")  # fmt: skip
+    expected = (
+        "runs/average/final/model.safetensors",
+        "ot.run",
+        "index.run",
+        "en-sw.align",
+        "en-sw.lexicon.tsv",
+        "runs/vectors/index.json",
+        "figures/gap_per_arm.png",
+    )
     assert [name for name in expected if not Path(name).is_file()] == []
 
 
