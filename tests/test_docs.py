@@ -1,6 +1,7 @@
 """The site: it builds without a warning, and the API page shows whole docstrings."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -69,13 +70,15 @@ def api(site):
     return Page((site / "api" / "index.html").read_text(encoding="utf-8"))
 
 
+@functools.cache
 def documented():
-    """Yield every docstring that the API page renders."""
-    loaded = griffe.load("optical", search_paths=[ROOT], resolve_aliases=True)
+    """Return every docstring that the API page renders."""
+    loaded = griffe.load("optical", search_paths=[ROOT])
+    docstrings = []
     for name in re.findall(r"^::: optical\.(\S+)$", API.read_text(), re.MULTILINE):
         target = loaded[name]
-        target = target.final_target if target.is_alias else target
-        yield from with_members(target)
+        docstrings += with_members(target.final_target if target.is_alias else target)
+    return docstrings
 
 
 def with_members(target):
