@@ -2,7 +2,8 @@
 
 solve: the cost is given. vectors: it is built from token vectors. residual: until the marginals
 are met, each provider by its own stopping rule. large: one large problem from token vectors.
-accuracy: float32 against float64. report: the README's tables and figures, from the committed CSV.
+accuracy: float32 against float64. report: tables and figures of README
+and docs, from the committed CSV files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A dense SentenceTransformer as student: its token vectors, before pooling, meet the teacher's.
+"""Distil into a dense SentenceTransformer by its token vectors before pooling.
 
 python examples/dense_student.py TEACHER STUDENT OUTPUT en-sw
 """
@@ -19,18 +19,18 @@ from optical.training.recipes import BitextCollator
 
 def main(teacher, student, output, pairs, held_out, **changes):
     """Train on `pairs`, evaluate on `held_out`: datasets with columns english and non_english."""
-    taught_by, model = SentenceTransformer(teacher), SentenceTransformer(student)
+    frozen, model = SentenceTransformer(teacher), SentenceTransformer(student)
     sides = list(held_out["english"]), list(held_out["non_english"])
     arguments = {"per_device_train_batch_size": 64, "eval_strategy": "epoch", "report_to": "none"}
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(output, **{**arguments, **changes}),
         train_dataset=pairs,
-        # Pooled vectors follow their tokens: the student's move towards the teacher's.
-        evaluator=MSEEvaluator(*sides, teacher_model=taught_by, name="held-out"),
-        loss=OTDistillationLoss(model, taught_by, epsilon=0.05),
+        # Pooled vectors follow their tokens: the student's approach the teacher's.
+        evaluator=MSEEvaluator(*sides, teacher_model=frozen, name="held-out"),
+        loss=OTDistillationLoss(model, frozen, epsilon=0.05),
         # The first column is the teacher's; the student will encode documents.
-        data_collator=BitextCollator(model, taught_by, role="document"),
+        data_collator=BitextCollator(model, frozen, role="document"),
     )
     trainer.train()
     model.save_pretrained(f"{output}/final")

@@ -1,7 +1,7 @@
 """The loss in a plain PyTorch loop, on toy languages: only torch is needed.
 
-A sentence is a list of concepts. The teacher's language has a word for each; the student's has its
-own words, puts them in another order, and splits every third one into two pieces.
+A sentence is a list of concepts. The teacher's language has one token per concept. The student's
+language has other tokens, reverses the order, and splits every third concept into two tokens.
 """
 
 import torch
@@ -13,7 +13,7 @@ CONCEPTS, LONGEST, DIM = 60, 8, 32
 
 
 class Encoder(nn.Module):
-    """Word vectors, and a little of the neighbours' context."""
+    """Token embeddings with a small convolutional context."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ def translated(concepts: list[int]) -> list[int]:
 
 
 def padded(sentences: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Ids (batch, tokens), and the mask of the real ones."""
+    """Token ids (batch, tokens), and the mask of real tokens."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sentences], batch_first=True)
     lengths = torch.tensor([len(ids) for ids in sentences])
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]

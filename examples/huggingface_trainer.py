@@ -1,4 +1,4 @@
-"""The loss in the Hugging Face Trainer: plain encoders with vectors of one size.
+"""The loss in the Hugging Face Trainer, for plain encoders with vectors of equal size.
 
 python examples/huggingface_trainer.py TEACHER STUDENT en-sw.tsv OUTPUT
 """
@@ -12,7 +12,7 @@ from optical.data.pairs import read_bitext
 
 
 class Distillation(Trainer):
-    """Trains a student; the teacher is no part of its model, so checkpoints do not hold it."""
+    """Trainer of the student; the teacher is not part of the model, so checkpoints omit it."""
 
     def __init__(self, teacher, **settings):
         super().__init__(**settings)
@@ -33,7 +33,7 @@ def main(teacher, student, bitext, output, **changes):
     reads = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
 
     def collate(rows):
-        """Each side in the tokenizer of the model that reads it."""
+        """Tokenise each side with its own model's tokenizer."""
         return {
             "english": english([row["source"] for row in rows], **reads),
             "other": other([row["target"] for row in rows], **reads),

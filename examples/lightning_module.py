@@ -1,4 +1,4 @@
-"""The loss in PyTorch Lightning: plain encoders with vectors of one size.
+"""The loss in PyTorch Lightning, for plain encoders with vectors of equal size.
 
 python examples/lightning_module.py TEACHER STUDENT en-sw.tsv OUTPUT
 """
@@ -18,7 +18,7 @@ class Distillation(lightning.LightningModule):
     def __init__(self, teacher, student, learning_rate=2e-5):
         super().__init__()
         self.student = AutoModel.from_pretrained(student).train()
-        # Lightning keeps a module in the mode in which it finds it.
+        # Lightning preserves the train or eval mode of each module.
         self.teacher = AutoModel.from_pretrained(teacher).requires_grad_(False).eval()
         self.alignment = OTAlignmentLoss(epsilon=0.05)
         self.learning_rate = learning_rate
@@ -39,7 +39,7 @@ def main(teacher, student, bitext, output, learning_rate=2e-5, batch_size=64, **
     tokenizers = [AutoTokenizer.from_pretrained(name) for name in (teacher, student)]
 
     def collate(pairs):
-        """Each side in the tokenizer of the model that reads it."""
+        """Tokenise each side with its own model's tokenizer."""
         reads = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
         sides = zip(tokenizers, zip(*pairs, strict=True), strict=True)
         return [tokenizer(list(texts), **reads) for tokenizer, texts in sides]

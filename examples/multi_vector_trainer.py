@@ -1,4 +1,4 @@
-"""A stock script of Sentence Transformers 6, with OTDistillationLoss and a dataset of the hub.
+"""A standard Sentence Transformers 6 script with OTDistillationLoss and a data set of the hub.
 
 python examples/multi_vector_trainer.py TEACHER STUDENT OUTPUT en-sw
 """
@@ -20,7 +20,7 @@ from optical.training.recipes import BitextCollator
 
 
 class Retrieval(MultiVectorInformationRetrievalEvaluator):
-    """The stock evaluator, with the teacher for the queries and the student for the documents."""
+    """The standard evaluator; the teacher encodes queries, the student documents."""
 
     def compute_all_metrics(self, model, *_, **options):
         return super().compute_all_metrics(self.teacher, corpus_model=model, **options)
@@ -28,20 +28,20 @@ class Retrieval(MultiVectorInformationRetrievalEvaluator):
 
 def main(teacher, student, output, pairs, held_out, **changes):
     """Train on `pairs`, evaluate on `held_out`: datasets with columns english and non_english."""
-    taught_by = load_retriever(teacher)
-    model = load_retriever(student, dimension=taught_by.get_embedding_dimension())
+    frozen = load_retriever(teacher)
+    model = load_retriever(student, dimension=frozen.get_embedding_dimension())
     english, other = (dict(enumerate(held_out[name])) for name in ("english", "non_english"))
     find = Retrieval(english, other, {key: {key} for key in english}, name="held-out")
-    find.teacher = taught_by
+    find.teacher = frozen
     arguments = {"per_device_train_batch_size": 64, "eval_strategy": "epoch", "report_to": "none"}
     trainer = MultiVectorEncoderTrainer(
         model=model,
         args=MultiVectorEncoderTrainingArguments(output, **{**arguments, **changes}),
         train_dataset=pairs,
         evaluator=find,
-        loss=OTDistillationLoss(model, taught_by, epsilon=0.05),
+        loss=OTDistillationLoss(model, frozen, epsilon=0.05),
         # The first column is the teacher's; the student will encode documents.
-        data_collator=BitextCollator(model, taught_by, role="document"),
+        data_collator=BitextCollator(model, frozen, role="document"),
     )
     trainer.train()
     model.save_pretrained(f"{output}/final")

@@ -1,7 +1,7 @@
-"""An English index that stays: index first, train later, search with foreign queries.
+"""A fixed English index: index first, train later, search with foreign queries.
 
-The teacher encodes the documents once. Later a student learns to read queries in another language,
-and a Router holds both: one model to share, whose documents are the teacher's to the last bit.
+The teacher encodes the documents once. A student trained later encodes queries in another language.
+A Router combines both into one model, whose document vectors equal the teacher's bit for bit.
 
 python examples/router.py TEACHER STUDENT en-sw.tsv documents.en.jsonl queries.sw.tsv OUTPUT
 """
@@ -20,13 +20,13 @@ from optical.training import recipes, runner
 
 
 def index(teacher, documents):
-    """The ids and the token vectors of English documents, before there is any student."""
+    """Return ids and token vectors of the English documents; no student exists yet."""
     texts = read_texts(documents)
     return list(texts), encode(load_retriever(teacher), list(texts.values()), "document")
 
 
 def train(teacher, student, bitext, output, **changes):
-    """Distil a student for queries; return the model that reads both sides, saved in `output`."""
+    """Distil a student for queries; save and return the model that encodes both sides."""
     options = recipes.DistillOptions(
         teacher=teacher, student=student, bitext=[bitext], role="query"
     )

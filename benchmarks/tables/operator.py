@@ -1,4 +1,4 @@
-"""The README's tables and the figures of docs/figures, made of the committed CSV."""
+"""Operator tables of docs/benchmarks.md and README, and their figures, from the committed CSV."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from benchmarks.operator.rows import FAILED, Row, read
 
 RESULTS = Path(__file__).parents[1] / "results" / "cpu.csv"
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 FIGURES = ROOT / "docs" / "figures"
-BEGIN, END = "<!-- operator:begin -->", "<!-- operator:end -->"
-# Columns of the table, and the providers that fill each: at most one of them serves a task.
+# Names of the marked blocks: all rows go into the page, a selection into the README.
+BLOCK, SPEED = "operator", "speed"
+# Column heading -> the providers that may fill it; at most one of them serves a task.
 PEERS = {
-    "normalise + bmm + ours": ("bmm+cpu",),
+    "cost tensor + `sinkhorn`": ("bmm+cpu",),
     "PyTorch log": ("torch",),
     "POT log": ("pot",),
     "OTT-JAX": ("ott",),
@@ -31,10 +33,18 @@ TASKS = {
     "large": "one problem, from vectors",
 }
 MODES = {"forward": "forward", "both": "forward + backward"}
+# The README's rows (task, shape, mode) and columns.
+SPEED_ROWS = (
+    ("solve", "64x128x128x768x50", "forward"),
+    ("solve", "64x128x128x768x50", "both"),
+    ("residual", "32x128x128x256x5000:mixed", "forward"),
+    ("large", "1x4096x4096x64x50:random", "both"),
+)
+SPEED_PEERS = ("PyTorch log", "POT log", "OTT-JAX", "GeomLoss")
 
 
 def block(rows: Sequence[Row]) -> str:
-    """What stands in the README between the markers."""
+    """All timing and accuracy tables, with links to the figures."""
     timed = [row for row in rows if row.benchmark in TASKS]
     errors = [row for row in rows if row.benchmark == "accuracy"]
     parts = []
@@ -46,11 +56,12 @@ def block(rows: Sequence[Row]) -> str:
 
 
 def ratio_table(rows: Sequence[Row]) -> str:
-    """How many times longer the peers take, with the most threads there are rows for."""
+    """Time of each peer divided by ours, at the largest thread count in the rows."""
     threads = max(row.threads for row in rows)
     rows = [row for row in rows if row.threads == threads]
-    lines = [table_row("task", "problems", "", "ours", *PEERS, "of the ceiling", "MB, ours / bmm")]
-    lines.append(table_row(*["---"] * (len(PEERS) + 6)))
+    head = ("task", "problems", "pass", "ours", *PEERS, "of ceiling", "MB, ours / cost tensor")
+    lines = [table_row(*head)]
+    lines.append(table_row(*["---"] * 3, *["---:"] * (len(PEERS) + 3)))
     groups: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row.benchmark, row.case_name, row.mode), {})[row.provider] = row
@@ -73,13 +84,37 @@ def ratio_table(rows: Sequence[Row]) -> str:
     row = rows[0]
     versions = sorted({r.version for r in rows if r.version} | {f"PyTorch {row.torch}"})
     caption = (
-        "*How many times longer the others take, in the same rounds "
-        f"([rows](benchmarks/results/{RESULTS.name})) on "
-        f"{_threads(threads)} of an {row.device}; {', '.join(versions)}. "
-        "Problems are batch x n x m x dim x iterations. "
-        "Starred solvers keep one kernel and have no log-domain safety.*"
+        "*Time of each peer divided by ours, measured in the same rounds on "
+        f"{_threads(threads)} of an {row.device} (rows: `benchmarks/results/{RESULTS.name}`; "
+        f"{', '.join(versions)}). A problem is batch x n x m x dim x iterations. "
+        "Starred solvers keep one kernel matrix and are not safe at small temperatures.*"
     )
     return "\n".join([*lines, "", caption])
+
+
+def speed_table(rows: Sequence[Row]) -> str:
+    """The README's selection of rows, with ratios to the solvers that are safe at any epsilon."""
+    threads = max(row.threads for row in rows if row.benchmark in TASKS)
+    timed = {
+        (row.benchmark, row.case_name, row.mode, row.provider): row
+        for row in rows
+        if row.benchmark in TASKS and row.threads == threads
+    }
+    lines = [table_row("task", "problems", "pass", "ours", *SPEED_PEERS)]
+    lines.append(table_row("---", "---", "---", *["---:"] * (len(SPEED_PEERS) + 1)))
+    for key in SPEED_ROWS:
+        ours = timed[(*key, "cpu")]
+        peers = (_first_row(timed, key, PEERS[label]) for label in SPEED_PEERS)
+        task, name, mode = key
+        cells = [TASKS[task], f"`{name}`", MODES[mode], f"{ours.ms_p50:g} ms"]
+        lines.append(table_row(*cells, *(_ratio(row, ours) for row in peers)))
+    return "\n".join(lines)
+
+
+def _first_row(
+    timed: dict[tuple[str, str, str, str], Row], key: tuple[str, str, str], names: Sequence[str]
+) -> Row | None:
+    return next((timed[(*key, name)] for name in names if (*key, name) in timed), None)
 
 
 def _order(item: tuple[tuple[str, str, str], dict[str, Row]]) -> tuple[int, int, int]:
@@ -89,10 +124,6 @@ def _order(item: tuple[tuple[str, str, str], dict[str, Row]]) -> tuple[int, int,
 
 def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def _first(group: dict[str, Row], names: Sequence[str]) -> Row | None:
-    return next((group[name] for name in names if name in group), None)
 
 
 def _ratio(row: Row | None, ours: Row) -> str:
@@ -105,7 +136,7 @@ def _ratio(row: Row | None, ours: Row) -> str:
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:
-    """Our errors, each beside that of the most accurate peer."""
+    """Errors of the CPU backend, each with that of the most accurate peer."""
     found = {(row.provider, row.data, row.epsilon): row for row in rows}
     lines = [table_row("data", "ε", *accuracy.COLUMNS.values())]
     lines.append(table_row(*["---"] * (len(accuracy.COLUMNS) + 2)))
@@ -126,10 +157,10 @@ def accuracy_table(rows: Sequence[Row]) -> str:
     exceptions = len(list(accuracy.worse(rows)))
     compared = sum(r.provider in accuracy.PEERS and not r.note for r in rows)
     caption = (
-        "*Errors of float32 against float64: ours; then the most accurate of "
+        "*Errors of float32 results against float64: ours, then those of the most accurate of "
         f"{', '.join(accuracy.PEERS.values())}. {row.batch} problems of {row.n} x {row.m}, "
-        f"{row.max_iter} iterations. Loss relative, plan in L1 (its mass is 1), potentials over ε, "
-        "gradient with respect to the token vectors relative in the Frobenius norm. Ours is at "
+        f"{row.max_iter} iterations. Loss: relative. Plan: L1 (its mass is 1). Potentials: divided "
+        "by ε. Gradient with respect to the token vectors: relative, Frobenius norm. Ours is at "
         "least as accurate, within a tenth or one rounding, in "
         f"{compared * len(accuracy.COLUMNS) - exceptions} of "
         f"{compared * len(accuracy.COLUMNS)} comparisons.*"
@@ -144,17 +175,17 @@ def table_row(*cells: object) -> str:
 
 def _figure(name: str) -> str:
     alternatives = {
-        "ratios": "How many times longer the others take, per problem",
-        "ceiling": "Share of the measured ceiling of the iteration, per problem",
+        "ratios": "Time of each peer divided by ours, per problem",
+        "ceiling": "Share of the measured throughput ceiling of the iteration, per problem",
     }
-    return f"![{alternatives[name]}](docs/figures/operator_{name}.svg)"
+    return f"![{alternatives[name]}](figures/operator_{name}.svg)"
 
 
 # ------------------------------------------------------------------------------------- figures
 
 
 def draw(rows: Sequence[Row], folder: Path) -> None:
-    """Both figures: the ratios, and the share of the ceiling."""
+    """Draw both figures: time ratios, and the share of the throughput ceiling."""
     forward = [row for row in rows if row.benchmark == "solve" and row.mode == "forward"]
     if not forward:
         return
@@ -177,7 +208,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
         _bars(axis, cases, series)
         axis.set_yscale("log")
         axis.axhline(1, color="#333333", linewidth=1)
-        axis.set_ylabel(f"time over ours, cost given, {_threads(most)}")
+        axis.set_ylabel(f"time of peer / ours, cost given, {_threads(most)}")
 
     def ceiling(axis: Any) -> None:
         series = {
@@ -186,10 +217,10 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
         }
         _bars(axis, cases, series)
         axis.set_ylim(0, 100)
-        axis.set_ylabel("% of what loads and multiply-adds allow")
+        axis.set_ylabel("% of the load and multiply-add ceiling")
 
-    _save(ratios, folder / "operator_ratios.svg")
-    _save(ceiling, folder / "operator_ceiling.svg")
+    save_figure(ratios, folder / "operator_ratios.svg")
+    save_figure(ceiling, folder / "operator_ceiling.svg")
 
 
 def _bars(axis: Any, cases: Sequence[str], series: dict[str, list[float]]) -> None:
@@ -202,13 +233,14 @@ def _bars(axis: Any, cases: Sequence[str], series: dict[str, list[float]]) -> No
     axis.legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=8)
 
 
-def _save(paint: Callable[[Any], None], path: Path) -> None:
+def save_figure(paint: Callable[[Any], None], path: Path) -> None:
+    """Draw one axis into a reproducible SVG file."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    # Neither a time stamp nor random names inside: the same numbers give the same file.
+    # No time stamp and no random ids: equal rows give equal bytes.
     same: Any = {"svg.hashsalt": path.name, "svg.fonttype": "none"}
     with pyplot.style.context("tableau-colorblind10"), matplotlib.rc_context(same):
         figure, axis = pyplot.subplots(figsize=(8.4, 3.4))
@@ -218,15 +250,27 @@ def _save(paint: Callable[[Any], None], path: Path) -> None:
         pyplot.close(figure)
 
 
-def rewrite(begin: str, end: str, block: str) -> None:
-    """Put a block between its two markers in the README."""
-    before, rest = README.read_text(encoding="utf-8").split(begin)
+def _markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def read_block(page: Path, name: str) -> str:
+    """Return the text between the markers of a block."""
+    begin, end = _markers(name)
+    return page.read_text(encoding="utf-8").split(begin)[1].split(end)[0].strip()
+
+
+def write_block(page: Path, name: str, block: str) -> None:
+    """Replace the text between the markers of a block."""
+    begin, end = _markers(name)
+    before, rest = page.read_text(encoding="utf-8").split(begin)
     after = rest.split(end)[1]
-    README.write_text(f"{before}{begin}\n{block}\n{end}{after}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n{block}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:
-    """Rewrite the block of the README and both figures."""
+    """Rewrite both tables and both figures."""
     rows = read(RESULTS)
-    rewrite(BEGIN, END, block(rows))
+    write_block(PAGE, BLOCK, block(rows))
+    write_block(README, SPEED, speed_table(rows))
     draw(rows, FIGURES)

@@ -63,7 +63,7 @@ def test_the_committed_table_is_whole_and_keeps_its_promises():
 
 
 def test_the_page_has_the_numbers_of_the_table():
-    page = (ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "dev" / "cuda.md").read_text(encoding="utf-8")
     problems = {"four": 4, "pair": 2}
     for kind in ("four", "pair", "warp", "square", "block", "cluster", "fast warp", "fast square"):
         row = committed()["90a", f"optical_forward_{kind.replace(' ', '_')}"]
@@ -73,7 +73,7 @@ def test_the_page_has_the_numbers_of_the_table():
 
 
 def test_the_page_predicts_what_the_table_lets_one_expect():
-    page = (ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "dev" / "cuda.md").read_text(encoding="utf-8")
     for name, times in cuda_resources.predictions().items():
         (line,) = re.findall(rf"^\| {name} \|.*\| (\d+) … (\d+) \| no GPU \|$", page, re.MULTILINE)
         for written, time in zip(line, times, strict=True):

@@ -282,7 +282,9 @@ def test_a_second_derivative_is_refused_in_words(gradient):
     cost = torch.rand(2, 3, 4, requires_grad=True)
     loss = sinkhorn(cost, epsilon=0.1, gradient=gradient, backend="reference").value.sum()
     (first,) = torch.autograd.grad(loss, cost, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no second derivative; .*optical\.backends\.reference\.sinkhorn"):
+    with pytest.raises(
+        RuntimeError, match=r"no second derivative; .*optical\.backends\.reference\.sinkhorn"
+    ):
         first.sum().backward()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import xml.dom.minidom
 from dataclasses import fields, replace
 
@@ -391,7 +392,7 @@ def test_the_report_shows_ratios_failures_and_the_ceiling(tmp_path):
     (both,) = [line for line in text.splitlines() if "| from vectors |" in line]
     assert "| 4.5× | 41× | failed |" in both
     assert "0.5 / 7.25" in both
-    assert "2 threads of an Abacus; POT 0.9, PyTorch" in text
+    assert "2 threads of an Abacus (rows: `benchmarks/results/cpu.csv`; POT 0.9, PyTorch" in text
     assert "| aligned | 0.05 | 1.0e-06; 1.1e-06 POT | 1.0e-06; 2.0e-07 POT |" in text
     assert "in 3 of 4 comparisons" in text
     operator_tables.draw(made, tmp_path)
@@ -404,22 +405,67 @@ def test_the_report_shows_ratios_failures_and_the_ceiling(tmp_path):
     assert operator_tables.block([]) == ""
 
 
-def test_the_readme_holds_what_the_committed_rows_say():
-    text = operator_tables.README.read_text(encoding="utf-8")
-    shown = text.split(operator_tables.BEGIN)[1].split(operator_tables.END)[0].strip()
-    assert shown == operator_tables.block(rows.read(operator_tables.RESULTS))
+def test_operator_tables_match_the_committed_rows():
+    committed = rows.read(operator_tables.RESULTS)
+    shown = operator_tables.read_block(operator_tables.PAGE, operator_tables.BLOCK)
+    assert shown == operator_tables.block(committed)
+    assert operator_tables.read_block(
+        operator_tables.README, operator_tables.SPEED
+    ) == operator_tables.speed_table(committed)
     figures = {path.name for path in operator_tables.FIGURES.glob("operator_*.svg")}
     assert figures == {f"operator_{name}.svg" for name in ("ratios", "ceiling") if name in shown}
 
 
-def test_the_readme_answers_with_the_committed_study():
-    text = operator_tables.README.read_text(encoding="utf-8")
-    shown = text.split(study_tables.BEGIN)[1].split(study_tables.END)[0].strip()
-    assert shown == study_tables.block(read_rows(study_tables.RESULTS))
+def test_study_tables_match_the_committed_results():
+    results = read_rows(study_tables.RESULTS)
+    assert operator_tables.read_block(study_tables.PAGE, study_tables.BLOCK) == study_tables.block(
+        results
+    )
+    assert (
+        operator_tables.read_block(study_tables.PAGE, study_tables.FURTHER_BLOCK)
+        == study_tables.further()
+    )
+    assert (
+        operator_tables.read_block(study_tables.PAGE, study_tables.HELD_OUT_BLOCK)
+        == study_tables.held_out_studies()
+    )
+    assert operator_tables.read_block(
+        operator_tables.README, study_tables.README_BLOCK
+    ) == study_tables.study_tables(results)
     figures = {path.stem for path in study_tables.FIGURES.glob("*.png")}
     assert {"measure_per_language", "gap_per_arm", "alignment"} <= figures
-    more = text.split(study_tables.MORE_BEGIN)[1].split(study_tables.MORE_END)[0].strip()
-    assert more == study_tables.further()
+
+
+def test_make_plots_regenerates_every_page_byte_for_byte(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra `study`")
+    figures = tmp_path / "docs" / "figures"
+    figures.mkdir(parents=True)
+    copies = {}
+    for module, name in (
+        (operator_tables, "README"),
+        (operator_tables, "PAGE"),
+        (study_tables, "PAGE"),
+    ):
+        page = getattr(module, name)
+        copies[page] = tmp_path / page.relative_to(jobs.ROOT)
+        empty = re.sub(
+            r"(:begin -->\n).*?(<!-- \w+:end)", r"\1\2", page.read_text(), flags=re.DOTALL
+        )
+        copies[page].write_text(empty)
+        monkeypatch.setattr(module, name, copies[page])
+    for module, name in ((operator_tables, "FIGURES"), (study_tables, "FIGURES"), (study_tables, "CURVES"),
+                         (study_tables, "OVERVIEW")):  # fmt: skip
+        path = getattr(module, name)
+        monkeypatch.setattr(module, name, tmp_path / path.relative_to(jobs.ROOT))
+    assert main(["report"]) == 0
+    for page, copy in copies.items():
+        assert copy.read_bytes() == page.read_bytes(), page.name
+    drawn = {path.relative_to(figures) for path in figures.rglob("*.*")}
+    committed = jobs.ROOT / "docs" / "figures"
+    assert drawn == {path.relative_to(committed) for path in committed.rglob("*.*")}
+    first = study_tables.OVERVIEW.read_bytes()
+    study_tables.draw_overview(read_rows(study_tables.RESULTS), study_tables.OVERVIEW)
+    assert study_tables.OVERVIEW.read_bytes() == first
 
 
 def test_the_answer_on_collections_that_nothing_was_chosen_on():
