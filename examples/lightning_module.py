@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer
 
 from optical import OTAlignmentLoss
-from optical.data.pairs import read_pairs
+from optical.data.pairs import read_bitext_pairs
 
 
 class Distillation(lightning.LightningModule):
@@ -44,7 +44,9 @@ def main(teacher, student, bitext, output, learning_rate=2e-5, batch_size=64, **
         sides = zip(tokenizers, zip(*pairs, strict=True), strict=True)
         return [tokenizer(list(texts), **reads) for tokenizer, texts in sides]
 
-    pairs = DataLoader(read_pairs(bitext), batch_size=batch_size, shuffle=True, collate_fn=collate)
+    pairs = DataLoader(
+        read_bitext_pairs(bitext), batch_size=batch_size, shuffle=True, collate_fn=collate
+    )
     module = Distillation(teacher, student, learning_rate)
     trainer = lightning.Trainer(**{"max_epochs": 1, "default_root_dir": output, **settings})
     trainer.fit(module, pairs)

@@ -1,4 +1,4 @@
-"""Shared fixtures. Helpers live in ``optical.testing.tolerance``: files here cannot import one another."""
+"""Shared fixtures. Helpers are in ``optical.testing``: test modules cannot import each other."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/interpreter"]
 
 
-# A suite that was started in the background ignores Ctrl-C, and so would the programs it starts.
+# A background process ignores SIGINT, which its child processes would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -32,16 +32,16 @@ def deterministic():
 
 @pytest.fixture
 def poisoned_memory(monkeypatch):
-    """Fill every uninitialised tensor with NaN, so that reading one cannot go unnoticed."""
+    """Fill every uninitialised tensor with NaN, so that tests detect reads of its values."""
 
-    def poison(make):
-        def made(*args, **kwargs):
-            tensor = make(*args, **kwargs)
+    def poison(allocate):
+        def poisoned(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
             if tensor.is_floating_point():
                 return tensor.fill_(float("nan"))
             return tensor if tensor.dtype == torch.bool else tensor.fill_(-77)
 
-        return made
+        return poisoned
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
@@ -49,9 +49,9 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, poison(getattr(torch.Tensor, name)))
 
 
-# --- a tiny parallel world and tiny models, for everything that trains ---------------------------
+# --- a tiny parallel corpus and tiny models for tests that train ---------------------------------
 
-# Models are made here and nothing may be looked up; huggingface_hub reads this when imported.
+# Models are built here without network access; huggingface_hub reads this variable on import.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -81,10 +81,11 @@ WHAT = [
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder of parallel text in English, Swahili and German words, with a test collection.
+    """Write a tiny parallel corpus in English, Swahili and German with a test collection.
 
-    ``text/XX.txt``, ``bitext/en-XX.tsv``, ``lexicon/en-XX.tsv``, ``documents/XX.jsonl``,
-    ``teacher.tsv``, ``queries.tsv`` and ``qrels.txt``. No sentence of the training is a document.
+    The folder holds ``text/XX.txt``, ``bitext/en-XX.tsv``, ``lexicon/en-XX.tsv``,
+    ``documents/XX.jsonl``, ``teacher.tsv``, ``queries.tsv`` and ``qrels.txt``. No training sentence
+    is a document.
     """
     folder = tmp_path_factory.mktemp("world")
     for name in ("text", "bitext", "lexicon", "documents"):
@@ -95,7 +96,7 @@ def world(tmp_path_factory):
         for j, verb in enumerate(VERBS)
         for k, what in enumerate(WHAT)
     ]
-    # Shuffled, so that the first pairs of a file are about different things.
+    # Shuffled, so that the first pairs of a file have different words.
     random.Random(0).shuffle(scenes)
     train = [words for number, words in scenes if number % 3]
     tested = [words for number, words in scenes if number % 3 == 0]
@@ -138,10 +139,10 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_models(world, tmp_path_factory):
-    """Folders of trained models: two encoders with different tokenizers, and a retriever.
+    """Train two encoders with different tokenizers, and a retriever; returns their folders.
 
-    ``mixed`` reads the three languages and is 16 wide, ``wide`` English and Swahili and 24 wide;
-    ``teacher`` is an English retriever made of ``mixed``.
+    ``mixed`` reads all three languages with width 16, ``wide`` English and Swahili with width 24;
+    ``teacher`` is an English retriever built from ``mixed``.
     """
     pytest.importorskip("sentence_transformers")
     from types import SimpleNamespace

@@ -353,11 +353,13 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _lexicon(options: argparse.Namespace) -> int:
-    from optical.data.lexicon import induce, write_lexicon
-    from optical.data.pairs import read_pairs
+    from optical.data.lexicon import induce_lexicon, write_lexicon
+    from optical.data.pairs import read_bitext_pairs
 
-    pairs = [pair for path in options.bitext for pair in read_pairs(path)[: options.max_pairs]]
-    entries = induce(
+    pairs = [
+        pair for path in options.bitext for pair in read_bitext_pairs(path)[: options.max_pairs]
+    ]
+    entries = induce_lexicon(
         pairs,
         least_probability=options.least_probability,
         least_count=options.least_count,
@@ -368,12 +370,12 @@ def _lexicon(options: argparse.Namespace) -> int:
 
 
 def _vectors(options: argparse.Namespace) -> int:
-    from optical.data.pairs import read_pairs
+    from optical.data.pairs import read_bitext_pairs
     from optical.models.encoding import ROLES
 
     if options.role not in ROLES:
         raise ValueError(f"role: {options.role!r}, expected 'query' or 'document'")
-    texts = [english for english, _ in read_pairs(options.bitext)]
+    texts = [english for english, _ in read_bitext_pairs(options.bitext)]
     quiet_libraries()
     from optical.models.retriever import load_retriever
     from optical.models.token_store import write_vectors

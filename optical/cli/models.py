@@ -18,14 +18,14 @@ FORMATS = ("pylate", "vectors")
 
 def align(options: argparse.Namespace) -> int:
     """Write the word alignments of bitext, or a word table or a picture made of them."""
-    from optical.data.pairs import iter_pairs
-    from optical.models.word_alignment import align_words, pharaoh
+    from optical.data.pairs import iter_bitext_pairs
+    from optical.models.word_alignment import align_words, format_pharaoh
 
     _one_of("format", options.format, ALIGNMENTS)
     _one_of("role", options.role, ("query", "document"))
     output = Path(options.output)
     writable_folder(output.parent)
-    read = itertools.islice(iter_pairs(options.bitext), options.max_pairs)
+    read = itertools.islice(iter_bitext_pairs(options.bitext), options.max_pairs)
     quiet_libraries()
     from optical.models.retriever import load_retriever
 
@@ -45,7 +45,7 @@ def align(options: argparse.Namespace) -> int:
         for count, (links, pair) in enumerate(zip(aligned, shown, strict=True), start=1):
             linked += len(links)
             if options.format == "pharaoh":
-                file.write(pharaoh(links) + "\n")
+                file.write(format_pharaoh(links) + "\n")
                 continue
             english, other = (text.split() for text in pair)
             for e, o, share in links:
@@ -58,7 +58,7 @@ def align(options: argparse.Namespace) -> int:
 def _draw(
     student: Any, teacher: Any, pairs: Iterable[Any], options: argparse.Namespace, reads: Any
 ) -> int:
-    from optical.models.word_alignment import align as align_pair
+    from optical.models.word_alignment import align_tokens
     from optical.report.figures import draw_alignment
     from optical.report.table import plan_rows
 
@@ -68,7 +68,7 @@ def _draw(
     if chosen is None:
         raise ValueError(f"pair: {options.pair}, expected the number of a pair in {options.bitext}")
     english, other = chosen
-    found = align_pair(student, teacher, other, english, **reads)
+    found = align_tokens(student, teacher, other, english, **reads)
     draw_alignment(plan_rows({"language": "", **found}), Path(options.output))
     tokens = len(found["english_tokens"]), len(found["other_tokens"])
     drawn = {"output": options.output, "English tokens": tokens[0], "other tokens": tokens[1]}
@@ -78,7 +78,7 @@ def _draw(
 def _write_lexicon(
     student: Any, teacher: Any, pairs: list[Any], options: argparse.Namespace, reads: Any
 ) -> int:
-    from optical.data.lexicon import from_links, write_lexicon
+    from optical.data.lexicon import lexicon_from_links, write_lexicon
     from optical.models.word_alignment import word_links
 
     links = [
@@ -86,7 +86,7 @@ def _write_lexicon(
         for found in word_links(student, teacher, pairs, **reads)
         for (english, other), share in found.items()
     ]
-    entries = from_links(links)
+    entries = lexicon_from_links(links)
     write_lexicon(entries, options.output)
     written = {"output": options.output, "pairs": len(pairs), "entries": len(entries)}
     return done(options, written)
@@ -103,7 +103,7 @@ def export(options: argparse.Namespace) -> int:
     if options.format == "pylate":
         from optical.models.pylate import export_pylate
 
-        folder = export_pylate(options.model, options.output, side=options.side or "")
+        folder = export_pylate(options.model, options.output, role=options.side or "")
         return done(options, {"output": str(folder)})
     from optical.data.texts import iter_texts
     from optical.models.retriever import load_retriever

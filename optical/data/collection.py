@@ -1,29 +1,30 @@
-"""Load a test collection: queries, documents and judgements, checked before anything is computed.
+"""Load and validate test collections: queries, documents and relevance judgements.
 
-Three sources, one function, :func:`load_collection`: an ``ir_datasets`` id (``wikiclir/sw``), a
-folder in the layout of BEIR, or three files. Files may be TSV, JSONL or TREC markup, plain or gzip.
-
-Only ``ir_datasets`` ids need more than the standard library: ``pip install "optical[eval]"``.
+:func:`load_collection` accepts an ``ir_datasets`` id (``wikiclir/sw``), a folder in BEIR layout, or
+three files in TSV, JSON lines or TREC markup, plain or gzip. Only ``ir_datasets`` ids need more
+than the standard library: ``pip install "optical-ot[eval]"``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from optical.data.texts import read_texts
 from optical.data.trec import Qrels, iter_qrels, read_qrels
+from optical.io.environment import require
 
 logger = logging.getLogger("optical")
 
 _ACCEPTED = (
     "accepted are an ir_datasets id (wikiclir/sw, or "
-    "clirmatrix/<documents>/bi139-base/<queries>/<split>, the language of documents first), "
+    "clirmatrix/<documents>/bi139-base/<queries>/<split>, the document language first), "
     "a folder with corpus.jsonl, queries.jsonl and qrels/test.tsv, "
     "or the three files queries=, documents= and qrels="
 )
@@ -31,16 +32,17 @@ _ACCEPTED = (
 
 @dataclass(frozen=True)
 class Collection:
-    """Queries, documents and judgements that fit each other.
+    """Queries, documents and judgements of a test collection.
 
-    Every query has at least one relevant document. Made by :func:`load_collection`, or directly.
+    Every query has at least one relevant document. Instances come from :func:`load_collection` or
+    are built directly.
 
     Attributes:
-        name: how reports call it.
+        name: name in reports.
         queries: query id -> text.
         documents: document id -> text; a text may be empty.
         qrels: query id -> document id -> grade; 1 and above is relevant.
-        queries_without_relevant: ids of queries that were left out because no document is relevant.
+        queries_without_relevant: ids of queries dropped because no document is relevant to them.
     """
 
     name: str
@@ -60,29 +62,31 @@ def load_collection(
     split: str = "test",
     topic_fields: Sequence[str] = ("title",),
 ) -> Collection:
-    """Load a collection and check that its three parts fit.
+    """Load a collection and check that its queries, documents and judgements are consistent.
+
+    Queries without a relevant document are dropped, listed in ``queries_without_relevant`` and
+    logged, because every system scores 0 on them. Empty texts are kept and logged. Judgements from
+    a file may name only queries and documents of the collection. Judgements of an ``ir_datasets``
+    id are kept as published; documents they name that do not exist are logged as a warning and
+    count as not retrieved.
 
     Args:
-        source: an ``ir_datasets`` id, or a folder in the layout of BEIR (``corpus.jsonl``,
-            ``queries.jsonl``, ``qrels/<split>.tsv``; each may end in ``.gz``), or ``None``. A
-            folder of that name comes before an id. Texts of an id are its ``default_text()``.
+        source: an ``ir_datasets`` id, or a folder in BEIR layout (``corpus.jsonl``,
+            ``queries.jsonl``, ``qrels/<split>.tsv``, each optionally with ``.gz``), or ``None``. A
+            folder takes precedence over an id of the same name. Texts of an id are its
+            ``default_text()``.
         queries, documents: text files, see :func:`optical.data.texts.read_texts`. With ``source``
-            they replace that part of it: translated queries for a published collection, say.
+            they replace that part of it, for example with translated queries.
         qrels: judgements, see :func:`optical.data.trec.read_qrels`.
-        name: name for reports; the id, the name of the folder, or that of the documents' file.
-        split: which judgements of a BEIR folder.
-        topic_fields: which of ``title``, ``desc``, ``narr`` make a query of a TREC topic.
-
-    Queries without a relevant document are left out, kept in ``queries_without_relevant`` and
-    logged: no system can find anything for them. Empty texts are kept and logged. Judgements from a
-    file may only name queries and documents of the collection; judgements of an ``ir_datasets`` id
-    are kept as published when they name an unknown document (it counts as not found), with a logged
-    warning.
+        name: name in reports; the default is the id, the name of the folder or that of the
+            documents' file.
+        split: judgements of a BEIR folder to read.
+        topic_fields: fields of a TREC topic (``title``, ``desc``, ``narr``) that form the query.
 
     Raises:
-        ValueError: an unknown source, a missing part, an id that occurs twice, judgements that name
-            an unknown id, a line in the wrong form, an empty file; with file, line and what to do.
-        ImportError: ``source`` is an id and ``ir_datasets`` is not installed.
+        ValueError: an unknown source, a missing part, a duplicate id, judgements that name an
+            unknown id, a malformed line or an empty file; the message names file, line and remedy.
+        ImportError: ``source`` is an id and ``ir_datasets`` is not installed (extra ``eval``).
         OSError: a file is missing, or ``ir_datasets`` could not download.
 
     Example:
@@ -90,14 +94,10 @@ def load_collection(
         >>> collection = load_collection(queries="queries.tsv", documents="docs.jsonl.gz",
         ...                              qrels="qrels.tsv")                       # doctest: +SKIP
     """
-    known_queries: dict[str, str] | None = None
-    known_documents: dict[str, str] | None = None
-    known_qrels: Qrels | None = None
-    qrels_path = None if qrels is None else Path(qrels)
-
+    parts = _Parts()
     if source is None:
-        given = {"queries": queries, "documents": documents, "qrels": qrels}
-        missing = [f"{part}=" for part, path in given.items() if path is None]
+        paths = {"queries": queries, "documents": documents, "qrels": qrels}
+        missing = [f"{part}=" for part, path in paths.items() if path is None]
         if missing:
             raise ValueError(f"no source and no {', '.join(missing)} given; {_ACCEPTED}")
     elif Path(source).is_dir():
@@ -105,89 +105,75 @@ def load_collection(
         name = name or folder.resolve().name
         queries = queries or _beir_file(folder, "queries.jsonl")
         documents = documents or _beir_file(folder, "corpus.jsonl")
-        qrels_path = qrels_path or _beir_file(folder, f"qrels/{split}.tsv")
+        qrels = qrels or _beir_file(folder, f"qrels/{split}.tsv")
     else:
-        dataset = _find_dataset(str(source))
         name = name or str(source)
-        parts = (("queries", queries), ("docs", documents), ("qrels", qrels))
-        for part, path in parts:
-            if path is None and not getattr(dataset, f"has_{part}")():
-                word = {"docs": "documents"}.get(part, part)
-                raise ValueError(
-                    f"{str(source)!r} has no {word} in ir_datasets; choose an id that has them, "
-                    f"or give a file with {word}="
-                )
-        with _downloading(str(source)):
-            if queries is None:
-                known_queries = _unique(
-                    ((q.query_id, _default_text(q)) for q in dataset.queries_iter()),
-                    f"{source} queries",
-                )
-            if documents is None:
-                known_documents = _unique(
-                    ((d.doc_id, _default_text(d)) for d in dataset.docs_iter()),
-                    f"{source} documents",
-                )
-            if qrels_path is None:
-                known_qrels = {}
-                for judged in dataset.qrels_iter():
-                    grades = known_qrels.setdefault(judged.query_id, {})
-                    grade = int(judged.relevance)
-                    grades[judged.doc_id] = max(grade, grades.get(judged.doc_id, grade))
+        parts = _load_dataset(
+            str(source), queries=queries is None, documents=documents is None, qrels=qrels is None
+        )
 
-    if known_queries is None:
-        assert queries is not None
-        known_queries = read_texts(queries, topic_fields=topic_fields)
-    if known_documents is None:
-        assert documents is not None
+    if queries is not None:
+        parts.queries = read_texts(queries, topic_fields=topic_fields)
+    if documents is not None:
         name = name or Path(Path(documents).name.removesuffix(".gz")).stem
-        known_documents = read_texts(documents)
-    if qrels_path is not None:
-        known_qrels = read_qrels(qrels_path)
-        _require_known(known_qrels, known_queries, known_documents, qrels_path)
-    assert known_qrels is not None and name is not None
-    return _checked(name, known_queries, known_documents, known_qrels)
+        parts.documents = read_texts(documents)
+    if qrels is not None:
+        parts.qrels = read_qrels(qrels)
+        _require_known(parts.qrels, parts.queries, parts.documents, Path(qrels))
+    assert name is not None
+    return _checked(name, parts.queries, parts.documents, parts.qrels)
+
+
+@dataclass
+class _Parts:
+    """Parts of a collection, before they are checked against one another."""
+
+    queries: dict[str, str] = field(default_factory=dict)
+    documents: dict[str, str] = field(default_factory=dict)
+    qrels: Qrels = field(default_factory=dict)
 
 
 def _checked(
     name: str, queries: dict[str, str], documents: dict[str, str], qrels: Qrels
 ) -> Collection:
-    """Leave out what cannot be evaluated, and say so."""
+    """Build the collection without queries that cannot be evaluated, and log every defect."""
     unknown = {docid for grades in qrels.values() for docid in grades if docid not in documents}
     if unknown:
         logger.warning(
-            "%s: judgements name %d documents that the collection lacks (%s); they are not found",
+            "%s: judgements name %d unknown documents (%s), which count as not retrieved",
             name, len(unknown), _few(sorted(unknown)),
         )  # fmt: skip
-    homeless = [qid for qid in qrels if qid not in queries]
-    if homeless:
+    unknown_queries = [qid for qid in qrels if qid not in queries]
+    if unknown_queries:
         logger.warning(
-            "%s: judgements name %d queries that the collection lacks (%s); they are not used",
-            name, len(homeless), _few(homeless),
+            "%s: judgements name %d unknown queries (%s), which are ignored",
+            name, len(unknown_queries), _few(unknown_queries),
         )  # fmt: skip
-    kept = {qid: text for qid, text in queries.items() if max(qrels.get(qid, {"": 0}).values()) > 0}
-    dropped = tuple(qid for qid in queries if qid not in kept)
-    if not kept:
+    answerable = {
+        qid: text for qid, text in queries.items() if max(qrels.get(qid, {"": 0}).values()) > 0
+    }
+    dropped = tuple(qid for qid in queries if qid not in answerable)
+    if not answerable:
         raise ValueError(
             f"{name}: none of the {len(queries)} queries has a relevant document (grade 1 or more) "
             "in the judgements; check that queries and judgements belong together"
         )
     if dropped:
         logger.warning(
-            "%s: left out %d of %d queries, no document is relevant to them (%s)",
+            "%s: dropped %d of %d queries without a relevant document (%s)",
             name, len(dropped), len(queries), _few(dropped),
         )  # fmt: skip
-    for what, texts in (("documents", documents), ("queries", kept)):
+    for part, texts in (("documents", documents), ("queries", answerable)):
         empty = [key for key, text in texts.items() if not text.strip()]
         if empty:
             logger.warning(
-                "%s: %d of %d %s have no text (%s)", name, len(empty), len(texts), what, _few(empty)
+                "%s: %d of %d %s have no text (%s)", name, len(empty), len(texts), part, _few(empty)
             )
     return Collection(
         name=name,
-        queries=kept,
+        queries=answerable,
         documents=documents,
-        qrels={qid: qrels[qid] for qid in kept},
+        qrels={qid: qrels[qid] for qid in answerable},
         queries_without_relevant=dropped,
     )
 
@@ -195,23 +181,20 @@ def _checked(
 def _require_known(
     qrels: Qrels, queries: dict[str, str], documents: dict[str, str], path: Path
 ) -> None:
-    """Judgements in a file belong to the user, who can correct them: refuse what does not fit."""
-    lines: dict[str, list[tuple[int, str]]] = {"query": [], "document": []}
-    seen: set[tuple[str, str]] = set()
+    """Raise ValueError if judgements of a user's file name unknown queries or documents."""
     if all(qid in queries and all(doc in documents for doc in qrels[qid]) for qid in qrels):
         return
+    unknown: dict[str, dict[str, int]] = {"queries": {}, "documents": {}}  # id -> first line
     for number, qid, docid, _ in iter_qrels(path):
-        for what, key, known in (("query", qid, queries), ("document", docid, documents)):
-            if key not in known and (what, key) not in seen:
-                seen.add((what, key))
-                lines[what].append((number, key))
-    for what, found in lines.items():
-        if found:
-            plural = {"query": "queries", "document": "documents"}[what]
+        for part, key, known in (("queries", qid, queries), ("documents", docid, documents)):
+            if key not in known:
+                unknown[part].setdefault(key, number)
+    for part, lines in unknown.items():
+        if lines:
             raise ValueError(
-                f"{path}:{found[0][0]}: judgements name {len(found)} unknown {plural} "
-                f"({_few([key for _, key in found])}); add them to the {plural}, or remove these "
-                "lines from the judgements"
+                f"{path}:{min(lines.values())}: judgements name {len(lines)} unknown {part} "
+                f"({_few(list(lines))}); add them to the {part}, or remove these lines from the "
+                "judgements"
             )
 
 
@@ -220,18 +203,18 @@ def _few(keys: Sequence[str], limit: int = 3) -> str:
     return shown + (", …" if len(keys) > limit else "")
 
 
-def _unique(pairs: Iterable[tuple[str, str]], what: str) -> dict[str, str]:
+def _unique(pairs: Iterable[tuple[str, str]], name: str) -> dict[str, str]:
     texts: dict[str, str] = {}
     for key, text in pairs:
         if key in texts:
-            raise ValueError(f"{what}: id {key!r} appears a second time; ids must be unique")
+            raise ValueError(f"{name}: id {key!r} appears a second time; ids must be unique")
         texts[key] = text
     if not texts:
-        raise ValueError(f"{what}: there are none; remove the downloaded copy and load it again")
+        raise ValueError(f"{name}: none found; remove the downloaded copy and load it again")
     return texts
 
 
-# --- files ---------------------------------------------------------------------------------------
+# --- BEIR folders and ir_datasets ----------------------------------------------------------------
 
 
 def _beir_file(folder: Path, relative: str) -> Path:
@@ -240,57 +223,73 @@ def _beir_file(folder: Path, relative: str) -> Path:
             return candidate
     splits = ""
     if relative.startswith("qrels/"):
-        there = sorted({path.name.split(".")[0] for path in (folder / "qrels").glob("*.tsv*")})
-        splits = f" (splits there: {', '.join(there)}; choose with split=)" if there else ""
+        names = sorted({path.name.split(".")[0] for path in (folder / "qrels").glob("*.tsv*")})
+        splits = f" (available splits: {', '.join(names)}; select one with split=)" if names else ""
     raise ValueError(
-        f"{folder}: no {relative} or {relative}.gz{splits}; a folder in the layout of BEIR has "
+        f"{folder}: no {relative} or {relative}.gz{splits}; a folder in BEIR layout has "
         "corpus.jsonl, queries.jsonl and qrels/test.tsv"
     )
+
+
+def _load_dataset(source: str, *, queries: bool, documents: bool, qrels: bool) -> _Parts:
+    """Load the requested parts of a collection of ``ir_datasets``."""
+    dataset = _find_dataset(source)
+    requested = (("queries", "queries", queries), ("docs", "documents", documents),
+                 ("qrels", "qrels", qrels))  # fmt: skip
+    for ir_datasets_name, part, wanted in requested:
+        if wanted and not getattr(dataset, f"has_{ir_datasets_name}")():
+            raise ValueError(
+                f"{source!r} has no {part} in ir_datasets; choose an id that has them, "
+                f"or provide a file with {part}="
+            )
+    parts = _Parts()
+    with _downloading(source):
+        if queries:
+            texts = ((query.query_id, _default_text(query)) for query in dataset.queries_iter())
+            parts.queries = _unique(texts, f"{source} queries")
+        if documents:
+            texts = ((document.doc_id, _default_text(document)) for document in dataset.docs_iter())
+            parts.documents = _unique(texts, f"{source} documents")
+        if qrels:
+            for judgement in dataset.qrels_iter():
+                grades = parts.qrels.setdefault(judgement.query_id, {})
+                grade = int(judgement.relevance)
+                grades[judgement.doc_id] = max(grade, grades.get(judgement.doc_id, grade))
+    return parts
 
 
 def _find_dataset(source: str) -> Any:
     if Path(source).is_file():
         raise ValueError(
-            f"source {source!r} is a file; give it as queries=, documents= or qrels= instead"
+            f"source {source!r} is a file; pass it as queries=, documents= or qrels= instead"
         )
+    ir_datasets = require("ir_datasets", "eval", f"{source!r}, which is no folder,")
     try:
-        import ir_datasets
-    except ImportError as error:
-        raise ImportError(
-            f"{source!r} is no folder, and to look it up as an ir_datasets id that package is "
-            'needed; install it with `pip install "optical[eval]"`'
-        ) from error
-    try:
-        with _downloading(source):  # the list of CLIRMatrix files is itself a download
+        with _downloading(source):  # ir_datasets may have to download its list of CLIRMatrix files
             return ir_datasets.load(source)
     except KeyError:
         near = difflib.get_close_matches(source, list(ir_datasets.registry), n=3, cutoff=0.6)
         hint = f"; nearest ids: {', '.join(near)}" if near else ""
         raise ValueError(
-            f"unknown source {source!r}: no folder and no ir_datasets id{hint}; {_ACCEPTED}"
+            f"unknown source {source!r}: neither a folder nor an ir_datasets id{hint}; {_ACCEPTED}"
         ) from None
 
 
-class _downloading:
-    """Say which collection was being fetched when ``ir_datasets`` could not fetch it."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # Its download errors derive from OSError, its format errors are RuntimeErrors.
-        if isinstance(error, (OSError, RuntimeError)):
-            raise OSError(
-                f"ir_datasets could not provide {self.source!r}: {error}; check the network, "
-                "or put the files where its documentation says"
-            ) from error
+@contextlib.contextmanager
+def _downloading(source: str) -> Iterator[None]:
+    """Name the collection in errors of ``ir_datasets`` about downloads and damaged files."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # Download errors of ir_datasets derive from OSError, format errors are RuntimeErrors.
+        raise OSError(
+            f"ir_datasets could not provide {source!r}: {error}; check the network, "
+            "or put the files where its documentation says"
+        ) from error
 
 
 def _default_text(record: Any) -> str:
     if hasattr(record, "default_text"):
         return str(record.default_text()).strip()
-    # A few record types have no default text; all fields but the id are then the text.
+    # Some record types have no default text; their text is all fields but the id.
     return " ".join(str(value) for value in record[1:] if isinstance(value, str)).strip()

@@ -1,9 +1,9 @@
-"""Word tables: read from a file or learnt from parallel sentences, to translate word by word.
+"""Bilingual lexicons: read, write, induce from bitext, translate and code-switch with them.
 
-A table is ``English TAB foreign [TAB probability]`` a line. It translates texts for a lexical
-search and replaces words in code switching. Where no dictionary exists, parallel sentences give
-one: :func:`induce` by IBM model 1, :func:`from_links` by counting the links of any word alignment,
-of transport plans for one.
+A lexicon file has lines ``English TAB foreign [TAB probability]``. A lexicon translates texts word
+by word for lexical search, and replaces words in code switching. Where no dictionary exists, bitext
+provides one: :func:`induce_lexicon` by IBM model 1, :func:`lexicon_from_links` by counting the
+links of any word alignment, for example of transport plans.
 """
 
 from __future__ import annotations
@@ -22,44 +22,46 @@ from torch import Tensor
 
 from optical.io.files import read_lines, write_text
 
+# Lower-case English word to its translations, the most probable first.
 Lexicon = Mapping[str, Sequence[str]]
 Unit = TypeVar("Unit", bound=Hashable)
 # English word, foreign word, probability of the foreign word given the English one.
 Entry = tuple[str, str, float]
-# Words of a sentence that IBM model 1 looks at: longer ones cost their square and teach little.
-LONGEST = 60
+# IBM model 1 reads this many words of a sentence: the cost grows with the square of the length,
+# and long sentences contribute little.
+MAX_WORDS = 60
 
 
-def words(text: str) -> list[str]:
-    """Cut a text into lower-case words: runs of letters, marks and digits.
+def tokenize_words(text: str) -> list[str]:
+    """Split a text into lower-case words: runs of letters, combining marks and digits.
 
-    Combining marks are part of words, which regular expressions' ``\\w`` forgets: vowel signs in
-    the middle of a Hindi or Marathi word are such marks.
+    Combining marks belong to words, unlike in regular expressions' ``\\w``: vowel signs in the
+    middle of a Hindi or Marathi word are combining marks.
 
     Example:
-        >>> words("Don't panic: 42 किताबें!")
+        >>> tokenize_words("Don't panic: 42 किताबें!")
         ['don', 't', 'panic', '42', 'किताबें']
     """
-    return "".join(map(_letter, text.lower())).split()
+    return "".join(map(_word_character, text.lower())).split()
 
 
 @cache
-def _letter(character: str) -> str:
+def _word_character(character: str) -> str:
+    """Return the character if it belongs to words, else a space."""
     return character if unicodedata.category(character)[0] in "LMN" else " "
 
 
 def read_lexicon(path: str | Path) -> dict[str, list[str]]:
-    """Read a bilingual lexicon, ``English TAB foreign [TAB anything]`` a line, plain or gzip.
+    """Read a bilingual lexicon with lines ``English TAB foreign [TAB anything]``, plain or gzip.
 
-    English is lower-cased; an entry with several translations stands in several lines; repetitions
-    are kept once. Entries of several English words are kept but match single words only where they
-    have no space.
+    English is lower-cased. An English word with several translations has several lines; duplicates
+    are removed. English phrases are kept, but functions that look up single words never match them.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: wrong column count, not UTF-8 or no entry; the message names file and line.
+        ValueError: wrong column count, invalid UTF-8 or no entry; the message names file and line.
     """
-    entries: dict[str, list[str]] = {}
+    lexicon: dict[str, list[str]] = {}
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -68,16 +70,16 @@ def read_lexicon(path: str | Path) -> dict[str, list[str]]:
             raise ValueError(
                 f"{path}:{number}: expected `English TAB foreign`, found {line[:60]!r}"
             )
-        translations = entries.setdefault(columns[0].lower(), [])
+        translations = lexicon.setdefault(columns[0].lower(), [])
         if columns[1] not in translations:
             translations.append(columns[1])
-    if not entries:
+    if not lexicon:
         raise ValueError(f"{path}: an empty lexicon; expected lines `English TAB foreign`")
-    return entries
+    return lexicon
 
 
 def write_lexicon(entries: Iterable[Entry], path: str | Path) -> None:
-    """Write a table that :func:`read_lexicon` reads; the likeliest translation of a word first.
+    """Write a lexicon that :func:`read_lexicon` reads, most probable translations first.
 
     Raises:
         ValueError: there is no entry.
@@ -85,25 +87,29 @@ def write_lexicon(entries: Iterable[Entry], path: str | Path) -> None:
     ordered = sorted(entries, key=lambda entry: (entry[0], -entry[2], entry[1]))
     if not ordered:
         raise ValueError(
-            f"{path}: no pair of words is probable enough for a table; lower least_probability or "
-            "least_count, or give more sentence pairs"
+            f"{path}: no pair of words is probable enough for a lexicon; lower least_probability "
+            "or least_count, or provide more sentence pairs"
         )
     write_text(path, "".join(f"{e}\t{f}\t{p:.3f}\n" for e, f, p in ordered))
 
 
-def inverted(lexicon: Lexicon) -> dict[str, list[str]]:
-    """The table of the other direction: foreign words to English ones, in the table's order."""
-    turned: dict[str, list[str]] = {}
+def invert_lexicon(lexicon: Lexicon) -> dict[str, list[str]]:
+    """Return the lexicon of the opposite direction, from lower-case foreign words to English.
+
+    Translations keep the order in which the lexicon lists them.
+    """
+    inverse: dict[str, list[str]] = {}
     for english, translations in lexicon.items():
         for foreign in translations:
-            turned.setdefault(foreign.lower(), []).append(english)
-    return turned
+            inverse.setdefault(foreign.lower(), []).append(english)
+    return inverse
 
 
 def translate(text: str, lexicon: Lexicon, *, senses: int = 1) -> str:
-    """Translate word by word: each known word becomes its first `senses` translations.
+    """Translate word by word: each word becomes its first `senses` translations.
 
-    Unknown words stay: most are names, which a lexical search finds as they are.
+    Words outside the lexicon are kept, since most of them are names, which lexical search matches
+    across languages.
 
     Example:
         >>> translate("Cold water, Nairobi", {"cold": ["baridi"], "water": ["maji", "mvua"]})
@@ -111,74 +117,77 @@ def translate(text: str, lexicon: Lexicon, *, senses: int = 1) -> str:
     """
     return " ".join(
         translation
-        for word in words(text)
+        for word in tokenize_words(text)
         for translation in list(lexicon.get(word, ()))[:senses] or [word]
     )
 
 
-def induce(
-    pairs: Iterable[tuple[str, str]],
+def induce_lexicon(
+    bitext: Iterable[tuple[str, str]],
     *,
     iterations: int = 6,
     least_probability: float = 0.3,
     least_count: int = 3,
 ) -> list[Entry]:
-    """Learn a word table from (English, foreign) sentence pairs by IBM model 1.
-
-    Expectation maximisation of p(foreign word | English word) under alignments that ignore order,
-    with an empty English word for what has no counterpart.
+    """Induce a lexicon from (English, foreign) sentence pairs by IBM model 1.
 
     Args:
-        pairs: parallel sentences.
+        bitext: sentence pairs.
         iterations: rounds of expectation and maximisation.
-        least_probability: entries below are left out.
-        least_count: English words that occur in fewer sentence pairs are left out.
+        least_probability: minimum probability of an entry.
+        least_count: minimum number of sentence pairs that contain an entry's English word.
 
     Raises:
-        ValueError: no pair with words on both sides.
+        ValueError: no pair has words on both sides.
 
     Source: Brown et al., "The Mathematics of Statistical Machine Translation" (1993), section 4.2.
 
     Example:
-        >>> pairs = [("red book", "kitabu nyekundu"), ("red", "nyekundu"), ("book", "kitabu")] * 3
-        >>> [(e, f) for e, f, _ in induce(pairs)]
+        >>> bitext = [("red book", "kitabu nyekundu"), ("red", "nyekundu"), ("book", "kitabu")] * 3
+        >>> [(e, f) for e, f, _ in induce_lexicon(bitext)]
         [('book', 'kitabu'), ('red', 'nyekundu')]
     """
-    found = model_1(
-        ((words(one), words(other)) for one, other in pairs),
+    entries = ibm_model_1(
+        ((tokenize_words(english), tokenize_words(foreign)) for english, foreign in bitext),
         iterations=iterations,
         least_probability=least_probability,
         least_count=least_count,
     )
-    return sorted(found)
+    return sorted(entries)
 
 
-def model_1(
+def ibm_model_1(
     pairs: Iterable[tuple[Sequence[Unit], Sequence[Unit]]],
     *,
     iterations: int,
     least_probability: float,
     least_count: int = 1,
 ) -> list[tuple[Unit, Unit, float]]:
-    """IBM model 1 over pairs of sequences of anything: (one, other, p(other | one)), unsorted.
+    """Estimate IBM model 1 on pairs of sequences of words, subwords or any other units.
+
+    Expectation maximisation of p(target unit | source unit) under alignments that ignore order. An
+    empty source unit accounts for target units without a counterpart.
+
+    Returns:
+        (source unit, target unit, probability), unsorted.
 
     Raises:
-        ValueError: no pair with something on both sides.
+        ValueError: no pair has units on both sides.
     """
-    # Nothing equals this object, so no unit is taken for what has no counterpart.
-    nothing: Any = object()
+    # A fresh object equals no unit, so it can represent the empty source unit.
+    empty_unit: Any = object()
     left, right = _Vocabulary[Unit](), _Vocabulary[Unit]()
-    empty = left.number(nothing)
-    # One slot for every right unit of the pairs, with a candidate for each unit that may have made
-    # it: the slot's candidates share a probability of one.
+    empty = left.index(empty_unit)
+    # Each target unit of the pairs has one slot, with a candidate for every source unit of its
+    # pair. The probabilities of a slot's candidates sum to one.
     sources: list[int] = []
     targets: list[int] = []
     widths: list[int] = []
     occurrences: collections.Counter[int] = collections.Counter()
-    for one, other in pairs:
-        e = [empty, *map(left.number, one[:LONGEST])]
+    for left_units, right_units in pairs:
+        e = [empty, *map(left.index, left_units[:MAX_WORDS])]
         occurrences.update(set(e))
-        for f in map(right.number, other[:LONGEST]):
+        for f in map(right.index, right_units[:MAX_WORDS]):
             sources += e
             targets.append(f)
             widths.append(len(e))
@@ -193,69 +202,69 @@ def model_1(
     source, target = keys // len(right), keys % len(right)
     probability = torch.ones(len(keys))
     for _ in range(iterations):
-        likely = probability[candidate]
-        share = likely / _sums(likely, slot, len(widths))[slot.long()]
-        expected = _sums(share, candidate, len(keys))
-        probability = expected / _sums(expected, source, len(left))[source]
+        likelihood = probability[candidate]
+        share = likelihood / _sum_by_index(likelihood, slot, len(widths))[slot.long()]
+        expected = _sum_by_index(share, candidate, len(keys))
+        probability = expected / _sum_by_index(expected, source, len(left))[source]
 
-    kept = (probability >= least_probability) & (source != empty)
-    found = zip(*(x[kept].tolist() for x in (source, target, probability)), strict=True)
+    probable = (probability >= least_probability) & (source != empty)
+    entries = zip(*(x[probable].tolist() for x in (source, target, probability)), strict=True)
     return [
-        (left.units[e], right.units[f], p) for e, f, p in found if occurrences[e] >= least_count
+        (left.units[e], right.units[f], p) for e, f, p in entries if occurrences[e] >= least_count
     ]
 
 
-def from_links(
+def lexicon_from_links(
     links: Iterable[tuple[str, str, float]],
     *,
     least_probability: float = 0.3,
     least_count: float = 3.0,
 ) -> list[Entry]:
-    """Make a word table of weighted links (English word, foreign word, weight).
+    """Build a lexicon from weighted links (English word, foreign word, weight).
 
-    The probability of a foreign word is its share in the weight of the English word's links;
-    English words whose links weigh less than `least_count` are left out.
+    The probability of a foreign word is its share of the weight of the English word's links.
+    English words whose links weigh less than `least_count` in total are left out.
 
     Example:
-        >>> from_links([("book", "kitabu", 3.0), ("book", "cha", 1.0)])
+        >>> lexicon_from_links([("book", "kitabu", 3.0), ("book", "cha", 1.0)])
         [('book', 'kitabu', 0.75)]
     """
-    weight: dict[str, collections.Counter[str]] = {}
-    for english, foreign, mass in links:
-        counted: collections.Counter[str] = weight.setdefault(english, collections.Counter())
-        counted[foreign] += mass  # type: ignore[assignment]
+    weights: dict[str, collections.Counter[str]] = {}
+    for english, foreign, weight in links:
+        of_word: collections.Counter[str] = weights.setdefault(english, collections.Counter())
+        of_word[foreign] += weight  # type: ignore[assignment]
     return sorted(
-        (english, foreign, mass / total)
-        for english, counted in weight.items()
-        if (total := sum(counted.values())) >= least_count
-        for foreign, mass in counted.items()
-        if mass >= least_probability * total
+        (english, foreign, weight / total)
+        for english, of_word in weights.items()
+        if (total := sum(of_word.values())) >= least_count
+        for foreign, weight in of_word.items()
+        if weight >= least_probability * total
     )
 
 
 class _Vocabulary(Generic[Unit]):
-    """Units and their numbers, in the order in which they were met."""
+    """Units and their indices, in order of first occurrence."""
 
     def __init__(self) -> None:
         self.units: list[Unit] = []
-        self._number: dict[Unit, int] = {}
+        self._indices: dict[Unit, int] = {}
 
     def __len__(self) -> int:
         return len(self.units)
 
-    def number(self, unit: Unit) -> int:
-        found = self._number.setdefault(unit, len(self.units))
-        if found == len(self.units):
+    def index(self, unit: Unit) -> int:
+        index = self._indices.setdefault(unit, len(self.units))
+        if index == len(self.units):
             self.units.append(unit)
-        return found
+        return index
 
 
-def _sums(values: Tensor, index: Tensor, size: int) -> Tensor:
+def _sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
     # bincount adds in order on a CPU, so equal input gives equal bits.
     return torch.bincount(index, weights=values, minlength=size)
 
 
-# English words with inner apostrophes and hyphens; everything between them is kept as it stands.
+# English words with inner apostrophes and hyphens; text between words is left unchanged.
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 
@@ -263,9 +272,10 @@ class CodeSwitcher:
     """Replace English words by lexicon translations, reproducibly.
 
     Args:
-        lexicons: language code to lexicon (lower-case English word to its translations).
-        probability: chance that a word with a translation is replaced, in [0, 1].
-        seed: with the text's key, fixes every draw; equal on every machine and Python version.
+        lexicons: language code to lexicon.
+        probability: probability of replacing a word that has a translation, in [0, 1].
+        seed: together with the key of a text, determines every draw, on any machine and Python
+            version.
 
     Example:
         >>> switch = CodeSwitcher({"sw": {"water": ["maji"]}}, probability=1.0, seed=0)
@@ -286,7 +296,7 @@ class CodeSwitcher:
         self.seed = seed
 
     def __call__(self, text: str, key: int | str) -> str:
-        """Return `text` with words replaced; `key` names the text, so its draws are its own."""
+        """Return `text` with words replaced; `key` identifies the text and seeds its draws."""
         draw = random.Random(f"{self.seed}:{key}")
 
         def replace(match: re.Match[str]) -> str:
@@ -300,7 +310,7 @@ class CodeSwitcher:
         return WORD.sub(replace, text)
 
     def coverage(self, texts: Sequence[str]) -> float:
-        """Share of running words in `texts` that at least one of the lexicons can translate."""
+        """Return the fraction of words in `texts` that at least one lexicon can translate."""
         words = [word.lower() for text in texts for word in WORD.findall(text)]
-        known = sum(any(word in lexicon for lexicon in self.lexicons.values()) for word in words)
-        return known / max(len(words), 1)
+        covered = sum(any(word in lexicon for lexicon in self.lexicons.values()) for word in words)
+        return covered / max(len(words), 1)

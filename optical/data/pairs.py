@@ -1,4 +1,4 @@
-"""Parallel sentences in plain files: read, checked, and counted before anything is trained."""
+"""Readers of bitext (parallel sentences) and of training pairs (query, passage)."""
 
 from __future__ import annotations
 
@@ -10,66 +10,84 @@ from pathlib import Path
 from typing import Any
 
 from optical.data.texts import read_texts
+from optical.io.environment import require
 from optical.io.files import read_lines
 
 logger = logging.getLogger("optical")
 
-Pair = tuple[str, str]
+# English sentence, sentence of the other language.
+SentencePair = tuple[str, str]
 
-# The forms that the field's files have, as (English side, other side).
+# Names of the two columns in common file formats, as (English, other language).
 COLUMN_NAMES = (("source", "target"), ("english", "non_english"), ("en", "other"))
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
-    """Read sentence pairs (English, other language) from a file of parallel sentences.
+def read_bitext(path: str | Path, *, max_pairs: int | None = None) -> Any:
+    """Read bitext as a Hugging Face dataset for the trainer.
 
-    Accepted, each plain or gzip: TAB-separated lines ``English TAB other [TAB anything]``; JSON
-    lines with the keys ``source``/``target``, ``english``/``non_english`` (Sentence Transformers)
-    or ``translation`` (OPUS on the Hugging Face hub); two aligned files of one sentence a line
-    (Moses), given as ``corpus.en,corpus.sw``. Pairs with an empty side are left out and counted in
-    the log; exact repetitions are kept once.
+    Args:
+        path: as in :func:`read_bitext_pairs`.
+        max_pairs: number of pairs to keep, from the start (None: all).
+
+    Returns:
+        A ``datasets.Dataset`` with the columns ``source`` (English) and ``target``.
+    """
+    return bitext_dataset(read_bitext_pairs(path)[:max_pairs])
+
+
+def read_bitext_pairs(path: str | Path) -> list[SentencePair]:
+    """Read bitext as a list of sentence pairs (English, other language).
+
+    Accepted formats, each plain or gzip: TAB-separated lines ``English TAB other [TAB anything]``;
+    JSON lines with the keys ``source``/``target``, ``english``/``non_english`` (Sentence
+    Transformers) or ``translation`` (OPUS on the Hugging Face hub); two aligned files with one
+    sentence per line (Moses), given as ``corpus.en,corpus.sw``. Pairs with an empty side are
+    dropped and counted in the log; exact duplicates are removed.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: wrong column count, not UTF-8, unequal Moses files, or no pair at all; the
-            message names file, line and remedy.
+        ValueError: wrong column count, invalid UTF-8, Moses files of unequal length, or no pair;
+            the message names file, line and remedy.
     """
-    kept: dict[Pair, None] = {}
+    pairs: dict[SentencePair, None] = {}
     empty = total = 0
-    for pair in iter_pairs(path):
+    for pair in iter_bitext_pairs(path):
         total += 1
         if all(pair):
-            kept[pair] = None
+            pairs[pair] = None
         else:
             empty += 1
-    if not kept:
+    if not pairs:
         raise ValueError(
             f"{path}: no sentence pair in {total} lines; expected lines `English TAB other`"
         )
-    if len(kept) < total:
+    if len(pairs) < total:
         logger.info(
-            "%s: %d pairs (%d with an empty side and %d repetitions left out)",
+            "%s: %d pairs (dropped %d with an empty side and %d duplicates)",
             path,
-            len(kept),
+            len(pairs),
             empty,
-            total - empty - len(kept),
+            total - empty - len(pairs),
         )
-    return list(kept)
+    return list(pairs)
 
 
-def iter_pairs(path: str | Path) -> Iterator[Pair]:
-    """Yield the pairs of a file of :func:`read_pairs`, every one, with one of them in memory."""
+def iter_bitext_pairs(path: str | Path) -> Iterator[SentencePair]:
+    """Yield every pair of a file that :func:`read_bitext_pairs` accepts, one in memory at a time.
+
+    Pairs with an empty side and duplicates are included.
+    """
     path = str(path)
     if "," in path and not Path(path).exists():
-        pairs = _moses(path)
+        pairs = _read_moses(path)
     elif path.removesuffix(".gz").endswith((".jsonl", ".json")):
-        pairs = _json_lines(path)
+        pairs = _read_json_lines(path)
     else:
-        pairs = _tab_separated(path)
+        pairs = _read_tab_separated(path)
     return ((english.strip(), other.strip()) for english, other in pairs)
 
 
-def _tab_separated(path: str) -> Iterator[tuple[str, str]]:
+def _read_tab_separated(path: str) -> Iterator[tuple[str, str]]:
     for number, line in read_lines(path):
         columns = line.split("\t")
         if line.strip() and len(columns) < 2:
@@ -80,7 +98,7 @@ def _tab_separated(path: str) -> Iterator[tuple[str, str]]:
             yield columns[0], columns[1]
 
 
-def _json_lines(path: str) -> Iterator[tuple[str, str]]:
+def _read_json_lines(path: str) -> Iterator[tuple[str, str]]:
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -91,7 +109,7 @@ def _json_lines(path: str) -> Iterator[tuple[str, str]]:
         yield _pair_of_row(row, f"{path}:{number}")
 
 
-def _pair_of_row(row: Any, place: str) -> tuple[str, str]:
+def _pair_of_row(row: Any, location: str) -> tuple[str, str]:
     if isinstance(row, dict):
         inner = row.get("translation", row)
         texts = (
@@ -105,86 +123,73 @@ def _pair_of_row(row: Any, place: str) -> tuple[str, str]:
         if "en" in texts and len(texts) == len(inner) == 2:
             (other,) = texts.keys() - {"en"}
             return texts["en"], texts[other]
-    found = sorted(row) if isinstance(row, dict) else type(row).__name__
+    keys = sorted(row) if isinstance(row, dict) else type(row).__name__
     raise ValueError(
-        f"{place}: keys {found}, expected source/target, english/non_english or translation"
+        f"{location}: keys {keys}, expected source/target, english/non_english or translation"
     )
 
 
-def _moses(path: str) -> Iterator[tuple[str, str]]:
-    sides = path.split(",")
-    if len(sides) != 2:
-        raise ValueError(f"{path}: {len(sides)} files, expected two, `corpus.en,corpus.sw`")
-    english, other = (read_lines(side) for side in sides)
-    lines = [0, 0]
+def _read_moses(path: str) -> Iterator[tuple[str, str]]:
+    files = path.split(",")
+    if len(files) != 2:
+        raise ValueError(f"{path}: {len(files)} files, expected two, `corpus.en,corpus.sw`")
+    english, other = (read_lines(file) for file in files)
+    counts = [0, 0]
     for pair in itertools.zip_longest(english, other):
-        for side, line in enumerate(pair):
-            lines[side] += line is not None
-        if lines[0] == lines[1]:
+        for file, line in enumerate(pair):
+            counts[file] += line is not None
+        if counts[0] == counts[1]:
             yield pair[0][1], pair[1][1]
-    if lines[0] != lines[1]:
+    if counts[0] != counts[1]:
         raise ValueError(
-            f"{sides[1]}: {lines[1]} lines, but {sides[0]} has {lines[0]}; "
-            "aligned files have one sentence a line, the same number in both"
+            f"{files[1]}: {counts[1]} lines, but {files[0]} has {counts[0]}; "
+            "aligned files have one sentence per line and the same number of lines"
         )
 
 
-def balanced(files: Sequence[Sequence[Pair]]) -> list[list[Pair]]:
-    """Repeat the pairs of smaller files until every file has as many as the largest one."""
-    largest = max(map(len, files), default=0)
-    return [list(itertools.islice(itertools.cycle(pairs), largest)) for pairs in files]
+def balance_bitexts(bitexts: Sequence[Sequence[SentencePair]]) -> list[list[SentencePair]]:
+    """Repeat the pairs of smaller bitexts until each has as many as the largest."""
+    largest = max(map(len, bitexts), default=0)
+    return [list(itertools.islice(itertools.cycle(pairs), largest)) for pairs in bitexts]
 
 
-def read_bitext(path: str | Path, *, max_pairs: int | None = None) -> Any:
-    """Read a file of parallel sentences as a Hugging Face dataset for the trainer.
-
-    Args:
-        path: as in :func:`read_pairs`.
-        max_pairs: keep the first so many pairs (None: all).
-
-    Returns:
-        A ``datasets.Dataset`` with the columns ``source`` (English) and ``target``.
-    """
-    return pairs_dataset(read_pairs(path)[:max_pairs])
-
-
-def pairs_dataset(pairs: Iterable[Pair]) -> Any:
-    """Turn (English, other) pairs into a ``datasets.Dataset`` with columns source and target."""
-    from datasets import Dataset
-
+def bitext_dataset(pairs: Iterable[SentencePair]) -> Any:
+    """Convert sentence pairs to a ``datasets.Dataset`` with the columns source and target."""
+    datasets = require("datasets", "train", "a dataset of bitext")
     source, target = zip(*pairs, strict=True)
-    return Dataset.from_dict({"source": list(source), "target": list(target)})
+    return datasets.Dataset.from_dict({"source": list(source), "target": list(target)})
 
 
 def stream_bitext(paths: Sequence[str | Path], *, seed: int = 0, buffer: int = 100_000) -> Any:
-    """Bitext of any size for the trainer: read from disk while it trains, never held as a whole.
+    """Stream bitext of any size from disk during training.
 
     Args:
-        paths: files, each as in :func:`read_pairs`; they take turns pair by pair, so that none is
+        paths: files as in :func:`read_bitext_pairs`. Their pairs alternate, so that no file is
             learnt before the others.
-        seed: of the order, which is drawn from a window of the next `buffer` pairs.
+        seed: seed of the shuffling, which draws from a window of the next `buffer` pairs.
         buffer: pairs in memory.
 
     Returns:
-        A ``datasets.IterableDataset`` with the columns ``source`` and ``target``. It has no length:
-        the trainer needs ``max_steps``. Pairs with an empty side are left out; repetitions stay.
+        A ``datasets.IterableDataset`` with the columns ``source`` and ``target``. It has no length,
+        so the trainer needs ``max_steps``. Pairs with an empty side are dropped; duplicates are
+        kept.
     """
-    from datasets import Features, IterableDataset, Value
-
-    return IterableDataset.from_generator(
-        _in_turn,
-        features=Features({"source": Value("string"), "target": Value("string")}),
+    datasets = require("datasets", "train", "a dataset of bitext")
+    text = datasets.Value("string")
+    return datasets.IterableDataset.from_generator(
+        _alternate,
+        features=datasets.Features({"source": text, "target": text}),
         gen_kwargs={"paths": tuple(map(str, paths))},
     ).shuffle(seed=seed, buffer_size=buffer)
 
 
-def _in_turn(paths: Sequence[str]) -> Iterator[dict[str, str]]:
-    rest = [iter_pairs(path) for path in paths]
-    while rest:
-        for pairs in list(rest):
+def _alternate(paths: Sequence[str]) -> Iterator[dict[str, str]]:
+    unfinished = [iter_bitext_pairs(path) for path in paths]
+    while unfinished:
+        for pairs in list(unfinished):
             pair = next(pairs, None)
             if pair is None:
-                rest.remove(pairs)
+                unfinished.remove(pairs)
             elif all(pair):
                 yield {"source": pair[0], "target": pair[1]}
 
@@ -192,30 +197,33 @@ def _in_turn(paths: Sequence[str]) -> Iterator[dict[str, str]]:
 def read_training_pairs(
     pairs: Sequence[str] = (), queries: str = "", passages: str = ""
 ) -> list[tuple[str, ...]]:
-    """Read (query, passage[, negative ...]) rows; all have as many negatives as the shortest has.
+    """Read (query, passage[, negative ...]) rows, cut to the smallest number of negatives.
 
     Args:
-        pairs: files of TAB-separated lines ``query TAB passage [TAB negative ...]``, or of JSON
-            lines with ``query``, ``pos`` (a list) and optionally ``neg`` (FlagEmbedding).
-        queries, passages: instead or besides, ``query id TAB passage id TAB query`` and the texts
-            of the passage ids (:func:`optical.data.texts.read_texts`).
+        pairs: files with TAB-separated lines ``query TAB passage [TAB negative ...]``, or with JSON
+            lines that have the keys ``query``, ``pos`` (a list) and optionally ``neg``
+            (FlagEmbedding).
+        queries: alternative or additional file with lines ``query id TAB passage id TAB query``.
+        passages: texts of the passage ids in `queries`, as in
+            :func:`optical.data.texts.read_texts`.
 
     Raises:
-        FileNotFoundError, ValueError: with file, line and remedy.
+        FileNotFoundError: a file does not exist.
+        ValueError: wrong format; the message names file, line and remedy.
     """
     rows: list[tuple[str, ...]] = []
     for path in pairs:
         json_lines = path.removesuffix(".gz").endswith((".jsonl", ".json"))
-        rows += _query_json(path) if json_lines else _query_tsv(path)
+        rows += _read_training_json(path) if json_lines else _read_training_tsv(path)
     if queries:
-        rows += _joined(queries, passages)
+        rows += _join(queries, passages)
     if not rows:
         raise ValueError(f"{list(pairs) or queries}: no training pair in it")
     width = min(len(row) for row in rows)
     return [row[:width] for row in rows]
 
 
-def _query_tsv(path: str) -> Iterable[tuple[str, ...]]:
+def _read_training_tsv(path: str) -> Iterable[tuple[str, ...]]:
     for number, line in read_lines(path):
         columns = tuple(column.strip() for column in line.split("\t"))
         if line.strip() and (len(columns) < 2 or not all(columns)):
@@ -224,7 +232,7 @@ def _query_tsv(path: str) -> Iterable[tuple[str, ...]]:
             yield columns
 
 
-def _query_json(path: str) -> Iterable[tuple[str, ...]]:
+def _read_training_json(path: str) -> Iterable[tuple[str, ...]]:
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -242,7 +250,8 @@ def _query_json(path: str) -> Iterable[tuple[str, ...]]:
         yield from ((query, text, *negatives) for text in positives)
 
 
-def _joined(queries: str, passages: str) -> Iterable[tuple[str, ...]]:
+def _join(queries: str, passages: str) -> Iterable[tuple[str, ...]]:
+    """Yield (query, passage) with the texts of the passage ids."""
     texts = read_texts(passages)
     for number, line in read_lines(queries):
         if not line.strip():

@@ -1,10 +1,9 @@
-"""Queries and documents from plain files: TSV, JSON lines and TREC markup, plain or gzip."""
+"""Readers of queries, documents and sentences in TSV, JSON lines and TREC markup."""
 
 from __future__ import annotations
 
 import html
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,8 @@ from optical.io.files import read_lines
 _ID_KEYS = ("id", "_id", "docid", "doc_id", "qid", "query_id")
 _TEXT_KEYS = ("text", "contents")
 
-# Elements that hold the words of an article in the newswire collections of TREC and CLEF; the
-# others (dates, sections, by-lines, lengths) are data about it.
+# Elements with the text of an article in the newswire collections of TREC and CLEF. All others
+# (dates, sections, by-lines, lengths) are metadata.
 _TREC_TEXT = ("TITLE", "HEADLINE", "HEAD", "HL", "TTL", "LEADPARA", "LP", "TEXT")
 _TREC_TEXT_ELEMENT = re.compile(
     rf"<({'|'.join(_TREC_TEXT)})\b[^>]*>(.*?)</\1\s*>", re.IGNORECASE | re.DOTALL
@@ -25,8 +24,8 @@ _TREC_TEXT_ELEMENT = re.compile(
 _TREC_IDS = re.compile(r"<(DOCNO|DOCID)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 _DOCNO = re.compile(r"<DOCNO\b[^>]*>(.*?)</DOCNO\s*>", re.IGNORECASE | re.DOTALL)
 _TAG = re.compile(r"</?[A-Za-z!][^>]*>")
-# A topic's fields may be left open (TREC) or closed (CLEF), and CLEF puts the language before the
-# name, as in <EN-title>. A field ends where the next one, or the topic, does.
+# Fields of a topic may lack closing tags (TREC) or have them (CLEF), and CLEF prefixes names with a
+# language, as in <EN-title>. A field ends at the start of the next field or the end of the topic.
 _TOPIC_FIELD = re.compile(r"<(?:[A-Za-z]{2}-)?(num|title|desc|narr)\b[^>]*>", re.IGNORECASE)
 _TOPIC_LABEL = re.compile(r"^\s*(number|topic|description|narrative)\s*:", re.IGNORECASE)
 
@@ -34,20 +33,24 @@ _TOPIC_LABEL = re.compile(r"^\s*(number|topic|description|narrative)\s*:", re.IG
 def read_texts(
     path: str | os.PathLike[str], *, topic_fields: Sequence[str] = ("title",)
 ) -> dict[str, str]:
-    """Read queries or documents, plain or gzip: id -> text.
+    """Read queries or documents, plain or gzip, as id -> text.
 
-    The form follows the suffix, and where that says nothing, the first character that is no space:
+    The suffix determines the format; for other suffixes, the first non-space character does.
 
     - ``.tsv``, ``.txt``: ``id TAB text``.
-    - ``.jsonl``, ``.json``: one object a line, ``{"id": …, "text": …}``; ``_id``, ``docid``,
-      ``doc_id``, ``query_id`` and ``contents`` are understood, and a ``title`` goes before the
-      text.
+    - ``.jsonl``, ``.json``: one object per line, ``{"id": …, "text": …}``; ``_id``, ``docid``,
+      ``doc_id``, ``qid``, ``query_id`` and ``contents`` are accepted too, and a ``title`` is
+      prepended to the text.
     - ``.trec``, ``.sgml``, ``.sgm``, ``.xml``: ``<DOC>`` elements with a ``<DOCNO>``, or ``<top>``
-      elements with a ``<num>``. Of a document, titles, headlines and text are kept.
+      elements with a ``<num>``. The text of a document is its titles, headlines and body.
+
+    Args:
+        path: the file.
+        topic_fields: fields of a TREC topic (``title``, ``desc``, ``narr``) that form the query.
 
     Raises:
-        ValueError: a line in the wrong form, an id that occurs twice, an empty file; with file,
-            line and what to do.
+        ValueError: a malformed line, a duplicate id or an empty file; the message names file, line
+            and remedy.
     """
     return dict(iter_texts(path, topic_fields=topic_fields))
 
@@ -55,7 +58,7 @@ def read_texts(
 def iter_texts(
     path: str | os.PathLike[str], *, topic_fields: Sequence[str] = ("title",)
 ) -> Iterator[tuple[str, str]]:
-    """Yield (id, text) of a file as :func:`read_texts` reads it, with only the ids in memory."""
+    """Yield the (id, text) pairs of :func:`read_texts`, with only the ids in memory."""
     path = Path(path)
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     suffix = suffixes[-1].lower() if suffixes else ""
@@ -76,8 +79,8 @@ def iter_texts(
     for number, key, text in readers[suffix](path):
         if key.split() != [key]:
             raise ValueError(
-                f"{path}:{number}: id {key!r} must be one word, because runs separate columns "
-                "by white space; rename it"
+                f"{path}:{number}: id {key!r} must be one word, because columns of runs are "
+                "separated by white space; rename it"
             )
         if key in seen:
             raise ValueError(
@@ -97,7 +100,7 @@ def _read_tsv(path: Path) -> Iterator[tuple[int, str, str]]:
         if len(columns) != 2:
             raise ValueError(
                 f"{path}:{number}: {len(columns)} columns, a text file needs 2: `id TAB text`; "
-                "replace tabs inside a text by spaces"
+                "replace tabs inside a text with spaces"
             )
         yield number, columns[0].strip(), columns[1].strip()
 
@@ -111,7 +114,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, str, str]]:
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); "
-                "each line must hold one whole object"
+                "each line must hold one complete object"
             ) from None
         key = _field(record, _ID_KEYS, (str, int), path, number)
         text = _field(record, _TEXT_KEYS, (str,), path, number)
@@ -129,12 +132,12 @@ def _field(
             return str(value)
         if value is not None:
             raise ValueError(
-                f"{path}:{number}: field {name!r} is {json.dumps(value)[:40]}, it must be "
+                f"{path}:{number}: field {name!r} is {json.dumps(value)[:40]}, expected "
                 f"{'a string' if types == (str,) else 'a string or a whole number'}"
             )
-    found = ", ".join(map(repr, fields)) or "none"
+    present = ", ".join(map(repr, fields)) or "none"
     raise ValueError(
-        f"{path}:{number}: no field {names[0]!r} (fields found: {found}); each line must be like "
+        f"{path}:{number}: no field {names[0]!r} (fields found: {present}); each line must be like "
         '{"id": "d1", "text": "…"}'
     )
 
@@ -148,7 +151,7 @@ def _read_trec(path: Path, topic_fields: Sequence[str]) -> Iterator[tuple[int, s
 
 
 def _trec_blocks(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield line, ``DOC`` or ``TOP``, and content of each element; the file is never held whole."""
+    """Yield line number, ``DOC`` or ``TOP``, and content of each element, one at a time."""
     opening = re.compile(r"<(DOC|TOP)(?:\s[^>]*)?>", re.IGNORECASE)
     kind = ""
     start = 0
@@ -162,11 +165,11 @@ def _trec_blocks(path: Path) -> Iterator[tuple[int, str, str]]:
                 kind, start, block = match[1].upper(), number, []
                 line = line[match.end() :]
             closing = re.search(rf"</{kind}\s*>", line, re.IGNORECASE)
-            again = opening.search(line)
-            if again is not None and (closing is None or again.start() < closing.start()):
+            reopening = opening.search(line)
+            if reopening is not None and (closing is None or reopening.start() < closing.start()):
                 raise ValueError(
-                    f"{path}:{start}: <{kind}> is not closed before the next one begins on line "
-                    f"{number}; add </{kind}>"
+                    f"{path}:{start}: <{kind}> is not closed before the next element starts on "
+                    f"line {number}; add </{kind}>"
                 )
             if closing is None:
                 block.append(line)
@@ -181,46 +184,44 @@ def _trec_blocks(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _trec_document(block: str, path: Path, number: int) -> tuple[str, str]:
-    found = _DOCNO.search(block)
-    if found is None:
-        raise ValueError(f"{path}:{number}: <DOC> without <DOCNO>; every document needs its number")
+    docno = _DOCNO.search(block)
+    if docno is None:
+        raise ValueError(f"{path}:{number}: <DOC> without <DOCNO>; every document needs a number")
     parts = [match[2] for match in _TREC_TEXT_ELEMENT.finditer(block)]
-    return found[1].strip(), _words(" ".join(parts) if parts else _TREC_IDS.sub(" ", block))
+    return docno[1].strip(), _strip_markup(" ".join(parts) if parts else _TREC_IDS.sub(" ", block))
 
 
 def _trec_topic(
     block: str, topic_fields: Sequence[str], path: Path, number: int
 ) -> tuple[str, str]:
-    marks = list(_TOPIC_FIELD.finditer(block))
-    ends = [mark.start() for mark in marks[1:]] + [len(block)]
+    tags = list(_TOPIC_FIELD.finditer(block))
+    ends = [tag.start() for tag in tags[1:]] + [len(block)]
     fields: dict[str, str] = {}
-    for mark, end in zip(marks, ends, strict=True):
-        text = _words(block[mark.end() : end])
-        fields[mark[1].lower()] = _TOPIC_LABEL.sub("", text).strip()
+    for tag, end in zip(tags, ends, strict=True):
+        text = _strip_markup(block[tag.end() : end])
+        fields[tag[1].lower()] = _TOPIC_LABEL.sub("", text).strip()
     if not fields.get("num"):
-        raise ValueError(f"{path}:{number}: <top> without <num>; every topic needs its number")
+        raise ValueError(f"{path}:{number}: <top> without <num>; every topic needs a number")
     missing = [field for field in topic_fields if field not in fields]
     if missing:
         present = ", ".join(field for field in fields if field != "num") or "none"
         raise ValueError(
             f"{path}:{number}: topic {fields['num']!r} has no <{missing[0]}> (it has: {present}); "
-            "choose others with topic_fields="
+            "select other fields with topic_fields="
         )
     return fields["num"], " ".join(fields[field] for field in topic_fields).strip()
 
 
-def _words(markup: str) -> str:
+def _strip_markup(markup: str) -> str:
     return " ".join(html.unescape(_TAG.sub(" ", markup)).split())
 
 
-# --- folders and ir_datasets ---------------------------------------------------------------------
-
-
-logger = logging.getLogger("optical")
-
-
 def read_sentences(path: str | Path) -> list[str]:
-    """Read the non-empty lines of a text file, or the key `text` of a JSON-lines file."""
+    """Read the non-empty lines of a text file, or the key `text` of a JSON lines file.
+
+    Raises:
+        ValueError: a malformed line or an empty file; the message names file and line.
+    """
     texts = []
     json_lines = str(path).removesuffix(".gz").endswith((".jsonl", ".json"))
     for number, line in read_lines(path):
@@ -235,5 +236,5 @@ def read_sentences(path: str | Path) -> list[str]:
         if line.strip():
             texts.append(line.strip())
     if not texts:
-        raise ValueError(f"{path}: no text in it; expected a sentence a line")
+        raise ValueError(f"{path}: no text in it; expected one sentence per line")
     return texts

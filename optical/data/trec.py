@@ -1,12 +1,11 @@
-"""Read and write the two files that retrieval experiments exchange: runs and judgements.
+"""Readers and writers of TREC runs and relevance judgements (qrels).
 
-A run (what a system retrieved) has six columns, ``qid Q0 docid rank score tag``; judgements
-("qrels", what is relevant) have four, ``qid 0 docid grade``. Both are the formats of TREC.
-Everything here needs the standard library only.
+A run lists retrieved documents in six columns, ``qid Q0 docid rank score tag``. Judgements have
+four columns, ``qid 0 docid grade``. This module needs the standard library only.
 
-The order of a run is defined once, by :func:`ranked`, and is the one that ``trec_eval`` uses: score
-from high to low, equal scores by document id from high to low. So a run evaluates the same in
-memory, after it was written and read again, and in ``trec_eval`` itself.
+:func:`ranked` defines the order of a run, which is that of ``trec_eval``: descending score, and for
+equal scores descending document id. A run therefore evaluates identically in memory, after writing
+and reading, and in ``trec_eval``.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from optical.io.files import atomic_text, read_lines
 logger = logging.getLogger("optical")
 
 Run = dict[str, dict[str, float]]
-"""Query id -> document id -> score; a higher score is better."""
+"""Query id -> document id -> score; higher is better."""
 
 Qrels = dict[str, dict[str, int]]
-"""Query id -> document id -> grade; 1 and above is relevant, 0 and below is judged not relevant."""
+"""Query id -> document id -> grade; 1 and above is relevant, 0 and below judged not relevant."""
 
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 def ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Return ``(docid, score)`` pairs, best first: the one order that this package uses.
+    """Return ``(docid, score)`` pairs, best first, in the order that ``trec_eval`` uses.
 
-    Score from high to low; equal scores by document id from high to low, as ``trec_eval`` does.
+    Scores descend; documents with equal scores are in descending order of their ids.
 
     Example:
         >>> ranked({"a": 1.0, "b": 2.0, "c": 1.0})
@@ -44,14 +43,14 @@ def ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read a run in the six columns of TREC, plain or gzip. Source: the format of ``trec_eval``.
+    """Read a TREC run, plain or gzip, in the format of ``trec_eval``.
 
-    Columns are separated by any white space. The rank column is not used, as in ``trec_eval``: the
-    score decides. Documents of a query come back best first.
+    Columns are separated by any white space. As in ``trec_eval``, the score determines the order
+    and the rank column is ignored. Documents of a query are returned best first.
 
     Raises:
-        ValueError: wrong number of columns, a score that is no finite number, a document that
-            appears twice for one query, or an empty file; with file and line.
+        ValueError: wrong number of columns, a score that is not a finite number, a document listed
+            twice for one query, or an empty file; the message names file and line.
     """
     path = Path(path)
     run: Run = {}
@@ -64,14 +63,14 @@ def read_run(path: str | os.PathLike[str]) -> Run:
                 f"{path}:{number}: {len(columns)} columns, a run needs 6: "
                 "qid Q0 docid rank score tag (ids without spaces)"
             )
-        qid, _, docid, _, written, _ = columns
+        qid, _, docid, _, score_text, _ = columns
         try:
-            score = float(written)
+            score = float(score_text)
         except ValueError:
             score = math.nan
         if not math.isfinite(score):
             raise ValueError(
-                f"{path}:{number}: score {written!r} is not a finite number; "
+                f"{path}:{number}: score {score_text!r} is not a finite number; "
                 "the score is the fifth column"
             )
         scores = run.setdefault(qid, {})
@@ -89,20 +88,19 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 def write_run(
     run: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str], *, tag: str
 ) -> None:
-    """Write a run in the six columns of TREC; ``.gz`` is compressed. Never half a file.
+    """Write a TREC run atomically; a name in ``.gz`` is compressed.
 
-    Scores are written with all their digits, so that reading gives the same run. One exception:
-    ``trec_eval`` keeps scores in float32, where two different scores may become equal and change
-    places. Such a score is lowered to the next float32 below its predecessor, which keeps the
-    order.
+    Scores are written with all digits, so that reading returns the same run, with one exception:
+    ``trec_eval`` stores scores in float32, in which two different scores may become equal and
+    change their order. Such a score is lowered to the next float32 below its predecessor.
 
     Args:
         run: query id -> document id -> score. A query without documents has no line.
-        path: the file to write; missing folders are made.
-        tag: the last column, the name of the system; no white space.
+        path: the file to write; missing folders are created.
+        tag: last column, the name of the system, without white space.
 
     Raises:
-        ValueError: an id or the tag is empty or has white space in it, or a score is not finite.
+        ValueError: an id or the tag is empty or contains white space, or a score is not finite.
     """
     _require_word(tag, "tag")
     lowered = 0
@@ -117,26 +115,26 @@ def write_run(
                         "float32 number; a run cannot hold it"
                     )
             ranking = ranked(scores)
-            written = _separate([float(score) for _, score in ranking])
+            values = _separate([float(score) for _, score in ranking])
             for rank, ((docid, score), value) in enumerate(
-                zip(ranking, written, strict=True), start=1
+                zip(ranking, values, strict=True), start=1
             ):
                 lowered += value != score
                 file.write(f"{qid} Q0 {docid} {rank} {value!r} {tag}\n")
     if lowered:
-        logger.info("%s: lowered %d scores that differ in less than float32 holds", path, lowered)
+        logger.info("%s: lowered %d scores that are equal in float32", path, lowered)
 
 
 def read_qrels(path: str | os.PathLike[str]) -> Qrels:
-    """Read judgements, plain or gzip, in one of three forms told apart by the first line.
+    """Read relevance judgements, plain or gzip, in one of three formats.
 
-    TREC ``qid 0 docid grade``, WikiCLIR ``qid docid grade`` (Sasaki et al., 2018) and BEIR, which
-    has the header ``query-id corpus-id score`` before three columns. Columns are separated by any
-    white space.
+    The first line distinguishes TREC (``qid 0 docid grade``), WikiCLIR (``qid docid grade``, Sasaki
+    et al., 2018) and BEIR (three columns after the header ``query-id corpus-id score``). Columns
+    are separated by any white space.
 
     Raises:
-        ValueError: wrong number of columns, a grade that is no whole number, a document judged
-            twice for one query, or an empty file; with file and line.
+        ValueError: wrong number of columns, a grade that is not an integer, a document judged twice
+            for one query, or an empty file; the message names file and line.
     """
     qrels: Qrels = {}
     for number, qid, docid, grade in iter_qrels(path):
@@ -165,9 +163,9 @@ def iter_qrels(path: str | os.PathLike[str]) -> Iterator[tuple[int, str, str, in
             if header:
                 continue
         if len(columns) not in (3, 4) or len(columns) != width:
-            wanted = f"{width} as on the first line" if width in (3, 4) else "4 or 3"
+            expected = f"{width} as on the first line" if width in (3, 4) else "4 or 3"
             raise ValueError(
-                f"{path}:{number}: {len(columns)} columns, judgements need {wanted}: "
+                f"{path}:{number}: {len(columns)} columns, judgements need {expected}: "
                 "`qid 0 docid grade` or `qid docid grade` (ids without spaces)"
             )
         try:
@@ -184,10 +182,10 @@ def iter_qrels(path: str | os.PathLike[str]) -> Iterator[tuple[int, str, str, in
 
 
 def write_qrels(qrels: Mapping[str, Mapping[str, int]], path: str | os.PathLike[str]) -> None:
-    """Write judgements in the four columns of TREC; ``.gz`` is compressed.
+    """Write TREC judgements atomically; a name in ``.gz`` is compressed.
 
     Raises:
-        ValueError: an id is empty or has white space in it.
+        ValueError: an id is empty or contains white space.
     """
     with atomic_text(path) as file:
         for qid, grades in qrels.items():
@@ -197,24 +195,25 @@ def write_qrels(qrels: Mapping[str, Mapping[str, int]], path: str | os.PathLike[
                 file.write(f"{qid} 0 {docid} {int(grade)}\n")
 
 
-def _require_word(value: str, what: str) -> None:
+def _require_word(value: str, name: str) -> None:
     if value.split() != [value]:
         raise ValueError(
-            f"{what} {value!r} must be one word: columns are separated by white space; rename it"
+            f"{name} {value!r} must be one word, because columns are separated by white space; "
+            "rename it"
         )
 
 
 def _separate(scores: list[float]) -> list[float]:
-    """Keep different scores different in float32; ``scores`` go from high to low."""
-    written: list[float] = []
+    """Return descending scores whose distinct values remain distinct in float32."""
+    separated: list[float] = []
     for index, score in enumerate(scores):
         if index and score == scores[index - 1]:
-            written.append(written[-1])
-        elif index and _float32(score) >= _float32(written[-1]):
-            written.append(_float32_below(written[-1]))
+            separated.append(separated[-1])
+        elif index and _float32(score) >= _float32(separated[-1]):
+            separated.append(_float32_below(separated[-1]))
         else:
-            written.append(score)
-    return written
+            separated.append(score)
+    return separated
 
 
 def _float32(value: float) -> float:
@@ -222,7 +221,7 @@ def _float32(value: float) -> float:
 
 
 def _float32_below(value: float) -> float:
-    """The largest float32 below ``value``: its bit pattern is the neighbouring whole number."""
+    """Return the largest float32 below ``value``, whose bit pattern is the adjacent integer."""
     bits = int(struct.unpack("<I", struct.pack("<f", value))[0])
     if _float32(value) == 0.0:
         bits = 0x80000001

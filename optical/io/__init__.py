@@ -1,1 +1,1 @@
-"""Files, settings and a record of the environment."""
+"""Files, configuration files and the recorded environment; this wing imports no other."""

@@ -1,28 +1,66 @@
-"""What someone needs to repeat a run: versions of packages and of this project."""
+"""Package versions and the commit that a run records, and imports of optional packages."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
+import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
+# Name on the package index; the import name is `optical`.
+DISTRIBUTION = "optical-ot"
+# Git sets these for hooks of the repository that it works in, which may not be ours.
+_GIT_OVERRIDES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or name the extra that installs it.
+
+    Args:
+        module: module to import, such as "ir_measures".
+        extra: extra of this distribution that installs it, such as "eval".
+        purpose: subject of the error message, in the singular, such as "evaluation".
+
+    Raises:
+        ImportError: the module cannot be imported.
+
+    Example:
+        >>> require("json", "eval", "this example").__name__
+        'json'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f'{purpose} needs {module}; install it with `pip install "{DISTRIBUTION}[{extra}]"`'
+        ) from error
+
 
 def environment() -> dict[str, Any]:
-    """Versions of the packages that shape results, and the project's commit where it has one."""
+    """Return the versions of Python and of the packages that affect results, and the commit."""
     packages = ("optical", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
     versions = {name: version(name) for name in packages}
     return {"python": sys.version.split()[0], "versions": versions, "commit": _commit()}
 
 
 def version(package: str) -> str:
-    """The version of an installed package, or "not installed"."""
+    """Return the version of an installed package, or "not installed"."""
     if package == "torch":
-        # With the build, +cpu or +cu130, which the metadata may lack.
+        # Includes the build, such as +cpu or +cu130, which the metadata may lack.
         return str(torch.__version__)
+    if package == "optical":
+        # The metadata may belong to another copy than the imported one. Imported by name because
+        # `optical.io` is below the package's face.
+        return str(importlib.import_module("optical").__version__)
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -30,10 +68,46 @@ def version(package: str) -> str:
 
 
 def _commit() -> str:
-    here = Path(__file__).parents[1]
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    """Return the commit of this checkout, or the one that pip installed from."""
+    return _checkout_commit() or _installed_commit() or "unknown (not a checkout)"
+
+
+def _checkout_commit() -> str:
+    """Return `git describe` of the checkout that holds this package, or "".
+
+    An installed copy may lie inside an unrelated repository, for example in a virtual environment
+    of a user's project. Only a repository whose top folder holds this package's ``pyproject.toml``
+    counts.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
+        project = (_CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
+        if not re.search(r'^name = "optical(-ot)?"', project, re.MULTILINE):
+            return ""
+        if not os.path.samefile(_git("rev-parse", "--show-toplevel"), _CHECKOUT):
+            return ""
+        return _git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
-        return "unknown (not a checkout)"
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_CHECKOUT), *arguments]
+    variables = {name: value for name, value in os.environ.items() if name not in _GIT_OVERRIDES}
+    process = subprocess.run(
+        command, capture_output=True, text=True, timeout=10, check=True, env=variables
+    )
+    return process.stdout.strip()
+
+
+def _installed_commit() -> str:
+    """Return the commit that pip installed this copy from (PEP 610, direct_url.json), or ""."""
+    try:
+        installed = metadata.distribution(DISTRIBUTION)
+        if Path(str(installed.locate_file("optical/io/environment.py"))).resolve() != (
+            _CHECKOUT / "optical/io/environment.py"
+        ):
+            return ""
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
+        return str(origin.get("vcs_info", {}).get("commit_id", ""))[:12]
+    except (metadata.PackageNotFoundError, ValueError):
+        return ""

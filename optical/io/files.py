@@ -1,4 +1,4 @@
-"""Files: text is UTF-8 or a one-line error, gzip is read everywhere, and writes never tear."""
+"""Text and JSON I/O: strict UTF-8, transparent gzip, atomic writes, locks and checksums."""
 
 from __future__ import annotations
 
@@ -17,13 +17,22 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 GZIP_MAGIC = b"\x1f\x8b"
+# Name of the file with the SHA-256 of the files beside it, written after them.
+CHECKSUMS = "checksums.json"
+# Messages of a full disk or quota: of the system, safetensors, numpy and PyTorch.
+DISK_FULL_PATTERNS = (
+    *("No space left on device", "Disk quota exceeded", "File too large"),
+    *(r"\d+ requested and \d+ written", r"unexpected pos \d+", "PytorchStreamWriter failed"),
+)
+
+
+# --- reading -------------------------------------------------------------------------------------
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its end) of a UTF-8 text file, plain or gzip.
 
-    The compression is recognised by the file's first bytes, not by its name. A byte-order mark is
-    dropped.
+    Compression is detected from the first bytes, not from the name. A byte-order mark is dropped.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -44,8 +53,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path}: is a folder, expected a text file")
     number = 0
     with open(path, "rb") as raw:
-        zipped = raw.peek(2)[:2] == GZIP_MAGIC
-        stream = gzip.GzipFile(fileobj=raw) if zipped else raw
+        compressed = raw.peek(2)[:2] == GZIP_MAGIC
+        stream = gzip.GzipFile(fileobj=raw) if compressed else raw
         try:
             for number, line in enumerate(stream, start=1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -53,26 +62,46 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path}:{number}: not UTF-8 (byte {error.start} of the line); convert it with "
-                f"`iconv -f LATIN1 -t UTF-8` or name the right file"
+                f"`iconv -f LATIN1 -t UTF-8` or choose another file"
             ) from None
         except (EOFError, OSError, zlib.error) as error:
-            if not zipped:
+            if not compressed:
                 raise
             raise ValueError(
-                f"{path}:{number + 1}: damaged gzip data ({error}); fetch or write the file again"
+                f"{path}:{number + 1}: damaged gzip data ({error}); download or write the file "
+                "again"
             ) from None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file that this package wrote.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged; the message names it and the remedy.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it, and the same command creates it again"
+        ) from None
+
+
+# --- atomic writing ------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open ``path`` for writing bytes so that it appears whole or not at all.
+    """Open ``path`` for writing bytes that appear at once when the block ends, or not at all.
 
-    What is written goes into a file beside ``path``, which takes its name only when the block ends
-    without an error: an interrupted program leaves an older file as it was, and never half a new
-    one. Missing folders are made.
+    The block writes a temporary file in the same folder, which is renamed to ``path`` if the block
+    ends without an error. An interrupted program therefore leaves an older file unchanged and never
+    a partial one. Missing folders are created.
 
     Raises:
-        OSError: the file cannot be written, on a full disk say; one line names it and says why.
+        OSError: the file cannot be written, for example on a full disk; one line names file and
+            cause.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -84,17 +113,19 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.fsync(raw.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        # Not even this may hide the error: under a file that stands for a folder it fails too.
+        # Cleaning up must not hide the error; it fails too if a parent of the path is a file.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and _concerns(error, path, temporary):
-            why = error.strerror or str(error)
-            raise OSError(f"{path} cannot be written ({why}); nothing there has changed") from error
+        if isinstance(error, OSError) and _is_write_error(error, path, temporary):
+            cause = error.strerror or str(error)
+            raise OSError(
+                f"{path} cannot be written ({cause}); nothing there has changed"
+            ) from error
         raise
 
 
-def _concerns(error: OSError, path: Path, temporary: Path) -> bool:
-    """Whether an error is about writing ``path``, not about a file that the block reads."""
+def _is_write_error(error: OSError, path: Path, temporary: Path) -> bool:
+    """Return whether an error concerns writing ``path``, not a file that the block reads."""
     if error.filename is None or error.filename == str(temporary):
         return True
     return Path(error.filename) in path.parents
@@ -102,11 +133,14 @@ def _concerns(error: OSError, path: Path, temporary: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_text(path: str | os.PathLike[str]) -> Iterator[TextIO]:
-    """Open ``path`` for writing text as :func:`atomic_file` does; ``.gz`` is compressed."""
+    """Open ``path`` for writing text as :func:`atomic_file` does; names in ``.gz`` are compressed.
+
+    Equal text gives equal compressed bytes.
+    """
     with atomic_file(path) as raw, contextlib.ExitStack() as stack:
         binary: Any = raw
         if Path(path).suffix == ".gz":
-            # No name and no time inside, so that equal content gives equal bytes.
+            # The gzip header would otherwise hold the name of the file and the time.
             packed = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
             binary = stack.enter_context(packed)
         text = io.TextIOWrapper(binary, encoding="utf-8", newline="\n")
@@ -116,7 +150,7 @@ def atomic_text(path: str | os.PathLike[str]) -> Iterator[TextIO]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file as a whole, as :func:`atomic_text` does."""
+    """Write a text file atomically, as :func:`atomic_text` does."""
     with atomic_text(path) as file:
         file.write(text)
 
@@ -126,26 +160,14 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file that this package wrote.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it is damaged; the message names it and says what to do.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); remove it, and the same command makes it anew"
-        ) from None
+# --- output folders ------------------------------------------------------------------------------
 
 
 def writable_folder(path: str | Path) -> Path:
-    """Return `path` as a folder that exists and can be written, made if it is not there.
+    """Return `path` as a writable folder, creating it if necessary.
 
     Raises:
-        OSError: with one line that names the folder and what is in the way.
+        OSError: the folder cannot be created or written; one line names it and the cause.
     """
     path = Path(path)
     try:
@@ -159,24 +181,15 @@ def writable_folder(path: str | Path) -> Path:
     return path
 
 
-# Holds the SHA-256 of the files beside it, and is written after them.
-CHECKSUMS = "checksums.json"
-# What libraries make of a full disk or quota: safetensors, numpy, and two of PyTorch's.
-FULL = (
-    *("No space left on device", "Disk quota exceeded", "File too large"),
-    *(r"\d+ requested and \d+ written", r"unexpected pos \d+", "PytorchStreamWriter failed"),
-)
-
-
 @contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from working in a folder that exists, as long as the block runs.
+def folder_lock(folder: str | Path) -> Iterator[None]:
+    """Lock an existing folder against other processes while the block runs.
 
-    The lock ends with the process, however it ends. Where the file system has no locks, there is
-    none.
+    The lock is released when the process ends, however it ends. Without support for locks in the
+    file system, this does nothing.
 
     Raises:
-        ValueError: another process works there; the message says which.
+        ValueError: another process holds the lock; the message names it.
     """
     try:
         import fcntl
@@ -187,24 +200,24 @@ def locked(folder: str | Path) -> Iterator[None]:
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            # Not flock: a child that outlives a killed process would keep that lock.
+            # lockf, not flock: a child that outlives a killed process would keep a flock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            other = file.read().strip() or "another process"
+            holder = file.read().strip() or "another process"
             file.close()
             raise ValueError(
-                f"{folder}: {other} is working in this folder; wait for it, or choose another one"
+                f"{folder}: {holder} is working in this folder; wait for it, or choose another one"
             ) from None
         except OSError:
             break
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
-        # The one before removed the file between our opening and our locking it.
+        # The previous holder removed the file after it was opened and before it was locked here.
         file.close()
     try:
-        # Best effort: on a full disk the lock holds all the same.
+        # Best effort: on a full disk the lock holds without the name of its holder.
         with contextlib.suppress(OSError):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -217,26 +230,29 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def enough_space(folder: str | Path) -> Iterator[None]:
-    """Turn what libraries make of a full disk into one line.
+def disk_full_errors(folder: str | Path) -> Iterator[None]:
+    """Convert the errors that libraries raise on a full disk into a one-line OSError.
 
     Raises:
-        OSError: the disk was full; the message names the folder and says what to do.
+        OSError: the disk was full; the message names the folder and the remedy.
     """
     try:
         yield
     except Exception as error:
-        if not any(re.search(sign, str(error)) for sign in FULL):
+        if not any(re.search(pattern, str(error)) for pattern in DISK_FULL_PATTERNS):
             raise
-        what = str(error).splitlines()[0]
+        cause = str(error).splitlines()[0]
         raise OSError(
-            f"{folder}: no room to write ({what}); free some space and continue: what was "
-            "finished is kept"
+            f"{folder}: no room to write ({cause}); free some space and continue: finished work "
+            "is kept"
         ) from error
 
 
+# --- checksums -----------------------------------------------------------------------------------
+
+
 def checksum(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -244,18 +260,18 @@ def checksum(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def seal(folder: str | Path, patterns: tuple[str, ...]) -> None:
-    """Write the checksums of the files in a folder that fit one of the patterns."""
+def write_checksums(folder: str | Path, patterns: tuple[str, ...]) -> None:
+    """Write ``checksums.json`` for the files below a folder that match one of the patterns."""
     folder = Path(folder)
-    found = sorted({path for pattern in patterns for path in folder.rglob(pattern)})
-    sums = {path.relative_to(folder).as_posix(): checksum(path) for path in found}
+    paths = sorted({path for pattern in patterns for path in folder.rglob(pattern)})
+    sums = {path.relative_to(folder).as_posix(): checksum(path) for path in paths}
     write_json(folder / CHECKSUMS, sums)
 
 
-def damaged(folder: str | Path) -> str | None:
-    """Name of a file that is not what it was when the folder was sealed, or None.
+def find_damaged(folder: str | Path) -> str | None:
+    """Return the name of a file that does not match the folder's checksums, or None.
 
-    A folder without checksums has none to differ from.
+    A folder without checksums counts as undamaged.
     """
     folder = Path(folder)
     try:

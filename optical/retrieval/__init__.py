@@ -1,4 +1,4 @@
-"""Exact MaxSim search, BM25, indexes, evaluation and significance tests."""
+"""Exact MaxSim search, BM25, persistent indexes, evaluation and significance tests."""
 
 from optical.retrieval.bm25 import search_bm25
 from optical.retrieval.evaluation import Evaluation, compare, evaluate

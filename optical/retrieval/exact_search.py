@@ -1,19 +1,21 @@
-"""Exact late-interaction search: every document is scored for every query, in bounded memory.
+"""Exact late-interaction search: MaxSim of every query with every document, in bounded memory.
 
 The score is MaxSim (Khattab and Zaharia, SIGIR 2020, ColBERT): for token vectors q_i of the query
 and d_j of the document,
 
     score = sum_i max_j q_i . d_j
 
-Vectors come from a :class:`sentence_transformers.MultiVectorEncoder`, which decides what counts as
-a token (prompts, [MASK] expansion, skip lists) and whether vectors have unit length. This is for
-collections that fit an exhaustive search, about 10^5 to 10^6 documents; their vectors may be kept
-in files or in a database, see :mod:`optical.retrieval.index`.
+Vectors come from a :class:`sentence_transformers.MultiVectorEncoder`, which decides which tokens
+are scored (prompts, [MASK] expansion, skip lists) and whether vectors have unit length. Exhaustive
+search suits collections of about 10^5 to 10^6 documents. :mod:`optical.retrieval.index` keeps their
+vectors in files or in a database.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,15 +24,8 @@ from torch import Tensor
 
 from optical.data.collection import Collection
 from optical.data.trec import Run
-from optical.models.encoding import (
-    TokenVectors,
-    _require_positive,
-    _steps,
-    _unpack,
-    cut_texts,
-    encode,
-)
-from optical.retrieval.maxsim import rank
+from optical.models.encoding import TokenVectors, encode, encode_passages
+from optical.retrieval.maxsim import EncodedText, rank
 
 logger = logging.getLogger("optical")
 
@@ -51,31 +46,31 @@ def search(
 ) -> Run:
     """Search a collection exhaustively by MaxSim and return the best ``depth`` documents per query.
 
-    Documents are encoded in batches, scored, and forgotten, so a collection is limited by the text
-    that fits in memory, not by its vectors. Documents with the same text are encoded once.
+    Documents are encoded and scored in batches whose vectors are then discarded, so only the texts
+    of a collection must fit in memory. Documents with the same text are encoded once.
 
     Args:
         model: a ``MultiVectorEncoder``; encodes queries, and documents without ``document_model``.
-        collection: what to search, see :func:`optical.data.collection.load_collection`.
-        depth: documents kept per query.
-        batch_size: texts in one forward pass.
-        chunk_elements: largest number of (query token, document token) similarities held at once;
-            ``None`` is 2 million on a CPU, 134 million elsewhere. One document is never divided.
-        document_model: a second ``MultiVectorEncoder`` for the documents: a student's queries can
-            search the index of its teacher. Both must give vectors of the same dimension.
-        query_vectors: the queries as :func:`encode` gave them before, in the collection's order,
-            which spares encoding them; None encodes them.
-        passage_length: cut documents into passages of so many tokens (None: documents are read to
-            the model's limit); a document scores as its best passage does (MaxP).
-        passage_stride: tokens from the begin of one passage to the next; half the length by
-            default.
-        device: where to encode and score; ``None`` leaves the models where they are.
-        progress: show a bar over documents, or where no terminal is, a line now and then.
+        collection: see :func:`optical.data.collection.load_collection`.
+        depth: documents returned per query.
+        batch_size: texts per forward pass.
+        chunk_elements: maximum number of (query token, document token) similarities in memory;
+            ``None`` is 2 million on a CPU and 134 million elsewhere. A document is never divided.
+        document_model: a second ``MultiVectorEncoder`` for the documents, so that a student's
+            queries can search its teacher's index. Both need vectors of the same dimension.
+        query_vectors: the encoded queries, in the collection's order; None encodes them.
+        passage_length: cut documents into passages of this many tokens; the score of a document is
+            that of its best passage (MaxP). None truncates documents at the model's limit.
+        passage_stride: tokens between the starts of neighbouring passages; the default is half of
+            ``passage_length``.
+        device: device to encode and score on; ``None`` leaves the models where they are.
+        progress: show a progress bar over documents, or log progress if there is no terminal.
 
     Returns:
         Query id -> document id -> float32 score, best first, in the order of
-        :func:`optical.data.trec.ranked`. A document without tokens has
-        :data:`EMPTY_DOCUMENT_SCORE`; a query without tokens has no documents (logged).
+        :func:`optical.data.trec.ranked`. A document without tokens scores
+        :data:`optical.retrieval.maxsim.EMPTY_DOCUMENT_SCORE`. A query without tokens retrieves no
+        document, and a warning is logged.
 
     Raises:
         ValueError: dimensions of queries and documents differ, ``depth``, ``batch_size`` or
@@ -104,24 +99,29 @@ def search(
             f"query_vectors: of {len(queries)} texts, but the collection has "
             f"{len(collection.queries)} queries"
         )
-
-    # Equal texts must have equal scores, which rounding in two batches would prevent.
-    owners: dict[str, list[str]] = {}
+    # Duplicates are encoded once: rounding in different batches could give them unequal scores.
+    ids_by_text: dict[str, list[str]] = {}
     for docid, text in collection.documents.items():
-        owners.setdefault(text, []).append(docid)
-    texts = sorted(owners, key=len, reverse=True)
+        ids_by_text.setdefault(text, []).append(docid)
+    texts = sorted(ids_by_text, key=len, reverse=True)
 
-    def batches() -> Iterator[tuple[list[list[str]], list[list[Tensor]]]]:
-        for start in _steps(len(texts), batch_size, progress):
+    def batches() -> Iterator[list[EncodedText]]:
+        for start in _batch_starts(len(texts), batch_size, progress):
             batch = texts[start : start + batch_size]
-            cut = cut_texts(batch, document_model, passage_length, passage_stride)
-            pieces = [piece for text in cut for piece in text]
-            vectors = encode(
-                document_model, pieces, "document", batch_size=batch_size, device=device
+            tokens, counts = encode_passages(
+                document_model,
+                batch,
+                passage_length=passage_length,
+                passage_stride=passage_stride,
+                batch_size=batch_size,
+                device=device,
             )
-            _require_same_dimension(queries.dim, vectors.dim)
-            split = iter(vectors.split())
-            yield [owners[text] for text in batch], [[next(split) for _ in text] for text in cut]
+            _require_same_dimension(queries.dim, tokens.dim)
+            vectors = iter(tokens.split())
+            yield [
+                EncodedText(ids_by_text[text], [next(vectors) for _ in range(count)])
+                for text, count in zip(batch, counts, strict=True)
+            ]
 
     return rank(
         list(collection.queries), queries, list(collection.documents), batches(),
@@ -137,13 +137,14 @@ def search_vectors(
     chunk_elements: int | None = None,
     device: str | torch.device | None = None,
 ) -> Run:
-    """Search like :func:`search`, over vectors that exist: an index that many models share.
+    """Search like :func:`search`, over vectors that are already encoded.
 
     Args:
-        queries: query id -> (tokens, dim), or the pair of ids and :func:`encode`'s result.
+        queries: query id -> (tokens, dim), or the pair of ids and the result of
+            :func:`optical.models.encoding.encode`.
         documents: the same for documents.
         depth, chunk_elements: as in :func:`search`.
-        device: where to score; ``None`` is where the queries are. Documents are moved in tiles.
+        device: device to score on; ``None`` is that of the queries. Documents are moved in tiles.
 
     Raises:
         ValueError: as in :func:`search`, or ids and vectors differ in number.
@@ -155,25 +156,65 @@ def search_vectors(
         {'a': 2.0, 'b': 1.0}
     """
     _require_positive(depth=depth, chunk_elements=chunk_elements)
-    query_ids, query_vectors = _unpack(queries, "queries")
-    document_ids, document_vectors = _unpack(documents, "documents")
+    query_ids, query_vectors = _ids_and_vectors(queries, "queries")
+    document_ids, document_vectors = _ids_and_vectors(documents, "documents")
     if len(query_vectors) and len(document_vectors):
         _require_same_dimension(query_vectors.dim, document_vectors.dim)
     target = query_vectors.vectors.device if device is None else torch.device(device)
     pieces = document_vectors.split()
-    # Neighbours of similar length make tiles with little padding.
+    # Neighbours of similar length keep the padding of a tile low.
     order = sorted(range(len(pieces)), key=lambda index: len(pieces[index]), reverse=True)
 
-    def batches() -> Iterator[tuple[list[list[str]], list[list[Tensor]]]]:
+    def batches() -> Iterator[list[EncodedText]]:
         for start in range(0, len(order), 256):
-            chosen = order[start : start + 256]
-            yield [[document_ids[i]] for i in chosen], [[pieces[i].to(target)] for i in chosen]
+            batch = order[start : start + 256]
+            yield [EncodedText([document_ids[i]], [pieces[i].to(target)]) for i in batch]
 
     moved = TokenVectors(query_vectors.vectors.to(target), query_vectors.lengths)
     return rank(
         query_ids, moved, document_ids, batches(),
         depth=depth, chunk_elements=chunk_elements, device=target,
     )  # fmt: skip
+
+
+def _ids_and_vectors(
+    texts: Mapping[str, Tensor] | tuple[Sequence[str], TokenVectors], name: str
+) -> tuple[list[str], TokenVectors]:
+    if isinstance(texts, Mapping):
+        pieces = list(texts.values())
+        lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
+        vectors = torch.cat(pieces).float() if pieces else torch.zeros(0, 0)
+        return list(texts), TokenVectors(vectors, lengths)
+    ids, tokens = texts
+    if len(ids) != len(tokens):
+        raise ValueError(f"{name}: {len(ids)} ids but vectors of {len(tokens)} texts")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"{name}: an id appears a second time; ids must be unique")
+    return list(ids), tokens
+
+
+def _batch_starts(total: int, size: int, progress: bool) -> Iterator[int]:
+    """Yield the start of each batch, with a progress bar or a log record every 20 seconds."""
+    starts = range(0, total, size)
+    if not progress:
+        yield from starts
+    elif sys.stderr.isatty():
+        from tqdm.auto import tqdm  # installed with sentence-transformers
+
+        yield from tqdm(starts, desc="Searching", unit="batch")
+    else:
+        logged = time.monotonic()
+        for start in starts:
+            yield start
+            if time.monotonic() - logged > 20:
+                logged = time.monotonic()
+                logger.info("searched %d of %d texts", min(start + size, total), total)
+
+
+def _require_positive(**arguments: int | None) -> None:
+    for name, value in arguments.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}")
 
 
 def _require_same_dimension(queries: int, documents: int) -> None:

@@ -1,33 +1,32 @@
-"""Token vectors of a collection that outlive the process: in files, or in a vector database.
+"""Persistent indexes of token vectors: sharded files or LanceDB.
 
-Both are written in pieces and searched in pieces, so that neither texts nor vectors need to fit in
-memory; an interrupted writing goes on where it stopped. Files hold every vector as it is and are
-searched exhaustively, as :func:`optical.retrieval.exact_search.search` does. The database is LanceDB, which knows
-MaxSim by itself: a folder, or an address of its server or of an object store, by the same code.
+Both are written and searched in parts, so neither texts nor vectors need to fit in memory, and an
+interrupted write resumes. A file index is a token store (:mod:`optical.models.token_store`) and is
+searched exhaustively, as by :func:`optical.retrieval.exact_search.search`. LanceDB implements
+MaxSim itself and accepts a folder, the address of its server, or an object store.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from optical.data.trec import Run, ranked
-from optical.io.files import atomic_file, checksum, read_json, writable_folder, write_json
-from optical.models.encoding import TokenVectors, cut_texts, encode
-from optical.retrieval.maxsim import rank
+from optical.io.environment import require
+from optical.models.encoding import TokenVectors, encode_passages
+from optical.models.token_store import StoreWriter, read_ids, read_shard, read_store
+from optical.retrieval.maxsim import EncodedText, rank
 
 logger = logging.getLogger("optical")
 
-TABLE, PASSAGES = "documents", "passages"
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
+_TABLE = "documents"
+# Key of the table's metadata that records how documents were cut.
+_PASSAGES = "passages"
 
 
 def write_index(
@@ -42,104 +41,75 @@ def write_index(
     passage_length: int | None = None,
     passage_stride: int | None = None,
 ) -> Path:
-    """Encode texts and keep their vectors in files, a few thousand texts at a time.
+    """Encode texts and write their vectors as a token store.
 
-    Each ``00000.safetensors`` has the tensors ``vectors`` (tokens, dim) and ``lengths`` (rows,),
-    and in its metadata the ``ids`` of the rows, one a line: a text has one row, or one for each of
-    its passages, next to each other. ``index.json`` lists the files with their SHA-256 and is
-    written last. Files of an interrupted writing of the same texts are kept.
+    Whole shards of an interrupted write of the same texts are kept.
 
     Args:
         model: a ``MultiVectorEncoder``.
-        documents: (id, text) pairs, read once; ids are unique and have no white space.
-        folder: where to write.
+        documents: (id, text) pairs, read once; ids are unique and contain no white space.
+        folder: folder of the index.
         role: "query" or "document", how the model reads the texts.
         precision: "float32", or "float16" for half the size.
-        batch_size, shard_texts: texts in one forward pass, and in one file.
-        passage_length, passage_stride: cut documents, as in :func:`optical.retrieval.exact_search.search`.
+        batch_size: texts per forward pass.
+        shard_texts: texts per file.
+        passage_length, passage_stride: cut documents into passages, see
+            :func:`optical.retrieval.exact_search.search`.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: no text; or the folder holds vectors of other texts, role, precision or
             passages.
         OSError: the folder cannot be written.
     """
-    from safetensors.torch import save
-
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: {precision!r}, expected 'float32' or 'float16'")
-    folder = writable_folder(folder)
-    made = {"role": role, "precision": precision, "dimension": model.get_embedding_dimension()}
+    options = {"role": role, "precision": precision, "dimension": model.get_embedding_dimension()}
     if passage_length is not None:
-        made["passages"] = [passage_length, passage_stride]
-    files: dict[str, str] = {}
+        options["passages"] = [passage_length, passage_stride]
+    store = StoreWriter(folder, options)
     total = 0
     for number, (ids, texts) in enumerate(_chunks(documents, shard_texts)):
-        path = folder / f"{number:05d}.safetensors"
-        key = hashlib.sha256(json.dumps([made, ids, texts]).encode()).hexdigest()
-        if path.exists():
-            if _metadata(path).get("key") != key:
-                raise ValueError(
-                    f"{path}: vectors of other texts or options; choose another folder"
-                )
-        else:
-            pieces = cut_texts(texts, model, passage_length, passage_stride)
-            owners, found = _encode_rows(model, ids, pieces, role, batch_size)
-            tensors = {"vectors": found.vectors.cpu().to(PRECISIONS[precision])}
-            tensors["lengths"] = found.lengths
-            with atomic_file(path) as file:
-                file.write(save(tensors, metadata={"key": key, "ids": "\n".join(owners)}))
-        files[path.name] = checksum(path)
+        if not store.is_written(number, [ids, texts]):
+            row_ids, tokens = _encode_rows(
+                model, ids, texts, role, batch_size, passage_length, passage_stride
+            )
+            store.write(number, [ids, texts], row_ids, tokens)
         total += len(ids)
-        logger.info("%s: %d documents", folder, total)
-    if not files:
+        logger.info("%s: %d documents", store.folder, total)
+    if not total:
         raise ValueError("documents: none given; expected at least one")
-    index = {**made, "documents": total, "files": files}
-    write_json(folder / "index.json", index)
-    return folder
+    return store.finish(total)
 
 
 class FileIndex:
-    """What :func:`write_index` wrote: searched file by file, one in memory at a time.
+    """Exhaustive search in the files of :func:`write_index`, with one shard in memory at a time.
 
     Args:
-        folder: of the index.
-        verify: compare every file with its checksum first, which reads them whole.
+        folder: folder of the index.
+        verify: compare every file with its checksum first, which reads all of them.
 
     Raises:
-        ValueError: the folder holds no finished index, or a file does not fit its checksum.
+        ValueError: the folder holds no finished index, or a file does not match its checksum.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
         self.folder = Path(folder)
-        try:
-            made = read_json(self.folder / "index.json")
-            self.files: dict[str, str] = made["files"]
-        except (OSError, ValueError, KeyError):
-            raise ValueError(
-                f"{folder}: no finished index of token vectors; write it first"
-            ) from None
-        self.dimension: int = made["dimension"]
-        for name, digest in self.files.items():
-            if verify and checksum(self.folder / name) != digest:
-                raise ValueError(
-                    f"{self.folder / name}: does not fit its checksum; remove it and write the "
-                    "index again"
-                )
-        # The rows of a document's passages are neighbours.
-        names = (self.folder / name for name in self.files)
-        self.ids = [key for name in names for key, _ in itertools.groupby(_ids(name))]
+        index = read_store(self.folder, verify=verify)
+        self.files: dict[str, str] = index["files"]
+        self.dimension: int = index["dimension"]
+        # The passages of a document are neighbouring rows.
+        paths = (self.folder / name for name in self.files)
+        self.ids = [key for path in paths for key, _ in itertools.groupby(read_ids(path))]
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def shards(self) -> Iterator[tuple[list[str], TokenVectors]]:
-        """The rows of each file, in order: their documents' ids, and vectors."""
-        from safetensors.torch import load_file
-
+        """Yield the document ids and float32 vectors of each file's rows, in order."""
         for name in self.files:
-            tensors = load_file(self.folder / name)
-            found = TokenVectors(tensors["vectors"].float(), tensors["lengths"])
-            yield _ids(self.folder / name), found
+            ids, tokens = read_shard(self.folder / name)
+            yield ids, TokenVectors(tokens.vectors.float(), tokens.lengths)
 
     def search(
         self,
@@ -149,33 +119,33 @@ class FileIndex:
         depth: int = 1000,
         chunk_elements: int | None = None,
     ) -> Run:
-        """Search like :func:`optical.retrieval.exact_search.search_vectors`, with a line of progress in the log."""
+        """Search like :func:`optical.retrieval.exact_search.search_vectors`; progress is logged."""
         target = queries.vectors.device
-
-        def batches() -> Iterator[tuple[list[list[str]], list[list[Tensor]]]]:
-            seen = 0
-            for ids, found in self.shards():
-                rows = itertools.groupby(zip(ids, found.split(), strict=True), lambda row: row[0])
-                texts = [(key, [piece for _, piece in text]) for key, text in rows]
-                # Neighbours of similar length make tiles with little padding.
-                texts.sort(key=lambda text: len(text[1][0]), reverse=True)
-                for start in range(0, len(texts), 256):
-                    chosen = texts[start : start + 256]
-                    pieces = [[piece.to(target) for piece in text] for _, text in chosen]
-                    yield [[key] for key, _ in chosen], pieces
-                seen += len(texts)
-                logger.info("%s: %d of %d documents searched", self.folder, seen, len(self))
-
         return rank(
-            query_ids, queries, self.ids, batches(),
+            query_ids, queries, self.ids, self._batches(target),
             depth=depth, chunk_elements=chunk_elements, device=target,
         )  # fmt: skip
+
+    def _batches(self, target: torch.device) -> Iterator[list[EncodedText]]:
+        searched = 0
+        for ids, tokens in self.shards():
+            rows = itertools.groupby(zip(ids, tokens.split(), strict=True), lambda row: row[0])
+            texts = [(key, [vectors for _, vectors in text]) for key, text in rows]
+            # Neighbours of similar length keep the padding of a tile low.
+            texts.sort(key=lambda text: len(text[1][0]), reverse=True)
+            for start in range(0, len(texts), 256):
+                yield [
+                    EncodedText([key], [vectors.to(target) for vectors in passages])
+                    for key, passages in texts[start : start + 256]
+                ]
+            searched += len(texts)
+            logger.info("%s: %d of %d documents searched", self.folder, searched, len(self))
 
 
 def write_database(
     model: Any,
     documents: Iterable[tuple[str, str]],
-    place: str | Path,
+    location: str | Path,
     *,
     role: str = "document",
     batch_size: int = 32,
@@ -183,178 +153,199 @@ def write_database(
     passage_length: int | None = None,
     passage_stride: int | None = None,
 ) -> int:
-    """Encode texts into a database of LanceDB; documents whose ids it has already stay as they are.
+    """Encode texts into a LanceDB database; documents whose ids it already holds are skipped.
 
     A document has one row, or one for each of its passages.
 
     Args:
         model: a ``MultiVectorEncoder`` whose vectors have unit length.
         documents: (id, text) pairs, read once.
-        place: a folder, or an address that ``lancedb.connect`` understands: ``s3://bucket/name`` or
-            ``db://name``.
+        location: a folder, or an address that ``lancedb.connect`` understands:
+            ``s3://bucket/name`` or ``db://name``.
         role: "query" or "document", how the model reads the texts.
-        batch_size, chunk_texts: texts in one forward pass, and in one transaction.
-        passage_length, passage_stride: cut documents, as in :func:`optical.retrieval.exact_search.search`.
+        batch_size: texts per forward pass.
+        chunk_texts: texts per transaction.
+        passage_length, passage_stride: cut documents into passages, see
+            :func:`optical.retrieval.exact_search.search`.
 
     Returns:
-        How many documents were added. Documents without tokens cannot be found and are left out.
+        Number of documents added. Documents without tokens cannot be retrieved and are left out.
 
     Raises:
-        ImportError: LanceDB is missing: ``pip install "optical[index]"``.
-        ValueError: vectors are not of unit length, or of another size than those in the database,
-            or its documents are cut in another way.
+        ImportError: LanceDB is not installed (extra ``index``).
+        ValueError: the vectors are not of unit length, or their size or the passage settings differ
+            from those of the database.
     """
-    import pyarrow
-
-    size = model.get_embedding_dimension()
-    vector = pyarrow.list_(pyarrow.list_(pyarrow.float32(), size))
-    cut = f"{passage_length} {passage_stride}"
-    fields = [("id", pyarrow.string()), ("vector", vector)]
-    schema = pyarrow.schema(fields, metadata={PASSAGES: cut})
-    database = _connect(place)
-    try:
-        table = database.open_table(TABLE)
-    except (ValueError, FileNotFoundError):
-        table = database.create_table(TABLE, schema=schema)
-    held = table.schema.field("vector").type.value_type.list_size
-    if held != size:
-        raise ValueError(f"{place}: vectors of size {held}, the model makes them of size {size}")
-    before = (table.schema.metadata or {}).get(PASSAGES.encode(), b"None None").decode()
-    if before != cut:
-        raise ValueError(
-            f"{place}: its documents have passage_length and passage_stride {before}, now {cut}; "
-            "expected the same"
-        )
-    known = _documents(table)
+    table = _open_or_create(
+        location, model.get_embedding_dimension(), f"{passage_length} {passage_stride}"
+    )
+    known_ids = _document_ids(table)
     added = 0
-    new = ((key, text) for key, text in documents if key not in known)
+    new = ((key, text) for key, text in documents if key not in known_ids)
     for ids, texts in _chunks(new, chunk_texts):
-        pieces = cut_texts(texts, model, passage_length, passage_stride)
-        owners, found = _encode_rows(model, ids, pieces, role, batch_size)
-        _require_unit(found)
-        kept = [
-            (key, piece.cpu().numpy())
-            for key, piece in zip(owners, found.split(), strict=True)
-            if len(piece)
-        ]
-        rows = {"id": [key for key, _ in kept], "vector": [list(piece) for _, piece in kept]}
-        table.add(pyarrow.table(rows, schema=table.schema))
-        added += len({key for key, _ in kept})
-        logger.info("%s: %d documents added", place, added)
+        row_ids, tokens = _encode_rows(
+            model, ids, texts, role, batch_size, passage_length, passage_stride
+        )
+        _require_unit_length(tokens)
+        added += _add_rows(table, row_ids, tokens)
+        logger.info("%s: %d documents added", location, added)
     return added
 
 
+def _open_or_create(location: str | Path, dimension: int, passages: str) -> Any:
+    """Open the table of documents, or create it, and check its dimension and passage settings."""
+    pyarrow: Any = require("pyarrow", "index", "an index in LanceDB")
+    vector = pyarrow.list_(pyarrow.list_(pyarrow.float32(), dimension))
+    fields = [("id", pyarrow.string()), ("vector", vector)]
+    schema = pyarrow.schema(fields, metadata={_PASSAGES: passages})
+    database = _connect(location)
+    try:
+        table = database.open_table(_TABLE)
+    except (ValueError, FileNotFoundError):
+        table = database.create_table(_TABLE, schema=schema)
+    stored_dimension = _dimension(table)
+    if stored_dimension != dimension:
+        raise ValueError(
+            f"{location}: vectors of size {stored_dimension}, the model makes them of size "
+            f"{dimension}"
+        )
+    stored_passages = (table.schema.metadata or {}).get(_PASSAGES.encode(), b"None None").decode()
+    if stored_passages != passages:
+        raise ValueError(
+            f"{location}: its documents have passage_length and passage_stride {stored_passages}, "
+            f"now {passages}; expected the same"
+        )
+    return table
+
+
+def _add_rows(table: Any, ids: Sequence[str], tokens: TokenVectors) -> int:
+    """Add the rows that have tokens in one transaction and return their number of documents."""
+    import pyarrow
+
+    rows = [
+        (key, vectors.cpu().numpy())
+        for key, vectors in zip(ids, tokens.split(), strict=True)
+        if len(vectors)
+    ]
+    columns = {"id": [key for key, _ in rows], "vector": [list(vectors) for _, vectors in rows]}
+    table.add(pyarrow.table(columns, schema=table.schema))
+    return len({key for key, _ in rows})
+
+
 class LanceIndex:
-    """A database that :func:`write_database` wrote; it searches by itself.
+    """Search in a database of :func:`write_database` by LanceDB's own MaxSim.
 
     Raises:
-        ImportError: LanceDB is missing.
+        ImportError: LanceDB is not installed (extra ``index``).
         ValueError: there is no such database.
     """
 
-    def __init__(self, place: str | Path) -> None:
-        self.place = str(place)
-        database = _connect(place)
+    def __init__(self, location: str | Path) -> None:
+        self.location = str(location)
+        database = _connect(location)
         try:
-            self.table = database.open_table(TABLE)
+            self.table = database.open_table(_TABLE)
         except (ValueError, FileNotFoundError):
-            raise ValueError(f"{place}: no index of token vectors; write it first") from None
-        self.dimension: int = self.table.schema.field("vector").type.value_type.list_size
+            raise ValueError(f"{location}: no index of token vectors; write it first") from None
+        self.dimension: int = _dimension(self.table)
 
     def __len__(self) -> int:
-        return len(_documents(self.table))
+        return len(_document_ids(self.table))
 
     def search(self, query_ids: Sequence[str], queries: TokenVectors, *, depth: int = 1000) -> Run:
         """Return the best ``depth`` documents of each query, like ``search_vectors``.
 
-        A document scores as its best passage does.
+        The score of a document is that of its best passage.
 
-        Exhaustive, and so exact up to rounding, unless an approximate index was made on the table
-        (``LanceIndex(place).table.create_index(metric="cosine", vector_column_name="vector")``).
+        The search is exhaustive, and so exact up to rounding, unless the table has an approximate
+        index (``LanceIndex(location).table.create_index(metric="cosine",
+        vector_column_name="vector")``).
         """
-        _require_unit(queries)
+        _require_unit_length(queries)
         run: Run = {}
-        for key, piece in zip(query_ids, queries.split(), strict=True):
-            # The distance of a query is the sum over its tokens of 1 - the best cosine.
-            nearest = self._nearest(piece.cpu().numpy(), depth) if len(piece) else {}
-            run[key] = dict(ranked({name: len(piece) - far for name, far in nearest.items()}))
+        for key, vectors in zip(query_ids, queries.split(), strict=True):
+            # LanceDB's distance is the sum over query tokens of 1 - the best cosine.
+            nearest = self._nearest(vectors.cpu().numpy(), depth) if len(vectors) else {}
+            run[key] = dict(
+                ranked({docid: len(vectors) - distance for docid, distance in nearest.items()})
+            )
         return run
 
     def _nearest(self, query: Any, depth: int) -> dict[str, float]:
-        """The nearest documents and their distances: the nearest rows until there are enough."""
+        """Return `depth` documents and their distances, asking for more rows until there are."""
         limit, total = depth, self.table.count_rows()
         while True:
-            asked = self.table.search(query, vector_column_name="vector").distance_type("cosine")
-            found: dict[str, float] = {}
-            # Rows come by their distance: the first of a document is its best passage.
-            for row in asked.limit(limit).select(["id", "_distance"]).to_list():
-                found.setdefault(row["id"], row["_distance"])
-            if len(found) >= depth or limit >= total:
-                return dict(itertools.islice(found.items(), depth))
+            request = self.table.search(query, vector_column_name="vector").distance_type("cosine")
+            distances: dict[str, float] = {}
+            # Rows are ordered by distance, so a document's first row is its best passage.
+            for row in request.limit(limit).select(["id", "_distance"]).to_list():
+                distances.setdefault(row["id"], row["_distance"])
+            if len(distances) >= depth or limit >= total:
+                return dict(itertools.islice(distances.items(), depth))
             limit *= 4
 
 
-def open_index(place: str | Path) -> FileIndex | LanceIndex:
-    """Open the files or the database at a place."""
-    if (Path(place) / "index.json").is_file():
-        return FileIndex(place)
-    if "://" not in str(place) and not Path(place).is_dir():
-        raise ValueError(f"{place}: no such folder; write the index first")
-    return LanceIndex(place)
+def open_index(location: str | Path) -> FileIndex | LanceIndex:
+    """Open a file index or a database.
+
+    Raises:
+        ImportError: ``location`` is no file index, and LanceDB is not installed (extra ``index``).
+        ValueError: there is no index.
+    """
+    if (Path(location) / "index.json").is_file():
+        return FileIndex(location)
+    if "://" not in str(location) and not Path(location).is_dir():
+        raise ValueError(f"{location}: no such folder; write the index first")
+    return LanceIndex(location)
 
 
-def _documents(table: Any) -> set[str]:
+def _connect(location: str | Path) -> Any:
+    return require("lancedb", "index", "an index in LanceDB").connect(str(location))
+
+
+def _dimension(table: Any) -> int:
+    return int(table.schema.field("vector").type.value_type.list_size)
+
+
+def _document_ids(table: Any) -> set[str]:
     return set(table.search().select(["id"]).to_arrow().column("id").to_pylist())
-
-
-def _connect(place: str | Path) -> Any:
-    try:
-        import lancedb
-    except ImportError:
-        raise ImportError(
-            'an index in a database needs LanceDB: pip install "optical[index]"'
-        ) from None
-    return lancedb.connect(str(place))
 
 
 def _chunks(
     documents: Iterable[tuple[str, str]], size: int
 ) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield ids and texts of the next `size` documents at a time."""
     source = iter(documents)
-    while part := list(itertools.islice(source, size)):
-        yield [key for key, _ in part], [text for _, text in part]
+    while chunk := list(itertools.islice(source, size)):
+        yield [key for key, _ in chunk], [text for _, text in chunk]
 
 
 def _encode_rows(
-    model: Any, ids: Sequence[str], pieces: Sequence[Sequence[str]], role: str, batch_size: int
+    model: Any,
+    ids: Sequence[str],
+    texts: Sequence[str],
+    role: str,
+    batch_size: int,
+    passage_length: int | None,
+    passage_stride: int | None,
 ) -> tuple[list[str], TokenVectors]:
-    """The rows of some documents, one for each piece of their texts: whose it is, and vectors."""
-    owners = [key for key, text in zip(ids, pieces, strict=True) for _ in text]
-    flat = [one for text in pieces for one in text]
-    return owners, encode(model, flat, role, batch_size=batch_size)
+    """Encode the passages of some documents: the document id and the vectors of each."""
+    tokens, counts = encode_passages(
+        model,
+        texts,
+        role,
+        passage_length=passage_length,
+        passage_stride=passage_stride,
+        batch_size=batch_size,
+    )
+    row_ids = [key for key, count in zip(ids, counts, strict=True) for _ in range(count)]
+    return row_ids, tokens
 
 
-def _require_unit(found: TokenVectors) -> None:
-    length = torch.linalg.vector_norm(found.vectors, dim=-1)
-    if len(length) and (length - 1).abs().max() > 1e-3:
+def _require_unit_length(tokens: TokenVectors) -> None:
+    norms = torch.linalg.vector_norm(tokens.vectors, dim=-1)
+    if len(norms) and (norms - 1).abs().max() > 1e-3:
         raise ValueError(
             "the vectors are not of unit length, and the database compares by cosine; end the "
-            "model in a Normalize module, or keep the index in files"
+            "model in a Normalize module, or use a file index"
         )
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
-
-    reader: Any = safe_open
-    try:
-        with reader(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error}); remove it and write it again"
-        ) from None
-
-
-def _ids(path: Path) -> list[str]:
-    return _metadata(path)["ids"].split("\n")

@@ -55,7 +55,7 @@ class LexiconConfig:
         bitext: files of parallel sentences.
         arm: whose transport plans give the table; "" learns it by IBM model 1.
         max_pairs: the first so many pairs of each file; all when None.
-        least_probability, least_count: see ``optical.data.lexicon.induce``.
+        least_probability, least_count: see ``optical.data.lexicon.induce_lexicon``.
     """
 
     bitext: list[str] = field(default_factory=list)

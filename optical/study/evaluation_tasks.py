@@ -94,7 +94,7 @@ class Measuring(Places):
         self, arm: ArmConfig, collection: Collection, language: str, role: str
     ) -> Collection:
         """The collection with the texts that the arm reads: translated, or as they are."""
-        from optical.data.lexicon import inverted, read_lexicon, translate
+        from optical.data.lexicon import invert_lexicon, read_lexicon, translate
         from optical.data.texts import read_texts
 
         texts: dict[str, Any] = {
@@ -114,7 +114,7 @@ class Measuring(Places):
         for side, table in arm.translate.items():
             lexicon = read_lexicon(self.table(table, language, role))
             foreign = "queries" if role == "query" else "documents"
-            chosen = inverted(lexicon) if side == foreign else lexicon
+            chosen = invert_lexicon(lexicon) if side == foreign else lexicon
             texts[side] = {key: translate(text, chosen) for key, text in texts[side].items()}
         return dataclasses.replace(collection, **texts)
 
@@ -132,9 +132,9 @@ class Measuring(Places):
 
         def run() -> None:
             from optical.models.retriever import load_retriever
-            from optical.models.word_alignment import align
+            from optical.models.word_alignment import align_tokens
 
-            aligned = align(
+            aligned = align_tokens(
                 load_retriever(model),
                 load_retriever(self.teacher_name),
                 chosen["other"],
@@ -159,11 +159,11 @@ class Measuring(Places):
 
         def run() -> None:
             from optical.data.lexicon import read_lexicon
-            from optical.data.pairs import read_pairs
+            from optical.data.pairs import read_bitext_pairs
             from optical.models.retriever import load_retriever
             from optical.models.word_alignment import alignment_error_rate, word_links
 
-            pairs = read_pairs(bitext)[: chosen["max_pairs"]]
+            pairs = read_bitext_pairs(bitext)[: chosen["max_pairs"]]
             towers = load_retriever(model), load_retriever(self.teacher_name)
             links = word_links(*towers, pairs, role=role)
             rate, sure = alignment_error_rate(links, pairs, read_lexicon(table))
@@ -190,7 +190,7 @@ class Measuring(Places):
         def run() -> None:
             from transformers import AutoTokenizer
 
-            from optical.models.retriever import located
+            from optical.models.retriever import resolve_model
             from optical.models.tokenizers import fertility
 
             texts: list[str] = []
@@ -199,7 +199,7 @@ class Measuring(Places):
                 query = config.role_of(name) == "query"
                 texts += (collection.queries if query else collection.documents).values()
             row = {
-                key: fertility(AutoTokenizer.from_pretrained(located(name)), texts)
+                key: fertility(AutoTokenizer.from_pretrained(resolve_model(name)), texts)
                 for key, name in models.items()
             }
             write_text(mark, json.dumps({"language": language, "tokens": row}) + "\n")

@@ -184,10 +184,10 @@ class Places:
 
     def pairs(self, arm: ArmConfig, language: str) -> int | None:
         """How many sentence pairs of a language an arm learns from."""
-        from optical.data.pairs import read_pairs
+        from optical.data.pairs import read_bitext_pairs
 
         read = pairs_read(arm, language)
-        counts = [len(read_pairs(path)[: read["max_pairs"]]) for path in read["bitext"]]
+        counts = [len(read_bitext_pairs(path)[: read["max_pairs"]]) for path in read["bitext"]]
         return sum(counts) if counts else None
 
     def of_role(self, role: str) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from optical.io.files import enough_space, locked, read_json, writable_folder
+from optical.io.files import disk_full_errors, folder_lock, read_json, writable_folder
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, filled
 from optical.study.config import read_config
 from optical.study.evaluation_tasks import Measuring
@@ -52,7 +52,7 @@ def run_study(config: str | Path | None, output: str | Path | None = None) -> Pa
             training starts.
     """
     study = Study(read_config(config, output))
-    with locked(study.output), enough_space(study.output):
+    with folder_lock(study.output), disk_full_errors(study.output):
         study.check()
         return study.run()
 
@@ -62,7 +62,7 @@ class Study(Measuring):
 
     def check(self) -> None:
         """Read every input once, so that what is wrong shows before any training."""
-        from optical.data.pairs import read_pairs, read_training_pairs
+        from optical.data.pairs import read_bitext_pairs, read_training_pairs
         from optical.data.texts import read_sentences
         from optical.models.retriever import check_model
         from optical.retrieval.evaluation import evaluate
@@ -79,7 +79,7 @@ class Study(Measuring):
             for path in config.encoder_options.text:
                 read_sentences(path)
             for path in config.encoder_options.bitext:
-                read_pairs(path)
+                read_bitext_pairs(path)
         if config.teacher_options:
             taught = config.teacher_options
             dataclasses.replace(taught, model=self.teacher_start).validate()
@@ -90,7 +90,7 @@ class Study(Measuring):
         for name, made in config.lexicons.items():
             for path in filled(made.bitext, config.languages) or [""]:
                 try:
-                    read_pairs(path)
+                    read_bitext_pairs(path)
                 except (OSError, ValueError) as error:
                     raise ValueError(f"lexicons.{name}: {error}") from None
         for arm in config.arms:
@@ -104,14 +104,14 @@ class Study(Measuring):
                     ) from None
         if config.word_alignment:
             for path in filled([config.word_alignment["bitext"]], config.languages):
-                read_pairs(path)
+                read_bitext_pairs(path)
         for name in config.collections:
             for language in config.languages_of(name):
                 self.collection(name, language)
 
     def _check_arm(self, arm: ArmConfig, language: str) -> None:
         from optical.data.lexicon import read_lexicon
-        from optical.data.pairs import read_pairs
+        from optical.data.pairs import read_bitext_pairs
         from optical.data.texts import read_sentences, read_texts
         from optical.models.retriever import check_model
         from optical.training.recipes import arguments
@@ -134,7 +134,7 @@ class Study(Measuring):
         if "student" in arm.settings:
             check_model(options.student)
         for path in getattr(options, "bitext", []):
-            read_pairs(path)
+            read_bitext_pairs(path)
         for path in getattr(options, "text", []):
             read_sentences(path)
         for entry in getattr(options, "lexicon", []):
@@ -278,22 +278,22 @@ class Study(Measuring):
             yield from self._training_cells(arm, language, config.seeds[0], role)
 
         def run() -> None:
-            from optical.data.lexicon import from_links, induce, write_lexicon
-            from optical.data.pairs import read_pairs
+            from optical.data.lexicon import induce_lexicon, lexicon_from_links, write_lexicon
+            from optical.data.pairs import read_bitext_pairs
             from optical.models.retriever import load_retriever
             from optical.models.word_alignment import word_links
 
             pairs = [
                 pair
                 for path in filled(made.bitext, [language])
-                for pair in read_pairs(path)[: made.max_pairs]
+                for pair in read_bitext_pairs(path)[: made.max_pairs]
             ]
             limits: dict[str, Any] = {
                 "least_probability": made.least_probability,
                 "least_count": made.least_count,
             }
             if arm is None:
-                write_lexicon(induce(pairs, **limits), mark)
+                write_lexicon(induce_lexicon(pairs, **limits), mark)
                 return
             model = self.student_name(arm, language, config.seeds[0], role)
             towers = load_retriever(model), load_retriever(self.teacher_name)
@@ -302,7 +302,7 @@ class Study(Measuring):
                 for found in word_links(*towers, pairs, role=role)
                 for (english, foreign), share in found.items()
             )
-            write_lexicon(from_links(links, **limits), mark)
+            write_lexicon(lexicon_from_links(links, **limits), mark)
 
         yield Cell(f"lexicon {name} {language}{self.of_role(role)}", "lexicon", mark, 1.0, run)
 
@@ -312,11 +312,11 @@ class Study(Measuring):
         folder = self.output / "vectors" / f"{stem}-{self.prints.of(parts)}"
 
         def run() -> None:
-            from optical.data.pairs import read_pairs
+            from optical.data.pairs import read_bitext_pairs
             from optical.models.retriever import load_retriever
             from optical.models.token_store import write_vectors
 
-            english = [pair[0] for pair in read_pairs(bitext)]
+            english = [pair[0] for pair in read_bitext_pairs(bitext)]
             model = load_retriever(self.teacher_name)
             write_vectors(model, english, folder, role=role, max_length=length)
 

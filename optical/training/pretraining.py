@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from optical.data.pairs import read_pairs
+from optical.data.pairs import read_bitext_pairs
 from optical.data.texts import read_sentences
 from optical.models.tokenizers import SPECIAL_TOKENS, train_tokenizer
 
@@ -85,7 +85,7 @@ def encoder_trainer(options: EncoderOptions, args: Any) -> Any:
 
     options.validate()
     texts = [text for path in options.text for text in read_sentences(path)]
-    pairs = [pair for path in options.bitext for pair in read_pairs(path)]
+    pairs = [pair for path in options.bitext for pair in read_bitext_pairs(path)]
     tokenizer = train_tokenizer(
         itertools.chain(texts, itertools.chain.from_iterable(pairs)),
         options.vocabulary_size,

@@ -36,9 +36,9 @@ from transformers import AutoTokenizer, set_seed
 
 from optical.data.lexicon import CodeSwitcher, read_lexicon
 from optical.data.pairs import (
-    balanced,
-    pairs_dataset,
-    read_pairs,
+    balance_bitexts,
+    bitext_dataset,
+    read_bitext_pairs,
     read_training_pairs,
     stream_bitext,
 )
@@ -46,7 +46,7 @@ from optical.io.settings import nearest, typed
 from optical.losses import objectives
 from optical.losses.distillation import DistillationLoss, OTDistillationLoss
 from optical.models.encoding import ROLES
-from optical.models.retriever import load_retriever, located
+from optical.models.retriever import load_retriever, resolve_model
 from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
 from optical.training.options import (
@@ -245,11 +245,11 @@ def _bitext(options: DistillOptions, args: MultiVectorEncoderTrainingArguments) 
         loading: Any = args.accelerator_config
         loading.dispatch_batches = False
         return stream_bitext(options.bitext, seed=args.seed)
-    files = [read_pairs(path)[: options.max_pairs] for path in options.bitext]
+    files = [read_bitext_pairs(path)[: options.max_pairs] for path in options.bitext]
     if options.balance:
-        files = balanced(files)
+        files = balance_bitexts(files)
     pairs = list(itertools.chain.from_iterable(files))
-    dataset = pairs_dataset(pairs)
+    dataset = bitext_dataset(pairs)
     if options.reads != "other":
         english = [source for source, _ in pairs]
         if options.lexicon:
@@ -314,7 +314,7 @@ def _mass(model: Any, texts: Sequence[str], options: DistillOptions) -> torch.Te
     the special ones, weigh nothing.
     """
     tokenizer = model.tokenizer
-    counts = token_counts(tokenizer, texts, once=True, special=True)
+    counts = token_counts(tokenizer, texts, per_text=True, special_tokens=True)
     size = max(len(tokenizer), max(counts) + 1)
     seen = torch.zeros(size)
     seen[list(counts)] = torch.tensor([float(count) for count in counts.values()])
@@ -336,7 +336,7 @@ def _contrastive(
     set_seed(args.seed)
     frequent: list[str] = []
     if options.skip_frequent:
-        tokenizer = AutoTokenizer.from_pretrained(located(options.model))
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(options.model))
         texts = [text for row in rows for text in row]
         frequent = frequent_tokens(tokenizer, texts, options.skip_frequent)
     model = load_retriever(

@@ -15,7 +15,14 @@ from typing import Any
 from transformers import PrinterCallback, TrainerCallback
 
 from optical.io.environment import environment
-from optical.io.files import damaged, enough_space, locked, seal, writable_folder, write_text
+from optical.io.files import (
+    disk_full_errors,
+    find_damaged,
+    folder_lock,
+    writable_folder,
+    write_checksums,
+    write_text,
+)
 
 logger = logging.getLogger("optical")
 
@@ -39,8 +46,8 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
     """
     output = writable_folder(trainer.args.output_dir)
     # One process of a training locks for all of them.
-    alone = locked(output) if trainer.args.should_save else contextlib.nullcontext()
-    with alone, enough_space(output):
+    alone = folder_lock(output) if trainer.args.should_save else contextlib.nullcontext()
+    with alone, disk_full_errors(output):
         return _run(trainer, options, output, resume)
 
 
@@ -62,7 +69,7 @@ def _run(trainer: Any, options: Any, output: Path, resume: bool) -> Path:
             shutil.rmtree(stale)
         partial = output / f".final.{os.getpid()}"
         trainer.save_model(str(partial))
-        seal(partial, WEIGHTS)
+        write_checksums(partial, WEIGHTS)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     return final
@@ -136,7 +143,7 @@ class SealCheckpoints(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
-            seal(folder, WEIGHTS)
+            write_checksums(folder, WEIGHTS)
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
@@ -155,7 +162,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         try:
             # The trainer writes this file last.
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            name = damaged(folder)
+            name = find_damaged(folder)
         except (FileNotFoundError, ValueError):
             logger.warning("%s is incomplete and is removed", folder)
         else:

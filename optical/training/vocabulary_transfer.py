@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optical.data.lexicon import model_1
-from optical.data.pairs import balanced, read_pairs
+from optical.data.lexicon import ibm_model_1
+from optical.data.pairs import balance_bitexts, read_bitext_pairs
 from optical.data.texts import read_sentences
 from optical.models.retriever import load_retriever
 from optical.models.tokenizers import SPECIAL_TOKENS, token_counts, train_tokenizer
@@ -58,10 +58,10 @@ def transfer(options: TransferOptions, args: Any) -> Finished:
     model = load_retriever(options.model)
     reader = model[0]
     old, encoder = reader.tokenizer, reader.auto_model
-    bitext = [read_pairs(path)[: options.max_pairs] for path in options.bitext]
+    bitext = [read_bitext_pairs(path)[: options.max_pairs] for path in options.bitext]
     texts = [text for path in options.text for text in read_sentences(path)]
     english = [one for pairs in bitext for one, _ in pairs]
-    files = balanced(bitext) if options.balance else bitext
+    files = balance_bitexts(bitext) if options.balance else bitext
     pairs_read = itertools.chain.from_iterable(files)
     # English needs no new units where the old ones stay.
     read = (pair[1:] if options.keep else pair for pair in pairs_read)
@@ -112,7 +112,7 @@ class _Means:
     def add_pairs(self, other: list[list[int]], english: list[list[int]]) -> None:
         """Units of the other language, as the English units that explain them."""
         count = collections.Counter(unit for units in other for unit in units)
-        links = model_1(
+        links = ibm_model_1(
             zip(other, english, strict=True),
             iterations=ITERATIONS,
             least_probability=LEAST_PROBABILITY,

@@ -1,4 +1,4 @@
-"""Code switching: the draws are fixed by seed and key, and only known words are replaced."""
+"""Code switching: seed and key determine the draws, and only lexicon words are replaced."""
 
 import gzip
 
@@ -23,7 +23,7 @@ GOLDEN = [
 
 
 def test_golden_outputs():
-    # Written down from another process: hash seeds, versions and machines change nothing.
+    # Recorded in another process: output must not depend on hash seeds, versions or machines.
     switch = CodeSwitcher({"sw": SW, "de": DE}, probability=0.5, seed=13)
     assert [switch(TEXT, key) for key in (0, 1, "0:7:query")] == GOLDEN
 
@@ -35,7 +35,7 @@ def test_probability_zero_and_one():
     )
 
 
-def test_seed_and_key_decide_and_order_does_not():
+def test_output_depends_on_seed_and_key_but_not_on_order():
     switch = CodeSwitcher({"sw": SW}, probability=0.5, seed=1)
     texts = [TEXT] * 20
     first = [switch(text, key) for key, text in enumerate(texts)]
@@ -46,25 +46,25 @@ def test_seed_and_key_decide_and_order_does_not():
     assert [other(text, key) for key, text in enumerate(texts)] != first
 
 
-def test_the_share_of_replaced_words_is_the_probability():
+def test_the_share_of_replaced_words_equals_the_probability():
     switch = CodeSwitcher({"sw": SW}, probability=0.3)
     words = switch(" ".join(["water"] * 5000), 0).split()
     assert words.count("maji") / len(words) == pytest.approx(0.3, abs=0.03)
-    # Unknown words stay, so the real share is below p.
+    # Words outside the lexicon are kept, so the overall share is lower.
     words = switch(" ".join(["water", "unknown"] * 2500), 0).split()
     assert words.count("maji") / len(words) == pytest.approx(0.15, abs=0.03)
 
 
-def test_several_languages_are_drawn_word_by_word():
+def test_the_language_is_drawn_for_each_word():
     switch = CodeSwitcher({"sw": SW, "de": DE}, probability=1.0)
     words = switch(" ".join(["water"] * 400), 0).split()
     assert words.count("maji") + words.count("Wasser") == 400
     assert 140 < words.count("maji") < 260
-    # The order in which languages are given is none.
+    # The order of the languages does not matter.
     assert CodeSwitcher({"de": DE, "sw": SW}, probability=1.0)(TEXT, 3) == switch(TEXT, 3)
 
 
-def test_several_translations_are_all_used():
+def test_all_translations_of_a_word_are_used():
     switch = CodeSwitcher({"sw": {"rice": ["wali", "mchele"]}}, probability=1.0)
     assert set(switch(" ".join(["rice"] * 50), 0).split()) == {"wali", "mchele"}
 
@@ -82,7 +82,7 @@ def test_several_translations_are_all_used():
         ("पानी, Ärzte", "पानी, Ärzte"),
     ],
 )
-def test_words(text, expected):
+def test_word_boundaries(text, expected):
     assert CodeSwitcher({"sw": SW}, probability=1.0)(text, 0) == expected
 
 
@@ -93,12 +93,12 @@ def test_coverage():
 
 
 @pytest.mark.parametrize("probability", [-0.1, 1.5, float("nan")])
-def test_wrong_probability(probability):
+def test_a_probability_outside_0_to_1_is_refused(probability):
     with pytest.raises(ValueError, match=r"probability: .*, expected a number from 0 to 1"):
         CodeSwitcher({"sw": SW}, probability=probability)
 
 
-def test_no_language():
+def test_an_empty_set_of_lexicons_is_refused():
     with pytest.raises(ValueError, match="lexicons: none given"):
         CodeSwitcher({})
 
@@ -123,7 +123,7 @@ def test_reads_a_lexicon(tmp_path):
         ("water\tWäßrig\n".encode("latin-1"), r"en-sw\.tsv:1: not UTF-8"),
     ],
 )
-def test_wrong_lexicon_names_file_and_line(tmp_path, data, message):
+def test_errors_of_a_malformed_lexicon_name_file_and_line(tmp_path, data, message):
     path = tmp_path / "en-sw.tsv"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message) as error:

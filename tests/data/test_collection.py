@@ -1,4 +1,4 @@
-"""Every form of collection gives the same texts; what does not fit is refused before any work."""
+"""Collections: every format gives the same texts, and inconsistent parts are refused."""
 
 import gzip
 import json
@@ -75,16 +75,16 @@ def parts(**changes):
         ("documents", "\n" + TREC),
     ],
 )
-def test_every_form_gives_the_same_texts(files, file, text):
+def test_every_format_gives_the_same_texts(files, file, text):
     assert read_texts(files(documents=(file, text))["documents"]) == TEXTS
 
 
-def test_titles_go_before_texts_and_numbers_are_ids(files):
+def test_titles_are_prepended_and_numbers_are_accepted_as_ids(files):
     text = '{"doc_id": 7, "title": "Moyo", "text": "hupiga"}\n'
     assert read_texts(files(x=("d.jsonl", text))["x"]) == {"7": "Moyo hupiga"}
 
 
-def test_trec_documents_without_known_elements_keep_all_words(files):
+def test_trec_documents_without_known_elements_keep_all_text(files):
     text = "<DOC>\n<DOCNO>a</DOCNO>\n<BODY>Tom &amp; Jerry</BODY> 3 < 4\n</DOC>\n"
     assert read_texts(files(x=("d.trec", text))["x"]) == {"a": "Tom & Jerry 3 < 4"}
 
@@ -92,7 +92,7 @@ def test_trec_documents_without_known_elements_keep_all_words(files):
 @pytest.mark.parametrize(
     "topics",
     [
-        # TREC leaves fields open, CLEF closes them and names the language.
+        # TREC fields have no closing tags; CLEF fields have them, and a language prefix.
         "<top>\n\n<num> Number: 301 \n<title> Crime\n\n<desc> Description: \nWho is\nit?\n\n"
         "<narr> Narrative: \nlong\n\n</top>\n",
         '<top lang="en"><num>301</num>\n<EN-title> Crime </EN-title>\n'
@@ -117,7 +117,7 @@ def test_collection_of_three_files(files, caplog):
         qrels={"q1": {"d1": 1}, "q2": {"d2": 2, "d1": 0}},
         queries_without_relevant=("q3",),
     )
-    assert "left out 1 of 3 queries, no document is relevant to them ('q3')" in caplog.text
+    assert "dropped 1 of 3 queries without a relevant document ('q3')" in caplog.text
     assert load_collection(**files(**parts()), name="mine").name == "mine"
 
 
@@ -135,14 +135,16 @@ def test_beir_folder(tmp_path, files, suffix, caplog):
     assert (collection.name, collection.documents) == ("scifact", TEXTS)
     assert (collection.queries, collection.qrels) == ({"q1": "water"}, {"q1": {"d1": 1}})
     assert load_collection(tmp_path / "scifact", split="dev").queries == {"q9": "dev only"}
-    with pytest.raises(ValueError, match=r"no qrels/train\.tsv.*splits there: dev, test; choose"):
+    with pytest.raises(
+        ValueError, match=r"no qrels/train\.tsv.*available splits: dev, test; select"
+    ):
         load_collection(tmp_path / "scifact", split="train")
 
     translated = files(x=("translated.tsv", "q1\tmaji\n"))["x"]
     assert load_collection(tmp_path / "scifact", queries=translated).queries == {"q1": "maji"}
 
 
-def test_a_folder_that_is_no_collection_is_refused(tmp_path):
+def test_a_folder_without_a_collection_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no queries\.jsonl or queries\.jsonl\.gz;"):
         load_collection(tmp_path)
 
@@ -178,23 +180,23 @@ def test_empty_texts_are_kept_and_logged(files, caplog):
          "d.jsonl:1: no field 'text' (fields found: 'id', 'body'); each line must be like"),
         ("documents", "d.jsonl", '["d1", "a"]\n', "d.jsonl:1: no field 'id' (fields found: none)"),
         ("documents", "d.jsonl", '{"id": "d1", "text": ["a"]}\n',
-         "d.jsonl:1: field 'text' is [\"a\"], it must be a string"),
+         "d.jsonl:1: field 'text' is [\"a\"], expected a string"),
         ("documents", "d.jsonl", '{"id": 1.5, "text": "a"}\n',
-         "d.jsonl:1: field 'id' is 1.5, it must be a string or a whole number"),
+         "d.jsonl:1: field 'id' is 1.5, expected a string or a whole number"),
         ("documents", "d.trec", "<DOC>\n<TEXT>a</TEXT>\n</DOC>\n",
-         "d.trec:1: <DOC> without <DOCNO>; every document needs its number"),
+         "d.trec:1: <DOC> without <DOCNO>; every document needs a number"),
         ("documents", "d.trec", "<DOC>\n<DOCNO>a</DOCNO>\n<DOC>\n",
-         "d.trec:1: <DOC> is not closed before the next one begins on line 3; add </DOC>"),
+         "d.trec:1: <DOC> is not closed before the next element starts on line 3; add </DOC>"),
         ("documents", "d.trec", "\n<DOC>\n<DOCNO>a</DOCNO>\n",
          "d.trec:2: <DOC> is not closed at the end of the file; add </DOC>"),
         ("documents", "d.trec", "plain\n", "d.trec:1: the file has no texts"),
         ("queries", "q.trec", "<top>\n<title> Crime\n</top>\n",
-         "q.trec:1: <top> without <num>; every topic needs its number"),
+         "q.trec:1: <top> without <num>; every topic needs a number"),
         ("queries", "q.trec", "<top>\n<num> 1\n<desc> Crime\n</top>\n",
-         "q.trec:1: topic '1' has no <title> (it has: desc); choose others with topic_fields="),
+         "q.trec:1: topic '1' has no <title> (it has: desc); select other fields with"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(files, part, file, text, message):
+def test_malformed_or_inconsistent_files_are_refused(files, part, file, text, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load_collection(**files(**parts(**{part: (file, text)})))
     assert "\n" not in str(caught.value)
@@ -204,19 +206,19 @@ def test_missing_parts_are_named(files):
     paths = files(**parts())
     with pytest.raises(ValueError, match="no source and no documents=, qrels= given; accepted are"):
         load_collection(queries=paths["queries"])
-    with pytest.raises(ValueError, match="is a file; give it as queries=, documents= or qrels="):
+    with pytest.raises(ValueError, match="is a file; pass it as queries=, documents= or qrels="):
         load_collection(paths["documents"])
     with pytest.raises(FileNotFoundError):
         load_collection(**paths | {"qrels": "no-such-file.tsv"})
 
 
-def test_without_ir_datasets_the_extra_is_named(monkeypatch):
+def test_a_missing_ir_datasets_is_reported_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ir_datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "optical\[eval\]"'):
+    with pytest.raises(ImportError, match=r'pip install "optical-ot\[eval\]"'):
         load_collection("wikiclir/sw")
 
 
-def test_an_unknown_source_names_its_neighbours(tmp_path, monkeypatch):
+def test_an_unknown_source_is_reported_with_similar_ids(tmp_path, monkeypatch):
     pytest.importorskip("ir_datasets")
     monkeypatch.setenv("IR_DATASETS_HOME", str(tmp_path))
     forms = r"nearest ids: wikiclir/sw.*corpus\.jsonl.*queries=, documents= and qrels="
@@ -246,7 +248,7 @@ def compressed(path, text):
 
 
 def item(path):
-    """A download in the form of ir_datasets, of a file that is there and so is never fetched."""
+    """Describe a download of ir_datasets whose file exists, so that it is never fetched."""
     return {"url": f"http://localhost:9/{path}", "expected_md5": "0" * 32, "cache_path": path}
 
 
@@ -330,7 +332,7 @@ def test_wikiclir_id(loaded):
         {"12": {"7": 2, "9": 1}, "39": {"8": 2, "555": 1}},
         [],
     ]
-    assert "judgements name 1 documents that the collection lacks ('555'); they are not" in log
+    assert "judgements name 1 unknown documents ('555'), which count as not retrieved" in log
 
 
 def test_mmarco_id(loaded):
@@ -345,7 +347,7 @@ def test_mmarco_id(loaded):
 def test_translated_queries_replace_those_of_an_id(loaded):
     name, parts, log = loaded["translated"]
     assert (name, parts[0], parts[2]) == ("mt", {"12": "mji wa molo"}, {"12": {"7": 2, "9": 1}})
-    assert "judgements name 1 queries that the collection lacks ('39')" in log
+    assert "judgements name 1 unknown queries ('39'), which are ignored" in log
 
 
 def test_a_damaged_copy_of_an_id_is_named(loaded):

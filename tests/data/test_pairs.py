@@ -1,4 +1,4 @@
-"""Parallel sentences: every form that the field has, and one line for each thing that is wrong."""
+"""Bitext: every accepted format, datasets and streams, and one-line errors for malformed files."""
 
 import gzip
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from optical.data.pairs import read_bitext, read_pairs
+from optical.data import pairs as bitext
+from optical.data.pairs import read_bitext, read_bitext_pairs, stream_bitext
 
 PAIRS = [("cold water", "maji baridi"), ("life", "uhai"), ("the star's light", "पानी")]
 
@@ -23,7 +24,7 @@ def json_rows(*names):
     return [json.dumps(dict(zip(names, pair, strict=True)), ensure_ascii=False) for pair in PAIRS]
 
 
-FORMS = {
+FORMATS = {
     "two columns": ("en-sw.tsv", ["\t".join(pair) for pair in PAIRS]),
     "three columns": ("en-sw.tsv", ["\t".join([*pair, "0.93"]) for pair in PAIRS]),
     "no ending": ("en-sw", ["\t".join(pair) for pair in PAIRS]),
@@ -44,43 +45,43 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_reads_every_form(tmp_path, form):
-    name, lines = FORMS[form]
-    assert read_pairs(write(tmp_path / name, lines)) == PAIRS
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_gives_the_same_pairs(tmp_path, format):
+    name, lines = FORMATS[format]
+    assert read_bitext_pairs(write(tmp_path / name, lines)) == PAIRS
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
-def test_reads_aligned_files(tmp_path, ending):
+def test_aligned_files_give_the_same_pairs(tmp_path, ending):
     paths = [
         write(tmp_path / f"corpus.{language}{ending}", side)
         for language, side in zip(("en", "sw"), zip(*PAIRS, strict=True), strict=True)
     ]
-    assert read_pairs(",".join(map(str, paths))) == PAIRS
+    assert read_bitext_pairs(",".join(map(str, paths))) == PAIRS
 
 
-def test_a_comma_in_the_name_of_one_file(tmp_path):
-    assert read_pairs(write(tmp_path / "en,sw.tsv", FORMS["two columns"][1])) == PAIRS
+def test_the_name_of_a_single_file_may_contain_a_comma(tmp_path):
+    assert read_bitext_pairs(write(tmp_path / "en,sw.tsv", FORMATS["two columns"][1])) == PAIRS
 
 
-def test_empty_sides_and_repetitions_are_left_out_and_counted(tmp_path, caplog):
+def test_empty_sides_and_duplicates_are_dropped_and_counted(tmp_path, caplog):
     lines = ["a\tb", " a \tb ", "\tb", "a\t", "a\tc", "a\tb"]
     with caplog.at_level(logging.INFO, "optical"):
-        assert read_pairs(write(tmp_path / "x.tsv", lines)) == [("a", "b"), ("a", "c")]
-    assert "2 pairs (2 with an empty side and 2 repetitions left out)" in caplog.text
+        assert read_bitext_pairs(write(tmp_path / "x.tsv", lines)) == [("a", "b"), ("a", "c")]
+    assert "2 pairs (dropped 2 with an empty side and 2 duplicates)" in caplog.text
 
 
-def test_makes_a_dataset_for_the_trainer(tmp_path):
+def test_read_bitext_returns_a_dataset_for_the_trainer(tmp_path):
     pytest.importorskip("datasets")
-    path = write(tmp_path / "x.tsv", FORMS["two columns"][1])
+    path = write(tmp_path / "x.tsv", FORMATS["two columns"][1])
     dataset = read_bitext(path, max_pairs=2)
-    # The order decides which model reads a column.
+    # The trainer assigns columns to models by their order.
     assert dataset.column_names == ["source", "target"]
     assert dataset.to_list() == [{"source": a, "target": b} for a, b in PAIRS[:2]]
     assert len(read_bitext(path)) == 3
 
 
-WRONG = {
+MALFORMED = {
     "empty": ("x.tsv", [], r"x\.tsv: no sentence pair in 0 lines; expected"),
     "blank": ("x.tsv", ["", " "], r"x\.tsv: no sentence pair in 0 lines; expected"),
     "empty sides": ("x.tsv", ["a\t", "\tb"], r"x\.tsv: no sentence pair in 2 lines; expected"),
@@ -103,49 +104,47 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_content_names_file_line_and_remedy(tmp_path, case):
-    name, lines, message = WRONG[case]
+@pytest.mark.parametrize("case", MALFORMED)
+def test_errors_of_malformed_bitext_name_file_line_and_remedy(tmp_path, case):
+    name, lines, message = MALFORMED[case]
     with pytest.raises(ValueError, match=message) as error:
-        read_pairs(write(tmp_path / name, lines))
+        read_bitext_pairs(write(tmp_path / name, lines))
     assert "\n" not in str(error.value)
 
 
-def test_wrong_bytes(tmp_path):
+def test_invalid_utf8_and_damaged_gzip_are_refused(tmp_path):
     path = write(tmp_path / "x.tsv", ["a\tb", "a\tÄpfel"], encoding="latin-1")
     with pytest.raises(ValueError, match=r"x\.tsv:2: not UTF-8"):
-        read_pairs(path)
+        read_bitext_pairs(path)
     path = write(tmp_path / "x.tsv.gz", ["a\tb"] * 100)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"x\.tsv\.gz:\d+: damaged gzip"):
-        read_pairs(path)
+        read_bitext_pairs(path)
 
 
-def test_wrong_aligned_files(tmp_path):
+def test_inconsistent_aligned_files_are_refused(tmp_path):
     english, other = (write(tmp_path / f"c.{x}", ["a"] * n) for x, n in (("en", 3), ("sw", 2)))
     with pytest.raises(ValueError, match=r"c\.sw: 2 lines, but .*c\.en has 3; aligned files"):
-        read_pairs(f"{english},{other}")
+        read_bitext_pairs(f"{english},{other}")
     with pytest.raises(ValueError, match="3 files, expected two"):
-        read_pairs(f"{english},{other},{other}")
+        read_bitext_pairs(f"{english},{other},{other}")
     with pytest.raises(FileNotFoundError, match=r"c\.so: no such file"):
-        read_pairs(f"{english},{tmp_path / 'c.so'}")
+        read_bitext_pairs(f"{english},{tmp_path / 'c.so'}")
     with pytest.raises(FileNotFoundError, match=r"nothing\.tsv: no such file"):
-        read_pairs(tmp_path / "nothing.tsv")
+        read_bitext_pairs(tmp_path / "nothing.tsv")
 
 
 @pytest.mark.skipif(not os.environ.get("OPTICAL_DATA"), reason="OPTICAL_DATA names no data pack")
-def test_reads_real_parallel_text():
+def test_real_bitext_is_read():
     paths = sorted((Path(os.environ["OPTICAL_DATA"]) / "bitext").glob("*.train.tsv*"))
     assert paths
     for path in paths:
-        pairs = read_pairs(path)
+        pairs = read_bitext_pairs(path)
         assert pairs and all(english and other for english, other in pairs)
 
 
-def test_a_stream_gives_every_pair_once_and_files_take_turns(tmp_path):
+def test_a_stream_yields_every_pair_once_and_alternates_files(tmp_path):
     pytest.importorskip("datasets", reason="the extra `train` is not installed")
-    from optical.data.pairs import stream_bitext
-
     for name, count in (("a", 40), ("b", 10)):
         lines = "".join(f"{name}{i}\t{name}{i} x\n" for i in range(count))
         (tmp_path / f"{name}.tsv").write_text(lines + " \tempty\n")
@@ -159,10 +158,8 @@ def test_a_stream_gives_every_pair_once_and_files_take_turns(tmp_path):
     assert names != [row["source"] for row in stream_bitext(paths, seed=2, buffer=8)]
 
 
-def test_a_stream_holds_few_pairs_at_a_time(tmp_path, monkeypatch):
+def test_a_stream_reads_few_pairs_ahead(tmp_path, monkeypatch):
     pytest.importorskip("datasets", reason="the extra `train` is not installed")
-    from optical.data import pairs as bitext
-
     (tmp_path / "a.tsv").write_text("".join(f"a{i}\tb{i}\n" for i in range(1000)))
     read = []
     lines = bitext.read_lines

@@ -1,9 +1,4 @@
-"""Faults that really happen: a full disk, a folder that refuses, damaged files, two processes,
-Ctrl-C. Each ends in one clear line, and what was finished is still there.
-
-More of them: torn checkpoints in test_training.py, damaged caches in test_native.py and
-test_cuda_nvrtc.py, killed and interrupted studies in test_study.py.
-"""
+"""Fault injection: full disks, missing permissions, damaged files, concurrent processes, Ctrl-C."""
 
 import contextlib
 import json
@@ -23,11 +18,11 @@ from optical.backends import library
 from optical.cli import main as cli
 from optical.io.files import (
     CHECKSUMS,
-    damaged,
-    locked,
+    find_damaged,
+    folder_lock,
     read_json,
-    seal,
     writable_folder,
+    write_checksums,
     write_text,
 )
 
@@ -47,18 +42,18 @@ def mount(*options):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 300 kB of its own."""
+    """Mount a separate file system of 300 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if sys.platform != "linux" or not mount("size=300k", "tmpfs", str(folder)):
-        pytest.skip(reason="this process may not mount a file system of its own")
+        pytest.skip(reason="this process may not mount a file system")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @contextlib.contextmanager
 def filled(disk, left):
-    """The disk with so many bytes left."""
+    """Fill the disk until `left` bytes are free."""
     path = disk / "fill"
     path.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - left)))
     yield
@@ -66,8 +61,8 @@ def filled(disk, left):
 
 
 @contextlib.contextmanager
-def somebody():
-    """A user whom permissions bind, where the tests run as root."""
+def unprivileged():
+    """Become a user without root's permissions, if the tests run as root."""
     if os.geteuid():
         yield
         return
@@ -79,7 +74,7 @@ def somebody():
 
 
 def python(code, *arguments, **options):
-    """A process that runs ``code`` and has printed its first line, which is returned with it."""
+    """Start a process that runs ``code``; returns it and the first line that it prints."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -105,8 +100,8 @@ def test_a_full_disk_leaves_the_old_file(disk, name):
     assert (disk / name).read_bytes() == before and os.listdir(disk) == [name]
 
 
-def test_a_file_that_may_not_grow_is_named(tmp_path):
-    resource = pytest.importorskip("resource", reason="limits of processes are Unix's")
+def test_errors_of_a_file_size_limit_name_the_file(tmp_path):
+    resource = pytest.importorskip("resource", reason="process limits need Unix")
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -121,7 +116,7 @@ def test_a_file_that_may_not_grow_is_named(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_a_command_on_a_full_disk_says_so_in_one_line(disk, world, capsys):
+def test_a_command_on_a_full_disk_ends_in_one_line(disk, world, capsys):
     argv = ["lexicon", str(world / "bitext/en-sw.tsv"), "--output", str(disk / "table.tsv")]
     with filled(disk, 0):
         assert cli.main([*argv, "--least-count", "1"]) == 2
@@ -134,7 +129,7 @@ def test_a_command_on_a_full_disk_says_so_in_one_line(disk, world, capsys):
     assert (disk / "table.tsv").stat().st_size
 
 
-def test_vectors_on_a_full_disk_go_on_when_there_is_space(disk, world, tiny_models, monkeypatch):
+def test_a_token_store_resumes_after_a_full_disk(disk, world, tiny_models, monkeypatch):
     pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
     from optical.models import token_store
     from optical.models.retriever import load_retriever
@@ -148,19 +143,19 @@ def test_vectors_on_a_full_disk_go_on_when_there_is_space(disk, world, tiny_mode
     finished = sorted(path.name for path in (disk / "store").glob("0*.json"))
     assert 0 < len(finished) < 8
     assert not list((disk / "store").glob(".*.tmp"))
-    write_shard, made = token_store._write_shard, []
+    write, written = token_store.StoreWriter.write, []
 
-    def note(folder, name, *rest):
-        made.append(f"{name}.json")
-        write_shard(folder, name, *rest)
+    def recorded(self, number, *rest):
+        written.append(f"{number:05d}.json")
+        write(self, number, *rest)
 
-    monkeypatch.setattr(token_store, "_write_shard", note)
+    monkeypatch.setattr(token_store.StoreWriter, "write", recorded)
     token_store.write_vectors(model, texts, disk / "store", **options)
-    assert not set(made) & set(finished) and len(made) + len(finished) == 8
+    assert not set(written) & set(finished) and len(written) + len(finished) == 8
     assert len(token_store.StoredVectors([disk / "store"], role="document")) == 64
 
 
-def test_training_on_a_full_disk_goes_on_from_its_checkpoint(disk, world, tiny_models):
+def test_training_resumes_from_its_checkpoint_after_a_full_disk(disk, world, tiny_models):
     pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
     from transformers import TrainerCallback
 
@@ -186,12 +181,12 @@ def test_training_on_a_full_disk_goes_on_from_its_checkpoint(disk, world, tiny_m
         runner.run(trainer, options, resume=False)
     assert str(disk / "out") in one_line(error)
     (disk / "fill").unlink()
-    assert recipes.last_checkpoint(disk / "out") == str(disk / "out" / "checkpoint-2")
+    assert runner.last_checkpoint(disk / "out") == str(disk / "out" / "checkpoint-2")
     final = runner.run(make(), options, resume=True)
-    assert (final / "model.safetensors").is_file() and damaged(final) is None
+    assert (final / "model.safetensors").is_file() and find_damaged(final) is None
 
 
-def test_a_build_on_a_full_disk_is_a_reason_and_not_a_crash(disk, monkeypatch):
+def test_a_failed_build_on_a_full_disk_is_reported_as_unavailable(disk, monkeypatch):
     if library.find_compiler() is None:
         pytest.skip(reason="no C++ compiler")
     monkeypatch.setattr(library, "_cache_folder", lambda: disk)
@@ -207,16 +202,16 @@ def test_a_build_on_a_full_disk_is_a_reason_and_not_a_crash(disk, monkeypatch):
         library._state.cache_clear()
 
 
-# --- folders that refuse -------------------------------------------------------------------------
+# --- folders without permission -------------------------------------------------------------------
 
 
-def test_a_folder_without_permission():
-    # Not pytest's own folder, which hides what is in it from other users.
+def test_a_folder_without_permission_is_refused():
+    # Not pytest's own folder, which other users cannot enter.
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         closed = Path(folder) / "closed"
         closed.mkdir(mode=0o555)
-        with somebody():
+        with unprivileged():
             with pytest.raises(OSError, match=r"closed cannot be written \(Permission denied\)"):
                 writable_folder(closed)
             with pytest.raises(OSError, match=r"a\.txt cannot be written \(Permission") as error:
@@ -227,7 +222,7 @@ def test_a_folder_without_permission():
         assert not list(closed.iterdir())
 
 
-def test_a_disk_that_is_read_only(disk, capsys):
+def test_a_read_only_disk_is_refused(disk, capsys):
     write_text(disk / "old.txt", "old\n")
     assert mount("remount,ro", str(disk))
     for write in (lambda: write_text(disk / "old.txt", "new"), lambda: writable_folder(disk)):
@@ -239,7 +234,7 @@ def test_a_disk_that_is_read_only(disk, capsys):
     assert (disk / "old.txt").read_text() == "old\n"
 
 
-def test_a_file_where_a_folder_should_be(tmp_path):
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     write_text(tmp_path / "file", "old\n")
     for path in (tmp_path / "file" / "a.txt", tmp_path / "file" / "b" / "a.txt"):
         with pytest.raises(OSError, match=r"a\.txt cannot be written") as error:
@@ -254,26 +249,26 @@ def test_a_file_where_a_folder_should_be(tmp_path):
 # --- damaged files -------------------------------------------------------------------------------
 
 
-def test_a_sealed_folder_knows_what_is_not_its_own(tmp_path):
+def test_checksums_find_changed_and_missing_files(tmp_path):
     for name in ("a.bin", "deeper/b.bin", "c.txt"):
         write_text(tmp_path / name, name)
-    assert damaged(tmp_path) is None
-    seal(tmp_path, ("*.bin",))
+    assert find_damaged(tmp_path) is None
+    write_checksums(tmp_path, ("*.bin",))
     assert set(read_json(tmp_path / CHECKSUMS)) == {"a.bin", "deeper/b.bin"}
-    assert damaged(tmp_path) is None
+    assert find_damaged(tmp_path) is None
     (tmp_path / "c.txt").write_text("edited by hand")
-    assert damaged(tmp_path) is None
+    assert find_damaged(tmp_path) is None
     (tmp_path / "deeper/b.bin").write_text("deeper/b.bim")
-    assert damaged(tmp_path) == "deeper/b.bin"
+    assert find_damaged(tmp_path) == "deeper/b.bin"
     (tmp_path / "deeper/b.bin").unlink()
-    assert damaged(tmp_path) == "deeper/b.bin"
+    assert find_damaged(tmp_path) == "deeper/b.bin"
     (tmp_path / CHECKSUMS).write_text('{"a.bin": ')
-    assert damaged(tmp_path) == CHECKSUMS
+    assert find_damaged(tmp_path) == CHECKSUMS
 
 
-@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("has_checksums", [True, False])
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_model_is_named(tiny_models, tmp_path, damage, sealed):
+def test_errors_of_a_damaged_model_name_the_file(tiny_models, tmp_path, damage, has_checksums):
     pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
     from optical.models.retriever import load_retriever
 
@@ -283,39 +278,37 @@ def test_a_damaged_model_is_named(tiny_models, tmp_path, damage, sealed):
     load_retriever(folder)
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
-    # In the header, which no reader may take for one.
+    # In the header, so that no reader accepts the file.
     data[20] ^= 0xFF
     weights.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
-    if not sealed:
+    if not has_checksums:
         (folder / CHECKSUMS).unlink()
-    message = r"model\.safetensors is damaged" if sealed else "cannot be loaded"
+    message = r"model\.safetensors is damaged" if has_checksums else "cannot be loaded"
     with pytest.raises(ValueError, match=rf"model .*model: {message}") as error:
         load_retriever(folder)
     one_line(error)
 
 
-@pytest.mark.parametrize("name", ["index.json", "started.json"])
-def test_a_damaged_index_of_vectors_is_named(tiny_models, tmp_path, name):
+def test_errors_of_a_damaged_token_store_name_its_index(tiny_models, tmp_path):
     pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
     from optical.models.retriever import load_retriever
     from optical.models.token_store import StoredVectors, write_vectors
 
     model = load_retriever(tiny_models.teacher)
     store = write_vectors(model, ["the child sees fish"], tmp_path, role="document")
-    (store / name).write_text((store / name).read_text()[:20])
-    with pytest.raises(ValueError, match=rf"{name} is damaged .*remove it, and the same") as error:
-        if name == "index.json":
-            StoredVectors([store], role="document")
-        else:
-            write_vectors(model, ["the child sees fish"], tmp_path, role="document")
+    index = store / "index.json"
+    index.write_text(index.read_text()[:20])
+    message = r"index\.json is damaged .*remove it, and the same command creates it again"
+    with pytest.raises(ValueError, match=message) as error:
+        StoredVectors([store], role="document")
     one_line(error)
-    (store / name).unlink()
+    index.unlink()
     write_vectors(model, ["the child sees fish"], tmp_path, role="document")
     assert len(StoredVectors([store], role="document")) == 1
 
 
 class Bomb:
-    """Unpickled, it writes a file: what a model from elsewhere must not be able to do."""
+    """Write a file when unpickled, which a downloaded model must not be able to do."""
 
     def __init__(self, path):
         self.path = path
@@ -336,7 +329,7 @@ def test_a_model_cannot_run_code(tiny_models, tmp_path):
     (pickled / "model.safetensors").unlink()
     (pickled / CHECKSUMS).unlink()
     torch.save({"weight": Bomb(ran)}, pickled / "pytorch_model.bin")
-    # The bomb is one: a reader of pickles sets it off.
+    # The weights-only reader refuses the pickle; the full reader below runs it.
     with pytest.raises(pickle.UnpicklingError):
         torch.load(pickled / "pytorch_model.bin", weights_only=True)
     with pytest.raises(ValueError, match=r"model .*pickled: cannot be loaded") as error:
@@ -360,19 +353,19 @@ def test_a_model_cannot_run_code(tiny_models, tmp_path):
 # --- two processes on one folder -----------------------------------------------------------------
 
 HOLD = (
-    "import sys, time; from optical.io.files import locked\n"
-    "with locked(sys.argv[1]): print('ready', flush=True); time.sleep(600)"
+    "import sys, time; from optical.io.files import folder_lock\n"
+    "with folder_lock(sys.argv[1]): print('ready', flush=True); time.sleep(600)"
 )
 
 
-def test_a_second_process_is_told_who_works_there(tmp_path, capsys):
-    pytest.importorskip("fcntl", reason="this system has no locks of that kind")
+def test_a_second_process_is_refused_with_the_holder_of_the_lock(tmp_path, capsys):
+    pytest.importorskip("fcntl", reason="this system has no fcntl locks")
     process, first = python(HOLD, tmp_path)
     try:
         assert first == "ready"
         with (
             pytest.raises(ValueError, match="is working in this folder") as error,
-            locked(tmp_path),
+            folder_lock(tmp_path),
         ):
             pass
         assert f"process {process.pid} on " in one_line(error)
@@ -382,15 +375,15 @@ def test_a_second_process_is_told_who_works_there(tmp_path, capsys):
     finally:
         process.kill()
         process.communicate()
-    # The lock ended with the process, though it had no time to clean up.
-    with locked(tmp_path):
+    # The lock ended with the killed process.
+    with folder_lock(tmp_path):
         assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_training_keeps_others_out_of_its_folder(world, tiny_models, tmp_path):
+def test_training_in_a_locked_folder_is_refused(world, tiny_models, tmp_path):
     pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
-    pytest.importorskip("fcntl", reason="this system has no locks of that kind")
+    pytest.importorskip("fcntl", reason="this system has no fcntl locks")
     from optical.training import recipes, runner
 
     options = recipes.TeacherOptions(
@@ -450,7 +443,7 @@ with atomic_text(sys.argv[1]) as file:
 """
 
 
-def test_ctrl_c_while_a_file_is_written_leaves_the_old_one(tmp_path):
+def test_ctrl_c_during_a_write_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "a.txt", "old\n")
     process, first = python(WRITE, tmp_path / "a.txt")
     assert first == "ready" and len(os.listdir(tmp_path)) == 2
@@ -460,7 +453,7 @@ def test_ctrl_c_while_a_file_is_written_leaves_the_old_one(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_ctrl_c_while_a_command_reads(tmp_path):
+def test_ctrl_c_ends_a_command_that_is_reading(tmp_path):
     pipe = tmp_path / "a.run"
     os.mkfifo(pipe)
     (tmp_path / "qrels").write_text("q1 0 d1 1\n")
@@ -468,7 +461,7 @@ def test_ctrl_c_while_a_command_reads(tmp_path):
     process = subprocess.Popen(
         [*command, "--qrels", str(tmp_path / "qrels")], stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
-    # It can be opened so when the command has come to its run, and waits for the text.
+    # Opening succeeds once the command has opened the run for reading.
     writer = None
     while writer is None and process.poll() is None:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Text files: what is wrong with one is said in one line, and nothing is ever half written."""
+"""Text files: one-line errors for unreadable files, and atomic writes."""
 
 import gzip
 import os
@@ -16,33 +16,33 @@ def one_line(error):
     return text
 
 
-def test_reads_lines_without_their_ends(tmp_path):
+def test_lines_are_read_without_their_ends(tmp_path):
     path = tmp_path / "words.txt"
     path.write_bytes("\ufeffmaji\r\n\nuhai \u2028 anga\nmwisho".encode())
     assert list(read_lines(path)) == [(1, "maji"), (2, ""), (3, "uhai \u2028 anga"), (4, "mwisho")]
 
 
-def test_an_empty_file_has_no_line(tmp_path):
+def test_an_empty_file_has_no_lines(tmp_path):
     (tmp_path / "empty").touch()
     assert list(read_lines(tmp_path / "empty")) == []
 
 
 @pytest.mark.parametrize("name", ["words.gz", "words.txt"])
-def test_gzip_is_known_by_its_content(tmp_path, name):
-    # Two members, as `cat a.gz b.gz` makes them.
+def test_gzip_is_detected_from_the_content(tmp_path, name):
+    # Two gzip members, as from `cat a.gz b.gz`.
     data = gzip.compress(b"maji\n") + gzip.compress("पानी\n".encode())
     (tmp_path / name).write_bytes(data)
     assert list(read_lines(tmp_path / name)) == [(1, "maji"), (2, "पानी")]
 
 
-def test_a_name_in_gz_may_be_plain_text(tmp_path):
+def test_a_file_named_gz_may_be_plain_text(tmp_path):
     (tmp_path / "words.gz").write_text("maji\n")
     assert list(read_lines(tmp_path / "words.gz")) == [(1, "maji")]
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_not_utf8_names_file_line_and_remedy(tmp_path, compress, encoding):
+def test_errors_of_other_encodings_name_file_line_and_remedy(tmp_path, compress, encoding):
     path = tmp_path / "words.txt"
     line = {"latin-1": 2, "utf-16": 1}[encoding]
     path.write_bytes(compress("maji\nÄpfel\n".encode(encoding)))
@@ -52,7 +52,7 @@ def test_not_utf8_names_file_line_and_remedy(tmp_path, compress, encoding):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "header", "tail"])
-def test_damaged_gzip_names_file_line_and_remedy(tmp_path, damage):
+def test_errors_of_damaged_gzip_name_file_line_and_remedy(tmp_path, damage):
     path = tmp_path / "words.gz"
     lines = "".join(f"{i * 7919 % 1000003}\n" for i in range(2000))
     data = bytearray(gzip.compress(lines.encode()))
@@ -71,7 +71,7 @@ def test_damaged_gzip_names_file_line_and_remedy(tmp_path, damage):
     assert number <= 2001 and (number > 1) == (damage != "header")
 
 
-def test_a_missing_file_and_a_folder(tmp_path):
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.txt: no such file") as error:
         list(read_lines(tmp_path / "nothing.txt"))
     one_line(error)
@@ -81,7 +81,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["text.txt", "text.txt.gz"])
-def test_writes_and_reads_back(tmp_path, name):
+def test_text_is_read_back_as_written(tmp_path, name):
     path = tmp_path / name
     write_text(path, "old\n")
     write_text(path, "maji\nपानी\n")
@@ -101,7 +101,7 @@ def test_equal_text_gives_equal_compressed_bytes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, step):
+def test_an_interrupted_write_leaves_only_the_old_file(tmp_path, monkeypatch, step):
     path = tmp_path / "text.txt"
     write_text(path, "old\n")
 
@@ -115,13 +115,13 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeyp
     assert os.listdir(tmp_path) == ["text.txt"]
 
 
-def test_makes_a_folder_with_its_parents(tmp_path):
+def test_a_folder_is_created_with_its_parents(tmp_path):
     folder = writable_folder(tmp_path / "a" / "b")
     assert folder.is_dir() and not list(folder.iterdir())
     assert writable_folder(str(folder)) == folder
 
 
-def test_a_file_in_the_folders_place(tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "runs").touch()
     for folder in (tmp_path / "runs", tmp_path / "runs" / "deeper"):
         with pytest.raises(OSError, match=r"cannot be written .*; choose another one") as error:
@@ -129,11 +129,11 @@ def test_a_file_in_the_folders_place(tmp_path):
         assert str(folder) in one_line(error)
 
 
-def test_a_folder_that_refuses_files(tmp_path, monkeypatch):
+def test_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    # The bits of a read-only folder do not stop a privileged user.
+    # Permission bits do not bind a privileged user.
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(OSError, match=r"cannot be written \(Permission denied\)") as error:
         writable_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""Exported models give the vectors that they gave before, here and in PyLate."""
+"""Models exported for PyLate give equal vectors in both libraries."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from optical.models.pylate import export_pylate
 from optical.models.retriever import load_retriever
 
 TEXTS = ["the teacher buys bread", "fish", "mwalimu ananunua mkate na samaki"]
-# An interpreter that has PyLate, which cannot share an environment with Sentence Transformers 6.
+# Python with PyLate, which cannot share an environment with Sentence Transformers 6.
 PYLATE = os.environ.get("PYLATE_PYTHON", "")
 ENCODE = """
 import json, sys
@@ -23,8 +23,8 @@ import numpy as np
 from pylate.models import ColBERT
 model = ColBERT(sys.argv[1], device="cpu")
 for role in ("query", "document"):
-    found = model.encode(json.loads(sys.argv[3]), is_query=role == "query")
-    np.savez(f"{sys.argv[2]}/{role}.npz", *found)
+    vectors = model.encode(json.loads(sys.argv[3]), is_query=role == "query")
+    np.savez(f"{sys.argv[2]}/{role}.npz", *vectors)
 """
 
 
@@ -35,8 +35,8 @@ def model(request, tiny_models, tmp_path):
         "projected": {"dimension": 8, "document_length": 6},
         "expanded": {"query_expansion": True, "query_length": 12},
     }[request.param]
-    made = load_retriever(tiny_models.mixed, **settings)
-    made.save_pretrained(str(tmp_path / "model"))
+    retriever = load_retriever(tiny_models.mixed, **settings)
+    retriever.save_pretrained(str(tmp_path / "model"))
     return str(tmp_path / "model")
 
 
@@ -48,10 +48,10 @@ def encoded(name):
     }
 
 
-def same(found, expected):
+def assert_equal_vectors(actual, expected):
     for role in expected:
-        assert [x.shape for x in found[role]] == [x.shape for x in expected[role]]
-        for one, other in zip(found[role], expected[role], strict=True):
+        assert [x.shape for x in actual[role]] == [x.shape for x in expected[role]]
+        for one, other in zip(actual[role], expected[role], strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 
 
@@ -59,23 +59,23 @@ def test_the_export_loads_here_with_equal_vectors(model, tmp_path):
     folder = export_pylate(model, tmp_path / "pylate")
     assert json.loads((folder / "config_sentence_transformers.json").read_text())["model_type"]
     assert not list(tmp_path.glob(".*"))
-    same(encoded(folder), encoded(model))
+    assert_equal_vectors(encoded(folder), encoded(model))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PYLATE, reason="PYLATE_PYTHON names no interpreter that has PyLate")
+@pytest.mark.skipif(not PYLATE, reason="PYLATE_PYTHON names no Python with PyLate")
 def test_the_export_loads_in_pylate_with_equal_vectors(model, tmp_path):
     folder = export_pylate(model, tmp_path / "pylate")
-    words = [PYLATE, "-c", ENCODE, str(folder), str(tmp_path), json.dumps(TEXTS)]
-    subprocess.run(words, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    found = {}
+    command = [PYLATE, "-c", ENCODE, str(folder), str(tmp_path), json.dumps(TEXTS)]
+    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    exported = {}
     for role in ("query", "document"):
         with np.load(tmp_path / f"{role}.npz") as arrays:
-            found[role] = [arrays[name] for name in arrays.files]
-    same(found, encoded(model))
+            exported[role] = [arrays[name] for name in arrays.files]
+    assert_equal_vectors(exported, encoded(model))
 
 
-def test_a_router_is_exported_by_its_sides(tiny_models, tmp_path):
+def test_one_encoder_of_a_router_is_exported(tiny_models, tmp_path):
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import Router
 
@@ -85,19 +85,19 @@ def test_a_router_is_exported_by_its_sides(tiny_models, tmp_path):
     )
     both = MultiVectorEncoder(modules=[Router.for_query_document(list(student), list(teacher))])
     both.save_pretrained(str(tmp_path / "both"))
-    with pytest.raises(ValueError, match="side: '', expected 'query' or 'document'"):
+    with pytest.raises(ValueError, match="role: '', expected 'query' or 'document'"):
         export_pylate(tmp_path / "both", tmp_path / "whole")
-    folder = export_pylate(tmp_path / "both", tmp_path / "queries", side="query")
+    folder = export_pylate(tmp_path / "both", tmp_path / "queries", role="query")
     expected = student.encode_query(TEXTS)
     for one, other in zip(load_retriever(folder).encode_query(TEXTS), expected, strict=True):
         torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other))
 
 
-def test_what_pylate_cannot_express_is_refused(tiny_models, tmp_path):
+def test_features_that_pylate_lacks_are_refused(tiny_models, tmp_path):
     def export(change=lambda model: None, **settings):
-        made = load_retriever(tiny_models.mixed, **settings)
-        change(made)
-        made.save_pretrained(str(tmp_path / "model"))
+        retriever = load_retriever(tiny_models.mixed, **settings)
+        change(retriever)
+        retriever.save_pretrained(str(tmp_path / "model"))
         return export_pylate(tmp_path / "model", tmp_path / "out")
 
     def prompt(model):
@@ -105,12 +105,12 @@ def test_what_pylate_cannot_express_is_refused(tiny_models, tmp_path):
 
     with pytest.raises(ValueError, match="skips 1 words in queries"):
         export(skip_words=["the"])
-    with pytest.raises(ValueError, match="query prompt 'find the fish: ' is no single token"):
+    with pytest.raises(ValueError, match="query prompt 'find the fish: ' is not a single token"):
         export(prompt)
-    with pytest.raises(ValueError, match="side: 'query', but the model has one encoder"):
-        export_pylate(tiny_models.teacher, tmp_path / "out", side="query")
+    with pytest.raises(ValueError, match="role: 'query', but the model has one encoder"):
+        export_pylate(tiny_models.teacher, tmp_path / "out", role="query")
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
     Path(tmp_path / "full" / "file").touch()
-    with pytest.raises(ValueError, match="full: holds something already"):
+    with pytest.raises(ValueError, match="full: not empty"):
         export_pylate(tiny_models.teacher, tmp_path / "full")

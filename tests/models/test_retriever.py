@@ -1,4 +1,4 @@
-"""Encoders: what is trained reloads as an ordinary model, and any encoder becomes a retriever."""
+"""Pretrained encoders, tokenizers and retrievers built from them."""
 
 import gzip
 import json
@@ -14,9 +14,8 @@ from sentence_transformers import MultiVectorEncoder
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
 
 from optical.data.texts import read_sentences
-from optical.models import retriever as encoder
 from optical.models import tokenizers
-from optical.models.retriever import load_retriever
+from optical.models.retriever import check_model, load_retriever, resolve_model
 from optical.models.tokenizers import SPECIAL_TOKENS, frequent_tokens, train_tokenizer
 from optical.training.pretraining import EncoderOptions, encoder_trainer
 
@@ -28,7 +27,7 @@ def encode(model, text, task="document"):
     return method([text], output_value=None, show_progress_bar=False)[0]
 
 
-def test_reloads_as_an_ordinary_model(tiny_models):
+def test_a_pretrained_encoder_reloads_with_transformers(tiny_models):
     tokenizer = AutoTokenizer.from_pretrained(tiny_models.mixed)
     model = AutoModel.from_pretrained(tiny_models.mixed).eval()
     assert model.config.hidden_size == 16 and model.config.num_hidden_layers == 1
@@ -43,13 +42,13 @@ def test_reloads_as_an_ordinary_model(tiny_models):
     with torch.no_grad():
         hidden = model(**tokenizer([SENTENCE], return_tensors="pt")).last_hidden_state
     assert hidden.shape == (1, len(ids), 16) and hidden.isfinite().all()
-    # The retriever made of the folder reads the same weights.
+    # A retriever built from the folder has the same weights.
     retriever = load_retriever(tiny_models.mixed)
     expected = torch.nn.functional.normalize(hidden[0], dim=-1)
     torch.testing.assert_close(encode(retriever, SENTENCE)["token_embeddings"], expected)
 
 
-def test_the_masked_language_head_reloads_too(tiny_models):
+def test_the_masked_language_model_head_reloads(tiny_models):
     model, loading = AutoModelForMaskedLM.from_pretrained(
         tiny_models.mixed, output_loading_info=True
     )
@@ -57,35 +56,35 @@ def test_the_masked_language_head_reloads_too(tiny_models):
     assert model.get_output_embeddings().weight.shape[0] == model.config.vocab_size
 
 
-def test_every_script_keeps_its_letters():
+def test_tokenizers_keep_the_letters_of_every_script():
     texts = ["शिक्षक बाज़ारात भाकरी विकत घेतो", "Äpfel über Straße", "l ' été à l ' école", "ñandú"]
-    for units in (70, 500):  # pieces and whole words
-        tokenizer = train_tokenizer(iter(texts * 3), units, 64)
+    for vocabulary_size in (70, 500):  # subwords, and whole words
+        tokenizer = train_tokenizer(iter(texts * 3), vocabulary_size, 64)
         for text in texts:
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.decode(ids, skip_special_tokens=True) == text.lower()
 
 
 def test_equal_texts_give_equal_tokenizers():
-    # Many ties: every unit that is learnt hangs on the numbers of the letters before.
+    # Many ties: which tokens are learnt depends on how the letters are numbered.
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgłéह", k=draw.randint(2, 9))) for _ in range(300)]
-    found = [train_tokenizer(iter(words), 150, 32) for _ in range(3)]
-    assert found[0].get_vocab() == found[1].get_vocab() == found[2].get_vocab()
-    assert len(found[0]) == 150
-    # The letters inside of words are units, not special tokens.
-    assert found[0].all_special_tokens and set(found[0].all_special_tokens) == set(SPECIAL_TOKENS)
-    assert found[0].tokenize("##a") == ["[UNK]", "[UNK]", "a"]
+    learnt = [train_tokenizer(iter(words), 150, 32) for _ in range(3)]
+    assert learnt[0].get_vocab() == learnt[1].get_vocab() == learnt[2].get_vocab()
+    assert len(learnt[0]) == 150
+    # Word-internal letters are ordinary tokens, not special ones.
+    assert learnt[0].all_special_tokens and set(learnt[0].all_special_tokens) == set(SPECIAL_TOKENS)
+    assert learnt[0].tokenize("##a") == ["[UNK]", "[UNK]", "a"]
 
 
-def test_rare_letters_are_left_out():
+def test_rare_letters_are_excluded_from_the_alphabet():
     letters = [chr(0x4E00 + i) for i in range(1200)]
     tokenizer = train_tokenizer(iter(["".join(letters[:600]) * 2, "".join(letters)]), 3000, 32)
     assert len(tokenizer.tokenize(letters[0])) == 1 and tokenizer.tokenize(letters[0]) != ["[UNK]"]
     assert tokenizer.tokenize(letters[-1]) == ["[UNK]"]
 
 
-def test_pairs_are_read_side_by_side(world, tmp_path):
+def test_sentence_pairs_are_concatenated_for_pretraining(world, tmp_path):
     options = EncoderOptions(
         text=[str(world / "text/en.txt")],
         bitext=[str(world / "bitext/en-sw.tsv")],
@@ -101,14 +100,14 @@ def test_pairs_are_read_side_by_side(world, tmp_path):
     english, other = (world / "bitext/en-sw.tsv").read_text().splitlines()[0].split("\t")
     assert tokenizer.decode(rows[texts]) == f"[CLS] {english} [SEP] {other} [SEP]"
     assert rows[0].count(tokenizer.sep_token_id) == 1
-    # The seed of the arguments makes the first weights.
+    # The seed of the arguments determines the initial weights.
     again = encoder_trainer(options, args).model.state_dict()
     assert all(
         torch.equal(again[name], value) for name, value in trainer.model.state_dict().items()
     )
 
 
-def test_long_texts_are_cut(world, tmp_path):
+def test_long_texts_are_truncated(world, tmp_path):
     (tmp_path / "long.txt").write_text("the teacher buys the bread " * 50 + "\n")
     options = EncoderOptions(text=[str(tmp_path / "long.txt")], hidden_size=16, max_tokens=12)
     trainer = encoder_trainer(options, TrainingArguments(str(tmp_path), report_to="none"))
@@ -123,7 +122,7 @@ def test_long_texts_are_cut(world, tmp_path):
         ("a.jsonl", b'{"id": 1, "text": "maji"}\n\n{"text": " "}\n', ["maji"]),
     ],
 )
-def test_reads_sentences(tmp_path, name, data, expected):
+def test_sentences_are_read_from_text_and_json_lines(tmp_path, name, data, expected):
     (tmp_path / name).write_bytes(data)
     assert read_sentences(tmp_path / name) == expected
 
@@ -131,7 +130,7 @@ def test_reads_sentences(tmp_path, name, data, expected):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.txt", b"\n \n", r"a\.txt: no text in it; expected a sentence a line"),
+        ("a.txt", b"\n \n", r"a\.txt: no text in it; expected one sentence per line"),
         ("a.txt", b"maji\n\xff\n", r"a\.txt:2: not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{\n', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"title": "a"}\n', r"a\.jsonl:1: no key `text`"),
@@ -139,7 +138,7 @@ def test_reads_sentences(tmp_path, name, data, expected):
         ("a.txt", b"\x1f\x8b\x08", r"a\.txt:1: damaged gzip"),
     ],
 )
-def test_wrong_text_names_file_and_line(tmp_path, name, data, message):
+def test_errors_of_malformed_text_name_file_and_line(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message) as error:
         read_sentences(tmp_path / name)
@@ -153,7 +152,7 @@ def test_wrong_text_names_file_and_line(tmp_path, name, data, message):
         ({"text": ["a"], "hidden_size": 16, "heads": 3}, "heads: 3, expected a divisor"),
     ],
 )
-def test_wrong_options_fail_before_anything_is_read(options, message):
+def test_invalid_options_are_refused_before_reading_files(options, message):
     with pytest.raises(ValueError, match=message):
         EncoderOptions(**options).validate()
 
@@ -161,26 +160,26 @@ def test_wrong_options_fail_before_anything_is_read(options, message):
 # --- retrievers ----------------------------------------------------------------------------------
 
 
-def kinds(model):
+def module_names(model):
     return [type(module).__name__ for module in model]
 
 
-def test_an_encoder_of_the_right_width_gets_no_projection(tiny_models):
+def test_no_projection_is_added_if_the_width_matches(tiny_models):
     for dimension in (None, 16):
         model = load_retriever(tiny_models.mixed, dimension=dimension)
-        assert kinds(model) == ["Transformer", "MultiVectorMask", "Normalize"]
+        assert module_names(model) == ["Transformer", "MultiVectorMask", "Normalize"]
         assert model.get_embedding_dimension() == 16
 
 
 def test_a_dimension_adds_a_projection(tiny_models):
     model = load_retriever(tiny_models.mixed, dimension=8)
-    assert kinds(model) == ["Transformer", "Dense", "MultiVectorMask", "Normalize"]
+    assert module_names(model) == ["Transformer", "Dense", "MultiVectorMask", "Normalize"]
     vectors = encode(model, SENTENCE)["token_embeddings"]
     assert model.get_embedding_dimension() == vectors.shape[-1] == 8
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(len(vectors)))
 
 
-def test_lengths_and_expansion(tiny_models):
+def test_length_limits_and_query_expansion(tiny_models):
     model = load_retriever(tiny_models.mixed, query_length=5, document_length=9)
     assert encode(model, "water " * 30, "query")["input_ids"].shape == (5,)
     assert encode(model, "water " * 30)["input_ids"].shape == (9,)
@@ -191,36 +190,36 @@ def test_lengths_and_expansion(tiny_models):
     assert len(encode(model, "water")["input_ids"]) < 12
 
 
-def test_skipped_words_are_masked_in_queries_only_and_stay_so(tiny_models, tmp_path):
+def test_skipped_words_are_masked_in_queries_only_also_after_reloading(tiny_models, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_models.mixed)
     frequent = frequent_tokens(tokenizer, [SENTENCE, "the the bread"], 2)
     assert frequent == ["the", "bread"]
     model = load_retriever(tiny_models.mixed, skip_words=frequent, query_length=20)
     model.save_pretrained(str(tmp_path / "model"))
-    for found in (model, load_retriever(tmp_path / "model")):
-        query, document = (encode(found, SENTENCE, task) for task in ("query", "document"))
+    for retriever in (model, load_retriever(tmp_path / "model")):
+        query, document = (encode(retriever, SENTENCE, task) for task in ("query", "document"))
         tokens = tokenizer.convert_ids_to_tokens(query["input_ids"])
         expected = [token not in frequent for token in tokens]
         assert query["attention_mask"].bool().tolist() == expected and not all(expected)
         assert document["attention_mask"].all()
     # A saved retriever keeps its own settings.
-    kept = load_retriever(tmp_path / "model", dimension=4, query_length=5, skip_words=[])
-    assert kept.get_embedding_dimension() == 16
-    assert torch.equal(encode(kept, SENTENCE)["token_embeddings"], document["token_embeddings"])
+    reloaded = load_retriever(tmp_path / "model", dimension=4, query_length=5, skip_words=[])
+    assert reloaded.get_embedding_dimension() == 16
+    assert torch.equal(encode(reloaded, SENTENCE)["token_embeddings"], document["token_embeddings"])
 
 
-def test_pieces_of_words_can_be_skipped(tiny_models):
+def test_subwords_can_be_skipped(tiny_models):
     tokenizer = AutoTokenizer.from_pretrained(tiny_models.wide)
-    pieces = [token for token in tokenizer.get_vocab() if token.startswith("##")]
-    ids = tokenizer.convert_tokens_to_ids(pieces)
-    model = load_retriever(tiny_models.wide, skip_words=pieces)
+    subwords = [token for token in tokenizer.get_vocab() if token.startswith("##")]
+    ids = tokenizer.convert_tokens_to_ids(subwords)
+    model = load_retriever(tiny_models.wide, skip_words=subwords)
     output = encode(model, "teachers farmers mwalimux", "query")
     skipped = [token in ids for token in output["input_ids"].tolist()]
     assert any(skipped)
-    assert output["attention_mask"].bool().tolist() == [not one for one in skipped]
+    assert output["attention_mask"].bool().tolist() == [not skip for skip in skipped]
 
 
-def test_equally_frequent_tokens_come_in_the_order_of_the_vocabulary(tiny_models):
+def test_equally_frequent_tokens_are_in_vocabulary_order(tiny_models):
     tokenizer = AutoTokenizer.from_pretrained(tiny_models.mixed)
     texts = ["water fish book lamp"]
     orders = {tuple(frequent_tokens(tokenizer, texts * n, 4)) for n in (1, 5)}
@@ -231,7 +230,7 @@ def test_equally_frequent_tokens_come_in_the_order_of_the_vocabulary(tiny_models
     assert frequent_tokens(tokenizer, texts, 0) == []
 
 
-def test_what_is_saved_holds_no_class_of_ours(tiny_models, tmp_path):
+def test_saved_models_need_sentence_transformers_only(tiny_models, tmp_path):
     load_retriever(tiny_models.mixed, dimension=8, skip_words=["the"]).save_pretrained(
         str(tmp_path / "model")
     )
@@ -252,7 +251,7 @@ def broken(models, folder, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("{tmp}/nothing", "no such folder; train it first or give a hub name"),
+        ("{tmp}/nothing", "no such folder; train it first or use a hub name"),
         ("./nothing", "no such folder"),
         ("runs/no-such/final", "no such folder"),
         ("{tmp}", r"no config\.json in this folder, so it holds no model"),
@@ -260,7 +259,7 @@ def broken(models, folder, name):
         ("no-such-model", "cannot be loaded"),
     ],
 )
-def test_a_missing_model_is_named_in_one_line(tmp_path, name, message):
+def test_errors_of_a_missing_model_have_one_line(tmp_path, name, message):
     name = name.format(tmp=tmp_path)
     with pytest.raises(ValueError, match=message) as error:
         load_retriever(name)
@@ -275,34 +274,34 @@ def test_a_missing_model_is_named_in_one_line(tmp_path, name, message):
         ("tokenizer.json", "cannot be loaded"),
     ],
 )
-def test_a_broken_model_is_named_in_one_line(tiny_models, tmp_path, name, message):
+def test_errors_of_a_damaged_model_have_one_line(tiny_models, tmp_path, name, message):
     folder = broken(tiny_models, tmp_path / "model", name)
     with pytest.raises(ValueError, match=message) as error:
         load_retriever(folder)
     assert str(error.value).startswith(f"model {folder}: ") and "\n" not in str(error.value)
 
 
-# --- weights of packages, and how tokenizers cut -------------------------------------------------
+# --- models in packages, and fertility ----------------------------------------------------------
 
 
-def test_a_package_may_bring_the_weights(tiny_models, tmp_path, monkeypatch):
+def test_a_model_may_be_part_of_an_installed_package(tiny_models, tmp_path, monkeypatch):
     package = tmp_path / "some_weights"
     shutil.copytree(tiny_models.mixed, package / "model")
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     name = "package:some_weights/model"
-    assert encoder.located(name) == str(package / "model") and encoder.located("a/b") == "a/b"
-    encoder.check_model(name)
+    assert resolve_model(name) == str(package / "model") and resolve_model("a/b") == "a/b"
+    check_model(name)
     assert load_retriever(name).get_embedding_dimension() == 16
-    # A folder that gives one vector for a text is read as the encoder that it holds.
+    # A model of one vector per text is loaded as its encoder.
     (package / "model/modules.json").write_text(
         json.dumps([{"type": "x.Transformer"}, {"type": "x.Pooling"}])
     )
     assert load_retriever(name, dimension=8).get_embedding_dimension() == 8
     with pytest.raises(ValueError, match="the package no_weights is not installed; install it"):
-        encoder.check_model("package:no_weights/model")
+        check_model("package:no_weights/model")
     with pytest.raises(ValueError, match="no such folder"):
-        encoder.check_model("package:some_weights/missing/folder")
+        check_model("package:some_weights/missing/folder")
 
 
 def test_fertility(tiny_models):
@@ -311,5 +310,5 @@ def test_fertility(tiny_models):
         "tokens": 1.0,
         "unknown": 0.0,
     }
-    found = tokenizers.fertility(tokenizer, ["mwalimu 漢字"])
-    assert found["unknown"] > 0 and found["tokens"] >= 1
+    statistics = tokenizers.fertility(tokenizer, ["mwalimu 漢字"])
+    assert statistics["unknown"] > 0 and statistics["tokens"] >= 1

@@ -1,18 +1,17 @@
-"""Stored vectors: what the teacher says, whole or not there, and the same training with them."""
+"""Token stores: teacher vectors on disk equal the teacher's own, and writes resume."""
 
 import json
 import os
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
 
-from optical.data.pairs import read_pairs
-from optical.models import token_store
+from optical.data.pairs import read_bitext_pairs
 from optical.models.retriever import load_retriever
-from optical.models.token_store import StoredVectors, write_vectors
+from optical.models.token_store import StoredVectors, StoreWriter, read_shard, write_vectors
 from optical.training import recipes, runner
 
 
@@ -23,7 +22,7 @@ def teacher(tiny_models):
 
 @pytest.fixture(scope="module")
 def texts(world):
-    return [english for english, _ in read_pairs(world / "bitext/en-sw.tsv")][:30]
+    return [english for english, _ in read_bitext_pairs(world / "bitext/en-sw.tsv")][:30]
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def store(teacher, texts, tmp_path):
     return write_vectors(teacher, texts, tmp_path / "store", role="document", shard_texts=8)
 
 
-def test_they_are_the_teachers_own(store, teacher, texts):
+def test_stored_vectors_equal_the_teachers(store, teacher, texts):
     stored = StoredVectors([store], role="document")
     assert len(stored) == 30 and stored.dimension == 16
     batch = stored.batch([texts[20], texts[3]])
@@ -46,45 +45,63 @@ def test_they_are_the_teachers_own(store, teacher, texts):
     assert difference.abs().max() < 1e-3
 
 
-def test_shards_are_mapped_and_half_precision(store):
-    assert json.loads((store / "index.json").read_text())["shards"] == [
-        "00000", "00001", "00002", "00003"
-    ]  # fmt: skip
-    array = np.load(store / "00001.vectors.npy", mmap_mode="r")
-    assert isinstance(array, np.memmap) and array.dtype == np.float16
-    assert not [name for name in os.listdir(store) if name.startswith(".")]
+def test_a_store_has_documented_files_and_tensors(store, texts):
+    shards = [f"{number:05d}.safetensors" for number in range(4)]
+    index = json.loads((store / "index.json").read_text())
+    assert list(index["files"]) == shards and index["documents"] == 30
+    assert sorted(os.listdir(store)) == sorted(
+        ["index.json", *shards, *(f"{number:05d}.json" for number in range(4))]
+    )
+    tensors = load_file(store / "00003.safetensors")
+    assert set(tensors) == {"vectors", "lengths", "token_ids"}
+    assert (tensors["vectors"].dtype, tensors["token_ids"].dtype) == (torch.float16, torch.int32)
+    assert len(tensors["vectors"]) == len(tensors["token_ids"]) == int(tensors["lengths"].sum())
+    ids, tokens = read_shard(store / "00003.safetensors")
+    assert len(set(ids)) == len(tokens) == len(texts) - 3 * 8
 
 
-def test_an_interrupted_writing_goes_on(store, teacher, texts, tmp_path, monkeypatch):
-    folder = tmp_path / "parts"
-    write_shard = token_store._write_shard
+def record_writes(monkeypatch, stop_at=None):
+    """Return a list that collects the numbers of written shards; optionally interrupt one."""
+    numbers, write = [], StoreWriter.write
 
-    def stop(folder, name, *rest):
-        if name == "00002":
+    def recorded(self, number, *rest):
+        if number == stop_at:
             raise KeyboardInterrupt
-        write_shard(folder, name, *rest)
+        numbers.append(number)
+        write(self, number, *rest)
 
+    monkeypatch.setattr(StoreWriter, "write", recorded)
+    return numbers
+
+
+def test_an_interrupted_write_resumes(store, teacher, texts, tmp_path, monkeypatch):
+    folder = tmp_path / "parts"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(token_store, "_write_shard", stop)
+        record_writes(patch, stop_at=2)
         write_vectors(teacher, texts, folder, role="document", shard_texts=8)
     with pytest.raises(ValueError, match="no finished store of token vectors"):
         StoredVectors([folder], role="document")
-    # A shard that was torn is written again, whole ones are not.
-    (folder / "00001.vectors.npy").write_bytes(b"torn")
-    made = []
-
-    def note(folder, name, *rest):
-        made.append(name)
-        write_shard(folder, name, *rest)
-
-    monkeypatch.setattr(token_store, "_write_shard", note)
+    # A damaged shard is written again, whole ones are kept.
+    (folder / "00001.safetensors").write_bytes(b"torn")
+    written = record_writes(monkeypatch)
     write_vectors(teacher, texts, folder, role="document", shard_texts=8)
-    assert made == ["00001", "00002", "00003"]
-    for name in ("00001.vectors.npy", "00003.tokens.npy"):
+    assert written == [1, 2, 3]
+    for name in ("00001.safetensors", "00003.safetensors", "00003.json", "index.json"):
         assert (folder / name).read_bytes() == (store / name).read_bytes()
 
 
-def test_what_does_not_fit_is_refused(store, teacher, texts):
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_shard_with_a_damaged_checksum_file_is_written_again(
+    store, teacher, texts, monkeypatch, content
+):
+    (store / "00002.json").write_text(content)
+    written = record_writes(monkeypatch)
+    write_vectors(teacher, texts, store, role="document", shard_texts=8)
+    assert written == [2]
+    assert len(StoredVectors([store], role="document")) == 30
+
+
+def test_stores_of_other_settings_and_damaged_shards_are_refused(store, teacher, texts):
     with pytest.raises(ValueError, match=r"role 'document' .* but the training reads role 'query'"):
         StoredVectors([store], role="query")
     with pytest.raises(ValueError, match=r"max_length None, but .* max_length 7"):
@@ -95,15 +112,20 @@ def test_what_does_not_fit_is_refused(store, teacher, texts):
         write_vectors(teacher, texts[:3], store, role="document", shard_texts=8)
     with pytest.raises(ValueError, match="texts: none given"):
         write_vectors(teacher, [], store, role="document")
-    shard = store / "00002.lengths.npy"
+    shard = store / "00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\7")
-    with pytest.raises(ValueError, match="shard 00002 does not fit its checksum"):
+    with pytest.raises(ValueError, match=r"00002\.safetensors: does not match its checksum"):
+        StoredVectors([store], role="document")
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"00002\.safetensors: does not match its checksum"):
         StoredVectors([store], role="document")
 
 
-def test_a_training_with_them_is_the_training_without(world, tiny_models, tmp_path, teacher):
+def test_training_on_stored_vectors_equals_training_with_the_teacher(
+    world, tiny_models, tmp_path, teacher
+):
     bitext = str(world / "bitext/en-sw.tsv")
-    english = [one for one, _ in read_pairs(bitext)]
+    english = [sentence for sentence, _ in read_bitext_pairs(bitext)]
     store = write_vectors(teacher, english, tmp_path / "store", role="document", max_length=12)
 
     def losses(name, stored):
@@ -129,7 +151,7 @@ def test_a_training_with_them_is_the_training_without(world, tiny_models, tmp_pa
     assert losses("stored", [str(store)]) == pytest.approx(expected, abs=1e-3)
 
 
-def test_many_workers_write_one_store(teacher, texts, store, tmp_path):
+def test_several_workers_write_one_store(teacher, texts, store, tmp_path):
     folder = tmp_path / "shared"
     together = {"role": "document", "shard_texts": 8, "workers": 2}
     write_vectors(teacher, texts, folder, worker=1, **together)

@@ -1,11 +1,23 @@
-"""Words that transport plans link, and how far they agree with a word table."""
+"""Word links from transport plans, their formats, and the alignment error rate."""
 
 import pytest
+import torch
 
 pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
 
+from optical.data.pairs import read_bitext_pairs
 from optical.models.retriever import load_retriever
-from optical.models.word_alignment import align, alignment_error_rate, word_links
+from optical.models.word_alignment import (
+    _token_starts,
+    _word_indices_by_position,
+    _word_mass,
+    _words_of_tokens,
+    align_tokens,
+    align_words,
+    alignment_error_rate,
+    format_pharaoh,
+    word_links,
+)
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +25,7 @@ def teacher(tiny_models):
     return load_retriever(tiny_models.teacher)
 
 
-def test_equal_sentences_link_equal_words(teacher):
+def test_identical_sentences_link_identical_words(teacher):
     pairs = [("the teacher buys the bread", "the teacher buys the bread"), ("the lamp", "the lamp")]
     for role in ("document", "query"):
         first, second = word_links(teacher, teacher, pairs, role=role, epsilon=0.005)
@@ -22,14 +34,14 @@ def test_equal_sentences_link_equal_words(teacher):
         assert all(0 < share <= 1 + 1e-5 for share in first.values())
 
 
-def test_links_are_those_of_the_plan(tiny_models, teacher):
-    """Sums of the plan of `align` over the tokens of the words, where each word is one token."""
+def test_links_are_the_strongest_entries_of_the_plan(tiny_models, teacher):
+    """Compare with the plan of `align_tokens` for words of one token each."""
     student = load_retriever(tiny_models.mixed, dimension=16)
     english, other = "the teacher buys bread", "mwalimu ananunua mkate"
     (found,) = word_links(student, teacher, [(english, other)], max_iter=200)
-    aligned = align(student, teacher, other, english)
+    aligned = align_tokens(student, teacher, other, english)
     if any(token.startswith("##") for token in aligned["other_tokens"]):
-        pytest.fail("the words of this test are units of the tokenizer")
+        pytest.fail("each word of this test must be one token")
     for i, word in enumerate(aligned["other_tokens"]):
         masses = dict(zip(aligned["english_tokens"], aligned["plan"][i], strict=True))
         best = max(masses, key=masses.get)
@@ -40,8 +52,8 @@ def test_links_are_those_of_the_plan(tiny_models, teacher):
             assert found[best, word] == pytest.approx(share, abs=1e-4)
 
 
-def test_words_of_several_tokens_are_whole(teacher):
-    # Words that the tokenizer does not know are cut into units, or unknown as a whole.
+def test_the_tokens_of_a_word_form_one_link(teacher):
+    # The tokenizer splits unfamiliar words into subwords or maps them to [UNK].
     (found,) = word_links(teacher, teacher, [("teacherlamp, bread!", "teacherlamp, bread!")])
     assert {word for link in found for word in link} <= {"teacherlamp", "bread"}
 
@@ -55,9 +67,9 @@ LEXICON = {"red": ["Rot"], "book": ["Buch", "Heft"], "sea": ["Meer"]}
         ([("red", "rot"), ("book", "buch")], 0.0),
         ([("book", "rot"), ("red", "buch")], 1.0),
         ([("red", "rot"), ("red", "buch")], 0.5),
-        # A link that is missing: 1 - 2 * 1 / (1 + 2).
+        # One link is missing: 1 - 2 * 1 / (1 + 2).
         ([("red", "rot")], pytest.approx(1 / 3)),
-        # What the table does not know counts nothing.
+        # Words outside the lexicon are ignored.
         ([("red", "rot"), ("book", "buch"), ("the", "das")], 0.0),
     ],
 )
@@ -67,18 +79,14 @@ def test_alignment_error_rate(links, expected):
     assert alignment_error_rate(found, pairs, LEXICON) == (expected, 2)
 
 
-def test_no_rate_without_a_known_word():
+def test_the_error_rate_is_undefined_without_a_lexicon_word():
     assert alignment_error_rate([{}], [("sky", "himmel")], LEXICON) == (None, 0)
 
 
-def test_links_between_numbered_words():
-    """A plan by hand: tokens of a word count together, tokens of no word count nothing."""
-    import torch
-
-    from optical.models.word_alignment import _begins, _named, _numbered, _word_mass
-
-    assert _numbered("ab  c") == {0: 0, 1: 0, 4: 1}
-    others = _named(_numbered("ab c"), [-1, 0, 1, 3])
+def test_the_mass_of_tokens_is_summed_over_words():
+    """A plan by hand: masses of a word's tokens add up, tokens outside words stay separate."""
+    assert _word_indices_by_position("ab  c") == {0: 0, 1: 0, 4: 1}
+    others = _words_of_tokens(_word_indices_by_position("ab c"), [-1, 0, 1, 3])
     assert others == [None, 0, 0, 1]
     plan = torch.tensor([[0.9, 0.0], [0.2, 0.1], [0.2, 0.0], [0.0, 0.3]])
     mass, rows, columns = _word_mass(plan, others, [0, 1])
@@ -88,18 +96,14 @@ def test_links_between_numbered_words():
     def read(text, **_):
         return {"input_ids": [7, 8], "offset_mapping": [(0, 2), (2, 4)]}
 
-    # The second token's span has the space before its word.
-    assert _begins(read, "ab c", [1, 7, 8, 2]) == [-1, 0, 3, -1]
+    # The second token's span includes the space before its word.
+    assert _token_starts(read, "ab c", [1, 7, 8, 2]) == [-1, 0, 3, -1]
 
 
-def test_pharaoh_lines(world, tiny_models):
-    from optical.data.pairs import read_pairs
-    from optical.models.retriever import load_retriever
-    from optical.models.word_alignment import align_words, pharaoh
-
-    pairs = read_pairs(world / "bitext/en-sw.tsv")[:6]
+def test_links_by_word_index_and_their_pharaoh_format(world, tiny_models):
+    pairs = read_bitext_pairs(world / "bitext/en-sw.tsv")[:6]
     model = load_retriever(tiny_models.teacher)
-    # English with itself: every word with itself, and nothing else.
+    # English aligned with itself links every word to itself only.
     same = [(english, english) for english, _ in pairs] + [("", "")]
     for mutual in (False, True):
         found = list(align_words(model, model, same, mutual=mutual, batch_size=4))
@@ -109,7 +113,7 @@ def test_pharaoh_lines(world, tiny_models):
             assert ids == sorted(ids) and all(0 < share <= 1 for _, _, share in links)
             words = english.split()
             assert len(words) == 5 and all(words[e] == words[f] for e, f in ids)
-    assert pharaoh([(0, 1, 0.9), (1, 0, 0.7)]) == "0-1 1-0"
+    assert format_pharaoh([(0, 1, 0.9), (1, 0, 0.7)]) == "0-1 1-0"
     loose, mutual = (
         [len(x) for x in align_words(model, model, pairs, mutual=m)] for m in (False, True)
     )

@@ -1,4 +1,4 @@
-"""The phrasebook: sound tables, exact judgements, nothing of the test in the training."""
+"""The phrasebook: consistent tables, exact judgements, disjoint training and test data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bitexts() -> dict[str, list[tuple[str, str]]]:
 
 @pytest.fixture(scope="module")
 def teacher() -> list[tuple[str, str]]:
-    return corpus.english()
+    return corpus.training_pairs()
 
 
 @pytest.fixture(scope="module")
@@ -48,28 +48,28 @@ def collections() -> dict[str, tuple[dict[str, str], dict[str, str], corpus.Qrel
 
 @cache
 def phrases() -> tuple[re.Pattern[str], dict[str, str]]:
-    book = grammar._book()
+    tables = grammar.load_tables()
     known: dict[str, str] = {}
-    for concept, parts in book.forms.items():
-        if book.table_of[concept] != "frames":
+    for concept, parts in tables.forms.items():
+        if tables.table_of[concept] != "frames":
             for part in (*(part for part in parts if part != "agreement"), "bare"):
-                phrase = grammar._phrase(concept, part, False, "", "en").lower()
+                phrase = grammar.phrase(concept, part, False, "", "en").lower()
                 assert known.setdefault(phrase, concept) == concept, phrase
     longest_first = sorted(known, key=len, reverse=True)
     return re.compile(rf"\b({'|'.join(longest_first)})\b"), known
 
 
 def concepts_of(text: str) -> set[str]:
-    """Read the concepts back from English text, by its words alone."""
+    """Return the concepts in an English text, identified by their phrases."""
     pattern, known = phrases()
     return {known[phrase] for phrase in pattern.findall(text.lower())}
 
 
-def test_tables_are_complete_and_hold_no_stray_space():
+def test_tables_are_complete_and_have_no_stray_spaces():
     folder = Path(corpus.__file__).parent / "tables"
-    tables = sorted(folder.glob("*.tsv"))
-    assert len(tables) == 11
-    for table in tables:
+    paths = sorted(folder.glob("*.tsv"))
+    assert len(paths) == 11
+    for table in paths:
         header, *lines = table.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, start=2):
             cells = line.split("\t")
@@ -80,25 +80,29 @@ def test_tables_are_complete_and_hold_no_stray_space():
             assert unicodedata.is_normalized("NFC", line), f"{table.name}:{number}"
 
 
-def test_no_concept_stands_in_two_tables_and_uses_name_known_concepts():
-    book = grammar._book()
-    assert sum(map(len, book.tables.values())) == len(book.forms)
-    assert set(book.verbs) == set(book.qualities) == set(book.tables["objects"])
-    assert {verb for verbs in book.verbs.values() for verb in verbs} == set(book.tables["verbs"])
-    assert {q for qs in book.qualities.values() for q in qs} == set(book.tables["qualities"])
+def test_each_concept_is_in_one_table_and_uses_name_known_concepts():
+    tables = grammar.load_tables()
+    assert sum(map(len, tables.tables.values())) == len(tables.forms)
+    assert set(tables.verbs) == set(tables.qualities) == set(tables.tables["objects"])
+    assert {verb for verbs in tables.verbs.values() for verb in verbs} == set(
+        tables.tables["verbs"]
+    )
+    assert {q for qs in tables.qualities.values() for q in qs} == set(tables.tables["qualities"])
 
 
 @pytest.mark.parametrize("language", ALL)
 def test_no_two_concepts_of_a_table_share_a_translation(language):
     # Otherwise a document could match a query in English and not in the other language.
-    book = grammar._book()
-    for table, concepts in book.tables.items():
-        cells = Counter(next(iter(book.forms[concept].values()))[language] for concept in concepts)
+    tables = grammar.load_tables()
+    for table, concepts in tables.tables.items():
+        cells = Counter(
+            next(iter(tables.forms[concept].values()))[language] for concept in concepts
+        )
         assert max(cells.values()) == 1, (table, cells.most_common(1))
 
 
 @pytest.mark.parametrize("language", ALL)
-def test_every_sentence_is_whole(language, monolingual):
+def test_every_sentence_is_complete(language, monolingual):
     for sentence in monolingual[language]:
         assert sentence.endswith(".") and sentence == " ".join(sentence.split())
         assert not set(sentence) & set("{}[]/+=:_|"), sentence
@@ -106,7 +110,7 @@ def test_every_sentence_is_whole(language, monolingual):
 
 
 @pytest.mark.parametrize("language", ALL)
-def test_script(language, bitexts, collections, monolingual):
+def test_texts_use_the_script_of_their_language(language, bitexts, collections, monolingual):
     texts = monolingual[language] + list(collections[language][1].values())
     if language != "en":
         texts += [foreign for _, foreign in bitexts[language]]
@@ -115,28 +119,28 @@ def test_script(language, bitexts, collections, monolingual):
         assert unicodedata.name(letter).startswith(script), (language, letter)
 
 
-def test_equal_in_every_process():
+def test_the_corpus_is_equal_in_every_process():
     program = (
         "import hashlib, json; from optical import phrasebook as p;"
         "print(hashlib.sha256(json.dumps([p.collection('so'), p.bitext('so'), p.lexicon('so'),"
-        "p.english(pairs=50), p.validation_bitext('so'), p.sentences('so', count=50)])"
+        "p.training_pairs(pairs=50), p.validation_bitext('so'), p.sentences('so', count=50)])"
         ".encode()).hexdigest())"
     )
-    here = [
+    parts = [
         corpus.collection("so"), corpus.bitext("so"), corpus.lexicon("so"),
-        corpus.english(pairs=50), corpus.validation_bitext("so"),
+        corpus.training_pairs(pairs=50), corpus.validation_bitext("so"),
         corpus.sentences("so", count=50),
     ]  # fmt: skip
-    expected = hashlib.sha256(json.dumps(here).encode()).hexdigest()
-    found = subprocess.run(
+    expected = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    digest = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "123"},
-        cwd=Path(corpus.__file__).parents[1],
+        cwd=Path(corpus.__file__).parents[2],
     ).stdout.strip()  # fmt: skip
-    assert found == expected
+    assert digest == expected
 
 
-def test_seeds_and_lengths():
+def test_bitext_depends_on_its_seed_and_extends_shorter_bitext():
     assert corpus.bitext("fi", pairs=50) == corpus.bitext("fi", pairs=80)[:50]
     assert corpus.bitext("fi", pairs=50) != corpus.bitext("fi", pairs=50, seed=1)
     assert corpus.bitext("fi", pairs=0) == []
@@ -156,15 +160,15 @@ def test_default_sizes(bitexts, collections, teacher, monolingual):
 
 
 @pytest.mark.parametrize("language", grammar.LANGUAGES)
-def test_every_frame_is_in_every_bitext(language, bitexts):
+def test_every_frame_occurs_in_every_bitext(language, bitexts):
     openings = ("There are", " wants to ", " with the ", " and the ", " to the ", " is ")
     for mark in openings:
         assert sum(mark in english for english, _ in bitexts[language]) >= 30, mark
 
 
-def test_low_resource_bitext_misses_words_and_high_resource_does_not(bitexts):
-    book = grammar._book()
-    concepts = set(book.forms) - set(book.tables["frames"])
+def test_low_resource_bitext_lacks_words_and_high_resource_bitext_does_not(bitexts):
+    tables = grammar.load_tables()
+    concepts = set(tables.forms) - set(tables.tables["frames"])
     rare = {}
     for language, pairs in bitexts.items():
         seen = Counter(concept for english, _ in pairs for concept in concepts_of(english))
@@ -175,7 +179,7 @@ def test_low_resource_bitext_misses_words_and_high_resource_does_not(bitexts):
         assert rare[language] == 0.0, rare
 
 
-def test_no_repetitions(bitexts, collections, teacher, monolingual):
+def test_texts_are_distinct(bitexts, collections, teacher, monolingual):
     for pairs in bitexts.values():
         assert len({english for english, _ in pairs}) == len(pairs)
         assert len({foreign for _, foreign in pairs}) == len(pairs)
@@ -194,7 +198,7 @@ def test_ids_and_judgements_are_the_same_in_every_language(collections):
 
 
 def test_relevance_is_exact(collections):
-    """Judge all pairs again from the English text alone."""
+    """Judge all pairs again from the English text."""
     queries, documents, qrels = collections["en"]
     contents = {docid: concepts_of(text) for docid, text in documents.items()}
     for qid, query in queries.items():
@@ -208,8 +212,8 @@ def test_relevance_is_exact(collections):
         assert near >= 3, query
 
 
-def test_no_query_is_decided_by_one_word(collections):
-    # Leave out one word, or another: each time further documents fit what is left.
+def test_every_query_needs_at_least_two_of_its_words(collections):
+    # A word is needed if further documents match the query without it.
     queries, documents, qrels = collections["en"]
     contents = {docid: concepts_of(text) for docid, text in documents.items()}
     for qid, query in queries.items():
@@ -222,7 +226,7 @@ def test_no_query_is_decided_by_one_word(collections):
         assert len(needed) >= 2, query
 
 
-def test_nothing_of_the_test_is_in_the_training(bitexts, collections, teacher, monolingual):
+def test_training_and_test_texts_are_disjoint(bitexts, collections, teacher, monolingual):
     queries, documents, _ = collections["en"]
     wanted = [concepts_of(query) for query in queries.values()]
     tested = {sentence for text in documents.values() for sentence in cut(text)}
@@ -248,21 +252,21 @@ def cut(text: str) -> list[str]:
     return [sentence for sentence in re.split(r"\.\s*", text) if sentence]
 
 
-def test_training_pairs_and_test_pairs_are_apart(bitexts, collections):
+def test_training_and_test_pairs_of_concepts_are_disjoint(bitexts, collections):
     def keys(text: str) -> set[tuple[str, str]]:
         pairs = combinations(sorted(concepts_of(text)), 2)
-        return {pair for pair in pairs if grammar._part_of_pair(*pair)}
+        return {pair for pair in pairs if grammar.pair_partition(*pair)}
 
     trained = {key for pairs in bitexts.values() for english, _ in pairs for key in keys(english)}
-    assert {grammar._part_of_pair(*key) for key in trained} == {"train"}
+    assert {grammar.pair_partition(*key) for key in trained} == {"train"}
     for query in collections["en"][0].values():
         assert keys(query) - trained, query
 
 
 @pytest.mark.parametrize("language", grammar.LANGUAGES)
 def test_lexicon(language, bitexts, lexicons, teacher):
-    english = {word for pair in teacher for text in pair for word in grammar.words(text)}
-    foreign = {word for _, text in bitexts[language] for word in grammar.words(text)}
+    english = {word for pair in teacher for text in pair for word in grammar.split_words(text)}
+    foreign = {word for _, text in bitexts[language] for word in grammar.split_words(text)}
     lexicon = lexicons[language]
     for source, translations in lexicon.items():
         assert source in english, source
@@ -276,40 +280,42 @@ def test_lexicon(language, bitexts, lexicons, teacher):
 
 
 @pytest.mark.parametrize("language", grammar.LANGUAGES)
-def test_few_words_are_shared_with_english(language, monolingual):
-    english = {word for text in monolingual["en"] for word in grammar.words(text)}
-    foreign = {word for text in monolingual[language] for word in grammar.words(text)}
+def test_languages_share_few_words_with_english(language, monolingual):
+    english = {word for text in monolingual["en"] for word in grammar.split_words(text)}
+    foreign = {word for text in monolingual[language] for word in grammar.split_words(text)}
     share = len(foreign & english) / len(foreign)
     print(f"{language}: {share:.1%} of {len(foreign)} words: {sorted(foreign & english)}")
     assert share < 0.03
 
 
-def test_lengths_and_orders_differ(bitexts):
-    """Word-by-word alignment cannot work: lengths differ, and so does the place of the verb."""
+def test_sentence_lengths_and_verb_positions_differ(bitexts):
+    """Position-wise alignment cannot work, because lengths and the verb's position differ."""
     for language, pairs in bitexts.items():
         ratios = [
-            len(grammar.words(foreign)) / len(grammar.words(english)) for english, foreign in pairs
+            len(grammar.split_words(foreign)) / len(grammar.split_words(english))
+            for english, foreign in pairs
         ]
         assert 0.4 < median(ratios) < 1.3, language
         assert len(set(ratios)) > 10
     swahili, marathi = median_ratio(bitexts["sw"]), median_ratio(bitexts["mr"])
     assert max(swahili, marathi) < 0.8 < median_ratio(bitexts["tl"])
 
-    book = grammar._book()
+    tables = grammar.load_tables()
     scene = {"who": "teacher", "verb": "buy", "what": "bread", "where": "market", "time": "today"}
     verb = {"en": "buys", "sw": "ananunua", "so": "iibsadaa", "tl": "Binibili", "mr": "घेतो."}
     place = {
-        language: grammar._sentence("act", scene, language).split().index(word)
+        language: grammar.sentence("act", scene, language).split().index(word)
         for language, word in verb.items()
     }
-    last = len(grammar._sentence("act", scene, "mr").split()) - 1
+    last = len(grammar.sentence("act", scene, "mr").split()) - 1
     assert place["tl"] == 0 and place["mr"] == last and place["so"] > place["sw"] >= place["en"]
-    assert set(book.forms["act"]["sentence"]) == set(ALL)
+    assert set(tables.forms["act"]["sentence"]) == set(ALL)
 
 
 def median_ratio(pairs: list[tuple[str, str]]) -> float:
     return median(
-        len(grammar.words(foreign)) / len(grammar.words(english)) for english, foreign in pairs
+        len(grammar.split_words(foreign)) / len(grammar.split_words(english))
+        for english, foreign in pairs
     )
 
 
@@ -335,10 +341,10 @@ def median_ratio(pairs: list[tuple[str, str]]) -> float:
     ],
 )  # fmt: skip
 def test_agreement(frame, scene, language, expected):
-    assert grammar._sentence(frame, scene, language) == expected
+    assert grammar.sentence(frame, scene, language) == expected
 
 
-def test_wrong_arguments_say_what_is_wanted():
+def test_unknown_languages_are_refused():
     with pytest.raises(ValueError, match="language: 'xx', expected one of sw"):
         corpus.bitext("xx")
     with pytest.raises(ValueError, match="language: 'en'"):

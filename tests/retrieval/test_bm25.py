@@ -1,4 +1,4 @@
-"""BM25: its scores are those of the formula, and its runs are ordered as all runs are."""
+"""BM25: scores match the formula, and runs are in the usual order."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("bm25s", reason="needs the extra `eval`")
 
 from optical.data.collection import Collection
-from optical.data.lexicon import words
+from optical.data.lexicon import tokenize_words
 from optical.retrieval.bm25 import search_bm25
 
 DOCUMENTS = {
@@ -25,13 +25,13 @@ def collection():
 
 
 @pytest.mark.parametrize(("k1", "b"), [(1.2, 0.75), (2.0, 0.0)])
-def test_scores_are_those_of_the_formula(k1, b):
-    texts = {docid: words(text) for docid, text in DOCUMENTS.items()}
+def test_scores_match_the_formula(k1, b):
+    texts = {docid: tokenize_words(text) for docid, text in DOCUMENTS.items()}
     mean = sum(map(len, texts.values())) / len(texts)
 
     def score(query, text):
         total = 0.0
-        for word in words(query):
+        for word in tokenize_words(query):
             holds = sum(word in other for other in texts.values())
             if not holds:
                 continue
@@ -46,9 +46,9 @@ def test_scores_are_those_of_the_formula(k1, b):
         assert found == {d: pytest.approx(s, rel=1e-5) for d, s in expected.items() if s}
 
 
-def test_order_depth_and_what_has_no_word():
+def test_order_depth_and_queries_without_matching_words():
     run = search_bm25(collection())
-    # Equal scores go from the higher id to the lower one.
+    # Documents with equal scores are in descending order of their ids.
     assert list(run["q1"]) == ["d1", "d5", "d2"]
     assert run["q2"] == run["q3"] == {} and list(run["q4"]) == ["d4"]
     assert list(search_bm25(collection(), depth=2)["q1"]) == ["d1", "d5"]

@@ -1,4 +1,4 @@
-"""Exact search equals sentence-transformers' MaxSim, whatever the memory it is given."""
+"""Exact search equals the MaxSim of Sentence Transformers, for any tile and batch size."""
 
 import logging
 import os
@@ -9,11 +9,11 @@ import torch
 
 from optical.data.collection import Collection
 from optical.data.trec import ranked
-from optical.models.encoding import TokenVectors, encode, passages
+from optical.models.encoding import TokenVectors, cut_passages, encode
 from optical.retrieval.exact_search import search, search_vectors
 from optical.retrieval.maxsim import EMPTY_DOCUMENT_SCORE
 
-# Models are made here and nothing may be looked up; huggingface_hub reads this when it is imported.
+# Models are built here without network access; huggingface_hub reads this variable on import.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WORDS = ["maji", "ni", "uhai", "bahari", "mto", "mlima", "anga", "nyota", "jua", "moto", "water"]
@@ -30,22 +30,24 @@ def named(prefix, pieces):
     return {f"{prefix}{index}": piece for index, piece in enumerate(pieces)}
 
 
-def by_hand(query, document):
+def reference_maxsim(query, document):
     return sum(max(float(q @ d) for d in document) for q in query)
 
 
 # --- vectors -------------------------------------------------------------------------------------
 
 
-def test_scores_are_the_formula():
+def test_scores_match_the_formula():
     queries, documents = random_vectors(3, seed=1), random_vectors(5, seed=2)
     run = search_vectors(named("q", queries), named("d", documents))
     for i, query in enumerate(queries):
         for j, document in enumerate(documents):
-            assert run[f"q{i}"][f"d{j}"] == pytest.approx(by_hand(query, document), abs=1e-5)
+            assert run[f"q{i}"][f"d{j}"] == pytest.approx(
+                reference_maxsim(query, document), abs=1e-5
+            )
 
 
-def test_scores_are_those_of_sentence_transformers():
+def test_scores_match_sentence_transformers():
     util = pytest.importorskip("sentence_transformers.util")
     queries = random_vectors(40, longest=20, seed=3)
     documents = [3.0 * piece for piece in random_vectors(300, longest=70, seed=4)]
@@ -57,7 +59,7 @@ def test_scores_are_those_of_sentence_transformers():
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 50, 3000, 10**6])
-def test_the_run_does_not_depend_on_the_memory(chunk_elements):
+def test_the_run_does_not_depend_on_the_tile_size(chunk_elements):
     queries, documents = random_vectors(9, seed=5), random_vectors(700, seed=6)
     usual = search_vectors(named("q", queries), named("d", documents), depth=100)
     run = search_vectors(
@@ -68,7 +70,7 @@ def test_the_run_does_not_depend_on_the_memory(chunk_elements):
         assert list(run[qid].values()) == pytest.approx(list(usual[qid].values()), abs=1e-5)
 
 
-def test_depth_keeps_the_best():
+def test_depth_limits_the_run_to_the_best_documents():
     queries, documents = random_vectors(4, seed=7), random_vectors(3000, seed=8)
     everything = search_vectors(named("q", queries), named("d", documents), depth=3000)
     best = search_vectors(named("q", queries), named("d", documents), depth=10)
@@ -78,19 +80,19 @@ def test_depth_keeps_the_best():
         assert list(best[qid].items()) == ranked(scores)[:10]
 
 
-def test_ties_are_broken_by_id_whatever_the_order_of_documents():
+def test_ties_are_broken_by_id_for_any_order_of_documents():
     document = torch.eye(3)[:1]
     ids = [f"d{index}" for index in (5, 30, 2, 11, 4)]
-    for chosen in (ids, ids[::-1]):
+    for order in (ids, ids[::-1]):
         run = search_vectors(
-            {"q": torch.eye(3)}, dict.fromkeys(chosen, document), depth=3, chunk_elements=3
+            {"q": torch.eye(3)}, dict.fromkeys(order, document), depth=3, chunk_elements=3
         )
         assert run == {"q": {"d5": 1.0, "d4": 1.0, "d30": 1.0}}
         assert list(run["q"]) == ["d5", "d4", "d30"]
 
 
 def test_negative_and_zero_scores_are_ordered():
-    """Scores are ordered by their bits, where the sign and -0.0 need care."""
+    """Scores are compared by their bits, in which the sign and -0.0 are special cases."""
     query = torch.tensor([[1.0]])
     values = [-2.5, -1e-30, -0.0, 0.0, 1e-30, 0.5, -1e30, 1e30]
     documents = {f"d{index}": torch.tensor([[value]]) for index, value in enumerate(values)}
@@ -99,7 +101,7 @@ def test_negative_and_zero_scores_are_ordered():
     assert list(run) == ["d7", "d5", "d4", "d3", "d2", "d1", "d0", "d6"]
 
 
-def test_a_document_without_tokens_comes_last_without_nan():
+def test_a_document_without_tokens_ranks_last():
     documents = {"z": torch.zeros(0, 2), "a": -torch.eye(2), "y": torch.zeros(0, 2)}
     run = search_vectors({"q": torch.eye(2)}, documents)
     assert list(run["q"].items()) == [
@@ -118,7 +120,7 @@ def test_a_query_without_tokens_retrieves_nothing(caplog):
     assert search_vectors({"q": torch.eye(2)}, {}) == {"q": {}}
 
 
-def test_half_precision_is_scored_in_float32():
+def test_half_precision_vectors_are_scored_in_float32():
     pieces = random_vectors(30, seed=9)
     half = search_vectors(
         {"q": pieces[0].bfloat16()}, named("d", [piece.bfloat16() for piece in pieces])
@@ -130,7 +132,7 @@ def test_half_precision_is_scored_in_float32():
     assert half == full
 
 
-def test_vectors_that_learn_are_not_traced():
+def test_vectors_that_require_gradients_are_accepted():
     vectors = torch.eye(2, requires_grad=True)
     assert search_vectors({"q": vectors}, {"d": vectors}) == {"q": {"d": 2.0}}
 
@@ -147,7 +149,7 @@ def test_vectors_that_learn_are_not_traced():
          "documents: an id appears a second time"),
     ],
 )  # fmt: skip
-def test_bad_vectors_are_refused(arguments, message):
+def test_invalid_vectors_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         search_vectors(*arguments)
 
@@ -163,8 +165,8 @@ def test_sizes_must_be_positive(name):
 
 @pytest.fixture(scope="module")
 def make_model(tmp_path_factory):
-    """Tiny random encoders: queries are expanded with [MASK], documents lose the word "ni"."""
-    pytest.importorskip("sentence_transformers", reason='needs pip install "optical[train]"')
+    """Build tiny random encoders that expand queries with [MASK] and skip "ni" in documents."""
+    pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import Dense, Transformer
     from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
@@ -229,10 +231,10 @@ def collection():
     return Collection("tiny", queries, documents, {qid: {"d0": 1} for qid in queries})
 
 
-def test_encode_packs_what_the_model_returns(model):
+def test_encode_concatenates_the_models_vectors(model):
     texts = ["maji ni uhai", "", "bahari"]
     documents = encode(model, texts, "document")
-    # [CLS] and [SEP] count, "ni" does not.
+    # [CLS] and [SEP] are scored, "ni" is not.
     assert documents.lengths.tolist() == [4, 2, 3]
     assert (len(documents), documents.dim) == (3, 16)
     assert (documents.vectors.shape, documents.vectors.dtype) == ((9, 16), torch.float32)
@@ -244,17 +246,32 @@ def test_encode_packs_what_the_model_returns(model):
     assert len(encode(model, [], "query")) == 0
 
 
-def test_queries_may_be_encoded_before(model, collection):
+def test_encode_records_token_ids_on_request(model):
+    texts = ["maji ni uhai", "", "bahari"]
+    plain, recorded = (encode(model, texts, "document", token_ids=x) for x in (False, True))
+    assert torch.equal(plain.vectors, recorded.vectors)
+    assert recorded.lengths.tolist() == plain.lengths.tolist()
+    words = [model.tokenizer.convert_ids_to_tokens(ids) for ids in recorded.split_token_ids()]
+    assert words == [
+        ["[CLS]", "maji", "uhai", "[SEP]"],
+        ["[CLS]", "[SEP]"],
+        ["[CLS]", "bahari", "[SEP]"],
+    ]
+    with pytest.raises(ValueError, match="token_ids were not recorded"):
+        plain.split_token_ids()
+
+
+def test_queries_may_be_encoded_in_advance(model, collection):
     vectors = encode(model, list(collection.queries.values()), "query")
-    # The model of the queries is not asked again.
-    found = search(None, collection, document_model=model, query_vectors=vectors)
-    assert found == search(model, collection)
+    # The query model is not needed.
+    run = search(None, collection, document_model=model, query_vectors=vectors)
+    assert run == search(model, collection)
     wrong = encode(model, ["maji"], "query")
     with pytest.raises(ValueError, match="query_vectors: of 1 texts, but the collection has 5 que"):
         search(model, collection, query_vectors=wrong)
 
 
-def test_search_equals_the_model_s_own_similarity(model, collection):
+def test_search_matches_the_models_own_similarity(model, collection):
     run = search(model, collection)
     similarity = model.similarity(
         model.encode_query(list(collection.queries.values())),
@@ -264,7 +281,7 @@ def test_search_equals_the_model_s_own_similarity(model, collection):
         expected = dict(zip(collection.documents, similarity[row].tolist(), strict=True))
         assert run[qid] == pytest.approx(expected, abs=1e-5)
         assert list(run[qid].items()) == ranked(run[qid])
-        # Equal texts have equal scores to the last bit, so their order is that of their ids.
+        # Equal texts have identical scores, so they are in the order of their ids.
         assert run[qid]["copy"] == run[qid]["d7"]
         order = list(run[qid])
         assert order.index("d7") + 1 == order.index("copy")
@@ -279,7 +296,7 @@ def test_search_does_not_depend_on_batches(model, collection, batch_size, chunk_
         assert run[qid] == pytest.approx(usual[qid], abs=1e-5)
 
 
-def test_a_student_searches_the_teacher_s_documents(make_model, model, collection):
+def test_a_student_can_search_documents_encoded_by_its_teacher(make_model, model, collection):
     teacher = make_model(seed=9)
     run = search(model, collection, document_model=teacher)
     vectors = search_vectors(
@@ -295,28 +312,28 @@ def test_a_student_searches_the_teacher_s_documents(make_model, model, collectio
 
 
 @pytest.mark.parametrize(("length", "stride"), [(5, 2), (4, 1), (7, 5), (40, 20)])
-def test_passages_cover_the_text_and_overlap(model, collection, length, stride):
+def test_passages_overlap_and_cover_the_text(model, collection, length, stride):
     for text in collection.documents.values():
-        found = passages(text, model.tokenizer, length, stride)
+        passages = cut_passages(text, model.tokenizer, length, stride)
         words, room = text.split(), length - 2
         if len(words) <= room:
-            assert found == [text]
+            assert passages == [text]
             continue
-        for place, passage in enumerate(found):
-            assert passage.split() == words[place * stride : place * stride + room]
-        assert found[-1].split()[-1] == words[-1] and len(found[-1].split()) >= 1
-        assert (len(found) - 2) * stride + room < len(words)
-    for wrong in ((2, 1), (5, 4), (5, 0)):
+        for index, passage in enumerate(passages):
+            assert passage.split() == words[index * stride : index * stride + room]
+        assert passages[-1].split()[-1] == words[-1] and len(passages[-1].split()) >= 1
+        assert (len(passages) - 2) * stride + room < len(words)
+    for invalid in ((2, 1), (5, 4), (5, 0)):
         with pytest.raises(ValueError, match="expected a length above the 2 special tokens, and a"):
-            passages("maji", model.tokenizer, *wrong)
+            cut_passages("maji", model.tokenizer, *invalid)
 
 
-def test_a_document_scores_as_its_best_passage(model, collection):
-    found = search(model, collection, passage_length=6, passage_stride=3, batch_size=7)
+def test_the_score_of_a_document_is_that_of_its_best_passage(model, collection):
+    run = search(model, collection, passage_length=6, passage_stride=3, batch_size=7)
     cut = {
-        f"{docid} {place}": passage
+        f"{docid} {index}": passage
         for docid, text in collection.documents.items()
-        for place, passage in enumerate(passages(text, model.tokenizer, 6, 3))
+        for index, passage in enumerate(cut_passages(text, model.tokenizer, 6, 3))
     }
     pieces = Collection("cut", collection.queries, cut, collection.qrels)
     for qid, scores in search(model, pieces).items():
@@ -324,11 +341,11 @@ def test_a_document_scores_as_its_best_passage(model, collection):
         for name, score in scores.items():
             docid = name.split()[0]
             best[docid] = max(score, best.get(docid, score))
-        assert found[qid] == {docid: pytest.approx(s, abs=1e-5) for docid, s in best.items()}
-        assert list(found[qid].items()) == ranked(found[qid])
-    # Half the length is the usual stride, and a text that fits is read as ever.
+        assert run[qid] == {docid: pytest.approx(s, abs=1e-5) for docid, s in best.items()}
+        assert list(run[qid].items()) == ranked(run[qid])
+    # The default stride is half the length, and a text that fits is not cut.
     usual = search(model, collection, passage_length=6)
-    assert {q: s.keys() for q, s in usual.items()} == {q: s.keys() for q, s in found.items()}
+    assert {q: s.keys() for q, s in usual.items()} == {q: s.keys() for q, s in run.items()}
     whole = search(model, collection, passage_length=64)
     for qid, scores in search(model, collection).items():
         assert whole[qid] == {docid: pytest.approx(s, abs=1e-5) for docid, s in scores.items()}
@@ -336,7 +353,7 @@ def test_a_document_scores_as_its_best_passage(model, collection):
         search(model, collection, passage_length=0)
 
 
-def test_documents_that_lose_every_token_come_last(make_model, collection, caplog):
+def test_documents_whose_tokens_are_all_skipped_rank_last(make_model, collection, caplog):
     strict = make_model(skip=("[CLS]", "[SEP]", "ni", "moto"), expand=False)
     documents = {"a": "ni moto", "b": "maji", "c": ""}
     made = Collection("skipped", {"q": "maji"}, documents, {"q": {"b": 1}})
@@ -350,7 +367,7 @@ def test_models_of_different_dimension_are_refused(make_model, model, collection
         search(model, collection, document_model=make_model(dim=8))
 
 
-def test_other_bad_arguments_are_refused(model, collection):
+def test_other_invalid_arguments_are_refused(model, collection):
     with pytest.raises(ValueError, match="role must be 'query' or 'document', found 'passage'"):
         encode(model, ["maji"], "passage")
     with pytest.raises(ValueError, match="batch_size must be at least 1, found 0"):
@@ -366,7 +383,7 @@ def test_other_bad_arguments_are_refused(model, collection):
         encode(Dense(), ["maji"], "query")
 
 
-def test_a_model_that_returns_nan_is_named(make_model, collection):
+def test_a_model_that_returns_nan_is_reported(make_model, collection):
     broken = make_model()
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))
@@ -374,7 +391,7 @@ def test_a_model_that_returns_nan_is_named(make_model, collection):
         search(broken, collection)
 
 
-def test_progress_is_shown_when_asked(model, collection, capsys, monkeypatch):
+def test_progress_is_shown_on_request(model, collection, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     search(model, collection, progress=True)
     assert "Searching" in capsys.readouterr().err
@@ -383,7 +400,7 @@ def test_progress_is_shown_when_asked(model, collection, capsys, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_an_accelerator_gives_the_same_run(make_model, collection):
+def test_a_gpu_gives_the_same_run(make_model, collection):
     if not torch.cuda.is_available():
         pytest.skip(reason="needs a CUDA device")
     model = make_model()

@@ -1,6 +1,8 @@
-"""Vectors that are kept: files find what memory finds, a database what its own MaxSim finds."""
+"""Persistent indexes: files and LanceDB give the same runs as a search in memory."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from optical.data.collection import Collection
 from optical.data.texts import iter_texts, read_texts
 from optical.models.encoding import encode
 from optical.models.retriever import load_retriever
-from optical.retrieval import index
+from optical.models.token_store import StoreWriter
 from optical.retrieval.exact_search import search, search_vectors
 from optical.retrieval.index import FileIndex, LanceIndex, open_index, write_database, write_index
 
@@ -34,11 +36,11 @@ def queries(world, model):
 
 @pytest.fixture(scope="module")
 def expected(model, documents, queries):
-    found = list(documents), encode(model, list(documents.values()), "document")
-    return search_vectors(queries, found, depth=10)
+    encoded = list(documents), encode(model, list(documents.values()), "document")
+    return search_vectors(queries, encoded, depth=10)
 
 
-def agree(run, expected):
+def assert_equal_runs(run, expected):
     assert run.keys() == expected.keys()
     for query, scores in expected.items():
         assert len(run[query]) == len(scores)
@@ -47,109 +49,113 @@ def agree(run, expected):
             assert score == pytest.approx(scores.get(key, min(scores.values())), abs=2e-5)
 
 
-def test_files_are_searched_as_memory_is(model, documents, queries, expected, tmp_path, caplog):
+def test_a_file_index_gives_the_run_of_a_search_in_memory(
+    model, documents, queries, expected, tmp_path, caplog
+):
     folder = write_index(model, documents.items(), tmp_path / "index", shard_texts=20)
     assert len(list(folder.glob("*.safetensors"))) == 3
-    opened = open_index(folder)
-    assert isinstance(opened, FileIndex) and len(opened) == 48 and opened.ids == list(documents)
+    index = open_index(folder)
+    assert isinstance(index, FileIndex) and len(index) == 48 and index.ids == list(documents)
     with caplog.at_level("INFO", logger="optical"):
-        agree(opened.search(*queries, depth=10), expected)
+        assert_equal_runs(index.search(*queries, depth=10), expected)
     assert "20 of 48 documents searched" in caplog.text
-    # The memory of one file and the scores of a tile: another tile, the same result.
-    assert opened.search(*queries, depth=10, chunk_elements=300).keys() == expected.keys()
+    # The tile size does not change the result.
+    assert index.search(*queries, depth=10, chunk_elements=300).keys() == expected.keys()
 
 
-def test_one_file_is_in_memory_at_a_time(model, documents, queries, tmp_path, monkeypatch):
+def test_one_shard_is_in_memory_at_a_time(model, documents, queries, tmp_path, monkeypatch):
     folder = write_index(model, documents.items(), tmp_path / "index", shard_texts=12)
-    import gc
-    import weakref
-
     alive = []
     shards = FileIndex.shards
 
     def watched(self):
-        for ids, found in shards(self):
+        for ids, tokens in shards(self):
             gc.collect()
-            assert sum(one() is not None for one in alive) <= 1
-            alive.append(weakref.ref(found.vectors))
-            yield ids, found
+            assert sum(vectors() is not None for vectors in alive) <= 1
+            alive.append(weakref.ref(tokens.vectors))
+            yield ids, tokens
 
     monkeypatch.setattr(FileIndex, "shards", watched)
     FileIndex(folder).search(*queries, depth=3)
     assert len(alive) == 4
 
 
-def test_half_precision_is_half_the_size(model, documents, tmp_path):
+def test_half_precision_halves_the_size(model, documents, tmp_path):
     sizes = {}
     for precision in ("float32", "float16"):
         folder = write_index(model, documents.items(), tmp_path / precision, precision=precision)
         sizes[precision] = (folder / "00000.safetensors").stat().st_size
-        found = next(FileIndex(folder).shards())[1]
-        assert found.vectors.dtype == torch.float32
+        tokens = next(FileIndex(folder).shards())[1]
+        assert tokens.vectors.dtype == torch.float32
     assert sizes["float16"] < 0.6 * sizes["float32"]
     with pytest.raises(ValueError, match="precision: 'int8', expected"):
         write_index(model, documents.items(), tmp_path / "x", precision="int8")
 
 
-def test_an_interrupted_writing_goes_on(model, documents, tmp_path, monkeypatch):
+def test_an_interrupted_write_resumes(model, documents, tmp_path, monkeypatch):
     folder, calls = tmp_path / "index", []
+    write = StoreWriter.write
 
-    def counted(*arguments, **options):
+    def interrupted(self, *arguments):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(1)
-        return encode(*arguments, **options)
+        write(self, *arguments)
 
-    monkeypatch.setattr(index, "encode", counted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StoreWriter, "write", interrupted)
         write_index(model, documents.items(), folder, shard_texts=20)
-    with pytest.raises(ValueError, match="no finished index"):
+    with pytest.raises(ValueError, match="no finished store"):
         FileIndex(folder)
-    monkeypatch.setattr(index, "encode", encode)
-    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    assert len(kept) == 2
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert len(times) == 2
     write_index(model, documents.items(), folder, shard_texts=20)
-    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert len(FileIndex(folder, verify=True)) == 48
     with pytest.raises(ValueError, match="vectors of other texts or options"):
         write_index(model, documents.items(), folder, shard_texts=20, role="query")
 
 
-def test_a_damaged_file_is_named(model, documents, tmp_path):
+def test_errors_of_a_damaged_shard_name_the_file(model, documents, tmp_path):
     folder = write_index(model, documents.items(), tmp_path / "index")
     path = folder / "00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"00000\.safetensors: does not fit its checksum"):
+    with pytest.raises(ValueError, match=r"00000\.safetensors: does not match its checksum"):
         FileIndex(folder, verify=True)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"00000\.safetensors: cannot be read"):
         FileIndex(folder)
+    # Writing again replaces the damaged shard.
+    write_index(model, documents.items(), folder)
+    assert len(FileIndex(folder, verify=True)) == 48
 
 
-def test_no_index(tmp_path):
+def test_opening_a_missing_index_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such folder; write the index first"):
         open_index(tmp_path / "nowhere")
 
 
-def test_a_database_is_searched_by_its_own_maxsim(model, documents, queries, expected, tmp_path):
+def test_a_database_gives_the_run_of_a_search_in_memory(
+    model, documents, queries, expected, tmp_path
+):
     pytest.importorskip("lancedb", reason="the extra `index` is not installed")
-    place, texts = tmp_path / "base", dict(documents)
+    location, texts = tmp_path / "base", dict(documents)
     first = dict(list(texts.items())[:30])
-    assert write_database(model, first.items(), place, chunk_texts=16) == 30
-    # What is there already stays; what is new is added.
-    assert write_database(model, texts.items(), place, chunk_texts=16) == 18
-    opened = open_index(place)
-    assert isinstance(opened, LanceIndex) and len(opened) == 48 and opened.dimension == 16
-    agree(opened.search(*queries, depth=10), expected)
+    assert write_database(model, first.items(), location, chunk_texts=16) == 30
+    # Existing documents are skipped, new ones are added.
+    assert write_database(model, texts.items(), location, chunk_texts=16) == 18
+    index = open_index(location)
+    assert isinstance(index, LanceIndex) and len(index) == 48 and index.dimension == 16
+    assert_equal_runs(index.search(*queries, depth=10), expected)
 
 
 @pytest.fixture(scope="module")
 def long_documents(documents):
-    """Three documents whose passages crowd the best rows, and short ones."""
-    every = " ".join(documents.values())
-    return {key: every if i < 3 else text for i, (key, text) in enumerate(documents.items())}
+    """Documents of which three have many passages that fill the top ranks."""
+    long_text = " ".join(documents.values())
+    return {key: long_text if i < 3 else text for i, (key, text) in enumerate(documents.items())}
 
 
 CUT = {"passage_length": 8, "passage_stride": 4}
@@ -161,52 +167,52 @@ def best_passages(model, long_documents, world):
     return search(model, collection, depth=10, **CUT)
 
 
-def test_files_of_passages_find_documents_by_the_best_one(
+def test_a_file_index_ranks_documents_by_their_best_passage(
     model, long_documents, queries, best_passages, tmp_path
 ):
     folder = write_index(model, long_documents.items(), tmp_path / "index", shard_texts=20, **CUT)
-    opened = open_index(folder)
-    assert opened.ids == list(long_documents)
-    assert sum(len(ids) for ids, _ in opened.shards()) > 2 * len(long_documents)
-    agree(opened.search(*queries, depth=10), best_passages)
+    index = open_index(folder)
+    assert index.ids == list(long_documents)
+    assert sum(len(ids) for ids, _ in index.shards()) > 2 * len(long_documents)
+    assert_equal_runs(index.search(*queries, depth=10), best_passages)
     with pytest.raises(ValueError, match="vectors of other texts or options"):
         write_index(model, long_documents.items(), folder, shard_texts=20, passage_length=8)
 
 
-def test_a_database_of_passages_finds_documents_by_the_best_one(
+def test_a_database_ranks_documents_by_their_best_passage(
     model, long_documents, queries, best_passages, tmp_path
 ):
     pytest.importorskip("lancedb", reason="the extra `index` is not installed")
-    place = tmp_path / "base"
-    assert write_database(model, long_documents.items(), place, **CUT) == len(long_documents)
-    assert write_database(model, long_documents.items(), place, **CUT) == 0
-    opened = open_index(place)
-    assert len(opened) == len(long_documents) < opened.table.count_rows()
-    agree(opened.search(*queries, depth=10), best_passages)
+    location = tmp_path / "base"
+    assert write_database(model, long_documents.items(), location, **CUT) == len(long_documents)
+    assert write_database(model, long_documents.items(), location, **CUT) == 0
+    index = open_index(location)
+    assert len(index) == len(long_documents) < index.table.count_rows()
+    assert_equal_runs(index.search(*queries, depth=10), best_passages)
     with pytest.raises(ValueError, match="passage_stride 8 4, now 8 None; expected the same"):
-        write_database(model, long_documents.items(), place, passage_length=8)
+        write_database(model, long_documents.items(), location, passage_length=8)
 
 
-def test_a_database_refuses_what_it_would_compare_wrongly(
+def test_a_database_refuses_vectors_that_it_cannot_compare(
     model, documents, queries, tiny_models, tmp_path
 ):
     pytest.importorskip("lancedb", reason="the extra `index` is not installed")
-    place = tmp_path / "base"
+    location = tmp_path / "base"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no index of token vectors"):
         open_index(tmp_path / "empty")
-    write_database(model, list(documents.items())[:3], place)
+    write_database(model, list(documents.items())[:3], location)
     with pytest.raises(ValueError, match="vectors of size 16, the model makes them of size 24"):
-        write_database(load_retriever(tiny_models.wide), documents.items(), place)
+        write_database(load_retriever(tiny_models.wide), documents.items(), location)
     ids, vectors = queries
     longer = type(vectors)(2 * vectors.vectors, vectors.lengths)
     with pytest.raises(ValueError, match="not of unit length"):
-        LanceIndex(place).search(ids, longer)
+        LanceIndex(location).search(ids, longer)
 
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """Address of an empty bucket on a server that speaks S3, in this process."""
+    """Return the address of an empty bucket on an S3 server in this process."""
     pytest.importorskip("lancedb", reason="the extra `index` is not installed")
     boto3 = pytest.importorskip("boto3", reason="the extra `dev` is not installed (boto3)")
     threaded = pytest.importorskip(
@@ -230,17 +236,17 @@ def bucket(monkeypatch):
 
 
 def test_a_database_in_an_object_store(model, documents, queries, expected, bucket):
-    place = f"{bucket}/base"
+    location = f"{bucket}/base"
     with pytest.raises(ValueError, match="s3://vectors/base: no index of token vectors"):
-        open_index(place)
-    assert write_database(model, list(documents.items())[:30], place, chunk_texts=16) == 30
-    assert write_database(model, documents.items(), place, chunk_texts=16) == 18
-    opened = open_index(place)
-    assert isinstance(opened, LanceIndex) and len(opened) == 48
-    agree(opened.search(*queries, depth=10), expected)
+        open_index(location)
+    assert write_database(model, list(documents.items())[:30], location, chunk_texts=16) == 30
+    assert write_database(model, documents.items(), location, chunk_texts=16) == 18
+    index = open_index(location)
+    assert isinstance(index, LanceIndex) and len(index) == 48
+    assert_equal_runs(index.search(*queries, depth=10), expected)
 
 
-def test_texts_are_read_one_by_one(tmp_path):
+def test_texts_are_read_lazily(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(
         json.dumps({"id": f"d{i}", "text": f"text {i}"}) + "\n" for i in range(3)
     ) + "broken\n")  # fmt: skip

@@ -200,7 +200,7 @@ def test_a_second_run_runs_no_cell(finished, monkeypatch, caplog):
     files = {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*")}
     monkeypatch.setattr(runner, "run", never)
     monkeypatch.setattr("optical.retrieval.exact_search.search", never)
-    monkeypatch.setattr("optical.models.word_alignment.align", never)
+    monkeypatch.setattr("optical.models.word_alignment.align_tokens", never)
     with caplog.at_level(logging.INFO, "optical"):
         run_study(config, out)
     assert "17 cells, 17 finished before" in caplog.text
