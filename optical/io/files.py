@@ -169,42 +169,47 @@ FULL = (
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from working in a folder that exists, as long as the block runs.
+def locked(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of an existing folder while the block runs.
 
-    The lock ends with the process, however it ends. Where the file system has no locks, there is
-    none.
+    The lock ends with the process. On file systems without locks, there is none.
+
+    Args:
+        folder: the folder; the lock file inside it is removed at the end.
+        wait: wait for another holder instead of raising, and exclude other threads of this process
+            too.
 
     Raises:
-        ValueError: another process works there; the message says which.
+        ValueError: another process holds the lock, and ``wait`` is False; the message names it.
     """
     try:
         import fcntl
     except ImportError:
         yield
         return
+    # A child that outlives its killed parent would keep a flock, but lockf does not exclude threads.
+    lock, mode = (fcntl.flock, 0) if wait else (fcntl.lockf, fcntl.LOCK_NB)
     path = Path(folder) / ".lock"
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            # Not flock: a child that outlives a killed process would keep that lock.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, fcntl.LOCK_EX | mode)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            other = file.read().strip() or "another process"
+            holder = file.read().strip() or "another process"
             file.close()
             raise ValueError(
-                f"{folder}: {other} is working in this folder; wait for it, or choose another one"
+                f"{folder}: {holder} is working in this folder; wait for it, or choose another one"
             ) from None
         except OSError:
             break
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
-        # The one before removed the file between our opening and our locking it.
+        # The previous holder removed the file after it was opened here and before it was locked.
         file.close()
     try:
-        # Best effort: on a full disk the lock holds all the same.
+        # The name of the holder is best effort: on a full disk the lock still holds.
         with contextlib.suppress(OSError):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
