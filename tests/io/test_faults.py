@@ -194,17 +194,17 @@ def test_training_on_a_full_disk_goes_on_from_its_checkpoint(disk, world, tiny_m
 def test_a_build_on_a_full_disk_is_a_reason_and_not_a_crash(disk, monkeypatch):
     if library.find_compiler() is None:
         pytest.skip(reason="no C++ compiler")
-    monkeypatch.setattr(library, "_cache_folder", lambda: disk)
-    monkeypatch.setattr(library, "LIBRARY_NAME", "no-such-library.so")
-    monkeypatch.setattr(library, "_variants", lambda: [library.BASELINE])
-    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))
-    library._state.cache_clear()
+    monkeypatch.setattr(library, "cache_folder", lambda: disk)
+    monkeypatch.setattr(library, "CPU_LIBRARY", "no-such-library.so")
+    monkeypatch.setattr(library, "cpu_variants", lambda: [library.BASELINE])
+    monkeypatch.setattr(library, "CPU_FLAGS", (*library.CPU_FLAGS, "-O0"))
+    library.load_cpu.cache_clear()
     try:
         with filled(disk, 0):
-            reason = library.unavailable_reason()
+            reason = library.load_cpu().reason
         assert reason and "\n" not in reason and "o space left" in reason
     finally:
-        library._state.cache_clear()
+        library.load_cpu.cache_clear()
 
 
 # --- folders that refuse -------------------------------------------------------------------------

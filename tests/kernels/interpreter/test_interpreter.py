@@ -12,12 +12,12 @@ import torch
 
 from optical import BackendUnsupported, kernels, ot_alignment, sinkhorn
 from optical.backends import registry
-from optical.backends.problem import example
+from optical.backends.problem import example_problem
 from optical.kernels import tuning
 from optical.kernels.batch import Batch
 from optical.kernels.solve import _kept as kept_room
 from optical.ot import operator
-from optical.testing.cases import packed, problems, random_clouds, random_problem
+from optical.testing.cases import all_cases, packed, random_case, random_vector_case
 from optical.testing.tolerance import FIELDS, assert_backend_correct, assert_close_to_truth, solve
 
 # Discarded branches of tl.where divide by zero here; on a GPU that is silent.
@@ -28,7 +28,7 @@ MODES = ("implicit",)
 # Each iteration of each problem costs milliseconds here, and eight reach every branch but one.
 AS_LONG = {
     problem.name: problem
-    for problem in problems()
+    for problem in all_cases()
     if max(problem.cost.shape[1:]) <= 128 and len(problem.cost) <= 4 and not problem.anderson
 }
 ALL = {name: replace(p, max_iter=min(8, p.max_iter)) for name, p in AS_LONG.items()}
@@ -39,7 +39,7 @@ def test_every_problem_by_the_tolerance_rule(name, poisoned_memory):
     assert_backend_correct("triton", ALL[name], torch.float32, gradients=MODES)
 
 
-ENVELOPE = ["ragged", "forbidden_lines", "nan_padding", "marginals", "everything", "cosine_ragged"]
+ENVELOPE = ["ragged", "no_allowed_pair", "nan_padding", "marginals", "everything", "cosine_ragged"]
 ENVELOPE += ["sqeuclidean_ragged", "dot_ragged_packed"]
 
 
@@ -49,7 +49,7 @@ def test_envelope_gradients_by_the_tolerance_rule(name, poisoned_memory):
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
 
 
-UNROLLED = ["ragged", "rho_forbidden_lines", "nan_padding", "init", "anneal_unfinished", "rho"]
+UNROLLED = ["ragged", "rho_no_allowed_pair", "nan_padding", "init", "anneal_unfinished", "rho"]
 UNROLLED += ["rho_mass_0", "rho_no_iteration"]
 UNROLLED += ["everything", "omega_1.8_forbidden", "no_iteration", "cosine_all", "zero_vectors"]
 UNROLLED += ["cosine_ragged_packed", "sqeuclidean_ragged", "dot_ragged", "epsilon_0.001"]
@@ -62,7 +62,7 @@ def test_unrolled_gradients_by_the_tolerance_rule(name, poisoned_memory):
 
 
 def test_a_plan_beyond_float32_is_not_taken_for_none():
-    problem = random_problem("overflow", 1, 260, 3, max_iter=0)
+    problem = random_case("overflow", 1, 260, 3, max_iter=0)
     out = solve("triton", replace(problem, x=problem.x - 50).to(torch.float32))
     assert out["marginal_error"].isinf().all() and not out["value"].isfinite().any()
 
@@ -79,7 +79,7 @@ def test_unrolled_gradients_stop_where_the_run_did(way, monkeypatch):
 
 @pytest.mark.parametrize(("n", "m"), [(16, 16), (17, 16), (33, 5), (128, 128), (100, 127)])
 def test_every_tile_size(n, m):
-    problem = random_problem(f"{n}x{m}", 1, n, m, max_iter=6)
+    problem = random_case(f"{n}x{m}", 1, n, m, max_iter=6)
     assert_backend_correct("triton", problem, torch.float32, gradients=("implicit",))
 
 
@@ -87,7 +87,7 @@ def test_every_tile_size(n, m):
 @pytest.mark.parametrize("kind", ["cosine", "sqeuclidean", "dot"])
 def test_half_vectors_by_the_tolerance_rule(kind, half):
     epsilon = 1.0 if kind == "cosine" else 16.0
-    clouds = random_clouds(kind, kind, batch=2, n=7, m=6, dim=24, epsilon=epsilon, max_iter=6)
+    clouds = random_vector_case(kind, kind, batch=2, n=7, m=6, dim=24, epsilon=epsilon, max_iter=6)
     for problem in (clouds, packed(clouds)):
         given = problem.to(torch.float32, vectors=half)
         out = solve("triton", given, "implicit")
@@ -109,7 +109,7 @@ def stream_everything(monkeypatch, way):
     monkeypatch.setattr(tuning, "PROGRAMS", {"loop": 0, "steps": 10**6}[way])
 
 
-STREAMED = ["ragged", "forbidden_lines", "nan_padding", "init", "rho_forbidden_lines", "anneal"]
+STREAMED = ["ragged", "no_allowed_pair", "nan_padding", "init", "rho_no_allowed_pair", "anneal"]
 STREAMED += ["everything", "one_fully_masked", "no_iteration", "cosine_all", "zero_vectors"]
 STREAMED += ["far_from_the_origin", "rho_strong", "omega_1.8_forbidden", "tiny_mass"]
 
@@ -122,7 +122,7 @@ def test_streamed_problems_by_the_tolerance_rule(name, way, monkeypatch, poisone
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
 
 
-@pytest.mark.parametrize("name", ["ragged", "rho_forbidden_lines", "cosine_ragged_packed"])
+@pytest.mark.parametrize("name", ["ragged", "rho_no_allowed_pair", "cosine_ragged_packed"])
 def test_implicit_gradients_of_streamed_problems(name, monkeypatch, poisoned_memory):
     stream_everything(monkeypatch, "loop")
     problem = replace(ALL[name], max_iter=min(5, ALL[name].max_iter))
@@ -137,9 +137,11 @@ def test_unrolled_gradients_of_streamed_problems(name, monkeypatch, poisoned_mem
 
 
 def test_unrolled_gradients_of_several_tiles(poisoned_memory):
-    problem = replace(random_problem("131x70", 1, 131, 70, max_iter=3), rho_a=0.5)
+    problem = replace(random_case("131x70", 1, 131, 70, max_iter=3), rho_a=0.5)
     assert_backend_correct("triton", problem, torch.float32, gradients=("unroll",))
-    clouds = random_clouds("mixed", "cosine", batch=3, n=140, m=20, dim=40, epsilon=0.1, max_iter=2)
+    clouds = random_vector_case(
+        "mixed", "cosine", batch=3, n=140, m=20, dim=40, epsilon=0.1, max_iter=2
+    )
     lengths = torch.tensor([140, 5, 66])[:, None]
     absent = torch.arange(140) >= lengths
     clouds = replace(clouds, log_a=clouds.log_a.masked_fill(absent, -math.inf))
@@ -154,7 +156,7 @@ def fast(name, **changes):
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("7x5", "loop"), ("forbidden_lines", "steps"), ("cosine_ragged", "steps")],
+    [("7x5", "loop"), ("no_allowed_pair", "steps"), ("cosine_ragged", "steps")],
 )
 def test_fast_problems_by_their_own_rule(name, way, monkeypatch, poisoned_memory):
     stream_everything(monkeypatch, way)
@@ -203,7 +205,7 @@ REFUSED |= {"low_memory": {"low_memory": True}, "exact": {"precision": "exact"}}
 
 def test_what_half_precision_does_not_serve():
     def served(problem):
-        return kept_room(Batch(problem.to(torch.float32).arguments())).fast
+        return kept_room(Batch(problem.to(torch.float32).problem())).fast
 
     assert served(fast("7x5"))
     assert not served(packed(fast("cosine_ragged")))
@@ -231,7 +233,7 @@ def test_both_ways_to_stream_have_the_same_bits(monkeypatch):
 
 
 def test_columns_shared_out_have_the_same_bits(monkeypatch, poisoned_memory):
-    problem = random_problem("5x1100", 2, 5, 1100, max_iter=2)
+    problem = random_case("5x1100", 2, 5, 1100, max_iter=2)
     log_b = problem.log_b.clone()
     log_b[0, 512:1024] = -math.inf  # a whole segment
     problem = replace(problem, log_b=log_b)
@@ -248,18 +250,18 @@ def test_columns_shared_out_have_the_same_bits(monkeypatch, poisoned_memory):
 
 
 def test_problems_larger_than_a_chip():
-    tall = replace(random_problem("140x20", 1, 140, 20, max_iter=3), omega=1.2)
-    wide = replace(random_problem("20x140", 1, 20, 140, max_iter=3), rho_a=0.5)
+    tall = replace(random_case("140x20", 1, 140, 20, max_iter=3), omega=1.2)
+    wide = replace(random_case("20x140", 1, 20, 140, max_iter=3), rho_a=0.5)
     lengths = {"rows": [150, 20, 40], "columns": [30, 140, 33]}
-    mixed = random_clouds("mixed", "cosine", batch=3, n=150, m=140, max_iter=3, **lengths)
+    mixed = random_vector_case("mixed", "cosine", batch=3, n=150, m=140, max_iter=3, **lengths)
     for problem in (tall, wide, packed(mixed)):
         assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
 
 
 @pytest.mark.parametrize(("n", "m"), [(9, 140), (140, 9)])
 def test_one_long_side_stays_on_chip(n, m, monkeypatch):
-    clouds = random_clouds(f"{n}x{m}", "cosine", batch=1, n=n, m=m, dim=5, max_iter=6)
-    given = random_problem(f"{n}x{m}", 1, n, m, max_iter=6)
+    clouds = random_vector_case(f"{n}x{m}", "cosine", batch=1, n=n, m=m, dim=5, max_iter=6)
+    given = random_case(f"{n}x{m}", 1, n, m, max_iter=6)
     monkeypatch.setattr("optical.kernels.solve._steps", None)
     for problem, half in ((given, None), (clouds, torch.float16)):
         moved = problem.to(torch.float32, vectors=half)
@@ -272,7 +274,7 @@ def test_drifting_scalings_are_rebuilt_and_lost_ones_are_redone():
     """Costs whose scalings pass 2^30 within one run, so that every branch of the loop is taken."""
     ramp = torch.linspace(0, 6, 12, dtype=torch.float64)
     cost = (ramp[:, None] * ramp[None, :])[None] + torch.rand(1, 12, 12).double()
-    problem = replace(random_problem("ramp", 1, 12, 12, epsilon=0.05, max_iter=40), x=cost)
+    problem = replace(random_case("ramp", 1, 12, 12, epsilon=0.05, max_iter=40), x=cost)
     mode = ("envelope",)
     assert_backend_correct("triton", problem, torch.float32, gradients=mode)
     log_a = torch.linspace(0, -300, 12, dtype=torch.float64).log_softmax(0)[None]
@@ -313,7 +315,7 @@ def test_a_problem_alone_has_the_bits_it_has_in_a_batch(name):
     problem = ALL[name].to(torch.float32)
     together = solve("triton", problem, "implicit")
     for i in (0, 3):
-        alone = solve("triton", problem.one(i), "implicit")
+        alone = solve("triton", problem.select(i), "implicit")
         for field in FIELDS:
             part = slice(i, i + 1)
             if problem.cu_a is not None and field in "fg":
@@ -322,11 +324,11 @@ def test_a_problem_alone_has_the_bits_it_has_in_a_batch(name):
             assert torch.equal(alone[field], together[field][part]), field
 
 
-@pytest.mark.parametrize("name", ["ragged", "forbidden_lines", "cosine_ragged_packed"])
+@pytest.mark.parametrize("name", ["ragged", "no_allowed_pair", "cosine_ragged_packed"])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_products_with_the_plan(name, transpose, poisoned_memory):
     problem = ALL[name].to(torch.float32)
-    ours, reference = (problem.arguments("envelope", name) for name in ("triton", "reference"))
+    ours, reference = (problem.problem("envelope", name) for name in ("triton", "reference"))
     solved = operator.sinkhorn(reference)
     lines = ours.log_a if transpose else ours.log_b
     v = torch.randn(*lines.shape, 5).masked_fill((lines == -math.inf)[..., None], math.nan)
@@ -350,9 +352,9 @@ def test_gradient_through_the_loss():
 def test_refusals_say_what_is_missing():
     supports = registry.BACKENDS["triton"].supports
     cost = torch.zeros(1, 200, 4)
-    assert supports(example(cost)) is None
-    assert supports(example(cost, gradient="implicit")) is None
-    assert supports(example(cost, gradient="unroll")) is None
+    assert supports(example_problem(cost)) is None
+    assert supports(example_problem(cost, gradient="implicit")) is None
+    assert supports(example_problem(cost, gradient="unroll")) is None
     with pytest.raises(BackendUnsupported, match="do not know anderson"):
         sinkhorn(cost, epsilon=0.1, anderson=5, backend="triton")
     with pytest.raises(BackendUnsupported, match=r"the problem is float64; .* float32"):
@@ -360,5 +362,5 @@ def test_refusals_say_what_is_missing():
 
 
 def test_auto_never_picks_the_interpreter():
-    assert registry.choose("auto", example(torch.zeros(1, 3, 4))).name != "triton"
-    assert kernels.supports(example(torch.zeros(1, 3, 4))) is None
+    assert registry.choose("auto", example_problem(torch.zeros(1, 3, 4))).name != "triton"
+    assert kernels.supports(example_problem(torch.zeros(1, 3, 4))) is None
