@@ -96,7 +96,7 @@ def supports(problem: Problem) -> str | None:
     if dtype != torch.float32:
         return f"the problem is {dtype_name(dtype)}; the CUDA kernels compute in float32"
     if problem.anderson > 0:
-        return "the CUDA kernels do not know anderson"
+        return "the CUDA kernels do not support anderson"
     if problem.gradient == "unroll" and problem.anneal_start > 0:
         return "gradient='unroll' does not undo annealing in the CUDA kernels"
     loaded = load()
@@ -104,7 +104,7 @@ def supports(problem: Problem) -> str | None:
         return loaded.reason
     if _needs_lengths(problem) and _capturing():
         return (
-            "the longest packed problem must be read, since the total length exceeds the largest "
+            "the lengths of the packed problems must be read, since their total exceeds the largest "
             "problem that fits, and a CUDA graph is being captured"
         )
     n, m = _size_bounds(problem)

@@ -82,8 +82,7 @@ BACKENDS: dict[str, Backend] = {
             _module("optical.backends.cuda"),
             automatic_on=("cuda",),
             applies_plan=False,
-            remark="packed input longer in total than one problem may be: one device sync to read "
-            "the longest length",
+            remark="packed input: a device sync if its total length exceeds the largest problem",
         ),
         Backend(
             "triton",

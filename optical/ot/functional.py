@@ -83,9 +83,9 @@ def sinkhorn(
         mask_a, mask_b: (batch, n) and (batch, m), bool or 0/1 numbers; 0 marks padding.
         lengths_a, lengths_b: (batch,) integers; rows (columns) from this index on are padding.
         max_iter: number of iterations (POT: ``numItermax``; OTT: ``max_iterations``).
-        tol: a problem stops after the first iteration whose row sums differ from the wanted ones
-            by at most ``tol`` in L1 (POT: ``stopThr``; OTT: ``threshold``). 0 runs exactly
-            ``max_iter`` iterations.
+        tol: a problem stops after the first iteration whose row sums differ by at most ``tol`` in
+            L1 from those of the optimal plan, a or its relaxed value (POT: ``stopThr``; OTT:
+            ``threshold``). 0 runs exactly ``max_iter`` iterations.
         init: (f, g), initial potentials shaped like ``log_a`` and ``log_b``; zeros if None. They
             receive no gradient.
         rho: None fixes both marginals. A number > 0 replaces them by the penalties

@@ -478,7 +478,7 @@ def test_refusals_are_in_words(kernels):
     given = random_case("", 1, 2, 2)
     refused = {
         "compute in float32": given,
-        "do not know anderson": replace(given, anderson=3).to(torch.float32),
+        "do not support anderson": replace(given, anderson=3).to(torch.float32),
         "700 x 700 does not fit": random_case("", 1, 700, 700).to(torch.float32),
     }
     for reason, problem in refused.items():
