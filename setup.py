@@ -1,10 +1,9 @@
-"""Builds the CPU library when a compiler is at hand, and maps folders to packages.
+"""Build the compiled libraries where a compiler is available, and map folders to packages.
 
-With nvcc and a CUDA device at hand, the CUDA kernels are built too, for that device.
-
-The library has a plain C interface, so nothing here needs PyTorch and a wheel that holds it serves
-every Python 3. Without a compiler the same command gives a pure-Python wheel, which carries the
-sources and builds them at first use where a compiler is found.
+The CPU library is built if there is a C++ compiler; the CUDA library if nvcc and a CUDA device are
+found, for the architectures of the devices. Neither needs PyTorch, and a wheel that contains them
+serves every Python 3. Without a compiler the wheel is pure Python and contains the sources, which
+the first use builds if it finds a compiler.
 """
 
 import importlib.util
@@ -20,25 +19,24 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 
 
-def recipe(name: str) -> ModuleType:
-    """A module of the package by its path: importing the package would need PyTorch."""
-    spec = importlib.util.spec_from_file_location(
-        f"_{name}", ROOT / "optical" / "backends" / f"{name}.py"
-    )
+def load_library_module() -> ModuleType:
+    """Load ``optical/backends/library.py`` by its path: importing the package needs PyTorch."""
+    path = ROOT / "optical" / "backends" / "library.py"
+    spec = importlib.util.spec_from_file_location("_library", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-library, cuda = recipe("library"), recipe("cuda")
+library = load_library_module()
 WINGS = sorted(
     path.parent.name
     for path in (ROOT / "optical").glob("*/__init__.py")
-    if path.parent.name != "kernels"  # a link; its package is mapped below
+    if path.parent.name != "kernels"  # a link; package_dir maps its package below
 )
 compiler = library.find_compiler()
-nvcc = cuda.find_nvcc() if compiler else None
-architectures = cuda.architectures_of_driver() if nvcc else ()
+nvcc = library.find_nvcc() if compiler else None
+architectures = library.driver_architectures() if nvcc else ()
 extensions = [Extension("optical._cpu", sources=[], optional=True)] if compiler else []
 if architectures:
     extensions.append(Extension("optical._cuda", sources=[], optional=True))
@@ -49,16 +47,16 @@ class BuildLibrary(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         try:
             if ext.name == "optical._cuda":
-                cuda.build(ROOT / "csrc", target, nvcc, architectures)
+                library.build_cuda(ROOT / "csrc", target, nvcc, architectures)
             else:
-                library.build(ROOT / "csrc", target, compiler)
-        except (library.BuildError, cuda.BuildError) as error:
-            # The extension is optional: setuptools reports this and goes on without it.
+                library.build_cpu(ROOT / "csrc", target, compiler)
+        except library.BuildError as error:
+            # The extension is optional; setuptools reports the error and continues.
             raise CompileError(str(error)) from error
 
     def get_ext_filename(self, fullname: str) -> str:
         *folders, name = fullname.split(".")
-        filename = cuda.LIBRARY_NAME if name == "_cuda" else library.LIBRARY_NAME
+        filename = library.CUDA_LIBRARY if name == "_cuda" else library.CPU_LIBRARY
         return os.path.join(*folders, filename)
 
 
@@ -74,7 +72,7 @@ class LibraryDistribution(Distribution):
 
 
 if compiler is None:
-    print("optical: no C++ compiler found; the CPU library is left to be built at first use")
+    print("optical: no C++ compiler found; the CPU library will be built at its first use")
 
 setup(
     packages=[
@@ -87,7 +85,7 @@ setup(
     ],
     package_dir={
         "optical": "optical",
-        # A package named `kernels` at the top would hide Hugging Face's: see kernels/README.md.
+        # A top-level package `kernels` would hide the one of Hugging Face; see kernels/README.md.
         "optical.kernels": "kernels/triton",
         "optical.kernels.onchip": "kernels/triton/onchip",
         "optical.kernels.streamed": "kernels/triton/streamed",

@@ -28,9 +28,9 @@ import torch
 import optical
 from benchmarks.operator import cases, rows
 from benchmarks.operator.jobs import ROOT, Task, _device_turn
-from optical.backends.problem import GRADIENTS, PRECISIONS, example
+from optical.backends.problem import GRADIENTS, PRECISIONS, example_problem
 from optical.backends.registry import BACKENDS
-from optical.testing.cases import random_clouds
+from optical.testing.cases import random_vector_case
 from optical.testing.tolerance import FAST, assert_close_to_truth, solve
 
 # Batch x n x m x dim x iterations, with the temperature where it is not that of the others.
@@ -196,7 +196,10 @@ def fast(name: str, output: Path) -> None:
     x, y = (z.bfloat16().cuda() for z in case.inputs[:2])
     made = []
     for backend in COMPARED:
-        if BACKENDS[backend].supports(example(x, y, "cosine", precision="fast")) is not None:
+        if (
+            BACKENDS[backend].supports(example_problem(x, y, "cosine", precision="fast"))
+            is not None
+        ):
             continue
         runs = {
             precision: functools.partial(_solved, case, x, y, backend=backend, precision=precision)
@@ -222,11 +225,13 @@ def build(_name: str, _output: Path) -> None:
     for backend in COMPARED:
         for n, m in ((5, 7), (32, 32), (60, 64), (100, 128), (200, 90), (400, 300)):
             for gradient in GRADIENTS:
-                problem = random_clouds(f"{n}x{m}", "cosine", batch=2, n=n, m=m, dim=40, max_iter=3)
-                problem = problem.to(torch.float32, "cuda")
-                reason = BACKENDS[backend].supports(problem.arguments(gradient))
+                case = random_vector_case(
+                    f"{n}x{m}", "cosine", batch=2, n=n, m=m, dim=40, max_iter=3
+                )
+                case = case.to(torch.float32, "cuda")
+                reason = BACKENDS[backend].supports(case.problem(gradient))
                 if reason is None:
-                    solve(backend, problem, gradient)
+                    solve(backend, case, gradient)
                 print(f"{backend} {n} x {m} {gradient}: {reason or 'done'}", flush=True)
     torch.cuda.synchronize()
 

@@ -628,7 +628,7 @@ class _Family:
         slope = strength = 0.0
         for call in _solved_by(self.call):
             result = call.rounded(torch.float64).run()
-            given, plan = PaddedProblem(result.arguments).given, result.plan().detach()
+            given, plan = PaddedProblem(result.problem).with_cost, result.plan().detach()
             for rho, sums, log_mass in (
                 (given.rho_a, plan.sum(2), given.log_a),
                 (given.rho_b, plan.sum(1), given.log_b),
@@ -719,9 +719,9 @@ def _same_decisions(call: Call, found: dict[str, Tensor], truth: dict[str, Tenso
 def _row_residual(call: Call, i: int) -> float:
     """How far the reference's rows of problem i are from those wanted, after ``max_iter``."""
     result = call.rounded(torch.float64).run()
-    dense = PaddedProblem(result.arguments)
-    problems = MaskedProblem(dense.given)
-    wanted = problems.wanted(dense.a.pad(result.f), dense.b.pad(result.g))[0]
+    dense = PaddedProblem(result.problem)
+    problems = MaskedProblem(dense.with_cost)
+    wanted = problems.optimal_sums(dense.a.pad(result.f), dense.b.pad(result.g))[0]
     return (result.plan().sum(2) - wanted).abs().sum(1)[i].item()
 
 
@@ -758,11 +758,11 @@ def _uncertainty(call: Call) -> float:
     plan = truth.plan().detach()
     rows, columns = plan.sum(2), plan.sum(1)
     epsilon = torch.as_tensor(call.arguments["epsilon"]).double().expand(len(plan))
-    stiff = [1 + epsilon[:, None] / rho for rho in (truth.arguments.rho_a, truth.arguments.rho_b)]
+    stiff = [1 + epsilon[:, None] / rho for rho in (truth.problem.rho_a, truth.problem.rho_b)]
     share_a, share_b = ((x * y).rsqrt() for x, y in zip((rows, columns), stiff, strict=True))
     scaled = share_a.nan_to_num(0, 0)[:, :, None] * plan * share_b.nan_to_num(0, 0)[:, None, :]
     values = 1 - torch.linalg.svdvals(scaled.nan_to_num(0, 0, 0)) ** 2
-    balanced = truth.arguments.rho_a == truth.arguments.rho_b == INF
+    balanced = truth.problem.rho_a == truth.problem.rho_b == INF
     # In descending order of singular values: the first is that of the shift.
     values = values[:, 1:] if balanced else values
     least = values.min().item() if values.numel() else 1.0
@@ -965,8 +965,8 @@ def main(
     warnings.simplefilter("ignore")  # that the reference serves what the library cannot
     faulthandler.enable()
     sys.stdout.reconfigure(line_buffering=True)  # what was found outlives a crash
-    if library.unavailable_reason() is not None:  # builds the library, which takes its time
-        parser.error(f"there is no library to compare: {library.unavailable_reason()}")
+    if library.load_cpu().reason is not None:  # builds the library, which takes its time
+        parser.error(f"there is no library to compare: {library.load_cpu().reason}")
     start = time.monotonic()
     done = failures = 0
     for seed in range(options.seed, options.seed + options.calls):

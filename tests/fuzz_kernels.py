@@ -49,11 +49,11 @@ def use(name: str) -> None:
 def _compile_for_the_cpu() -> None:
     import test_cuda_host
 
-    from optical.backends import cuda
+    from optical.backends import library
 
     with tempfile.TemporaryDirectory() as folder:
-        library = cuda.open_library(test_cuda_host.build(Path(folder), "-O1"), None)
-    test_cuda_host.use(library, setattr)
+        kernels = library.open_library(test_cuda_host.build(Path(folder), "-O1"), None)
+    test_cuda_host.use(kernels, setattr)
 
 
 class Dice(fuzz.Dice):

@@ -25,7 +25,7 @@ from optical.backends import library as native
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = "--threads" in sys.argv
-LIBRARY = ROOT / "build" / "sanitized" / ("threads" if THREADS else "memory") / native.LIBRARY_NAME
+LIBRARY = ROOT / "build" / "sanitized" / ("threads" if THREADS else "memory") / native.CPU_LIBRARY
 FLAGS = ("-g1", "-O1")
 if THREADS:
     FLAGS += ("-fsanitize=thread",)
@@ -51,17 +51,17 @@ def build() -> None:
     if compiler is None:
         sys.exit("no C++ compiler was found")
     # With the flags still those of the installed library.
-    installed = native.load()
-    isa = "baseline" if installed is None else installed.optical_cpu_isa().decode()
-    flags = dict(native._variants())[isa]
-    native.FLAGS = tuple(x for x in native.FLAGS if x != "-O3") + FLAGS
-    native._variants = lambda: [("baseline", flags)]
+    installed = native.load_cpu().library
+    isa = "baseline" if installed is None else native.instruction_set(installed)
+    flags = dict(native.cpu_variants())[isa]
+    native.CPU_FLAGS = tuple(x for x in native.CPU_FLAGS if x != "-O3") + FLAGS
+    native.cpu_variants = lambda: [("baseline", flags)]
     if not THREADS:
-        native.build(ROOT / "csrc", LIBRARY, compiler)
+        native.build_cpu(ROOT / "csrc", LIBRARY, compiler)
         return
     # The barriers of OpenMP are not known to the sanitizer; those of the library's own threads are.
     LIBRARY.parent.mkdir(parents=True, exist_ok=True)
-    native._compile(ROOT / "csrc", LIBRARY, compiler, ["-pthread"])
+    native.compile_cpu(ROOT / "csrc", LIBRARY, compiler, ["-pthread"])
 
 
 def restart() -> None:
@@ -102,9 +102,8 @@ def main() -> int:
         build()
         restart()
     library = ctypes.CDLL(str(LIBRARY))
-    native._declare(library)
-    state = native._State(library, None)
-    native._state = lambda: state
+    state = native.Loaded(library, None)
+    native.load_cpu = lambda: state
     arguments = [x for x in sys.argv[1:] if x != "--threads"]
     return fuzz.main(arguments, *((draw_large, check_threads) if THREADS else ()))
 

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optical.backends import cuda, library
+from optical.backends import library
 
 TABLE = Path(__file__).parents[1] / "results" / "cuda_resources.csv"
 COLUMNS = (
@@ -42,7 +42,7 @@ def compile_kernels(
     Raises:
         RuntimeError: there is no nvcc, or it failed.
     """
-    nvcc, sources = cuda.find_nvcc(), library.source_folder()
+    nvcc, sources = library.find_nvcc(), library.source_folder()
     if nvcc is None or sources is None:
         raise RuntimeError("nvcc was not found")
     cubin = folder / f"{architecture}.cubin"
@@ -163,7 +163,9 @@ def write(output: Path, architecture: str, new: list[dict[str, Any]]) -> None:
     if output.is_file():
         with open(output, newline="") as file:
             table = [row for row in csv.DictReader(file) if row["architecture"] != architecture]
-    table = sorted(table + new, key=lambda row: cuda.ARCHITECTURES.index(row["architecture"]))
+    table = sorted(
+        table + new, key=lambda row: library.CUDA_ARCHITECTURES.index(row["architecture"])
+    )
     with open(output, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -224,7 +226,7 @@ def predictions(table: Path = TABLE) -> dict[str, tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--architectures", nargs="+", default=list(cuda.ARCHITECTURES))
+    parser.add_argument("--architectures", nargs="+", default=list(library.CUDA_ARCHITECTURES))
     parser.add_argument("--output", type=Path, default=TABLE)
     parser.add_argument("--predict", action="store_true")
     options = parser.parse_args()

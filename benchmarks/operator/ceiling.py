@@ -26,7 +26,7 @@ def library() -> ctypes.CDLL | str:
         return "no C++ compiler was found"
     capability = torch.backends.cpu.get_cpu_capability()
     width = {"AVX2": 32, "AVX512": 64}.get(capability, 16)
-    flags = [*native.FLAGS, "-march=native", f"-DOPTICAL_VECTOR_BYTES={width}", "-shared"]
+    flags = [*native.CPU_FLAGS, "-march=native", f"-DOPTICAL_VECTOR_BYTES={width}", "-shared"]
     with tempfile.TemporaryDirectory() as folder:
         target = str(Path(folder) / "ceiling.so")
         command = [*compiler, *flags, str(SOURCE), "-o", target]

@@ -1,4 +1,4 @@
-"""The implementations of the operator, and the registry that chooses one."""
+"""Backends of the Sinkhorn operator: CPU, CUDA, Triton and a reference in plain PyTorch."""
 
 from optical.backends.problem import Gradients, Problem, Solution, Status
 from optical.backends.registry import BACKENDS, BackendUnsupported, explain

@@ -1,28 +1,42 @@
-"""The CPU backend: tensors for the compiled library of ``optical.backends.library``, and back."""
+"""CPU backend: passes tensors to the compiled library of ``csrc/cpu``."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from optical.backends import library
-from optical.backends.problem import Gradients, Problem, Solution
+from optical.backends import library, structs
+from optical.backends.problem import Gradients, Problem, Solution, dtype_name
+
+OUT_OF_MEMORY = 2  # of csrc/sinkhorn.h
 
 
-def forward(arguments: Problem) -> Solution:
-    """Solve a batch of problems; see ``optical.backends.problem`` for what goes in and comes out.
+def supports(problem: Problem) -> str | None:
+    """Return None if the library can solve the problems, otherwise the reason it cannot."""
+    device, dtype = problem.x.device.type, problem.log_a.dtype
+    if device != "cpu":
+        return f"the tensors are on {device}; the native library runs on the cpu"
+    if dtype not in (torch.float32, torch.float64):
+        found = dtype_name(dtype)
+        return f"the problem is {found}; the native library computes in float32 or float64"
+    if problem.gradient == "unroll" and problem.anneal_start > 0:
+        return "gradient='unroll' does not undo annealing in the native library"
+    return library.load_cpu().reason
 
-    All tensors are on the CPU. Nothing is allocated but the outputs and the memory of one problem
-    per thread: no (batch, n, m) tensor where the cost comes from vectors.
+
+def forward(problem: Problem) -> Solution:
+    """Solve a batch of problems whose tensors are on the CPU.
+
+    Allocates the outputs and a workspace of one problem per thread, and no (B, n, m) tensor if the
+    cost is computed from vectors.
     """
-    call = _Call(arguments)
-    outputs = Solution.empty(call.lines_a, call.lines_b, call.epsilon, arguments.gradient)
-    solution = library._Solution(**{name: _address(x) for name, x in outputs._asdict().items()})
-    call.run("optical_sinkhorn_forward", solution)
-    return outputs
+    problem = _prepare(problem)
+    solution = Solution.allocate(problem)
+    pointers = structs.address_struct(structs.SolutionStruct, solution._asdict())
+    _call("optical_sinkhorn_forward", problem, ctypes.byref(pointers))
+    return solution
 
 
 def backward(
@@ -30,7 +44,7 @@ def backward(
     grad_value_linear: Tensor,
     grad_f: Tensor | None,
     grad_g: Tensor | None,
-    arguments: Problem,
+    problem: Problem,
     f: Tensor,
     g: Tensor,
     w: Tensor,
@@ -39,15 +53,13 @@ def backward(
     need_x: bool,
     need_y: bool,
 ) -> Gradients:
-    """Gradients with respect to x, y (None where not needed), log_a and log_b, by the mode of
-    ``arguments.gradient``; the other tensors are outputs of ``forward``."""
-    call = _Call(arguments)
-    dtype = call.epsilon.dtype
-    x, y = arguments.x, arguments.y
+    """Compute the gradients that ``problem.gradient`` names; f to n_iter are of its solution."""
+    problem = _prepare(problem)
+    x, y, dtype = problem.x, problem.y, problem.epsilon.dtype
     grad_x = torch.empty(x.shape, dtype=dtype) if need_x else None
     grad_y = torch.empty(y.shape, dtype=dtype) if need_y and y is not None else None
-    grad_log_a, grad_log_b = torch.empty_like(call.lines_a), torch.empty_like(call.lines_b)
-    upstream = {
+    grad_log_a, grad_log_b = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
+    floating = {
         "grad_value": grad_value,
         "grad_value_linear": grad_value_linear,
         "grad_f": grad_f,
@@ -56,13 +68,18 @@ def backward(
         "g": g,
         "w": w,
         "z": z,
-        "n_iter": n_iter,
     }
-    given = {name: None if t is None else t.contiguous() for name, t in upstream.items()}
-    call.check(*(t for name, t in given.items() if name != "n_iter"))
-    made = {"grad_x": grad_x, "grad_y": grad_y, "grad_log_a": grad_log_a, "grad_log_b": grad_log_b}
-    gradient = library._Gradient(**{name: _address(t) for name, t in (given | made).items()})
-    call.run("optical_sinkhorn_backward", gradient)
+    inputs = {name: None if t is None else t.contiguous() for name, t in floating.items()}
+    _check(dtype, *inputs.values())
+    inputs["n_iter"] = n_iter.contiguous()
+    outputs = {
+        "grad_x": grad_x,
+        "grad_y": grad_y,
+        "grad_log_a": grad_log_a,
+        "grad_log_b": grad_log_b,
+    }
+    pointers = structs.address_struct(structs.GradientStruct, inputs | outputs)
+    _call("optical_sinkhorn_backward", problem, ctypes.byref(pointers))
     return (
         None if grad_x is None else grad_x.to(x.dtype),
         None if grad_y is None or y is None else grad_y.to(y.dtype),
@@ -71,108 +88,72 @@ def backward(
     )
 
 
-def apply_plan(arguments: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
-    """P v for v by line of side b (or, transposed, P' v for v by line of side a), tile by tile."""
-    call = _Call(arguments)
+def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
+    """Multiply the plan, or its transpose, with one vector of v per column (per row), by tiles."""
+    problem = _prepare(problem)
     f, g, v = f.contiguous(), g.contiguous(), v.contiguous()
-    call.check(f, g, v)
-    lines = call.lines_b if transpose else call.lines_a
-    out = v.new_empty(*lines.shape, v.shape[-1])
-    pointers = (_address(f), _address(g), _address(v))
-    call.run("optical_apply_plan", *pointers, v.shape[-1], int(transpose), _address(out))
+    _check(problem.epsilon.dtype, f, g, v)
+    out = v.new_empty(*(problem.log_b if transpose else problem.log_a).shape, v.shape[-1])
+    pointers = f.data_ptr(), g.data_ptr(), v.data_ptr()
+    _call("optical_apply_plan", problem, *pointers, v.shape[-1], int(transpose), out.data_ptr())
     return out
 
 
-class _Call:
-    """Problem as the library reads them, with the tensors they point into kept alive."""
+def _prepare(problem: Problem) -> Problem:
+    """Check dtypes and devices, and make contiguous the tensors that the library reads so."""
+    x, y, cu_a, cu_b = problem.x, problem.y, problem.cu_a, problem.cu_b
+    dtype = problem.epsilon.dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"epsilon is {dtype}; expected torch.float32 or torch.float64")
+    if y is None:
+        _check(dtype, x)
+    else:
+        x, y = _adjacent("x", x), _adjacent("y", y)
+    f0, g0 = problem.f0, problem.g0
+    prepared = problem._replace(
+        x=x,
+        y=y,
+        cu_a=None if cu_a is None else cu_a.to(torch.int64).contiguous(),
+        cu_b=None if cu_b is None else cu_b.to(torch.int64).contiguous(),
+        log_a=problem.log_a.contiguous(),
+        log_b=problem.log_b.contiguous(),
+        epsilon=problem.epsilon.contiguous(),
+        f0=None if f0 is None else f0.contiguous(),
+        g0=None if g0 is None else g0.contiguous(),
+    )
+    _check(dtype, prepared.log_a, prepared.log_b, prepared.f0, prepared.g0)
+    return prepared
 
-    def __init__(self, arguments: Problem) -> None:
-        self.lines_a, self.lines_b = arguments.log_a.contiguous(), arguments.log_b.contiguous()
-        self.epsilon = arguments.epsilon.contiguous()
-        self.dtype = self.epsilon.dtype
-        if str(self.dtype) not in ("torch.float32", "torch.float64"):
-            raise TypeError(f"epsilon is {self.dtype}; expected torch.float32 or torch.float64")
-        x, y, cu_a, cu_b = arguments.x, arguments.y, arguments.cu_a, arguments.cu_b
-        if arguments.kind == "given":
-            self.check(x)
-        else:
-            x, y = _adjacent(x), _adjacent(y if y is not None else x)
-        starts = [None if t is None else t.contiguous() for t in (arguments.f0, arguments.g0)]
-        self.check(self.lines_a, self.lines_b, *starts)
-        batch = len(self.epsilon)
-        if cu_a is not None and cu_b is not None:
-            cu_a, cu_b = (t.to(torch.int64).contiguous() for t in (cu_a, cu_b))
-            n, m = (int(t.diff().max()) if batch else 0 for t in (cu_a, cu_b))
-            between_x, between_y = 0, 0
-        else:
-            n, m = self.lines_a.shape[1], self.lines_b.shape[1]
-            between_x, between_y = x.stride(0), 0 if y is None else y.stride(0)
-        self.kept = (x, y, cu_a, cu_b, *starts)
-        self.problem = library._Problem(
-            batch=batch,
-            n=n,
-            m=m,
-            dim=0 if arguments.kind == "given" else x.shape[-1],
-            kind=library.KINDS[arguments.kind],
-            precision=library.TYPES[str(self.dtype)],
-            x=_address(x),
-            y=_address(y),
-            x_type=_type("x", x),
-            y_type=0 if y is None else _type("y", y),
-            x_stride_batch=between_x,
-            x_stride_line=x.stride(-2),
-            x_stride_entry=x.stride(-1),
-            y_stride_batch=between_y,
-            y_stride_line=0 if y is None else y.stride(-2),
-            offset_a=_address(cu_a),
-            offset_b=_address(cu_b),
-            log_a=_address(self.lines_a),
-            log_b=_address(self.lines_b),
-            epsilon=_address(self.epsilon),
-            init_f=_address(starts[0]),
-            init_g=_address(starts[1]),
-            max_iter=arguments.max_iter,
-            tol=arguments.tol,
-            rho_a=arguments.rho_a,
-            rho_b=arguments.rho_b,
-            omega=arguments.omega,
-            anderson=arguments.anderson,
-            anneal_start=arguments.anneal_start,
-            anneal_ratio=arguments.anneal_ratio,
-            gradient=library.GRADIENTS[arguments.gradient],
-            low_memory=arguments.low_memory,
-            num_threads=torch.get_num_threads(),
+
+def _adjacent(name: str, vectors: Tensor) -> Tensor:
+    """Return vectors whose entries are adjacent in memory, in a dtype that the library reads."""
+    if vectors.device.type != "cpu" or vectors.dtype not in structs.DTYPE_CODES:
+        expected = ", ".join(str(dtype) for dtype in structs.DTYPE_CODES)
+        raise TypeError(
+            f"{name} is {vectors.dtype} on {vectors.device}; expected {expected} on cpu"
         )
-
-    def check(self, *tensors: Tensor | None) -> None:
-        for tensor in tensors:
-            if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype != self.dtype):
-                found = f"{tensor.dtype} on {tensor.device}"
-                raise TypeError(f"a tensor is {found}; expected {self.dtype} on cpu, like epsilon")
-
-    def run(self, name: str, *others: Any) -> None:
-        structures = [
-            ctypes.byref(other) if isinstance(other, ctypes.Structure) else other
-            for other in (self.problem, *others)
-        ]
-        status = getattr(library.opened(), name)(*structures)
-        sizes = f"batch={self.problem.batch}, n={self.problem.n}, m={self.problem.m}"
-        if status == 2:
-            raise MemoryError(f"no memory for the workspace of the CPU Sinkhorn ({sizes})")
-        if status != 0:
-            raise ValueError(f"the CPU Sinkhorn refused its arguments ({sizes})")
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _adjacent(vectors: Tensor) -> Tensor:
     return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
 
 
-def _type(name: str, tensor: Tensor) -> int:
-    if tensor.device.type != "cpu" or str(tensor.dtype) not in library.TYPES:
-        found = f"{tensor.dtype} on {tensor.device}"
-        raise TypeError(f"{name} is {found}; expected {', '.join(library.TYPES)} on cpu")
-    return library.TYPES[str(tensor.dtype)]
+def _check(dtype: torch.dtype, *tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None and (tensor.dtype != dtype or tensor.device.type != "cpu"):
+            found = f"{tensor.dtype} on {tensor.device}"
+            raise TypeError(f"a tensor is {found}; expected {dtype} on cpu, like epsilon")
+
+
+def _call(name: str, problem: Problem, *arguments: object) -> None:
+    """Call a function of the library whose first argument is the problem."""
+    cu_a, cu_b = problem.cu_a, problem.cu_b
+    if cu_a is None or cu_b is None:
+        n, m = problem.log_a.shape[1], problem.log_b.shape[1]
+    else:
+        n, m = (int(cu.diff().max()) if len(cu) > 1 else 0 for cu in (cu_a, cu_b))
+    struct = structs.problem_struct(problem, n, m, torch.get_num_threads())
+    functions = structs.with_argument_types(library.load_cpu().require())
+    status = getattr(functions, name)(ctypes.byref(struct), *arguments)
+    sizes = f"batch={struct.batch}, n={n}, m={m}"
+    if status == OUT_OF_MEMORY:
+        raise MemoryError(f"no memory for the workspace of the CPU Sinkhorn ({sizes})")
+    if status != 0:
+        raise ValueError(f"the CPU Sinkhorn refused its arguments ({sizes})")

@@ -1,12 +1,11 @@
-"""The compiled CPU Sinkhorn: built from ``csrc/`` by one recipe, and loaded by ctypes.
+"""Build and load the compiled libraries of ``csrc``: ``_cpu`` and ``_cuda``.
 
-The library has a plain C interface (``csrc/sinkhorn.h``), so one binary serves every version of
-Python and PyTorch. Installing the package builds it beside this module when a C++ compiler is at
-hand; otherwise the first use builds it into a cache of the user's; without a compiler ``load``
-returns None and the caller computes with PyTorch operations.
+Both have a plain C interface (``csrc/sinkhorn.h``), so one binary serves every version of Python
+and PyTorch. An installation with a compiler puts them beside the package. Otherwise the first use
+builds them in the user's cache. ``optical.backends.structs`` fills the structures they read.
 
-``setup.py`` runs this file by its path to build the library before PyTorch is there, so the module
-imports the standard library only; ``optical.backends.cpu`` gives the library tensors.
+``setup.py`` loads this file by its path, before PyTorch is installed, so its imports at module
+level are of the standard library.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-ABI_VERSION = 3
-LIBRARY_NAME = "_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
+ABI_VERSION = 3  # OPTICAL_ABI_VERSION of sinkhorn.h
+SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+CPU_LIBRARY, CUDA_LIBRARY = f"_cpu{SUFFIX}", "_cuda.so"
 COMPILERS = ("c++", "g++", "clang++")
 
-# Without -fno-math-errno and -fno-trapping-math a comparison cannot become a vector select. Neither
-# touches infinities and NaN, which mask entries here, as -ffast-math would. The vector width of
-# each variant is written out, so that no binary depends on the machine that built it.
-FLAGS = (
+# Without -fno-math-errno and -fno-trapping-math a comparison cannot become a vector select. Unlike
+# -ffast-math, neither affects infinities and NaN, which mark padding here. The vector width of each
+# variant is explicit, so that the binary does not depend on the machine that built it.
+CPU_FLAGS = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
 )
@@ -45,17 +44,38 @@ AVX512 = (
     "avx512",
     ("-DOPTICAL_VECTOR_BYTES=64", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
 )
+NVCC_FLAGS = ("-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden")
+# Compute capabilities that one binary for all supported devices contains.
+CUDA_ARCHITECTURES = ("80", "90a", "100f", "120")
 
 
 class BuildError(RuntimeError):
-    """The library could not be built or loaded; the message says why in one line."""
+    """A library could not be built or loaded; the message gives the reason in one line."""
 
 
-# ------------------------------------------------------------------------------- build recipe
+class Loaded(NamedTuple):
+    """A loaded library, or the reason there is none.
+
+    Attributes:
+        library: the functions of ``sinkhorn.h``, or None.
+        reason: None if there is a library.
+    """
+
+    library: Any
+    reason: str | None
+
+    def require(self) -> Any:
+        """Return the library, or raise RuntimeError with the reason there is none."""
+        if self.library is None:
+            raise RuntimeError(self.reason)
+        return self.library
+
+
+# ------------------------------------------------------------------------------------ compilers
 
 
 def source_folder() -> Path | None:
-    """The C++ sources: inside an installed package, or beside the package in a checkout."""
+    """Return ``csrc``: inside an installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / "sinkhorn.h").is_file():
@@ -64,9 +84,10 @@ def source_folder() -> Path | None:
 
 
 def find_compiler() -> list[str] | None:
-    """The command of a C++ compiler that works: ``$CXX`` alone if it is set, or a common name."""
-    chosen = os.environ.get("CXX")
-    for command in [shlex.split(chosen)] if chosen else [[name] for name in COMPILERS]:
+    """Return the command of a working C++ compiler: ``$CXX`` if set, else a common name."""
+    from_environment = os.environ.get("CXX")
+    candidates = [shlex.split(from_environment)] if from_environment else [[c] for c in COMPILERS]
+    for command in candidates:
         if command and shutil.which(command[0]) and _compiles(command):
             return command
     return None
@@ -80,139 +101,198 @@ def _compiles(compiler: list[str]) -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _variants() -> list[tuple[str, tuple[str, ...]]]:
+def find_nvcc() -> list[str] | None:
+    """Return the command of nvcc: ``$NVCC`` if set, else from the path or CUDA_HOME."""
+    from_environment = os.environ.get("NVCC")
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    candidates = [["nvcc"], [f"{home}/bin/nvcc"]]
+    if from_environment is not None:
+        candidates = [shlex.split(from_environment)]
+    for command in candidates:
+        if command and shutil.which(command[0]):
+            return command
+    return None
+
+
+def driver_architectures() -> tuple[str, ...]:
+    """Ask the CUDA driver for the architectures of its devices; () without a driver.
+
+    PyTorch is not needed. Devices below compute capability 8.0 are left out.
+    """
+    capability_major, capability_minor = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    capabilities = set()
+    for device in range(count.value):
+        driver.cuDeviceGetAttribute(ctypes.byref(major), capability_major, device)
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), capability_minor, device)
+        capabilities.add((major.value, minor.value))
+    return tuple(f"{x}{y}" for x, y in sorted(capabilities) if x >= 8)
+
+
+# ---------------------------------------------------------------------------------------- builds
+
+
+def cpu_variants() -> list[tuple[str, tuple[str, ...]]]:
+    """Return the instruction sets the CPU library contains, with their compiler flags."""
     x86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
     return [BASELINE, *((AVX2, AVX512) if x86 else ())]
 
 
-def source_hash(folder: Path) -> str:
-    """What a library depends on: every source, every flag."""
-    digest = hashlib.sha256(repr((FLAGS, _variants())).encode())
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".h", ".cpp"):
-            digest.update(path.relative_to(folder).as_posix().encode())
-            digest.update(path.read_bytes())
+def cpu_source_hash(folder: Path) -> str:
+    """Hash the flags and sources that the CPU library depends on."""
+    sources = (path for path in folder.rglob("*") if path.suffix in (".h", ".cpp"))
+    return _source_hash(repr((CPU_FLAGS, cpu_variants())), folder, sources)
+
+
+def cuda_source_hash(folder: Path) -> str:
+    """Hash the flags and sources that the CUDA library depends on."""
+    sources = (folder / "sinkhorn.h", *(folder / "cuda").glob("*.cu*"))
+    return _source_hash(repr(NVCC_FLAGS), folder, sources)
+
+
+def _source_hash(flags: str, folder: Path, sources: Iterable[Path]) -> str:
+    digest = hashlib.sha256(flags.encode())
+    for path in sorted(sources):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def build(folder: Path, target: Path, compiler: list[str]) -> None:
-    """Compile the sources in ``folder`` into the shared library ``target``.
-
-    The library appears under its name only when it is complete, so processes that build it at the
-    same time do not disturb one another.
+def build_cpu(folder: Path, target: Path, compiler: list[str]) -> None:
+    """Compile the sources in ``folder`` into the CPU library ``target``.
 
     Raises:
-        BuildError: the compiler failed; the message holds its first error.
+        BuildError: the compiler failed; the message contains its first error.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as work:
-        library = Path(work) / target.name
+    with _atomic_target(target) as library:
         try:
-            _compile(folder, library, compiler, ["-fopenmp"])
+            compile_cpu(folder, library, compiler, ["-fopenmp"])
         except BuildError:
-            # Apple's clang has no OpenMP: the dispatcher then starts threads of its own.
-            _compile(folder, library, compiler, ["-pthread"])
-        library.chmod(0o755)
-        os.replace(library, target)
+            # Apple's clang has no OpenMP; the dispatcher then starts its own threads.
+            compile_cpu(folder, library, compiler, ["-pthread"])
 
 
-def _compile(folder: Path, library: Path, compiler: list[str], threading: list[str]) -> None:
-    variants = _variants()
-    flags = [*FLAGS, f'-DOPTICAL_SOURCE_HASH="{source_hash(folder)}"']
+def compile_cpu(folder: Path, library: Path, compiler: list[str], threading: list[str]) -> None:
+    """Compile and link the CPU library with ``threading`` flags, each file in parallel."""
+    variants = cpu_variants()
+    flags = [*CPU_FLAGS, f'-DOPTICAL_SOURCE_HASH="{cpu_source_hash(folder)}"']
     if len(variants) > 1:
         flags.append("-DOPTICAL_X86")
     kernel = str(folder / "cpu" / "kernel.cpp")
     units = {
         "dispatch.o": [*threading, str(folder / "cpu" / "dispatch.cpp")],
-        **{f"{isa}.o": [*own, f"-DOPTICAL_ISA={isa}", kernel] for isa, own in variants},
+        **{f"{isa}.o": [*options, f"-DOPTICAL_ISA={isa}", kernel] for isa, options in variants},
     }
     objects = [str(library.with_name(name)) for name in units]
     commands = [
-        [*compiler, *flags, "-c", *own, "-o", output]
-        for own, output in zip(units.values(), objects, strict=True)
+        [*compiler, *flags, "-c", *unit, "-o", output]
+        for unit, output in zip(units.values(), objects, strict=True)
     ]
     with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
         list(pool.map(_run, commands))
     _run([*compiler, "-shared", *threading, *objects, "-o", str(library)])
 
 
+def nvcc_command(folder: Path, nvcc: list[str], architectures: Iterable[str]) -> list[str]:
+    """Return the command that compiles the CUDA kernels, without its output file."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    source_hash = f'-DOPTICAL_SOURCE_HASH="{cuda_source_hash(folder)}"'
+    options = ["--threads=0", "--split-compile=0", *targets, source_hash, "-shared"]
+    return [*nvcc, *NVCC_FLAGS, *options, str(folder / "cuda" / "sinkhorn.cu")]
+
+
+def build_cuda(folder: Path, target: Path, nvcc: list[str], architectures: Iterable[str]) -> None:
+    """Compile the kernels in ``folder`` into the CUDA library ``target``.
+
+    Raises:
+        BuildError: nvcc failed; the message contains its first error.
+    """
+    with _atomic_target(target) as library:
+        _run([*nvcc_command(folder, nvcc, architectures), "-o", str(library)])
+
+
+@contextlib.contextmanager
+def _atomic_target(target: Path) -> Iterator[Path]:
+    """Yield a temporary path whose file replaces ``target`` when the block ends.
+
+    Other processes never see a partly written library.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as work:
+        library = Path(work) / target.name
+        yield library
+        library.chmod(0o755)
+        os.replace(library, target)
+
+
 def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode != 0:
-        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        lines = (result.stderr or result.stdout).strip().splitlines()
+        lines = lines or [f"exit status {result.returncode}"]
         error = next((line for line in lines if "error" in line), lines[0])
         raise BuildError(f"{command[0]} failed: {error.strip()}")
 
 
-# ------------------------------------------------------------------------------------- loading
-
-
-class _State(NamedTuple):
-    library: ctypes.CDLL | None
-    reason: str | None
-
-
-def load() -> ctypes.CDLL | None:
-    """The library, found or built at the first call; None, with one warning, when neither works."""
-    state = _state()
-    if state.library is None:
-        _warn_once(state.reason or "")
-    return state.library
-
-
-def opened() -> ctypes.CDLL:
-    """The library; without one, a RuntimeError that says why."""
-    library, reason = _state()
-    if library is None:
-        raise RuntimeError(reason)
-    return library
-
-
-def unavailable_reason() -> str | None:
-    """None when the library can be used, otherwise why not, in words."""
-    return _state().reason
+# --------------------------------------------------------------------------------------- loading
 
 
 @functools.lru_cache(maxsize=1)
-def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"{reason}; the CPU Sinkhorn falls back to PyTorch operations, about 100 times slower",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+def load_cpu() -> Loaded:
+    """Load the CPU library; the first call finds it, or builds it in the user's cache."""
+    return attempt(_find_or_build_cpu, "the CPU library cannot be built")
 
 
-@functools.lru_cache(maxsize=1)
-def _state() -> _State:
+def attempt(find: Callable[[], Any], failure: str) -> Loaded:
+    """Return the library that ``find`` returns, or the reason it failed."""
     try:
-        return _State(_find_or_build(), None)
+        return Loaded(find(), None)
     except BuildError as error:
-        return _State(None, str(error))
+        return Loaded(None, str(error))
     except OSError as error:
-        return _State(None, f"the CPU library cannot be built ({error})")
+        return Loaded(None, f"{failure} ({error})")
 
 
-def _find_or_build() -> ctypes.CDLL:
+def _find_or_build_cpu() -> ctypes.CDLL:
     folder = source_folder()
-    wanted = source_hash(folder) if folder else None
-    prebuilt = Path(__file__).resolve().parents[1] / LIBRARY_NAME
-    why = "no compiled library is installed"
-    if prebuilt.is_file():
-        try:
-            return _open(prebuilt, wanted)
-        except BuildError as error:
-            why = str(error)
+    source_hash = cpu_source_hash(folder) if folder else None
+    try:
+        return open_installed(CPU_LIBRARY, source_hash, "no compiled library is installed")
+    except BuildError as error:
+        reason = str(error)
     if folder is None:
-        raise BuildError(f"{why} and its sources are not part of this installation")
+        raise BuildError(f"{reason} and its sources are not part of this installation")
     compiler = find_compiler()
     if compiler is None:
-        looked = os.environ.get("CXX") or ", ".join(COMPILERS)
-        raise BuildError(f"{why} and no C++ compiler was found (looked for {looked})")
-    return _open_cached(folder, compiler)
+        tried = os.environ.get("CXX") or ", ".join(COMPILERS)
+        raise BuildError(f"{reason} and no C++ compiler was found (looked for {tried})")
+    return open_cached_cpu(folder, compiler)
 
 
-def _open(path: Path, wanted_hash: str | None) -> ctypes.CDLL:
-    """Load a library and refuse one that was built from other sources than those at hand."""
+def open_installed(file_name: str, source_hash: str | None, missing: str) -> ctypes.CDLL:
+    """Open a library that was built when the package was installed.
+
+    Raises:
+        BuildError: it cannot be used; the message is ``missing`` if there is none.
+    """
+    path = Path(__file__).resolve().parents[1] / file_name
+    if not path.is_file():
+        raise BuildError(missing)
+    return open_library(path, source_hash)
+
+
+def open_library(path: Path, source_hash: str | None) -> ctypes.CDLL:
+    """Open a library, and check its interface and, unless None, the hash of its sources.
+
+    Raises:
+        BuildError: it cannot be loaded or was built from other sources.
+    """
     try:
         library = ctypes.CDLL(str(path))
         library.optical_source_hash.restype = ctypes.c_char_p
@@ -222,138 +302,88 @@ def _open(path: Path, wanted_hash: str | None) -> ctypes.CDLL:
         raise BuildError(f"{path.name} cannot be loaded ({error})") from error
     if found_abi != ABI_VERSION:
         raise BuildError(f"{path.name} has interface {found_abi}, not {ABI_VERSION}")
-    if wanted_hash is not None and found_hash != wanted_hash:
+    if source_hash is not None and found_hash != source_hash:
         raise BuildError(f"{path.name} was built from other sources")
-    _declare(library)
     return library
 
 
-def _open_cached(folder: Path, compiler: list[str]) -> ctypes.CDLL:
+def instruction_set(library: Any) -> str:
+    """Return the instruction set the CPU library chose: "avx512", "avx2" or "baseline"."""
+    library.optical_cpu_isa.restype = ctypes.c_char_p
+    name: bytes = library.optical_cpu_isa()
+    return name.decode()
+
+
+# ----------------------------------------------------------------------------------------- cache
+
+
+def open_cached_cpu(folder: Path, compiler: list[str]) -> ctypes.CDLL:
+    """Open the CPU library of the user's cache, built there at its first use."""
+    source_hash = cpu_source_hash(folder)
     version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
     identity = repr((compiler, shutil.which(compiler[0]), version, platform.machine()))
-    wanted = source_hash(folder)
-    return cached_library(
-        f"cpu-{hashlib.sha256((wanted + identity).encode()).hexdigest()[:16]}",
-        lambda target: build(folder, target, compiler),
-        lambda path: _open(path, wanted),
+    return _open_cached(
+        f"cpu-{_short_hash((source_hash + identity).encode())}",
+        lambda target: build_cpu(folder, target, compiler),
+        source_hash,
     )
 
 
-def cached_library(
-    stem: str, make: Callable[[Path], None], load: Callable[[Path], ctypes.CDLL]
-) -> ctypes.CDLL:
-    """Open a library of the user's cache, made first where it is missing, damaged or refused.
+def open_cached_cuda(folder: Path, nvcc: list[str], architectures: tuple[str, ...]) -> ctypes.CDLL:
+    """Open the CUDA library of the user's cache, built there at its first use."""
+    source_hash = cuda_source_hash(folder)
+    version = subprocess.run([*nvcc, "--version"], capture_output=True).stdout
+    identity = repr((source_hash, nvcc, version, architectures))
+    return _open_cached(
+        f"cuda-{_short_hash(identity.encode())}",
+        lambda target: build_cuda(folder, target, nvcc, architectures),
+        source_hash,
+    )
 
-    The name of its file ends in a digest of the contents: to map a library that a full disk cut
-    short would end the process.
+
+def _open_cached(stem: str, build: Callable[[Path], None], source_hash: str) -> ctypes.CDLL:
+    """Open a library of the cache, or build it if it is missing, damaged or refused.
+
+    Its file name ends in a hash of its contents, since loading a truncated library would crash the
+    process.
     """
-    cache, ending = _cache_folder(), Path(LIBRARY_NAME).suffix
-    with _locked(cache / "lock"):
-        for path in cache.glob(f"{stem}-*{ending}"):
-            if path.stem.endswith(_digest(path)):
+    cache = cache_folder()
+    with build_lock(cache):
+        for path in cache.glob(f"{stem}-*{SUFFIX}"):
+            if path.stem.endswith(_short_hash(path.read_bytes())):
                 with contextlib.suppress(BuildError):
-                    return load(path)
+                    return open_library(path, source_hash)
             path.unlink(missing_ok=True)
-        fresh = cache / f"{stem}{ending}"
-        make(fresh)
-        path = cache / f"{stem}-{_digest(fresh)}{ending}"
+        fresh = cache / f"{stem}{SUFFIX}"
+        build(fresh)
+        path = cache / f"{stem}-{_short_hash(fresh.read_bytes())}{SUFFIX}"
         os.replace(fresh, path)
-    return load(path)
+    return open_library(path, source_hash)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def _short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _cache_folder() -> Path:
-    """A folder that only this user can write, since code is loaded from it."""
+def cache_folder() -> Path:
+    """Return a cache folder that only this user can write, because code is loaded from it."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     user = os.getuid() if hasattr(os, "getuid") else 0
     for folder in (Path(home) / "optical", Path(tempfile.gettempdir()) / f"optical-{user}"):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = folder.stat()
-            own = not hasattr(os, "getuid") or status.st_uid == user
-            if own and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+            owned = not hasattr(os, "getuid") or status.st_uid == user
+            if owned and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
                 return folder
         except OSError:
             continue
     return Path(tempfile.mkdtemp(prefix="optical-"))
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process build while others wait; where locks do not work, each builds its own."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(path, "w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def build_lock(cache: Path) -> contextlib.AbstractContextManager[None]:
+    """Let one process or thread build in ``cache`` while others wait."""
+    # Importing the package imports PyTorch, which setup.py must not.
+    from optical.io.files import folder_lock
 
-
-# --------------------------------------------------------------------------------- the interface
-
-KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
-GRADIENTS = {"envelope": 0, "implicit": 1, "unroll": 2}
-TYPES = {"torch.float32": 0, "torch.float64": 1, "torch.float16": 2, "torch.bfloat16": 3}
-
-
-class _Problem(ctypes.Structure):
-    """``optical_problem`` of csrc/sinkhorn.h, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "n", "m", "dim")),
-        *((name, ctypes.c_int32) for name in ("kind", "precision")),
-        *((name, ctypes.c_void_p) for name in ("x", "y")),
-        *((name, ctypes.c_int32) for name in ("x_type", "y_type")),
-        *((name, ctypes.c_int64) for name in ("x_stride_batch", "x_stride_line", "x_stride_entry")),
-        *((name, ctypes.c_int64) for name in ("y_stride_batch", "y_stride_line")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("offset_a", "offset_b", "log_a", "log_b", "epsilon", "init_f", "init_g")
-        ),
-        ("max_iter", ctypes.c_int32),
-        *((name, ctypes.c_double) for name in ("tol", "rho_a", "rho_b", "omega")),
-        ("anderson", ctypes.c_int32),
-        *((name, ctypes.c_double) for name in ("anneal_start", "anneal_ratio")),
-        *((name, ctypes.c_int32) for name in ("gradient", "low_memory", "num_threads", "fast")),
-    ]
-
-
-class _Solution(ctypes.Structure):
-    """``optical_solution``."""
-
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            *("value", "value_linear", "marginal_error", "f", "g"),
-            *("n_iter", "status", "w", "z", "residual"),
-        )
-    ]
-
-
-class _Gradient(ctypes.Structure):
-    """``optical_gradient``."""
-
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            *("grad_value", "grad_value_linear", "grad_f", "grad_g", "f", "g", "w", "z"),
-            *("n_iter", "grad_x", "grad_y", "grad_log_a", "grad_log_b"),
-        )
-    ]
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    pointer = ctypes.c_void_p
-    problem = ctypes.POINTER(_Problem)
-    library.optical_sinkhorn_forward.argtypes = [problem, ctypes.POINTER(_Solution)]
-    library.optical_sinkhorn_backward.argtypes = [problem, ctypes.POINTER(_Gradient)]
-    library.optical_apply_plan.argtypes = [
-        *(problem, pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int32, pointer)
-    ]
-    library.optical_cpu_isa.restype = ctypes.c_char_p
+    return folder_lock(cache, wait=True)

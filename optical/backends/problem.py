@@ -1,7 +1,6 @@
-"""What the operator is given and what it returns: one bundle each, in the order of its schema.
+"""Input and output of the operator: ``Problem``, ``Solution``, ``Status``, and the option names.
 
-Every implementation takes ``Problem`` and returns ``Solution``, so a new option is a field here
-and nowhere a longer list of parameters.
+Every backend takes a ``Problem`` and returns a ``Solution``, so a new option is one new field.
 """
 
 from __future__ import annotations
@@ -16,49 +15,51 @@ from torch import Tensor
 KINDS = ("given", "cosine", "sqeuclidean", "dot")
 GRADIENTS = ("envelope", "implicit", "unroll")
 PRECISIONS = ("exact", "fast")
+BACKEND_NAMES = ("auto", "cuda", "triton", "cpu", "reference")
 
 
 class Status(enum.IntEnum):
-    """How the run of one problem ended, as in ``SinkhornResult.status``."""
+    """How the solve of one problem ended; the values of ``SinkhornResult.status``."""
 
     CONVERGED = 0
-    """It met ``tol``."""
+    """The marginal error reached ``tol``."""
     MAX_ITER = 1
-    """It ran ``max_iter`` iterations."""
+    """``max_iter`` iterations ran."""
     EMPTY = 2
-    """One side has no present line: there is nothing to transport, and every output is 0."""
+    """All rows or all columns are padding; every output is 0."""
     INFEASIBLE = 3
-    """No plan can have the marginals asked for, or an input is not a number (outputs NaN)."""
+    """No plan has the fixed marginals, or an input is NaN or out of range (outputs are NaN)."""
 
 
 class Problem(NamedTuple):
-    """A batch of B problems and how to solve it.
+    """A batch of B transport problems and the options of their solution.
 
-    Floating tensors but ``x`` and ``y`` share one dtype, float32 or float64, in which the operator
-    computes. A line (row or column) of log-mass -inf is absent: nothing about it is read as a
-    number. Packed problems stand behind one another in one dimension, with no padding.
+    Floating-point tensors except ``x`` and ``y`` share one dtype, float32 or float64, in which the
+    operator computes. Rows and columns with log-mass -inf are padding; their values are never used.
+    Packed problems are concatenated along one dimension, without padding.
 
     Attributes:
-        x: for ``kind="given"`` the cost (B, n, m), where +inf forbids a pair; otherwise the vectors
-            of the rows, (B, n, d) or packed (N, d), in the computing dtype or, where that is
-            float32, in float16 or bfloat16.
-        y: the vectors of the columns, (B, m, d) or packed (M, d), or None for a given cost.
+        x: for ``kind="given"``, the cost (B, n, m), where +inf forbids a pair. Otherwise the
+            vectors of the rows, (B, n, d) or packed (N, d), in the computing dtype, or in float16
+            or bfloat16 if the computing dtype is float32.
+        y: vectors of the columns, (B, m, d) or packed (M, d); None for a given cost.
         kind: "given", "cosine", "sqeuclidean" or "dot"; see ``optical.backends.dense``.
-        cu_a, cu_b: packed problems only: (B + 1,) int64, where each problem's rows and columns
-            begin, and at last N and M.
+        cu_a, cu_b: for packed problems, (B + 1,) int64 offsets of each problem's first row and
+            column, followed by N and M. None for padded problems.
         log_a, log_b: log-masses (B, n) and (B, m), or packed (N,) and (M,).
         epsilon: (B,) temperatures.
-        f0, g0: where to start, shaped like ``log_a`` and ``log_b``, or None for zeros.
-        max_iter, tol: how many iterations, and at which L1 error of a marginal to stop (0: never).
-        rho_a, rho_b: strengths of the marginal penalties; inf fixes that side's marginal.
-        omega: over-relaxation, 1 for none.
-        anderson: how many differences the acceleration remembers, 0 for none.
-        anneal_start, anneal_ratio: iteration k runs at ``max(epsilon, start * ratio ** k)``; start
-            0 means no annealing.
+        f0, g0: initial potentials, shaped like ``log_a`` and ``log_b``; zeros if None.
+        max_iter, tol: number of iterations, and the L1 marginal error at which a problem stops
+            earlier (0: never).
+        rho_a, rho_b: strengths of the marginal penalties; inf fixes the marginal of that side.
+        omega: over-relaxation; 1 is none.
+        anderson: number of differences in the memory of Anderson acceleration; 0 is none.
+        anneal_start, anneal_ratio: iteration k runs at temperature
+            ``max(epsilon, anneal_start * anneal_ratio ** k)``; a start of 0 disables annealing.
         gradient: "envelope", "implicit" or "unroll".
-        low_memory: trade time for never holding an n x m matrix.
-        precision: "exact", or "fast", which lets a backend keep the plan in half precision.
-        backend: a name of ``optical.backends.registry.BACKENDS``, or "auto".
+        low_memory: never store an n x m matrix, at the price of a longer run time.
+        precision: "exact", or "fast" to allow a plan in half precision during the iterations.
+        backend: one of ``BACKEND_NAMES``.
     """
 
     x: Tensor
@@ -86,19 +87,20 @@ class Problem(NamedTuple):
 
     @property
     def packed(self) -> bool:
+        """Whether the problems are concatenated instead of padded."""
         return self.cu_a is not None
 
 
 class Solution(NamedTuple):
-    """What the operator returns; see ``optical.SinkhornResult`` for the first seven.
+    """Output of the operator; ``optical.SinkhornResult`` documents the first seven fields.
 
     Attributes:
         value, value_linear, marginal_error: (B,).
-        f, g: shaped like ``log_a`` and ``log_b``.
+        f, g: potentials, shaped like ``log_a`` and ``log_b``.
         n_iter, status: (B,) int32.
-        w, z: with ``gradient="implicit"`` the solution of the linear system behind the gradient of
-            ``value_linear``, shaped like f and g; otherwise of shape (0,).
-        residual: (B,) how far w and z miss that system, relatively; 0 for other gradients.
+        w, z: with ``gradient="implicit"``, the solution of the adjoint system of ``value_linear``,
+            shaped like f and g. Otherwise of shape (0,).
+        residual: (B,) relative residual of that system; 0 for other gradients.
     """
 
     value: Tensor
@@ -113,36 +115,48 @@ class Solution(NamedTuple):
     residual: Tensor
 
     @classmethod
-    def empty(cls, log_a: Tensor, log_b: Tensor, epsilon: Tensor, gradient: str) -> Solution:
-        """Outputs to be written, contiguous, for masses and temperatures of these shapes."""
-        floats = [epsilon.new_empty(epsilon.shape) for _ in range(4)]
+    def allocate(cls, problem: Problem) -> Solution:
+        """Allocate uninitialised, contiguous outputs for ``problem``."""
+        log_a, log_b, epsilon = problem.log_a, problem.log_b, problem.epsilon
+        value, value_linear, marginal_error, residual = (
+            epsilon.new_empty(epsilon.shape) for _ in range(4)
+        )
         n_iter, status = (epsilon.new_empty(epsilon.shape, dtype=torch.int32) for _ in range(2))
         f, g = log_a.new_empty(log_a.shape), log_b.new_empty(log_b.shape)
-        solved = gradient == "implicit"
-        w = log_a.new_empty(log_a.shape if solved else 0)
-        z = log_b.new_empty(log_b.shape if solved else 0)
-        value, value_linear, marginal_error, residual = floats
+        implicit = problem.gradient == "implicit"
+        w = log_a.new_empty(log_a.shape if implicit else 0)
+        z = log_b.new_empty(log_b.shape if implicit else 0)
         return cls(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
 
 
-# Gradients with respect to x, y, log_a and log_b; None where nobody asked.
+# Gradients with respect to x, y, log_a and log_b; x and y are None if they were not requested.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
 
 
-def given(
+def cost_problem(
     cost: Tensor, log_a: Tensor, log_b: Tensor, epsilon: Tensor, max_iter: int, **options: Any
 ) -> Problem:
-    """The arguments of problems with a given cost (B, n, m); options are fields by name."""
+    """Make padded problems of a given cost (B, n, m); ``options`` are fields of ``Problem``."""
     return Problem(
         cost, None, "given", None, None, log_a, log_b, epsilon, max_iter=max_iter, **options
     )
 
 
-def example(x: Tensor, y: Tensor | None = None, kind: str = "given", **options: Any) -> Problem:
-    """Padded problems of uniform masses around ``x`` and ``y``: enough to ask who serves them."""
+def example_problem(
+    x: Tensor, y: Tensor | None = None, kind: str = "given", **options: Any
+) -> Problem:
+    """Make padded problems with uniform masses, to ask backends which problems they support.
+
+    ``x`` is a cost (B, n, m); with ``y`` (B, m, d), the vectors of the rows (B, n, d).
+    """
     half = x.dtype in (torch.float16, torch.bfloat16) and kind != "given"
     dtype = torch.float32 if half else x.dtype
     batch, n, m = x.shape[0], x.shape[1], (x.shape[2] if y is None else y.shape[1])
     log_a, log_b = x.new_zeros(batch, n, dtype=dtype), x.new_zeros(batch, m, dtype=dtype)
     epsilon = x.new_ones(batch, dtype=dtype)
     return Problem(x, y, kind, None, None, log_a, log_b, epsilon, **options)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as messages print it, such as "float32"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,12 +1,13 @@
-"""The table of implementations: what each one supports, why not, and which one runs.
+"""Choose the backend that solves a problem, and explain the choice.
 
-Only a backend's own ``supports`` can send a problem elsewhere. Any error raised while an
-implementation runs reaches the user: a kernel's bug must not look like a slow kernel.
+A problem goes to another backend only if ``supports`` of a backend refuses it. Errors raised while
+a backend runs are not caught, so a faulty kernel is reported instead of replaced by a slower one.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -17,225 +18,131 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optical.backends import reference
-from optical.backends.problem import Gradients, Problem, Solution, example
+from optical.backends.problem import Problem, dtype_name, example_problem
 
 ENVIRONMENT_VARIABLE = "OPTICAL_BACKEND"
 
 
 class BackendUnsupported(RuntimeError):
-    """A backend chosen by name cannot serve this problem; the message says why."""
+    """The requested backend cannot solve this problem; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the operator, of its gradient and of products with its plan.
+    """One implementation of the operator, its gradient and products with its plan.
 
     Attributes:
-        name: what users write in ``backend=``.
-        automatic_on: device types on which ``"auto"`` considers it; empty means every device.
-        remark: what ``explain`` adds where it serves vectors.
-        dense: it only ever sees padded problems with a given cost; ``optical.backends.dense`` makes them.
-        supports: arguments -> None when it can serve them, otherwise the reason in words.
-        forward, backward, apply_plan: as in ``optical.backends.reference``.
+        name: the value of ``backend=``.
+        load: returns the module that implements it, imported at its first use. The module has
+            ``supports(problem)``, which returns None or the reason it cannot solve a problem, and
+            ``forward`` and ``backward`` with the signatures of ``optical.backends.reference``.
+        automatic_on: device types on which "auto" considers it; empty means all devices.
+        dense: accepts only padded problems of a given cost, which ``optical.backends.dense`` makes.
+        applies_plan: the module has ``apply_plan``; otherwise the reference computes products.
+        obstacle: returns the reason a problem cannot be solved, or None, before ``load`` imports
+            anything.
+        remark: what ``explain`` adds if the problem has vectors.
     """
 
     name: str
-    automatic_on: tuple[str, ...]
-    dense: bool
-    supports: Callable[[Problem], str | None]
-    forward: Callable[[Problem], Solution]
-    backward: Callable[..., Gradients]
-    apply_plan: Callable[[Problem, Tensor, Tensor, Tensor, bool], Tensor]
+    load: Callable[[], Any]
+    automatic_on: tuple[str, ...] = ()
+    dense: bool = False
+    applies_plan: bool = True
+    obstacle: Callable[[Problem], str | None] = lambda problem: None
     remark: str = ""
 
-
-def _cuda_supports(arguments: Problem) -> str | None:
-    from optical.backends import cuda
-
-    return cuda.supports(arguments)
-
-
-def _cuda_forward(arguments: Problem) -> Solution:
-    from optical.backends import cuda
-
-    return cuda.forward(arguments)
+    def supports(self, problem: Problem) -> str | None:
+        """Return None if the backend can solve the problems, otherwise the reason it cannot."""
+        reason = self.obstacle(problem)
+        if reason is None:
+            reason = self.load().supports(problem)
+        return reason
 
 
-def _cuda_backward(*upstream_arguments_and_outputs: Any) -> Gradients:
-    from optical.backends import cuda
-
-    return cuda.backward(*upstream_arguments_and_outputs)
+def _module(path: str) -> Callable[[], Any]:
+    return functools.partial(importlib.import_module, path)
 
 
-def _cuda_apply_plan(
-    arguments: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool
-) -> Tensor:
-    from optical.backends import cuda
-
-    return cuda.apply_plan(arguments, f, g, v, transpose)
-
-
-def _triton_supports(arguments: Problem) -> str | None:
+def _triton_obstacle(problem: Problem) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    x = arguments.x
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {x.device.type}; the Triton kernels need a CUDA device"
-    from optical import kernels
-
-    return kernels.supports(arguments)
-
-
-def _triton_forward(arguments: Problem) -> Solution:
-    from optical import kernels
-
-    return kernels.forward(arguments)
-
-
-def _triton_backward(*upstream_arguments_and_outputs: Any) -> Gradients:
-    from optical import kernels
-
-    return kernels.backward(*upstream_arguments_and_outputs)
-
-
-def _triton_apply_plan(
-    arguments: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool
-) -> Tensor:
-    from optical import kernels
-
-    return kernels.apply_plan(arguments, f, g, v, transpose)
-
-
-def _cpu_supports(arguments: Problem) -> str | None:
-    x, dtype = arguments.x, arguments.log_a.dtype
-    if x.device.type != "cpu":
-        return f"the tensors are on {x.device.type}; the native library runs on the cpu"
-    if dtype not in (torch.float32, torch.float64):
-        return f"the problem is {_name(dtype)}; the native library computes in float32 or float64"
-    from optical.backends import library
-
-    if arguments.gradient == "unroll" and arguments.anneal_start > 0:
-        return "gradient='unroll' does not undo annealing in the native library"
-    return library.unavailable_reason()
-
-
-def _cpu_forward(arguments: Problem) -> Solution:
-    from optical.backends import cpu
-
-    return cpu.forward(arguments)
-
-
-def _cpu_backward(*upstream_arguments_and_outputs: Any) -> Gradients:
-    from optical.backends import cpu
-
-    return cpu.backward(*upstream_arguments_and_outputs)
-
-
-def _cpu_apply_plan(arguments: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
-    from optical.backends import cpu
-
-    return cpu.apply_plan(arguments, f, g, v, transpose)
-
-
-def _reference_supports(arguments: Problem) -> str | None:
+    if not problem.x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        device = problem.x.device.type
+        return f"the tensors are on {device}; the Triton kernels need a CUDA device"
     return None
 
 
-# The reference is last because it serves everything, slowly.
+# The reference is the last, since it supports everything and is slow.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend(
             "cuda",
-            ("cuda",),
-            False,
-            _cuda_supports,
-            _cuda_forward,
-            _cuda_backward,
-            _cuda_apply_plan,
-            "packed with more lines than fit in one problem, it waits for the longest lengths",
+            _module("optical.backends.cuda"),
+            automatic_on=("cuda",),
+            applies_plan=False,
+            remark="packed input: a device sync if its total length exceeds the largest problem",
         ),
         Backend(
             "triton",
-            ("cuda",),
-            False,
-            _triton_supports,
-            _triton_forward,
-            _triton_backward,
-            _triton_apply_plan,
+            _module("optical.kernels"),
+            automatic_on=("cuda",),
+            obstacle=_triton_obstacle,
         ),
-        Backend(
-            "cpu",
-            ("cpu",),
-            False,
-            _cpu_supports,
-            _cpu_forward,
-            _cpu_backward,
-            _cpu_apply_plan,
-        ),
-        Backend(
-            "reference",
-            (),
-            True,
-            _reference_supports,
-            reference.forward,
-            reference.backward,
-            reference.apply_plan,
-        ),
+        Backend("cpu", _module("optical.backends.cpu"), automatic_on=("cpu",)),
+        Backend("reference", _module("optical.backends.reference"), dense=True),
     )
 }
 
 
 @dataclass(frozen=True)
 class Order:
-    """In which order ``"auto"`` tries the backends that are considered on a device.
+    """Order in which "auto" asks the backends of a device about a class of problems.
 
     Attributes:
-        what: the problems, in words.
-        applies: arguments, whether it is the gradient that is wanted -> whether it is about them.
-        names: backends, the fastest first; those that are not named come after them, in the order
-            of ``BACKENDS``.
-        provenance: how that is known.
+        problems: description of the class, for ``explain``.
+        applies: problem, whether its gradient is computed -> whether it is of the class.
+        names: backends, fastest first; others follow in the order of ``BACKENDS``.
+        provenance: "predicted" or "measured".
     """
 
-    what: str
+    problems: str
     applies: Callable[[Problem, bool], bool]
     names: tuple[str, ...]
     provenance: str
 
 
-# The first that applies counts. Only shapes and types decide, so that a problem is solved by the
+# The first order that applies is used. Only shapes and dtypes decide, so a problem is solved by the
 # same kernels in any batch.
 ORDERS: tuple[Order, ...] = (
     Order(
         "gradients of vectors, which take half as many products in Triton",
-        lambda p, gradient: gradient and p.kind != "given",
+        lambda problem, gradient: gradient and problem.kind != "given",
         ("triton", "cuda"),
         "predicted",
     ),
     Order(
-        "long float32 vectors but for the cosine, which only Triton gives to the tensor cores",
-        lambda p, gradient: (
-            p.kind in ("sqeuclidean", "dot") and p.x.dtype == torch.float32 and p.x.shape[-1] > 256
+        "long float32 vectors except for the cosine, which only Triton multiplies on tensor cores",
+        lambda problem, gradient: (
+            problem.kind in ("sqeuclidean", "dot")
+            and problem.x.dtype == torch.float32
+            and problem.x.shape[-1] > 256
         ),
         ("triton", "cuda"),
         "predicted",
     ),
-    Order("everything else", lambda p, _: True, ("cuda", "triton"), "predicted"),
+    Order("all other problems", lambda problem, _: True, ("cuda", "triton"), "predicted"),
 )
 
 
-def check_name(name: str) -> None:
-    """Raise TypeError or ValueError unless ``name`` is ``"auto"`` or a backend of the table."""
-    if not isinstance(name, str):
-        raise TypeError(f"backend is a {type(name).__name__}; expected a str")
-    _check_known("backend", name)
-
-
 def requested(name: str) -> str:
-    """The name to use now: the environment variable replaces ``"auto"`` and nothing else."""
-    check_name(name)
+    """Resolve "auto" by the environment variable, and check the name.
+
+    Raises:
+        ValueError: ``name``, or the value of the environment variable, is unknown.
+    """
+    _check_known("backend", name)
     if name != "auto":
         return name
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
@@ -243,49 +150,49 @@ def requested(name: str) -> str:
     return from_environment
 
 
-def _check_known(what: str, name: str) -> None:
+def _check_known(source: str, name: str) -> None:
     if name != "auto" and name not in BACKENDS:
-        wanted = ", ".join(repr(known) for known in ("auto", *BACKENDS))
-        raise ValueError(f"{what} is {name!r}; expected one of {wanted}")
+        expected = ", ".join(repr(known) for known in ("auto", *BACKENDS))
+        raise ValueError(f"{source} is {name!r}; expected one of {expected}")
 
 
-def _ordered(arguments: Problem, gradient: bool) -> tuple[Order, list[Backend]]:
-    order = next(order for order in ORDERS if order.applies(arguments, gradient))
-    place = {name: i for i, name in enumerate(order.names)}
-    return order, sorted(BACKENDS.values(), key=lambda backend: place.get(backend.name, len(place)))
+def _ordered(problem: Problem, gradient: bool) -> tuple[Order, list[Backend]]:
+    order = next(order for order in ORDERS if order.applies(problem, gradient))
+    rank = {name: i for i, name in enumerate(order.names)}
+    return order, sorted(BACKENDS.values(), key=lambda backend: rank.get(backend.name, len(rank)))
 
 
-def choose(name: str, arguments: Problem, gradient: bool = False) -> Backend:
-    """The backend that serves the problems: the one named, or for ``"auto"`` the first that can.
+def choose(name: str, problem: Problem, gradient: bool = False) -> Backend:
+    """Return the backend called ``name``, or for "auto" the first that supports the problems.
 
     Args:
-        name: a backend, or ``"auto"``.
-        arguments: the problems.
-        gradient: whether their gradient is wanted, for which ``ORDERS`` may name another.
+        name: a backend, or "auto".
+        problem: the problems.
+        gradient: whether their gradient is computed, for which ``ORDERS`` may differ.
 
     Raises:
         ValueError: the name is unknown.
-        BackendUnsupported: a backend asked for by name cannot serve the problems.
+        BackendUnsupported: the backend of this name cannot solve the problems.
     """
     name = requested(name)
     if name != "auto":
         backend = BACKENDS[name]
-        reason = backend.supports(arguments)
+        reason = backend.supports(problem)
         if reason is not None:
             raise BackendUnsupported(f"backend {name!r} cannot serve this problem: {reason}")
         return backend
 
     refusals: list[str] = []
-    for backend in _ordered(arguments, gradient)[1]:
-        if backend.automatic_on and arguments.x.device.type not in backend.automatic_on:
+    for backend in _ordered(problem, gradient)[1]:
+        if backend.automatic_on and problem.x.device.type not in backend.automatic_on:
             continue
-        reason = backend.supports(arguments)
+        reason = backend.supports(problem)
         if reason is None:
             if refusals and not backend.automatic_on:
                 _warn_once("optical runs its plain PyTorch reference: " + "; ".join(refusals))
             return backend
         refusals.append(f"{backend.name}: {reason}")
-    raise AssertionError("the reference serves every problem")
+    raise AssertionError("the reference supports every problem")
 
 
 def explain(
@@ -296,43 +203,52 @@ def explain(
     kind: str = "given",
     **options: Any,
 ) -> str:
-    """Say which backend serves ``cost`` (batch, n, m), and why each other one does or does not.
+    """List the backends, the reason each does or does not support a problem, and the one chosen.
 
-    For token vectors give x (batch, n, dim) in the place of the cost, y (batch, m, dim) and
-    ``kind="cosine"``, say. ``options`` are fields of ``optical.backends.problem.Problem`` by name, such
-    as ``gradient="implicit"`` or ``rho_a=1.0``.
+    Args:
+        cost: (batch, n, m) cost; with ``y``, the vectors of the rows, (batch, n, dim).
+        backend: "auto", or the name of a backend.
+        y: (batch, m, dim) vectors of the columns.
+        kind: with ``y``, "cosine", "sqeuclidean" or "dot".
+        **options: fields of ``optical.backends.Problem``, such as ``gradient="implicit"``.
 
-    Example:
+    Returns:
+        One line for the problem and one per backend; ``->`` marks the backend chosen.
+
+    Raises:
+        ValueError: the name of the backend is unknown.
+
+    Examples:
         >>> import torch
-        >>> from optical.backends.registry import explain
+        >>> from optical.backends import explain
         >>> print(explain(torch.zeros(2, 3, 4), backend="reference").splitlines()[0])
         cost (2, 3, 4) float32 on cpu, backend='reference'
     """
     name = requested(backend)
-    arguments = example(cost, y, kind, **options)
-    what = "cost" if y is None else f"{kind} cost of x {tuple(cost.shape)} and y"
+    problem = example_problem(cost, y, kind, **options)
+    source = "cost" if y is None else f"{kind} cost of x {tuple(cost.shape)} and y"
     shape = tuple(cost.shape if y is None else y.shape)
-    lines = [f"{what} {shape} {_name(cost.dtype)} on {cost.device}, backend={backend!r}"]
+    lines = [f"{source} {shape} {dtype_name(cost.dtype)} on {cost.device}, backend={backend!r}"]
     if name != backend:
         lines[0] += f" ({ENVIRONMENT_VARIABLE}={name})"
+    order, candidates = _ordered(problem, False)
     chosen = None
-    order, candidates = _ordered(arguments, False)
     for candidate in candidates:
-        reason = candidate.supports(arguments)
+        reason = candidate.supports(problem)
         if name == "auto":
             eligible = not candidate.automatic_on or cost.device.type in candidate.automatic_on
         else:
             eligible = candidate.name == name
-        taken = chosen is None and eligible and reason is None
-        chosen = candidate if taken else chosen
-        marker = "->" if taken else "  "
-        served = "supported"
+        marker = "  "
+        if chosen is None and eligible and reason is None:
+            chosen, marker = candidate, "->"
+        supported = "supported"
         if candidate.remark and kind != "given":
-            served += f"; {candidate.remark}"
-        lines.append(f"{marker} {candidate.name:<10} {reason or served}")
+            supported += f"; {candidate.remark}"
+        lines.append(f"{marker} {candidate.name:<10} {reason or supported}")
     if name == "auto" and cost.device.type == "cuda":
-        lines.append(f"order of cuda and triton: {order.provenance}, for {order.what}")
-        first = _ordered(arguments, True)[1][0].name
+        lines.append(f"order of cuda and triton: {order.provenance}, for {order.problems}")
+        first = _ordered(problem, True)[1][0].name
         lines.append(f"order for the gradient: {first} first")
     return "\n".join(lines)
 
@@ -340,7 +256,3 @@ def explain(
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

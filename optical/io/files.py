@@ -182,26 +182,31 @@ def writable_folder(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: str | Path) -> Iterator[None]:
-    """Lock an existing folder against other processes while the block runs.
+def folder_lock(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of an existing folder while the block runs.
 
-    The lock is released when the process ends, however it ends. Without support for locks in the
-    file system, this does nothing.
+    The lock ends with the process. On file systems without locks, there is none.
+
+    Args:
+        folder: the folder; the lock file inside it is removed at the end.
+        wait: wait for another holder instead of raising, and exclude other threads of this process
+            too.
 
     Raises:
-        ValueError: another process holds the lock; the message names it.
+        ValueError: another process holds the lock, and ``wait`` is False; the message names it.
     """
     try:
         import fcntl
     except ImportError:
         yield
         return
+    # A child that outlives its killed parent would keep a flock, but lockf does not exclude threads.
+    lock, mode = (fcntl.flock, 0) if wait else (fcntl.lockf, fcntl.LOCK_NB)
     path = Path(folder) / ".lock"
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            # lockf, not flock: a child that outlives a killed process would keep a flock.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, fcntl.LOCK_EX | mode)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -214,10 +219,10 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
-        # The previous holder removed the file after it was opened and before it was locked here.
+        # The previous holder removed the file after it was opened here and before it was locked.
         file.close()
     try:
-        # Best effort: on a full disk the lock holds without the name of its holder.
+        # The name of the holder is best effort: on a full disk the lock still holds.
         with contextlib.suppress(OSError):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -1,7 +1,7 @@
-"""Alignment and distillation losses as PyTorch modules."""
+"""Losses on token vectors: optimal transport alignment, and distillation objectives."""
 
 from optical.losses.alignment import OTAlignmentLoss
-from optical.losses.distillation import DistillationLoss, OTDistillationLoss
+from optical.losses.distillation import DistillationLoss, OTDistillationLoss, Tokens
 from optical.losses.objectives import (
     ContrastiveBitextLoss,
     GreedyDistillationLoss,
@@ -17,4 +17,5 @@ __all__ = [
     "OTDistillationLoss",
     "PooledDistillationLoss",
     "PositionDistillationLoss",
+    "Tokens",
 ]

@@ -1,4 +1,4 @@
-"""losses.alignment."""
+"""``OTAlignmentLoss``: optimal-transport alignment of token vectors, for any training loop."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from optical.ot.validation import check_options
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-
 Reduction = Literal["mean", "sum", "none"]
 
 
 class OTAlignmentLoss(nn.Module):
-    """Pull a student's token vectors onto a teacher's by optimal transport. No parameters.
+    """Transport cost between the token vectors of student and teacher; has no parameters.
 
     A module around ``optical.ot_alignment``, which documents the tensors and the options.
 
     Args:
         cost, epsilon, max_iter, tol, **options: see ``optical.ot_alignment``.
-        reduction: "mean" over the pairs of the batch (a pair without tokens counts as 0), "sum",
-            or "none" for one value per pair.
+        reduction: "mean" over the pairs of the batch, where a pair without tokens counts as 0;
+            "sum"; or "none" for one value per pair.
 
     Raises:
-        TypeError, ValueError: an option is unknown or out of range.
+        TypeError, ValueError: an option is unknown, or has a wrong type or value.
 
-    Source: OPTICAL (WSDM 2023, arXiv 2301.12566).
+    Source: Huang, Yu, Allan, OPTICAL (WSDM 2023, arXiv 2301.12566).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optical import OTAlignmentLoss
         >>> loss = OTAlignmentLoss(epsilon=0.05)
@@ -55,8 +54,8 @@ class OTAlignmentLoss(nn.Module):
         super().__init__()
         check_options(epsilon=epsilon, max_iter=max_iter, tol=tol, cost=cost, **options)
         if reduction not in get_args(Reduction):
-            wanted = ", ".join(repr(name) for name in get_args(Reduction))
-            raise ValueError(f"reduction is {reduction!r}; expected one of {wanted}")
+            expected = ", ".join(repr(name) for name in get_args(Reduction))
+            raise ValueError(f"reduction is {reduction!r}; expected one of {expected}")
         self.options: dict[str, Any] = {
             "cost": cost,
             "epsilon": epsilon,
@@ -75,14 +74,19 @@ class OTAlignmentLoss(nn.Module):
         student_mask: Tensor | None = None,
         teacher_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss: a scalar, or (batch,) with ``reduction="none"``."""
-        distance = ot_alignment(student, teacher, student_mask, teacher_mask, **self.options)
+        """Compute the loss; see ``optical.ot_alignment`` for the arguments.
+
+        Returns:
+            A scalar, or (batch,) with ``reduction="none"``.
+        """
+        costs = ot_alignment(student, teacher, student_mask, teacher_mask, **self.options)
         if self.reduction == "mean":
-            return distance.mean()
+            return costs.mean()
         if self.reduction == "sum":
-            return distance.sum()
-        return distance
+            return costs.sum()
+        return costs
 
     def extra_repr(self) -> str:
+        """Return the options, as shown by ``repr``."""
         shown = self.options | {"reduction": self.reduction}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())

@@ -1,4 +1,8 @@
-"""Losses as modules: for any PyTorch loop, and in the Sentence Transformers contract."""
+"""Distillation losses in the Sentence Transformers contract: the base class and the OT loss.
+
+To add an objective, subclass ``DistillationLoss``, set ``name``, and implement ``compare``, as
+``optical.losses.objectives`` does.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from optical.losses.alignment import OTAlignmentLoss
 from optical.ot.functional import AlignmentOptions, Cost, sinkhorn_vectors
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
-from optical.losses.alignment import OTAlignmentLoss
 
 
 class DistillationOptions(AlignmentOptions, total=False):
-    """The options of ``OTDistillationLoss``."""
+    """Options of ``OTDistillationLoss``."""
 
     cost: Cost
     epsilon: float
@@ -25,13 +29,13 @@ class DistillationOptions(AlignmentOptions, total=False):
 
 
 class Tokens(NamedTuple):
-    """What a loss compares: the token vectors of one side of a batch.
+    """Token vectors of the student or the teacher for one batch of texts.
 
     Attributes:
         vectors: (batch, n, dim).
-        mask: (batch, n) bool, True for the tokens that count.
-        mass: (batch, n) non-negative weights of the tokens, 0 where the mask is False; None where
-            all real tokens weigh the same.
+        mask: (batch, n) bool, False for padding and tokens that are left out.
+        mass: (batch, n) non-negative token weights, 0 where the mask is False; None for equal
+            weights.
     """
 
     vectors: Tensor
@@ -40,25 +44,26 @@ class Tokens(NamedTuple):
 
 
 class DistillationLoss(nn.Module):
-    """Distil a frozen teacher into a student through parallel sentences; `compare` says how.
+    """Base class of losses that distil a frozen teacher into a student on parallel sentences.
 
-    Follows the Sentence Transformers 6 loss contract, so it runs in the unmodified
-    ``MultiVectorEncoderTrainer`` and ``SentenceTransformerTrainer``: the first column of a batch
-    holds the sentences that the teacher reads (English), every further column those that the
-    student reads, each tokenised by its own model (``optical.training.recipes.BitextCollator``
-    does that). The tokens compared are those of the models' own scoring masks; those of dense
-    models are their token vectors before pooling.
+    Subclasses define ``name``, the key of the loss in logs, and ``compare``, the objective.
+
+    Follows the loss contract of Sentence Transformers 6, so it runs in the unmodified
+    ``MultiVectorEncoderTrainer`` and ``SentenceTransformerTrainer``. The first column of a batch is
+    read by the teacher (English); the student reads all other columns. Each column is tokenised by
+    its own model, as ``optical.training.BitextCollator`` does. The tokens compared are those of the
+    models' scoring masks; dense models are compared by their token vectors before pooling.
 
     Args:
-        model: the student, a ``MultiVectorEncoder`` or a dense ``SentenceTransformer``; the only
-            part that is trained.
-        teacher: one of the two kinds, with token vectors of the same size. It is frozen here and
-            stays in evaluation mode. It does not run on columns that hold its vectors already.
-        student_mass, teacher_mass: (vocabulary,) weight of each token of the two tokenizers; tokens
-            of weight 0 are left out. None: every token weighs the same.
+        model: the student, a ``MultiVectorEncoder`` or a dense ``SentenceTransformer``. Only its
+            parameters are trained.
+        teacher: a model of either kind, with token vectors of the same size. It is frozen and stays
+            in evaluation mode. It is not run on a column that already has token vectors.
+        student_mass, teacher_mass: (vocabulary size,) weight of each token of the two tokenizers;
+            tokens of weight 0 are left out. None: equal weights.
 
     Raises:
-        ValueError: teacher and student vectors differ in size.
+        ValueError: the token vectors of teacher and student differ in size.
     """
 
     name = ""
@@ -80,20 +85,38 @@ class DistillationLoss(nn.Module):
             )
         self.model = model
         self.teacher = teacher.requires_grad_(False).eval()
-        # Buffers move to the device with the loss; checkpoints hold the student alone.
+        # Buffers follow the loss to its device, but are not part of checkpoints.
         self.student_mass: Tensor | None
         self.teacher_mass: Tensor | None
         self.register_buffer("student_mass", student_mass, persistent=False)
         self.register_buffer("teacher_mass", teacher_mass, persistent=False)
 
     def compare(self, student: Tokens, teacher: Tokens, role: str) -> Tensor:
-        """Return the scalar loss of a batch; row i of both sides says the same."""
-        raise TypeError(f"{type(self).__name__} compares nothing; use one of its subclasses")
+        """Compute the scalar loss of a batch, to be implemented by subclasses.
+
+        Args:
+            student, teacher: tokens of a batch, where text i of one translates text i of the other.
+            role: "query" or "document".
+        """
+        raise TypeError(f"{type(self).__name__} has no objective; use one of its subclasses")
 
     def forward(
         self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return ``{name: scalar}``, the mean over the columns that the student reads."""
+        """Compute the mean loss over the columns that the student reads.
+
+        Args:
+            sentence_features: one dictionary of model inputs per column, or with
+                "token_embeddings" and "attention_mask" in the teacher's. "task" of the first column
+                is the role, "document" if absent.
+            labels: unused.
+
+        Returns:
+            ``{name: scalar}``.
+
+        Raises:
+            ValueError: the batch has only one column.
+        """
         source, *targets = [dict(features) for features in sentence_features]
         if not targets:
             raise ValueError("the batch has one column; expected a source and at least one target")
@@ -101,41 +124,44 @@ class DistillationLoss(nn.Module):
         if "token_embeddings" not in source:
             with torch.no_grad():
                 source = self.teacher(source, task=role)
-        taught = _tokens(source, self.teacher_mass)
-        found = []
+        teacher_tokens = _tokens(source, self.teacher_mass)
+        losses = []
         for target in targets:
-            read = _tokens(self.model(target, task=role), self.student_mass)
-            # Stored vectors are float32, a student under autocast may be in half precision.
-            same = taught._replace(vectors=taught.vectors.to(read.vectors.dtype))
-            found.append(self.compare(read, same, role))
-        return {self.name: torch.stack(found).mean()}
+            student_tokens = _tokens(self.model(target, task=role), self.student_mass)
+            # Stored vectors are float32; those of a student under autocast may be half precision.
+            vectors = teacher_tokens.vectors.to(student_tokens.vectors.dtype)
+            converted = teacher_tokens._replace(vectors=vectors)
+            losses.append(self.compare(student_tokens, converted, role))
+        return {self.name: torch.stack(losses).mean()}
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the student's mode; the teacher never wakes its dropout."""
+        """Set the mode of the student; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Return the options, as shown in the model card."""
+        """Return the options for the model card."""
         return {}
 
 
 class OTDistillationLoss(DistillationLoss):
-    """Distil a frozen teacher into a student through optimally aligned tokens.
+    """Distillation by the optimal transport cost between the tokens of parallel sentences.
 
-    The loss has no term across samples, so gradient accumulation and data-parallel training are
-    exact.
+    The loss has no terms across sentence pairs, so gradient accumulation and data-parallel training
+    give the gradient of the whole batch.
 
     Args:
-        model, teacher, student_mass, teacher_mass: see :class:`DistillationLoss`. The weights of a
-            sentence's tokens, made to sum to 1, are the masses that are transported.
-        **options: those of ``optical.ot_alignment``: cost, epsilon, max_iter, tol, gradient, ...
+        model, teacher, student_mass, teacher_mass: see ``DistillationLoss``. The token weights of a
+            sentence, normalised to sum to 1, are the masses of the transport problem.
+        **options: cost, epsilon, max_iter, tol, gradient and the other options of
+            ``optical.ot_alignment``.
 
     Raises:
-        ValueError: teacher and student vectors differ in size.
+        TypeError, ValueError: an option is unknown, or has a wrong type or value.
+        ValueError: the token vectors of teacher and student differ in size.
 
-    Source: OPTICAL (WSDM 2023, arXiv 2301.12566), section 3.
+    Source: Huang, Yu, Allan, OPTICAL (WSDM 2023, arXiv 2301.12566), section 3.
     """
 
     name = "ot_cost"
@@ -153,26 +179,27 @@ class OTDistillationLoss(DistillationLoss):
         self.alignment = OTAlignmentLoss(**options)
 
     def compare(self, student: Tokens, teacher: Tokens, role: str) -> Tensor:
-        """Return the mean transported cosine distance of the batch."""
+        """Compute the transport cost, averaged over the batch."""
         if student.mass is None and teacher.mass is None:
-            plain = student.vectors, teacher.vectors, student.mask, teacher.mask
-            return self.alignment.forward(*plain)
+            return self.alignment.forward(
+                student.vectors, teacher.vectors, student.mask, teacher.mask
+            )
         result = sinkhorn_vectors(
             student.vectors,
             teacher.vectors,
-            _log_shares(student),
-            _log_shares(teacher),
+            _log_masses(student),
+            _log_masses(teacher),
             **self.alignment.options,
         )
         return result.value_linear.mean()
 
     def get_config_dict(self) -> dict[str, Any]:
-        """Return the options, as shown in the model card."""
+        """Return the options for the model card."""
         return dict(self.alignment.options)
 
     @property
     def citation(self) -> str:
-        """BibTeX of the method, as shown in the model card."""
+        """BibTeX entry of the method for the model card."""
         return """
 @inproceedings{huang2023optical,
     title={Improving Cross-lingual Information Retrieval on Low-Resource Languages via Optimal Transport Distillation},
@@ -186,27 +213,27 @@ class OTDistillationLoss(DistillationLoss):
 """  # noqa: E501
 
 
-def _tokens(output: dict[str, Any], table: Tensor | None) -> Tokens:
-    """The tokens of a model's output that count, with the weights that a table gives them."""
+def _tokens(output: dict[str, Any], token_mass: Tensor | None) -> Tokens:
+    """Return the scored tokens of a model's output, with weights from (vocabulary size,) masses."""
     mask = output["attention_mask"].bool()
-    if table is None:
+    if token_mass is None:
         return Tokens(output["token_embeddings"], mask)
-    mass = table[output["input_ids"]].where(mask, 0.0)
+    mass = token_mass[output["input_ids"]].where(mask, 0.0)
     return Tokens(output["token_embeddings"], mass > 0, mass)
 
 
-def _log_shares(tokens: Tokens) -> Tensor:
-    """(batch, n) logarithm of each token's share of its text; -inf for what does not count."""
+def _log_masses(tokens: Tokens) -> Tensor:
+    """(batch, n) log-masses that sum to 1 per text; -inf for tokens that are left out."""
     mass = tokens.mask.float() if tokens.mass is None else tokens.mass
     total = mass.sum(1, keepdim=True)
-    # A text without tokens has no shares; its problem is empty.
+    # The masses of a text without tokens stay 0, which makes an empty problem.
     return (mass / total.where(total > 0, 1.0)).log()
 
 
 def _vector_size(model: nn.Module) -> int | None:
-    """Size of a model's token vectors, or None where the model cannot tell."""
-    # A dense model tells the size of its sentence vectors, which modules after its tokens decide.
+    """Return the size of a model's token vectors, or None if it is unknown."""
+    # A dense model reports the size of its sentence vectors, which later modules determine.
     if any(type(part).__name__ == "Pooling" for part in model.children()):
         return None
-    tell = getattr(model, "get_embedding_dimension", None)
-    return tell() if callable(tell) else None
+    get_dimension = getattr(model, "get_embedding_dimension", None)
+    return get_dimension() if callable(get_dimension) else None

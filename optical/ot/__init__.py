@@ -1,4 +1,4 @@
-"""The functions that users call: validation, the registered operator and its result."""
+"""Public functions of the operator: validation, the registered op and its result."""
 
 from optical.ot.functional import ot_alignment, sinkhorn, sinkhorn_divergence, sinkhorn_vectors
 from optical.ot.result import SinkhornResult

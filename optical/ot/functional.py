@@ -1,4 +1,4 @@
-"""The functions of the package: ``sinkhorn`` and what is built on it."""
+"""Public functions: ``sinkhorn`` for a given cost, and functions of token vectors built on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from optical.backends.problem import Problem, Status
 from optical.ot import operator, validation
 from optical.ot.result import SinkhornResult, detached
-from optical.ot.validation import Cloud, check_options
+from optical.ot.validation import Masses, check_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -23,7 +23,7 @@ Rho = float | tuple[float | None, float | None] | None
 
 
 class AlignmentOptions(TypedDict, total=False):
-    """The options that ``ot_alignment`` and the losses pass on to ``sinkhorn_vectors``."""
+    """Options that ``ot_alignment`` and the losses pass to ``sinkhorn_vectors``."""
 
     rho: Rho
     omega: float
@@ -36,7 +36,7 @@ class AlignmentOptions(TypedDict, total=False):
 
 
 class DivergenceOptions(AlignmentOptions, total=False):
-    """The options of ``sinkhorn_divergence``."""
+    """Options of ``sinkhorn_divergence``."""
 
     cost: Cost
     max_iter: int
@@ -66,69 +66,80 @@ def sinkhorn(
 ) -> SinkhornResult:
     """Solve a batch of entropy-regularised optimal transport problems.
 
-    plan = exp((f + g - cost) / epsilon + log a + log b), the entropy being KL(plan || a b). One
-    iteration updates f, then g. ``optical/backends/reference.py`` is the definition.
+    The plan is ``exp((f + g - cost) / epsilon + log_a + log_b)``, so the regulariser is
+    ``epsilon * KL(plan || a b)``. One iteration updates f, then g.
+    ``optical/backends/reference.py`` defines the iterations in plain PyTorch.
 
     Args:
-        cost: (batch, n, m) float64/32/16 or bfloat16. Float16 and bfloat16 are computed in float32.
-            +inf forbids a pair. Entries of absent rows and columns are never read as numbers.
-        log_a: (batch, n) logarithm of the row masses; -inf means absent (padding). When None, every
-            present row weighs the same and together they weigh 1.
-        log_b: (batch, m) the same for the columns.
-        epsilon: temperature, > 0 (POT: reg; OTT: epsilon; GeomLoss: blur ** p). A float, or a
-            tensor (batch,), whose values only ``status`` checks. It receives no gradient.
-        mask_a, mask_b: (batch, n) and (batch, m), bool or 0/1 numbers; False means absent.
-        lengths_a, lengths_b: (batch,) integers: what follows the first ``length`` lines is absent.
-        max_iter: iterations to run (POT: numItermax; OTT: max_iterations).
-        tol: a problem stops after the first iteration whose row sums are within tol, in L1, of
-            those wanted (POT: stopThr; OTT: threshold). 0 runs exactly max_iter iterations.
-        init: (f, g), potentials to start from, shaped like log_a and log_b; zeros when None. They
+        cost: (batch, n, m), float64, float32, float16 or bfloat16. Half precision is converted to
+            float32. +inf forbids a pair. Entries of padding are never used.
+        log_a: (batch, n) logarithm of the row masses, -inf for padding. If None, the valid rows of
+            a problem have equal masses that sum to 1.
+        log_b: (batch, m) logarithm of the column masses, like ``log_a``.
+        epsilon: temperature > 0, a float or a tensor (batch,). Receives no gradient. The values of
+            a tensor are not validated; ``status`` reports those that are not positive and finite.
+            Called ``reg`` in POT and ``epsilon`` in OTT; with GeomLoss's ``SamplesLoss(p=2)`` and
+            the cost ``|x - y| ** 2`` it is ``2 * blur ** 2``.
+        mask_a, mask_b: (batch, n) and (batch, m), bool or 0/1 numbers; 0 marks padding.
+        lengths_a, lengths_b: (batch,) integers; rows (columns) from this index on are padding.
+        max_iter: number of iterations (POT: ``numItermax``; OTT: ``max_iterations``).
+        tol: a problem stops after the first iteration whose row sums differ by at most ``tol`` in
+            L1 from those of the optimal plan, a or its relaxed value (POT: ``stopThr``; OTT:
+            ``threshold``). 0 runs exactly ``max_iter`` iterations.
+        init: (f, g), initial potentials shaped like ``log_a`` and ``log_b``; zeros if None. They
             receive no gradient.
-        rho: None keeps both marginals. A number > 0 replaces them by penalties rho * KL(row sums ||
-            a) and rho * KL(column sums || b); a pair gives each side its own, None or inf fixing
-            one side (POT: reg_m; OTT: tau_a = rho_a / (rho_a + epsilon); GeomLoss: reach ** p).
-        omega: over-relaxation in (0, 2); 1 is none, 1.5 to 1.9 helps hard problems (OTT: momentum).
-        anderson: how many past iterates the acceleration may use, 1 to 16; 0 is none. With
-            ``tol``, far fewer iterations where plain ones crawl.
-        anneal: (start, ratio): iteration k runs at the temperature max(epsilon, start * ratio ** k)
-            (GeomLoss: diameter ** p and scaling ** p; OTT: an Epsilon schedule).
-        gradient: how ``value`` and ``value_linear`` are differentiated with respect to cost, log_a
-            and log_b. "envelope" holds the plan fixed: exact for ``value`` at convergence; it is
-            OPTICAL's choice for ``value_linear`` too, of which it is not the true gradient and can
-            be most of the way off (docs/method.md measures 0 to 82 %). "implicit" is the total
-            derivative at the fixed point, exact for both at convergence; with two fixed marginals
-            it means changes of the masses that keep their sums equal. "unroll" is the total
-            derivative of the iterations that were run, potentials included, converged or not; it
-            cannot be combined with anderson.
-        precision: "exact" computes in float32 (float64 for float64 inputs) throughout. "fast" lets
-            a backend keep the plan of the iterations in float16, which changes the result as costs
-            do that are off by up to epsilon / 2048; the last iteration, values and gradients are
-            made from the true costs. The Triton backend uses it for padded problems that are too
-            large for its registers (docs/kernels.md), at 2 n m bytes each; the CUDA backend for
-            balanced ones with a side of more than 32 and 16 iterations or more (docs/cuda.md); what
-            else is asked of them, and the other backends, compute exactly.
-        backend: "auto", "cuda", "triton", "cpu" or "reference"; the environment variable
-            OPTICAL_BACKEND replaces "auto". ``optical.backends.registry.explain`` says which one serves a
-            problem and why.
+        rho: None fixes both marginals. A number > 0 replaces them by the penalties
+            ``rho * KL(row sums || a)`` and ``rho * KL(column sums || b)``. A pair has one strength
+            per side, where None or inf fixes the marginal. Called ``reg_m`` in POT; OTT's
+            ``tau_a`` is ``rho_a / (rho_a + epsilon)``; with GeomLoss's ``SamplesLoss(p=2)`` and
+            the cost ``|x - y| ** 2`` it is ``2 * reach ** 2``.
+        omega: over-relaxation in (0, 2); 1 is none. 1.5 to 1.9 accelerates slow problems (OTT:
+            ``momentum``).
+        anderson: number of past iterates in Anderson acceleration, 1 to 16; 0 is none. With
+            ``tol``, it saves many iterations on slow problems.
+        anneal: (start, ratio); iteration k runs at temperature
+            ``max(epsilon, start * ratio ** k)``. With GeomLoss's ``SamplesLoss(p=2)``,
+            ``(2 * diameter ** 2, scaling ** 2)``; OTT: an ``Epsilon`` schedule.
+        gradient: derivative of ``value`` and ``value_linear`` with respect to cost, log_a and
+            log_b:
+
+            - "envelope" holds the plan fixed. It is exact for ``value`` at convergence. OPTICAL
+              uses it for ``value_linear`` too, of which it is not the gradient; docs/method.md
+              measures errors from 0 to 82 %.
+            - "implicit" is the total derivative at the fixed point, exact for both at convergence.
+              With two fixed marginals, it applies to changes of the masses that keep their sums
+              equal.
+            - "unroll" is the total derivative of the iterations run, converged or not; f, g and
+              the plan are differentiable too. It cannot be combined with ``anderson``.
+        precision: "exact" computes in float32 (float64 for float64 inputs). "fast" allows a
+            backend to store the plan of the iterations in float16, which changes the result like
+            errors of the cost of up to ``epsilon / 2048``; the last iteration, values and
+            gradients use the exact costs. docs/kernels.md and docs/cuda.md state which problems
+            the Triton and CUDA backends solve this way; all others are solved exactly.
+        backend: "auto", "cuda", "triton", "cpu" or "reference". The environment variable
+            OPTICAL_BACKEND replaces "auto". ``optical.backends.explain`` reports the choice.
 
     Returns:
-        SinkhornResult. A problem with one side entirely absent has value 0 and gradient 0.
+        A SinkhornResult. Problems in which all rows or all columns are padding have value 0 and
+        gradient 0.
 
-        Other packages count the entropy differently. At convergence with fixed marginals that sum
-        to 1, POT's ``reg_type="entropy"`` value is ours minus epsilon * (H(a) + H(b)), where H(a) =
-        -sum a log a; POT's ``reg_type="KL"``, OTT's ``ent_reg_cost`` and GeomLoss's value are ours.
+        Packages define the entropy differently. At convergence with fixed marginals that sum to 1,
+        POT's ``reg_type="entropy"`` value is this value minus ``epsilon * (H(a) + H(b))``, where
+        ``H(a) = -sum a log a``. POT's ``reg_type="KL"`` and OTT's ``ent_reg_cost`` agree with this
+        value; ``SamplesLoss(p=2)`` returns half of it, because its cost is ``|x - y| ** 2 / 2``.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
-        BackendUnsupported: the backend asked for by name cannot serve the problem.
-        RuntimeError: the gradient is differentiated again; ``optical.backends.reference.sinkhorn`` can be.
+        BackendUnsupported: the backend requested by name cannot solve the problem.
+        RuntimeError: a second derivative is requested; ``optical.backends.reference.sinkhorn`` has
+            one.
 
     Source: Cuturi, "Sinkhorn Distances" (NeurIPS 2013), algorithm 1; log domain and annealing:
     Schmitzer (arXiv 1610.06519); rho: Chizat et al. (arXiv 1607.05816); omega: Thibault et al.
     (arXiv 1711.01851); implicit: Luise et al., "Differential Properties of Sinkhorn Approximation"
     (arXiv 1805.11897), section 4.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optical import sinkhorn
         >>> cost = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
@@ -149,9 +160,9 @@ def sinkhorn(
         precision=precision,
         backend=backend,
     )
-    rows = Cloud(validation.ROWS, cost, log_a, mask_a, lengths_a)
-    columns = Cloud(validation.COLUMNS, cost, log_b, mask_b, lengths_b)
-    return _solve(validation.of_cost(rows, columns, epsilon, init, options))
+    rows = Masses(validation.COST_ROWS, log_a, mask_a, lengths_a)
+    columns = Masses(validation.COST_COLUMNS, log_b, mask_b, lengths_b)
+    return _solve(validation.problem_of_cost(cost, rows, columns, epsilon, init, options))
 
 
 def sinkhorn_vectors(
@@ -180,39 +191,39 @@ def sinkhorn_vectors(
     backend: str = "auto",
     low_memory: bool = False,
 ) -> SinkhornResult:
-    """Solve a batch of transport problems between clouds of vectors; the cost is built inside.
+    """Solve a batch of transport problems between sets of vectors, whose cost is computed inside.
 
     Args:
-        x: (batch, n, dim) float64/32/16 or bfloat16, one vector per row; x and y may differ in
-            dtype. Half precision is converted to float32, exactly, before anything is computed.
-            Vectors of absent tokens are never read as numbers.
+        x: (batch, n, dim), float64, float32, float16 or bfloat16, one vector per row; x and y may
+            differ in dtype. Half precision is converted exactly to float32 before any computation.
+            Vectors of padding are never used.
         y: (batch, m, dim), one vector per column.
-        log_a, log_b: masses as in ``sinkhorn``; for packed problems (N,) and (M,).
-        cost: "cosine" 1 - x.y / (|x| |y|), where a zero vector is at distance 1 from everything;
-            "sqeuclidean" |x - y| ** 2; "dot" -x.y.
-        cu_seqlens_a, cu_seqlens_b: (batch + 1,) int32 or int64, both or neither: the problems stand
-            behind one another, x is (N, dim), y is (M, dim), and rows ``cu_seqlens_a[i]`` to
-            ``cu_seqlens_a[i + 1]`` belong to problem i. Instead of masks and lengths. On a GPU
-            their values are not checked.
-        low_memory: allow a slower run that holds no (n, m) matrix; same numbers to rounding.
+        log_a, log_b: log-masses as in ``sinkhorn``; (N,) and (M,) for packed problems.
+        cost: "cosine" is ``1 - x.y / (|x| |y|)``, and 1 if a vector is zero; "sqeuclidean" is
+            ``|x - y| ** 2``; "dot" is ``-x.y``.
+        cu_seqlens_a, cu_seqlens_b: (batch + 1,) int32 or int64 offsets of packed problems, both or
+            neither, instead of masks and lengths. x is then (N, dim), y is (M, dim), and rows
+            ``cu_seqlens_a[i]`` to ``cu_seqlens_a[i + 1]`` belong to problem i. Offsets on a GPU are
+            not validated.
+        low_memory: allow a slower run that stores no (n, m) matrix; results agree to rounding.
         mask_a, mask_b, lengths_a, lengths_b: see ``sinkhorn``.
         init: see ``sinkhorn``; shaped like the masses.
         epsilon, max_iter, tol, rho, omega, anderson, anneal: see ``sinkhorn``.
         gradient, precision, backend: see ``sinkhorn``.
 
     Returns:
-        SinkhornResult, differentiable with respect to x, y, log_a and log_b.
+        A SinkhornResult, differentiable with respect to x, y, log_a and log_b.
 
     Raises:
         TypeError, ValueError, BackendUnsupported, RuntimeError: see ``sinkhorn``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optical import sinkhorn_vectors
         >>> x, y = torch.eye(3), torch.eye(3)[[2, 0, 1, 1]]
-        >>> ends = torch.tensor([0, 3]), torch.tensor([0, 4])
+        >>> offsets = torch.tensor([0, 3]), torch.tensor([0, 4])
         >>> result = sinkhorn_vectors(
-        ...     x, y, epsilon=0.05, cu_seqlens_a=ends[0], cu_seqlens_b=ends[1]
+        ...     x, y, epsilon=0.05, cu_seqlens_a=offsets[0], cu_seqlens_b=offsets[1]
         ... )
         >>> result.value_linear.round(decimals=2)
         tensor([0.1700])
@@ -231,16 +242,9 @@ def sinkhorn_vectors(
         low_memory=low_memory,
         cost=cost,
     )
-    return _solve(
-        validation.of_clouds(
-            Cloud(validation.X, x, log_a, mask_a, lengths_a, cu_seqlens_a),
-            Cloud(validation.Y, y, log_b, mask_b, lengths_b, cu_seqlens_b),
-            cost,
-            epsilon,
-            init,
-            options,
-        )
-    )
+    rows = Masses(validation.X, log_a, mask_a, lengths_a, cu_seqlens_a)
+    columns = Masses(validation.Y, log_b, mask_b, lengths_b, cu_seqlens_b)
+    return _solve(validation.problem_of_vectors(x, y, rows, columns, cost, epsilon, init, options))
 
 
 def ot_alignment(
@@ -255,44 +259,48 @@ def ot_alignment(
     tol: float = 0.0,
     **options: Unpack[AlignmentOptions],
 ) -> Tensor:
-    """Compute the transported distance between each student text and its teacher text.
+    """Compute the transport cost between the tokens of each student text and its teacher text.
 
-    <plan, cost(student_i, teacher_j)>, where plan is the Sinkhorn coupling of the two clouds of
-    tokens, every real token weighing the same. The clouds may differ in length and order.
+    The result is ``<plan, cost(student_i, teacher_j)>``, where the plan is the Sinkhorn coupling of
+    the two sets of tokens with equal masses. The texts may differ in length and word order.
 
     Args:
-        student: (batch, n, dim) token vectors, float64/32/16 or bfloat16.
-        teacher: (batch, m, dim). It receives a gradient too if it requires one.
-        student_mask: (batch, n) bool or 0/1 numbers, such as an attention mask; all real when None.
-            Vectors of padding are never read as numbers and their gradient is exactly 0.
-        teacher_mask: (batch, m), the same for the teacher.
+        student: (batch, n, dim) token vectors, float64, float32, float16 or bfloat16.
+        teacher: (batch, m, dim) token vectors. They receive a gradient if they require one.
+        student_mask: (batch, n), bool or 0/1 numbers, such as an attention mask; 0 marks padding.
+            All tokens are valid if None. Vectors of padding are never used, and their gradient is
+            exactly 0.
+        teacher_mask: (batch, m), like ``student_mask``.
         cost: "cosine", "sqeuclidean" or "dot"; see ``optical.sinkhorn_vectors``.
         epsilon, max_iter, tol: see ``optical.sinkhorn``.
-        **options: rho, omega, anderson, anneal, gradient, precision, backend and low_memory, see
-            ``optical.sinkhorn_vectors``. With the default gradient "envelope" the plan is a fixed
-            target, as in OPTICAL, which is not the total derivative; "implicit" is.
+        **options: rho, omega, anderson, anneal, gradient, precision, backend and low_memory; see
+            ``optical.sinkhorn_vectors``. The default gradient "envelope" treats the plan as a
+            constant, as OPTICAL does; "implicit" is the total derivative.
 
     Returns:
-        (batch,) float32 (float64 for float64 vectors), 0 where either text has no real token.
+        (batch,) float32 (float64 for float64 vectors), 0 if either text has no valid token.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
-        BackendUnsupported: the backend asked for by name cannot serve the problem.
+        BackendUnsupported: the backend requested by name cannot solve the problem.
 
     Source: Huang, Yu, Allan, "Improving Cross-lingual Information Retrieval on Low-Resource
     Languages via Optimal Transport Distillation" (OPTICAL, WSDM 2023, arXiv 2301.12566).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optical import ot_alignment
         >>> teacher = torch.eye(3)[None]
-        >>> ot_alignment(teacher.flip(1), teacher).round(decimals=3)   # word order costs nothing
+        >>> ot_alignment(teacher.flip(1), teacher).round(decimals=3)   # the order of tokens is free
         tensor([0.])
     """
     checked = check_options(epsilon=epsilon, max_iter=max_iter, tol=tol, cost=cost, **options)
-    rows = Cloud(validation.STUDENT, student, mask=student_mask)
-    columns = Cloud(validation.TEACHER, teacher, mask=teacher_mask)
-    return _solve(validation.of_clouds(rows, columns, cost, epsilon, None, checked)).value_linear
+    rows = Masses(validation.STUDENT, mask=student_mask)
+    columns = Masses(validation.TEACHER, mask=teacher_mask)
+    problem = validation.problem_of_vectors(
+        student, teacher, rows, columns, cost, epsilon, None, checked
+    )
+    return _solve(problem).value_linear
 
 
 def sinkhorn_divergence(
@@ -310,31 +318,33 @@ def sinkhorn_divergence(
     cu_seqlens_b: Tensor | None = None,
     **options: Unpack[DivergenceOptions],
 ) -> Tensor:
-    """Compute the Sinkhorn divergence of clouds of vectors, which is 0 for equal clouds.
+    """Compute the Sinkhorn divergence of sets of vectors, which is 0 for equal sets.
 
-    value(x, y) - value(x, x) / 2 - value(y, y) / 2 + epsilon / 2 * (sum a - sum b) ** 2, where
-    value is that of ``sinkhorn_vectors`` (GeomLoss: SamplesLoss with debias=True). At convergence
-    it is >= 0 for costs such as "sqeuclidean", whose exp(-cost / epsilon) is a positive kernel.
+    It is ``value(x, y) - value(x, x) / 2 - value(y, y) / 2 + epsilon / 2 * (sum a - sum b) ** 2``,
+    with the value of ``sinkhorn_vectors``. At convergence it is >= 0 for costs such as
+    "sqeuclidean", for which ``exp(-cost / epsilon)`` is a positive definite kernel. GeomLoss's
+    debiased ``SamplesLoss("sinkhorn", p=2, blur=blur)`` is half of this divergence with
+    ``cost="sqeuclidean"`` and ``epsilon=2 * blur ** 2``.
 
     Args:
         x, y, log_a, log_b, epsilon: see ``sinkhorn_vectors``.
         mask_a, mask_b, lengths_a, lengths_b, cu_seqlens_a, cu_seqlens_b: see ``sinkhorn_vectors``.
-        **options: cost, max_iter, tol, rho (one for both sides), omega, anderson, anneal, gradient,
-            precision, backend and low_memory, see ``sinkhorn_vectors``.
+        **options: cost, max_iter, tol, rho (equal for both sides), omega, anderson, anneal,
+            gradient, precision, backend and low_memory; see ``sinkhorn_vectors``.
 
     Returns:
-        (batch,), differentiable with respect to x, y, log_a and log_b, and 0 where a side is
-        empty.
+        (batch,), differentiable with respect to x, y, log_a and log_b; 0 if all rows or all columns
+        of a problem are padding.
 
     Raises:
-        TypeError, ValueError, BackendUnsupported, RuntimeError: see ``sinkhorn``. rho may not
-            differ between the sides, for no divergence is known then.
+        TypeError, ValueError, BackendUnsupported, RuntimeError: see ``sinkhorn``. ValueError if
+            rho differs between the sides, for which no divergence is defined.
 
     Source: Feydy et al., "Interpolating between Optimal Transport and MMD using Sinkhorn
     Divergences" (arXiv 1810.08278); unequal masses: Séjourné, Feydy, Vialard, Trouvé, Peyré,
     "Sinkhorn Divergences for Unbalanced Optimal Transport" (arXiv 1910.12958), definition 5.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from optical import sinkhorn_divergence
         >>> x = torch.eye(3)[None]
@@ -344,31 +354,27 @@ def sinkhorn_divergence(
     checked = check_options(epsilon=epsilon, **options)
     if checked["rho_a"] != checked["rho_b"]:
         raise ValueError(f"rho is {options['rho']}; expected one strength for both sides")
-    p = validation.of_clouds(
-        Cloud(validation.X, x, log_a, mask_a, lengths_a, cu_seqlens_a),
-        Cloud(validation.Y, y, log_b, mask_b, lengths_b, cu_seqlens_b),
-        options.get("cost", "cosine"),
-        epsilon,
-        None,
-        checked,
-    )
-    within_x = p._replace(y=p.x, cu_b=p.cu_a, log_b=p.log_a)
-    assert p.y is not None
-    within_y = p._replace(x=p.y, cu_a=p.cu_b, log_a=p.log_b)
-    excess = _totals(p.log_a, p.cu_a) - _totals(p.log_b, p.cu_b)
-    result = _solve(p)
-    own = (_solve(within_x).value + _solve(within_y).value) / 2
-    divergence = result.value - own + p.epsilon / 2 * excess**2
+    rows = Masses(validation.X, log_a, mask_a, lengths_a, cu_seqlens_a)
+    columns = Masses(validation.Y, log_b, mask_b, lengths_b, cu_seqlens_b)
+    cost = options.get("cost", "cosine")
+    across = validation.problem_of_vectors(x, y, rows, columns, cost, epsilon, None, checked)
+    assert across.y is not None
+    within_x = across._replace(y=across.x, cu_b=across.cu_a, log_b=across.log_a)
+    within_y = across._replace(x=across.y, cu_a=across.cu_b, log_a=across.log_b)
+    excess = _total_mass(across.log_a, across.cu_a) - _total_mass(across.log_b, across.cu_b)
+    result = _solve(across)
+    self_terms = (_solve(within_x).value + _solve(within_y).value) / 2
+    divergence = result.value - self_terms + across.epsilon / 2 * excess**2
     return divergence.masked_fill(result.status == int(Status.EMPTY), 0.0)
 
 
-def _solve(arguments: Problem) -> SinkhornResult:
-    outputs = operator.sinkhorn(arguments)
-    kept = arguments if arguments.gradient == "unroll" else detached(arguments)
-    return SinkhornResult(*outputs[:7], outputs.residual, kept)
+def _solve(problem: Problem) -> SinkhornResult:
+    solution = operator.sinkhorn(problem)
+    kept = problem if problem.gradient == "unroll" else detached(problem)
+    return SinkhornResult(*solution[:7], solution.residual, kept)
 
 
-def _totals(log_mass: Tensor, offsets: Tensor | None) -> Tensor:
-    """(batch,) the mass of each problem."""
+def _total_mass(log_mass: Tensor, offsets: Tensor | None) -> Tensor:
+    """(batch,) total mass of one side of each problem."""
     mass = log_mass.exp()
     return mass.sum(1) if offsets is None else torch.segment_reduce(mass, "sum", offsets=offsets)

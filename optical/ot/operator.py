@@ -1,12 +1,12 @@
-"""The operator as PyTorch sees it: three schemas, their shapes, their derivatives, their batching.
+"""Registration of the operator with PyTorch: schemas, shapes, derivatives and batching.
 
-This is the only file that talks to ``torch.library``. The backend's name is part of the schemas, so
-a compiled graph keeps the choice, and every backend shares the same shape rules and derivatives.
+The only file that uses ``torch.library``. The backend's name is an argument of the ops, so a
+compiled graph keeps the choice, and all backends share the same shape rules and derivatives.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -15,66 +15,80 @@ from optical.backends import registry
 from optical.backends.dense import PaddedProblem
 from optical.backends.problem import Problem, Solution
 
-# The fields of Problem, in their order.
-_ARGUMENTS = (
-    "Tensor x, Tensor? y, str kind, Tensor? cu_a, Tensor? cu_b, Tensor log_a, Tensor log_b,"
-    " Tensor epsilon, Tensor? f0, Tensor? g0, int max_iter, float tol, float rho_a, float rho_b,"
-    " float omega, int anderson, float anneal_start, float anneal_ratio, str gradient,"
-    " bool low_memory, str precision, str backend"
-)
-_COUNT = len(Problem._fields)
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    str: "str",
+    int: "int",
+    float: "float",
+    bool: "bool",
+}
+
+
+def _schema(fields: type[Problem] | type[Solution]) -> str:
+    """Write the fields of a named tuple as arguments, or results, of an op."""
+    hints = get_type_hints(fields)
+    return ", ".join(f"{_SCHEMA_TYPES[hints[name]]} {name}" for name in fields._fields)
+
+
+# The fields of a Problem are consecutive arguments of each op; in sinkhorn_backward, upstream
+# gradients precede them.
+_UPSTREAM = "Tensor grad_value, Tensor grad_value_linear, Tensor? grad_f, Tensor? grad_g"
+_UPSTREAM_COUNT = 4
+_PROBLEM, _PROBLEM_COUNT = _schema(Problem), len(Problem._fields)
+_SAVED = "Tensor f, Tensor g, Tensor w, Tensor z, Tensor n_iter"
 _library: Any = torch.library.Library("optical", "DEF")  # type: ignore[no-untyped-call]
-for _schema in (
-    f"sinkhorn({_ARGUMENTS}) -> (Tensor value, Tensor value_linear, Tensor f, Tensor g,"
-    " Tensor marginal_error, Tensor n_iter, Tensor status, Tensor w, Tensor z, Tensor residual)",
-    "sinkhorn_backward(Tensor grad_value, Tensor grad_value_linear, Tensor? grad_f, Tensor? grad_g,"
-    f" {_ARGUMENTS}, Tensor f, Tensor g, Tensor w, Tensor z, Tensor n_iter, bool need_x,"
-    " bool need_y) -> (Tensor grad_x, Tensor grad_y, Tensor grad_log_a, Tensor grad_log_b)",
-    f"apply_plan({_ARGUMENTS}, Tensor f, Tensor g, Tensor v, bool transpose) -> Tensor",
+for _definition in (
+    f"sinkhorn({_PROBLEM}) -> ({_schema(Solution)})",
+    f"sinkhorn_backward({_UPSTREAM}, {_PROBLEM}, {_SAVED}, bool need_x, bool need_y)"
+    " -> (Tensor grad_x, Tensor grad_y, Tensor grad_log_a, Tensor grad_log_b)",
+    f"apply_plan({_PROBLEM}, Tensor f, Tensor g, Tensor v, bool transpose) -> Tensor",
 ):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(_definition, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def sinkhorn(arguments: Problem) -> Solution:
-    """Solve a batch of problems by the registered operator; differentiable as it asks."""
-    return Solution(*torch.ops.optical.sinkhorn.default(*arguments))
+def sinkhorn(problem: Problem) -> Solution:
+    """Solve a batch through the registered op; supports autograd as set by ``problem.gradient``."""
+    return Solution(*torch.ops.optical.sinkhorn.default(*problem))
 
 
-def apply_plan(arguments: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
-    """The plan times v by the registered operator; only v receives a gradient.
+def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
+    """Multiply the plan with v through the registered op; only v receives a gradient.
 
-    v is (B, m, k) and the result (B, n, k), packed (M, k) and (N, k); with ``transpose`` the other
-    way round. v has the computing dtype.
+    v is (B, m, k) and the result (B, n, k), or packed (M, k) and (N, k); with ``transpose``, v has
+    rows and the result columns. v has the computing dtype.
     """
-    product: Tensor = torch.ops.optical.apply_plan.default(*arguments, f, g, v, transpose)
+    product: Tensor = torch.ops.optical.apply_plan.default(*problem, f, g, v, transpose)
     return product
 
 
-# ------------------------------------------------------------------------------- implementations
+def _split(arguments: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
+    """Split arguments that begin with the fields of a Problem from those that follow."""
+    return Problem(*arguments[:_PROBLEM_COUNT]), arguments[_PROBLEM_COUNT:]
 
 
-def _prepared(values: tuple[Any, ...], gradient: bool = False) -> tuple[registry.Backend, Problem]:
-    arguments = Problem(*values)
-    backend = registry.choose(arguments.backend, arguments, gradient)
-    if not (arguments.x.numel() and arguments.log_a.numel() and arguments.log_b.numel()):
-        # With no entry there is nothing to launch, and no kernel needs to think about it.
+# -------------------------------------------------------------------------------- implementations
+
+
+def _choose(problem: Problem, gradient: bool = False) -> tuple[registry.Backend, Problem]:
+    """Choose a backend, and make the problem contiguous, except for the strides of a given cost."""
+    backend = registry.choose(problem.backend, problem, gradient)
+    if not (problem.x.numel() and problem.log_a.numel() and problem.log_b.numel()):
+        # Kernels need not handle launches without entries.
         backend = registry.BACKENDS["reference"]
-    # Backends may rely on dense tensors; only a given cost keeps the strides of its caller.
-    dense: list[Any] = [x.contiguous() if isinstance(x, Tensor) else x for x in arguments]
-    if arguments.y is None:
-        dense[0] = arguments.x
-    return backend, Problem(*dense)
+    contiguous: list[Any] = [x.contiguous() if isinstance(x, Tensor) else x for x in problem]
+    if problem.y is None:
+        contiguous[0] = problem.x
+    return backend, Problem(*contiguous)
 
 
-def _forward(*values: Any) -> tuple[Tensor, ...]:
-    backend, arguments = _prepared(values)
-    with torch.autocast(arguments.x.device.type, enabled=False):
-        if backend.dense:
-            outputs = PaddedProblem(arguments).forward(backend.forward)
-        else:
-            outputs = backend.forward(arguments)
-    # The fake below promises dense outputs, whatever the strides of the inputs.
-    return tuple(x.contiguous() for x in outputs)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    backend, problem = _choose(Problem(*arguments))
+    solve = backend.load().forward
+    with torch.autocast(problem.x.device.type, enabled=False):
+        solution = PaddedProblem(problem).forward(solve) if backend.dense else solve(problem)
+    # The fake below promises contiguous outputs, whatever the strides of the inputs.
+    return tuple(x.contiguous() for x in solution)
 
 
 def _backward(
@@ -82,90 +96,96 @@ def _backward(
     grad_value_linear: Tensor,
     grad_f: Tensor | None,
     grad_g: Tensor | None,
-    *values: Any,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    backend, arguments = _prepared(values[:_COUNT], gradient=True)
-    f, g, w, z, n_iter, need_x, need_y = values[_COUNT:]
+    problem, (f, g, w, z, n_iter, need_x, need_y) = _split(arguments)
+    backend, problem = _choose(problem, gradient=True)
     upstream, saved = (
         tuple(x if x is None else x.contiguous() for x in tensors)
         for tensors in ((grad_value, grad_value_linear, grad_f, grad_g), (f, g, w, z, n_iter))
     )
-    with torch.autocast(arguments.x.device.type, enabled=False):
+    differentiate = backend.load().backward
+    with torch.autocast(problem.x.device.type, enabled=False):
         if backend.dense:
-            gradients = PaddedProblem(arguments).backward(
-                backend.backward, *upstream, *saved, need_x, need_y
+            gradients = PaddedProblem(problem).backward(
+                differentiate, *upstream, *saved, need_x, need_y
             )
         else:
-            gradients = backend.backward(*upstream, arguments, *saved, need_x, need_y)
-    like = arguments.x, arguments.y if arguments.y is not None else arguments.x
-    grads = [
-        grad if grad is not None else source.new_zeros(0)
-        for grad, source in zip(gradients[:2], like, strict=True)
-    ]
-    return tuple(x.contiguous() for x in (*grads, *gradients[2:]))
+            gradients = differentiate(*upstream, problem, *saved, need_x, need_y)
+    grad_x, grad_y, grad_log_a, grad_log_b = gradients
+    if grad_x is None:
+        grad_x = problem.x.new_zeros(0)
+    if grad_y is None:
+        grad_y = (problem.x if problem.y is None else problem.y).new_zeros(0)
+    return tuple(x.contiguous() for x in (grad_x, grad_y, grad_log_a, grad_log_b))
 
 
-def _apply_plan(*values: Any) -> Tensor:
-    backend, arguments = _prepared(values[:_COUNT])
-    f, g, v, transpose = values[_COUNT:]
+def _apply_plan(*arguments: Any) -> Tensor:
+    problem, (f, g, v, transpose) = _split(arguments)
+    backend, problem = _choose(problem)
+    if not backend.applies_plan:
+        backend = registry.BACKENDS["reference"]
     f, g, v = f.contiguous(), g.contiguous(), v.contiguous()
-    with torch.autocast(arguments.x.device.type, enabled=False):
+    multiply = backend.load().apply_plan
+    with torch.autocast(problem.x.device.type, enabled=False):
         if backend.dense:
-            product = PaddedProblem(arguments).apply_plan(backend.apply_plan, f, g, v, transpose)
+            product = PaddedProblem(problem).apply_plan(multiply, f, g, v, transpose)
         else:
-            product = backend.apply_plan(arguments, f, g, v, transpose)
-    return product.contiguous()
+            product = multiply(problem, f, g, v, transpose)
+    contiguous: Tensor = product.contiguous()
+    return contiguous
 
 
 # ----------------------------------------------------------------------------------------- shapes
 
 
-def _forward_fake(*values: Any) -> tuple[Tensor, ...]:
-    p = Problem(*values)
-    return tuple(Solution.empty(p.log_a, p.log_b, p.epsilon, p.gradient))
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(Solution.allocate(Problem(*arguments)))
 
 
-def _backward_fake(*values: Any) -> tuple[Tensor, ...]:
-    p = Problem(*values[4 : 4 + _COUNT])
-    need_x, need_y = values[-2:]
-    y = p.x if p.y is None else p.y
-    grad_x = p.x.new_empty(p.x.shape if need_x else 0)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, (*_saved, need_x, need_y) = _split(arguments[_UPSTREAM_COUNT:])
+    x, log_a, log_b = problem.x, problem.log_a, problem.log_b
+    y = x if problem.y is None else problem.y
+    grad_x = x.new_empty(x.shape if need_x else 0)
     grad_y = y.new_empty(y.shape if need_y else 0)
-    return grad_x, grad_y, p.log_a.new_empty(p.log_a.shape), p.log_b.new_empty(p.log_b.shape)
+    return grad_x, grad_y, log_a.new_empty(log_a.shape), log_b.new_empty(log_b.shape)
 
 
-def _apply_plan_fake(*values: Any) -> Tensor:
-    p, (_f, _g, v, transpose) = Problem(*values[:_COUNT]), values[_COUNT:]
-    lines = p.log_b if transpose else p.log_a
-    product: Tensor = v.new_empty(*lines.shape, v.shape[-1])
+def _apply_plan_fake(*arguments: Any) -> Tensor:
+    problem, (_f, _g, v, transpose) = _split(arguments)
+    log_mass = problem.log_b if transpose else problem.log_a
+    product: Tensor = v.new_empty(*log_mass.shape, v.shape[-1])
     return product
 
 
 # ------------------------------------------------------------------------------------- derivatives
 
 
-def _keep(ctx: Any, values: tuple[Any, ...], *outputs: Tensor) -> None:
-    """Save the fields of Problem, of which only tensors may be saved as such, and outputs."""
-    ctx.places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-    ctx.others = [None if isinstance(value, Tensor) else value for value in values]
-    ctx.save_for_backward(*(values[i] for i in ctx.places), *outputs)
+def _save_problem(ctx: Any, fields: tuple[Any, ...], *tensors: Tensor) -> None:
+    """Save the fields of a Problem, and tensors; autograd saves tensors apart from other values."""
+    ctx.positions = [i for i, value in enumerate(fields) if isinstance(value, Tensor)]
+    ctx.other_fields = [None if isinstance(value, Tensor) else value for value in fields]
+    ctx.save_for_backward(*(fields[i] for i in ctx.positions), *tensors)
 
 
-def _kept(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
-    values, count = list(ctx.others), len(ctx.places)
-    for place, tensor in zip(ctx.places, ctx.saved_tensors[:count], strict=True):
-        values[place] = tensor
-    return values, ctx.saved_tensors[count:]
+def _saved_problem(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """Return the fields and tensors of ``_save_problem``."""
+    fields, count = list(ctx.other_fields), len(ctx.positions)
+    for position, tensor in zip(ctx.positions, ctx.saved_tensors[:count], strict=True):
+        fields[position] = tensor
+    return fields, ctx.saved_tensors[count:]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    outputs = Solution(*output)
-    _keep(ctx, inputs, outputs.f, outputs.g, outputs.w, outputs.z, outputs.n_iter)
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    solution = Solution(*output)
+    _save_problem(ctx, inputs, solution.f, solution.g, solution.w, solution.z, solution.n_iter)
     ctx.unrolled = Problem(*inputs).gradient == "unroll"
-    ctx.mark_non_differentiable(*(outputs[4:] if ctx.unrolled else outputs[2:]))
+    differentiable = 4 if ctx.unrolled else 2  # value, value_linear, f and g
+    ctx.mark_non_differentiable(*solution[differentiable:])
 
 
-def _derivative(
+def _differentiate_forward(
     ctx: Any,
     grad_value: Tensor,
     grad_value_linear: Tensor,
@@ -173,44 +193,44 @@ def _derivative(
     grad_g: Tensor,
     *_unused: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    values, outputs = _kept(ctx)
+    fields, saved = _saved_problem(ctx)
     need_x, need_y = ctx.needs_input_grad[:2]
     potentials = (grad_f, grad_g) if ctx.unrolled else (None, None)
     grad_x, grad_y, grad_log_a, grad_log_b = torch.ops.optical.sinkhorn_backward.default(
-        grad_value, grad_value_linear, *potentials, *values, *outputs, need_x, need_y
+        grad_value, grad_value_linear, *potentials, *fields, *saved, need_x, need_y
     )
     gradients: dict[str, Tensor | None] = {"log_a": grad_log_a, "log_b": grad_log_b}
     gradients["x"], gradients["y"] = grad_x if need_x else None, grad_y if need_y else None
     return tuple(gradients.get(name) for name in Problem._fields)
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     return None
 
 
-def _no_second_derivative(ctx: Any, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate_backward(ctx: Any, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     raise RuntimeError(
-        "optical.sinkhorn has no second derivative; differentiate optical.backends.reference.sinkhorn, "
-        "which is plain PyTorch, with autograd instead"
+        "optical.sinkhorn has no second derivative; differentiate "
+        "optical.backends.reference.sinkhorn, which is plain PyTorch, with autograd instead"
     )
 
 
-def _save_for_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    f, g, _v, ctx.transpose = inputs[_COUNT:]
-    _keep(ctx, inputs[:_COUNT], f, g)
+def _setup_apply_plan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    problem, (f, g, _v, ctx.transpose) = _split(inputs)
+    _save_problem(ctx, problem, f, g)
 
 
-def _derivative_of_product(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, (f, g) = _kept(ctx)
-    grad_v = apply_plan(Problem(*values), f, g, grad, not ctx.transpose)
-    return *[None] * (_COUNT + 2), grad_v, None
+def _differentiate_apply_plan(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    fields, (f, g) = _saved_problem(ctx)
+    grad_v = apply_plan(Problem(*fields), f, g, grad, not ctx.transpose)
+    return *[None] * (_PROBLEM_COUNT + 2), grad_v, None
 
 
-# ----------------------------------------------------------------------------------------- batching
+# ---------------------------------------------------------------------------------------- batching
 
 
-def _flattened(size: int, values: tuple[Any, ...], dims: tuple[Any, ...]) -> list[Any]:
-    """Every tensor with the mapped dimension put into its first one, the problems."""
+def _flatten_batch(size: int, values: tuple[Any, ...], dims: tuple[Any, ...]) -> list[Any]:
+    """Merge the mapped dimension of every tensor with its first one, the problems."""
     flat = []
     for value, dim in zip(values, dims, strict=True):
         if isinstance(value, Tensor):
@@ -220,18 +240,19 @@ def _flattened(size: int, values: tuple[Any, ...], dims: tuple[Any, ...]) -> lis
     return flat
 
 
-def _batched(op: Any, first: int) -> Any:
-    """The vmap rule of an operator whose Problem begin at position ``first``."""
+def _vmap_rule(op: Any, before: int) -> Any:
+    """Return the vmap rule of an op with ``before`` arguments before the fields of its Problem."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *values: Any) -> tuple[Any, Any]:
-        if Problem(*values[first : first + _COUNT]).packed:
+        problem, _ = _split(values[before:])
+        if problem.packed:
             raise ValueError(
                 "vmap over packed problems is not possible: give cu_seqlens of all of them instead"
             )
         size = info.batch_size
-        results = op(*_flattened(size, values, in_dims))
+        results = op(*_flatten_batch(size, values, in_dims))
         single = isinstance(results, Tensor)
-        # What was not asked for has shape (0,) and no problems to separate.
+        # An output that was not requested has shape (0,) and no problems to separate.
         separate = [
             (x, None) if x.dim() == 1 and not len(x) else (x.unflatten(0, (size, -1)), 0)
             for x in ([results] if single else results)
@@ -242,20 +263,21 @@ def _batched(op: Any, first: int) -> Any:
     return rule
 
 
-_library.impl("sinkhorn", _forward, "CompositeExplicitAutograd")
-_library.impl("sinkhorn_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("apply_plan", _apply_plan, "CompositeExplicitAutograd")
-for _name, _fake, _setup, _formula, _first in (
-    ("sinkhorn", _forward_fake, _save, _derivative, 0),
-    ("sinkhorn_backward", _backward_fake, _save_nothing, _no_second_derivative, 4),
-    ("apply_plan", _apply_plan_fake, _save_for_product, _derivative_of_product, 0),
+for _name, _implementation, _fake, _setup, _differentiate, _before in (
+    ("sinkhorn", _forward, _forward_fake, _setup_forward, _differentiate_forward, 0),
+    (
+        *("sinkhorn_backward", _backward, _backward_fake, _setup_backward),
+        *(_differentiate_backward, _UPSTREAM_COUNT),
+    ),
+    ("apply_plan", _apply_plan, _apply_plan_fake, _setup_apply_plan, _differentiate_apply_plan, 0),
 ):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"optical::{_name}", _fake, lib=_library)
     torch.library.register_autograd(
-        f"optical::{_name}", _formula, setup_context=_setup, lib=_library
+        f"optical::{_name}", _differentiate, setup_context=_setup, lib=_library
     )
     torch.library.register_vmap(
         f"optical::{_name}",
-        _batched(getattr(torch.ops.optical, _name).default, _first),
+        _vmap_rule(getattr(torch.ops.optical, _name).default, _before),
         lib=_library,
     )

@@ -1,4 +1,4 @@
-"""What the functions return."""
+"""``SinkhornResult``, the return type of the public functions."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from optical.ot import operator, validation
 
 @dataclass(frozen=True)
 class SinkhornResult:
-    """What ``sinkhorn`` and ``sinkhorn_vectors`` return, as tensors on the device of the cost.
+    """Solution of a batch of problems, as tensors on the device of the cost.
 
-    For packed problems, (batch, n) reads (N,) and (batch, m) reads (M,).
+    ``value`` and ``value_linear`` are differentiable; f, g and the plan are only with
+    ``gradient="unroll"``. For packed problems, the shapes (batch, n) and (batch, m) below are (N,)
+    and (M,).
 
     Attributes:
-        value: (batch,) <plan, cost> + epsilon * KL(plan || a b), plus, for each side that rho
-            relaxes, rho * KL(its sums || its masses): the objective of the plan returned.
-        value_linear: (batch,) <plan, cost>, the transport part.
-        f: (batch, n) potential of the rows, 0 where absent.
-        g: (batch, m) potential of the columns, 0 where absent.
-        marginal_error: (batch,) L1 distance of the plan's sums from those of the optimal plan: from
-            a and b, or from a exp(-f / rho_a) and b exp(-g / rho_b) on a relaxed side.
-        n_iter: (batch,) int32, iterations each problem ran.
-        status: (batch,) int32, an ``optical.Status``: CONVERGED (within tol), MAX_ITER, EMPTY (a
-            side without a present line; everything is 0), or INFEASIBLE (an input that was not a
-            number, which makes the outputs of that problem NaN; or, with fixed marginals, masses
-            that differ by more than a thousandth or a line whose every pair is forbidden, and then
-            the numbers are those of the iterations).
-        gradient_residual: (batch,) with ``gradient="implicit"``, how far the linear system behind
-            the gradient of ``value_linear`` was left unsolved, relatively; otherwise 0.
-
-    ``value`` and ``value_linear`` are differentiable; f, g and the plan are too only with
-    ``gradient="unroll"``.
+        value: (batch,) objective of the returned plan,
+            ``<plan, cost> + epsilon * KL(plan || a b)``, plus ``rho * KL(sums || masses)`` for each
+            side that ``rho`` relaxes.
+        value_linear: (batch,) transport cost ``<plan, cost>``.
+        f: (batch, n) potential of the rows, 0 for padding.
+        g: (batch, m) potential of the columns, 0 for padding.
+        marginal_error: (batch,) L1 distance of the plan's sums from those of the optimal plan: a
+            and b, or ``a * exp(-f / rho_a)`` and ``b * exp(-g / rho_b)`` on a relaxed side.
+        n_iter: (batch,) int32, number of iterations run.
+        status: (batch,) int32, an ``optical.Status``. CONVERGED: within ``tol``. MAX_ITER: all
+            iterations ran. EMPTY: all rows or all columns are padding; every output is 0.
+            INFEASIBLE: an input is NaN or out of range, and the outputs of the problem are NaN; or
+            marginals are fixed and their total masses differ by more than 0.1 %, or a valid row or
+            column has no allowed pair, and the outputs are those of the iterations.
+        gradient_residual: (batch,) with ``gradient="implicit"``, the relative residual of the
+            linear system behind the gradient of ``value_linear``; otherwise 0.
     """
 
     value: Tensor
@@ -48,15 +48,15 @@ class SinkhornResult:
     n_iter: Tensor
     status: Tensor
     gradient_residual: Tensor
-    arguments: Problem = field(repr=False)
+    problem: Problem = field(repr=False)
 
     def plan(self) -> Tensor:
-        """Compute the coupling (batch, n, m) from the potentials; it is stored nowhere.
+        """Compute the plan (batch, n, m) from the potentials; it is not stored.
 
-        Absent and forbidden pairs are exactly 0. Packed problems are padded to the longest ones,
+        Padding and forbidden pairs are exactly 0. Packed problems are padded to the longest one,
         whose length is read from the device.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from optical import sinkhorn
             >>> result = sinkhorn(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), epsilon=0.1)
@@ -64,24 +64,24 @@ class SinkhornResult:
             tensor([1.])
         """
         with torch.autocast(self.f.device.type, enabled=False):
-            return PaddedProblem(self.arguments).plan(self.f, self.g)
+            return PaddedProblem(self.problem).plan(self.f, self.g)
 
     def apply_plan(self, v: Tensor, transpose: bool = False) -> Tensor:
-        """Multiply the coupling with vectors; differentiable in v, and only in v.
+        """Multiply the plan with vectors; differentiable with respect to v only.
 
         Args:
-            v: (batch, m, k), one vector per column (packed: (M, k)); with ``transpose`` (batch, n,
-                k), one per row. Vectors of absent columns are never read as numbers.
-            transpose: multiply the transposed coupling.
+            v: (batch, m, k), one vector per column (packed: (M, k)); with ``transpose``,
+                (batch, n, k), one per row. Vectors of padding are never used.
+            transpose: multiply the transposed plan.
 
         Returns:
-            (batch, n, k) in the dtype of f, or with ``transpose`` (batch, m, k). The rows of
+            (batch, n, k) in the dtype of f, or (batch, m, k) with ``transpose``. The rows of
             ``apply_plan(y) / apply_plan(ones)`` are the barycentric images of the rows' tokens.
 
         Raises:
             TypeError, ValueError: v has a wrong type, dtype, shape or device.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from optical import sinkhorn
             >>> result = sinkhorn(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), epsilon=0.05)
@@ -89,18 +89,17 @@ class SinkhornResult:
             tensor([[[1.5000],
                      [2.5000]]])
         """
-        lines = self.f if transpose else self.g
+        potential = self.f if transpose else self.g
         layout = "one vector per row" if transpose else "one vector per column"
-        validation.check_floating(
-            "v", v, f"{lines.dim() + 1} dimensions, {layout}", lines.dim() + 1
-        )
-        validation.check_shape("v", v, (*lines.shape, v.shape[-1]), layout)
-        validation.check_device("v", v, "the result", lines)
-        fixed, f, g = detached(self.arguments), self.f.detach(), self.g.detach()
-        return operator.apply_plan(fixed, f, g, v.to(f.dtype), transpose)
+        dim = potential.dim() + 1
+        validation.check_floating("v", v, f"{dim} dimensions, {layout}", dim)
+        validation.check_shape("v", v, (*potential.shape, v.shape[-1]), layout)
+        validation.check_device("v", v, "the result", potential)
+        problem, f, g = detached(self.problem), self.f.detach(), self.g.detach()
+        return operator.apply_plan(problem, f, g, v.to(f.dtype), transpose)
 
 
-def detached(arguments: Problem) -> Problem:
-    """The same arguments, cut off from what they were computed from."""
-    fields: list[Any] = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+def detached(problem: Problem) -> Problem:
+    """Return the problem with its tensors detached from the autograd graph."""
+    fields: list[Any] = [x.detach() if isinstance(x, Tensor) else x for x in problem]
     return Problem(*fields)

@@ -1,4 +1,4 @@
-"""Named transport problems, ordinary and hard, on which every implementation is tested."""
+"""Named transport problems, ordinary and difficult, on which every backend is tested."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from torch import Tensor
 from optical.backends.dense import PaddedProblem
 from optical.backends.problem import Problem
 
-# The L1 error at which runs that are compared at convergence stop: what the dtype can reach.
+# L1 marginal error at which runs that are compared at convergence stop.
 CONVERGED = {torch.float64: 1e-13, torch.float32: 3e-6}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of transport problems in float64: a name and the fields of ``Problem``.
+    """A named batch of transport problems in float64.
 
-    ``x`` is a cost (B, n, m), or with ``y`` and another ``kind`` the vectors of the rows. With
-    ``converged``, implementations may take different ways and are compared where they stop. With
-    ``singular``, entries of the plan that round to 0 decide how much mass flows between parts of
-    the problem: the linear system behind implicit gradients is then solved, but its solution has
-    no digits to compare.
+    Attributes:
+        name: unique among ``all_cases``.
+        x: a cost (B, n, m), or with ``y`` and another ``kind`` the vectors of the rows.
+        converged: backends may take different iterations and are compared at convergence.
+        singular: entries of the plan that round to 0 determine the mass exchanged between blocks
+            of the problem. Backends then solve the linear system of implicit gradients, but the
+            digits of its solution are not compared.
+
+    The other attributes are fields of ``optical.backends.Problem``.
     """
 
     name: str
@@ -52,22 +56,23 @@ class Case:
     converged: bool = False
     singular: bool = False
 
-    def arguments(self, gradient: str = "envelope", backend: str = "auto") -> Problem:
-        own = {name: getattr(self, name) for name in Problem._fields if hasattr(self, name)}
-        return Problem(**own, gradient=gradient, backend=backend)
+    def problem(self, gradient: str = "envelope", backend: str = "auto") -> Problem:
+        """Return the case as the operator receives it."""
+        fields = {name: getattr(self, name) for name in Problem._fields if hasattr(self, name)}
+        return Problem(**fields, gradient=gradient, backend=backend)
 
     @property
     def cost(self) -> Tensor:
-        """(B, n, m), built and padded where the problem has vectors."""
-        return PaddedProblem(self.arguments()).given.x
+        """The padded cost (B, n, m), computed if the case has vectors."""
+        return PaddedProblem(self.problem()).with_cost.x
 
     @property
     def scale(self) -> float:
-        """The size of a cost, against which errors of values and potentials are measured."""
-        p = PaddedProblem(self.arguments()).given
-        present = (p.log_a > -math.inf)[:, :, None] & (p.log_b > -math.inf)[:, None, :]
-        readable = p.x[present & p.x.isfinite()]
-        largest = [x.abs().max().item() for x in (readable, self.epsilon) if x.numel()]
+        """Magnitude of the costs, to which errors of values and potentials are relative."""
+        padded = PaddedProblem(self.problem()).with_cost
+        valid = (padded.log_a > -math.inf)[:, :, None] & (padded.log_b > -math.inf)[:, None, :]
+        costs = padded.x[valid & padded.x.isfinite()]
+        largest = [x.abs().max().item() for x in (costs, self.epsilon) if x.numel()]
         return max(largest, default=1.0)
 
     def to(
@@ -76,22 +81,19 @@ class Case:
         device: torch.device | str = "cpu",
         vectors: torch.dtype | None = None,
     ) -> Case:
-        """The same problem as an implementation of that dtype and device receives it.
-
-        ``vectors`` is the dtype of x and y where they are vectors, if another.
-        """
+        """Convert to a dtype and device; ``vectors`` is the dtype of token vectors, if another."""
         moved = {}
         for name in ("x", "y", "log_a", "log_b", "epsilon", "f0", "g0", "cu_a", "cu_b"):
             value = getattr(self, name)
             if value is not None:
-                wanted = dtype if value.is_floating_point() else value.dtype
+                target = dtype if value.is_floating_point() else value.dtype
                 if name in ("x", "y") and self.kind != "given":
-                    wanted = vectors or dtype
-                moved[name] = value.to(device, wanted)
+                    target = vectors or dtype
+                moved[name] = value.to(device, target)
         return replace(self, **moved)
 
-    def one(self, index: int) -> Case:
-        """Problem ``index`` alone, as a batch of one."""
+    def select(self, index: int) -> Case:
+        """Return problem ``index`` as a batch of one."""
         rows = columns = slice(index, index + 1)
         changes: dict[str, Any] = {"epsilon": self.epsilon[rows]}
         if self.cu_a is not None and self.cu_b is not None:
@@ -106,28 +108,28 @@ class Case:
         return replace(self, name=f"{self.name}[{index}]", **changes)
 
     def without_padding(self, index: int) -> Case:
-        """Problem ``index`` alone, as a batch of one from which absent entries were cut."""
-        p = self.one(index)
-        rows, columns = p.log_a[0] > -math.inf, p.log_b[0] > -math.inf
+        """Return problem ``index`` as a batch of one, without its padding."""
+        single = self.select(index)
+        rows, columns = single.log_a[0] > -math.inf, single.log_b[0] > -math.inf
         return replace(
-            p,
-            x=p.x[:, rows] if p.y is not None else p.x[:, rows][:, :, columns],
-            y=None if p.y is None else p.y[:, columns],
-            log_a=p.log_a[:, rows],
-            log_b=p.log_b[:, columns],
-            f0=None if p.f0 is None else p.f0[:, rows],
-            g0=None if p.g0 is None else p.g0[:, columns],
+            single,
+            x=single.x[:, rows] if single.y is not None else single.x[:, rows][:, :, columns],
+            y=None if single.y is None else single.y[:, columns],
+            log_a=single.log_a[:, rows],
+            log_b=single.log_b[:, columns],
+            f0=None if single.f0 is None else single.f0[:, rows],
+            g0=None if single.g0 is None else single.g0[:, columns],
         )
 
 
-def uniform(batch: int, size: int, lengths: list[int] | None = None) -> Tensor:
-    """(batch, size) log-masses, uniform over the first ``lengths`` entries and -inf after them."""
+def uniform_log_mass(batch: int, size: int, lengths: list[int] | None = None) -> Tensor:
+    """Return (batch, size) log-masses: uniform over the first ``lengths`` entries, then -inf."""
     counts = torch.tensor(lengths if lengths is not None else [size] * batch, dtype=torch.float64)
-    present = torch.arange(size)[None, :] < counts[:, None]
-    return torch.where(present, -counts.clamp(min=1).log()[:, None], -math.inf)
+    valid = torch.arange(size)[None, :] < counts[:, None]
+    return torch.where(valid, -counts.clamp(min=1).log()[:, None], -math.inf)
 
 
-def random_problem(
+def random_case(
     name: str,
     batch: int,
     n: int,
@@ -139,15 +141,15 @@ def random_problem(
     max_iter: int = 20,
     seed: int = 0,
 ) -> Case:
-    """Uniform random costs in [0, 1) with uniform marginals over the given lengths."""
+    """Make uniform random costs in [0, 1) with uniform marginals over the given lengths."""
     generator = torch.Generator().manual_seed(seed)
     cost = torch.rand(batch, n, m, generator=generator, dtype=torch.float64)
     temperature = torch.full((batch,), epsilon, dtype=torch.float64)
-    log_a, log_b = uniform(batch, n, rows), uniform(batch, m, columns)
+    log_a, log_b = uniform_log_mass(batch, n, rows), uniform_log_mass(batch, m, columns)
     return Case(name, cost, log_a, log_b, temperature, max_iter)
 
 
-def random_clouds(
+def random_vector_case(
     name: str,
     kind: str,
     *,
@@ -161,66 +163,66 @@ def random_clouds(
     max_iter: int = 20,
     seed: int = 0,
 ) -> Case:
-    """Normal random vectors, exact in every floating type, with uniform marginals."""
+    """Make normal random vectors, exact in every floating-point dtype, with uniform marginals."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, n, dim, generator=generator).bfloat16().double()
     y = torch.randn(batch, m, dim, generator=generator).bfloat16().double()
     temperature = torch.full((batch,), epsilon, dtype=torch.float64)
-    log_a, log_b = uniform(batch, n, rows), uniform(batch, m, columns)
+    log_a, log_b = uniform_log_mass(batch, n, rows), uniform_log_mass(batch, m, columns)
     return Case(name, x, log_a, log_b, temperature, max_iter, y=y, kind=kind)
 
 
-def packed(problem: Case) -> Case:
-    """The same problems behind one another, without padding."""
+def packed(case: Case) -> Case:
+    """Convert padded problems of vectors to packed ones."""
 
-    def ends(present: Tensor) -> Tensor:
-        return torch.cat([torch.zeros(1, dtype=torch.int64), present.sum(1).cumsum(0)])
+    def offsets(valid: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(1, dtype=torch.int64), valid.sum(1).cumsum(0)])
 
-    rows, columns = problem.log_a > -math.inf, problem.log_b > -math.inf
-    assert problem.y is not None, "only vectors can be packed"
+    rows, columns = case.log_a > -math.inf, case.log_b > -math.inf
+    assert case.y is not None, "only vectors can be packed"
     return replace(
-        problem,
-        name=f"{problem.name}_packed",
-        x=problem.x[rows],
-        y=problem.y[columns],
-        cu_a=ends(rows),
-        cu_b=ends(columns),
-        log_a=problem.log_a[rows],
-        log_b=problem.log_b[columns],
-        f0=None if problem.f0 is None else problem.f0[rows],
-        g0=None if problem.g0 is None else problem.g0[columns],
+        case,
+        name=f"{case.name}_packed",
+        x=case.x[rows],
+        y=case.y[columns],
+        cu_a=offsets(rows),
+        cu_b=offsets(columns),
+        log_a=case.log_a[rows],
+        log_b=case.log_b[columns],
+        f0=None if case.f0 is None else case.f0[rows],
+        g0=None if case.g0 is None else case.g0[columns],
     )
 
 
-def problems() -> Iterator[Case]:
-    """Every named problem."""
-    yield from plain_problems()
-    yield from option_problems()
-    yield from vector_problems()
+def all_cases() -> Iterator[Case]:
+    """Yield every named case."""
+    yield from plain_cases()
+    yield from option_cases()
+    yield from vector_cases()
 
 
-def plain_problems() -> Iterator[Case]:
-    """Given costs without options: shapes, ragged batches, degenerate ones, hard ones."""
-    yield random_problem("1x1", 2, 1, 1)
-    yield random_problem("1x9", 2, 1, 9)
-    yield random_problem("9x1", 2, 9, 1)
-    yield random_problem("7x5", 3, 7, 5)
-    yield random_problem("32x32", 2, 32, 32, epsilon=0.05)
-    yield random_problem("31x33", 2, 31, 33)
-    yield random_problem("63x64", 2, 63, 64, epsilon=0.05)
-    yield random_problem("252x123", 1, 252, 123, epsilon=0.05, max_iter=10)
-    yield random_problem("no_problem", 0, 7, 5)
-    yield random_problem("4099_problems", 4099, 3, 2, max_iter=5)
-    yield random_problem("ragged", 4, 12, 17, rows=[12, 1, 7, 9], columns=[3, 17, 16, 1])
-    yield random_problem("one_fully_masked", 3, 6, 8, rows=[6, 0, 4], columns=[8, 5, 0])
-    yield random_problem("one_token_sides", 3, 5, 5, rows=[1, 5, 1], columns=[5, 1, 1])
+def plain_cases() -> Iterator[Case]:
+    """Yield given costs without options: shapes, ragged, degenerate and difficult problems."""
+    yield random_case("1x1", 2, 1, 1)
+    yield random_case("1x9", 2, 1, 9)
+    yield random_case("9x1", 2, 9, 1)
+    yield random_case("7x5", 3, 7, 5)
+    yield random_case("32x32", 2, 32, 32, epsilon=0.05)
+    yield random_case("31x33", 2, 31, 33)
+    yield random_case("63x64", 2, 63, 64, epsilon=0.05)
+    yield random_case("252x123", 1, 252, 123, epsilon=0.05, max_iter=10)
+    yield random_case("no_problem", 0, 7, 5)
+    yield random_case("4099_problems", 4099, 3, 2, max_iter=5)
+    yield random_case("ragged", 4, 12, 17, rows=[12, 1, 7, 9], columns=[3, 17, 16, 1])
+    yield random_case("one_fully_masked", 3, 6, 8, rows=[6, 0, 4], columns=[8, 5, 0])
+    yield random_case("one_token_sides", 3, 5, 5, rows=[1, 5, 1], columns=[5, 1, 1])
     for epsilon in (1.0, 0.01, 0.001):
-        problem = random_problem(f"epsilon_{epsilon:g}", 2, 20, 24, epsilon=epsilon, max_iter=50)
-        yield replace(problem, singular=epsilon == 0.001)
-    yield random_problem("no_iteration", 2, 7, 5, max_iter=0)
-    yield random_problem("one_iteration", 2, 7, 5, max_iter=1)
+        case = random_case(f"epsilon_{epsilon:g}", 2, 20, 24, epsilon=epsilon, max_iter=50)
+        yield replace(case, singular=epsilon == 0.001)
+    yield random_case("no_iteration", 2, 7, 5, max_iter=0)
+    yield random_case("one_iteration", 2, 7, 5, max_iter=1)
 
-    base = random_problem("", 3, 13, 10, seed=1)
+    base = random_case("", 3, 13, 10, seed=1)
     yield replace(base, name="equal_costs", x=torch.full_like(base.x, 0.5))
     yield replace(base, name="large_costs", x=1e3 * base.x, epsilon=100 * base.epsilon)
     yield replace(base, name="negative_costs", x=base.x - 2)
@@ -241,23 +243,21 @@ def plain_problems() -> Iterator[Case]:
     forbidden[0, 4, :] = True
     forbidden[1, :, 3] = True
     forbidden[2] = True
-    yield replace(base, name="forbidden_lines", x=base.x.masked_fill(forbidden, math.inf))
-    yield poisoned(
-        random_problem("nan_padding", 4, 9, 11, rows=[9, 3, 0, 5], columns=[2, 11, 4, 8])
-    )
-    # Two far clusters whose masses differ: the potentials move far before the plan settles.
+    yield replace(base, name="no_allowed_pair", x=base.x.masked_fill(forbidden, math.inf))
+    yield poisoned(random_case("nan_padding", 4, 9, 11, rows=[9, 3, 0, 5], columns=[2, 11, 4, 8]))
+    # Two distant clusters of different mass: the potentials change a lot before the plan converges.
     blocks = (torch.arange(16)[:, None] < 8) ^ (torch.arange(16)[None, :] < 4)
-    clusters = random_problem("clusters", 2, 16, 16, epsilon=0.02, max_iter=60, seed=3)
+    clusters = random_case("clusters", 2, 16, 16, epsilon=0.02, max_iter=60, seed=3)
     yield replace(clusters, x=0.1 * clusters.x + 2 * blocks, singular=True)
 
 
-def option_problems() -> Iterator[Case]:
-    """Given costs with every option, alone and together."""
-    base = random_problem("", 3, 11, 14, rows=[11, 6, 9], columns=[14, 14, 5], seed=4)
+def option_cases() -> Iterator[Case]:
+    """Yield given costs with each option, alone and combined."""
+    base = random_case("", 3, 11, 14, rows=[11, 6, 9], columns=[14, 14, 5], seed=4)
     generator = torch.Generator().manual_seed(5)
     f0 = torch.randn(3, 11, generator=generator, dtype=torch.float64)
     g0 = torch.randn(3, 14, generator=generator, dtype=torch.float64)
-    # What stands at absent lines is not read.
+    # Initial potentials of padding are not used.
     g0[:, -1] = torch.where(base.log_b[:, -1] > -math.inf, g0[:, -1], math.nan)
     forbidden = base.x.clone()
     forbidden[0, 2], forbidden[1, :, 3], forbidden[2, 1, 1] = math.inf, math.inf, math.inf
@@ -270,17 +270,17 @@ def option_problems() -> Iterator[Case]:
     yield replace(heavy, name="rho_of_columns", rho_b=1.0)
     yield replace(heavy, name="rho_weak", rho_a=0.01, rho_b=0.02)
     yield replace(base, name="rho_strong", rho_a=1e3, rho_b=1e3, max_iter=60)
-    yield replace(heavy, name="rho_forbidden_lines", rho_a=0.5, rho_b=0.5, x=forbidden)
+    yield replace(heavy, name="rho_no_allowed_pair", rho_a=0.5, rho_b=0.5, x=forbidden)
     yield replace(
         heavy, name="rho_large_costs", rho_a=50.0, x=1e3 * base.x, epsilon=base.epsilon * 100
     )
-    # Masses that are 0 in float32, with potentials by which a penalty asks for a part of 1 all the
-    # same: a number that is 0 times one that is infinite.
+    # Masses that underflow in float32, with potentials for which the penalised sums a exp(-f / rho)
+    # are of order 1: the product of a zero and an infinite factor.
     weak: dict[str, Any] = {"rho_a": 0.01, "rho_b": 0.01, "tol": 1e-4}
     cheap, light_a, light_b = base.x.clone(), base.log_a.clone(), base.log_b.clone()
     cheap[0, 2], light_a[0, 2], cheap[1, :, 3], light_b[1, 3] = -11, -105, -11, -105
     yield replace(base, name="rho_mass_0", x=cheap, log_a=light_a, log_b=light_b, **weak)
-    # Every entry of the plan is 0, of lines that have allowed pairs all the same.
+    # Every entry of the plan underflows although pairs are allowed.
     cold: dict[str, Any] = {"x": base.x + 20, "max_iter": 0, "rho_a": 0.5, "rho_b": 0.5}
     yield replace(base, name="rho_no_iteration", **cold)
     yield replace(base, name="omega", omega=1.5)
@@ -294,30 +294,32 @@ def option_problems() -> Iterator[Case]:
     yield replace(everything, name="everything")
     stopping: dict[str, Any] = {"tol": CONVERGED[torch.float64], "max_iter": 300}
     stopping["converged"] = True
-    hard = random_problem("", 3, 12, 15, epsilon=0.05, rows=[12, 12, 5], seed=6)
+    hard = random_case("", 3, 12, 15, epsilon=0.05, rows=[12, 12, 5], seed=6)
     for memory in (1, 5, 16):
         yield replace(hard, name=f"anderson_{memory}", anderson=memory, **stopping)
     yield replace(hard, name="anderson_rho", anderson=6, rho_a=0.5, rho_b=1.0, **stopping)
     yield replace(hard, name="anderson_anneal", anderson=6, anneal_start=1.0, **stopping)
 
 
-def vector_problems() -> Iterator[Case]:
-    """Token vectors of each kind, padded and packed, ordinary and hard."""
+def vector_cases() -> Iterator[Case]:
+    """Yield token vectors of each kind of cost, padded and packed, ordinary and difficult."""
     lengths: dict[str, Any] = {"batch": 4, "rows": [9, 3, 0, 5], "columns": [2, 12, 4, 7]}
     for kind in ("cosine", "sqeuclidean", "dot"):
         epsilon = 0.1 if kind == "cosine" else 2.0
-        yield random_clouds(f"{kind}_1x1", kind, n=1, m=1, epsilon=epsilon)
-        yield random_clouds(f"{kind}_1x5", kind, n=1, m=5, dim=1, epsilon=epsilon)
-        yield random_clouds(f"{kind}_6x1", kind, n=6, m=1, dim=3, epsilon=epsilon)
-        yield random_clouds(f"{kind}_33x31", kind, n=33, m=31, dim=65, epsilon=4 * epsilon, seed=1)
-        ragged = random_clouds(f"{kind}_ragged", kind, epsilon=epsilon, seed=2, **lengths)
+        yield random_vector_case(f"{kind}_1x1", kind, n=1, m=1, epsilon=epsilon)
+        yield random_vector_case(f"{kind}_1x5", kind, n=1, m=5, dim=1, epsilon=epsilon)
+        yield random_vector_case(f"{kind}_6x1", kind, n=6, m=1, dim=3, epsilon=epsilon)
+        yield random_vector_case(
+            f"{kind}_33x31", kind, n=33, m=31, dim=65, epsilon=4 * epsilon, seed=1
+        )
+        ragged = random_vector_case(f"{kind}_ragged", kind, epsilon=epsilon, seed=2, **lengths)
         yield poisoned(ragged)
         yield packed(ragged)
         yield replace(packed(ragged), name=f"{kind}_packed_rho", rho_a=0.5, rho_b=math.inf)
         yield replace(ragged, name=f"{kind}_low_memory", low_memory=True)
     lengths = {"rows": [3, 0, 2, 0], "columns": [48, 40, 0, 70]}
-    yield packed(random_clouds("empty_sides", "cosine", batch=4, n=3, m=70, **lengths))
-    clouds = random_clouds("", "cosine", n=10, m=10, dim=16, seed=3)
+    yield packed(random_vector_case("empty_sides", "cosine", batch=4, n=3, m=70, **lengths))
+    clouds = random_vector_case("", "cosine", n=10, m=10, dim=16, seed=3)
     x, y = clouds.x, clouds.y
     assert y is not None
     zero = x.clone()
@@ -358,16 +360,17 @@ def vector_problems() -> Iterator[Case]:
     yield replace(converged, name="packed_anderson", anderson=5)
 
 
-def poisoned(problem: Case) -> Case:
-    """The same problem with NaN and infinities wherever a row or a column is absent."""
-    absent_a, absent_b = problem.log_a == -math.inf, problem.log_b == -math.inf
-    if problem.y is None:
-        return replace(problem, x=_poison(problem.x, absent_a[:, :, None] | absent_b[:, None, :]))
-    x, y = _poison(problem.x, absent_a[..., None]), _poison(problem.y, absent_b[..., None])
-    return replace(problem, x=x, y=y)
+def poisoned(case: Case) -> Case:
+    """Replace the padding of costs or vectors by NaN, infinities and large numbers."""
+    padding_a, padding_b = case.log_a == -math.inf, case.log_b == -math.inf
+    if case.y is None:
+        return replace(case, x=_poison(case.x, padding_a[:, :, None] | padding_b[:, None, :]))
+    x, y = _poison(case.x, padding_a[..., None]), _poison(case.y, padding_b[..., None])
+    return replace(case, x=x, y=y)
 
 
 def _poison(values: Tensor, where: Tensor) -> Tensor:
-    bad = torch.tensor([math.nan, math.inf, -math.inf, 1e30], dtype=values.dtype)
-    pattern = bad.to(values.device)[torch.arange(values[0].numel()) % 4].view_as(values[0])
+    fillings = torch.tensor([math.nan, math.inf, -math.inf, 1e30], dtype=values.dtype)
+    index = torch.arange(values[0].numel()) % 4
+    pattern = fillings.to(values.device)[index].view_as(values[0])
     return torch.where(where, pattern, values)

@@ -1,11 +1,11 @@
-"""The one tolerance rule, shared by the tests and the benchmarks, and all that it is applied to.
+"""The tolerance rule for backends, shared by tests and benchmarks.
 
-The rule: an implementation may be as wrong as plain PyTorch in the same dtype, plus a little:
+A backend may be as inaccurate as plain PyTorch in the same dtype, plus a small tolerance:
 
     max |out - truth| <= max |same-dtype reference - truth| + TOLERANCE[dtype] * scale
 
 where truth is the float64 reference run for the same number of iterations. Problems with
-``precision="fast"`` are allowed ``FAST`` on top, in units of their own.
+``precision="fast"`` are allowed ``FAST`` in addition.
 """
 
 from __future__ import annotations
@@ -19,17 +19,14 @@ from torch import Tensor
 
 from optical.backends.problem import GRADIENTS
 from optical.ot import operator
-from optical.testing.cases import (
-    CONVERGED,
-    Case,
-)
+from optical.testing.cases import CONVERGED, Case
 
-# A change of this table is a decision about the project, never a way to make one test pass.
+# Do not change this table to make a single test pass.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-# What precision="fast" adds for these problems: a plan rounded by a share of 2**-11 is the plan of
-# costs that are off by epsilon * 2**-11. Shares of, in this order: epsilon times the mass; the
-# largest cost times the mass; the mass; epsilon, twice; the largest entry of each gradient. Where a
-# run stops by ``tol``, the iteration at which it does is not compared.
+# Additional tolerance for precision="fast". A plan rounded to a relative precision of 2**-11 is the
+# plan of costs that are off by epsilon * 2**-11. The units are: value, epsilon times mass;
+# value_linear, largest cost times mass; marginal_error, mass; f and g, epsilon; gradients, their
+# largest entry. With ``tol``, the iteration at which a problem stops is not compared.
 FAST = {"value": 2**-10, "value_linear": 5e-4, "marginal_error": 5e-4, "f": 5e-3, "g": 5e-3}
 FAST |= dict.fromkeys(("grad_x", "grad_y", "grad_log_a", "grad_log_b"), 5e-3)
 FIELDS = ("value", "value_linear", "f", "g", "marginal_error", "n_iter", "status")
@@ -45,16 +42,19 @@ def assert_close_to_truth(
     name: str,
     more: float = 0.0,
 ) -> None:
-    """Apply the tolerance rule of this module; on failure, show the worst entry.
+    """Apply the tolerance rule to one output; a failure reports its worst entry.
 
     Args:
-        out: what the implementation returned.
+        out: the output of the backend.
         truth: the float64 reference.
         same_dtype: the reference in ``dtype``.
-        dtype: which tolerance applies.
-        scale: the size of the quantity, multiplied by the tolerance.
-        name: the problem and the quantity, for the message.
-        more: what is allowed besides, for ``precision="fast"``.
+        dtype: the key of ``TOLERANCE``.
+        scale: magnitude of the quantity, multiplied by the tolerance.
+        name: the case and the quantity, for the message.
+        more: additional absolute tolerance, for ``precision="fast"``.
+
+    Raises:
+        AssertionError: the shape or a value is wrong.
     """
     out, same_dtype = out.to(truth), same_dtype.to(truth)
     if out.shape != truth.shape:
@@ -75,47 +75,49 @@ def assert_close_to_truth(
 
 def assert_backend_correct(
     backend: str,
-    problem: Case,
+    case: Case,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     gradients: Sequence[str] = GRADIENTS,
     vectors: torch.dtype | None = None,
 ) -> None:
-    """Run ``problem`` forward and backward and apply the tolerance rule to every output.
+    """Run a case forward and backward and apply the tolerance rule to every output.
 
     Args:
-        backend: the implementation.
-        problem: what it solves.
-        dtype: what it computes in.
-        device: where.
-        gradients: the modes to run; "unroll" is left out under Anderson, which has none.
-        vectors: the dtype of token vectors, if another.
+        backend: name of the backend.
+        case: the problems.
+        dtype: dtype of the computation.
+        device: device of the computation.
+        gradients: gradient modes to test; "unroll" is skipped under Anderson acceleration, which
+            does not support it.
+        vectors: dtype of the token vectors, if it differs.
+
+    Raises:
+        AssertionError: an output is wrong.
     """
-    given = problem.to(dtype, device, vectors)
-    exact = given.to(torch.float64, "cpu")
+    run = case.to(dtype, device, vectors)
+    exact = run.to(torch.float64, "cpu")
     skipped = {"residual"}
-    if problem.converged:
-        # Masses rounded to float32 sum to different totals, and no truth gets below that.
+    if case.converged:
+        # Masses rounded to float32 have unequal totals, below which no error can get.
         exact = replace(exact, tol=min(1e-6, CONVERGED[dtype]))
-        given = replace(given, tol=CONVERGED[dtype])
+        run = replace(run, tol=CONVERGED[dtype])
         skipped.add("n_iter")
-        if problem.rho_a == problem.rho_b == math.inf:
-            # Then (f + t, g - t) is a solution for every t, and each way ends at its own.
+        if case.rho_a == case.rho_b == math.inf:
+            # (f + t, g - t) is a solution for every t, and each backend converges to a different t.
             skipped |= {"f", "g", "grad_log_a", "grad_log_b"}
-    fast = problem.precision == "fast"
-    if fast and given.tol > 0:
+    if case.precision == "fast" and run.tol > 0:
         skipped |= {"n_iter", "status"}
-    mass = max(1.0, *(_mass(log_mass) for log_mass in (exact.log_a, exact.log_b)))
     for gradient in gradients:
-        if gradient == "unroll" and problem.anderson:
+        if gradient == "unroll" and case.anderson:
             continue
         truth = solve("reference", exact, gradient)
-        is_truth = dtype == torch.float64 and given.x.device.type == "cpu" and vectors is None
-        same_dtype = truth if is_truth else solve("reference", given, gradient)
-        out = solve(backend, given, gradient)
-        label = f"{backend} {problem.name} {gradient}"
+        is_truth = dtype == torch.float64 and run.x.device.type == "cpu" and vectors is None
+        same_dtype = truth if is_truth else solve("reference", run, gradient)
+        out = solve(backend, run, gradient)
+        label = f"{backend} {case.name} {gradient}"
         ignored = skipped
-        if problem.singular and gradient == "implicit":
+        if case.singular and gradient == "implicit":
             ignored = skipped | {"grad_x", "grad_y", "grad_log_a", "grad_log_b"}
             if not (out["residual"] <= 1e-2).all():
                 raise AssertionError(f"{label} residual: {out['residual']}; expected <= 0.01")
@@ -125,9 +127,7 @@ def assert_backend_correct(
         for field, expected in truth.items():
             if field in ignored:
                 continue
-            scale = mass if field in ("marginal_error", "grad_x") else exact.scale
-            if field.startswith("grad") and expected.numel():
-                scale = max(scale, expected.abs().max().item())
+            scale, more = _scale_and_allowance(field, exact, expected)
             assert_close_to_truth(
                 out[field].cpu(),
                 expected,
@@ -135,54 +135,67 @@ def assert_backend_correct(
                 dtype=dtype,
                 scale=scale,
                 name=f"{label} {field}",
-                more=FAST.get(field, 0.0) * _fast_unit(field, exact, mass, expected)
-                if fast
-                else 0.0,
+                more=more,
             )
-        _assert_absent_gradients_are_zero(given, out, label)
+        _assert_zero_gradients_of_padding(run, out, label)
 
 
-def _fast_unit(field: str, problem: Case, mass: float, expected: Tensor) -> float:
-    """What an entry of ``FAST`` is a share of."""
+def _scale_and_allowance(field: str, case: Case, truth: Tensor) -> tuple[float, float]:
+    """Magnitude of an output, and its additional tolerance for ``precision="fast"``."""
+    mass = max(1.0, *(_largest_mass(log_mass) for log_mass in (case.log_a, case.log_b)))
+    scale = mass if field in ("marginal_error", "grad_x") else case.scale
+    largest = truth.abs().max().item() if truth.numel() else 0.0
     if field.startswith("grad"):
-        return expected.abs().max().item() if expected.numel() else 0.0
-    epsilon = problem.epsilon.max().item() if problem.epsilon.numel() else 0.0
-    units = {"value": epsilon * mass, "value_linear": problem.scale * mass, "marginal_error": mass}
-    return units.get(field, epsilon)
+        scale = max(scale, largest)
+    if case.precision != "fast":
+        return scale, 0.0
+    unit = epsilon = case.epsilon.max().item() if case.epsilon.numel() else 0.0
+    if field.startswith("grad"):
+        unit = largest
+    elif field == "value":
+        unit = epsilon * mass
+    elif field == "value_linear":
+        unit = case.scale * mass
+    elif field == "marginal_error":
+        unit = mass
+    return scale, FAST.get(field, 0.0) * unit
 
 
-def _mass(log_mass: Tensor) -> float:
+def _largest_mass(log_mass: Tensor) -> float:
     total = log_mass.exp().sum(-1)
     return total.max().item() if total.numel() else 1.0
 
 
-def _assert_absent_gradients_are_zero(problem: Case, out: dict[str, Tensor], label: str) -> None:
-    rows, columns = problem.log_a == -math.inf, problem.log_b == -math.inf
-    absent = {"grad_log_a": rows, "grad_log_b": columns, "grad_x": rows, "grad_y": columns}
-    if problem.y is None:
-        absent["grad_x"] = rows[:, :, None] | columns[:, None, :]
-    for field, where in absent.items():
+def _assert_zero_gradients_of_padding(case: Case, out: dict[str, Tensor], label: str) -> None:
+    rows, columns = case.log_a == -math.inf, case.log_b == -math.inf
+    padding = {"grad_log_a": rows, "grad_log_b": columns, "grad_x": rows, "grad_y": columns}
+    if case.y is None:
+        padding["grad_x"] = rows[:, :, None] | columns[:, None, :]
+    for field, where in padding.items():
         if field in out and out[field][where].any():
-            raise AssertionError(f"{label}: {field} of absent entries is not exactly 0")
+            raise AssertionError(f"{label}: {field} of padding is not exactly 0")
 
 
-def solve(backend: str, problem: Case, gradient: str = "envelope") -> dict[str, Tensor]:
-    """All outputs and gradients of the registered operator, under fixed upstream gradients."""
-    arguments = problem.arguments(gradient, backend)
-    names = [name for name in ("x", "y", "log_a", "log_b") if getattr(arguments, name) is not None]
-    inputs = {name: getattr(arguments, name).detach().requires_grad_() for name in names}
-    outputs = operator.sinkhorn(arguments._replace(**inputs))
-    upstream = torch.linspace(0, 1, len(outputs.value)).to(outputs.value)
-    differentiated = {"value": upstream, "value_linear": 1 - 3 * upstream}
+def solve(backend: str, case: Case, gradient: str = "envelope") -> dict[str, Tensor]:
+    """Return all outputs of the operator and its gradients for fixed upstream gradients.
+
+    Keys are ``FIELDS``, "residual" and "grad_" followed by x, y, log_a or log_b.
+    """
+    problem = case.problem(gradient, backend)
+    names = [name for name in ("x", "y", "log_a", "log_b") if getattr(problem, name) is not None]
+    inputs = {name: getattr(problem, name).detach().requires_grad_() for name in names}
+    solution = operator.sinkhorn(problem._replace(**inputs))
+    ramp = torch.linspace(0, 1, len(solution.value)).to(solution.value)
+    upstream = {"value": ramp, "value_linear": 1 - 3 * ramp}
     if gradient == "unroll":
         for name in ("f", "g"):
-            potential = getattr(outputs, name)
+            potential = getattr(solution, name)
             wave = torch.arange(potential.numel(), device=potential.device).to(potential).sin()
-            differentiated[name] = wave.view_as(potential)
+            upstream[name] = wave.view_as(potential)
     gradients = torch.autograd.grad(
-        [getattr(outputs, name) for name in differentiated],
+        [getattr(solution, name) for name in upstream],
         list(inputs.values()),
-        list(differentiated.values()),
+        list(upstream.values()),
     )
-    results = {name: getattr(outputs, name).detach() for name in (*FIELDS, "residual")}
+    results = {name: getattr(solution, name).detach() for name in (*FIELDS, "residual")}
     return results | {f"grad_{name}": grad for name, grad in zip(names, gradients, strict=True)}

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from benchmarks.machine_code import cuda as cuda_resources
-from optical.backends import cuda, nvrtc, registry
+from optical.backends import cuda, nvrtc, registry, structs
 from optical.backends import library as native
-from optical.backends.problem import example
+from optical.backends.problem import example_problem
 
 ROOT = Path(__file__).resolve().parents[2]
 STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wno-unused-parameter")
 
-needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="nvcc was not found")
+needs_nvcc = pytest.mark.skipif(native.find_nvcc() is None, reason="nvcc was not found")
 DISASSEMBLER = cuda_resources.disassembler()
 needs_nvdisasm = pytest.mark.skipif(DISASSEMBLER is None, reason="triton brings nvdisasm; not here")
 
@@ -53,7 +53,7 @@ def test_the_committed_table_is_whole_and_keeps_its_promises():
     table = committed()
     architectures = {architecture for architecture, _ in table}
     # Rows are of the sources at hand, or there are none: some take half an hour to make.
-    assert architectures == set(cuda.ARCHITECTURES)
+    assert architectures == set(native.CUDA_ARCHITECTURES)
     names = set(nvrtc.kernels(ROOT / "csrc"))
     for architecture in architectures:
         rows = [row for key, row in table.items() if key[0] == architecture]
@@ -103,7 +103,7 @@ def test_the_iterations_compile_without_spills_in_their_loops(tmp_path):
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", cuda.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", native.CUDA_ARCHITECTURES)
 def test_every_kernel_compiles_without_a_warning(architecture, tmp_path):
     _, said = cuda_resources.compile_kernels(architecture, tmp_path, *STRICT)
     assert set(cuda_resources.resources(said)) == set(nvrtc.kernels(ROOT / "csrc"))
@@ -112,19 +112,19 @@ def test_every_kernel_compiles_without_a_warning(architecture, tmp_path):
 @needs_nvcc
 @pytest.mark.slow
 def test_the_library_loads_without_a_device_and_says_no(tmp_path):
-    library = tmp_path / cuda.LIBRARY_NAME
-    cuda.build(ROOT / "csrc", library, cuda.find_nvcc(), ("90a",))
-    calls = cuda.open_library(library, cuda.source_hash(ROOT / "csrc"))
+    library = tmp_path / native.CUDA_LIBRARY
+    native.build_cuda(ROOT / "csrc", library, native.find_nvcc(), ("90a",))
+    calls = native.open_library(library, native.cuda_source_hash(ROOT / "csrc"))
     if torch.cuda.is_available():
         pytest.skip(reason="there is a CUDA device")
-    problem = native._Problem(batch=1, n=4, m=4, rho_a=1, rho_b=1, omega=1)
+    problem = structs.ProblemStruct(batch=1, n=4, m=4, rho_a=1, rho_b=1, omega=1)
     assert not calls.optical_cuda_reach(ctypes.byref(problem))
     status = calls.optical_cuda_forward(
-        ctypes.byref(problem), ctypes.byref(native._Solution()), None
+        ctypes.byref(problem), ctypes.byref(structs.SolutionStruct()), None
     )
     assert cuda.ERRORS[status] == "a size out of reach"
-    with pytest.raises(cuda.BuildError, match="other sources"):
-        cuda.open_library(library, "0123456789abcdef")
+    with pytest.raises(native.BuildError, match="other sources"):
+        native.open_library(library, "0123456789abcdef")
 
 
 @needs_nvcc
@@ -132,45 +132,45 @@ def test_a_build_that_fails_is_a_reason_in_one_line(tmp_path):
     (tmp_path / "cuda").mkdir()
     (tmp_path / "sinkhorn.h").write_text("")
     (tmp_path / "cuda" / "sinkhorn.cu").write_text("#error deliberately broken\n")
-    with pytest.raises(cuda.BuildError, match="deliberately broken") as caught:
-        cuda.build(tmp_path, tmp_path / "out.so", cuda.find_nvcc(), ("90a",))
+    with pytest.raises(native.BuildError, match="deliberately broken") as caught:
+        native.build_cuda(tmp_path, tmp_path / "out.so", native.find_nvcc(), ("90a",))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.so").exists()
 
 
 def test_without_a_device_or_nvcc_there_is_a_reason_in_words(monkeypatch):
     monkeypatch.setenv("NVCC", "/nonexistent/nvcc")
-    assert cuda.find_nvcc() is None
-    monkeypatch.setattr(cuda, "LIBRARY_NAME", "no-such-library.so")
+    assert native.find_nvcc() is None
+    monkeypatch.setattr(native, "CUDA_LIBRARY", "no-such-library.so")
     monkeypatch.setattr(nvrtc, "find", lambda: None)
-    cuda._state.cache_clear()
+    cuda.load.cache_clear()
     try:
         if not torch.cuda.is_available():
-            assert cuda.unavailable_reason() == "PyTorch finds no CUDA device"
-        cuda._state.cache_clear()
+            assert cuda.load().reason == "PyTorch finds no CUDA device"
+        cuda.load.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert cuda.unavailable_reason() == (
+        assert cuda.load().reason == (
             "no compiled CUDA kernels are installed, and neither nvcc nor NVRTC was found"
         )
     finally:
-        cuda._state.cache_clear()
+        cuda.load.cache_clear()
 
 
 def test_tensors_elsewhere_are_refused_before_anything_is_built(monkeypatch):
     def fail():
         raise AssertionError("looked for the library")
 
-    monkeypatch.setattr(cuda, "_state", fail)
-    reason = registry.BACKENDS["cuda"].supports(example(torch.zeros(1, 2, 2)))
+    monkeypatch.setattr(cuda, "load", fail)
+    reason = registry.BACKENDS["cuda"].supports(example_problem(torch.zeros(1, 2, 2)))
     assert reason == "the tensors are on cpu; the CUDA kernels need a CUDA device"
 
 
 def test_nvcc_may_be_named_by_its_path(monkeypatch, tmp_path):
     monkeypatch.setenv("NVCC", "")
-    assert cuda.find_nvcc() is None
+    assert native.find_nvcc() is None
     tool = tmp_path / "nvcc"
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)
     monkeypatch.setenv("NVCC", str(tool))
-    assert cuda.find_nvcc() == [str(tool)]
-    assert subprocess.run(cuda.find_nvcc()).returncode == 0
+    assert native.find_nvcc() == [str(tool)]
+    assert subprocess.run(native.find_nvcc()).returncode == 0

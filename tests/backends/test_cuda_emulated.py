@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from optical.backends import cuda, nvrtc
+from optical.backends import cuda, nvrtc, structs
 from optical.backends import library as native
 from optical.backends.problem import GRADIENTS
-from optical.testing.cases import packed, poisoned, problems, random_clouds, random_problem
+from optical.testing.cases import all_cases, packed, poisoned, random_case, random_vector_case
 from optical.testing.tolerance import FIELDS, assert_backend_correct, assert_close_to_truth, solve
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = {problem.name: problem for problem in problems()}
+ALL = {problem.name: problem for problem in all_cases()}
 FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mfma")
@@ -43,13 +43,13 @@ def build(folder, *flags, source=ROOT / "csrc" / "cuda" / "sinkhorn.cu"):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    return cuda.open_library(build(tmp_path_factory.mktemp("host"), "-O1", "-Werror"), None)
+    return native.open_library(build(tmp_path_factory.mktemp("host"), "-O1", "-Werror"), None)
 
 
 def use(library, replace_attribute):
-    replace_attribute(cuda, "_state", lambda: cuda._State(library, None))
+    replace_attribute(cuda, "load", lambda: native.Loaded(library, None))
     replace_attribute(cuda, "DEVICE", "cpu")
-    cuda._within_reach.cache_clear()
+    cuda._fits.cache_clear()
 
 
 @pytest.fixture
@@ -57,11 +57,11 @@ def kernels(compiled, monkeypatch):
     use(compiled, monkeypatch.setattr)
     compiled.optical_host_seed(1)
     yield compiled
-    cuda._within_reach.cache_clear()
+    cuda._fits.cache_clear()
 
 
 def skip_unless_supported(problem, gradient):
-    reason = cuda.supports(problem.to(torch.float32).arguments(gradient))
+    reason = cuda.supports(problem.to(torch.float32).problem(gradient))
     if reason is not None:
         pytest.skip(reason=reason)
 
@@ -87,9 +87,9 @@ LARGE = [(1025, 3), (300, 500), (512, 512)]
 @pytest.mark.parametrize(("n", "m"), SHAPES)
 def test_every_regime(n, m, gradient, kind, kernels):
     options = {"rows": [n - n // 5], "columns": [m - m // 4], "max_iter": 3}
-    problem = random_problem(f"{n}x{m}", 1, n, m, **options)
+    problem = random_case(f"{n}x{m}", 1, n, m, **options)
     if kind == "cosine":
-        problem = random_clouds(f"{n}x{m}", kind, batch=1, n=n, m=m, dim=19, **options)
+        problem = random_vector_case(f"{n}x{m}", kind, batch=1, n=n, m=m, dim=19, **options)
     skip_unless_supported(problem, gradient)
     assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
 
@@ -99,10 +99,10 @@ def test_every_regime(n, m, gradient, kind, kernels):
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize(("n", "m"), LARGE)
 def test_clusters_of_many_blocks(n, m, gradient, kind, kernels):
-    problem = random_problem(f"{n}x{m}", 1, n, m, max_iter=3)
+    problem = random_case(f"{n}x{m}", 1, n, m, max_iter=3)
     if kind != "given":
         options = {"dim": 17, "max_iter": 3, "epsilon": 1.0}
-        problem = random_clouds(f"{n}x{m}", kind, batch=1, n=n, m=m, **options)
+        problem = random_vector_case(f"{n}x{m}", kind, batch=1, n=n, m=m, **options)
     skip_unless_supported(problem, gradient)
     assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
 
@@ -130,14 +130,16 @@ def test_half_vectors_by_the_tolerance_rule(kind, half, gradient, kernels):
     epsilon = 1.0 if kind == "cosine" else 16.0
     # One regime each; vectors of several chunks.
     for n, m, dim in ((7, 6, 40), (40, 50, 72), (66, 40, 104)):
-        clouds = random_clouds(kind, kind, batch=2, n=n, m=m, dim=dim, epsilon=epsilon, max_iter=5)
+        clouds = random_vector_case(
+            kind, kind, batch=2, n=n, m=m, dim=dim, epsilon=epsilon, max_iter=5
+        )
         for problem in (clouds, packed(clouds)):
             assert_rule(problem, problem.to(torch.float32, "cpu", half), gradient)
 
 
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_gradients_of_half_vectors_in_a_cluster(half, kernels):
-    clouds = random_clouds("cluster", "cosine", batch=1, n=140, m=400, dim=18, max_iter=2)
+    clouds = random_vector_case("cluster", "cosine", batch=1, n=140, m=400, dim=18, max_iter=2)
     assert_rule(clouds, clouds.to(torch.float32, "cpu", half), "envelope")
 
 
@@ -147,7 +149,7 @@ SPLIT = [(9, 12), (20, 30), (70, 100)]
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize(("n", "m"), SPLIT)
 def test_vectors_of_two_types(n, m, gradient, kernels):
-    clouds = random_clouds("two", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    clouds = random_vector_case("two", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
     given = clouds.to(torch.float32, "cpu", torch.bfloat16)
     assert_rule(clouds, replace(given, x=given.x.float()), gradient)
 
@@ -155,7 +157,7 @@ def test_vectors_of_two_types(n, m, gradient, kernels):
 @pytest.mark.parametrize(("n", "m"), SPLIT)
 def test_cosines_do_not_depend_on_lengths(n, m, kernels):
     """Gradients do, and shrink as vectors grow."""
-    clouds = random_clouds("long", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    clouds = random_vector_case("long", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
     scales = torch.logspace(-35, 37.9, 2 * n).view(2, n, 1)
     given = replace(clouds.to(torch.float32), x=(clouds.x * scales).float())
     out, same = solve("cuda", given), solve("cuda", clouds.to(torch.float32))
@@ -168,7 +170,7 @@ def test_cosines_do_not_depend_on_lengths(n, m, kernels):
 
 @pytest.mark.parametrize(("n", "m"), SPLIT)
 def test_a_short_vector_takes_no_digits_from_the_gradients_of_long_ones(n, m, kernels):
-    clouds = random_clouds("short", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    clouds = random_vector_case("short", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
     given = clouds.to(torch.float32, "cpu", torch.float16)
     x, y = given.x * 256, given.y * 256
     x[:, 1], y[:, 2] = given.x[:, 1] * 2.0**-20, given.y[:, 2] * 2.0**-20
@@ -183,7 +185,7 @@ def test_a_short_vector_takes_no_digits_from_the_gradients_of_long_ones(n, m, ke
 
 @pytest.mark.parametrize(("n", "m"), SPLIT)
 def test_half_vectors_whose_squares_underflow(n, m, kernels):
-    clouds = random_clouds("tiny", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
+    clouds = random_vector_case("tiny", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
     given = clouds.to(torch.float32, "cpu", torch.bfloat16)
     tiny = given.x.clone()
     tiny[0, 3] *= 2.0**-70
@@ -196,12 +198,12 @@ def test_half_vectors_whose_squares_underflow(n, m, kernels):
 
 # Problems that iterate in half precision, one in each regime that does, and hard ones.
 FAST = {
-    "warp": random_problem("warp", 2, 60, 50, epsilon=0.05, rows=[60, 33], max_iter=16),
-    "square": random_problem("square", 1, 90, 128, epsilon=0.02, max_iter=16),
-    "block": random_problem("block", 1, 130, 60, epsilon=0.05, max_iter=16),
-    "cluster": random_problem("cluster", 1, 300, 130, epsilon=0.1, max_iter=16),
-    "cold": random_problem("cold", 1, 40, 50, epsilon=0.002, max_iter=30),
-    "tol": replace(random_problem("tol", 1, 40, 64, epsilon=0.05, max_iter=60), tol=1e-5),
+    "warp": random_case("warp", 2, 60, 50, epsilon=0.05, rows=[60, 33], max_iter=16),
+    "square": random_case("square", 1, 90, 128, epsilon=0.02, max_iter=16),
+    "block": random_case("block", 1, 130, 60, epsilon=0.05, max_iter=16),
+    "cluster": random_case("cluster", 1, 300, 130, epsilon=0.1, max_iter=16),
+    "cold": random_case("cold", 1, 40, 50, epsilon=0.002, max_iter=30),
+    "tol": replace(random_case("tol", 1, 40, 64, epsilon=0.05, max_iter=60), tol=1e-5),
 }
 FAST["forbidden"] = replace(
     FAST["warp"],
@@ -221,12 +223,12 @@ def test_fast_iterations_by_the_rule_for_them(name, kernels):
     # Such masses are out of its range: the iterations are those of float32, to the bit.
     assert torch.equal(out["f"], other["f"]) == (name == "masses")
     assert_same_bits(out, solve("cuda", fast.to(torch.float32)))
-    one = solve("cuda", fast.one(0).to(torch.float32))
+    one = solve("cuda", fast.select(0).to(torch.float32))
     assert torch.equal(one["f"][0], out["f"][0])
 
 
 def test_fast_costs_of_vectors_and_implicit_gradients(kernels):
-    clouds = random_clouds("clouds", "cosine", batch=1, n=66, m=50, dim=9, max_iter=16)
+    clouds = random_vector_case("clouds", "cosine", batch=1, n=66, m=50, dim=9, max_iter=16)
     for problem in (clouds, packed(clouds)):
         fast = replace(problem, precision="fast")
         assert_backend_correct("cuda", fast, torch.float32, gradients=("implicit",))
@@ -253,7 +255,7 @@ RACES = [("ragged", (12, 17)), ("block", (130, 100)), ("cluster", (300, 130))]
 
 @pytest.mark.parametrize(("name", "size"), RACES)
 def test_any_order_of_threads_gives_the_same_bits(name, size, kernels):
-    problem = random_clouds(name, "cosine", batch=1, n=size[0], m=size[1], dim=9, max_iter=2)
+    problem = random_vector_case(name, "cosine", batch=1, n=size[0], m=size[1], dim=9, max_iter=2)
     expected = results(problem)
     for seed in range(2, 5):
         kernels.optical_host_seed(seed)
@@ -262,19 +264,19 @@ def test_any_order_of_threads_gives_the_same_bits(name, size, kernels):
 
 def test_a_missing_barrier_is_noticed(tmp_path, kernels, monkeypatch):
     """The library once more, without the barrier between warps that add column sums."""
-    problem = random_problem("barrier", 1, 100, 120, max_iter=4)
+    problem = random_case("barrier", 1, 100, 120, max_iter=4)
     assert_backend_correct("cuda", problem, torch.float32, gradients=("envelope",))
-    broken = cuda.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_BARRIER"), None)
+    broken = native.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_BARRIER"), None)
     use(broken, monkeypatch.setattr)
     with pytest.raises((AssertionError, RuntimeError)):
         assert_backend_correct("cuda", problem, torch.float32, gradients=("envelope",))
 
 
 def test_a_missing_wait_for_copies_is_noticed(tmp_path, kernels, monkeypatch):
-    problem = random_clouds("copies", "cosine", batch=1, n=20, m=30, dim=48, max_iter=2)
+    problem = random_vector_case("copies", "cosine", batch=1, n=20, m=30, dim=48, max_iter=2)
     problem = problem.to(torch.float32, "cpu", torch.bfloat16)
     assert solve("cuda", problem)["value"].isfinite().all()
-    broken = cuda.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_WAIT"), None)
+    broken = native.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_WAIT"), None)
     use(broken, monkeypatch.setattr)
     assert solve("cuda", problem)["value"].isnan().all()
 
@@ -300,10 +302,10 @@ def test_threads_that_wait_for_ever_are_reported(tmp_path):
 @pytest.mark.slow
 def test_no_undefined_behaviour(tmp_path, monkeypatch, kernels):
     flags = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-static-libubsan")
-    use(cuda.open_library(build(tmp_path, *flags), None), monkeypatch.setattr)
+    use(native.open_library(build(tmp_path, *flags), None), monkeypatch.setattr)
     for n, m in ((7, 5), (40, 60), (130, 70), (200, 300)):
-        clouds = random_clouds("clouds", "cosine", batch=1, n=n, m=m, dim=18, max_iter=2)
-        for problem in (clouds, packed(clouds), random_problem("given", 1, n, m, max_iter=2)):
+        clouds = random_vector_case("clouds", "cosine", batch=1, n=n, m=m, dim=18, max_iter=2)
+        for problem in (clouds, packed(clouds), random_case("given", 1, n, m, max_iter=2)):
             for gradient in GRADIENTS:
                 assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
     for name in ("warp", "block"):
@@ -321,7 +323,7 @@ def test_is_deterministic_and_independent_of_the_batch(name, gradient, kernels):
     together, again = solve("cuda", problem, gradient), solve("cuda", problem, gradient)
     assert_same_bits(together, again)
     for i in range(len(problem.epsilon)):
-        alone = solve("cuda", problem.one(i), gradient)
+        alone = solve("cuda", problem.select(i), gradient)
         for field in FIELDS:
             part = slice(i, i + 1)
             if problem.cu_a is not None and field in "fg":
@@ -333,12 +335,14 @@ def test_is_deterministic_and_independent_of_the_batch(name, gradient, kernels):
 def test_packed_problems_have_the_bits_of_their_own_size_in_any_batch(kernels):
     """Regimes follow from each problem's size, not from the longest of the batch."""
     lengths = {"rows": [3, 130, 40], "columns": [9, 70, 60]}
-    clouds = random_clouds("mixed", "cosine", batch=3, n=130, m=70, dim=9, max_iter=4, **lengths)
+    clouds = random_vector_case(
+        "mixed", "cosine", batch=3, n=130, m=70, dim=9, max_iter=4, **lengths
+    )
     problem = packed(clouds).to(torch.float32)
     together = solve("cuda", problem)
     for i in range(3):
         rows = slice(int(problem.cu_a[i]), int(problem.cu_a[i + 1]))
-        alone = solve("cuda", problem.one(i))
+        alone = solve("cuda", problem.select(i))
         assert torch.equal(alone["value"][0], together["value"][i])
         assert torch.equal(alone["f"], together["f"][rows])
     assert_backend_correct("cuda", packed(clouds), torch.float32, gradients=("envelope",))
@@ -356,10 +360,10 @@ TEAMS = {
 def test_problems_that_share_a_warp_go_ways_of_their_own(options, half, kind, kernels):
     """Four or two in a warp: some absent, some cold, which need new bases when others do not,
     and each stops for itself."""
-    clouds = random_clouds("teams", kind, batch=11, n=40, m=35, dim=21, max_iter=50, **TEAMS)
+    clouds = random_vector_case("teams", kind, batch=11, n=40, m=35, dim=21, max_iter=50, **TEAMS)
     clouds = replace(clouds, epsilon=torch.logspace(-2.5, 0.5, 11).double(), tol=1e-3, **options)
     problem = packed(clouds).to(torch.float32, "cpu", half)
-    expected, stopped = [problem.one(i) for i in range(11)], set()
+    expected, stopped = [problem.select(i) for i in range(11)], set()
     for seed in (1, 2):
         kernels.optical_host_seed(seed)
         together = solve("cuda", problem, "implicit")
@@ -375,29 +379,29 @@ def test_problems_that_share_a_warp_go_ways_of_their_own(options, half, kind, ke
 
 
 def test_longest_lengths_are_read_once_and_never_under_capture(kernels, monkeypatch):
-    clouds = random_clouds("long", "cosine", batch=40, n=20, m=15, dim=4, max_iter=2)
+    clouds = random_vector_case("long", "cosine", batch=40, n=20, m=15, dim=4, max_iter=2)
     problem, read = packed(clouds).to(torch.float32), []
     longest = cuda._longest
     monkeypatch.setattr(cuda, "_longest", lambda *cu: read.append(cu) or longest(*cu))
-    assert cuda.supports(problem.arguments()) is None
+    assert cuda.supports(problem.problem()) is None
     solve("cuda", problem)
     assert len(read) == 1
     problem.cu_a[1] -= 1  # other lengths in the same place
-    assert cuda.supports(problem.arguments()) is None
+    assert cuda.supports(problem.problem()) is None
     assert len(read) == 2
     monkeypatch.setattr(cuda, "_capturing", lambda: True)
-    assert "a CUDA graph is being captured" in cuda.supports(problem.arguments())
-    few = packed(random_clouds("few", "cosine", batch=2, n=20, m=15, dim=4)).to(torch.float32)
-    assert cuda.supports(few.arguments()) is None
+    assert "a CUDA graph is being captured" in cuda.supports(problem.problem())
+    few = packed(random_vector_case("few", "cosine", batch=2, n=20, m=15, dim=4)).to(torch.float32)
+    assert cuda.supports(few.problem()) is None
     assert len(read) == 2
 
 
 def test_short_problems_are_served_however_many_lines_they_have_in_all(kernels):
     """One problem of all these lines would fit when it is solved, but not when it is unrolled."""
-    many = packed(random_clouds("many", "cosine", batch=9, n=2, m=45, dim=4, max_iter=2))
-    whole = random_problem("whole", 1, 18, 405).to(torch.float32)
-    assert cuda.supports(whole.arguments()) is None
-    assert "does not fit" in cuda.supports(whole.arguments("unroll"))
+    many = packed(random_vector_case("many", "cosine", batch=9, n=2, m=45, dim=4, max_iter=2))
+    whole = random_case("whole", 1, 18, 405).to(torch.float32)
+    assert cuda.supports(whole.problem()) is None
+    assert "does not fit" in cuda.supports(whole.problem("unroll"))
     assert_backend_correct("cuda", many, torch.float32, gradients=("envelope", "unroll"))
 
 
@@ -405,9 +409,9 @@ def test_short_problems_are_served_however_many_lines_they_have_in_all(kernels):
 @pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "dot"])
 def test_the_content_of_padding_changes_no_bit(kind, gradient, kernels):
     lengths = {"rows": [9, 3, 0, 5], "columns": [2, 11, 4, 8]}
-    problem = random_problem("padded", 4, 9, 11, **lengths)
+    problem = random_case("padded", 4, 9, 11, **lengths)
     if kind != "given":
-        problem = random_clouds("padded", kind, batch=4, n=9, m=11, **lengths)
+        problem = random_vector_case("padded", kind, batch=4, n=9, m=11, **lengths)
     problem = replace(problem, max_iter=8, rho_a=0.5, omega=1.2)
     absent = problem.log_a == -math.inf
     clean = replace(problem, f0=absent * 0.0, g0=torch.zeros_like(problem.log_b))
@@ -422,7 +426,9 @@ BROKEN += [("epsilon", math.nan), ("epsilon", 0.0), ("epsilon", -1.0)]
 @pytest.mark.parametrize("kind", ["given", "cosine"])
 @pytest.mark.parametrize(("field", "value"), BROKEN)
 def test_what_is_not_a_number_spoils_its_own_problem_alone(kind, field, value, kernels):
-    problem = random_problem("", 3, 5, 6) if kind == "given" else random_clouds("", kind, n=5, m=6)
+    problem = (
+        random_case("", 3, 5, 6) if kind == "given" else random_vector_case("", kind, n=5, m=6)
+    )
     problem = problem.to(torch.float32)
     broken = getattr(problem, field).clone()
     broken[1].view(-1)[0] = value
@@ -447,7 +453,7 @@ def test_stops_each_problem_at_the_iteration_the_truth_stops_at(kernels):
 
 
 def test_extreme_masses_continue_in_the_log_domain(kernels):
-    problem = random_problem("masses", 2, 19, 23, epsilon=0.05, max_iter=12)
+    problem = random_case("masses", 2, 19, 23, epsilon=0.05, max_iter=12)
     log_b = torch.linspace(0, -150, 23).double().expand(2, 23).log_softmax(1)
     cost = problem.x + torch.linspace(3, 0, 23).double()
     assert_backend_correct("cuda", replace(problem, x=cost, log_b=log_b), torch.float32)
@@ -459,7 +465,7 @@ def test_both_ways_to_launch_plan_alike(kernels):
     for shared, clusters in ((227 << 10, 8), (163 << 10, 1), (99 << 10, 8)):
         device = nvrtc.Device(shared, clusters)
         for kind, backward, n, m in itertools.product((0, 1), (None, 0, 1, 2), sides, sides):
-            problem = native._Problem(batch=1, n=n, m=m, kind=kind, gradient=backward or 0)
+            problem = structs.ProblemStruct(batch=1, n=n, m=m, kind=kind, gradient=backward or 0)
             found = (ctypes.c_int * 5)()
             number = kernels.optical_cuda_plan(
                 ctypes.byref(problem), backward is not None, shared, clusters, found
@@ -469,13 +475,13 @@ def test_both_ways_to_launch_plan_alike(kernels):
 
 
 def test_refusals_are_in_words(kernels):
-    given = random_problem("", 1, 2, 2)
+    given = random_case("", 1, 2, 2)
     refused = {
         "compute in float32": given,
-        "do not know anderson": replace(given, anderson=3).to(torch.float32),
-        "700 x 700 does not fit": random_problem("", 1, 700, 700).to(torch.float32),
+        "do not support anderson": replace(given, anderson=3).to(torch.float32),
+        "700 x 700 does not fit": random_case("", 1, 700, 700).to(torch.float32),
     }
     for reason, problem in refused.items():
-        assert reason in cuda.supports(problem.arguments())
+        assert reason in cuda.supports(problem.problem())
     annealed = replace(given, anneal_start=1.0).to(torch.float32)
-    assert "does not undo annealing" in cuda.supports(annealed.arguments("unroll"))
+    assert "does not undo annealing" in cuda.supports(annealed.problem("unroll"))

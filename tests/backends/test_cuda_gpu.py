@@ -8,7 +8,7 @@ import torch
 from optical.backends import registry
 from optical.backends.problem import GRADIENTS
 from optical.ot import operator
-from optical.testing.cases import packed, random_clouds, random_problem
+from optical.testing.cases import packed, random_case, random_vector_case
 from optical.testing.tolerance import assert_backend_correct, solve
 
 pytestmark = [
@@ -20,7 +20,7 @@ SIZES = [(20, 30), (64, 50), (128, 100), (100, 300), (300, 400)]
 
 def on_device(problem, gradient="envelope"):
     problem = problem.to(torch.float32, "cuda")
-    reason = registry.BACKENDS["cuda"].supports(problem.arguments(gradient))
+    reason = registry.BACKENDS["cuda"].supports(problem.problem(gradient))
     if reason is not None:
         pytest.skip(reason=reason)
     return problem
@@ -29,7 +29,7 @@ def on_device(problem, gradient="envelope"):
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize(("n", "m"), SIZES)
 def test_captured_in_a_graph_and_replayed_it_gives_the_same_bits(n, m, gradient):
-    problem = on_device(random_clouds("graph", "cosine", batch=4, n=n, m=m, dim=40), gradient)
+    problem = on_device(random_vector_case("graph", "cosine", batch=4, n=n, m=m, dim=40), gradient)
     expected = solve("cuda", problem, gradient)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -45,7 +45,7 @@ def test_captured_in_a_graph_and_replayed_it_gives_the_same_bits(n, m, gradient)
 
 @pytest.mark.parametrize(("n", "m"), SIZES)
 def test_half_precision_by_its_rule(n, m):
-    problem = random_problem("half", 3, n, m, epsilon=0.05, max_iter=32)
+    problem = random_case("half", 3, n, m, epsilon=0.05, max_iter=32)
     fast = on_device(replace(problem, precision="fast"))
     assert_backend_correct("cuda", fast, torch.float32, "cuda", gradients=("envelope",))
     out, exact = solve("cuda", fast), solve("cuda", replace(fast, precision="exact"))
@@ -54,8 +54,8 @@ def test_half_precision_by_its_rule(n, m):
 
 
 def test_it_runs_on_the_current_stream():
-    problem = on_device(random_problem("stream", 64, 100, 100, max_iter=2000))
-    arguments = problem.arguments(backend="cuda")
+    problem = on_device(random_case("stream", 64, 100, 100, max_iter=2000))
+    arguments = problem.problem(backend="cuda")
     operator.sinkhorn(arguments)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -68,13 +68,13 @@ def test_it_runs_on_the_current_stream():
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_nothing_waits_for_the_device(gradient):
-    clouds = random_clouds("sync", "cosine", batch=3, n=100, m=90, dim=32)
+    clouds = random_vector_case("sync", "cosine", batch=3, n=100, m=90, dim=32)
     for problem in (clouds, packed(clouds)):
         problem = on_device(problem, gradient)
         solve("cuda", problem, gradient)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            arguments = problem.arguments(gradient, "cuda")
+            arguments = problem.problem(gradient, "cuda")
             operator.sinkhorn(arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")

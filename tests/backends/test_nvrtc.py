@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from optical.backends import library as native
-from optical.backends import nvrtc
+from optical.backends import nvrtc, structs
 
 FOLDER = Path(__file__).resolve().parents[2] / "csrc"
 H100, OLDER, SMALL = (
@@ -50,24 +49,24 @@ class Driver:
         name = self.loaded[function.value - 1].decode()
         cluster = list(c.attributes[0].value[:3]) if c.count else None
         number = ctypes.c_int.from_address(addresses[len(addresses) - 1]).value
-        first = native._Problem.from_address(addresses[0])
+        first = structs.ProblemStruct.from_address(addresses[0])
         self.launches.append((name, c.gx, c.bx, c.shared, c.stream, cluster, number, first.n))
         return self.status
 
 
 def problem(n, m, **fields):
     balanced = {"rho_a": math.inf, "rho_b": math.inf, "omega": 1.0}
-    return native._Problem(batch=5, n=n, m=m, **balanced | fields)
+    return structs.ProblemStruct(batch=5, n=n, m=m, **balanced | fields)
 
 
 def call(driver, given, backward=False):
     kernels = nvrtc.Kernels(driver, lambda name, architecture: f"{name} {architecture}".encode())
     if not backward:
         return kernels.optical_cuda_forward(
-            ctypes.byref(given), ctypes.byref(native._Solution()), 7
+            ctypes.byref(given), ctypes.byref(structs.SolutionStruct()), 7
         )
     return kernels.optical_cuda_backward(
-        ctypes.byref(given), ctypes.byref(native._Gradient()), 11, 7
+        ctypes.byref(given), ctypes.byref(structs.GradientStruct()), 11, 7
     )
 
 
@@ -152,7 +151,7 @@ def test_a_kernel_is_loaded_once():
     kernels = nvrtc.Kernels(driver, lambda name, architecture: b"x")
     for _ in range(2):
         given = problem(3, 3)
-        solution = native._Solution()
+        solution = structs.SolutionStruct()
         kernels.optical_cuda_forward(ctypes.byref(given), ctypes.byref(solution), None)
     assert len(driver.loaded) == 1
     assert len(driver.launches) == 2
@@ -171,7 +170,7 @@ def test_what_does_not_fit_and_what_fails_is_reported():
     driver = Driver()
     driver.status = 1
     assert call(driver, problem(3, 3)) == nvrtc.LAUNCH_FAILED
-    assert call(Driver(), native._Problem(batch=0)) == 0
+    assert call(Driver(), structs.ProblemStruct(batch=0)) == 0
 
 
 def test_a_device_with_little_shared_memory_still_takes_128_x_128():

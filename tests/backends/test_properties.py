@@ -1,4 +1,4 @@
-"""What any optimal transport must satisfy, on drawn problems."""
+"""Properties of optimal transport, tested on random problems, and closed forms."""
 
 import math
 
@@ -19,8 +19,8 @@ SETTINGS = settings(
 
 
 @st.composite
-def drawn(draw):
-    """cost, log_a, log_b, epsilon in float64, sides of 1 to 9, unequal masses."""
+def problems(draw):
+    """Draw cost, log_a, log_b, epsilon in float64 with 1 to 9 rows and columns."""
     n, m, seed = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(0, 10**6))
     generator = torch.Generator().manual_seed(seed)
     cost = torch.rand(2, n, m, generator=generator).double()
@@ -33,12 +33,12 @@ def solve(cost, log_a, log_b, epsilon, **options):
     return sinkhorn(cost, log_a, log_b, epsilon=epsilon, **({"max_iter": 400} | options))
 
 
-def close(found, expected, tolerance=1e-6):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+def close(actual, expected, tolerance=1e-6):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 @SETTINGS
-@given(drawn())
+@given(problems())
 def test_transposing_the_problem_transposes_the_plan(problem):
     cost, log_a, log_b, epsilon = problem
     straight, turned = solve(*problem), solve(cost.mT, log_b, log_a, epsilon)
@@ -48,7 +48,7 @@ def test_transposing_the_problem_transposes_the_plan(problem):
 
 
 @SETTINGS
-@given(drawn(), st.randoms(use_true_random=False))
+@given(problems(), st.randoms(use_true_random=False))
 def test_permuting_tokens_permutes_the_plan(problem, random):
     cost, log_a, log_b, epsilon = problem
     rows = random.sample(range(cost.shape[1]), cost.shape[1])
@@ -62,7 +62,7 @@ def test_permuting_tokens_permutes_the_plan(problem, random):
 
 
 @SETTINGS
-@given(drawn(), st.floats(-5, 5))
+@given(problems(), st.floats(-5, 5))
 def test_a_constant_added_to_the_cost_is_added_to_the_value(problem, constant):
     cost, *rest = problem
     straight, shifted = solve(*problem, max_iter=9), solve(cost + constant, *rest, max_iter=9)
@@ -72,7 +72,7 @@ def test_a_constant_added_to_the_cost_is_added_to_the_value(problem, constant):
 
 
 @SETTINGS
-@given(drawn(), st.floats(0.1, 1000))
+@given(problems(), st.floats(0.1, 1000))
 def test_scaling_cost_and_epsilon_scales_the_value(problem, factor):
     cost, log_a, log_b, epsilon = problem
     straight = solve(*problem, max_iter=9)
@@ -82,8 +82,8 @@ def test_scaling_cost_and_epsilon_scales_the_value(problem, factor):
 
 
 @SETTINGS
-@given(drawn(), st.integers(0, 3), st.integers(0, 3))
-def test_padding_does_not_matter(problem, more_rows, more_columns):
+@given(problems(), st.integers(0, 3), st.integers(0, 3))
+def test_padding_does_not_change_the_solution(problem, more_rows, more_columns):
     cost, log_a, log_b, epsilon = problem
     size = (0, more_columns, 0, more_rows)
     padded = solve(
@@ -101,8 +101,8 @@ def test_padding_does_not_matter(problem, more_rows, more_columns):
 
 
 @SETTINGS
-@given(drawn())
-def test_the_plan_has_the_reported_marginals(problem):
+@given(problems())
+def test_marginal_error_is_that_of_the_plan(problem):
     _cost, log_a, log_b, _epsilon = problem
     for max_iter in (1, 3, 100):
         result = solve(*problem, max_iter=max_iter)
@@ -113,7 +113,7 @@ def test_the_plan_has_the_reported_marginals(problem):
 
 
 @SETTINGS
-@given(drawn())
+@given(problems())
 def test_the_value_lies_between_the_exact_optimum_and_the_independent_coupling(problem):
     cost, log_a, log_b, _epsilon = problem
     result = solve(*problem, max_iter=1000)
@@ -131,15 +131,17 @@ def exact_transport(cost, a, b):
     rows = torch.kron(torch.eye(n), torch.ones(1, m))
     columns = torch.kron(torch.ones(1, n), torch.eye(m))
     constraints, masses = torch.cat([rows, columns]).double(), torch.cat([a, b])
-    # Both sides sum to one only up to rounding; a redundant row would make that infeasible.
-    found = linprog(cost.flatten().numpy(), A_eq=constraints[:-1].numpy(), b_eq=masses[:-1].numpy())
-    assert found.success
-    return found.fun
+    # The last constraint is redundant, and infeasible if the masses sum to 1 only up to rounding.
+    actual = linprog(
+        cost.flatten().numpy(), A_eq=constraints[:-1].numpy(), b_eq=masses[:-1].numpy()
+    )
+    assert actual.success
+    return actual.fun
 
 
 @SETTINGS
-@given(drawn())
-def test_the_gradient_of_the_value_has_the_marginals_of_the_plan(problem):
+@given(problems())
+def test_the_gradient_of_the_value_has_the_marginals_of_a_plan(problem):
     cost, log_a, log_b, epsilon = problem
     cost = cost.requires_grad_()
     result = solve(cost, log_a, log_b, epsilon, max_iter=1000)
@@ -150,7 +152,7 @@ def test_the_gradient_of_the_value_has_the_marginals_of_the_plan(problem):
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 0.1, 0.01])
-def test_the_value_falls_with_epsilon_towards_the_transport(epsilon):
+def test_the_value_decreases_with_epsilon(epsilon):
     cost = torch.rand(2, 6, 6, dtype=torch.float64)
     warm = sinkhorn(cost, epsilon=epsilon, max_iter=2000)
     cool = sinkhorn(cost, epsilon=epsilon / 2, max_iter=4000)
@@ -161,17 +163,17 @@ def test_the_value_falls_with_epsilon_towards_the_transport(epsilon):
 PENALTIES = st.sampled_from([1.0, (0.3, None), (None, 2.0), (0.2, 5.0)])
 
 
-def turned(rho):
+def swapped(rho):
     return rho[::-1] if isinstance(rho, tuple) else rho
 
 
 @SETTINGS
-@given(drawn(), PENALTIES, st.floats(-1, 1))
-def test_penalised_problems_turn_permute_and_scale(problem, rho, more):
+@given(problems(), PENALTIES, st.floats(-1, 1))
+def test_penalised_problems_transpose_permute_and_scale(problem, rho, more):
     cost, log_a, log_b, epsilon = problem
     log_a = log_a + more
     straight = solve(cost, log_a, log_b, epsilon, rho=rho, max_iter=2000)
-    other = solve(cost.mT, log_b, log_a, epsilon, rho=turned(rho), max_iter=2000)
+    other = solve(cost.mT, log_b, log_a, epsilon, rho=swapped(rho), max_iter=2000)
     close(other.plan().mT, straight.plan(), 1e-6)
     close(other.value, straight.value, 1e-6)
     flipped = solve(cost.flip(1), log_a.flip(1), log_b, epsilon, rho=rho, max_iter=2000)
@@ -182,8 +184,8 @@ def test_penalised_problems_turn_permute_and_scale(problem, rho, more):
 
 
 @SETTINGS
-@given(drawn(), PENALTIES)
-def test_a_penalty_only_lowers_the_value_and_the_more_the_weaker_it_is(problem, rho):
+@given(problems(), PENALTIES)
+def test_weaker_penalties_have_smaller_values(problem, rho):
     fixed = solve(*problem, max_iter=2000)
     slack = 1e-6 + 10 * fixed.marginal_error.max().item()
     strong, weak = (
@@ -199,8 +201,8 @@ def test_a_penalty_only_lowers_the_value_and_the_more_the_weaker_it_is(problem, 
 
 
 @SETTINGS
-@given(drawn(), st.sampled_from([{"omega": 1.5}, {"anderson": 4}, {"anneal": (2.0, 0.5)}]))
-def test_faster_ways_end_at_the_same_plan(problem, options):
+@given(problems(), st.sampled_from([{"omega": 1.5}, {"anderson": 4}, {"anneal": (2.0, 0.5)}]))
+def test_accelerated_iterations_converge_to_the_same_plan(problem, options):
     plain = solve(*problem, max_iter=3000, tol=1e-10)
     fast = solve(*problem, max_iter=3000, tol=1e-10, **options)
     assert (fast.status == Status.CONVERGED).all()
@@ -208,7 +210,7 @@ def test_faster_ways_end_at_the_same_plan(problem, options):
 
 
 @SETTINGS
-@given(drawn())
+@given(problems())
 def test_the_divergence_is_symmetric_and_not_negative(problem):
     _cost, log_a, log_b, _epsilon = problem
     x, y = torch.randn(2, log_a.shape[1], 3).double(), torch.randn(2, log_b.shape[1], 3).double()
@@ -219,7 +221,7 @@ def test_the_divergence_is_symmetric_and_not_negative(problem):
     assert (there > -1e-7).all()
 
 
-def test_a_hundred_thousand_problems_in_one_call():
+def test_a_batch_of_100000_problems():
     cost = torch.rand(100_000, 3, 2)
     result = sinkhorn(cost, epsilon=0.2, max_iter=5)
     assert result.value.isfinite().all() and result.n_iter.eq(5).all()
@@ -232,7 +234,7 @@ def test_a_hundred_thousand_problems_in_one_call():
 
 
 def gaussian(mean, variance, mass=1.0):
-    """A grid of points (1, n, 1) with the log-masses of a Gaussian."""
+    """Return a grid of points (1, n, 1) with the log-masses of a Gaussian."""
     points = torch.linspace(-9, 9, 400, dtype=torch.float64)
     log_mass = (-((points - mean) ** 2) / (2 * variance)).log_softmax(0) + math.log(mass)
     return points[None, :, None], log_mass[None]
@@ -243,22 +245,22 @@ def test_the_value_between_gaussians_has_a_closed_form():
     for mean, a, b, epsilon in ((1.0, 0.5, 1.5, 1.0), (-2.0, 1.0, 0.3, 0.4)):
         (x, log_a), (y, log_b) = gaussian(0.0, a), gaussian(mean, b)
         options = {"epsilon": epsilon, "cost": "sqeuclidean", "max_iter": 300, "tol": 1e-10}
-        found = sinkhorn_vectors(x, y, log_a, log_b, **options).value.item()
+        actual = sinkhorn_vectors(x, y, log_a, log_b, **options).value.item()
         s = epsilon / 2
         root = math.sqrt(4 * a * b + s**2)
         expected = mean**2 + a + b - root + s * (1 - math.log(2 * s)) + s * math.log(root + s)
-        assert found == pytest.approx(expected, abs=1e-6)
+        assert actual == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_value_between_unbalanced_gaussians_is_that_of_quadratic_potentials():
-    """Gaussians have quadratic potentials, so the fixed point is one of three numbers a side."""
+def test_the_value_between_unbalanced_gaussians_has_quadratic_potentials():
+    """The potentials are quadratic, so the fixed point has three coefficients per side."""
     (mean_a, var_a, mass_a), (mean_b, var_b, mass_b) = (0.3, 0.5, 0.8), (-1.0, 1.2, 1.7)
     epsilon, rho = 0.6, 2.5
 
     def update(quadratic, mean, variance, mass):
         """-rho / (rho + epsilon) * epsilon * log integral exp((g(y) - (x - y)^2) / epsilon)."""
         g2, g1, g0 = quadratic
-        # exp(-p y^2 / 2 + q y + r) in y, where q is linear in x.
+        # The integrand is exp(-p y^2 / 2 + q y + r), where q is linear in x.
         p = 1 / variance - 2 * (g2 - 1) / epsilon
         q0, q1 = mean / variance + g1 / epsilon, 2 / epsilon
         r = g0 / epsilon - mean**2 / (2 * variance) + math.log(mass / math.sqrt(variance * p))
@@ -271,7 +273,7 @@ def test_the_value_between_unbalanced_gaussians_is_that_of_quadratic_potentials(
         g = update(f, mean_a, var_a, mass_a)
 
     def transported(quadratic, mean, variance, mass):
-        """The integral of exp(-f / rho) against the measure: the mass of the plan."""
+        """Mass of the plan: the integral of exp(-f / rho) with respect to the measure."""
         f2, f1, f0 = (-c / rho for c in quadratic)
         p, q = 1 / variance - 2 * f2, mean / variance + f1
         exponent = q**2 / (2 * p) + f0 - mean**2 / (2 * variance)
@@ -281,8 +283,8 @@ def test_the_value_between_unbalanced_gaussians_is_that_of_quadratic_potentials(
     assert mass == pytest.approx(transported(g, mean_b, var_b, mass_b))
     expected = rho * (mass_a + mass_b) + epsilon * mass_a * mass_b - (2 * rho + epsilon) * mass
     (x, log_a), (y, log_b) = gaussian(mean_a, var_a, mass_a), gaussian(mean_b, var_b, mass_b)
-    found = sinkhorn_vectors(
+    actual = sinkhorn_vectors(
         x, y, log_a, log_b, epsilon=epsilon, rho=rho, cost="sqeuclidean", max_iter=500
     )
-    assert found.value.item() == pytest.approx(expected, abs=1e-6)
-    assert found.plan().sum().item() == pytest.approx(mass, abs=1e-6)
+    assert actual.value.item() == pytest.approx(expected, abs=1e-6)
+    assert actual.plan().sum().item() == pytest.approx(mass, abs=1e-6)

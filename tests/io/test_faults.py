@@ -189,17 +189,17 @@ def test_training_resumes_from_its_checkpoint_after_a_full_disk(disk, world, tin
 def test_a_failed_build_on_a_full_disk_is_reported_as_unavailable(disk, monkeypatch):
     if library.find_compiler() is None:
         pytest.skip(reason="no C++ compiler")
-    monkeypatch.setattr(library, "_cache_folder", lambda: disk)
-    monkeypatch.setattr(library, "LIBRARY_NAME", "no-such-library.so")
-    monkeypatch.setattr(library, "_variants", lambda: [library.BASELINE])
-    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-O0"))
-    library._state.cache_clear()
+    monkeypatch.setattr(library, "cache_folder", lambda: disk)
+    monkeypatch.setattr(library, "CPU_LIBRARY", "no-such-library.so")
+    monkeypatch.setattr(library, "cpu_variants", lambda: [library.BASELINE])
+    monkeypatch.setattr(library, "CPU_FLAGS", (*library.CPU_FLAGS, "-O0"))
+    library.load_cpu.cache_clear()
     try:
         with filled(disk, 0):
-            reason = library.unavailable_reason()
+            reason = library.load_cpu().reason
         assert reason and "\n" not in reason and "o space left" in reason
     finally:
-        library._state.cache_clear()
+        library.load_cpu.cache_clear()
 
 
 # --- folders without permission -------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""OTAlignmentLoss: the function, its reduction, and nothing else."""
+"""OTAlignmentLoss: reductions, options and gradients."""
 
 import pytest
 import torch
@@ -12,15 +12,15 @@ def clouds():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_reduces_the_distances_of_the_pairs(reduction):
+def test_reduces_the_costs_of_the_pairs(reduction):
     student, teacher, mask = clouds()
     options = {"epsilon": 0.1, "max_iter": 7, "tol": 1e-6, "backend": "reference"}
-    found = OTAlignmentLoss(**options, reduction=reduction)(student, teacher, mask)
+    actual = OTAlignmentLoss(**options, reduction=reduction)(student, teacher, mask)
     pairs = ot_alignment(student, teacher, mask, **options)
-    assert torch.equal(found, {"mean": pairs.mean(), "sum": pairs.sum(), "none": pairs}[reduction])
+    assert torch.equal(actual, {"mean": pairs.mean(), "sum": pairs.sum(), "none": pairs}[reduction])
 
 
-def test_has_no_state_and_shows_its_options():
+def test_has_no_state_and_prints_its_options():
     loss = OTAlignmentLoss(epsilon=0.1, reduction="sum")
     assert not list(loss.parameters()) and not loss.state_dict()
     assert repr(loss) == (
@@ -29,17 +29,17 @@ def test_has_no_state_and_shows_its_options():
     )
 
 
-def test_takes_every_option_of_the_function():
+def test_accepts_every_option_of_ot_alignment():
     student, teacher, mask = clouds()
     options = {"cost": "sqeuclidean", "rho": (0.5, None), "gradient": "implicit", "tol": 1e-4}
     options |= {"anderson": 4, "max_iter": 60, "epsilon": 2.0, "anneal": (8.0, 0.5)}
     loss = OTAlignmentLoss(**options, reduction="none")
-    found = loss(student, teacher, mask)
-    assert torch.equal(found, ot_alignment(student, teacher, mask, **options))
+    actual = loss(student, teacher, mask)
+    assert torch.equal(actual, ot_alignment(student, teacher, mask, **options))
     assert "rho=(0.5, None)" in repr(loss)
 
 
-def test_pulls_the_student_onto_the_teacher():
+def test_training_reduces_the_loss():
     student, teacher, mask = clouds()
     loss = OTAlignmentLoss()
     optimizer = torch.optim.Adam([student], lr=0.1)
@@ -53,7 +53,7 @@ def test_pulls_the_student_onto_the_teacher():
     assert history[-1] < 0.6 * history[0]
 
 
-def test_a_pair_without_tokens_adds_nothing():
+def test_a_pair_without_tokens_counts_as_zero():
     student, teacher, mask = clouds()
     three = OTAlignmentLoss(reduction="sum")(student, teacher, mask)
     two = OTAlignmentLoss(reduction="sum")(student[:2], teacher[:2], mask[:2])
@@ -74,11 +74,11 @@ def test_a_pair_without_tokens_adds_nothing():
         ({"backend": "gpu"}, "backend is 'gpu'"),
     ],
 )
-def test_bad_options_fail_when_the_loss_is_made(options, message):
+def test_invalid_options_raise_in_the_constructor(options, message):
     with pytest.raises(ValueError, match=message):
         OTAlignmentLoss(**options)
 
 
-def test_unknown_options_are_refused():
+def test_unknown_options_raise():
     with pytest.raises(TypeError, match="temperature"):
         OTAlignmentLoss(temperature=0.1)

@@ -1,4 +1,4 @@
-"""OTDistillationLoss in the contract of Sentence Transformers, with stand-ins for the models."""
+"""OTDistillationLoss in the contract of Sentence Transformers, with stub models."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from optical.losses.distillation import OTDistillationLoss
 
 
 class Model(nn.Module):
-    """Looks up token vectors; the scoring mask leaves token 1 out, as a skip-list would."""
+    """Looks up token vectors; the scoring mask leaves out token 1, as a skip list does."""
 
-    def __init__(self, size=8, words=20, dropout=0.0, tells_size=True):
+    def __init__(self, size=8, words=20, dropout=0.0, reports_size=True):
         super().__init__()
         self.vectors = nn.Embedding(words, size)
         self.dropout = nn.Dropout(dropout)
         self.size, self.tasks = size, []
-        if tells_size:
+        if reports_size:
             self.get_embedding_dimension = lambda: size
 
     def forward(self, features, task=None):
@@ -38,36 +38,36 @@ def models():
     return Model(), Model(words=30)
 
 
-def test_is_the_mean_distance_of_the_scored_tokens(models):
+def test_is_the_mean_cost_of_the_scored_tokens(models):
     student, teacher = models
     options = {"epsilon": 0.1, "max_iter": 20, "tol": 1e-6, "backend": "reference"}
     source, target = batch(tokens=7, words=30), batch()
-    found = OTDistillationLoss(student, teacher, **options)([source, target])
-    assert list(found) == ["ot_cost"] and found["ot_cost"].shape == ()
-    taught, learnt = teacher(source), student(target)
+    actual = OTDistillationLoss(student, teacher, **options)([source, target])
+    assert list(actual) == ["ot_cost"] and actual["ot_cost"].shape == ()
+    teacher_output, student_output = teacher(source), student(target)
     expected = ot_alignment(
-        learnt["token_embeddings"],
-        taught["token_embeddings"],
-        learnt["attention_mask"],
-        taught["attention_mask"],
+        student_output["token_embeddings"],
+        teacher_output["token_embeddings"],
+        student_output["attention_mask"],
+        teacher_output["attention_mask"],
         **options,
     )
-    torch.testing.assert_close(found["ot_cost"], expected.mean())
-    found["ot_cost"].backward()
+    torch.testing.assert_close(actual["ot_cost"], expected.mean())
+    actual["ot_cost"].backward()
     gradient = student.vectors.weight.grad
     assert gradient.abs().sum() > 0
     assert not gradient[1].any()  # left out by the scoring mask
     assert teacher.vectors.weight.grad is None
 
 
-def test_every_further_column_counts_alike(models):
+def test_target_columns_are_averaged(models):
     loss = OTDistillationLoss(*models)
     source, first, second = batch(), batch(), batch(tokens=9)
-    single = [loss([source, one])["ot_cost"] for one in (first, second)]
+    single = [loss([source, column])["ot_cost"] for column in (first, second)]
     torch.testing.assert_close(loss([source, first, second])["ot_cost"], sum(single) / 2)
 
 
-def test_the_teacher_is_frozen_and_never_wakes():
+def test_the_teacher_is_frozen_and_stays_in_evaluation_mode():
     teacher = Model(dropout=0.5).train()
     loss = OTDistillationLoss(Model(), teacher)
     trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
@@ -86,14 +86,14 @@ def test_the_task_of_the_batch_reaches_both_models(models):
     assert [model.tasks for model in models] == [["query", "document"]] * 2
 
 
-def test_does_not_change_the_batch_it_is_given(models):
+def test_does_not_modify_the_batch(models):
     features = [batch(), batch()]
-    keys = [set(one) for one in features]
+    keys = [set(column) for column in features]
     OTDistillationLoss(*models)(features)
-    assert [set(one) for one in features] == keys
+    assert [set(column) for column in features] == keys
 
 
-def test_two_half_batches_give_the_gradient_of_the_whole(models):
+def test_accumulated_half_batches_give_the_gradient_of_the_batch(models):
     student, _ = models
     loss = OTDistillationLoss(*models)
     whole = [batch(pairs=8, tokens=7), batch(pairs=8)]
@@ -101,24 +101,24 @@ def test_two_half_batches_give_the_gradient_of_the_whole(models):
     expected = student.vectors.weight.grad.clone()
     student.zero_grad()
     for half in (slice(0, 4), slice(4, 8)):
-        part = [{name: value[half] for name, value in one.items()} for one in whole]
+        part = [{name: value[half] for name, value in column.items()} for column in whole]
         (loss(part)["ot_cost"] / 2).backward()
     torch.testing.assert_close(student.vectors.weight.grad, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_different_sizes_are_refused_with_both_and_the_remedy():
+def test_different_vector_sizes_raise():
     with pytest.raises(ValueError, match=r"teacher .* size 16, the student of size 8.*Dense.*`dim"):
         OTDistillationLoss(Model(8), Model(16))
 
 
-def test_models_that_do_not_tell_their_size_fail_at_the_first_batch():
-    loss = OTDistillationLoss(Model(8, tells_size=False), Model(16, tells_size=False))
+def test_models_of_unknown_vector_size_raise_at_the_first_batch():
+    loss = OTDistillationLoss(Model(8, reports_size=False), Model(16, reports_size=False))
     with pytest.raises(ValueError, match=r"teacher has shape .*16.*; expected .*8"):
         loss([batch(), batch()])
 
 
-def test_a_dense_model_is_taken_by_its_tokens_not_by_its_sentence_vector():
-    """Whatever a module behind the pooling makes of the sentence vector, tokens keep their size."""
+def test_the_sentence_vector_size_of_a_dense_model_is_ignored():
+    """Modules after the pooling change the size of the sentence vector, not of the tokens."""
 
     class Pooling(nn.Module):
         pass
@@ -129,7 +129,7 @@ def test_a_dense_model_is_taken_by_its_tokens_not_by_its_sentence_vector():
     assert OTDistillationLoss(dense, Model(8))([batch(), batch()])["ot_cost"].isfinite()
 
 
-def test_models_on_different_devices_are_named(models):
+def test_models_on_different_devices_raise(models):
     student, teacher = models
     loss = OTDistillationLoss(student.to("meta"), teacher)
     away = {name: value.to("meta") for name, value in batch().items()}
@@ -137,18 +137,18 @@ def test_models_on_different_devices_are_named(models):
         loss([batch(), away])
 
 
-def test_a_batch_without_translations_is_refused(models):
+def test_a_batch_without_translations_raises(models):
     with pytest.raises(ValueError, match="one column; expected a source and at least one target"):
         OTDistillationLoss(*models)([batch()])
 
 
 @pytest.mark.parametrize("option", [{"epsilon": 0.0}, {"gradient": "x"}, {"backend": "gpu"}])
-def test_bad_options_fail_when_the_loss_is_made(models, option):
+def test_invalid_options_raise_in_the_constructor(models, option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} is "):
         OTDistillationLoss(*models, **option)
 
 
-def test_tells_the_model_card_its_options_and_its_source(models):
+def test_provides_options_and_citation_for_the_model_card(models):
     loss = OTDistillationLoss(*models, epsilon=0.2)
     assert loss.get_config_dict() == {
         "cost": "cosine",

@@ -1,4 +1,4 @@
-"""The objectives beside OT: against loops that say the same, and blind to padding."""
+"""Distillation objectives: agreement with plain loops, padding, gradients and token weights."""
 
 import itertools
 
@@ -18,7 +18,7 @@ KINDS = {
 
 
 class Fixed(torch.nn.Module):
-    """A model that returns what it was given."""
+    """A model that returns its features."""
 
     def forward(self, features, task=None):
         return features
@@ -50,9 +50,9 @@ def test_position():
         for a, b in zip(rows(student), rows(teacher), strict=True)
         for x, y in zip(a, b, strict=False)
     ]
-    found = loss("position").compare(student, teacher, "document")
-    torch.testing.assert_close(found, torch.stack(squares).mean())
-    # Tokens that a model leaves out do not take a position.
+    actual = loss("position").compare(student, teacher, "document")
+    torch.testing.assert_close(actual, torch.stack(squares).mean())
+    # Masked tokens do not occupy a position.
     gap = student.mask.clone()
     gap[0, 1] = False
     kept = [student.vectors[0, [0, 2, 3]], *rows(student)[1:]]
@@ -61,8 +61,8 @@ def test_position():
         for a, b in zip(kept, rows(teacher), strict=True)
         for x, y in zip(a, b, strict=False)
     ]
-    found = loss("position").compare(student._replace(mask=gap), teacher, "document")
-    torch.testing.assert_close(found, torch.stack(squares).mean())
+    actual = loss("position").compare(student._replace(mask=gap), teacher, "document")
+    torch.testing.assert_close(actual, torch.stack(squares).mean())
 
 
 def test_pooled():
@@ -71,17 +71,17 @@ def test_pooled():
         (x.mean(0) - y.mean(0)).square().sum()
         for x, y in zip(rows(student), rows(teacher), strict=True)
     ]
-    found = loss("pooled").compare(student, teacher, "document")
-    torch.testing.assert_close(found, torch.stack(squares).mean())
-    # Weights are those of the mean.
+    actual = loss("pooled").compare(student, teacher, "document")
+    torch.testing.assert_close(actual, torch.stack(squares).mean())
+    # Token weights are the weights of the mean.
     mass = student.mask * torch.arange(1.0, 7.0)
     x = (student.vectors * mass[..., None]).sum(1) / mass.sum(1, keepdim=True)
     y = torch.stack([y.mean(0) for y in rows(teacher)])
-    found = loss("pooled").compare(student._replace(mass=mass), teacher, "document")
-    torch.testing.assert_close(found, (x - y).square().sum(-1).mean())
+    actual = loss("pooled").compare(student._replace(mass=mass), teacher, "document")
+    torch.testing.assert_close(actual, (x - y).square().sum(-1).mean())
 
 
-def test_greedy_takes_the_nearest_pair_first():
+def test_greedy_matches_the_nearest_pair_first():
     student, teacher = pair()
     squares = []
     for x, y in zip(rows(student), rows(teacher), strict=True):
@@ -90,12 +90,12 @@ def test_greedy_takes_the_nearest_pair_first():
             i, j = max(left, key=lambda place: float(x[place[0]] @ y[place[1]]))
             squares.append((x[i] - y[j]).square().sum())
             left = [(a, b) for a, b in left if a != i and b != j]
-    found = loss("greedy").compare(student, teacher, "document")
-    torch.testing.assert_close(found, torch.stack(squares).mean())
+    actual = loss("greedy").compare(student, teacher, "document")
+    torch.testing.assert_close(actual, torch.stack(squares).mean())
 
 
 @pytest.mark.parametrize("role", ["query", "document"])
-def test_contrastive_scores_as_retrieval_does(role):
+def test_contrastive_scores_by_maxsim(role):
     student, teacher = pair()
     queries, documents = (student, teacher) if role == "query" else (teacher, student)
     scores = torch.stack(
@@ -104,45 +104,45 @@ def test_contrastive_scores_as_retrieval_does(role):
     logits = scores / 0.1
     own = torch.arange(3)
     cross = torch.nn.functional.cross_entropy
-    found = loss("contrastive", temperature=0.1).compare(student, teacher, role)
-    torch.testing.assert_close(found, (cross(logits, own) + cross(logits.T, own)) / 2)
+    actual = loss("contrastive", temperature=0.1).compare(student, teacher, role)
+    torch.testing.assert_close(actual, (cross(logits, own) + cross(logits.T, own)) / 2)
     with pytest.raises(ValueError, match=r"temperature is 0; expected a number > 0"):
         loss("contrastive", temperature=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_and_empty_texts_change_nothing(kind):
+def test_padding_and_empty_texts_are_ignored(kind):
     student, teacher = pair()
     compare = loss(kind).compare
     expected = compare(student, teacher, "document")
     moved = [tokens.vectors.clone() for tokens in (student, teacher)]
     for vectors, tokens in zip(moved, (student, teacher), strict=True):
         vectors[~tokens.mask] = 1e3
-    found = compare(
+    actual = compare(
         student._replace(vectors=moved[0]), teacher._replace(vectors=moved[1]), "document"
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     empty = torch.zeros_like(student.mask)
     alone = compare(student._replace(mask=empty), teacher, "document")
     assert alone == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_student_learns_and_the_teacher_does_not(kind):
+def test_gradients_reach_the_student_only(kind):
     student, teacher = pair()
     x, y = (tokens.vectors.clone().requires_grad_() for tokens in (student, teacher))
     source = {"token_embeddings": y, "attention_mask": teacher.mask, "task": "document"}
     target = {"token_embeddings": x, "attention_mask": student.mask}
-    # Vectors that the batch brings itself are not computed again.
+    # Stored vectors of the teacher are not computed again.
     module = loss(kind)
     module.teacher.forward = None
-    (found,) = module([{**source, "token_embeddings": y.detach()}, target]).values()
-    found.backward()
+    (actual,) = module([{**source, "token_embeddings": y.detach()}, target]).values()
+    actual.backward()
     assert x.grad[student.mask].abs().sum() > 0 and torch.isfinite(x.grad).all()
     assert x.grad[~student.mask].abs().sum() == 0
 
 
-def test_masses_weigh_the_tokens_and_zero_leaves_them_out():
+def test_masses_weight_the_tokens_and_zero_leaves_them_out():
     student, teacher = pair()
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(1, 9, tokens.mask.shape, generator=generator) for tokens in pair()]
@@ -152,20 +152,20 @@ def test_masses_weigh_the_tokens_and_zero_leaves_them_out():
     ]
     even = torch.ones(10)
     plain = loss("ot")(features)["ot_cost"]
-    # Equal masses are the plain loss.
+    # Equal masses give the loss without masses.
     weighed = loss("ot", student_mass=even, teacher_mass=2 * even)(features)["ot_cost"]
     torch.testing.assert_close(weighed, plain)
-    # A weight of zero is as if the token were padding.
+    # A token of mass zero is treated as padding.
     without = even.clone()
     dropped = ids[0][0, 0]
     without[dropped] = 0
-    found = loss("ot", student_mass=without)(features)["ot_cost"]
+    actual = loss("ot", student_mass=without)(features)["ot_cost"]
     masked = [features[0], {**features[1], "attention_mask": student.mask & (ids[0] != dropped)}]
-    torch.testing.assert_close(found, loss("ot")(masked)["ot_cost"])
-    assert not torch.isclose(found, plain)
+    torch.testing.assert_close(actual, loss("ot")(masked)["ot_cost"])
+    assert not torch.isclose(actual, plain)
 
 
-def test_unbalanced_plans_may_leave_tokens_without_a_partner():
+def test_unbalanced_plans_may_leave_tokens_unmatched():
     student, teacher = pair()
     plain = loss("ot").compare(student, teacher, "document")
     free = loss("ot", rho=0.1).compare(student, teacher, "document")

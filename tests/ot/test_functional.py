@@ -1,4 +1,4 @@
-"""The public functions: shapes, dtypes, masks, padding, and what every user error says."""
+"""The public functions: shapes, dtypes, masks, padding, options and error messages."""
 
 import doctest
 import math
@@ -20,7 +20,7 @@ from optical.backends import registry
 from optical.backends.dense import PaddedProblem
 from optical.losses import alignment
 from optical.ot import functional, result
-from optical.testing.cases import packed, random_clouds
+from optical.testing.cases import packed, random_vector_case
 
 NAN, INF = math.nan, math.inf
 
@@ -85,30 +85,30 @@ def test_half_precision_costs_are_computed_in_float32(dtype):
     assert torch.equal(result.value, sinkhorn(cost.detach().float(), epsilon=0.1).value)
 
 
-def test_a_mask_gives_the_distance_of_the_shorter_texts():
+def test_masks_shorten_the_texts():
     student, teacher, student_mask, teacher_mask = clouds()
-    found = ot_alignment(student, teacher, student_mask, teacher_mask)
+    actual = ot_alignment(student, teacher, student_mask, teacher_mask)
     for i in range(2):
         x, y = student[i, student_mask[i]][None], teacher[i, teacher_mask[i]][None]
         cost = 1 - F.cosine_similarity(x[:, :, None], y[:, None], dim=-1)
         expected = sinkhorn(cost, epsilon=0.05, max_iter=50).value_linear
-        torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-5, atol=1e-5)
-    assert found[2] == 0
-    found.sum().backward()
+        torch.testing.assert_close(actual[i : i + 1], expected, rtol=1e-5, atol=1e-5)
+    assert actual[2] == 0
+    actual.sum().backward()
     assert not student.grad[~student_mask].any() and student.grad[0].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.float32])
-def test_attention_masks_of_numbers_mean_the_same(dtype):
+def test_masks_may_be_numbers(dtype):
     student, teacher, student_mask, teacher_mask = clouds()
     expected = ot_alignment(student, teacher, student_mask, teacher_mask)
-    found = ot_alignment(student, teacher, student_mask.to(dtype), teacher_mask.to(dtype))
-    assert torch.equal(found, expected)
+    actual = ot_alignment(student, teacher, student_mask.to(dtype), teacher_mask.to(dtype))
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("gradient", ["envelope", "unroll"])
 @pytest.mark.parametrize("filling", [NAN, INF, -INF, 1e30, 0.0])
-def test_padding_may_hold_anything(filling, gradient):
+def test_values_of_padding_do_not_matter(filling, gradient):
     student, teacher, student_mask, teacher_mask = clouds()
     values, gradients = [], []
     for fill in (1.0, filling):
@@ -124,7 +124,7 @@ def test_padding_may_hold_anything(filling, gradient):
     assert torch.equal(gradients[0][1], gradients[1][1])
 
 
-def test_a_zero_vector_is_at_distance_one_with_a_finite_gradient():
+def test_a_zero_vector_has_cost_one_and_a_finite_gradient():
     student = torch.zeros(1, 2, 4, requires_grad=True)
     value = ot_alignment(student, torch.randn(1, 3, 4))
     value.sum().backward()
@@ -132,35 +132,35 @@ def test_a_zero_vector_is_at_distance_one_with_a_finite_gradient():
 
 
 @pytest.mark.parametrize("gradient", ["envelope", "unroll"])
-def test_the_length_of_a_vector_does_not_matter(gradient):
+def test_the_cosine_does_not_depend_on_lengths(gradient):
     student, teacher, *_ = clouds(dtype=torch.float64)
     options = {"gradient": gradient, "max_iter": 10}
     lengths = torch.rand(3, 5, 1).double() + 0.1
     scaled = ot_alignment(student * lengths, 3 * teacher, **options)
     torch.testing.assert_close(scaled, ot_alignment(student, teacher, **options))
     scaled.sum().backward()
-    # So moving a vector along itself changes nothing.
+    # The gradient is orthogonal to the vector.
     torch.testing.assert_close((student.grad * student).sum(-1), torch.zeros(3, 5).double())
 
 
-def test_identical_clouds_in_another_order_are_close():
+def test_a_permutation_of_the_tokens_has_cost_zero():
     teacher = F.normalize(torch.randn(2, 6, 64), dim=-1)
-    found = ot_alignment(teacher[:, torch.randperm(6)], teacher, epsilon=0.02, max_iter=200)
-    assert (found < 1e-3).all()
+    actual = ot_alignment(teacher[:, torch.randperm(6)], teacher, epsilon=0.02, max_iter=200)
+    assert (actual < 1e-3).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_vectors_lose_nothing_after_their_own_rounding(dtype):
+def test_half_precision_vectors_are_computed_in_float32(dtype):
     student, teacher = (x.detach().to(dtype) for x in clouds(dim=128)[:2])
-    found = ot_alignment(student, teacher)
-    assert found.dtype == torch.float32
+    actual = ot_alignment(student, teacher)
+    assert actual.dtype == torch.float32
     truth = ot_alignment(student.double(), teacher.double()).float()
-    torch.testing.assert_close(found, truth, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, truth, rtol=0, atol=1e-5)
     mixed = ot_alignment(student, teacher.float())
-    assert torch.equal(mixed, found)
+    assert torch.equal(mixed, actual)
 
 
-def test_only_the_student_learns():
+def test_a_teacher_without_gradient_receives_none():
     student, teacher, *_ = clouds()
     with torch.no_grad():
         targets = 2 * teacher
@@ -168,15 +168,15 @@ def test_only_the_student_learns():
     assert student.grad.any() and targets.grad is None
 
 
-# --------------------------------------------------------- masks, lengths, offsets, and the options
+# --------------------------------------------------------------- masks, lengths, offsets, options
 
 
-def same(found, expected):
+def same(actual, expected):
     for field in ("value", "value_linear", "marginal_error"):
-        torch.testing.assert_close(getattr(found, field), getattr(expected, field))
+        torch.testing.assert_close(getattr(actual, field), getattr(expected, field))
 
 
-def test_masks_lengths_and_masses_say_the_same():
+def test_masks_lengths_and_masses_are_equivalent():
     cost = torch.rand(3, 4, 5)
     lengths = torch.tensor([4, 2, 0]), torch.tensor([5, 3, 1], dtype=torch.int32)
     masks = [torch.arange(n) < x[:, None] for n, x in zip((4, 5), lengths, strict=True)]
@@ -187,53 +187,53 @@ def test_masks_lengths_and_masses_say_the_same():
     assert expected.status.tolist() == [Status.MAX_ITER, Status.MAX_ITER, Status.EMPTY]
     by_length = sinkhorn(cost, epsilon=0.1, lengths_a=lengths[0], lengths_b=lengths[1])
     by_mask = sinkhorn(cost, epsilon=0.1, mask_a=masks[0].float(), mask_b=masks[1].long())
-    for found in (by_length, by_mask):
-        assert torch.equal(found.value, expected.value) and torch.equal(found.f, expected.f)
+    for actual in (by_length, by_mask):
+        assert torch.equal(actual.value, expected.value) and torch.equal(actual.f, expected.f)
 
 
-def test_a_mask_takes_away_from_masses_that_are_given():
+def test_a_mask_applies_to_given_masses():
     cost, log_a = torch.rand(1, 3, 4), torch.tensor([[0.5, 0.3, 0.2]]).log()
     mask = torch.tensor([[True, False, True]])
-    found = sinkhorn(cost, log_a, epsilon=0.1, rho=1.0, mask_a=mask)
+    actual = sinkhorn(cost, log_a, epsilon=0.1, rho=1.0, mask_a=mask)
     expected = sinkhorn(cost[:, [0, 2]], log_a[:, [0, 2]], epsilon=0.1, rho=1.0)
-    same(found, expected)
-    assert found.f[0, 1] == 0 and not found.plan()[0, 1].any()
+    same(actual, expected)
+    assert actual.f[0, 1] == 0 and not actual.plan()[0, 1].any()
 
 
 @pytest.mark.parametrize("kind", ["cosine", "sqeuclidean", "dot"])
-def test_vectors_are_the_given_cost_of_their_kind(kind):
-    problem = random_clouds("", kind, rows=[9, 4, 1], columns=[12, 12, 5], epsilon=1.0)
-    given = PaddedProblem(problem.arguments()).given.x
-    masses = (problem.log_a, problem.log_b)
-    expected = sinkhorn(given, *masses, epsilon=1.0, rho=(None, 2.0), max_iter=30)
+def test_vectors_are_equivalent_to_their_cost(kind):
+    case = random_vector_case("", kind, rows=[9, 4, 1], columns=[12, 12, 5], epsilon=1.0)
+    cost = PaddedProblem(case.problem()).with_cost.x
+    masses = (case.log_a, case.log_b)
+    expected = sinkhorn(cost, *masses, epsilon=1.0, rho=(None, 2.0), max_iter=30)
     options = {"cost": kind, "epsilon": 1.0, "rho": (None, 2.0), "max_iter": 30}
-    found = sinkhorn_vectors(problem.x, problem.y, *masses, **options)
-    same(found, expected)
-    torch.testing.assert_close(found.plan(), expected.plan())
+    actual = sinkhorn_vectors(case.x, case.y, *masses, **options)
+    same(actual, expected)
+    torch.testing.assert_close(actual.plan(), expected.plan())
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_packed_problems_are_the_padded_ones(dtype):
+def test_packed_problems_are_equivalent_to_padded_ones(dtype):
     lengths = [4, 0, 9], [2, 5, 12]
-    padded = random_clouds("", "cosine", rows=lengths[0], columns=lengths[1])
-    dense = packed(padded)
-    offsets = {"cu_seqlens_a": dense.cu_a.to(dtype), "cu_seqlens_b": dense.cu_b.to(dtype)}
-    found = sinkhorn_vectors(dense.x, dense.y, epsilon=0.1, **offsets)
+    padded = random_vector_case("", "cosine", rows=lengths[0], columns=lengths[1])
+    flat = packed(padded)
+    offsets = {"cu_seqlens_a": flat.cu_a.to(dtype), "cu_seqlens_b": flat.cu_b.to(dtype)}
+    actual = sinkhorn_vectors(flat.x, flat.y, epsilon=0.1, **offsets)
     sizes = [torch.tensor(x) for x in lengths]
     expected = sinkhorn_vectors(
         padded.x, padded.y, epsilon=0.1, lengths_a=sizes[0], lengths_b=sizes[1]
     )
-    same(found, expected)
-    torch.testing.assert_close(found.plan(), expected.plan())
-    present = torch.arange(9) < sizes[0][:, None]
-    assert found.f.shape == (13,) and torch.allclose(found.f, expected.f[present])
+    same(actual, expected)
+    torch.testing.assert_close(actual.plan(), expected.plan())
+    valid = torch.arange(9) < sizes[0][:, None]
+    assert actual.f.shape == (13,) and torch.allclose(actual.f, expected.f[valid])
     v = torch.randn(3, 12, 2).double()
     inside = v[torch.arange(12) < sizes[1][:, None]]
-    torch.testing.assert_close(found.apply_plan(inside), expected.apply_plan(v)[present])
+    torch.testing.assert_close(actual.apply_plan(inside), expected.apply_plan(v)[valid])
     again = sinkhorn_vectors(
-        dense.x, dense.y, dense.log_a, dense.log_b, epsilon=0.1, init=(found.f, found.g), **offsets
+        flat.x, flat.y, flat.log_a, flat.log_b, epsilon=0.1, init=(actual.f, actual.g), **offsets
     )
-    assert (again.marginal_error <= found.marginal_error + 1e-12).all()
+    assert (again.marginal_error <= actual.marginal_error + 1e-12).all()
 
 
 def test_the_options_reach_the_operator():
@@ -245,45 +245,45 @@ def test_the_options_reach_the_operator():
         {"anneal": (1.0, 0.7)},
         {"init": (plain.f, plain.g)},
     ):
-        found = sinkhorn(cost, epsilon=0.05, tol=1e-9, max_iter=2000, **options)
-        torch.testing.assert_close(found.value, plain.value, rtol=0, atol=1e-7)
-        assert not torch.equal(found.n_iter, plain.n_iter), options
-        assert found.status.tolist() == [Status.CONVERGED] * 2
+        actual = sinkhorn(cost, epsilon=0.05, tol=1e-9, max_iter=2000, **options)
+        torch.testing.assert_close(actual.value, plain.value, rtol=0, atol=1e-7)
+        assert not torch.equal(actual.n_iter, plain.n_iter), options
+        assert actual.status.tolist() == [Status.CONVERGED] * 2
     for rho in (2.0, (2.0, 2.0), (2, INF), (None, 2.0), INF, None):
-        found = sinkhorn(cost, epsilon=0.05, rho=rho, max_iter=500)
+        actual = sinkhorn(cost, epsilon=0.05, rho=rho, max_iter=500)
         kept = (rho[0] if isinstance(rho, tuple) else rho) in (None, INF)
-        error = (found.plan().sum(2) - 1 / 6).abs().sum(1)
+        error = (actual.plan().sum(2) - 1 / 6).abs().sum(1)
         assert (error < 1e-4).all() == kept
     assert (sinkhorn(cost, epsilon=0.1, gradient="implicit").gradient_residual < 1e-6).all()
 
 
-def test_the_gradient_that_is_returned_is_the_one_asked_for():
+def test_each_gradient_mode_is_the_one_requested():
     x, y = torch.randn(2, 4, 3).double(), torch.randn(2, 5, 3).double()
-    found = {}
+    actual = {}
     for gradient in ("envelope", "implicit", "unroll"):
         leaf = x.clone().requires_grad_()
         loss = ot_alignment(leaf, y, epsilon=0.3, max_iter=200, gradient=gradient)
-        found[gradient] = torch.autograd.grad(loss.sum(), leaf)[0]
-    torch.testing.assert_close(found["implicit"], found["unroll"])
-    assert (found["envelope"] - found["unroll"]).abs().max() > 1e-3
+        actual[gradient] = torch.autograd.grad(loss.sum(), leaf)[0]
+    torch.testing.assert_close(actual["implicit"], actual["unroll"])
+    assert (actual["envelope"] - actual["unroll"]).abs().max() > 1e-3
 
 
-def test_low_memory_changes_no_more_than_the_last_digits():
+def test_low_memory_agrees_to_rounding():
     x, y = torch.randn(2, 40, 8), torch.randn(2, 30, 8)
     same(*(sinkhorn_vectors(x, y, epsilon=0.2, low_memory=low) for low in (False, True)))
 
 
-def test_vectors_may_differ_in_dtype():
+def test_x_and_y_may_differ_in_dtype():
     x, y = torch.randn(2, 4, 3).bfloat16(), torch.randn(2, 5, 3)
-    found = sinkhorn_vectors(x.requires_grad_(), y.half(), epsilon=0.1)
-    assert found.value.dtype == torch.float32
+    actual = sinkhorn_vectors(x.requires_grad_(), y.half(), epsilon=0.1)
+    assert actual.value.dtype == torch.float32
     wide = sinkhorn_vectors(x, y.double(), epsilon=0.1)
     assert wide.value.dtype == torch.float64
-    (wide.value + found.value).sum().backward()
+    (wide.value + actual.value).sum().backward()
     assert x.grad.dtype == torch.bfloat16
 
 
-def test_apply_plan_is_the_product():
+def test_apply_plan_multiplies_the_plan():
     x, y = torch.randn(2, 4, 3), torch.randn(2, 5, 3)
     result = sinkhorn_vectors(x, y, epsilon=0.2)
     torch.testing.assert_close(result.apply_plan(y), result.plan() @ y)
@@ -304,48 +304,46 @@ def test_apply_plan_is_the_product():
 # --------------------------------------------------------------------------------- the divergence
 
 
-def test_the_divergence_is_made_of_three_values():
-    problem = random_clouds("", "sqeuclidean", rows=[9, 4, 1], columns=[12, 12, 5])
-    log_a = (problem.log_a + 0.4).requires_grad_()
+def test_the_divergence_combines_three_values():
+    case = random_vector_case("", "sqeuclidean", rows=[9, 4, 1], columns=[12, 12, 5])
+    log_a = (case.log_a + 0.4).requires_grad_()
     options = {"epsilon": 2.0, "rho": 1.5, "max_iter": 60, "cost": "sqeuclidean"}
-    found = sinkhorn_divergence(problem.x, problem.y, log_a, problem.log_b, **options)
+    actual = sinkhorn_divergence(case.x, case.y, log_a, case.log_b, **options)
     pairs = [
         sinkhorn_vectors(x, y, a, b, **options).value
         for x, y, a, b in (
-            (problem.x, problem.y, log_a, problem.log_b),
-            (problem.x, problem.x, log_a, log_a),
-            (problem.y, problem.y, problem.log_b, problem.log_b),
+            (case.x, case.y, log_a, case.log_b),
+            (case.x, case.x, log_a, log_a),
+            (case.y, case.y, case.log_b, case.log_b),
         )
     ]
-    excess = log_a.exp().sum(1) - problem.log_b.exp().sum(1)
+    excess = log_a.exp().sum(1) - case.log_b.exp().sum(1)
     expected = pairs[0] - pairs[1] / 2 - pairs[2] / 2 + 2.0 / 2 * excess**2
-    torch.testing.assert_close(found, expected)
-    grads = [torch.autograd.grad(x.sum(), log_a, retain_graph=True)[0] for x in (found, expected)]
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.autograd.grad(x.sum(), log_a, retain_graph=True)[0] for x in (actual, expected)]
     torch.testing.assert_close(*grads)
-    assert not grads[0][problem.log_a == -INF].any()
+    assert not grads[0][case.log_a == -INF].any()
 
 
-def test_the_divergence_of_packed_problems_is_that_of_padded_ones():
-    problem = random_clouds("", "sqeuclidean", rows=[9, 0, 3], columns=[12, 7, 5], epsilon=2.0)
-    dense = packed(problem)
+def test_the_divergence_of_packed_problems_agrees_with_padded_ones():
+    case = random_vector_case("", "sqeuclidean", rows=[9, 0, 3], columns=[12, 7, 5], epsilon=2.0)
+    flat = packed(case)
     options = {"epsilon": 2.0, "cost": "sqeuclidean", "rho": 3.0}
-    expected = sinkhorn_divergence(
-        problem.x, problem.y, problem.log_a + 0.2, problem.log_b, **options
-    )
-    found = sinkhorn_divergence(
-        dense.x,
-        dense.y,
-        dense.log_a + 0.2,
-        dense.log_b,
-        cu_seqlens_a=dense.cu_a,
-        cu_seqlens_b=dense.cu_b,
+    expected = sinkhorn_divergence(case.x, case.y, case.log_a + 0.2, case.log_b, **options)
+    actual = sinkhorn_divergence(
+        flat.x,
+        flat.y,
+        flat.log_a + 0.2,
+        flat.log_b,
+        cu_seqlens_a=flat.cu_a,
+        cu_seqlens_b=flat.cu_b,
         **options,
     )
-    torch.testing.assert_close(found, expected)
-    assert found[1] == 0
+    torch.testing.assert_close(actual, expected)
+    assert actual[1] == 0
 
 
-def test_the_divergence_of_equal_clouds_is_zero_and_of_others_positive():
+def test_the_divergence_is_zero_for_equal_sets_and_otherwise_positive():
     x, y = torch.randn(3, 6, 4).double(), torch.randn(3, 5, 4).double()
     options = {"epsilon": 0.5, "cost": "sqeuclidean", "max_iter": 500}
     equal = sinkhorn_divergence(x, x.flip(1), **options)
@@ -364,22 +362,22 @@ def test_the_divergence_agrees_with_geomloss(reach):
     loss = geomloss.SamplesLoss(
         "sinkhorn", p=2, blur=blur, reach=reach, scaling=0.99, debias=True, backend="tensorized"
     )
-    # GeomLoss's cost for p = 2 is half the squared distance.
+    # For p = 2, the cost of GeomLoss is half the squared distance.
     expected = 2 * loss(x, y)
     rho = None if reach is None else 2 * reach**2
     options = {"cost": "sqeuclidean", "max_iter": 2000, "rho": rho}
-    found = sinkhorn_divergence(x, y, epsilon=2 * blur**2, **options)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    actual = sinkhorn_divergence(x, y, epsilon=2 * blur**2, **options)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_one_penalty_makes_a_divergence():
+def test_the_divergence_requires_equal_penalties():
     x = torch.randn(1, 3, 2)
     with pytest.raises(ValueError, match=r"rho is \(1.0, 2.0\); expected one strength for both"):
         sinkhorn_divergence(x, x, epsilon=0.1, rho=(1.0, 2.0))
     assert sinkhorn_divergence(x, x, epsilon=0.1, rho=(1.0, 1.0)).abs() < 1e-5
 
 
-# -------------------------------------------------------------------------------------- the errors
+# ------------------------------------------------------------------------------------------ errors
 
 
 COST = torch.zeros(2, 3, 4)

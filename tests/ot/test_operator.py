@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: registration, derivatives, compilation, batching, threads."""
+"""The registered ops: registration, derivatives, compilation, batching and threads."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +12,17 @@ from optical import OTAlignmentLoss, ot_alignment, sinkhorn, sinkhorn_divergence
 from optical.backends import reference
 from optical.backends.dense import PaddedProblem
 from optical.backends.problem import GRADIENTS, Problem, Solution
-from optical.testing.cases import problems, random_clouds, random_problem
+from optical.testing.cases import all_cases, random_case, random_vector_case
 
-ALL = {problem.name: problem for problem in problems()}
+ALL = {case.name: case for case in all_cases()}
 FORWARD = torch.ops.optical.sinkhorn.default
 BACKWARD = torch.ops.optical.sinkhorn_backward.default
 APPLY = torch.ops.optical.apply_plan.default
 DIFFERENTIABLE = [Problem._fields.index(name) for name in ("x", "y", "log_a", "log_b")]
 
 
-def arguments(name, gradient="envelope", backend="reference"):
-    return list(ALL[name].arguments(gradient, backend))
+def fields(name, gradient="envelope", backend="reference"):
+    return list(ALL[name].problem(gradient, backend))
 
 
 # ----------------------------------------------------------------------------------- registration
@@ -45,23 +45,23 @@ CHECKED = [
 )
 @pytest.mark.filterwarnings("ignore:optical runs its plain PyTorch reference")
 def test_opcheck_forward(name, gradient, backend):
-    inputs = arguments(name, gradient, backend)
-    for place in DIFFERENTIABLE:
-        if inputs[place] is not None:
-            copied = inputs[place].clone(memory_format=torch.preserve_format)
-            inputs[place] = copied.requires_grad_()
+    inputs = fields(name, gradient, backend)
+    for index in DIFFERENTIABLE:
+        if inputs[index] is not None:
+            copied = inputs[index].clone(memory_format=torch.preserve_format)
+            inputs[index] = copied.requires_grad_()
     torch.library.opcheck(FORWARD, tuple(inputs))
 
 
 @pytest.mark.parametrize(("name", "gradient"), CHECKED)
 def test_opcheck_backward(name, gradient):
-    inputs = arguments(name, gradient)
-    outputs = Solution(*FORWARD(*inputs))
-    upstream = torch.rand(2, len(outputs.value), dtype=torch.float64)
+    inputs = fields(name, gradient)
+    solution = Solution(*FORWARD(*inputs))
+    upstream = torch.rand(2, len(solution.value), dtype=torch.float64)
     potentials = (None, None)
     if gradient == "unroll":
-        potentials = torch.rand_like(outputs.f), None
-    saved = outputs.f, outputs.g, outputs.w, outputs.z, outputs.n_iter
+        potentials = torch.rand_like(solution.f), None
+    saved = solution.f, solution.g, solution.w, solution.z, solution.n_iter
     needs = (gradient != "implicit", inputs[1] is not None)
     torch.library.opcheck(BACKWARD, (*upstream, *potentials, *inputs, *saved, *needs))
 
@@ -69,15 +69,15 @@ def test_opcheck_backward(name, gradient):
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("name", ["7x5", "dot_ragged_packed"])
 def test_opcheck_apply_plan(name, transpose):
-    inputs = arguments(name)
-    outputs = Solution(*FORWARD(*inputs))
-    lines = outputs.f if transpose else outputs.g
-    v = torch.rand(*lines.shape, 3, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(APPLY, (*inputs, outputs.f, outputs.g, v, transpose))
+    inputs = fields(name)
+    solution = Solution(*FORWARD(*inputs))
+    potential = solution.f if transpose else solution.g
+    v = torch.rand(*potential.shape, 3, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(APPLY, (*inputs, solution.f, solution.g, v, transpose))
 
 
-def test_outputs_share_no_memory():
-    inputs = arguments("init_no_iteration")
+def test_outputs_do_not_share_memory():
+    inputs = fields("init_no_iteration")
     tensors = [*FORWARD(*inputs), *(x for x in inputs if isinstance(x, torch.Tensor))]
     addresses = [x.data_ptr() for x in tensors if x.numel()]
     assert len(set(addresses)) == len(addresses)
@@ -98,27 +98,27 @@ MODES = {
 def small(kind):
     lengths = {"rows": [4, 2], "columns": [3, 5]}
     if kind == "given":
-        problem = random_problem("", 2, 4, 5, **lengths)
+        case = random_case("", 2, 4, 5, **lengths)
     else:
-        problem = random_clouds("", kind, batch=2, n=4, m=5, dim=3, seed=1, **lengths)
-    return problem
+        case = random_vector_case("", kind, batch=2, n=4, m=5, dim=3, seed=1, **lengths)
+    return case
 
 
-def leaves_of(problem):
-    tensors = [problem.x, problem.y, problem.log_a, problem.log_b]
-    # A log-mass of -inf cannot be perturbed; it is put back inside.
+def leaves_of(case):
+    tensors = [case.x, case.y, case.log_a, case.log_b]
+    # A log-mass of -inf cannot be perturbed; `solver` restores it.
     tensors = [x if x is None else x.nan_to_num(neginf=0.0).clone() for x in tensors]
     return [x if x is None else x.requires_grad_() for x in tensors]
 
 
-def solver(problem, options):
+def solver(case, options):
     def solve(x, y, log_a, log_b):
-        log_a = torch.where(problem.log_a > -math.inf, log_a, -math.inf)
-        log_b = torch.where(problem.log_b > -math.inf, log_b, -math.inf)
+        log_a = torch.where(case.log_a > -math.inf, log_a, -math.inf)
+        log_b = torch.where(case.log_b > -math.inf, log_b, -math.inf)
         common = {"epsilon": 0.5, "backend": "reference", **options}
         if y is None:
             return sinkhorn(x, log_a, log_b, **common)
-        return sinkhorn_vectors(x, y, log_a, log_b, cost=problem.kind, **common)
+        return sinkhorn_vectors(x, y, log_a, log_b, cost=case.kind, **common)
 
     return solve
 
@@ -130,13 +130,13 @@ KINDS = ["cosine", "sqeuclidean", "dot"]
     ("kind", "mode"), [*(("given", mode) for mode in MODES), *((kind, "semi") for kind in KINDS)]
 )
 def test_gradcheck_of_unroll(kind, mode):
-    problem = small(kind)
+    case = small(kind)
     options = {"gradient": "unroll", "max_iter": 3, **MODES[mode]}
-    leaves = leaves_of(problem)
+    leaves = leaves_of(case)
 
     def outputs(*moved):
-        x, y, *masses = moved if problem.y is not None else (moved[0], None, *moved[1:])
-        result = solver(problem, options)(x, y, *masses)
+        x, y, *masses = moved if case.y is not None else (moved[0], None, *moved[1:])
+        result = solver(case, options)(x, y, *masses)
         return result.value, result.value_linear, result.f, result.g, result.plan()
 
     assert torch.autograd.gradcheck(outputs, [x for x in leaves if x is not None], fast_mode=True)
@@ -150,23 +150,23 @@ def test_gradcheck_of_unroll(kind, mode):
     ],
 )
 def test_gradcheck_of_implicit(kind, mode):
-    """Finite differences of the converged run, of both values and of every input."""
-    problem = small(kind)
+    """Compares with finite differences of the converged solution, for both values."""
+    case = small(kind)
     options = {"anderson": {"anderson": 3}} | MODES
     options = {"gradient": "implicit", "max_iter": 300, "tol": 1e-14, **options[mode]}
-    leaves = leaves_of(problem)
+    leaves = leaves_of(case)
     penalised = "rho" in options
 
     def outputs(*moved):
-        x, y, log_a, log_b = moved if problem.y is not None else (moved[0], None, *moved[1:])
+        x, y, log_a, log_b = moved if case.y is not None else (moved[0], None, *moved[1:])
         if "rho" not in options or mode == "semi":
-            # Masses of fixed marginals can only move together.
+            # With fixed marginals, the total masses must stay equal.
             log_a, log_b = (
                 torch.where(own > -math.inf, moving, -math.inf).log_softmax(1)
-                for moving, own in ((log_a, problem.log_a), (log_b, problem.log_b))
+                for moving, own in ((log_a, case.log_a), (log_b, case.log_b))
             )
             log_a, log_b = (x.masked_fill(x == -math.inf, 0.0) for x in (log_a, log_b))
-        result = solver(problem, options)(x, y, log_a, log_b)
+        result = solver(case, options)(x, y, log_a, log_b)
         return result.value, result.value_linear
 
     assert penalised == (mode in ("rho", "semi"))
@@ -176,22 +176,22 @@ def test_gradcheck_of_implicit(kind, mode):
 
 @pytest.mark.parametrize("mode", ["plain", "rho", "semi", "omega", "anneal"])
 def test_gradcheck_of_the_envelope_of_the_value_at_convergence(mode):
-    problem = small("cosine")
+    case = small("cosine")
     options = {"max_iter": 300, "tol": 1e-14, **MODES[mode]}
 
     def value(x, y, log_a, log_b):
         if mode != "rho":
             log_a, log_b = (
                 torch.where(own > -math.inf, moving, -math.inf).log_softmax(1)
-                for moving, own in ((log_a, problem.log_a), (log_b, problem.log_b))
+                for moving, own in ((log_a, case.log_a), (log_b, case.log_b))
             )
             log_a, log_b = (x.masked_fill(x == -math.inf, 0.0) for x in (log_a, log_b))
-        return solver(problem, options)(x, y, log_a, log_b).value
+        return solver(case, options)(x, y, log_a, log_b).value
 
-    assert torch.autograd.gradcheck(value, leaves_of(problem), fast_mode=True)
+    assert torch.autograd.gradcheck(value, leaves_of(case), fast_mode=True)
 
 
-def test_the_envelope_of_the_transport_part_is_the_plan_and_not_its_total_derivative():
+def test_the_envelope_of_value_linear_is_the_plan_and_not_the_total_derivative():
     cost = ALL["7x5"].x.clone().requires_grad_()
     gradients = {}
     for gradient in GRADIENTS:
@@ -204,66 +204,66 @@ def test_the_envelope_of_the_transport_part_is_the_plan_and_not_its_total_deriva
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_the_operator_gives_what_autograd_through_the_reference_gives(gradient):
-    """Vectors, packed, penalised: cost, padding and iterations differentiated by PyTorch alone."""
-    problem = replace(ALL["cosine_packed_rho"], max_iter=8 if gradient == "unroll" else 150)
-    found = []
+def test_gradients_agree_with_autograd_through_the_reference(gradient):
+    """For packed vectors with a penalty; autograd differentiates cost, padding and iterations."""
+    case = replace(ALL["cosine_packed_rho"], max_iter=8 if gradient == "unroll" else 150)
+    actual = []
     for solve in (FORWARD, by_autograd):
-        inputs = list(problem.arguments(gradient, "reference"))
-        leaves = [inputs[place].clone().requires_grad_() for place in DIFFERENTIABLE]
-        for place, leaf in zip(DIFFERENTIABLE, leaves, strict=True):
-            inputs[place] = leaf
+        inputs = list(case.problem(gradient, "reference"))
+        leaves = [inputs[index].clone().requires_grad_() for index in DIFFERENTIABLE]
+        for index, leaf in zip(DIFFERENTIABLE, leaves, strict=True):
+            inputs[index] = leaf
         value, value_linear, *_ = solve(*inputs)
         loss = (value * torch.linspace(-1, 2, len(value), dtype=torch.float64)).sum()
-        if gradient != "envelope":  # which is exact for the value alone
+        if gradient != "envelope":  # exact for the value only
             loss = loss + value_linear.square().sum()
-        found.append(torch.autograd.grad(loss, leaves))
-    for grad, expected in zip(*found, strict=True):
+        actual.append(torch.autograd.grad(loss, leaves))
+    for grad, expected in zip(*actual, strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-9)
 
 
 def by_autograd(*values):
-    return reference.forward(PaddedProblem(Problem(*values)).given)
+    return reference.forward(PaddedProblem(Problem(*values)).with_cost)
 
 
 def test_upstream_gradients_of_both_values_add_up():
-    problem = ALL["ragged"]
-    cost, log_a = problem.x.clone().requires_grad_(), problem.log_a.clone().requires_grad_()
-    result = sinkhorn(cost, log_a, problem.log_b, epsilon=0.1)
+    case = ALL["ragged"]
+    cost, log_a = case.x.clone().requires_grad_(), case.log_a.clone().requires_grad_()
+    result = sinkhorn(cost, log_a, case.log_b, epsilon=0.1)
     up_value, up_linear = torch.tensor([[0.0, 1.0, -2.0, 3.0], [0.0, 5.0, 2.0, 0.5]]).double()
     (result.value * up_value + result.value_linear * up_linear).sum().backward()
     expected = (up_value + up_linear)[:, None, None] * result.plan()
     torch.testing.assert_close(cost.grad, expected)
     assert not cost.grad[0].any() and not cost.grad[2].any()
     torch.testing.assert_close(log_a.grad, up_value[:, None] * log_a.detach().exp() * result.f)
-    assert not log_a.grad[problem.log_a == -math.inf].any()
+    assert not log_a.grad[case.log_a == -math.inf].any()
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_an_upstream_gradient_of_zero_gives_zero(gradient):
-    problem = ALL["cosine_33x31"]
-    x = problem.x.clone().requires_grad_()
+    case = ALL["cosine_33x31"]
+    x = case.x.clone().requires_grad_()
     result = sinkhorn_vectors(
-        x, problem.y, epsilon=0.4, max_iter=5, gradient=gradient, backend="reference"
+        x, case.y, epsilon=0.4, max_iter=5, gradient=gradient, backend="reference"
     )
     (result.value[:1] * 2 + 0 * result.value_linear[1]).sum().backward()
     assert x.grad[0].any() and not x.grad[1:].any()
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("wanted", [0, 1, 2, 3])
-def test_only_one_input_needs_a_gradient(wanted, gradient):
-    problem = ALL["cosine_ragged"]
-    inputs = [x.clone() for x in (problem.x, problem.y, problem.log_a, problem.log_b)]
-    all_of_them = [x.clone().requires_grad_() for x in inputs]
-    inputs[wanted].requires_grad_()
-    for tensors in (inputs, all_of_them):
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
+def test_only_one_input_requires_a_gradient(index, gradient):
+    case = ALL["cosine_ragged"]
+    inputs = [x.clone() for x in (case.x, case.y, case.log_a, case.log_b)]
+    all_inputs = [x.clone().requires_grad_() for x in inputs]
+    inputs[index].requires_grad_()
+    for tensors in (inputs, all_inputs):
         result = sinkhorn_vectors(
             *tensors, epsilon=0.1, max_iter=5, gradient=gradient, backend="reference"
         )
         (result.value + result.value_linear).sum().backward()
-    assert [x.grad is not None for x in inputs] == [i == wanted for i in range(4)]
-    torch.testing.assert_close(inputs[wanted].grad, all_of_them[wanted].grad)
+    assert [x.grad is not None for x in inputs] == [i == index for i in range(4)]
+    torch.testing.assert_close(inputs[index].grad, all_inputs[index].grad)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -278,7 +278,7 @@ def test_which_outputs_are_differentiable(gradient):
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_a_second_derivative_is_refused_in_words(gradient):
+def test_a_second_derivative_raises(gradient):
     cost = torch.rand(2, 3, 4, requires_grad=True)
     loss = sinkhorn(cost, epsilon=0.1, gradient=gradient, backend="reference").value.sum()
     (first,) = torch.autograd.grad(loss, cost, create_graph=True)
@@ -288,7 +288,7 @@ def test_a_second_derivative_is_refused_in_words(gradient):
         first.sum().backward()
 
 
-def test_the_reference_itself_has_a_second_derivative():
+def test_the_reference_has_a_second_derivative():
     cost = torch.rand(1, 3, 3, dtype=torch.float64, requires_grad=True)
     log_a, epsilon = torch.zeros(1, 3).double().log_softmax(1), torch.tensor([0.5]).double()
 
@@ -300,21 +300,21 @@ def test_the_reference_itself_has_a_second_derivative():
 
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("name", ["ragged", "everything", "cosine_ragged", "dot_ragged_packed"])
-def test_apply_plan_is_a_product_with_the_plan_and_differentiable_twice_over(name, transpose):
-    problem = ALL[name]
-    values = problem.arguments("envelope", "reference")
-    outputs = Solution(*FORWARD(*values))
+def test_apply_plan_multiplies_the_plan_and_has_two_derivatives(name, transpose):
+    case = ALL[name]
+    values = case.problem("envelope", "reference")
+    solution = Solution(*FORWARD(*values))
     dense = PaddedProblem(values)
-    plan = dense.plan(outputs.f, outputs.g)
+    plan = dense.plan(solution.f, solution.g)
     read, written = (dense.a, dense.b) if transpose else (dense.b, dense.a)
-    lines = outputs.f if transpose else outputs.g
-    v = torch.randn(*lines.shape, 2, dtype=torch.float64, requires_grad=True)
-    found = APPLY(*values, outputs.f, outputs.g, v, transpose)
+    potential = solution.f if transpose else solution.g
+    v = torch.randn(*potential.shape, 2, dtype=torch.float64, requires_grad=True)
+    actual = APPLY(*values, solution.f, solution.g, v, transpose)
     expected = written.pack((plan.mT if transpose else plan) @ read.pad(v))
-    torch.testing.assert_close(found, expected)
-    weights = torch.randn_like(found)
+    torch.testing.assert_close(actual, expected)
+    weights = torch.randn_like(actual)
     for pair in zip(
-        torch.autograd.grad((found * weights).square().sum(), v, create_graph=True),
+        torch.autograd.grad((actual * weights).square().sum(), v, create_graph=True),
         torch.autograd.grad((expected * weights).square().sum(), v, create_graph=True),
         strict=True,
     ):
@@ -405,7 +405,7 @@ def test_exports_with_dynamic_shapes_and_loads_again(tmp_path):
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_vmap_is_a_loop(gradient):
+def test_vmap_agrees_with_a_loop(gradient):
     student, teacher = torch.randn(4, 3, 5, 8, requires_grad=True), torch.randn(3, 7, 8)
     mask = torch.arange(5)[None] < torch.tensor([[5], [2], [0]])
 
@@ -419,13 +419,13 @@ def test_vmap_is_a_loop(gradient):
     torch.testing.assert_close(*grads)
 
 
-def test_vmap_over_anything():
+def test_vmap_over_each_argument_and_nested():
     cost, epsilon = torch.rand(2, 3, 4), torch.tensor([[0.1, 0.2], [0.3, 0.4]])
-    found = torch.vmap(lambda epsilon: sinkhorn(cost, epsilon=epsilon).value)(epsilon)
-    torch.testing.assert_close(found[1], sinkhorn(cost, epsilon=epsilon[1]).value)
+    actual = torch.vmap(lambda epsilon: sinkhorn(cost, epsilon=epsilon).value)(epsilon)
+    torch.testing.assert_close(actual[1], sinkhorn(cost, epsilon=epsilon[1]).value)
     lengths = torch.tensor([[1, 2], [3, 3]])
-    found = torch.vmap(lambda n: sinkhorn(cost, epsilon=0.1, lengths_a=n).value)(lengths)
-    torch.testing.assert_close(found[0], sinkhorn(cost, epsilon=0.1, lengths_a=lengths[0]).value)
+    actual = torch.vmap(lambda n: sinkhorn(cost, epsilon=0.1, lengths_a=n).value)(lengths)
+    torch.testing.assert_close(actual[0], sinkhorn(cost, epsilon=0.1, lengths_a=lengths[0]).value)
     nested = torch.vmap(torch.vmap(lambda cost: sinkhorn(cost, epsilon=0.1).f, in_dims=1))
     many = torch.rand(2, 3, 5, 4, 6)
     expected = [[sinkhorn(many[i, :, j], epsilon=0.1).f for j in range(5)] for i in range(2)]
@@ -436,7 +436,7 @@ def test_vmap_over_anything():
     torch.testing.assert_close(products, result.plan() @ values)
 
 
-def test_vmap_over_packed_problems_is_refused_in_words():
+def test_vmap_over_packed_problems_raises():
     offsets = torch.tensor([0, 2, 4])
     with pytest.raises(ValueError, match="give cu_seqlens of all of them"):
         torch.vmap(
@@ -449,7 +449,7 @@ def test_vmap_over_packed_problems_is_refused_in_words():
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_autocast_changes_nothing(gradient):
+def test_autocast_does_not_change_results(gradient):
     options = {"gradient": gradient, "backend": "reference", "max_iter": 5}
     student, teacher = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 7, 8)
 
@@ -461,17 +461,17 @@ def test_autocast_changes_nothing(gradient):
 
     expected = step()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = step()
+        actual = step()
         cost = torch.randn(2, 5, 8) @ torch.randn(2, 8, 7)
         assert cost.dtype == torch.bfloat16
         assert sinkhorn(cost, epsilon=1.0, **options).value.dtype == torch.float32
-    for tensor, wanted in zip(found, expected, strict=True):
-        assert torch.equal(tensor, wanted)
+    for tensor, truth in zip(actual, expected, strict=True):
+        assert torch.equal(tensor, truth)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_nothing_waits_for_a_device(gradient):
-    """A fake tensor has no values, so reading one on the host, as a check might, would raise."""
+def test_calls_do_not_synchronise_with_the_device(gradient):
+    """Fake tensors have no values, so a check that read one on the host would raise."""
     with FakeTensorMode():
         student, teacher = torch.randn(3, 5, 8, requires_grad=True), torch.randn(3, 7, 8)
         options = {"epsilon": torch.full((3,), 0.1), "tol": 1e-3, "max_iter": 3}
@@ -492,11 +492,11 @@ def test_nothing_waits_for_a_device(gradient):
         assert packed.value.shape == (3,) and packed.f.shape == (9,)
 
 
-def test_threads_do_not_disturb_one_another():
+def test_concurrent_threads_get_the_same_results():
     names = ["ragged", "everything", "cosine_ragged", "rho", "omega", "dot_ragged_packed"] * 4
 
     def solve(name):
-        inputs = arguments(name, "unroll")
+        inputs = fields(name, "unroll")
         leaf = inputs[0].clone().requires_grad_()
         value, value_linear, *_ = FORWARD(leaf, *inputs[1:])
         return value.detach(), torch.autograd.grad((value + value_linear).sum(), leaf)[0]
@@ -504,5 +504,5 @@ def test_threads_do_not_disturb_one_another():
     alone = [solve(name) for name in names]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(solve, names))
-    for found, expected in zip(together, alone, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    for actual, expected in zip(together, alone, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))

@@ -13,11 +13,11 @@ import torch
 
 from optical import BackendUnsupported, kernels, ot_alignment, sinkhorn
 from optical.backends import registry
-from optical.backends.problem import example
+from optical.backends.problem import example_problem
 from optical.kernels import tuning
 from optical.kernels.batch import LaunchProblem
 from optical.ot import operator
-from optical.testing.cases import packed, problems, random_clouds, random_problem
+from optical.testing.cases import all_cases, packed, random_case, random_vector_case
 from optical.testing.tolerance import FIELDS, assert_backend_correct, assert_close_to_truth, solve
 
 # import_module, because the package re-exports functions of the same names.
@@ -32,7 +32,7 @@ MODES = ("implicit",)
 # An interpreted iteration takes milliseconds, and eight iterations reach every branch but one.
 FULL_LENGTH = {
     problem.name: problem
-    for problem in problems()
+    for problem in all_cases()
     if max(problem.cost.shape[1:]) <= 128 and len(problem.cost) <= 4 and not problem.anderson
 }
 ALL = {name: replace(p, max_iter=min(8, p.max_iter)) for name, p in FULL_LENGTH.items()}
@@ -66,7 +66,7 @@ def test_unrolled_gradients_by_the_tolerance_rule(name, poisoned_memory):
 
 
 def test_an_overflowing_plan_is_not_an_empty_one():
-    problem = random_problem("overflow", 1, 260, 3, max_iter=0)
+    problem = random_case("overflow", 1, 260, 3, max_iter=0)
     out = solve("triton", replace(problem, x=problem.x - 50).to(torch.float32))
     assert out["marginal_error"].isinf().all() and not out["value"].isfinite().any()
 
@@ -83,7 +83,7 @@ def test_unrolled_gradients_stop_at_the_iteration_of_the_run(way, monkeypatch):
 
 @pytest.mark.parametrize(("n", "m"), [(16, 16), (17, 16), (33, 5), (128, 128), (100, 127)])
 def test_every_tile_size(n, m):
-    problem = random_problem(f"{n}x{m}", 1, n, m, max_iter=6)
+    problem = random_case(f"{n}x{m}", 1, n, m, max_iter=6)
     assert_backend_correct("triton", problem, torch.float32, gradients=("implicit",))
 
 
@@ -91,7 +91,7 @@ def test_every_tile_size(n, m):
 @pytest.mark.parametrize("kind", ["cosine", "sqeuclidean", "dot"])
 def test_half_vectors_by_the_tolerance_rule(kind, half):
     epsilon = 1.0 if kind == "cosine" else 16.0
-    clouds = random_clouds(kind, kind, batch=2, n=7, m=6, dim=24, epsilon=epsilon, max_iter=6)
+    clouds = random_vector_case(kind, kind, batch=2, n=7, m=6, dim=24, epsilon=epsilon, max_iter=6)
     for problem in (clouds, packed(clouds)):
         rounded = problem.to(torch.float32, vectors=half)
         out = solve("triton", rounded, "implicit")
@@ -141,9 +141,11 @@ def test_unrolled_gradients_of_streamed_problems(name, monkeypatch, poisoned_mem
 
 
 def test_unrolled_gradients_of_several_tiles(poisoned_memory):
-    problem = replace(random_problem("131x70", 1, 131, 70, max_iter=3), rho_a=0.5)
+    problem = replace(random_case("131x70", 1, 131, 70, max_iter=3), rho_a=0.5)
     assert_backend_correct("triton", problem, torch.float32, gradients=("unroll",))
-    clouds = random_clouds("mixed", "cosine", batch=3, n=140, m=20, dim=40, epsilon=0.1, max_iter=2)
+    clouds = random_vector_case(
+        "mixed", "cosine", batch=3, n=140, m=20, dim=40, epsilon=0.1, max_iter=2
+    )
     lengths = torch.tensor([140, 5, 66])[:, None]
     padding = torch.arange(140) >= lengths
     clouds = replace(clouds, log_a=clouds.log_a.masked_fill(padding, -math.inf))
@@ -237,7 +239,7 @@ def test_stepwise_and_single_launch_runs_have_the_same_bits(monkeypatch):
 
 
 def test_split_columns_have_the_same_bits(monkeypatch, poisoned_memory):
-    problem = random_problem("5x1100", 2, 5, 1100, max_iter=2)
+    problem = random_case("5x1100", 2, 5, 1100, max_iter=2)
     log_b = problem.log_b.clone()
     log_b[0, 512:1024] = -math.inf  # a whole segment
     problem = replace(problem, log_b=log_b)
@@ -254,18 +256,18 @@ def test_split_columns_have_the_same_bits(monkeypatch, poisoned_memory):
 
 
 def test_problems_larger_than_a_chip():
-    tall = replace(random_problem("140x20", 1, 140, 20, max_iter=3), omega=1.2)
-    wide = replace(random_problem("20x140", 1, 20, 140, max_iter=3), rho_a=0.5)
+    tall = replace(random_case("140x20", 1, 140, 20, max_iter=3), omega=1.2)
+    wide = replace(random_case("20x140", 1, 20, 140, max_iter=3), rho_a=0.5)
     lengths = {"rows": [150, 20, 40], "columns": [30, 140, 33]}
-    mixed = random_clouds("mixed", "cosine", batch=3, n=150, m=140, max_iter=3, **lengths)
+    mixed = random_vector_case("mixed", "cosine", batch=3, n=150, m=140, max_iter=3, **lengths)
     for problem in (tall, wide, packed(mixed)):
         assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
 
 
 @pytest.mark.parametrize(("n", "m"), [(9, 140), (140, 9)])
 def test_one_long_side_stays_on_chip(n, m, monkeypatch):
-    clouds = random_clouds(f"{n}x{m}", "cosine", batch=1, n=n, m=m, dim=5, max_iter=6)
-    given = random_problem(f"{n}x{m}", 1, n, m, max_iter=6)
+    clouds = random_vector_case(f"{n}x{m}", "cosine", batch=1, n=n, m=m, dim=5, max_iter=6)
+    given = random_case(f"{n}x{m}", 1, n, m, max_iter=6)
     monkeypatch.setattr(FORWARD, "StepwiseSolve", None)
     for problem, half in ((given, None), (clouds, torch.float16)):
         moved = problem.to(torch.float32, vectors=half)
@@ -278,7 +280,7 @@ def test_drifting_scalings_are_rebuilt_or_repeated_exactly():
     """The scalings pass 2^30 within one run, so that every branch of the loop is taken."""
     ramp = torch.linspace(0, 6, 12, dtype=torch.float64)
     cost = (ramp[:, None] * ramp[None, :])[None] + torch.rand(1, 12, 12).double()
-    problem = replace(random_problem("ramp", 1, 12, 12, epsilon=0.05, max_iter=40), x=cost)
+    problem = replace(random_case("ramp", 1, 12, 12, epsilon=0.05, max_iter=40), x=cost)
     mode = ("envelope",)
     assert_backend_correct("triton", problem, torch.float32, gradients=mode)
     log_a = torch.linspace(0, -300, 12, dtype=torch.float64).log_softmax(0)[None]
@@ -356,9 +358,9 @@ def test_gradient_through_the_loss():
 def test_refusals_name_the_reason():
     supports = registry.BACKENDS["triton"].supports
     cost = torch.zeros(1, 200, 4)
-    assert supports(example(cost)) is None
-    assert supports(example(cost, gradient="implicit")) is None
-    assert supports(example(cost, gradient="unroll")) is None
+    assert supports(example_problem(cost)) is None
+    assert supports(example_problem(cost, gradient="implicit")) is None
+    assert supports(example_problem(cost, gradient="unroll")) is None
     with pytest.raises(BackendUnsupported, match="do not support anderson"):
         sinkhorn(cost, epsilon=0.1, anderson=5, backend="triton")
     with pytest.raises(BackendUnsupported, match=r"the problem is float64; .* float32"):
@@ -366,5 +368,5 @@ def test_refusals_name_the_reason():
 
 
 def test_auto_never_picks_the_interpreter():
-    assert registry.choose("auto", example(torch.zeros(1, 3, 4))).name != "triton"
-    assert kernels.supports(example(torch.zeros(1, 3, 4))) is None
+    assert registry.choose("auto", example_problem(torch.zeros(1, 3, 4))).name != "triton"
+    assert kernels.supports(example_problem(torch.zeros(1, 3, 4))) is None

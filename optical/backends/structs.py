@@ -1,0 +1,150 @@
+"""ctypes structures of ``csrc/sinkhorn.h`` and their contents, for the CPU and CUDA libraries."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from optical.backends.problem import Problem
+
+# The enumerations of sinkhorn.h.
+KIND_CODES = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
+GRADIENT_CODES = {"envelope": 0, "implicit": 1, "unroll": 2}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def _fields(ctype: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, ctype) for name in names.split()]
+
+
+class ProblemStruct(ctypes.Structure):
+    """``optical_problem`` of sinkhorn.h."""
+
+    _fields_ = [
+        *_fields(ctypes.c_int64, "batch n m dim"),
+        *_fields(ctypes.c_int32, "kind precision"),
+        *_fields(ctypes.c_void_p, "x y"),
+        *_fields(ctypes.c_int32, "x_type y_type"),
+        *_fields(ctypes.c_int64, "x_stride_batch x_stride_row x_stride_entry"),
+        *_fields(ctypes.c_int64, "y_stride_batch y_stride_column"),
+        *_fields(ctypes.c_void_p, "offset_a offset_b log_a log_b epsilon init_f init_g"),
+        *_fields(ctypes.c_int32, "max_iter"),
+        *_fields(ctypes.c_double, "tol rho_a rho_b omega"),
+        *_fields(ctypes.c_int32, "anderson"),
+        *_fields(ctypes.c_double, "anneal_start anneal_ratio"),
+        *_fields(ctypes.c_int32, "gradient low_memory num_threads fast"),
+    ]
+
+
+class SolutionStruct(ctypes.Structure):
+    """``optical_solution`` of sinkhorn.h."""
+
+    _fields_ = _fields(
+        ctypes.c_void_p, "value value_linear marginal_error f g n_iter status w z residual"
+    )
+
+
+class GradientStruct(ctypes.Structure):
+    """``optical_gradient`` of sinkhorn.h."""
+
+    _fields_ = _fields(
+        ctypes.c_void_p,
+        "grad_value grad_value_linear grad_f grad_g f g w z n_iter"
+        " grad_x grad_y grad_log_a grad_log_b",
+    )
+
+
+def problem_struct(problem: Problem, n: int, m: int, num_threads: int = 1) -> ProblemStruct:
+    """Describe a batch of problems to a library by the addresses and strides of its tensors.
+
+    The caller keeps ``problem`` alive until the library returns.
+
+    Args:
+        problem: a given cost may have any strides, and vectors any strides except in the last
+            dimension, whose entries are adjacent. All other tensors are contiguous.
+        n, m: upper bounds of the number of rows and columns of a problem.
+        num_threads: threads of the CPU library; unused by CUDA.
+    """
+    x, y, packed = problem.x, problem.y, problem.packed
+    x_type = DTYPE_CODES[x.dtype]
+    return ProblemStruct(
+        batch=len(problem.epsilon),
+        n=n,
+        m=m,
+        dim=0 if y is None else x.shape[-1],
+        kind=KIND_CODES[problem.kind],
+        precision=DTYPE_CODES[problem.epsilon.dtype],
+        x=x.data_ptr(),
+        y=address(y),
+        x_type=x_type,
+        y_type=x_type if y is None else DTYPE_CODES[y.dtype],
+        x_stride_batch=0 if packed else x.stride(0),
+        x_stride_row=x.stride(-2),
+        x_stride_entry=x.stride(-1),
+        y_stride_batch=0 if packed or y is None else y.stride(0),
+        y_stride_column=0 if y is None else y.stride(-2),
+        offset_a=address(problem.cu_a),
+        offset_b=address(problem.cu_b),
+        log_a=problem.log_a.data_ptr(),
+        log_b=problem.log_b.data_ptr(),
+        epsilon=problem.epsilon.data_ptr(),
+        init_f=address(problem.f0),
+        init_g=address(problem.g0),
+        max_iter=problem.max_iter,
+        tol=problem.tol,
+        rho_a=problem.rho_a,
+        rho_b=problem.rho_b,
+        omega=problem.omega,
+        anderson=problem.anderson,
+        anneal_start=problem.anneal_start,
+        anneal_ratio=problem.anneal_ratio,
+        gradient=GRADIENT_CODES[problem.gradient],
+        low_memory=problem.low_memory,
+        num_threads=num_threads,
+        fast=problem.precision == "fast",
+    )
+
+
+Addresses = TypeVar("Addresses", SolutionStruct, GradientStruct)
+
+
+def address_struct(struct: type[Addresses], tensors: Mapping[str, Tensor | None]) -> Addresses:
+    """Fill a structure of pointers with the addresses of contiguous tensors, by field name."""
+    return struct(**{name: address(tensor) for name, tensor in tensors.items()})
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Return the address of a tensor's first element, or None for the null pointer."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+_POINTER, _PROBLEM = ctypes.c_void_p, ctypes.POINTER(ProblemStruct)
+_SOLUTION, _GRADIENT = ctypes.POINTER(SolutionStruct), ctypes.POINTER(GradientStruct)
+ARGUMENT_TYPES: dict[str, list[Any]] = {
+    "optical_sinkhorn_forward": [_PROBLEM, _SOLUTION],
+    "optical_sinkhorn_backward": [_PROBLEM, _GRADIENT],
+    "optical_apply_plan": [
+        *(_PROBLEM, _POINTER, _POINTER, _POINTER, ctypes.c_int64, ctypes.c_int32, _POINTER)
+    ],
+    "optical_cuda_reach": [_PROBLEM],
+    "optical_cuda_forward": [_PROBLEM, _SOLUTION, _POINTER],
+    "optical_cuda_backward": [_PROBLEM, _GRADIENT, _POINTER, _POINTER],
+}
+
+
+@functools.cache
+def with_argument_types(library: Any) -> Any:
+    """Declare the argument types of a library's functions, once, and return the library.
+
+    ``nvrtc.Kernels``, which is no ctypes library, is returned unchanged.
+    """
+    if isinstance(library, ctypes.CDLL):
+        for name, types in ARGUMENT_TYPES.items():
+            if hasattr(library, name):
+                getattr(library, name).argtypes = types
+    return library
