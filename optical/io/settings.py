@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from optical.io.files import read_lines
 
@@ -99,6 +99,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if _is_enum(kind):
         return value in [one.value for one in kind]
     origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in parts
     if origin in (list, dict):
         inside = value.values() if isinstance(value, dict) else value
         return isinstance(value, origin) and all(_fits(one, parts[-1]) for one in inside)
@@ -116,4 +118,6 @@ def _is_enum(kind: Any) -> bool:
 def _described(kind: Any) -> str:
     if _is_enum(kind):
         return " or ".join(repr(one.value) for one in kind)
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)

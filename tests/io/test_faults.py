@@ -173,7 +173,7 @@ def test_training_on_a_full_disk_goes_on_from_its_checkpoint(disk, world, tiny_m
 
     def make():
         arguments = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 8}
-        args = recipes.arguments(disk / "out", **arguments, disable_tqdm=True)
+        args = recipes.trainer_arguments(disk / "out", **arguments, disable_tqdm=True)
         return recipes.teacher(options, args)
 
     class Fill(TrainerCallback):
@@ -186,7 +186,7 @@ def test_training_on_a_full_disk_goes_on_from_its_checkpoint(disk, world, tiny_m
         runner.run(trainer, options, resume=False)
     assert str(disk / "out") in one_line(error)
     (disk / "fill").unlink()
-    assert recipes.last_checkpoint(disk / "out") == str(disk / "out" / "checkpoint-2")
+    assert runner.last_checkpoint(disk / "out") == str(disk / "out" / "checkpoint-2")
     final = runner.run(make(), options, resume=True)
     assert (final / "model.safetensors").is_file() and damaged(final) is None
 
@@ -398,7 +398,7 @@ def test_a_training_keeps_others_out_of_its_folder(world, tiny_models, tmp_path)
     )
     process, _ = python(HOLD, tmp_path)
     try:
-        trainer = recipes.teacher(options, recipes.arguments(tmp_path, max_steps=1))
+        trainer = recipes.teacher(options, recipes.trainer_arguments(tmp_path, max_steps=1))
         with pytest.raises(ValueError, match="is working in this folder"):
             runner.run(trainer, options, resume=True)
         assert not (tmp_path / "run.json").exists()

@@ -137,22 +137,22 @@ def test_command_is_understood(words, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     if words[0] != "train":
-        cli._parser().parse_args(words)
+        cli.build_parser()[0].parse_args(words)
         return
-    from optical.models import retriever
-    from optical.training import recipes, runner
+    from optical.training import pretraining, recipes, runner, vocabulary_transfer
 
     for module, name in (
         (recipes, "teacher"),
         (recipes, "distill"),
         (recipes, "codeswitch"),
-        (recipes, "transfer"),
+        (vocabulary_transfer, "transfer"),
         (recipes, "average"),
-        (retriever, "encoder_trainer"),
+        (pretraining, "encoder_trainer"),
     ):
-        monkeypatch.setattr(module, name, lambda options, args: Made((options, args)))
+        monkeypatch.setattr(module, name, lambda options, args=None: Made((options, args)))
     made = []
     monkeypatch.setattr(runner, "run", lambda *args, **options: made.append(args[0]) or "done")
+    monkeypatch.setattr(runner, "save", lambda _, *parts: made.append(parts) or "done")
     assert cli.main(words) == 0
     ((options, arguments),) = made
     for flag, value in itertools.pairwise(words):
@@ -179,7 +179,7 @@ def test_search_evaluate_compare_and_info_run(folder_of_examples, monkeypatch, c
 def test_the_commands_of_the_readme_follow_one_another(world, tmp_path, monkeypatch):
     """All of the command line's section, in its order, with models that are small."""
     from optical.cli import main as cli
-    from optical.training.options import AT_ONCE
+    from optical.training.options import WITHOUT_STEPS
 
     monkeypatch.chdir(tmp_path)
     for source, name in (
@@ -196,7 +196,7 @@ def test_the_commands_of_the_readme_follow_one_another(world, tmp_path, monkeypa
     shown = [words for words in commands(ROOT / "README.md") if words[0] != "study"]
     for words in shown:
         if words[0] == "train":
-            steps = [] if words[1] in AT_ONCE else ["--max_steps", "1", "--disable_tqdm", "true"]
+            steps = [] if words[1] in WITHOUT_STEPS else ["--max_steps", "1", "--disable_tqdm", "true"]
             words = [*words, *steps, *small.get(words[1], [])]
         assert cli.main(words) == 0, words
     made = ("runs/average/final/model.safetensors", "ot.run", "index.run", "en-sw.align",
@@ -208,13 +208,12 @@ def test_every_command_and_recipe_is_shown():
     from optical.cli import main as cli
 
     shown = commands(ROOT / "README.md")
-    (action,) = (a for a in cli._parser()._actions if hasattr(a, "choices") and a.choices)
-    assert {words[0] for words in shown} == set(action.choices)
+    assert {words[0] for words in shown} == set(cli.build_parser()[1])
     assert {words[1] for words in shown if words[0] == "train"} == set(cli.RECIPES)
 
 
 def test_every_option_of_every_recipe_is_described():
-    from optical.training import pretraining, recipes
+    from optical.training import options, recipes
 
     text = (ROOT / "docs" / "recipes.md").read_text()
     parts = re.split(r"^## (\w+)\n", text, flags=re.MULTILINE)
@@ -225,7 +224,7 @@ def test_every_option_of_every_recipe_is_described():
         "codeswitch": recipes.CodeswitchOptions,
         "transfer": recipes.TransferOptions,
         "average": recipes.AverageOptions,
-        "encoder": pretraining.EncoderOptions,
+        "encoder": options.EncoderOptions,
     }
     assert set(sections) == set(kinds)
     for recipe, kind in kinds.items():
@@ -240,7 +239,7 @@ def test_the_example_configuration_has_every_key(monkeypatch, tmp_path):
     import yaml
 
     from optical.study.arms import ArmConfig
-    from optical.study.config import read_config
+    from optical.study.config import PLAIN_KEYS, STRUCTURED_KEYS, read_config
 
     monkeypatch.setenv("OPTICAL_DATA", "data")
     (_, text), *more = blocks(ROOT / "docs" / "study.md", "yaml")
@@ -253,11 +252,8 @@ def test_the_example_configuration_has_every_key(monkeypatch, tmp_path):
     assert sorted(arm.name for arm in config.arms) == sorted(trained + searched)
     assert all(isinstance(arm, ArmConfig) for arm in config.arms)
     for arm in config.arms:
-        assert bool(arm.options("sw", "teacher", config)) == (arm.name in trained)
-    derived = {"encoder_options", "encoder_arguments", "teacher_options", "teacher_arguments"}
-    derived |= {"collection_languages"}
-    keys = {entry.name for entry in dataclasses.fields(config)} - derived - {"phrasebook", "text"}
-    assert set(yaml.safe_load(text)) == keys | {"arguments"}
+        assert bool(arm.resolve_options("sw", "teacher", config)) == (arm.name in trained)
+    assert set(yaml.safe_load(text)) == {*PLAIN_KEYS, *STRUCTURED_KEYS}
 
 
 def test_shown_files_of_configuration_are_read(monkeypatch):
