@@ -84,7 +84,7 @@ def rows(name: str, width: int, layers: int, heads: int, pairs: int, batch: int)
                 role="document",
                 teacher_vectors=stored,
             )
-            args = recipes.arguments(
+            args = recipes.trainer_arguments(
                 folder / f"run{len(stored)}",
                 max_steps=STEPS,
                 per_device_train_batch_size=batch,

@@ -30,7 +30,7 @@ def train(teacher, student, bitext, output, **changes):
     options = recipes.DistillOptions(
         teacher=teacher, student=student, bitext=[bitext], role="query"
     )
-    args = recipes.arguments(f"{output}/student", **changes)
+    args = recipes.trainer_arguments(f"{output}/student", **changes)
     student = runner.run(recipes.distill(options, args), options, resume=True)
     sides = [list(load_retriever(name)) for name in (student, teacher)]
     model = MultiVectorEncoder(modules=[Router.for_query_document(*sides)])

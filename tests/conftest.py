@@ -173,6 +173,6 @@ def tiny_models(world, tmp_path_factory):
         model=mixed, pairs=[str(world / "teacher.tsv")], document_length=24
     )
     arguments = {"max_steps": 15, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
-    args = recipes.arguments(folder / "teacher", **arguments, disable_tqdm=True)
+    args = recipes.trainer_arguments(folder / "teacher", **arguments, disable_tqdm=True)
     teacher = runner.run(recipes.teacher(options, args), options, resume=False)
     return SimpleNamespace(mixed=mixed, wide=wide, teacher=str(teacher))

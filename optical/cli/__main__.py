@@ -1,4 +1,4 @@
-"""``python -m optical.cli``."""
+"""Entry point of ``python -m optical.cli``."""
 
 import sys
 

@@ -1,209 +1,368 @@
-"""What the commands around a trained model do: align, export, index, and search an index."""
+"""The commands `align`, `export`, `vectors` and `lexicon`, which use models and bitext."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from optical.cli.shared import (
+    add_command,
+    add_encoding_arguments,
+    add_json_argument,
+    check_installed,
+    quiet_libraries,
+    report_output,
+)
 from optical.io.files import atomic_text, writable_folder
+from optical.models.encoding import ROLES
 
-ALIGNMENTS = ("pharaoh", "tsv", "lexicon", "figure")
-FORMATS = ("pylate", "vectors")
+ALIGNMENT_FORMATS = ("pharaoh", "tsv", "lexicon", "figure")
+EXPORT_FORMATS = ("pylate", "tokens")
+PRECISIONS = ("float32", "float16")
+BITEXT_HELP = "File of parallel sentences, `English TAB other`."
 
 
-def align(options: argparse.Namespace) -> int:
-    """Write the word alignments of bitext, or a word table or a picture made of them."""
+def register(subparsers: Any) -> None:
+    _register_lexicon(subparsers)
+    _register_vectors(subparsers)
+    _register_align(subparsers)
+    _register_export(subparsers)
+
+
+def _register_lexicon(subparsers: Any) -> None:
+    command = add_command(
+        subparsers,
+        "lexicon",
+        lexicon,
+        "Learn a bilingual lexicon from parallel sentences.",
+        "optical lexicon en-sw.tsv --output en-sw.lexicon.tsv",
+    )
+    command.add_argument(
+        "bitext", nargs="+", help="Files of parallel sentences, `English TAB other`."
+    )
+    _add_max_pairs_argument(command)
+    command.add_argument(
+        "--least-probability",
+        type=float,
+        default=0.3,
+        help="Minimum probability of a translation (default: 0.3).",
+    )
+    command.add_argument(
+        "--least-count",
+        type=int,
+        default=3,
+        help="Minimum number of pairs that contain the word (default: 3).",
+    )
+    command.add_argument("--output", required=True, help="Lexicon to write; .gz compresses it.")
+
+
+def _register_vectors(subparsers: Any) -> None:
+    command = add_command(
+        subparsers,
+        "vectors",
+        vectors,
+        "Store a teacher's token vectors of the English sentences of bitext.",
+        "optical vectors runs/teacher/final --bitext en-sw.tsv --role document --output v",
+    )
+    command.add_argument("model", help="The teacher: a Hugging Face name or a folder.")
+    command.add_argument("--bitext", required=True, help=BITEXT_HELP)
+    command.add_argument(
+        "--role", required=True, choices=ROLES, help="Role of the texts, as in training."
+    )
+    command.add_argument(
+        "--max-length", type=int, help="Maximum length of a text in tokens, as in training."
+    )
+    command.add_argument(
+        "--output", required=True, help="Folder to write; an interrupted run continues in it."
+    )
+    command.add_argument(
+        "--worker", type=int, help="Number of this process, from 0 (default: $RANK)."
+    )
+    command.add_argument("--workers", type=int, help="Number of processes (default: $WORLD_SIZE).")
+
+
+def _register_align(subparsers: Any) -> None:
+    command = add_command(
+        subparsers,
+        "align",
+        align,
+        "Align the words of bitext with two models.",
+        "optical align runs/sw/final --teacher runs/teacher/final --bitext en-sw.tsv "
+        "--output en-sw.align",
+    )
+    command.add_argument("model", help="The student, which encodes the other language.")
+    command.add_argument("--teacher", help="The model that encodes English (default: the student).")
+    command.add_argument("--bitext", required=True, help=BITEXT_HELP)
+    command.add_argument(
+        "--format",
+        choices=ALIGNMENT_FORMATS,
+        default="pharaoh",
+        help="Format of the output (default: pharaoh).",
+    )
+    command.add_argument(
+        "--role",
+        choices=ROLES,
+        default="document",
+        help="Role of the texts, as in training (default: document).",
+    )
+    command.add_argument(
+        "--epsilon",
+        type=float,
+        default=0.05,
+        help="Entropic regularisation of the transport plan (default: 0.05).",
+    )
+    command.add_argument(
+        "--mutual", action="store_true", help="Keep only links that are best in both directions."
+    )
+    _add_max_pairs_argument(command)
+    command.add_argument(
+        "--pair",
+        type=int,
+        default=1,
+        help="Number of the pair to draw with --format figure, from 1 (default: 1).",
+    )
+    command.add_argument(
+        "--output", required=True, help="File to write; a figure needs a name such as plan.png."
+    )
+    add_json_argument(command)
+
+
+def _register_export(subparsers: Any) -> None:
+    command = add_command(
+        subparsers,
+        "export",
+        export,
+        "Write a model for PyLate, or the token vectors of documents.",
+        "optical export runs/sw/final --format pylate --output runs/sw/pylate",
+    )
+    command.add_argument("model", help="Model: a Hugging Face name or a folder.")
+    command.add_argument(
+        "--format",
+        required=True,
+        choices=EXPORT_FORMATS,
+        help="pylate: a model that PyLate loads; tokens: token vectors of documents.",
+    )
+    command.add_argument(
+        "--role",
+        choices=ROLES,
+        help="With pylate, the part of a Router to export; with tokens, the role of the documents "
+        "(default: document).",
+    )
+    command.add_argument(
+        "--documents",
+        help="File of documents for --format tokens: TSV, JSON lines or TREC documents.",
+    )
+    command.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="Precision of the token vectors (default: float32).",
+    )
+    add_encoding_arguments(command)
+    command.add_argument("--output", required=True, help="Folder to write.")
+    add_json_argument(command)
+
+
+def _add_max_pairs_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--max-pairs", type=int, help="Maximum number of pairs read from each file."
+    )
+
+
+def lexicon(
+    bitext: list[str],
+    max_pairs: int | None,
+    least_probability: float,
+    least_count: int,
+    output: str,
+) -> int:
+    """Learn a lexicon by IBM model 1."""
+    from optical.data.lexicon import induce_lexicon, write_lexicon
+    from optical.data.pairs import read_bitext_pairs
+
+    pairs = [pair for path in bitext for pair in read_bitext_pairs(path)[:max_pairs]]
+    entries = induce_lexicon(pairs, least_probability=least_probability, least_count=least_count)
+    write_lexicon(entries, output)
+    print(f"{output}: {len(entries)} entries from {len(pairs)} sentence pairs")
+    return 0
+
+
+def vectors(
+    model: str,
+    bitext: str,
+    role: str,
+    max_length: int | None,
+    output: str,
+    worker: int | None,
+    workers: int | None,
+) -> int:
+    """Store the teacher's token vectors; torchrun sets the defaults of worker and workers."""
+    check_installed("sentence_transformers", "train", "the storing of token vectors")
+    from optical.data.pairs import read_bitext_pairs
+
+    texts = [english for english, _ in read_bitext_pairs(bitext)]
+    quiet_libraries()
+    from optical.models.retriever import load_retriever
+    from optical.models.token_store import write_vectors
+
+    folder = write_vectors(
+        load_retriever(model),
+        texts,
+        output,
+        role=role,
+        max_length=max_length,
+        worker=int(os.environ.get("RANK", 0)) if worker is None else worker,
+        workers=workers or int(os.environ.get("WORLD_SIZE", 1)),
+    )
+    print(folder)
+    return 0
+
+
+def align(
+    model: str,
+    teacher: str | None,
+    bitext: str,
+    format: str,
+    role: str,
+    epsilon: float,
+    mutual: bool,
+    max_pairs: int | None,
+    pair: int,
+    output: str,
+    as_json: bool,
+) -> int:
+    """Write the word alignments of bitext, or a lexicon or a figure made from them."""
+    check_installed("sentence_transformers", "train", "word alignment")
+    if format == "figure":
+        check_installed("matplotlib", "study", "drawing figures")
     from optical.data.pairs import iter_bitext_pairs
-    from optical.models.word_alignment import align_words, format_pharaoh
 
-    _one_of("format", options.format, ALIGNMENTS)
-    _one_of("role", options.role, ("query", "document"))
-    output = Path(options.output)
-    writable_folder(output.parent)
-    read = itertools.islice(iter_bitext_pairs(options.bitext), options.max_pairs)
+    writable_folder(Path(output).parent)
+    pairs = itertools.islice(iter_bitext_pairs(bitext), max_pairs)
     quiet_libraries()
     from optical.models.retriever import load_retriever
 
-    student = load_retriever(options.model)
-    teacher = load_retriever(options.teacher) if options.teacher else student
-    reads: dict[str, Any] = {"role": options.role, "epsilon": options.epsilon}
-    if options.format == "figure":
-        return _draw(student, teacher, read, options, reads)
-    if options.format == "lexicon":
-        return _write_lexicon(student, teacher, list(read), options, reads)
-    pairs, shown = itertools.tee(read)
-    count = linked = 0
-    with atomic_text(output) as file:
-        if options.format == "tsv":
+    student = load_retriever(model)
+    models = student, load_retriever(teacher) if teacher else student
+    options: dict[str, Any] = {"role": role, "epsilon": epsilon}
+    if format == "figure":
+        counts = _draw_alignment(models, pairs, pair, bitext, output, options)
+    elif format == "lexicon":
+        counts = _write_aligned_lexicon(models, list(pairs), output, options)
+    else:
+        counts = _write_links(models, pairs, format, output, options | {"mutual": mutual})
+        if not counts["pairs"]:
+            raise ValueError(f"{bitext}: no sentence pair in it")
+    return report_output(output, counts, as_json)
+
+
+def _write_links(
+    models: tuple[Any, Any],
+    pairs: Iterable[Any],
+    format: str,
+    output: str,
+    options: dict[str, Any],
+) -> dict[str, int]:
+    """Write word links in the format of Pharaoh, or as TSV with words and shares."""
+    from optical.models.word_alignment import align_words, format_pharaoh
+
+    pairs, shown = itertools.tee(pairs)
+    pair_count = link_count = 0
+    with atomic_text(Path(output)) as file:
+        if format == "tsv":
             file.write("pair\tenglish_number\tenglish\tother_number\tother\tshare\n")
-        aligned = align_words(student, teacher, pairs, mutual=options.mutual, **reads)
-        for count, (links, pair) in enumerate(zip(aligned, shown, strict=True), start=1):
-            linked += len(links)
-            if options.format == "pharaoh":
+        aligned = align_words(*models, pairs, **options)
+        for pair_count, (links, pair) in enumerate(zip(aligned, shown, strict=True), start=1):
+            link_count += len(links)
+            if format == "pharaoh":
                 file.write(format_pharaoh(links) + "\n")
                 continue
             english, other = (text.split() for text in pair)
             for e, o, share in links:
-                file.write(f"{count}\t{e}\t{english[e]}\t{o}\t{other[o]}\t{share:.4f}\n")
-    if not count:
-        raise ValueError(f"{options.bitext}: no sentence pair in it")
-    return done(options, {"output": str(output), "pairs": count, "links": linked})
+                file.write(f"{pair_count}\t{e}\t{english[e]}\t{o}\t{other[o]}\t{share:.4f}\n")
+    return {"pairs": pair_count, "links": link_count}
 
 
-def _draw(
-    student: Any, teacher: Any, pairs: Iterable[Any], options: argparse.Namespace, reads: Any
-) -> int:
+def _draw_alignment(
+    models: tuple[Any, Any],
+    pairs: Iterable[Any],
+    pair: int,
+    bitext: str,
+    output: str,
+    options: dict[str, Any],
+) -> dict[str, int]:
     from optical.models.word_alignment import align_tokens
     from optical.report.figures import draw_alignment
     from optical.report.table import plan_rows
 
-    chosen = None
-    if options.pair > 0:
-        chosen = next(itertools.islice(pairs, options.pair - 1, None), None)
-    if chosen is None:
-        raise ValueError(f"pair: {options.pair}, expected the number of a pair in {options.bitext}")
-    english, other = chosen
-    found = align_tokens(student, teacher, other, english, **reads)
-    draw_alignment(plan_rows({"language": "", **found}), Path(options.output))
-    tokens = len(found["english_tokens"]), len(found["other_tokens"])
-    drawn = {"output": options.output, "English tokens": tokens[0], "other tokens": tokens[1]}
-    return done(options, drawn)
+    sentences = next(itertools.islice(pairs, pair - 1, None), None) if pair > 0 else None
+    if sentences is None:
+        raise ValueError(f"pair: {pair}, expected the number of a pair in {bitext}")
+    english, other = sentences
+    aligned = align_tokens(*models, other, english, **options)
+    draw_alignment(plan_rows({"language": "", **aligned}), Path(output))
+    return {
+        "English tokens": len(aligned["english_tokens"]),
+        "other tokens": len(aligned["other_tokens"]),
+    }
 
 
-def _write_lexicon(
-    student: Any, teacher: Any, pairs: list[Any], options: argparse.Namespace, reads: Any
-) -> int:
+def _write_aligned_lexicon(
+    models: tuple[Any, Any], pairs: list[Any], output: str, options: dict[str, Any]
+) -> dict[str, int]:
     from optical.data.lexicon import lexicon_from_links, write_lexicon
     from optical.models.word_alignment import word_links
 
     links = [
         (english, other, share)
-        for found in word_links(student, teacher, pairs, **reads)
-        for (english, other), share in found.items()
+        for pair_links in word_links(*models, pairs, **options)
+        for (english, other), share in pair_links.items()
     ]
     entries = lexicon_from_links(links)
-    write_lexicon(entries, options.output)
-    written = {"output": options.output, "pairs": len(pairs), "entries": len(entries)}
-    return done(options, written)
+    write_lexicon(entries, output)
+    return {"pairs": len(pairs), "entries": len(entries)}
 
 
-def export(options: argparse.Namespace) -> int:
-    """Write a model for PyLate, or the vectors of documents for any other program."""
-    _one_of("format", options.format, FORMATS)
-    if (options.format == "vectors") != bool(options.documents):
-        raise ValueError("documents: expected a file with --format vectors, and none with pylate")
-    if options.format == "pylate" and options.passage_length:
+def export(
+    model: str,
+    format: str,
+    role: str | None,
+    documents: str | None,
+    precision: str,
+    batch_size: int,
+    passage_length: int | None,
+    passage_stride: int | None,
+    output: str,
+    as_json: bool,
+) -> int:
+    """Write a model for PyLate, or the token vectors of documents for other programs."""
+    if (format == "tokens") != bool(documents):
+        raise ValueError("documents: expected a file with --format tokens, and none with pylate")
+    if format == "pylate" and passage_length:
         raise ValueError("passage_length: given with --format pylate, which writes no documents")
+    check_installed("sentence_transformers", "train", "an export")
     quiet_libraries()
-    if options.format == "pylate":
+    if format == "pylate":
         from optical.models.pylate import export_pylate
 
-        folder = export_pylate(options.model, options.output, role=options.side or "")
-        return done(options, {"output": str(folder)})
+        return report_output(str(export_pylate(model, output, role=role or "")), {}, as_json)
     from optical.data.texts import iter_texts
     from optical.models.retriever import load_retriever
     from optical.retrieval.index import FileIndex, write_index
 
+    assert documents is not None
     folder = write_index(
-        load_retriever(options.model),
-        iter_texts(options.documents),
-        options.output,
-        role=options.side or "document",
-        precision=options.precision,
-        batch_size=options.batch_size,
-        passage_length=options.passage_length,
-        passage_stride=options.passage_stride,
+        load_retriever(model),
+        iter_texts(documents),
+        output,
+        role=role or "document",
+        precision=precision,
+        batch_size=batch_size,
+        passage_length=passage_length,
+        passage_stride=passage_stride,
     )
-    return done(options, {"output": str(folder), "documents": len(FileIndex(folder))})
-
-
-def index(options: argparse.Namespace) -> int:
-    """Encode documents into a vector database."""
-    from optical.data.texts import iter_texts
-
-    if options.collection:
-        from optical.data.collection import load_collection
-
-        documents: Iterable[tuple[str, str]] = load_collection(options.collection).documents.items()
-    elif options.documents:
-        documents = iter_texts(options.documents)
-    else:
-        raise ValueError("--collection or --documents says what to index")
-    quiet_libraries()
-    from optical.models.retriever import load_retriever
-    from optical.retrieval.index import LanceIndex, write_database
-
-    model = load_retriever(options.model)
-    added = write_database(
-        model,
-        documents,
-        options.output,
-        batch_size=options.batch_size,
-        passage_length=options.passage_length,
-        passage_stride=options.passage_stride,
-    )
-    total = len(LanceIndex(options.output))
-    return done(options, {"output": options.output, "added": added, "documents": total})
-
-
-def search_index(options: argparse.Namespace) -> tuple[Any, int]:
-    """Search vectors that were written before; returns the run and the number of documents."""
-    from optical.data.texts import read_texts
-    from optical.retrieval.index import open_index
-
-    if not options.queries:
-        raise ValueError("queries: none given; with --index expected a file of queries")
-    for name in ("collection", "documents", "document_model", "passage_length"):
-        if getattr(options, name):
-            raise ValueError(f"{name}: given with --index, which holds its documents already")
-    texts = read_texts(options.queries)
-    found = open_index(options.index)
-    quiet_libraries()
-    from optical.models.encoding import encode
-    from optical.models.retriever import load_retriever
-
-    model = load_retriever(options.model)
-    if model.get_embedding_dimension() != found.dimension:
-        raise ValueError(
-            f"{options.index}: vectors of size {found.dimension}, the model makes them of size "
-            f"{model.get_embedding_dimension()}"
-        )
-    asked = encode(model, list(texts.values()), "query", batch_size=options.batch_size)
-    return found.search(list(texts), asked, depth=options.depth), len(found)
-
-
-def done(options: argparse.Namespace, found: dict[str, Any]) -> int:
-    """Say what was written, for a reader or with --json for a program; returns the exit code 0."""
-    if options.json:
-        print(json.dumps(found))
-    else:
-        (_, output), *counts = found.items()
-        told = ", ".join(f"{value} {name}" for name, value in counts)
-        print(f"{output}: {told}" if told else output)
-    return 0
-
-
-def quiet_libraries() -> None:
-    """Loading reports and shard bars of the libraries would hide the project's own lines."""
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    silence: Any = transformers_logging
-    silence.set_verbosity_error()
-    silence.disable_progress_bar()
-    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
-    import datasets
-
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-
-
-def _one_of(name: str, value: str, wanted: tuple[str, ...]) -> None:
-    if value not in wanted:
-        raise ValueError(f"{name}: {value!r}, expected {' or '.join(wanted)}")
+    return report_output(str(folder), {"documents": len(FileIndex(folder))}, as_json)

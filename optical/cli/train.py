@@ -1,4 +1,4 @@
-"""`optical train`: options of a recipe and of the trainer, from the command line and from YAML."""
+"""The command `train`: options of a recipe and trainer arguments, from flags and from YAML."""
 
 from __future__ import annotations
 
@@ -8,13 +8,41 @@ import dataclasses
 import json
 import os
 import sys
+import textwrap
 from typing import Any
 
-from optical.cli.models import quiet_libraries
+from optical.cli.shared import check_installed, quiet_libraries
 from optical.io.settings import nearest, read_yaml
-from optical.training.options import AT_ONCE
+from optical.training.options import (
+    WITHOUT_STEPS,
+    AverageOptions,
+    CodeswitchOptions,
+    DistillOptions,
+    EncoderOptions,
+    TeacherOptions,
+    TransferOptions,
+    choices_of,
+)
 
-# What `optical train RECIPE --help` shows of the trainer's hundred arguments.
+# Recipe -> its options class and its description.
+RECIPES: dict[str, tuple[type[Any], str]] = {
+    "teacher": (
+        TeacherOptions,
+        "Train an English late-interaction retriever from (query, passage) pairs.",
+    ),
+    "distill": (DistillOptions, "Distil a student from a frozen teacher on parallel sentences."),
+    "codeswitch": (CodeswitchOptions, "Train a retriever on text code-switched through lexicons."),
+    "transfer": (
+        TransferOptions,
+        "Give a retriever a vocabulary of other languages, from spelling and bitext.",
+    ),
+    "average": (AverageOptions, "Average the weights of several students of one model."),
+    "encoder": (
+        EncoderOptions,
+        "Train a tokenizer and a small multilingual encoder from plain text.",
+    ),
+}
+# Trainer arguments that `optical train RECIPE --help` shows; --help-all shows all of them.
 COMMON_ARGUMENTS = (
     "output_dir",
     "max_steps",
@@ -28,140 +56,172 @@ COMMON_ARGUMENTS = (
     "save_steps",
     "logging_steps",
 )
-RECIPES = {
-    "teacher": "train an English late-interaction retriever from (query, passage) pairs",
-    "distill": "pull a student onto a frozen teacher through parallel sentences",
-    "codeswitch": "train a retriever on text with words replaced through lexicons",
-    "transfer": "give a retriever a vocabulary of other languages, by spelling and bitext",
-    "average": "make one student of several by the mean of their weights",
-    "encoder": "train a tokenizer and a small multilingual encoder from plain text",
-}
 
 
 def train(argv: list[str]) -> int:
-    """Run `optical train`; returns the exit code."""
+    """Run `optical train`; return the exit code."""
     if not argv or argv[0] not in RECIPES:
-        lines = [f"  {name:11} {text}" for name, text in RECIPES.items()]
+        lines = [f"  {name:11} {text}" for name, (_, text) in RECIPES.items()]
         print("usage: optical train RECIPE [options]\n\n" + "\n".join(lines))
         if argv and argv[0] not in ("-h", "--help"):
             raise ValueError(f"recipe {argv[0]!r} is unknown{nearest(argv[0], RECIPES)}")
         return 0 if argv else 2
-    from torch import distributed
-    from transformers import HfArgumentParser, TrainingArguments
-
-    from optical.io.files import writable_folder
-    from optical.training import pretraining, recipes, runner
-
     recipe, argv = argv[0], argv[1:]
-    kinds: dict[str, tuple[Any, Any]] = {
-        "teacher": (recipes.TeacherOptions, recipes.teacher),
-        "distill": (recipes.DistillOptions, recipes.distill),
-        "codeswitch": (recipes.CodeswitchOptions, recipes.codeswitch),
-        "transfer": (recipes.TransferOptions, recipes.transfer),
-        "average": (recipes.AverageOptions, recipes.average),
-        "encoder": (pretraining.EncoderOptions, pretraining.encoder_trainer),
-    }
-    options_kind, make_trainer = kinds[recipe]
-    arguments_kind: Any = TrainingArguments if recipe == "encoder" else recipes.CommandLineArguments
-    make_parser: Any = HfArgumentParser
-    parser = make_parser(
-        (options_kind, arguments_kind),
-        prog=f"optical train {recipe}",
-        add_help=False,
-        allow_abbrev=False,
-        exit_on_error=False,  # which would print the usage of a hundred options first
-    )
-    parser.set_defaults(**recipes.ARGUMENT_DEFAULTS)
+    options_class, _ = RECIPES[recipe]
+    # Errors that need no import of Sentence Transformers, which takes seconds.
+    _check_choices(options_class, argv)
+    check_installed("sentence_transformers", "train", "training")
+    args_class, parser = _parser(recipe)
     if "--help-all" in argv:
         parser.print_help()
         return 0
     if "-h" in argv or "--help" in argv:
-        _train_help(recipe, options_kind, arguments_kind)
+        _print_help(recipe, args_class)
         return 0
-    argv = _with_config(argv, parser)
-    parser.set_defaults(output_dir=None)
-    namespace, unknown = _parsed(parser, argv)
-    if unknown:
-        known = [f"--{action.dest}" for action in parser._actions]
-        raise ValueError(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
-    if not namespace.output_dir:
-        raise ValueError("output_dir: none given; expected a folder to write to")
-    values = vars(namespace)
-    names = {entry.name for entry in dataclasses.fields(options_kind)}
-    options = options_kind(**{name: values[name] for name in names})
+    values = _parse(parser, argv)
+    options = options_class(
+        **{entry.name: values[entry.name] for entry in dataclasses.fields(options_class)}
+    )
     options.validate()
-    # Before anything is read: the trainer would say it late and in its own words.
-    writable_folder(namespace.output_dir)
-    quiet_libraries()
-    init = {entry.name for entry in dataclasses.fields(arguments_kind) if entry.init}
-    if not sys.stderr.isatty():
-        # A bar draws over itself, and a log keeps every stroke.
-        values["disable_tqdm"] = True
-    args = arguments_kind(**{name: values[name] for name in init & set(values)})
-    trainer = make_trainer(options, args)
-    if args.disable_tqdm:
-        trainer.add_callback(runner.progress_lines(recipe))
-    final = runner.run(trainer, options, resume=getattr(options, "resume", False))
-    if args.process_index == 0:
+    final = _train(recipe, options, args_class, values)
+    if final:
         print(final)
-    if distributed.is_available() and distributed.is_initialized():
-        _leave()
+    _exit_if_distributed()
     return 0
 
 
-def _leave() -> None:
-    """End this process of several as the interpreter does, but for taking itself apart.
+def _parser(recipe: str) -> tuple[type[Any], argparse.ArgumentParser]:
+    """Return the class of trainer arguments of a recipe, and the parser of its command line."""
+    from transformers import HfArgumentParser, TrainingArguments
 
-    A thread of gloo may have a tensor left to let go of, and needs the interpreter's lock for it:
-    while that shuts down, or destroys the process group, the process aborts or hangs now and then,
-    and torchrun calls a training failed whose model is whole.
+    from optical.training import recipes
+
+    options_class, _ = RECIPES[recipe]
+    args_class: Any = recipes.CommandLineTrainerArguments
+    if recipe == "encoder":
+        args_class = TrainingArguments
+    make_parser: Any = HfArgumentParser
+    parser: argparse.ArgumentParser = make_parser(
+        (options_class, args_class),
+        prog=f"optical train {recipe}",
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,  # argparse would print the usage of a hundred options
+    )
+    parser.set_defaults(**recipes.TRAINER_DEFAULTS)
+    return args_class, parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
+    """Return the values of all options, including those of `--config`."""
+    argv = _with_config(argv, parser)
+    parser.set_defaults(output_dir=None)
+    namespace, unknown = _parse_known(parser, argv)
+    if unknown:
+        options = [f"--{action.dest}" for action in parser._actions]
+        hint = nearest(unknown[0].split("=")[0], options)
+        raise ValueError(f"unknown option {unknown[0]}{hint}")
+    if not namespace.output_dir:
+        raise ValueError("output_dir: none given; expected a folder to write to")
+    return vars(namespace)
+
+
+def _train(recipe: str, options: Any, args_class: type[Any], values: dict[str, Any]) -> str:
+    """Train and save the model; return its folder in the main process, else ""."""
+    from optical import training
+    from optical.io.files import writable_folder
+    from optical.training import runner
+
+    # The trainer would find an unwritable folder only after the data is read.
+    writable_folder(values["output_dir"])
+    quiet_libraries()
+    if not sys.stderr.isatty():
+        # A progress bar redraws itself, and every state would stay in a log.
+        values["disable_tqdm"] = True
+    names = {entry.name for entry in dataclasses.fields(args_class) if entry.init}
+    trainer_args = args_class(**{name: values[name] for name in names & set(values)})
+    if recipe in WITHOUT_STEPS:
+        final = runner.save(getattr(training, recipe)(options), options, trainer_args)
+    else:
+        function = "encoder_trainer" if recipe == "encoder" else recipe
+        trainer = getattr(training, function)(options, trainer_args)
+        if trainer_args.disable_tqdm:
+            trainer.add_callback(runner.ProgressLines(recipe))
+        final = runner.run(trainer, options, resume=options.resume)
+    return str(final) if trainer_args.process_index == 0 else ""
+
+
+def _exit_if_distributed() -> None:
+    """End one of several processes without tearing the interpreter down.
+
+    A thread of gloo may still have to free a tensor, for which it needs the interpreter's lock.
+    While the interpreter shuts down or destroys the process group, the process then aborts or hangs
+    occasionally, and torchrun reports a failure although the model is complete.
     """
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def _parsed(
-    parser: argparse.ArgumentParser, words: list[str], place: str = ""
+def _check_choices(options_class: type[Any], argv: list[str]) -> None:
+    """Refuse invalid values of options that have a fixed set of values."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, choices in choices_of(options_class).items():
+        parser.add_argument(f"--{name}", choices=choices)
+    _parse_known(parser, argv)
+
+
+def _parse_known(
+    parser: argparse.ArgumentParser, argv: list[str], prefix: str = ""
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parse known options; a wrong value is an error of one line, behind the words' `place`."""
+    """Parse known options; raise ValueError in one line, which starts with `prefix`."""
     try:
-        return parser.parse_known_args(words)
+        return parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         name = str(error.argument_name).split("/")[0]
-        raise ValueError(f"{place}{name}: {error.message}") from None
+        raise ValueError(f"{prefix}{name}: {error.message}") from None
 
 
 def _with_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Take `--config FILE` out of the arguments and make its keys the parser's defaults."""
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    reader.add_argument("--config")
-    given, rest = reader.parse_known_args(argv)
-    if given.config is None:
+    """Replace `--config FILE` by the options in the file, before those of the command line.
+
+    The parser then converts the values of the file, and the command line overrides them.
+    """
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    args, rest = config_parser.parse_known_args(argv)
+    if args.config is None:
         return rest
-    settings, _ = read_yaml(given.config)
-    known = {action.dest for action in parser._actions}
+    settings, _ = read_yaml(args.config)
+    accepted = {action.dest for action in parser._actions}
     for key in settings:
-        if key not in known:
-            raise ValueError(f"{given.config}: unknown key `{key}`{nearest(key, known)}")
-    # As arguments in front, so that the parser converts them and the command line wins.
+        if key not in accepted:
+            raise ValueError(f"{args.config}: unknown key `{key}`{nearest(key, accepted)}")
     words: list[str] = []
     for key, value in settings.items():
         values = value if isinstance(value, list) else [value]
-        text = [json.dumps(one) if isinstance(one, dict) else str(one) for one in values]
-        words += [f"--{key}", *text]
-    _parsed(parser, words, f"{given.config}: ")
+        words.append(f"--{key}")
+        words += [json.dumps(entry) if isinstance(entry, dict) else str(entry) for entry in values]
+    _parse_known(parser, words, f"{args.config}: ")
     return [*words, *rest]
 
 
-def _train_help(recipe: str, options_kind: Any, arguments_kind: Any) -> None:
-    print(f"usage: optical train {recipe} [--config FILE.yaml] [options]\n\n{RECIPES[recipe]}\n")
-    shown = [*dataclasses.fields(options_kind)]
-    by_name = {entry.name: entry for entry in dataclasses.fields(arguments_kind)}
-    names = COMMON_ARGUMENTS[:1] if recipe in AT_ONCE else COMMON_ARGUMENTS
-    shown += [by_name[name] for name in names]
+def _print_help(recipe: str, args_class: type[Any]) -> None:
+    options_class, description = RECIPES[recipe]
+    print(f"usage: optical train {recipe} [--config FILE.yaml] [options]\n\n{description}\n")
+    trainer_entries = {entry.name: entry for entry in dataclasses.fields(args_class)}
+    names = COMMON_ARGUMENTS[:1] if recipe in WITHOUT_STEPS else COMMON_ARGUMENTS
+    shown = [*dataclasses.fields(options_class), *(trainer_entries[name] for name in names)]
     for entry in shown:
         text = " ".join(str(entry.metadata.get("help", "")).split())
-        print(f"  --{entry.name:28} {text[:110]}")
-    print("\n--config holds the same names in YAML; --help-all lists every option of the trainer")
+        if entry.name not in trainer_entries and isinstance(entry.default, (str, int, float)):
+            text += f" (default: {entry.default})" if entry.default else ""
+        # The help of some trainer arguments has several paragraphs.
+        lines = textwrap.wrap(text, 66)[:3]
+        print(f"  --{entry.name:28} " + ("\n" + " " * 33).join(lines))
+    print("\n--config takes the same names from YAML; --help-all lists every trainer argument.")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from optical.io.environment import require
 from optical.io.files import read_lines
@@ -109,6 +109,8 @@ def _matches(value: Any, hint: Any) -> bool:
     if _is_enum(hint):
         return value in [member.value for member in hint]
     origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in parts
     if origin in (list, dict):
         entries = value.values() if isinstance(value, dict) else value
         return isinstance(value, origin) and all(_matches(entry, parts[-1]) for entry in entries)
@@ -126,4 +128,6 @@ def _is_enum(hint: Any) -> bool:
 def _describe(hint: Any) -> str:
     if _is_enum(hint):
         return " or ".join(repr(member.value) for member in hint)
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

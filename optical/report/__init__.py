@@ -1,6 +1,7 @@
-"""Tables, figures and the report of a study, made from its results alone."""
+"""Statistics, tables, figures and the report of a study, computed from its results only."""
 
 from optical.report.figures import draw_figures
 from optical.report.report import write_report
+from optical.report.summary import StudyDescription
 
-__all__ = ["draw_figures", "write_report"]
+__all__ = ["StudyDescription", "draw_figures", "write_report"]

@@ -1,4 +1,4 @@
-"""The study's figures, drawn from its table of results and nothing else."""
+"""Figures of a study, drawn from its results table only."""
 
 from __future__ import annotations
 
@@ -8,63 +8,71 @@ from typing import Any
 
 import numpy as np
 
+from optical.io.environment import require
 from optical.io.files import atomic_file
 from optical.report.summary import measure_name
 from optical.report.table import PLAN_COLUMNS, Row, read_rows
 
-# Okabe and Ito's palette, told apart by colour-blind readers and in grey print, but for its black:
-# intervals would not be seen on it.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish and which prints in grey.
+# Black is left out because it would hide the error bars.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-# A second round of the palette is hatched.
+# Further rounds of the palette are hatched.
 HATCHES = ("", "///", "...", "xxx")
 
 
 def draw_figures(table: Path, folder: Path) -> dict[str, Path]:
-    """Draw every figure that a table of results holds; returns their names and files.
+    """Draw all figures for which a results table has rows; return their names and files.
 
     Args:
-        table: ``results.csv`` of a study. Its ``alignment.csv`` is drawn where it lies beside it.
-        folder: where the figures go; it is made.
+        table: ``results.csv`` of a study. An ``alignment.csv`` in the same folder is drawn too.
+        folder: folder for the figures; it is created if needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = read_rows(table)
-    found = {}
-    drawings = {"measure_per_language": draw_languages, "gap_per_arm": draw_gaps}
-    drawings["pairs"] = draw_curves
+    drawings = {
+        "measure_per_language": draw_languages,
+        "gap_per_arm": draw_gaps,
+        "pairs": draw_curves,
+    }
+    files = {}
     for name, draw in drawings.items():
         if draw(rows, folder / f"{name}.png"):
-            found[name] = folder / f"{name}.png"
+            files[name] = folder / f"{name}.png"
     plan = table.with_name("alignment.csv")
     if plan.exists():
         draw_alignment(read_rows(plan, PLAN_COLUMNS), folder / "alignment.png")
-        found["alignment"] = folder / "alignment.png"
-    return found
+        files["alignment"] = folder / "alignment.png"
+    return files
 
 
 def draw_languages(rows: Sequence[Row], path: Path) -> bool:
-    """Bars of the measure per language and arm; one panel per collection."""
+    """Draw bars of the measure per language and arm, one panel per collection.
+
+    Returns:
+        Whether there was anything to draw.
+    """
     with_interval = [row for row in rows if row["low"] is not None]
-    drawn = [row for row in with_interval if row["kind"] == "measure"]
+    measures = [row for row in with_interval if row["kind"] == "measure"]
     ceilings = [row for row in with_interval if row["kind"] == "ceiling"]
-    if not drawn:
+    if not measures:
         return False
     plt = _pyplot()
-    collections, arms = _distinct(drawn, "collection"), _distinct(drawn, "arm")
-    most = len(_distinct(drawn, "language"))
+    collections, arms = _distinct(measures, "collection"), _distinct(measures, "arm")
+    most = len(_distinct(measures, "language"))
     width = max(6.0, 0.16 * len(arms) * most + 3, 1.3 * most + 2)
-    # High enough for the legend, which stands once beside all panels.
+    # High enough for the legend, which is shared by all panels.
     height = max(3.4 * len(collections), 0.22 * len(arms) + 1.5)
     figure, axes = plt.subplots(len(collections), 1, figsize=(width, height), squeeze=False)
     step = 0.8 / max(len(arms), 1)
     for axis, collection in zip(axes[:, 0], collections, strict=True):
-        here = [row for row in drawn if row["collection"] == collection]
-        cells = {(row["arm"], row["language"]): row for row in here}
+        here = [row for row in measures if row["collection"] == collection]
+        by_arm = {(row["arm"], row["language"]): row for row in here}
         languages = _distinct(here, "language")
         for index, arm in enumerate(arms):
-            bars = [cells[arm, language] for language in languages]
-            place = np.arange(len(bars)) + (index - (len(arms) - 1) / 2) * step
+            bars = [by_arm[arm, language] for language in languages]
+            positions = np.arange(len(bars)) + (index - (len(arms) - 1) / 2) * step
             axis.bar(
-                place,
+                positions,
                 [bar["value"] for bar in bars],
                 0.9 * step,
                 color=COLOURS[index % len(COLOURS)],
@@ -89,7 +97,7 @@ def draw_languages(rows: Sequence[Row], path: Path) -> bool:
 
 
 def draw_gaps(rows: Sequence[Row], path: Path) -> bool:
-    """Bars of the high-minus-low gap per arm."""
+    """Draw bars of the gap, high minus low resource, per arm; return whether there were any."""
     gaps = [row for row in rows if row["kind"] == "gap"]
     if not gaps:
         return False
@@ -114,7 +122,11 @@ def draw_gaps(rows: Sequence[Row], path: Path) -> bool:
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> bool:
-    """Lines of the measure over the number of sentence pairs; a panel per collection and curve."""
+    """Draw the measure over the number of sentence pairs, one panel per collection and curve.
+
+    Returns:
+        Whether there was anything to draw.
+    """
     points = [row for row in rows if row["kind"] == "curve" and row["pairs"]]
     if not points:
         return False
@@ -156,7 +168,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> bool:
 
 
 def draw_alignment(rows: Sequence[Row], path: Path) -> None:
-    """Heat map of a transport plan."""
+    """Draw a heat map of a transport plan; each row shows shares of its mass."""
     plt = _pyplot()
     others = [row["other"] for row in rows if row["column"] == 0]
     englishes = [row["english"] for row in rows if row["row"] == 0]
@@ -180,9 +192,8 @@ def _errors(rows: Sequence[Row]) -> Any:
 
 
 def _pyplot() -> Any:
-    import matplotlib
-
-    # Draws into files on machines without a screen.
+    matplotlib = require("matplotlib", "study", "drawing figures")
+    # The backend that needs no display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -191,9 +202,8 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     plt = _pyplot()
-
     figure.tight_layout()
-    # No time stamp inside: the same numbers give the same file.
+    # Without a time stamp, so that equal numbers give equal files.
     with atomic_file(path) as file:
         figure.savefig(file, dpi=150, metadata={"Software": None}, format=path.suffix[1:])
     plt.close(figure)

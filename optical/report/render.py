@@ -1,4 +1,4 @@
-"""report.render."""
+"""Blocks of a report, and their rendering as Markdown and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-# The report as blocks, which are written once as Markdown and once as HTML
 
 
 @dataclass
@@ -43,10 +41,11 @@ class Code:
 Block = Heading | Text | Table | Figure | Code
 
 
-# Writers
+def to_markdown(blocks: Sequence[Block]) -> str:
+    return "\n\n".join(_markdown_block(block) for block in blocks) + "\n"
 
 
-def _markdown(block: Block) -> str:
+def _markdown_block(block: Block) -> str:
     if isinstance(block, Heading):
         return "#" * block.level + " " + block.text
     if isinstance(block, Text):
@@ -74,7 +73,8 @@ pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem
 """
 
 
-def _html(title: str, blocks: Sequence[Block], output: Path) -> str:
+def to_html(title: str, blocks: Sequence[Block]) -> str:
+    """Render an HTML page without external files."""
     body = "\n".join(_html_block(block) for block in blocks)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -94,7 +94,7 @@ def _html_block(block: Block) -> str:
     if isinstance(block, Code):
         return f"<pre>{html.escape(block.text)}</pre>"
     if isinstance(block, Figure):
-        # Inside the page, so that the one file can be sent to somebody.
+        # Embedded, so that the page is a single file.
         data = base64.b64encode(block.path.read_bytes()).decode()
         caption = html.escape(block.caption)
         return (
@@ -113,6 +113,6 @@ def _html_block(block: Block) -> str:
 
 
 def _inline(text: str) -> str:
-    """Escape a line; ``**bold**`` is the only markup that the report's own sentences use."""
+    """Escape a line and render ``**bold**``, the only markup in sentences of a report."""
     parts = html.escape(text).split("**")
     return "".join(f"<strong>{part}</strong>" if i % 2 else part for i, part in enumerate(parts))

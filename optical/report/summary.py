@@ -1,4 +1,4 @@
-"""The study's numbers: means, intervals, tests and gaps, from the cells' results alone."""
+"""Statistics of a study: means, bootstrap intervals, paired tests and gaps between languages."""
 
 from __future__ import annotations
 
@@ -10,24 +10,70 @@ from typing import Any
 
 import numpy as np
 
-from optical.retrieval.statistics import correct, paired_test
-from optical.study.config import StudyConfig
+from optical.retrieval.statistics import (
+    RESAMPLES,
+    correct,
+    paired_test,
+    percentiles,
+    resampled_indices,
+)
 
 SEED = 0
-RESAMPLES = 10_000
 
+# Query id -> value of a measure.
 Values = dict[str, float]
-# (collection, arm, language) -> query id -> the measure, averaged over seeds
+# (collection, arm, language) -> values, averaged over seeds.
 Scores = dict[tuple[str, str, str], Values]
-# a point estimate, then its bootstrap resamples
+# A point estimate, followed by its bootstrap draws.
 Draws = np.ndarray[Any, np.dtype[np.float64]]
-# (point estimate, lower and upper end of its 95 % interval)
+# Point estimate, lower and upper end of its 95 % interval.
 Estimate = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class StudyDescription:
+    """The properties of a study that its report needs.
+
+    Attributes:
+        title, note: heading and introduction of the report.
+        arms: names of the arms; the first is the baseline.
+        languages, collections: names in the order of the tables.
+        names: language -> its name in tables and figures.
+        low, high: the low-resource and the high-resource languages.
+        against: arms with which every other arm is compared; if empty, all pairs are compared.
+        translation: arm whose relative gain is reported, or "".
+        curves: name of a curve -> its arms, in increasing number of sentence pairs.
+        role: role of the student, "query" or "document".
+        seeds: training seeds.
+        config_text: text of the configuration file.
+    """
+
+    title: str
+    arms: tuple[str, ...]
+    languages: tuple[str, ...]
+    collections: tuple[str, ...]
+    names: Mapping[str, str] = field(default_factory=dict)
+    low: tuple[str, ...] = ()
+    high: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    translation: str = ""
+    curves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    note: str = ""
+    role: str = "document"
+    seeds: tuple[int, ...] = (0,)
+    config_text: str = ""
+
+    def name_of(self, language: str) -> str:
+        return self.names.get(language, language)
+
+    def group_of(self, language: str) -> str:
+        """Return "low", "high", or "" for a language in neither group."""
+        return "low" if language in self.low else "high" if language in self.high else ""
 
 
 @dataclass
 class Comparison:
-    """Two arms on one language of one collection, query by query."""
+    """Paired comparison of two arms on one language of one collection."""
 
     collection: str
     language: str
@@ -43,17 +89,17 @@ class Comparison:
 
 @dataclass
 class Gap:
-    """How an arm serves low- and high-resource languages; every estimate is (value, low, high).
+    """An arm's effectiveness in low- and high-resource languages; estimates are (value, low, high).
 
     Attributes:
-        gap: mean over the high-resource languages minus mean over the low-resource ones.
-        closed: share of the baseline's gap that the arm closes; None where the baseline's gap may
-            be zero, because a share of nothing says nothing.
-        recovered: for low- and high-resource languages, the share of the way from the baseline to
-            English documents; None for the baseline itself, without English documents, or where
-            these may be no better than the baseline.
-        gain: for low- and high-resource languages, the relative gain over the translation baseline;
-            None for itself, without one, or where it may be zero.
+        gap: mean over the high-resource languages minus mean over the low-resource languages.
+        closed: share of the baseline's gap that the arm closes; None if the interval of the
+            baseline's gap includes zero.
+        recovered_low, recovered_high: share of the difference between English documents and the
+            baseline that the arm gains; None for the baseline, without English documents, or if
+            the interval of the difference includes zero.
+        gain_low, gain_high: relative gain over the translation baseline; None for that baseline,
+            without one, or if its interval includes zero.
     """
 
     collection: str
@@ -70,7 +116,7 @@ class Gap:
 
 @dataclass
 class Summary:
-    """Everything that the report says in numbers."""
+    """All statistics of a report."""
 
     arms: list[str]
     languages: list[str]
@@ -82,116 +128,122 @@ class Summary:
     intervals: dict[tuple[str, str, str], tuple[float, float]]
     comparisons: list[Comparison] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
-    # (arm, language) -> sentence pairs that the arm learnt from.
+    # (arm, language) -> number of sentence pairs that the arm was trained on.
     pairs: dict[tuple[str, str], int] = field(default_factory=dict)
-    # (arm, language) -> alignment error rates, averaged over seeds and roles
+    # (arm, language) -> alignment error rate, averaged over seeds and roles.
     error_rates: dict[tuple[str, str], float] = field(default_factory=dict)
-    # language -> whose tokenizer -> tokens per word and share of unknown tokens
+    # Language -> tokenizer -> tokens per word and share of unknown tokens.
     tokens: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: StudyConfig, results: Sequence[Mapping[str, Any]]) -> Summary:
+    def of(cls, study: StudyDescription, results: Sequence[Mapping[str, Any]]) -> Summary:
+        """Summarise the result rows that the tasks of a study wrote."""
         rows = [row for row in results if "measures" in row]
-        measure = next(iter(next(iter(rows[0]["measures"].values()))))
-        names = next(iter(rows[0]["measures"].values())).keys()
-        every = {name: _scores(rows, name) for name in names}
-        scores = {key: _averaged(seeds) for key, seeds in every[measure].items()}
-        draws = {key: _draws(seeds, key) for key, seeds in every[measure].items()}
+        measures = next(iter(rows[0]["measures"].values())).keys()
+        measure = next(iter(measures))
+        by_measure = {name: _values_by_seed(rows, name) for name in measures}
+        draws = {key: _bootstrap(seeds, key) for key, seeds in by_measure[measure].items()}
         summary = cls(
-            arms=[arm.name for arm in config.arms],
-            languages=list(config.languages),
-            collections=list(config.collections),
+            arms=list(study.arms),
+            languages=list(study.languages),
+            collections=list(study.collections),
             measure=measure,
-            scores=scores,
+            scores={key: _mean_of_seeds(seeds) for key, seeds in by_measure[measure].items()},
             draws=draws,
             means={
-                name: {key: _mean(_averaged(seeds)) for key, seeds in table.items()}
-                for name, table in every.items()
+                name: {key: _mean(_mean_of_seeds(seeds)) for key, seeds in table.items()}
+                for name, table in by_measure.items()
             },
-            intervals={key: _estimate(drawn)[1:] for key, drawn in draws.items()},
+            intervals={key: percentiles(values[1:]) for key, values in draws.items()},
             pairs={(row["arm"], row["language"]): row["pairs"] for row in rows if row.get("pairs")},
             error_rates=_error_rates(results),
             tokens={row["language"]: row["tokens"] for row in results if "tokens" in row},
         )
-        summary.comparisons = summary._compare(config)
-        if config.low and config.high:
-            summary.gaps = summary._gaps(config)
+        summary.comparisons = summary._compare(study)
+        if study.low and study.high:
+            summary.gaps = summary._gaps(study)
         return summary
 
     def languages_of(self, collection: str) -> list[str]:
-        """The languages in which the arms searched a collection."""
+        """Return the languages in which the arms searched a collection."""
         arm = self.arms[0]
         return [x for x in self.languages if (collection, arm, x) in self.scores]
 
-    def _compare(self, config: StudyConfig) -> list[Comparison]:
-        found = []
-        pairs = [(new, old) for old, new in itertools.combinations(self.arms, 2)]
-        if config.against:
-            # Each pair once: between two of those tested against, the later one is the newer.
-            pairs = [
-                (new, old)
-                for old in config.against
-                for new in self.arms
-                if new != old and (new not in config.against or (new, old) in pairs)
-            ]
-        places = [(c, x) for c in self.collections for x in self.languages_of(c)]
-        for (collection, language), (arm, against) in itertools.product(places, pairs):
+    def _compare(self, study: StudyDescription) -> list[Comparison]:
+        comparisons = []
+        pairs = self._arm_pairs(study.against)
+        searched = [(c, x) for c in self.collections for x in self.languages_of(c)]
+        for (collection, language), (arm, against) in itertools.product(searched, pairs):
             keys = (collection, arm, language), (collection, against, language)
             tested = paired_test(*(self.scores[key] for key in keys), seed=SEED)
-            # Over queries and seeds; the test's own interval knows queries alone.
-            _, low, high = _estimate(self.draws[keys[0]] - self.draws[keys[1]])
-            found.append(
+            # This interval covers queries and seeds; that of the test covers queries only.
+            low, high = percentiles((self.draws[keys[0]] - self.draws[keys[1]])[1:])
+            comparisons.append(
                 Comparison(
                     collection, language, arm, against, tested.difference, low, high,
                     tested.p, tested.queries,
                 )
             )  # fmt: skip
-        for comparison, corrected in zip(found, correct([one.p for one in found]), strict=True):
-            comparison.p_holm = corrected
-        return found
+        corrected = correct([comparison.p for comparison in comparisons])
+        for comparison, p_holm in zip(comparisons, corrected, strict=True):
+            comparison.p_holm = p_holm
+        return comparisons
 
-    def _gaps(self, config: StudyConfig) -> list[Gap]:
-        found = []
+    def _arm_pairs(self, against: Sequence[str]) -> list[tuple[str, str]]:
+        """Return the pairs (arm, arm it is compared with)."""
+        pairs = [(new, old) for old, new in itertools.combinations(self.arms, 2)]
+        if not against:
+            return pairs
+        # Two arms that are both in `against` are compared once, the later with the earlier.
+        return [
+            (new, old)
+            for old in against
+            for new in self.arms
+            if new != old and (new not in against or (new, old) in pairs)
+        ]
+
+    def _gaps(self, study: StudyDescription) -> list[Gap]:
+        gaps = []
         for collection in self.collections:
-            if not {*config.low, *config.high} <= {*self.languages_of(collection)}:
+            if not {*study.low, *study.high} <= {*self.languages_of(collection)}:
                 continue
-            baseline = self._groups(config, collection, self.arms[0])
+            baseline = self._group_means(study, collection, self.arms[0])
             translated = (
-                self._groups(config, collection, config.translation) if config.translation else []
+                self._group_means(study, collection, study.translation) if study.translation else []
             )
             ceiling = [
-                drawn
-                for (name, arm, _), drawn in self.draws.items()
+                values
+                for (name, arm, _), values in self.draws.items()
                 if name == collection and arm not in self.arms
             ]
             for arm in self.arms:
-                low, high = groups = self._groups(config, collection, arm)
+                low, high = groups = self._group_means(study, collection, arm)
                 gap = Gap(collection, arm, float(low[0]), float(high[0]), _estimate(high - low))
                 if arm != self.arms[0]:
-                    left = baseline[1] - baseline[0]
-                    gap.closed = _share(left - (high - low), left)
+                    baseline_gap = baseline[1] - baseline[0]
+                    gap.closed = _share(baseline_gap - (high - low), baseline_gap)
                     if ceiling:
                         gap.recovered_low, gap.recovered_high = (
                             _share(reached - start, ceiling[0] - start)
                             for reached, start in zip(groups, baseline, strict=True)
                         )
-                if translated and arm != config.translation:
+                if translated and arm != study.translation:
                     gap.gain_low, gap.gain_high = (
                         _share(reached - start, start)
                         for reached, start in zip(groups, translated, strict=True)
                     )
-                found.append(gap)
-        return found
+                gaps.append(gap)
+        return gaps
 
-    def _groups(self, config: StudyConfig, collection: str, arm: str) -> list[Draws]:
-        """Means over the low- and over the high-resource languages, with their resamples."""
+    def _group_means(self, study: StudyDescription, collection: str, arm: str) -> list[Draws]:
+        """Return the draws of the means over the low- and over the high-resource languages."""
         return [
             np.mean([self.draws[collection, arm, language] for language in group], axis=0)
-            for group in (config.low, config.high)
+            for group in (study.low, study.high)
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in the tables as plain data; the numbers that a repeated run must equal."""
+        """Return the content of the tables as plain data. Repeated runs give equal data."""
         return {
             "measure": self.measure,
             "means": [
@@ -213,10 +265,10 @@ class Summary:
         }
 
 
-def _scores(
+def _values_by_seed(
     rows: Iterable[Mapping[str, Any]], measure: str
 ) -> dict[tuple[str, str, str], list[Values]]:
-    """(collection, arm, language) -> the values of each seed, query by query."""
+    """Return (collection, arm, language) -> the values per query, one entry per seed."""
     grouped: dict[tuple[str, str, str], list[Values]] = {}
     for row in rows:
         for collection, measures in row["measures"].items():
@@ -225,64 +277,65 @@ def _scores(
     return grouped
 
 
-def _averaged(seeds: Sequence[Values]) -> Values:
+def _mean_of_seeds(seeds: Sequence[Values]) -> Values:
     return {query: float(np.mean([seed[query] for seed in seeds])) for query in seeds[0]}
-
-
-def _error_rates(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
-    found: dict[tuple[str, str], list[float]] = {}
-    for row in results:
-        if row.get("aer") is not None:
-            found.setdefault((row["arm"], row["language"]), []).append(row["aer"])
-    return {key: float(np.mean(rates)) for key, rates in found.items()}
-
-
-def _draws(seeds: Sequence[Values], key: tuple[str, str, str]) -> Draws:
-    """The mean over queries and seeds, then its bootstrap resamples over both.
-
-    The queries drawn depend on their ids alone, so languages and arms that share their queries are
-    resampled together and differences between them keep their pairing. Seeds are drawn for each
-    arm and language apart, as trainings are made.
-    """
-    x = np.array([list(values.values()) for values in seeds])
-    means: Draws = x @ _resampled(tuple(seeds[0])).T / x.shape[1]
-    if len(x) == 1:
-        drawn = means[0]
-    else:
-        generator = np.random.default_rng([SEED, *"/".join(key).encode()])
-        chosen = generator.integers(0, len(x), (RESAMPLES, len(x)))
-        drawn = means[chosen, np.arange(RESAMPLES)[:, None]].mean(axis=1)
-    return np.concatenate([[x.mean()], drawn])
-
-
-@functools.lru_cache(maxsize=8)
-def _resampled(queries: tuple[str, ...]) -> Draws:
-    """(RESAMPLES, queries): how often each query is in each resample."""
-    size = len(queries)
-    generator = np.random.default_rng([SEED, *",".join(queries).encode()])
-    chosen = generator.integers(0, size, (RESAMPLES, size))
-    flat = (chosen + size * np.arange(RESAMPLES)[:, None]).ravel()
-    counts = np.bincount(flat, minlength=RESAMPLES * size).astype(np.float64)
-    return counts.reshape(RESAMPLES, size)
-
-
-def _estimate(draws: Draws) -> Estimate:
-    low, high = np.quantile(draws[1:], [0.025, 0.975])
-    return float(draws[0]), float(low), float(high)
-
-
-def _share(part: Draws, whole: Draws) -> Estimate | None:
-    """`part` of `whole`, or None where the whole may be zero: a share of nothing says nothing."""
-    if whole[0] <= 0 or np.quantile(whole[1:], 0.025) <= 0:
-        return None
-    # The few resamples in which the whole is zero have no share.
-    return _estimate(part[whole > 0] / whole[whole > 0])
-
-
-def measure_name(measure: str) -> str:
-    """The name that a reader knows: MAP for AP over queries."""
-    return {"AP": "MAP", "RR@10": "MRR@10"}.get(measure, measure)
 
 
 def _mean(values: Values) -> float:
     return float(np.mean(list(values.values())))
+
+
+def _error_rates(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    rates: dict[tuple[str, str], list[float]] = {}
+    for row in results:
+        if row.get("aer") is not None:
+            rates.setdefault((row["arm"], row["language"]), []).append(row["aer"])
+    return {key: float(np.mean(values)) for key, values in rates.items()}
+
+
+def _bootstrap(seeds: Sequence[Values], key: tuple[str, str, str]) -> Draws:
+    """Return the mean over queries and seeds, followed by its bootstrap draws over both.
+
+    The sampled queries depend on the query ids only. Languages and arms with the same queries are
+    therefore resampled together, and differences between them stay paired. Seeds are sampled
+    independently for each arm and language, because their trainings are independent.
+    """
+    x = np.array([list(values.values()) for values in seeds])
+    means: Draws = x @ _query_counts(tuple(seeds[0])).T / x.shape[1]
+    if len(x) == 1:
+        draws = means[0]
+    else:
+        generator = np.random.default_rng([SEED, *"/".join(key).encode()])
+        sampled_seeds = generator.integers(0, len(x), (RESAMPLES, len(x)))
+        draws = means[sampled_seeds, np.arange(RESAMPLES)[:, None]].mean(axis=1)
+    return np.concatenate([[x.mean()], draws])
+
+
+@functools.lru_cache(maxsize=8)
+def _query_counts(queries: tuple[str, ...]) -> Draws:
+    """Return how often each query occurs in each resample, of shape (RESAMPLES, queries)."""
+    size = len(queries)
+    generator = np.random.default_rng([SEED, *",".join(queries).encode()])
+    counts = []
+    for indices in resampled_indices(generator, size):
+        rows = len(indices)
+        flat = (indices + size * np.arange(rows)[:, None]).ravel()
+        counts.append(np.bincount(flat, minlength=rows * size).reshape(rows, size))
+    return np.concatenate(counts).astype(np.float64)
+
+
+def _estimate(draws: Draws) -> Estimate:
+    return (float(draws[0]), *percentiles(draws[1:]))
+
+
+def _share(part: Draws, whole: Draws) -> Estimate | None:
+    """Return the estimate of part / whole, or None if the interval of `whole` includes zero."""
+    if whole[0] <= 0 or np.quantile(whole[1:], 0.025) <= 0:
+        return None
+    # The share is undefined in the few draws in which the whole is not positive.
+    return _estimate(part[whole > 0] / whole[whole > 0])
+
+
+def measure_name(measure: str) -> str:
+    """Return the usual name of a mean over queries: MAP for AP, MRR@10 for RR@10."""
+    return {"AP": "MAP", "RR@10": "MRR@10"}.get(measure, measure)

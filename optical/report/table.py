@@ -1,16 +1,16 @@
-"""A study's results as one flat table of numbers, which a CSV file holds and figures are drawn of.
+"""The results of a study as one flat table, ``results.csv``, from which figures are drawn.
 
-A row says one thing:
+The column ``kind`` gives the meaning of a row:
 
     measure     a measure of an arm on a language of a collection, with its interval
-    ceiling     the same of English documents, which are no arm
+    ceiling     the same for English documents, which are not an arm
     gap         high minus low resource; `closed`, `recovered_low`, `recovered_high`, `gain_low` and
                 `gain_high` are the shares of ``optical.report.summary.Gap``
-    difference  an arm minus the one in `against`; `p` and `p_holm` are the tests
-    curve       a point of a curve: the arm named in `against` learns from `pairs` sentence pairs
-    aer         alignment error rate of an arm's plans
-    fertility, unknown    how the tokenizer in `arm` cuts a language
-    seconds, peak_mb      what an arm cost, over all its languages and seeds
+    difference  an arm minus the arm in `against`; `p` and `p_holm` are the paired tests
+    curve       a point of a curve: the arm in `against` is trained on `pairs` sentence pairs
+    aer         alignment error rate of an arm's transport plans
+    fertility, unknown    tokens per word, and share of unknown tokens, of the tokenizer in `arm`
+    seconds, peak_mb      cost of an arm, over all its languages and seeds
 """
 
 from __future__ import annotations
@@ -22,60 +22,57 @@ from pathlib import Path
 from typing import Any
 
 from optical.io.files import read_lines, write_text
-from optical.report.summary import Estimate, Summary
-from optical.study.config import StudyConfig
+from optical.report.summary import Estimate, StudyDescription, Summary
 
 COLUMNS = (
     "kind", "collection", "measure", "arm", "against", "language", "name", "group", "pairs",
     "value", "low", "high", "p", "p_holm",
 )  # fmt: skip
-NUMBERS = ("pairs", "value", "low", "high", "p", "p_holm")
 PLAN_COLUMNS = ("language", "other", "english", "row", "column", "mass", "value_linear")
+# Columns of either table that hold numbers.
+NUMBERS = {"pairs", "value", "low", "high", "p", "p_holm", "row", "column", "mass", "value_linear"}
 
 Row = dict[str, Any]
 
 
 def result_rows(
-    config: StudyConfig, summary: Summary, costs: Mapping[str, Mapping[str, float]]
+    study: StudyDescription, summary: Summary, costs: Mapping[str, Mapping[str, float]]
 ) -> list[Row]:
-    """Everything that the report says in numbers, a row each."""
-    rows = list(_measures(config, summary))
-    for gap in summary.gaps:
-        shared = {"collection": gap.collection, "measure": summary.measure, "arm": gap.arm}
-        parts = ("gap", "closed", "recovered_low", "recovered_high", "gain_low", "gain_high")
-        for kind in parts:
-            estimate = getattr(gap, kind)
-            if estimate is not None:
-                rows.append({"kind": kind, **shared, **_estimated(estimate)})
-    for one in summary.comparisons:
+    """Return all numbers of the report as table rows."""
+    rows = list(_measure_rows(study, summary))
+    rows += _gap_rows(summary)
+    for comparison in summary.comparisons:
         rows.append(
             {
                 "kind": "difference",
-                "collection": one.collection,
+                "collection": comparison.collection,
                 "measure": summary.measure,
-                "arm": one.arm,
-                "against": one.against,
-                **_language(config, one.language),
-                **_estimated((one.difference, one.low, one.high)),
-                "p": one.p,
-                "p_holm": one.p_holm,
+                "arm": comparison.arm,
+                "against": comparison.against,
+                **_language_columns(study, comparison.language),
+                "value": comparison.difference,
+                "low": comparison.low,
+                "high": comparison.high,
+                "p": comparison.p,
+                "p_holm": comparison.p_holm,
             }
         )
     for (arm, language), rate in summary.error_rates.items():
-        rows.append({"kind": "aer", "arm": arm, **_language(config, language), "value": rate})
+        language_columns = _language_columns(study, language)
+        rows.append({"kind": "aer", "arm": arm, **language_columns, "value": rate})
     for language, tokenizers in summary.tokens.items():
-        for tokenizer, found in tokenizers.items():
-            shared = {"arm": tokenizer, **_language(config, language)}
-            rows.append({"kind": "fertility", **shared, "value": found["tokens"]})
-            rows.append({"kind": "unknown", **shared, "value": found["unknown"]})
+        for tokenizer, statistics in tokenizers.items():
+            shared = {"arm": tokenizer, **_language_columns(study, language)}
+            rows.append({"kind": "fertility", **shared, "value": statistics["tokens"]})
+            rows.append({"kind": "unknown", **shared, "value": statistics["unknown"]})
     for arm in summary.arms:
-        seconds, peak = arm_cost(arm, costs)
+        seconds, peak_mb = arm_cost(arm, costs)
         rows.append({"kind": "seconds", "arm": arm, "value": seconds})
-        rows.append({"kind": "peak_mb", "arm": arm, "value": peak})
+        rows.append({"kind": "peak_mb", "arm": arm, "value": peak_mb})
     return rows
 
 
-def _measures(config: StudyConfig, summary: Summary) -> Iterable[Row]:
+def _measure_rows(study: StudyDescription, summary: Summary) -> Iterable[Row]:
     for measure, table in summary.means.items():
         for (collection, arm, language), mean in table.items():
             row = {
@@ -83,48 +80,66 @@ def _measures(config: StudyConfig, summary: Summary) -> Iterable[Row]:
                 "collection": collection,
                 "measure": measure,
                 "arm": arm,
-                **_language(config, language),
+                **_language_columns(study, language),
                 "pairs": summary.pairs.get((arm, language)),
                 "value": mean,
             }
             if measure == summary.measure:
                 low, high = summary.intervals[collection, arm, language]
                 row |= {"low": low, "high": high}
-                for curve, members in config.curves.items():
+                for curve, members in study.curves.items():
                     if arm in members:
                         yield {**row, "kind": "curve", "arm": curve, "against": arm}
             yield row
 
 
+def _gap_rows(summary: Summary) -> Iterable[Row]:
+    kinds = ("gap", "closed", "recovered_low", "recovered_high", "gain_low", "gain_high")
+    for gap in summary.gaps:
+        for kind in kinds:
+            estimate: Estimate | None = getattr(gap, kind)
+            if estimate is not None:
+                value, low, high = estimate
+                yield {
+                    "kind": kind,
+                    "collection": gap.collection,
+                    "measure": summary.measure,
+                    "arm": gap.arm,
+                    "value": value,
+                    "low": low,
+                    "high": high,
+                }
+
+
 def arm_cost(arm: str, costs: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
-    """Seconds of an arm's trainings and searches together, and the largest memory in MB."""
-    own = [
+    """Return the total seconds and the peak memory in MB of an arm's trainings and searches."""
+    arm_costs = [
         cost
         for label, cost in costs.items()
         if label.startswith((f"train {arm} ", f"evaluate {arm} "))
     ]
     return (
-        sum(cost["seconds"] for cost in own),
-        max((cost["peak_mb"] for cost in own), default=0.0),
+        sum(cost["seconds"] for cost in arm_costs),
+        max((cost["peak_mb"] for cost in arm_costs), default=0.0),
     )
 
 
 def write_rows(rows: Sequence[Row], path: Path, columns: Sequence[str] = COLUMNS) -> None:
-    """Write rows as CSV: numbers with six digits, what a row does not have left empty."""
+    """Write rows as CSV with six significant digits; missing values are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: _written(row.get(name)) for name in columns})
+        writer.writerow({name: _formatted(row.get(name)) for name in columns})
     write_text(path, text.getvalue())
 
 
 def read_rows(path: str | Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
-    """Read what :func:`write_rows` wrote; numbers come back as numbers, what is empty as None.
+    """Read rows written by :func:`write_rows`; empty numbers become None.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: other columns, or a number that is none; the message names file and line.
+        ValueError: other columns, or an invalid number; the message names the file and the line.
     """
     lines = [line for _, line in read_lines(path)]
     reader = csv.DictReader(lines)
@@ -135,9 +150,7 @@ def read_rows(path: str | Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
         try:
             rows.append(
                 {
-                    name: (float(value) if value else None)
-                    if name in (*NUMBERS, "row", "column", "mass", "value_linear")
-                    else value
+                    name: (float(value) if value else None) if name in NUMBERS else value
                     for name, value in row.items()
                 }
             )
@@ -147,7 +160,7 @@ def read_rows(path: str | Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
 
 
 def plan_rows(aligned: Mapping[str, Any]) -> list[Row]:
-    """The plan of one sentence pair, an entry a row."""
+    """Return the transport plan of one sentence pair, one row per entry."""
     return [
         {
             "language": aligned["language"],
@@ -163,20 +176,15 @@ def plan_rows(aligned: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def _language(config: StudyConfig, language: str) -> Row:
+def _language_columns(study: StudyDescription, language: str) -> Row:
     return {
         "language": language,
-        "name": config.names.get(language, language),
-        "group": config.resource(language),
+        "name": study.name_of(language),
+        "group": study.group_of(language),
     }
 
 
-def _estimated(estimate: Estimate) -> Row:
-    value, low, high = estimate
-    return {"value": value, "low": low, "high": high}
-
-
-def _written(value: Any) -> str:
+def _formatted(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)

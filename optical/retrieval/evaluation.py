@@ -1,7 +1,7 @@
-"""Measure how good a run is: one value per query and measure, and their means.
+"""Evaluate and compare runs: effectiveness measures per query, their means, and paired tests.
 
-The measures are those of ``ir_measures``, which calls ``trec_eval`` for most; this module decides
-what happens around them. Needs ``pip install "optical[eval]"``.
+The measures are those of ``ir_measures``, most of which call ``trec_eval``. This module defines
+which queries count and how ties are broken. Needs ``pip install "optical-ot[eval]"``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from subprocess import SubprocessError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optical.data.trec import ranked
-
-if TYPE_CHECKING:
-    pass
-from optical.retrieval.statistics import CORRECTIONS, _require_one_of, correct, paired_test
+from optical.io.environment import require
+from optical.retrieval.statistics import CORRECTIONS, TESTS, check_choice, correct, paired_test
 
 logger = logging.getLogger("optical")
 
@@ -30,14 +28,15 @@ _SIMPLE = re.compile(r"(\w+)(?:@([1-9]\d*))?$")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` found.
+    """The result of :func:`evaluate`.
 
     Attributes:
-        per_query: measure -> query id -> value; every evaluated query, in the judgements' order.
+        per_query: measure -> query id -> value, for every evaluated query in the order of the
+            judgements.
         mean: measure -> mean over the evaluated queries.
-        missing: evaluated queries for which the run has no document; they count 0.
-        ignored: number of queries in the run that have no judgements; they count nothing.
-        without_relevant: queries in the judgements for which nothing is relevant; not evaluated.
+        missing: evaluated queries without documents in the run; their values are 0.
+        ignored: number of queries in the run without judgements; they are not evaluated.
+        without_relevant: judged queries without a relevant document; they are not evaluated.
     """
 
     per_query: dict[str, dict[str, float]]
@@ -55,7 +54,7 @@ class Evaluation:
         return tuple(next(iter(self.per_query.values())))
 
     def to_table(self) -> str:
-        """A Markdown table of the means, with the number of queries below it."""
+        """Return a Markdown table of the means with the number of queries below it."""
         lines = ["| measure | mean |", "|---|---:|"]
         lines += [f"| {measure} | {value:.4f} |" for measure, value in self.mean.items()]
         notes = [f"{len(self.queries)} queries"]
@@ -68,7 +67,7 @@ class Evaluation:
         return "\n".join(lines) + "\n\n" + "; ".join(notes) + "\n"
 
     def to_dict(self, *, per_query: bool = True) -> dict[str, Any]:
-        """Plain lists and dictionaries for JSON; without the values of each query if so wished."""
+        """Return plain lists and dictionaries for JSON, with or without the values per query."""
         values: dict[str, Any] = {
             "queries": len(self.queries),
             "mean": dict(self.mean),
@@ -82,7 +81,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
-        """Undo :meth:`to_dict`, which must have kept the values of each query."""
+        """Restore an evaluation from :meth:`to_dict` with ``per_query=True``."""
         return cls(
             per_query={measure: dict(each) for measure, each in values["per_query"].items()},
             mean=dict(values["mean"]),
@@ -99,18 +98,18 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run against judgements.
 
-    All judged queries with at least one relevant document (grade 1 or more) are evaluated: a
-    query missing in the run counts 0 and is listed. Queries without a relevant document are left
-    out, as :func:`optical.data.collection.load_collection` does: every system scores 0 there. The
-    order of documents is that of :func:`optical.data.trec.ranked`, for every measure; ``ir_measures`` by
-    itself breaks ties one way for AP and another way for RR@10.
+    Every judged query with at least one relevant document (grade 1 or more) is evaluated. A query
+    without documents in the run counts 0 and is listed. Queries without a relevant document are
+    left out, as in :func:`optical.data.collection.load_collection`: every system scores 0 there.
+    All measures use the document order of :func:`optical.data.trec.ranked`; ``ir_measures`` alone
+    breaks ties differently for AP and RR@10.
 
     Args:
         run: query id -> document id -> score.
         qrels: query id -> document id -> grade.
-        measures: names as in ``ir_measures``, or one string with spaces or commas between them:
+        measures: names as in ``ir_measures``, or one string of names separated by spaces or commas:
             ``AP``, ``nDCG@10``, ``R@100``, ``RR@10``, ``P@5``, ``AP(rel=2)``. ``MAP``, ``MRR@10``,
-            ``NDCG@10`` and ``Recall@10`` are other names of the same; results use the first ones.
+            ``NDCG@10`` and ``Recall@10`` are synonyms; results use the names listed first.
 
     Raises:
         ValueError: a measure is unknown or lacks its cutoff, or no query can be evaluated.
@@ -121,20 +120,12 @@ def evaluate(
         >>> result.mean
         {'AP': 0.5, 'RR@10': 0.5}
     """
-    try:
-        import ir_measures
-    except ImportError as error:
-        raise ImportError(
-            'measures need ir_measures; install it with `pip install "optical[eval]"`'
-        ) from error
-
+    ir_measures = require("ir_measures", "eval", "evaluation")
     if isinstance(measures, str):
         measures = re.split(r"[,\s]+(?![^(]*\))", measures.strip())
     if not measures or not all(measures):
         raise ValueError("no measure given; for example AP, nDCG@10 or R@100")
-    parsed = [_parse(ir_measures, measure) for measure in measures]
-    names = list(dict.fromkeys(str(measure) for measure in parsed))
-
+    parsed = [_parse_measure(ir_measures, measure) for measure in measures]
     judged = {
         qid: dict(grades) for qid, grades in qrels.items() if max(grades.values(), default=0) > 0
     }
@@ -154,35 +145,46 @@ def evaluate(
         logger.warning(
             "the run has no documents for %d of %d queries; they count 0", len(missing), len(judged)
         )
-
-    # Ranks in place of scores leave no ties, so that all measures see one order.
-    ordered = {
-        qid: {docid: -float(rank) for rank, (docid, _) in enumerate(ranked(run[qid]))}
-        for qid in judged
-        if run.get(qid)
-    }
-    per_query = {name: dict.fromkeys(judged, 0.0) for name in names}
-    try:
-        # An empty run is no input that all of its providers take; the zeros stand for it.
-        for metric in ir_measures.iter_calc(set(parsed), judged, ordered) if ordered else ():
-            per_query[str(metric.measure)][metric.query_id] = float(metric.value)
-    except (RuntimeError, SubprocessError, ValueError) as error:
-        # Some measures are computed by programs of their own, which may be absent or fail.
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"ir_measures cannot calculate one of {', '.join(names)}: {reason}"
-        ) from error
+    per_query = _values_per_query(ir_measures, parsed, run, judged)
     mean = {name: statistics.fmean(values.values()) for name, values in per_query.items()}
     return Evaluation(per_query, mean, missing, ignored, without_relevant)
 
 
-def _parse(ir_measures: Any, name: str) -> Any:
+def _values_per_query(
+    ir_measures: Any,
+    measures: Sequence[Any],
+    run: Mapping[str, Mapping[str, float]],
+    judged: Mapping[str, Mapping[str, int]],
+) -> dict[str, dict[str, float]]:
+    """Return measure -> query id -> value; queries without documents have the value 0."""
+    # Ranks replace scores, so that there are no ties and all measures see one order.
+    ranks = {
+        qid: {docid: -float(rank) for rank, (docid, _) in enumerate(ranked(run[qid]))}
+        for qid in judged
+        if run.get(qid)
+    }
+    names = list(dict.fromkeys(str(measure) for measure in measures))
+    per_query = {name: dict.fromkeys(judged, 0.0) for name in names}
+    try:
+        # Some providers reject an empty run; its values are the zeros above.
+        for metric in ir_measures.iter_calc(set(measures), judged, ranks) if ranks else ():
+            per_query[str(metric.measure)][metric.query_id] = float(metric.value)
+    except (RuntimeError, SubprocessError, ValueError) as error:
+        # Some measures are computed by external programs, which may be absent or fail.
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"ir_measures cannot calculate one of {', '.join(names)}: {reason}"
+        ) from error
+    return per_query
+
+
+def _parse_measure(ir_measures: Any, name: str) -> Any:
     simple = _SIMPLE.match(name)
     try:
         if simple is None:
             measure = ir_measures.parse_measure(name)
         else:
-            # Not parse_measure: it relies on parts of `ast` that Python 3.14 no longer has.
+            # parse_measure uses parts of `ast` that Python 3.14 has removed.
             measure = ir_measures.measures.registry[simple[1]]
             measure = measure if simple[2] is None else measure @ int(simple[2])
         if not set(measure.params) <= set(measure.SUPPORTED_PARAMS) or name.endswith("@0"):
@@ -196,7 +198,7 @@ def _parse(ir_measures: Any, name: str) -> Any:
         measure.validate_params()
     except AssertionError as error:
         raise ValueError(
-            f"measure {name!r} is not complete; measures such as R, P and Success need a cutoff, "
+            f"measure {name!r} is incomplete; measures such as R, P and Success need a cutoff, "
             "as in R@100, and others take none"
         ) from error
     return measure
@@ -204,7 +206,7 @@ def _parse(ir_measures: Any, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """One system against the baseline by one measure."""
+    """The comparison of one system with the baseline by one measure."""
 
     system: str
     measure: str
@@ -221,13 +223,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of systems against one baseline; see :func:`compare`.
+    """The result of :func:`compare`: systems compared with one baseline.
 
     Attributes:
-        rows: one for each system but the baseline and each measure, in the order they were given.
+        rows: one row per measure and system other than the baseline, in the order given.
         baseline: name of the baseline.
-        baseline_missing: queries for which the baseline's run had no document.
-        test, correction, samples, seed, confidence: how it was made.
+        baseline_missing: number of queries without documents in the run of the baseline.
+        test, correction, samples, seed, confidence: arguments of the comparison.
     """
 
     rows: tuple[Row, ...]
@@ -240,7 +242,7 @@ class Comparison:
     confidence: float
 
     def to_markdown(self, *, alpha: float = 0.05) -> str:
-        """The table, one measure after the other; ``*`` marks corrected p below ``alpha``."""
+        """Return a Markdown table by measure; ``*`` marks corrected p below ``alpha``."""
         percent = f"{100 * self.confidence:g} %"
         lines = [
             f"| measure | system | mean | difference | {percent} interval | p "
@@ -272,7 +274,7 @@ class Comparison:
         return "\n".join(lines) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and dictionaries for JSON; an interval that does not exist is ``None``."""
+        """Return plain lists and dictionaries for JSON; undefined intervals are ``None``."""
         values = asdict(self)
         values["rows"] = [
             {
@@ -295,46 +297,31 @@ def compare(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Comparison:
-    """Compare systems with a baseline, on the same queries, in one table.
+    """Compare systems with a baseline on the same queries.
 
     Args:
-        runs: name of a system -> its :class:`optical.retrieval.evaluation.Evaluation`, two at least.
-        baseline: name of the system to compare with; the first one if ``None``.
-        measures: which measures, as named in the evaluations; all of the baseline's if ``None``.
+        runs: name of a system -> its :class:`Evaluation`, at least two systems.
+        baseline: name of the baseline (None: the first system).
+        measures: measures as named in the evaluations (None: all measures of the baseline).
         test: ``"randomization"`` or ``"t"``.
         correction: ``"holm"`` (Holm, 1979) over all rows of the table, ``"bonferroni"`` or
             ``"none"``.
-        samples, seed, confidence: see :func:`paired_test`.
+        samples, seed, confidence: see :func:`optical.retrieval.statistics.paired_test`.
 
     Raises:
         ValueError: fewer than two systems, an unknown baseline, measure, test or correction, or
-            evaluations that do not cover the same queries.
+            evaluations of different queries.
     """
     if len(runs) < 2:
         raise ValueError(f"a comparison needs at least two systems, found {len(runs)}")
-    _require_one_of("correction", correction, CORRECTIONS)
+    check_choice("test", test, TESTS)
+    check_choice("correction", correction, CORRECTIONS)
     baseline = next(iter(runs)) if baseline is None else baseline
     if baseline not in runs:
         raise ValueError(f"unknown baseline {baseline!r}; the systems are {', '.join(runs)}")
     reference = runs[baseline]
     measures = reference.measures if measures is None else tuple(measures)
-    if not measures:
-        raise ValueError("no measure to compare; evaluate with at least one")
-    for system, evaluation in runs.items():
-        for measure in measures:
-            if measure not in evaluation.per_query:
-                raise ValueError(
-                    f"system {system!r} was not evaluated by {measure!r}, only by "
-                    f"{', '.join(evaluation.measures)}; evaluate all systems by the same measures"
-                )
-        different = set(evaluation.queries) ^ set(reference.queries)
-        if different:
-            raise ValueError(
-                f"systems {system!r} and {baseline!r} were evaluated on different queries "
-                f"({len(different)} are in one of them only, such as {min(different)!r}); "
-                "evaluate both with the same judgements"
-            )
-
+    _check_comparable(runs, baseline, measures)
     tested = [
         (system, measure, paired_test(
             evaluation.per_query[measure], reference.per_query[measure],
@@ -370,6 +357,28 @@ def compare(
         seed=seed,
         confidence=confidence,
     )
+
+
+def _check_comparable(
+    runs: Mapping[str, Evaluation], baseline: str, measures: Sequence[str]
+) -> None:
+    """Raise ValueError unless all systems have the measures and the queries of the baseline."""
+    if not measures:
+        raise ValueError("no measure to compare; evaluate with at least one")
+    for system, evaluation in runs.items():
+        for measure in measures:
+            if measure not in evaluation.per_query:
+                raise ValueError(
+                    f"system {system!r} was not evaluated by {measure!r}, only by "
+                    f"{', '.join(evaluation.measures)}; evaluate all systems by the same measures"
+                )
+        different = set(evaluation.queries) ^ set(runs[baseline].queries)
+        if different:
+            raise ValueError(
+                f"systems {system!r} and {baseline!r} were evaluated on different queries "
+                f"({len(different)} are in only one of them, such as {min(different)!r}); "
+                "evaluate both with the same judgements"
+            )
 
 
 def _cell(text: str) -> str:

@@ -1,13 +1,14 @@
-"""Is one system better than another, or was it luck? Paired tests, intervals, and one table.
+"""Paired significance tests, bootstrap intervals and corrections for multiple comparisons.
 
-The test is the paired randomisation test (Smucker, Allan and Carterette, CIKM 2007): if two systems
-do not differ, each query's difference could as well have the other sign. With x_i the differences,
+The test is the paired randomisation test (Smucker, Allan and Carterette, CIKM 2007). Under the null
+hypothesis that two systems do not differ, each difference x_i between their values for a query has
+either sign with equal probability:
 
     p = P( |sum_i s_i x_i| >= |sum_i x_i| ),    s_i = +1 or -1 with probability 1/2
 
-All numbers are functions of the values and the seed alone: not of the order of queries, of rows in
-a table, of calls, or of which of the two systems comes first. Needs ``pip install
-"optical[eval]"``.
+``scipy.stats.permutation_test`` gives the same p-values, about forty times slower. All results
+depend on the values and the seed only. They do not depend on the order of queries, on other rows of
+a table, on earlier calls, or on which system comes first. Needs ``pip install "optical-ot[eval]"``.
 """
 
 from __future__ import annotations
@@ -15,24 +16,29 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from optical.io.environment import require
 
 if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
+    Floats = NDArray[numpy.float64]
+
 
 TESTS = ("randomization", "t")
 CORRECTIONS = ("holm", "bonferroni", "none")
+RESAMPLES = 10_000
+# Quantiles of a 95 % interval.
+TAILS = (0.025, 0.975)
 
-# Up to 2^16 sign patterns are tried one by one: fewer than the usual number of random ones, and
-# exact.
+# Up to 2^16 sign patterns are enumerated: exact, and fewer than the default number of samples.
 _EXACT_QUERIES = 16
-# Numbers drawn at a time, 16 MB as float64. It is part of the result (the generator's stream is cut
-# here), so it is no argument.
+# Random numbers drawn at a time, 16 MB as float64. Blocks of signs start a new draw, so the block
+# size affects p-values and must not change.
 _BLOCK = 2**21
-_RESAMPLES = 10_000
 
 Values = Sequence[float] | Mapping[str, float]
 
@@ -64,38 +70,38 @@ def paired_test(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> PairedTest:
-    """Test two-sided whether two systems differ in the mean over the same queries.
+    """Test (two-sided) whether the means of two systems over the same queries differ.
 
     Args:
-        first, second: values per query, both as mappings with the same queries, or both as
-            sequences in the same order.
-        test: ``"randomization"``: all sign patterns when at most 16 differences are not zero, else
-            ``samples`` random ones and p = (k + 1) / (samples + 1), which is never 0 and never too
-            small on average (Phipson and Smyth, 2010). ``"t"``: Student's paired test, for which
-            ``scipy.stats.ttest_rel`` is called.
-        samples: random sign patterns.
-        seed: seed of patterns and resamples.
+        first, second: values per query, either mappings with the same queries or sequences in the
+            same order.
+        test: ``"randomization"``: all sign patterns if at most 16 differences are nonzero, else
+            ``samples`` random patterns with p = (k + 1) / (samples + 1), which is never 0 and is
+            not biased towards small values (Phipson and Smyth, 2010). ``"t"``: Student's paired
+            test, as in ``scipy.stats.ttest_rel``.
+        samples: number of random sign patterns.
+        seed: seed of sign patterns and resamples.
         confidence: level of the interval of the mean difference, see :func:`interval`.
 
     Raises:
-        ValueError: different queries, lengths, no values, values that are not finite, or an
-            argument out of its range.
+        ValueError: different queries or lengths, no values, values that are not finite, or an
+            argument out of range.
         ImportError: numpy, or scipy for ``"t"``, is not installed.
 
     Example:
         >>> paired_test({"q1": 0.5, "q2": 0.9, "q3": 0.7}, {"q1": 0.1, "q2": 0.3, "q3": 0.2}).p
         0.25
     """
-    _require_one_of("test", test, TESTS)
+    check_choice("test", test, TESTS)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, found {samples}")
     differences = _differences(first, second)
-    # The interval of the better system's lead, so that changing places changes the signs only.
-    lead = 1.0 if math.fsum(differences) >= 0.0 else -1.0
-    mean, *ends = interval((lead * differences).tolist(), seed=seed, confidence=confidence)
-    low, high = sorted(lead * end for end in ends)
-    p = _t_test(differences) if test == "t" else _randomization(differences, samples, seed)
-    return PairedTest(lead * mean, low, high, p, len(differences))
+    # The interval is computed for the better system, so that swapping the systems only flips signs.
+    sign = 1.0 if math.fsum(differences) >= 0.0 else -1.0
+    mean, *ends = interval((sign * differences).tolist(), seed=seed, confidence=confidence)
+    low, high = sorted(sign * end for end in ends)
+    p = _t_test(differences) if test == "t" else _randomization_test(differences, samples, seed)
+    return PairedTest(sign * mean, low, high, p, len(differences))
 
 
 def interval(
@@ -103,24 +109,22 @@ def interval(
     *,
     seed: int = 0,
     confidence: float = 0.95,
-    resamples: int = _RESAMPLES,
+    resamples: int = RESAMPLES,
 ) -> Interval:
     """Return the mean of ``values`` and its bootstrap confidence interval.
 
-    The percentile interval (Efron, 1979): the quantiles of the means of ``resamples`` samples drawn
-    with replacement. It stays inside the range of the values, follows their skew, and exists where
-    BCa does not (all values but one equal); like BCa it is somewhat too narrow below about 20
-    values.
+    The percentile interval (Efron, 1979) consists of quantiles of the means of samples drawn with
+    replacement. It stays within the range of the values, follows their skew, and is defined where
+    BCa is not (all values but one equal). Like BCa it is slightly too narrow below about 20 values.
 
     Args:
-        values: one value per query, in any order. For a difference of two systems give the
-            differences.
+        values: one value per query, in any order; for two systems, their differences.
         seed: seed of the resamples.
         confidence: between 0 and 1.
-        resamples: number of resamples.
+        resamples: number of samples drawn with replacement.
 
     Raises:
-        ValueError: no values, values that are not finite, or an argument out of its range.
+        ValueError: no values, values that are not finite, or an argument out of range.
         ImportError: numpy is not installed.
 
     Example:
@@ -132,23 +136,39 @@ def interval(
         raise ValueError(f"confidence must lie between 0 and 1, found {confidence}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, found {resamples}")
-    # Sorted: the order of queries carries nothing, and so cannot change a digit.
+    # Sorted, so that the order of queries cannot change a digit.
     x = np.sort(_array(values, "values"))
     mean = math.fsum(x) / len(x)
     if len(x) < 2:
         return Interval(mean, math.nan, math.nan)
     generator = _generator(seed, "interval", x)
-    means = np.empty(resamples)
-    rows = max(1, _BLOCK // len(x))
+    blocks = resampled_indices(generator, len(x), resamples)
+    means = np.concatenate([x[indices].mean(axis=1) for indices in blocks])
+    return Interval(mean, *percentiles(means, ((1 - confidence) / 2, (1 + confidence) / 2)))
+
+
+def resampled_indices(
+    generator: numpy.random.Generator, size: int, resamples: int = RESAMPLES
+) -> Iterator[NDArray[numpy.int64]]:
+    """Draw bootstrap samples of ``size`` values with replacement.
+
+    Yields:
+        Blocks of indices of shape (samples, size), ``resamples`` rows in all. The block size limits
+        the memory and has no influence on the indices.
+    """
+    rows = max(1, _BLOCK // size)
     for start in range(0, resamples, rows):
-        stop = min(start + rows, resamples)
-        means[start:stop] = x[generator.integers(len(x), size=(stop - start, len(x)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(mean, float(low), float(high))
+        yield generator.integers(size, size=(min(rows, resamples - start), size))
+
+
+def percentiles(draws: Floats, tails: tuple[float, float] = TAILS) -> tuple[float, float]:
+    """Return the percentile interval of bootstrap draws."""
+    low, high = _numpy().quantile(draws, tails)
+    return float(low), float(high)
 
 
 def correct(p: Sequence[float], correction: str = "holm") -> list[float]:
-    """Correct p-values for their number, in the order given.
+    """Correct p-values for multiple comparisons, in the order given.
 
     ``"holm"`` is the step-down method of Holm (Scandinavian Journal of Statistics, 1979): with
     p_(1) <= … <= p_(m), the corrected value of rank k is max over j <= k of min(1, (m - j + 1)
@@ -161,7 +181,7 @@ def correct(p: Sequence[float], correction: str = "holm") -> list[float]:
         >>> correct([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
     """
-    _require_one_of("correction", correction, CORRECTIONS)
+    check_choice("correction", correction, CORRECTIONS)
     for value in p:
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"a p-value must lie between 0 and 1, found {value}")
@@ -171,50 +191,53 @@ def correct(p: Sequence[float], correction: str = "holm") -> list[float]:
         return [min(1.0, len(p) * value) for value in p]
     corrected = [0.0] * len(p)
     largest = 0.0
-    for done, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        largest = max(largest, min(1.0, (len(p) - done) * p[index]))
+    for rank, index in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
         corrected[index] = largest
     return corrected
 
 
-def _randomization(differences: NDArray[numpy.float64], samples: int, seed: int) -> float:
+def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``accepted``."""
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}; found {value!r}")
+
+
+def _randomization_test(differences: Floats, samples: int, seed: int) -> float:
     np = _numpy()
-    # A difference of 0 has no sign, and a sign flips nothing but the sum: magnitudes are enough,
-    # and sorted they make p the same whichever system or query comes first.
+    # The sign of a zero difference is irrelevant, and other signs only affect the sum. Sorted
+    # magnitudes give the same p for any order of queries and systems.
     x = np.sort(np.abs(differences[differences != 0.0]))
     n = len(x)
     if n == 0:
         return 1.0
     observed = abs(math.fsum(differences))
     # Sums of the same numbers in another order differ by rounding and must count as equal.
-    least = observed - 1e-12 * float(x.sum())
+    threshold = observed - 1e-12 * float(x.sum())
 
-    # Signs by the byte: the signed sums of eight queries are a table of 256, so a random pattern
-    # costs one look-up per eight queries instead of eight products.
+    # The signed sums of eight queries are a table of 256 values, so a random pattern costs one
+    # look-up per eight queries instead of eight products.
     groups = np.zeros((-(-n // 8), 8))
     groups.flat[:n] = x
     signs = 1.0 - 2.0 * ((np.arange(256)[:, None] >> np.arange(8)) & 1)
     tables = groups @ signs.T
     if n <= _EXACT_QUERIES:
         sums = tables[0] if len(tables) == 1 else np.add.outer(tables[0], tables[1])
-        return int(np.count_nonzero(np.abs(sums) >= least)) / int(sums.size)
+        return int(np.count_nonzero(np.abs(sums) >= threshold)) / int(sums.size)
     generator = _generator(seed, "randomization", x)
-    found = 0
+    extreme = 0
     for start in range(0, samples, _BLOCK):
         sums = np.zeros(min(_BLOCK, samples - start))
         for table in tables:
             sums += table[generator.integers(256, size=len(sums), dtype=np.uint8)]
-        found += int(np.count_nonzero(np.abs(sums) >= least))
-    return (found + 1) / (samples + 1)
+        extreme += int(np.count_nonzero(np.abs(sums) >= threshold))
+    return (extreme + 1) / (samples + 1)
 
 
-def _t_test(differences: NDArray[numpy.float64]) -> float:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise ImportError(
-            'the t-test needs scipy; install it with `pip install "optical[eval]"`'
-        ) from error
+def _t_test(differences: Floats) -> float:
+    require("scipy", "eval", "the t-test")
+    from scipy import stats
+
     if len(differences) < 2:
         raise ValueError(
             "a t-test needs at least two queries, found 1; use test='randomization' or more queries"
@@ -222,19 +245,19 @@ def _t_test(differences: NDArray[numpy.float64]) -> float:
     if not differences.any():
         return 1.0
     if (differences == differences[0]).all():
-        # No variance at all: t is infinite. Zero is no probability that data can show.
+        # The variance is zero and t infinite. Data cannot show a probability of exactly zero.
         return sys.float_info.min
     return max(float(stats.ttest_1samp(differences, 0.0).pvalue), sys.float_info.min)
 
 
-def _differences(first: Values, second: Values) -> NDArray[numpy.float64]:
+def _differences(first: Values, second: Values) -> Floats:
     if isinstance(first, Mapping) != isinstance(second, Mapping):
         raise ValueError("both systems must be mappings from queries, or both must be sequences")
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         different = set(first) ^ set(second)
         if different:
             raise ValueError(
-                f"the systems have different queries: {len(different)} are in one of them only, "
+                f"the systems have different queries: {len(different)} are in only one of them, "
                 f"such as {min(different)!r}"
             )
         queries = sorted(first)
@@ -242,14 +265,14 @@ def _differences(first: Values, second: Values) -> NDArray[numpy.float64]:
     a, b = _array(first, "first"), _array(second, "second")
     if len(a) != len(b):
         raise ValueError(f"the systems have different numbers of queries: {len(a)} and {len(b)}")
-    difference: NDArray[numpy.float64] = a - b
+    difference: Floats = a - b
     return difference
 
 
-def _array(values: Values, name: str) -> NDArray[numpy.float64]:
+def _array(values: Values, name: str) -> Floats:
     np = _numpy()
     listed = list(values.values()) if isinstance(values, Mapping) else values
-    array: NDArray[numpy.float64] = np.asarray(listed, dtype=np.float64)
+    array: Floats = np.asarray(listed, dtype=np.float64)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"{name} must be a list of at least one value, found shape {array.shape}")
     if not np.isfinite(array).all():
@@ -257,8 +280,8 @@ def _array(values: Values, name: str) -> NDArray[numpy.float64]:
     return array
 
 
-def _generator(seed: int, purpose: str, x: NDArray[numpy.float64]) -> numpy.random.Generator:
-    """A generator that depends on the seed and the numbers, so on no order of calls."""
+def _generator(seed: int, purpose: str, x: Floats) -> numpy.random.Generator:
+    """Return a generator seeded by the seed and the values, independent of earlier calls."""
     digest = hashlib.sha256(purpose.encode() + x.astype("<f8").tobytes()).digest()
     words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 32, 4)]
     np = _numpy()
@@ -268,15 +291,4 @@ def _generator(seed: int, purpose: str, x: NDArray[numpy.float64]) -> numpy.rand
 
 
 def _numpy() -> Any:
-    try:
-        import numpy
-    except ImportError as error:
-        raise ImportError(
-            'tests and intervals need numpy; install it with `pip install "optical[eval]"`'
-        ) from error
-    return numpy
-
-
-def _require_one_of(name: str, value: str, accepted: Sequence[str]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(accepted)}; found {value!r}")
+    return require("numpy", "eval", "the computation of tests and intervals")

@@ -1,4 +1,4 @@
-"""Train every arm, search, evaluate and compare, from one configuration file."""
+"""Studies: train every arm, search, evaluate and compare, from one configuration file."""
 
 from optical.study.config import read_config
 from optical.study.study import run_study

@@ -1,12 +1,12 @@
-"""A study's arms: what each one starts from, learns from, reads and searches with.
+"""Arms of a study: the recipe of each arm, its options, starting model and searched texts.
 
-An arm is data. A recipe that is new is a line in RECIPES; an arm that is new is a few lines of a
-study's configuration, and no code.
+Arms are data. A new recipe is an entry in RECIPES. A new arm is an entry in the configuration of a
+study and needs no code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,17 +14,18 @@ from optical.training.options import (
     AverageOptions,
     CodeswitchOptions,
     DistillOptions,
+    Role,
     TeacherOptions,
     TransferOptions,
 )
 
-# Names of things that an arm may start from beside other arms.
+# Starting models other than arms.
 TEACHER, ENCODER = "teacher", "encoder"
 
 
 @dataclass
 class BM25Options:
-    """Options of an arm that searches words instead of vectors."""
+    """Options of an arm that searches with BM25."""
 
     k1: float = 1.2
     b: float = 0.75
@@ -32,10 +33,10 @@ class BM25Options:
 
 @dataclass
 class NoOptions:
-    """An arm that is the teacher as it is."""
+    """The (empty) options of an arm that uses the teacher unchanged."""
 
 
-# Recipe: its options, and whether it makes a model.
+# Recipe -> its options class, and whether it makes a model.
 RECIPES: dict[str, tuple[type[Any], bool]] = {
     "none": (NoOptions, False),
     "bm25": (BM25Options, False),
@@ -49,13 +50,13 @@ RECIPES: dict[str, tuple[type[Any], bool]] = {
 
 @dataclass
 class LexiconConfig:
-    """A word table that the study makes of parallel sentences.
+    """A lexicon that the study induces from bitext.
 
     Attributes:
         bitext: files of parallel sentences.
-        arm: whose transport plans give the table; "" learns it by IBM model 1.
-        max_pairs: the first so many pairs of each file; all when None.
-        least_probability, least_count: see ``optical.data.lexicon.induce_lexicon``.
+        arm: arm whose transport plans give the lexicon; with "" it is learnt by IBM model 1.
+        max_pairs: maximum number of pairs read from each file (None: all).
+        least_probability, least_count: see ``optical.data.lexicon.induce``.
     """
 
     bitext: list[str] = field(default_factory=list)
@@ -65,37 +66,37 @@ class LexiconConfig:
     least_count: int = 3
 
 
-class Defaults(Protocol):
-    """What an arm takes from its study where it says nothing itself."""
+class StudyDefaults(Protocol):
+    """The properties of a study that serve as defaults of its arms."""
 
-    role: str
+    role: Role
     teacher_options: TeacherOptions | None
     lexicons: dict[str, LexiconConfig]
 
 
 @dataclass
 class ArmConfig:
-    """One arm: a recipe with its options, applied to every language and seed.
+    """One arm: a recipe with options, applied to every language and seed.
 
     Attributes:
-        name: how files and the report call it.
+        name: name of the arm in files and in the report.
         recipe: a key of RECIPES.
-        settings: options of the recipe; ``{language}`` in them is each language in turn.
-        arguments: arguments of its trainer.
-        encodes: "both": the model reads queries and documents; "role": the teacher keeps the other
-            side.
-        seeds: its own seeds; the study's when empty.
-        multilingual: one model for all languages in place of one for each.
-        start: what the model is made from: an earlier arm, "teacher" or "encoder"; several arms
-            where their average is taken.
-        translate: "queries" or "documents" -> the word table that translates them.
-        replace: "queries" or "documents" -> a file with these texts in another language.
+        options: options of the recipe. ``{language}`` in a value is replaced by each language.
+        trainer_args: arguments of the trainer.
+        encodes: "both": the model encodes queries and documents; "role": it encodes the texts of
+            the student's role, and the teacher encodes the others.
+        seeds: seeds of the arm; if empty, those of the study.
+        multilingual: train one model for all languages instead of one model per language.
+        start: models that training starts from: earlier arms, "teacher" or "encoder". Only the
+            recipe "average" takes more than one.
+        translate: "queries" or "documents" -> lexicon for word-by-word translation of these texts.
+        replace: "queries" or "documents" -> file with these texts in another language.
     """
 
     name: str
     recipe: str
-    settings: dict[str, Any]
-    arguments: dict[str, Any]
+    options: dict[str, Any]
+    trainer_args: dict[str, Any]
     encodes: str
     seeds: tuple[int, ...] = ()
     multilingual: bool = False
@@ -105,95 +106,96 @@ class ArmConfig:
 
     @property
     def trains(self) -> bool:
+        """Whether the recipe makes a model."""
         return RECIPES[self.recipe][1]
 
-    def options(
+    def resolve_options(
         self,
-        language: str | Sequence[str],
+        languages: str | Sequence[str],
         teacher: str,
-        config: Defaults,
+        study: StudyDefaults,
         *,
         role: str = "",
         start: Sequence[str] = (),
-        lexicon: Callable[[str, str], str] | None = None,
+        lexicon_path: Callable[[str, str], str] | None = None,
     ) -> Any:
-        """The recipe's options for one language or several, or None for an arm without training.
+        """Return the options of the recipe, or None for an arm without a model.
 
         Args:
-            language: the languages that the model is trained on.
+            languages: one or more training languages.
             teacher: folder or name of the teacher.
-            config: the study.
-            role: what the student reads; the study's role when empty.
-            start: models to start from; the teacher when empty.
-            lexicon: path of a word table that the study makes, by its name and a language.
+            study: defaults of the study.
+            role: role of the student; if empty, the role of the study.
+            start: folders or names of the starting models; if empty, the teacher.
+            lexicon_path: function from the name of an induced lexicon and a language to its file.
         """
         if not self.trains:
             return None
-        languages = [language] if isinstance(language, str) else list(language)
-        role = role or config.role
-        settings = {key: filled(value, languages) for key, value in self.settings.items()}
-        named = (
-            path
-            for entry in self.settings.get("lexicon", [])
-            for path in _lexicons(entry, languages, config, lexicon)
-        )
-        if "lexicon" in settings:
-            settings["lexicon"] = list(dict.fromkeys(named))
+        languages = [languages] if isinstance(languages, str) else list(languages)
+        role = role or study.role
+        options = {key: fill_languages(value, languages) for key, value in self.options.items()}
+        if "lexicon" in options:
+            entries = [
+                path
+                for entry in self.options["lexicon"]
+                for path in _lexicon_entries(entry, languages, study, lexicon_path)
+            ]
+            options["lexicon"] = list(dict.fromkeys(entries))
         if self.recipe == "average":
-            return AverageOptions(**{"models": list(start), **settings})
+            return AverageOptions(**{"models": list(start), **options})
         model = start[0] if start else teacher
         if self.recipe == "distill":
-            chosen = {"teacher": teacher, "role": role, **settings}
-            return DistillOptions(**({"student": model} if start else {}) | chosen)
+            student = {"student": model} if start else {}
+            return DistillOptions(**student | {"teacher": teacher, "role": role, **options})
         if self.recipe == "transfer":
-            return TransferOptions(**{"model": model, **settings})
-        taught = config.teacher_options
+            return TransferOptions(**{"model": model, **options})
+        options = {"model": model, **self._teacher_defaults(study), **options}
+        if self.recipe == "teacher":
+            return TeacherOptions(**options)
+        return CodeswitchOptions(**{"role": role, **options})
+
+    def _teacher_defaults(self, study: StudyDefaults) -> dict[str, Any]:
+        """Return the options of the study's teacher that this arm shares."""
+        if study.teacher_options is None:
+            return {}
         names = ["pairs", "queries", "passages", "scale"]
         if self.recipe == "teacher":
-            # An arm that is a retriever of its own reads as the teacher does.
+            # A new retriever has the same length limits as the teacher.
             names += ["query_length", "document_length", "query_expansion", "skip_frequent"]
-        shared = {name: getattr(taught, name) for name in names} if taught else {}
-        chosen = {"model": model, **shared, **settings}
-        if self.recipe == "teacher":
-            return TeacherOptions(**chosen)
-        return CodeswitchOptions(**{"sides": role, **chosen})
+        return {name: getattr(study.teacher_options, name) for name in names}
 
-    def lexicons(self, config: Defaults) -> list[str]:
-        """Names of the word tables that the study must make for this arm."""
-        used = [*self.settings.get("lexicon", []), *self.translate.values()]
-        return list(dict.fromkeys(name for name in used if name in config.lexicons))
+    def induced_lexicons(self, study: StudyDefaults) -> list[str]:
+        """Return the names of the lexicons that the study must induce for this arm."""
+        names = [*self.options.get("lexicon", []), *self.translate.values()]
+        return list(dict.fromkeys(name for name in names if name in study.lexicons))
 
 
-def filled(value: Any, languages: Sequence[str]) -> Any:
-    """Put languages in: a list that names ``{language}`` gets an entry for each of them."""
+def fill_languages(value: Any, languages: Sequence[str]) -> Any:
+    """Replace ``{language}``; an entry of a list is repeated for every language."""
     if isinstance(value, list):
-        return list(dict.fromkeys(entry for part in value for entry in _each(part, languages)))
+        filled = (text for entry in value for text in _fill_entry(entry, languages))
+        return list(dict.fromkeys(filled))
     return value.replace("{language}", languages[0]) if isinstance(value, str) else value
 
 
-def _each(entry: Any, languages: Sequence[str]) -> list[Any]:
+def _fill_entry(entry: Any, languages: Sequence[str]) -> list[Any]:
     if not isinstance(entry, str):
         return [entry]
     return [entry.replace("{language}", language) for language in languages]
 
 
-def _lexicons(
+def _lexicon_entries(
     entry: str,
     languages: Sequence[str],
-    config: Defaults,
-    path: Callable[[str, str], str] | None,
+    study: StudyDefaults,
+    lexicon_path: Callable[[str, str], str] | None,
 ) -> list[str]:
-    """`language=file` for each language, of one entry in an arm's lexicons."""
-    if entry in config.lexicons:
-        return [f"{one}={path(entry, one) if path else entry}" for one in languages]
+    """Return `language=file` for each language, for one lexicon of an arm."""
+    if entry in study.lexicons:
+        return [
+            f"{language}={lexicon_path(entry, language) if lexicon_path else entry}"
+            for language in languages
+        ]
     if "=" in entry:
-        return _each(entry, languages)
-    return [f"{one}={entry.replace('{language}', one)}" for one in languages]
-
-
-def pairs_read(arm: ArmConfig, language: str) -> Mapping[str, Any]:
-    """Which parallel sentences of a language an arm learns from, for the curve of their number."""
-    return {
-        "bitext": filled(arm.settings.get("bitext", []), [language]),
-        "max_pairs": arm.settings.get("max_pairs"),
-    }
+        return _fill_entry(entry, languages)
+    return [f"{language}={entry.replace('{language}', language)}" for language in languages]

@@ -1,4 +1,4 @@
-"""A study's configuration: one YAML file, every key checked by name before anything runs."""
+"""Configuration of a study: one YAML file, every key of which is checked before a task runs."""
 
 from __future__ import annotations
 
@@ -9,26 +9,46 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
-
-from sentence_transformers import MultiVectorEncoderTrainingArguments
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from optical.io.settings import nearest, parse_yaml, read_layered, typed
-from optical.models.encoding import ROLES
+from optical.report.summary import StudyDescription
 from optical.retrieval.evaluation import DEFAULT_MEASURES
 from optical.study.arms import ENCODER, RECIPES, TEACHER, ArmConfig, LexiconConfig
-from optical.training.options import AT_ONCE, TeacherOptions
-from optical.training.pretraining import EncoderOptions
+from optical.training.options import WITHOUT_STEPS, EncoderOptions, Role, TeacherOptions
 
+ROLES = get_args(Role)
 COLLECTION_KEYS = ("source", "queries", "documents", "qrels", "role", "languages")
-SIDES = ("queries", "documents")
+TEXTS = ("queries", "documents")
 ALIGNMENT_KEYS = ("language", "english", "other")
-NOT_FOR_STUDIES = ("output_dir", "seed", "disable_tqdm")
+REQUIRED_KEYS = ("languages", "collections", "arms", "teacher")
+# Keys whose values are read by the type of their field in StudyConfig.
+PLAIN_KEYS = (
+    "languages", "low", "high", "note", "role", "seeds", "measures", "ceiling", "report",
+    "store_teacher", "passage_length", "passage_stride", "against",
+)  # fmt: skip
+# Keys with a structure of their own.
+STRUCTURED_KEYS = (
+    "title", "output", "collections", "names", "encoder", "teacher", "arguments", "arms",
+    "lexicons", "translation", "curves", "word_alignment", "alignment",
+)  # fmt: skip
+# Trainer arguments that the study sets itself.
+RESERVED_TRAINER_ARGS = ("output_dir", "seed", "disable_tqdm")
 
 
 @dataclass
 class StudyConfig:
-    """The keys of a study's YAML file; docs/study.md describes them with an example."""
+    """The configuration of a study; docs/study.md documents the YAML keys with an example.
+
+    Attributes that the report needs are described in ``StudyDescription``.
+
+    Attributes:
+        collection_languages: languages of collections that do not exist in all languages.
+        report: folder of the report inside the output folder.
+        store_teacher: compute the teacher's token vectors once per text, for all arms and seeds.
+        ceiling: languages of the monolingual ceiling.
+        phrasebook: whether the study is the embedded demonstration.
+    """
 
     title: str
     output: Path
@@ -39,371 +59,392 @@ class StudyConfig:
     high: tuple[str, ...] = ()
     names: dict[str, str] = field(default_factory=dict)
     note: str = ""
-    role: str = "document"
+    role: Role = "document"
     seeds: tuple[int, ...] = (0,)
     encoder: str = ""
     encoder_options: EncoderOptions | None = None
-    encoder_arguments: dict[str, Any] = field(default_factory=dict)
+    encoder_trainer_args: dict[str, Any] = field(default_factory=dict)
     teacher: str = ""
     teacher_options: TeacherOptions | None = None
-    teacher_arguments: dict[str, Any] = field(default_factory=dict)
+    teacher_trainer_args: dict[str, Any] = field(default_factory=dict)
     lexicons: dict[str, LexiconConfig] = field(default_factory=dict)
-    # Collections that exist in some languages only.
     collection_languages: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    # Folder of the report inside of the output folder.
     report: str = ""
-    # Vectors of the teacher are written once per text and shared by all arms and seeds.
     store_teacher: bool = False
     passage_length: int | None = None
     passage_stride: int | None = None
-    # Arms that every other arm is tested against; all earlier ones when empty.
     against: tuple[str, ...] = ()
-    # The arm whose relative gain is asked for: a translation baseline.
     translation: str = ""
-    # Name of a curve -> its arms, from few pairs to many.
     curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
     word_alignment: dict[str, Any] | None = None
     measures: tuple[str, ...] = DEFAULT_MEASURES
     ceiling: tuple[str, ...] = ("en",)
     alignment: dict[str, str] | None = None
     phrasebook: bool = False
-    text: str = ""
-
-    def resource(self, language: str) -> str:
-        """Group of a language: "low", "high", or "" where the configuration names none."""
-        return "low" if language in self.low else "high" if language in self.high else ""
+    config_text: str = ""
 
     def role_of(self, collection: str) -> str:
-        """What the student reads in a collection: "query" or "document"."""
+        """Return the role of the student in a collection, "query" or "document"."""
         return self.collections[collection].get("role", self.role)
 
     def languages_of(self, collection: str) -> tuple[str, ...]:
-        """The languages that a collection has files for, those of the ceiling among them."""
+        """Return the languages of a collection, including those of the ceiling."""
         return self.collection_languages.get(collection, (*self.languages, *self.ceiling))
 
     @property
     def roles(self) -> list[str]:
-        """The roles of all collections, the study's own first."""
-        found = {self.role_of(name) for name in self.collections}
-        return sorted(found, key=lambda role: role != self.role)
+        """The roles of all collections; the role of the study is first."""
+        roles = {self.role_of(name) for name in self.collections}
+        return sorted(roles, key=lambda role: role != self.role)
 
     def arm(self, name: str) -> ArmConfig:
         return next(arm for arm in self.arms if arm.name == name)
 
+    def describe(self) -> StudyDescription:
+        """Return the properties that the report needs."""
+        shared = {entry.name for entry in dataclasses.fields(StudyDescription)}
+        shared -= {"arms", "collections"}
+        return StudyDescription(
+            arms=tuple(arm.name for arm in self.arms),
+            collections=tuple(self.collections),
+            **{name: getattr(self, name) for name in shared},
+        )
+
 
 def read_config(path: str | Path | None, output: str | Path | None = None) -> StudyConfig:
-    """Read and check a configuration; None reads the embedded demonstration.
+    """Read and check a configuration; with None, that of the embedded demonstration.
 
-    ``${NAME}`` stands for an environment variable, ``{language}`` for each language in turn. Paths
-    that begin with ``./`` or ``../`` are relative to the configuration file, others to the current
-    folder, and so is the output folder. ``base`` names a file beside this one that is read first;
-    keys of this one go on top, level by level.
+    ``${NAME}`` in a value is replaced by an environment variable and ``{language}`` by each
+    language. Paths that begin with ``./`` or ``../`` are relative to the configuration file. Other
+    paths, and the output folder, are relative to the current folder. ``base`` names another file
+    in the same folder, whose keys are overridden level by level.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not YAML, an unknown key (with the nearest
-            known one), a missing key, an unset variable, a value of the wrong kind.
+        FileNotFoundError, ValueError: no such file, invalid YAML, an unknown key (the message
+            suggests the nearest known key), a missing key, an unset environment variable, or a
+            value of the wrong type.
     """
     variables = dict(os.environ)
     if path is None:
-        source = resources.files("optical") / "phrasebook" / "study.yaml"
-        text, place, folder = source.read_text(encoding="utf-8"), "embedded study", Path()
+        resource = resources.files("optical") / "phrasebook" / "study.yaml"
+        text, source, folder = resource.read_text(encoding="utf-8"), "embedded study", Path()
         output = output or "runs/phrasebook"
         variables["PHRASEBOOK"] = str(Path(output) / "data")
-        raw = parse_yaml(text, place)
+        raw = parse_yaml(text, source)
     else:
         raw, text = read_layered(Path(path))
-        place, folder = str(path), Path(path).parent
-    reader = _Reader(place, folder, variables)
+        source, folder = str(path), Path(path).parent
+    reader = _Reader(source, folder, variables)
     config = reader.study(reader.expand(raw), output)
     config.phrasebook = path is None
-    config.text = text
+    config.config_text = text
     return config
 
 
 @dataclass
 class _Reader:
-    place: str
+    """Converts parsed YAML into a configuration; `key` arguments name the value in errors."""
+
+    source: str
     folder: Path
     variables: Mapping[str, str]
 
     def expand(self, value: Any) -> Any:
-        """Put environment variables into every string."""
+        """Replace environment variables in every string."""
         if isinstance(value, dict):
             return {key: self.expand(entry) for key, entry in value.items()}
         if isinstance(value, list):
             return [self.expand(entry) for entry in value]
         if isinstance(value, str):
-            return re.sub(r"\$\{(\w+)\}", self._variable, value)
+            return re.sub(r"\$\{(\w+)\}", lambda match: self.variable(match[1]), value)
         return value
 
-    def _variable(self, match: re.Match[str]) -> str:
-        name = match.group(1)
+    def variable(self, name: str) -> str:
         if name not in self.variables:
-            raise ValueError(
-                f"{self.place}: the environment variable {name} is not set; "
-                f"set it to the folder of the data, `export {name}=...`"
+            raise self.error(
+                f"the environment variable {name} is not set; set it to the folder of the data, "
+                f"`export {name}=...`"
             )
         return self.variables[name]
 
     def study(self, raw: dict[str, Any], output: str | Path | None) -> StudyConfig:
-        keys = {
-            entry.name
-            for entry in dataclasses.fields(StudyConfig)
-            if not entry.name.endswith(("_options", "_arguments"))
-            and entry.name not in ("phrasebook", "text", "collection_languages")
-        }
-        self.known(raw, keys | {"arguments"}, "the study")
-        for key in ("languages", "collections", "arms", "teacher"):
+        self.check_keys(raw, {*PLAIN_KEYS, *STRUCTURED_KEYS}, "the study")
+        for key in REQUIRED_KEYS:
             if not raw.get(key):
-                raise ValueError(f"{self.place}: no key `{key}`; it is required")
+                raise self.error(f"no key `{key}`; it is required")
         if not (output or raw.get("output")):
-            raise ValueError(f"{self.place}: no key `output`, and no --output given")
-        common = self.arguments(raw.get("arguments"), "arguments")
-        languages = self.words(raw["languages"], "languages")
-        collections = self.collections(raw["collections"])
+            raise self.error("no key `output`, and no --output given")
+        common = self.trainer_args(raw.get("arguments"), "arguments")
+        hints = get_type_hints(StudyConfig)
         config = StudyConfig(
-            title=str(raw.get("title", Path(self.place).stem)),
+            title=str(raw.get("title", Path(self.source).stem)),
             output=Path(output or raw["output"]),
-            languages=languages,
-            collections=collections,
+            collections=self.collections(raw["collections"]),
             arms=[],
-            collection_languages={
-                str(name): self.words(parts["languages"], f"collections.{name}.languages")
-                for name, parts in raw["collections"].items()
-                if "languages" in parts
-            },
-            report=str(raw.get("report") or ""),
-            low=self.words(raw.get("low", []), "low"),
-            high=self.words(raw.get("high", []), "high"),
-            names={
-                str(key): str(name)
-                for key, name in self.mapping(raw.get("names") or {}, "names").items()
-            },
-            note=str(raw.get("note", "")),
-            role=self.one_of(raw.get("role", "document"), ROLES, "role"),
-            seeds=self.numbers(raw.get("seeds", [0]), "seeds"),
-            measures=self.words(raw.get("measures", DEFAULT_MEASURES), "measures"),
-            ceiling=self.words(raw.get("ceiling", ["en"]), "ceiling"),
-            alignment=raw.get("alignment"),
-            store_teacher=self.typed(raw.get("store_teacher", False), bool, "store_teacher"),
-            passage_length=self.typed(raw.get("passage_length"), int | None, "passage_length"),
-            passage_stride=self.typed(raw.get("passage_stride"), int | None, "passage_stride"),
-            lexicons={
-                str(name): self.recipe(entry, LexiconConfig, {}, f"lexicons.{name}")[0]
-                for name, entry in self.mapping(raw.get("lexicons") or {}, "lexicons").items()
-            },
+            **{key: self.plain(raw[key], hints[key], key) for key in PLAIN_KEYS if key in raw},
         )
+        names = self.mapping(raw.get("names") or {}, "names")
+        config.names = {str(language): str(name) for language, name in names.items()}
         for group in ("low", "high"):
             for language in getattr(config, group):
-                self.one_of(language, languages, group)
-        for name, found in config.collection_languages.items():
-            for language in found:
-                accepted = (*languages, *config.ceiling)
-                self.one_of(language, accepted, f"collections.{name}.languages")
+                self.one_of(language, config.languages, group)
+        self.collection_languages(config, raw)
+        self.lexicons(config, raw)
+        self.encoder_and_teacher(config, raw, common)
+        arms = self.mapping(raw["arms"], "arms")
+        teacher_args = config.teacher_trainer_args or common
+        config.arms = [self.arm(str(name), arm, common, teacher_args) for name, arm in arms.items()]
+        if len({arm.name.lower() for arm in config.arms}) < len(config.arms):
+            raise self.error("arms: two names differ only in case")
+        self.arm_references(config, raw)
+        self.starts(config)
+        self.word_alignment(config, raw)
+        self.alignment(config, raw)
+        return config
+
+    def plain(self, value: Any, hint: Any, key: str) -> Any:
+        """Convert a value to the type of its field."""
+        if hint == tuple[str, ...]:
+            return self.string_list(value, key)
+        if hint == tuple[int, ...]:
+            return self.integers(value, key)
+        if get_origin(hint) is Literal:
+            return self.one_of(value, get_args(hint), key)
+        return str(value or "") if hint is str else self.typed(value, hint, key)
+
+    def collections(self, raw: Any) -> dict[str, dict[str, str]]:
+        if not isinstance(raw, dict):
+            raise self.error("collections: expected names with their files")
+        collections = {}
+        for name, parts in raw.items():
+            key = f"collections.{name}"
+            self.check_keys(self.mapping(parts, key), COLLECTION_KEYS, key)
+            if "role" in parts:
+                self.one_of(parts["role"], ROLES, f"{key}.role")
+            files = {part: value for part, value in parts.items() if part != "languages"}
+            collections[str(name)] = {k: self.resolve_model(str(file)) for k, file in files.items()}
+        return collections
+
+    def collection_languages(self, config: StudyConfig, raw: dict[str, Any]) -> None:
+        for name, parts in raw["collections"].items():
+            if "languages" in parts:
+                key = f"collections.{name}.languages"
+                languages = self.string_list(parts["languages"], key)
+                for language in languages:
+                    self.one_of(language, (*config.languages, *config.ceiling), key)
+                config.collection_languages[str(name)] = languages
+
+    def lexicons(self, config: StudyConfig, raw: dict[str, Any]) -> None:
+        for name, entry in self.mapping(raw.get("lexicons") or {}, "lexicons").items():
+            key = f"lexicons.{name}"
+            config.lexicons[str(name)], _ = self.recipe(entry, LexiconConfig, {}, key)
+
+    def encoder_and_teacher(
+        self, config: StudyConfig, raw: dict[str, Any], common: dict[str, Any]
+    ) -> None:
         if isinstance(raw.get("encoder"), dict):
-            config.encoder_options, config.encoder_arguments = self.recipe(
+            config.encoder_options, config.encoder_trainer_args = self.recipe(
                 raw["encoder"], EncoderOptions, {}, "encoder"
             )
         else:
-            config.encoder = self.located(str(raw.get("encoder") or ""))
+            config.encoder = self.resolve_model(str(raw.get("encoder") or ""))
         if isinstance(raw["teacher"], dict):
             if not raw.get("encoder") and "model" not in raw["teacher"]:
-                raise ValueError(f"{self.place}: no key `encoder` for the teacher to start from")
-            config.teacher_options, config.teacher_arguments = self.recipe(
+                raise self.error("no key `encoder` for the teacher to start from")
+            config.teacher_options, config.teacher_trainer_args = self.recipe(
                 raw["teacher"], TeacherOptions, common, "teacher"
             )
             if not config.encoder_options:
                 config.encoder = config.encoder or config.teacher_options.model
         else:
-            config.teacher = self.located(str(raw["teacher"]))
-        arms = self.mapping(raw["arms"], "arms")
-        taught = config.teacher_arguments or common
-        config.arms = [self.arm(str(name), arm, common, taught) for name, arm in arms.items()]
-        if len({arm.name.lower() for arm in config.arms}) < len(config.arms):
-            raise ValueError(f"{self.place}: arms: two names differ in capitals only")
-        self.references(config, raw)
-        if config.alignment is not None:
-            known = (*ALIGNMENT_KEYS, "arm")
-            self.known(self.mapping(config.alignment, "alignment"), known, "alignment")
-            for key in ALIGNMENT_KEYS:
-                if key not in config.alignment:
-                    raise ValueError(f"{self.place}: alignment: no key `{key}`; it is required")
-            self.one_of(config.alignment.get("language"), languages, "alignment.language")
-            distilled = [arm.name for arm in config.arms if arm.recipe == "distill"]
-            if "arm" in config.alignment:
-                self.one_of(config.alignment["arm"], distilled, "alignment.arm")
-        return config
+            config.teacher = self.resolve_model(str(raw["teacher"]))
 
-    def references(self, config: StudyConfig, raw: dict[str, Any]) -> None:
-        """Check and read what names arms and word tables, now that all are known."""
+    def recipe(
+        self, raw: Any, options_class: type[Any], common: dict[str, Any], key: str
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return the options of a recipe and its trainer arguments."""
+        raw = dict(self.mapping(raw, key))
+        trainer_args = self.trainer_args(raw.pop("arguments", None), f"{key}.arguments")
+        return options_class(**self.options(raw, options_class, key)), {**common, **trainer_args}
+
+    def options(self, raw: dict[str, Any], options_class: type[Any], key: str) -> dict[str, Any]:
+        hints = get_type_hints(options_class)
+        self.check_keys(raw, hints.keys() - {"resume"}, key)
+        options = {}
+        for name, value in raw.items():
+            # A single file may be written without the brackets of a list.
+            if hints[name] == list[str] and isinstance(value, str):
+                value = [value]
+            options[name] = self.resolve_model(self.typed(value, hints[name], f"{key}.{name}"))
+        return options
+
+    def trainer_args(self, raw: Any, key: str) -> dict[str, Any]:
+        raw = self.mapping(raw or {}, key)
+        if not raw:
+            return {}
+        from sentence_transformers import MultiVectorEncoderTrainingArguments
+
+        hints = get_type_hints(MultiVectorEncoderTrainingArguments)
+        fields = {entry.name for entry in dataclasses.fields(MultiVectorEncoderTrainingArguments)}
+        self.check_keys(raw, fields - set(RESERVED_TRAINER_ARGS), key)
+        return {
+            name: self.typed(value, hints[name], f"{key}.{name}") for name, value in raw.items()
+        }
+
+    def arm(
+        self, name: str, raw: Any, common: dict[str, Any], teacher_args: dict[str, Any]
+    ) -> ArmConfig:
+        key = f"arms.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise self.error(
+                f"arms: {name!r}, expected a name of letters, digits, `-` and `_`, because it is "
+                "part of file names"
+            )
+        raw = dict(self.mapping(raw or {}, key))
+        recipe = self.one_of(raw.pop("recipe", "none"), tuple(RECIPES), f"{key}.recipe")
+        options_class, trains = RECIPES[recipe]
+        # The teacher keeps encoding the other texts, so an existing index of them stays valid.
+        encodes = "role" if recipe in ("distill", *WITHOUT_STEPS) else "both"
+        arm = ArmConfig(
+            name,
+            recipe,
+            options={},
+            trainer_args={},
+            encodes=self.one_of(raw.pop("encodes", encodes), ("both", "role"), f"{key}.encodes"),
+            translate=self.text_files(raw.pop("translate", {}), f"{key}.translate"),
+            replace=self.text_files(raw.pop("replace", {}), f"{key}.replace"),
+        )
+        if trains:
+            if recipe not in WITHOUT_STEPS:
+                own = self.trainer_args(raw.pop("arguments", None), f"{key}.arguments")
+                arm.trainer_args = {**(teacher_args if recipe == "teacher" else common), **own}
+            if "seeds" in raw:
+                arm.seeds = self.integers(raw.pop("seeds"), f"{key}.seeds")
+            # A retriever trained on English only is the same for every language.
+            arm.multilingual = self.typed(
+                raw.pop("multilingual", recipe == "teacher"), bool, f"{key}.multilingual"
+            )
+            start = raw.pop("start", [ENCODER] if recipe == "teacher" else [])
+            arm.start = self.string_list(
+                [start] if isinstance(start, str) else start, f"{key}.start"
+            )
+            if (len(arm.start) > 1) != (recipe == "average"):
+                expected = "two arms or more" if recipe == "average" else "one name at most"
+                raise self.error(f"{key}.start: {start!r}, expected {expected}")
+        arm.options = self.options(raw, options_class, key)
+        return arm
+
+    def text_files(self, raw: Any, key: str) -> dict[str, str]:
+        self.check_keys(self.mapping(raw, key), TEXTS, key)
+        return {str(texts): self.resolve_model(str(value)) for texts, value in raw.items()}
+
+    def arm_references(self, config: StudyConfig, raw: dict[str, Any]) -> None:
+        """Check the keys outside of `arms` that name arms."""
         names = [arm.name for arm in config.arms]
         trained = [arm.name for arm in config.arms if arm.trains]
-        config.against = self.words(raw.get("against", []), "against")
         for name in config.against:
             self.one_of(name, names, "against")
         if raw.get("translation"):
             config.translation = self.one_of(raw["translation"], names, "translation")
         for curve, members in self.mapping(raw.get("curves") or {}, "curves").items():
-            config.curves[str(curve)] = self.words(members, f"curves.{curve}")
+            config.curves[str(curve)] = self.string_list(members, f"curves.{curve}")
             for name in config.curves[str(curve)]:
                 self.one_of(name, trained, f"curves.{curve}")
-        for table, made in config.lexicons.items():
-            if made.arm:
-                self.one_of(made.arm, trained, f"lexicons.{table}.arm")
+        for name, lexicon in config.lexicons.items():
+            if lexicon.arm:
+                self.one_of(lexicon.arm, trained, f"lexicons.{name}.arm")
+
+    def starts(self, config: StudyConfig) -> None:
+        """Check that each arm starts from, and takes lexicons from, arms before it."""
         earlier: list[str] = []
         for arm in config.arms:
             for name in arm.start:
                 accepted = [*earlier] if arm.recipe == "average" else [TEACHER, ENCODER, *earlier]
                 self.one_of(name, accepted, f"arms.{arm.name}.start")
                 if name == ENCODER and not (config.encoder or config.encoder_options):
-                    raise ValueError(f"{self.place}: no key `encoder` for arms.{arm.name} to start")
+                    raise self.error(f"no key `encoder` for arms.{arm.name} to start from")
                 start = config.arm(name) if name in earlier else arm
                 if arm.multilingual and not start.multilingual:
-                    raise ValueError(
-                        f"{self.place}: arms.{arm.name} is multilingual but starts from "
-                        f"{name}, which has a model for each language"
+                    raise self.error(
+                        f"arms.{arm.name} is multilingual but starts from {name}, which has a "
+                        "model for each language"
                     )
-            for table in arm.lexicons(config):
-                made = config.lexicons[table]
-                if made.arm and made.arm not in earlier:
-                    raise ValueError(
-                        f"{self.place}: arms.{arm.name}: the table {table} is read off the arm "
-                        f"{made.arm}, which must stand before it"
+            for name in arm.induced_lexicons(config):
+                source = config.lexicons[name].arm
+                if source and source not in earlier:
+                    raise self.error(
+                        f"arms.{arm.name}: the lexicon {name} is induced from the arm {source}, "
+                        "which must come before it"
                     )
             if arm.trains:
                 earlier.append(arm.name)
-        if raw.get("word_alignment") is not None:
-            place = "word_alignment"
-            found = dict(self.mapping(raw[place], place))
-            self.known(found, ("bitext", "lexicon", "max_pairs"), place)
-            for key in ("bitext", "lexicon"):
-                if not isinstance(found.get(key), str):
-                    raise ValueError(f"{self.place}: {place}: no key `{key}` with a name or file")
-                found[key] = self.located(found[key])
-            found["max_pairs"] = self.typed(found.get("max_pairs", 200), int, f"{place}.max_pairs")
-            config.word_alignment = found
 
-    def arm(self, name: str, raw: Any, common: dict[str, Any], taught: dict[str, Any]) -> ArmConfig:
-        place = f"arms.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise ValueError(
-                f"{self.place}: arms: {name!r}, expected a name of letters, digits, `-` and `_`, "
-                "because files are called by it"
-            )
-        raw = dict(self.mapping(raw or {}, place))
-        recipe = self.one_of(raw.pop("recipe", "none"), tuple(RECIPES), f"{place}.recipe")
-        kind, trains = RECIPES[recipe]
-        # These leave the other side to the teacher, so an index of it stays valid.
-        default = "role" if recipe in ("distill", *AT_ONCE) else "both"
-        arm = ArmConfig(
-            name,
-            recipe,
-            {},
-            {},
-            self.one_of(raw.pop("encodes", default), ("both", "role"), f"{place}.encodes"),
-            translate=self.sides(raw.pop("translate", {}), f"{place}.translate"),
-            replace=self.sides(raw.pop("replace", {}), f"{place}.replace"),
-        )
-        if trains:
-            if recipe not in AT_ONCE:
-                own = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
-                arm.arguments = {**(taught if recipe == "teacher" else common), **own}
-            if "seeds" in raw:
-                arm.seeds = self.numbers(raw.pop("seeds"), f"{place}.seeds")
-            # A retriever taught in English alone is the same for every language.
-            arm.multilingual = self.typed(
-                raw.pop("multilingual", recipe == "teacher"), bool, f"{place}.multilingual"
-            )
-            start = raw.pop("start", [ENCODER] if recipe == "teacher" else [])
-            arm.start = self.words([start] if isinstance(start, str) else start, f"{place}.start")
-            wanted = "two arms or more" if recipe == "average" else "one name at most"
-            if (len(arm.start) > 1) != (recipe == "average"):
-                raise ValueError(f"{self.place}: {place}.start: {start!r}, expected {wanted}")
-        arm.settings = self.settings(raw, kind, place)
-        return arm
+    def word_alignment(self, config: StudyConfig, raw: dict[str, Any]) -> None:
+        if raw.get(key := "word_alignment") is None:
+            return
+        settings = dict(self.mapping(raw[key], key))
+        self.check_keys(settings, ("bitext", "lexicon", "max_pairs"), key)
+        for name in ("bitext", "lexicon"):
+            if not isinstance(settings.get(name), str):
+                raise self.error(f"{key}: no key `{name}` with a name or file")
+            settings[name] = self.resolve_model(settings[name])
+        max_pairs = settings.get("max_pairs", 200)
+        settings["max_pairs"] = self.typed(max_pairs, int, f"{key}.max_pairs")
+        config.word_alignment = settings
 
-    def sides(self, raw: Any, place: str) -> dict[str, str]:
-        self.known(self.mapping(raw, place), SIDES, place)
-        return {str(side): self.located(str(value)) for side, value in raw.items()}
+    def alignment(self, config: StudyConfig, raw: dict[str, Any]) -> None:
+        if raw.get("alignment") is None:
+            return
+        settings = self.mapping(raw["alignment"], "alignment")
+        self.check_keys(settings, (*ALIGNMENT_KEYS, "arm"), "alignment")
+        for name in ALIGNMENT_KEYS:
+            if name not in settings:
+                raise self.error(f"alignment: no key `{name}`; it is required")
+        self.one_of(settings["language"], config.languages, "alignment.language")
+        if "arm" in settings:
+            distilled = [arm.name for arm in config.arms if arm.recipe == "distill"]
+            self.one_of(settings["arm"], distilled, "alignment.arm")
+        config.alignment = settings
 
-    def recipe(
-        self, raw: dict[str, Any], kind: type[Any], common: dict[str, Any], place: str
-    ) -> tuple[Any, dict[str, Any]]:
-        raw = dict(self.mapping(raw, place))
-        arguments = self.arguments(raw.pop("arguments", None), f"{place}.arguments")
-        return kind(**self.settings(raw, kind, place)), {**common, **arguments}
-
-    def settings(self, raw: dict[str, Any], kind: type[Any], place: str) -> dict[str, Any]:
-        hints = get_type_hints(kind)
-        self.known(raw, hints.keys() - {"resume"}, place)
-        settings = {}
-        for key, value in raw.items():
-            # A single file may be written without the brackets of a list.
-            if hints[key] == list[str] and isinstance(value, str):
-                value = [value]
-            settings[key] = self.located(self.typed(value, hints[key], f"{place}.{key}"))
-        return settings
-
-    def typed(self, value: Any, hint: Any, place: str) -> Any:
-        return typed(value, hint, f"{self.place}: {place}")
-
-    def mapping(self, raw: Any, place: str) -> dict[str, Any]:
-        if not isinstance(raw, dict):
-            raise ValueError(f"{self.place}: {place}: expected keys and values, found {raw!r}")
-        return raw
-
-    def located(self, value: Any) -> Any:
-        """Relative paths become relative to the configuration file."""
+    def resolve_model(self, value: Any) -> Any:
+        """Resolve paths that are relative to the configuration file."""
         if isinstance(value, list):
-            return [self.located(entry) for entry in value]
+            return [self.resolve_model(entry) for entry in value]
         if not isinstance(value, str):
             return value
-        # A lexicon is written `language=file`.
+        # The path of a lexicon may follow `language=`.
         head, equals, path = value.rpartition("=")
         return head + equals + str(self.folder / path) if path.startswith(("./", "../")) else value
 
-    def collections(self, raw: Any) -> dict[str, dict[str, str]]:
+    def error(self, message: str) -> ValueError:
+        return ValueError(f"{self.source}: {message}")
+
+    def typed(self, value: Any, hint: Any, key: str) -> Any:
+        return typed(value, hint, f"{self.source}: {key}")
+
+    def mapping(self, raw: Any, key: str) -> dict[str, Any]:
         if not isinstance(raw, dict):
-            raise ValueError(f"{self.place}: collections: expected names with their files")
-        for name, parts in raw.items():
-            place = f"collections.{name}"
-            self.known(self.mapping(parts, place), COLLECTION_KEYS, place)
-            if "role" in parts:
-                self.one_of(parts["role"], ROLES, f"{place}.role")
-        return {
-            str(name): {
-                key: self.located(str(value)) for key, value in parts.items() if key != "languages"
-            }
-            for name, parts in raw.items()
-        }
+            raise self.error(f"{key}: expected keys and values, found {raw!r}")
+        return raw
 
-    def arguments(self, raw: Any, place: str) -> dict[str, Any]:
-        hints = get_type_hints(MultiVectorEncoderTrainingArguments)
-        fields = {entry.name for entry in dataclasses.fields(MultiVectorEncoderTrainingArguments)}
-        raw = self.mapping(raw or {}, place)
-        self.known(raw, fields - set(NOT_FOR_STUDIES), place)
-        return {key: self.typed(value, hints[key], f"{place}.{key}") for key, value in raw.items()}
+    def check_keys(self, raw: Mapping[str, Any], accepted: Iterable[str], key: str) -> None:
+        for name in raw:
+            if name not in accepted:
+                raise self.error(f"unknown key `{name}` in {key}{nearest(name, accepted)}")
 
-    def known(self, raw: Mapping[str, Any], keys: Iterable[str], place: str) -> None:
-        for key in raw:
-            if key not in keys:
-                raise ValueError(
-                    f"{self.place}: unknown key `{key}` in {place}{nearest(key, keys)}"
-                )
+    def one_of(self, value: Any, accepted: Iterable[str], key: str) -> Any:
+        if value not in accepted:
+            raise self.error(f"{key}: {value!r}, expected {' or '.join(accepted)}")
+        return value
 
-    def one_of(self, value: Any, wanted: Iterable[str], place: str) -> str:
-        if value not in wanted:
-            raise ValueError(f"{self.place}: {place}: {value!r}, expected {' or '.join(wanted)}")
-        return str(value)
-
-    def words(self, raw: Any, place: str) -> tuple[str, ...]:
+    def string_list(self, raw: Any, key: str) -> tuple[str, ...]:
         if isinstance(raw, str) or not isinstance(raw, (list, tuple)):
-            raise ValueError(f"{self.place}: {place}: {raw!r}, expected a list")
-        # YAML reads the code of Norwegian as False.
-        return tuple("no" if word is False else str(word) for word in raw)
+            raise self.error(f"{key}: {raw!r}, expected a list")
+        # YAML 1.1 parses `no`, the code of Norwegian, as False.
+        return tuple("no" if entry is False else str(entry) for entry in raw)
 
-    def numbers(self, raw: Any, place: str) -> tuple[int, ...]:
+    def integers(self, raw: Any, key: str) -> tuple[int, ...]:
         numbers = raw if isinstance(raw, list) else [raw]
         if not numbers or not all(isinstance(number, int) for number in numbers):
-            raise ValueError(f"{self.place}: {place}: {raw!r}, expected whole numbers")
+            raise self.error(f"{key}: {raw!r}, expected whole numbers")
         return tuple(numbers)

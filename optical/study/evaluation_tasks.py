@@ -1,134 +1,144 @@
-"""The cells of a study that measure: search and evaluation, tokens, and word alignments."""
+"""Tasks that search and evaluate, measure tokenizers, and measure word alignments."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from optical.data.collection import Collection
 from optical.data.trec import Run
 from optical.io.files import write_text
 from optical.models.encoding import TokenVectors
-from optical.study.arms import ENCODER, TEACHER, ArmConfig, filled
-from optical.study.config import StudyConfig
-from optical.study.layout import Places, file_name
-from optical.study.tasks import Cell
+from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
+from optical.study.layout import Layout, file_name
+from optical.study.tasks import CEILING, Task
 
 
-class Measuring(Places):
-    """Makes the cells that measure what the trainings made."""
+class EvaluationTasks:
+    """Builds the evaluation tasks of a study. Each writes one JSON row into ``results``."""
 
-    def __init__(self, config: StudyConfig) -> None:
-        super().__init__(config)
-        # Vectors of queries by the teacher.
-        self._asked: dict[tuple[str, ...], TokenVectors] = {}
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        # The teacher's token vectors of queries, which are the same for many arms and languages.
+        self._query_vectors: dict[tuple[str, ...], TokenVectors] = {}
 
-    def evaluation_cell(self, arm: ArmConfig, language: str, seed: int, role: str) -> Cell:
-        config = self.config
-        model = self.student_name(arm, language, seed, role)
-        names = self.searched(language, role)
-        parts = self.evaluation_parts(arm, model, language, role, names)
-        stem = f"{file_name(arm.name)}-{language}-{seed}-{self.prints.of(parts)}"
-        mark = self.output / "results" / f"{stem}.json"
+    def ceiling(self) -> Iterator[Task]:
+        """Yield the evaluations of the monolingual ceiling, in which the teacher searches."""
+        config = self.layout.config
+        for role in config.roles:
+            for language in config.ceiling:
+                if self.layout.searched_collections(language, role):
+                    arm = ArmConfig(CEILING, "none", {}, {}, "both")
+                    yield self.evaluation(arm, language, 0, role)
+
+    def evaluation(self, arm: ArmConfig, language: str, seed: int, role: str) -> Task:
+        """Return the task that searches and evaluates all collections of a language."""
+        layout = self.layout
+        model = layout.model_name(arm, language, seed, role)
+        collections = layout.searched_collections(language, role)
+        inputs = layout.evaluation_inputs(arm, model, language, role, collections)
+        stem = f"{file_name(arm.name)}-{language}-{seed}-{layout.fingerprints.of(inputs)}"
+        output = layout.output / "results" / f"{stem}.json"
 
         def run() -> None:
             from optical.data.trec import write_run
             from optical.retrieval.evaluation import evaluate
 
-            found: dict[str, Any] = {}
-            searcher = self._searcher(arm, model, role)
-            for name in names:
-                collection = self._read_by(arm, self.collection(name, language), language, role)
-                ranking = searcher(collection)
-                path = self.output / "runs" / f"{name}.{stem}.run.gz"
+            measures: dict[str, Any] = {}
+            search = self._searcher(arm, model, role)
+            for name in collections:
+                collection = layout.load_collection(name, language)
+                ranking = search(self._with_arm_texts(arm, collection, language, role))
+                path = layout.output / "runs" / f"{name}.{stem}.run.gz"
                 write_run(ranking, path, tag=f"optical-{file_name(arm.name)}")
-                found[name] = evaluate(ranking, collection.qrels, config.measures).per_query
-            row = {
-                "arm": arm.name,
-                "language": language,
-                "seed": seed,
-                "measures": found,
-                "pairs": self.pairs(arm, language),
-            }
-            write_text(mark, json.dumps(row) + "\n")
+                evaluation = evaluate(ranking, collection.qrels, layout.config.measures)
+                measures[name] = evaluation.per_query
+            row = {"arm": arm.name, "language": language, "seed": seed, "measures": measures}
+            _write_row(output, row | {"pairs": layout.count_pairs(arm, language)})
 
-        label = f"evaluate {arm.name} {language} seed {seed}{self.of_role(role)}"
-        return Cell(label, "evaluate", mark, 1.0, run)
+        label = f"evaluate {arm.name} {language} seed {seed}{layout.role_suffix(role)}"
+        return Task(label, "evaluate", output, 1.0, run)
 
     def _searcher(self, arm: ArmConfig, model: str, role: str) -> Callable[[Collection], Run]:
-        """A function that searches a collection as the arm does."""
+        """Return a function that searches a collection with the models of an arm."""
         from optical.models.encoding import encode
         from optical.models.retriever import load_retriever
         from optical.retrieval.bm25 import search_bm25
         from optical.retrieval.exact_search import search
 
         if arm.recipe == "bm25":
-            return lambda collection: search_bm25(collection, **arm.settings)
+            return lambda collection: search_bm25(collection, **arm.options)
+        config = self.layout.config
         student = load_retriever(model)
-        teacher = student if arm.encodes == "both" else load_retriever(self.teacher_name)
+        teacher = student if arm.encodes == "both" else load_retriever(self.layout.teacher_name)
         queries, documents = (student, teacher) if role == "query" else (teacher, student)
 
-        def searched(collection: Collection) -> Run:
-            vectors = None
+        def search_collection(collection: Collection) -> Run:
+            query_vectors = None
             if queries is teacher and teacher is not student:
-                # The teacher reads the same queries for every arm and language.
                 texts = tuple(collection.queries.values())
-                if texts not in self._asked:
-                    self._asked[texts] = encode(teacher, texts, "query")
-                vectors = self._asked[texts]
+                if texts not in self._query_vectors:
+                    self._query_vectors[texts] = encode(teacher, texts, "query")
+                query_vectors = self._query_vectors[texts]
             return search(
                 queries,
                 collection,
                 document_model=documents,
-                query_vectors=vectors,
-                passage_length=self.config.passage_length,
-                passage_stride=self.config.passage_stride,
+                query_vectors=query_vectors,
+                passage_length=config.passage_length,
+                passage_stride=config.passage_stride,
                 progress=False,
             )
 
-        return searched
+        return search_collection
 
-    def _read_by(
+    def _with_arm_texts(
         self, arm: ArmConfig, collection: Collection, language: str, role: str
     ) -> Collection:
-        """The collection with the texts that the arm reads: translated, or as they are."""
+        """Return the collection with the texts that the arm replaces or translates."""
         from optical.data.lexicon import invert_lexicon, read_lexicon, translate
         from optical.data.texts import read_texts
 
-        texts: dict[str, Any] = {
+        contents: dict[str, Any] = {
             "queries": collection.queries,
             "documents": collection.documents,
         }
-        for side, path in arm.replace.items():
-            where = filled(path, [language]).replace("{collection}", collection.name)
-            given = read_texts(where)
-            missing = [key for key in texts[side] if key not in given]
+        for texts, path in arm.replace.items():
+            file = fill_languages(path, [language]).replace("{collection}", collection.name)
+            replacements = read_texts(file)
+            missing = [key for key in contents[texts] if key not in replacements]
             if missing:
                 raise ValueError(
-                    f"{where}: no text for {len(missing)} {side} of {collection.name}, such as "
+                    f"{file}: no text for {len(missing)} {texts} of {collection.name}, such as "
                     f"{missing[0]!r}; add them"
                 )
-            texts[side] = {key: given[key] for key in texts[side]}
-        for side, table in arm.translate.items():
-            lexicon = read_lexicon(self.table(table, language, role))
+            contents[texts] = {key: replacements[key] for key in contents[texts]}
+        for texts, name in arm.translate.items():
+            lexicon = read_lexicon(self.layout.lexicon_path(name, language, role))
             foreign = "queries" if role == "query" else "documents"
-            chosen = invert_lexicon(lexicon) if side == foreign else lexicon
-            texts[side] = {key: translate(text, chosen) for key, text in texts[side].items()}
-        return dataclasses.replace(collection, **texts)
+            if texts == foreign:
+                lexicon = invert_lexicon(lexicon)
+            contents[texts] = {
+                key: translate(text, lexicon) for key, text in contents[texts].items()
+            }
+        return dataclasses.replace(collection, **contents)
 
-    def alignment_cells(self) -> Iterator[Cell]:
-        chosen = self.config.alignment
-        distilled = [arm for arm in self.config.arms if arm.recipe == "distill"]
-        if not chosen or not distilled:
+    def alignment(self) -> Iterator[Task]:
+        """Yield the alignment of the sentence pair that the report shows."""
+        layout, config = self.layout, self.layout.config
+        settings = config.alignment
+        distilled = [arm for arm in config.arms if arm.recipe == "distill"]
+        if not settings or not distilled:
             return
-        arm = self.config.arm(chosen["arm"]) if "arm" in chosen else distilled[0]
-        role = self.config.role
-        seed = (arm.seeds or self.config.seeds)[0]
-        model = self.student_name(arm, chosen["language"], seed, role)
-        parts = self.prints.of([self.prints.model(model), chosen])
-        mark = self.output / "results" / f"alignment-{parts}.json"
+        arm = config.arm(settings["arm"]) if "arm" in settings else distilled[0]
+        seed = (arm.seeds or config.seeds)[0]
+        model = layout.model_name(arm, settings["language"], seed, config.role)
+        fingerprint = layout.fingerprints.of([layout.fingerprints.model(model), settings])
+        output = layout.output / "results" / f"alignment-{fingerprint}.json"
 
         def run() -> None:
             from optical.models.retriever import load_retriever
@@ -136,26 +146,28 @@ class Measuring(Places):
 
             aligned = align_tokens(
                 load_retriever(model),
-                load_retriever(self.teacher_name),
-                chosen["other"],
-                chosen["english"],
-                role=role,
+                load_retriever(layout.teacher_name),
+                settings["other"],
+                settings["english"],
+                role=config.role,
             )
-            write_text(mark, json.dumps({"language": chosen["language"], **aligned}) + "\n")
+            _write_row(output, {"language": settings["language"], **aligned})
 
-        yield Cell("alignment", "evaluate", mark, 0.2, run)
+        yield Task("alignment", "evaluate", output, 0.2, run)
 
-    def word_cell(self, arm: ArmConfig, language: str, seed: int, role: str) -> Cell:
-        """How far an arm's plans link the words that a word table calls translations."""
-        chosen = self.config.word_alignment
-        assert chosen is not None
-        model = self.student_name(arm, language, seed, role)
-        bitext = filled(chosen["bitext"], [language])
-        table = self.table(chosen["lexicon"], language, role)
-        models = [self.prints.model(model), self.prints.model(self.teacher_name)]
-        parts = [models, self.prints.files([bitext, table]), chosen["max_pairs"], role]
-        name = f"words-{file_name(arm.name)}-{language}-{seed}-{self.prints.of(parts)}.json"
-        mark = self.output / "results" / name
+    def word_alignment(self, arm: ArmConfig, language: str, seed: int, role: str) -> Task:
+        """Return the task that measures the alignment error rate of an arm against a lexicon."""
+        layout = self.layout
+        settings = layout.config.word_alignment
+        assert settings is not None
+        model = layout.model_name(arm, language, seed, role)
+        bitext = fill_languages(settings["bitext"], [language])
+        lexicon = layout.lexicon_path(settings["lexicon"], language, role)
+        fingerprints = layout.fingerprints
+        models = [fingerprints.model(model), fingerprints.model(layout.teacher_name)]
+        inputs = [models, fingerprints.files([bitext, lexicon]), settings["max_pairs"], role]
+        name = f"words-{file_name(arm.name)}-{language}-{seed}-{fingerprints.of(inputs)}.json"
+        output = layout.output / "results" / name
 
         def run() -> None:
             from optical.data.lexicon import read_lexicon
@@ -163,61 +175,80 @@ class Measuring(Places):
             from optical.models.retriever import load_retriever
             from optical.models.word_alignment import alignment_error_rate, word_links
 
-            pairs = read_bitext_pairs(bitext)[: chosen["max_pairs"]]
-            towers = load_retriever(model), load_retriever(self.teacher_name)
-            links = word_links(*towers, pairs, role=role)
-            rate, sure = alignment_error_rate(links, pairs, read_lexicon(table))
+            pairs = read_bitext_pairs(bitext)[: settings["max_pairs"]]
+            models = load_retriever(model), load_retriever(layout.teacher_name)
+            links = word_links(*models, pairs, role=role)
+            rate, sure = alignment_error_rate(links, pairs, read_lexicon(lexicon))
             row = {"arm": arm.name, "language": language, "seed": seed, "role": role}
-            write_text(mark, json.dumps({**row, "aer": rate, "links": sure}) + "\n")
+            _write_row(output, {**row, "aer": rate, "links": sure})
 
-        label = f"words {arm.name} {language} seed {seed}{self.of_role(role)}"
-        return Cell(label, "words", mark, 0.5, run)
+        label = f"words {arm.name} {language} seed {seed}{layout.role_suffix(role)}"
+        return Task(label, "words", output, 0.5, run)
 
-    def token_cell(self, language: str) -> Cell:
-        """How finely the tokenizers cut a language, and what they do not know of it."""
-        config = self.config
-        names = [name for role in config.roles for name in self.searched(language, role)]
-        models = {TEACHER: self.teacher_name}
+    def tokens(self) -> Iterator[Task]:
+        """Yield the tasks that measure how the tokenizers split each language."""
+        config = self.layout.config
+        for language in (*config.languages, *config.ceiling):
+            collections = [
+                name
+                for role in config.roles
+                for name in self.layout.searched_collections(language, role)
+            ]
+            if collections:
+                yield self._language_tokens(language, collections)
+
+    def _language_tokens(self, language: str, collections: list[str]) -> Task:
+        layout, config = self.layout, self.layout.config
+        models = {TEACHER: layout.teacher_name}
         if any(ENCODER in arm.start for arm in config.arms):
-            models[ENCODER] = self.encoder_name
+            models[ENCODER] = layout.encoder_name
         models |= self._vocabularies(language)
-        parts = [
-            {key: self.prints.model(name) for key, name in models.items()},
-            self.files(names, language),
+        inputs = [
+            {key: layout.fingerprints.model(name) for key, name in models.items()},
+            layout.collection_inputs(collections, language),
         ]
-        mark = self.output / "results" / f"tokens-{language}-{self.prints.of(parts)}.json"
+        name = f"tokens-{language}-{layout.fingerprints.of(inputs)}.json"
+        output = layout.output / "results" / name
+        run = functools.partial(self._measure_tokens, language, collections, models, output)
+        return Task(f"tokens {language}", "words", output, 0.1, run)
 
-        def run() -> None:
-            from transformers import AutoTokenizer
+    def _measure_tokens(
+        self, language: str, collections: list[str], models: dict[str, str], output: Path
+    ) -> None:
+        from transformers import AutoTokenizer
 
-            from optical.models.retriever import resolve_model
-            from optical.models.tokenizers import fertility
+        from optical.models.retriever import resolve_model
+        from optical.models.tokenizers import fertility
 
-            texts: list[str] = []
-            for name in names:
-                collection = self.collection(name, language)
-                query = config.role_of(name) == "query"
-                texts += (collection.queries if query else collection.documents).values()
-            row = {
-                key: fertility(AutoTokenizer.from_pretrained(resolve_model(name)), texts)
-                for key, name in models.items()
-            }
-            write_text(mark, json.dumps({"language": language, "tokens": row}) + "\n")
-
-        return Cell(f"tokens {language}", "words", mark, 0.1, run)
+        texts: list[str] = []
+        for name in collections:
+            collection = self.layout.load_collection(name, language)
+            is_query = self.layout.config.role_of(name) == "query"
+            texts += (collection.queries if is_query else collection.documents).values()
+        statistics = {
+            key: fertility(AutoTokenizer.from_pretrained(resolve_model(name)), texts)
+            for key, name in models.items()
+        }
+        _write_row(output, {"language": language, "tokens": statistics})
 
     def _vocabularies(self, language: str) -> dict[str, str]:
-        """Arms that brought a vocabulary of their own, each vocabulary once, and their models."""
-        config = self.config
-        found: dict[str, str] = {}
-        known = []
+        """Return arm -> model of the arms with a new vocabulary, one arm per vocabulary."""
+        layout, config = self.layout, self.layout.config
+        models: dict[str, str] = {}
+        seen = []
         for arm in config.arms:
             if arm.recipe != "transfer" or not (arm.multilingual or language in config.languages):
                 continue
-            options = self.options(arm, language, config.seeds[0], config.roles[0])
-            # The same units may start from different vectors.
-            units = dataclasses.replace(options, vectors="")
-            if units not in known:
-                known.append(units)
-                found[arm.name] = self.student_name(arm, language, config.seeds[0], config.roles[0])
-        return found
+            options = layout.options(arm, language, config.seeds[0], config.roles[0])
+            # The input vectors may differ while the vocabulary is the same.
+            vocabulary_options = dataclasses.replace(options, initialize_from="")
+            if vocabulary_options not in seen:
+                seen.append(vocabulary_options)
+                models[arm.name] = layout.model_name(
+                    arm, language, config.seeds[0], config.roles[0]
+                )
+        return models
+
+
+def _write_row(output: Path, row: dict[str, Any]) -> None:
+    write_text(output, json.dumps(row) + "\n")

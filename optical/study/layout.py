@@ -1,4 +1,4 @@
-"""Where a study keeps what it makes: every name carries a fingerprint of all it depends on."""
+"""Files of a study: where each output is stored, and the fingerprints in the file names."""
 
 from __future__ import annotations
 
@@ -14,152 +14,195 @@ from typing import Any
 from optical.data.collection import Collection, load_collection
 from optical.io.files import writable_folder
 from optical.phrasebook import corpus
-from optical.study.arms import ENCODER, TEACHER, ArmConfig, filled, pairs_read
+from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
 from optical.study.config import StudyConfig
-from optical.training.options import AT_ONCE
+from optical.training.options import WITHOUT_STEPS
 
-# Models of all languages are called so.
-ALL = "all"
+# Stands for the language in the names of multilingual models.
+ALL_LANGUAGES = "all"
+FOLDERS = ("models", "lexicons", "vectors", "results", "runs", "figures")
+# Folders whose file names contain a fingerprint of the content.
+FINGERPRINTED_FOLDERS = ("models", "lexicons", "vectors")
+# Options that name models.
+MODEL_OPTIONS = ("model", "teacher", "student")
+# Trainer arguments that affect checkpoints and logs, but not the trained model.
+WITHOUT_EFFECT = ("save_steps", "save_strategy", "save_total_limit", "logging_steps", "report_to")
+# Names of renamed options in fingerprints. The old names keep finished tasks of existing studies
+# valid.
+FINGERPRINT_NAMES = {
+    ("CodeswitchOptions", "role"): "sides",
+    ("TransferOptions", "initialize_from"): "vectors",
+}
 
 
-class Places:
-    """A configuration bound to its output folder."""
+class Layout:
+    """The output folder of a study: paths and names of everything that its tasks write.
+
+    A name contains a fingerprint of all inputs of its task. A task whose inputs change therefore
+    writes another file, and finished tasks are recognised by the existence of their file.
+    """
 
     def __init__(self, config: StudyConfig) -> None:
         self.config = config
         self.output = writable_folder(config.output)
-        self.prints = Fingerprints(self.output)
+        self.fingerprints = Fingerprints(self.output)
         if config.phrasebook:
             corpus.write(self.output / "data")
-        for name in ("models", "lexicons", "vectors", "results", "runs", "figures"):
+        for name in FOLDERS:
             writable_folder(self.output / name)
 
-    def collection(self, name: str, language: str) -> Collection:
-        """Load one collection with the documents (or queries) of one language."""
+    def load_collection(self, name: str, language: str) -> Collection:
+        """Load a collection with the documents or queries of one language."""
         parts = self.config.collections[name]
-        texts = {key: filled(value, [language]) for key, value in parts.items() if key != "role"}
-        return load_collection(texts.pop("source", None), name=name, **texts)
+        files = {
+            part: fill_languages(value, [language])
+            for part, value in parts.items()
+            if part != "role"
+        }
+        return load_collection(files.pop("source", None), name=name, **files)
 
     @property
     def encoder_folder(self) -> Path:
         config = self.config
-        parts = [
-            self.prints.options(config.encoder_options),
-            effective(config.encoder_arguments),
+        inputs = [
+            self.fingerprints.options(config.encoder_options),
+            effective(config.encoder_trainer_args),
             config.seeds[0],
         ]
-        return self.output / "models" / f"encoder-{self.prints.of(parts)}"
+        return self.output / "models" / f"encoder-{self.fingerprints.of(inputs)}"
 
     @property
     def encoder_name(self) -> str:
-        """Folder or Hugging Face name of the encoder that models are made of."""
+        """Folder or Hugging Face name of the encoder from which models are made."""
         return self.config.encoder or str(self.encoder_folder / "final")
 
     @property
     def teacher_start(self) -> str:
-        """What the teacher is trained from: its own `model`, or the study's encoder."""
-        taught = self.config.teacher_options
-        return (taught.model if taught else "") or self.encoder_name
+        """Model from which the teacher is trained: its option `model`, or the study's encoder."""
+        options = self.config.teacher_options
+        return (options.model if options else "") or self.encoder_name
 
     @property
     def teacher_folder(self) -> Path:
         config = self.config
-        parts = [
-            self.prints.options(config.teacher_options, without="model"),
-            effective(config.teacher_arguments),
+        inputs = [
+            self.fingerprints.options(config.teacher_options, without="model"),
+            effective(config.teacher_trainer_args),
             config.seeds[0],
-            self.prints.model(self.teacher_start),
+            self.fingerprints.model(self.teacher_start),
         ]
-        return self.output / "models" / f"teacher-{self.prints.of(parts)}"
+        return self.output / "models" / f"teacher-{self.fingerprints.of(inputs)}"
 
     @property
     def teacher_name(self) -> str:
+        """Folder or Hugging Face name of the teacher."""
         return self.config.teacher or str(self.teacher_folder / "final")
 
-    def student_name(self, arm: ArmConfig, language: str, seed: int, role: str = "") -> str:
-        """Folder of an arm's trained model; the teacher itself for an arm without training."""
+    def model_name(self, arm: ArmConfig, language: str, seed: int, role: str = "") -> str:
+        """Return the folder of an arm's model; for an arm without a model, the teacher."""
         role = role or self.config.role
-        seed = self.seed_of(arm, seed)
+        seed = self.effective_seed(arm, seed)
         options = self.options(arm, language, seed, role)
         if options is None:
             return self.teacher_name
-        parts = [
+        inputs = [
             arm.recipe,
-            self.prints.options(options),
-            effective(arm.arguments),
+            self.fingerprints.options(options),
+            effective(arm.trainer_args),
             seed,
-            self.prints.model(self.teacher_name),
+            self.fingerprints.model(self.teacher_name),
         ]
-        where = ALL if arm.multilingual else language
-        name = f"{file_name(arm.name)}-{where}-{seed}-{self.prints.of(parts)}"
+        languages = ALL_LANGUAGES if arm.multilingual else language
+        name = f"{file_name(arm.name)}-{languages}-{seed}-{self.fingerprints.of(inputs)}"
         return str(self.output / "models" / name / "final")
 
-    def seed_of(self, arm: ArmConfig, seed: int) -> int:
-        """The seed, or the study's first for an arm that is the same for every seed."""
-        return seed if self.seeded(arm) else self.config.seeds[0]
+    def effective_seed(self, arm: ArmConfig, seed: int) -> int:
+        """Return the seed, or the first seed of the study for an arm that is equal for all."""
+        return seed if self.depends_on_seed(arm) else self.config.seeds[0]
 
-    def seeded(self, arm: ArmConfig) -> bool:
-        """Whether seeds matter: not without training, nor to what is made at once without any."""
+    def depends_on_seed(self, arm: ArmConfig) -> bool:
+        """Whether an arm or a model that it starts from is trained in random steps."""
         starts = [self.config.arm(name) for name in arm.start if name not in (TEACHER, ENCODER)]
-        return arm.trains and (arm.recipe not in AT_ONCE or any(map(self.seeded, starts)))
+        return arm.trains and (
+            arm.recipe not in WITHOUT_STEPS or any(map(self.depends_on_seed, starts))
+        )
 
     def options(self, arm: ArmConfig, language: str, seed: int, role: str) -> Any:
-        """An arm's options with every model and word table in its place."""
+        """Return the options of an arm with the paths of its models and lexicons."""
         start = []
         for name in arm.start:
             if name == ENCODER:
                 start.append(self.encoder_name)
             elif name != TEACHER:
-                start.append(self.student_name(self.config.arm(name), language, seed, role))
-        return arm.options(
-            self.languages(arm, language),
+                start.append(self.model_name(self.config.arm(name), language, seed, role))
+        return arm.resolve_options(
+            self.training_languages(arm, language),
             self.teacher_name,
             self.config,
             role=role,
             start=start,
-            lexicon=lambda name, one: self.table(name, one, role),
+            lexicon_path=lambda name, language: self.lexicon_path(name, language, role),
         )
 
-    def languages(self, arm: ArmConfig, language: str) -> list[str]:
+    def training_languages(self, arm: ArmConfig, language: str) -> list[str]:
         return list(self.config.languages) if arm.multilingual else [language]
 
-    def table(self, name: str, language: str, role: str) -> str:
-        """Path of a word table: one that the study makes, or a file."""
+    def lexicon_path(self, name: str, language: str, role: str) -> str:
+        """Return the path of a lexicon, which the study induces or which is an existing file."""
         config = self.config
         if name not in config.lexicons:
-            return str(filled(name, [language]))
-        made = config.lexicons[name]
+            return str(fill_languages(name, [language]))
+        lexicon = config.lexicons[name]
         model = ""
-        if made.arm:
-            arm = config.arm(made.arm)
-            model = self.prints.model(self.student_name(arm, language, config.seeds[0], role))
-            model += role + self.prints.model(self.teacher_name)
-        options = vars(made) | {"bitext": filled(made.bitext, [language])}
-        parts = self.prints.of([self.prints.files(options), model])
-        return str(self.output / "lexicons" / f"{file_name(name)}-{language}-{parts}.tsv")
+        if lexicon.arm:
+            arm = config.arm(lexicon.arm)
+            model = self.fingerprints.model(self.model_name(arm, language, config.seeds[0], role))
+            model += role + self.fingerprints.model(self.teacher_name)
+        options = vars(lexicon) | {"bitext": fill_languages(lexicon.bitext, [language])}
+        fingerprint = self.fingerprints.of([self.fingerprints.files(options), model])
+        return str(self.output / "lexicons" / f"{file_name(name)}-{language}-{fingerprint}.tsv")
 
-    def evaluation_parts(
-        self, arm: ArmConfig, model: str, language: str, role: str, names: list[str]
+    def evaluation_inputs(
+        self, arm: ArmConfig, model: str, language: str, role: str, collections: list[str]
     ) -> Any:
+        """Return all inputs of an evaluation task, for its fingerprint."""
         config = self.config
-        tables = {side: self.table(table, language, role) for side, table in arm.translate.items()}
-        replaced = {
-            side: [filled(path, [language]).replace("{collection}", name) for name in names]
-            for side, path in arm.replace.items()
+        lexicons = {
+            texts: self.lexicon_path(name, language, role) for texts, name in arm.translate.items()
         }
-        parts: list[Any] = [
-            self.files(names, language),
+        replaced = {
+            texts: [
+                fill_languages(path, [language]).replace("{collection}", name)
+                for name in collections
+            ]
+            for texts, path in arm.replace.items()
+        }
+        inputs: list[Any] = [
+            self.collection_inputs(collections, language),
             list(config.measures),
             role,
-            self.prints.files([tables, replaced]),
+            self.fingerprints.files([lexicons, replaced]),
         ]
         if arm.recipe == "bm25":
-            return [*parts, arm.recipe, arm.settings]
-        models = [self.prints.model(model), self.prints.model(self.teacher_name)]
-        return [*parts, models, arm.encodes, config.passage_length, config.passage_stride]
+            return [*inputs, arm.recipe, arm.options]
+        models = [self.fingerprints.model(model), self.fingerprints.model(self.teacher_name)]
+        return [*inputs, models, arm.encodes, config.passage_length, config.passage_stride]
 
-    def searched(self, language: str, role: str) -> list[str]:
-        """The collections that students of a role search in a language."""
+    def collection_inputs(self, collections: list[str], language: str) -> Any:
+        """Return the content hashes of the files of collections."""
+        inputs = {}
+        for name in collections:
+            parts = {
+                part: fill_languages(value, [language])
+                for part, value in self.config.collections[name].items()
+            }
+            if "source" in parts:
+                parts["source"] = self.fingerprints.model(parts["source"])
+            inputs[name] = self.fingerprints.files(parts)
+        return inputs
+
+    def searched_collections(self, language: str, role: str) -> list[str]:
+        """Return the collections that students of a role search in a language."""
         config = self.config
         return [
             name
@@ -167,31 +210,16 @@ class Places:
             if config.role_of(name) == role and language in config.languages_of(name)
         ]
 
-    def files(self, names: list[str], language: str) -> Any:
-        """What is in the files of collections."""
-        return {
-            name: self.prints.files(
-                {
-                    part: self.prints.model(value) if part == "source" else value
-                    for part, value in (
-                        (part, filled(value, [language]))
-                        for part, value in self.config.collections[name].items()
-                    )
-                }
-            )
-            for name in names
-        }
-
-    def pairs(self, arm: ArmConfig, language: str) -> int | None:
-        """How many sentence pairs of a language an arm learns from."""
+    def count_pairs(self, arm: ArmConfig, language: str) -> int | None:
+        """Return the number of sentence pairs of a language that an arm is trained on."""
         from optical.data.pairs import read_bitext_pairs
 
-        read = pairs_read(arm, language)
-        counts = [len(read_bitext_pairs(path)[: read["max_pairs"]]) for path in read["bitext"]]
-        return sum(counts) if counts else None
+        files = fill_languages(arm.options.get("bitext", []), [language])
+        limit = arm.options.get("max_pairs")
+        return sum(len(read_bitext_pairs(path)[:limit]) for path in files) if files else None
 
-    def of_role(self, role: str) -> str:
-        """The end of a label, where a study has cells of both roles."""
+    def role_suffix(self, role: str) -> str:
+        """Return the end of a task label, which names the role if the study has both."""
         return f" {role}" if len(self.config.roles) > 1 else ""
 
 
@@ -199,101 +227,104 @@ def file_name(text: str) -> str:
     return "".join(c if c.isalnum() or c == "-" else "_" for c in text.lower())
 
 
-# Arguments of the trainer that change what is kept and said, never what is learnt.
-WITHOUT_EFFECT = ("save_steps", "save_strategy", "save_total_limit", "logging_steps", "report_to")
-# Folders of a study in which names carry the fingerprint of what they hold.
-MADE = ("models", "lexicons", "vectors")
-MODELS = ("model", "teacher", "student")
+def effective(trainer_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the trainer arguments that affect the trained model."""
+    return {name: value for name, value in trainer_args.items() if name not in WITHOUT_EFFECT}
 
 
 class Fingerprints:
-    """Fingerprints for a study with its output in one folder, which may be moved."""
+    """Content hashes of the inputs of a study's tasks. The output folder may be moved."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
 
-    def of(self, parts: Any) -> str:
-        """Ten digits that stand for plain data."""
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+    def of(self, inputs: Any) -> str:
+        """Return the fingerprint of plain data, ten hexadecimal digits."""
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
 
     def options(self, options: Any, without: str = "") -> Any:
-        """Options as plain data, every file and model replaced by what is in it."""
+        """Return options as plain data in which files and models are replaced by their hashes.
+
+        Options with their default value are left out, so that an option added by a later version
+        does not invalidate finished tasks.
+        """
         if options is None:
             return None
-        # How a training is fed and whether it is resumed changes nothing of what it learns.
+        # Resuming and stored teacher vectors do not affect the trained model.
         left_out = ("resume", "teacher_vectors", without)
-        return {
-            field.name: (self.model if field.name in MODELS else self.files)(value)
-            for field in dataclasses.fields(options)
-            # Without defaults, an option that a later version adds leaves alone what is finished.
-            if (value := getattr(options, field.name)) != _default(field)
-            and field.name not in left_out
-        }
+        inputs = {}
+        for entry in dataclasses.fields(options):
+            value = getattr(options, entry.name)
+            if entry.name in left_out or value == _default(entry):
+                continue
+            name = FINGERPRINT_NAMES.get((type(options).__name__, entry.name), entry.name)
+            inputs[name] = (self.model if entry.name in MODEL_OPTIONS else self.files)(value)
+        return inputs
 
     def files(self, value: Any) -> Any:
-        """`value` with every file in it replaced by a digest of its contents."""
+        """Return `value` with every file name in it replaced by the hash of the file's content.
+
+        A string may be `file`, `language=file`, or two aligned files `corpus.en,corpus.sw`.
+        """
         if isinstance(value, Mapping):
             return {key: self.files(entry) for key, entry in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.files(entry) for entry in value]
         if not isinstance(value, str):
             return value
-        # `file`, `language=file`, or two aligned files `corpus.en,corpus.sw`.
-        whole = self._named(value)
-        return whole if whole != value else ",".join(map(self._named, value.split(",")))
+        whole = self._named_file(value)
+        return whole if whole != value else ",".join(map(self._named_file, value.split(",")))
 
     def model(self, name: str) -> str:
-        """A model of the study by its fingerprinted name, so that the output folder can be moved;
-        a model from elsewhere by what is in its folder."""
-        made = self._made(name)
-        if made:
-            return made
+        """Return an identity of a model or collection.
+
+        A model of the study is identified by its fingerprinted name, a folder from elsewhere by
+        the names, sizes and times of its files, and anything else by its name.
+        """
+        study_name = self._study_name(name)
+        if study_name:
+            return study_name
         path = Path(name)
         return self._folder(path) if name and path.is_dir() else name
 
-    def _named(self, value: str) -> str:
+    def _named_file(self, value: str) -> str:
         whole = self._file(value)
         name, equals, path = value.partition("=")
         return whole if whole != value or not equals else f"{name}={self._file(path)}"
 
     def _file(self, value: str) -> str:
-        """SHA-256 of the file that `value` names, or `value` itself where it names none."""
-        made = self._made(value)
-        if made:
-            # What the study makes itself may not be there yet; its name says what it will be.
-            return made
+        """Return the SHA-256 of the file `value`, or `value` if there is no such file."""
+        study_name = self._study_name(value)
+        if study_name:
+            # The file may not exist yet; its name contains the fingerprint of its content.
+            return study_name
         try:
             stat = os.stat(value)
             return _digest(value, stat.st_size, stat.st_mtime_ns)
         except OSError:
             return value
 
-    def _made(self, value: str) -> str:
-        """Name of what the study made, or "" for what comes from elsewhere."""
+    def _study_name(self, value: str) -> str:
+        """Return the fingerprinted name of a file of the study, or "" for other files."""
         try:
             kind, name, *_ = Path(value).relative_to(self.output).parts
         except ValueError:
             return ""
-        return name if kind in MADE else ""
+        return name if kind in FINGERPRINTED_FOLDERS else ""
 
     def _folder(self, folder: Path) -> str:
-        """Names, sizes and times of a model or collection from elsewhere; weights are too large."""
+        # Weights are too large to hash their content.
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        found = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
-        return self.of([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found])
-
-
-def effective(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The trainer's arguments that change what is learnt."""
-    return {name: value for name, value in arguments.items() if name not in WITHOUT_EFFECT}
+        stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
+        return self.of([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
 @functools.lru_cache(maxsize=1000)
 def _digest(path: str, size: int, time_ns: int) -> str:
-    # Size and time are in the key alone: a changed file is read again.
+    # Size and time are part of the cache key only: a changed file is read again.
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    made = field.default_factory
-    return field.default if made is dataclasses.MISSING else made()
+def _default(entry: dataclasses.Field[Any]) -> Any:
+    factory = entry.default_factory
+    return entry.default if factory is dataclasses.MISSING else factory()

@@ -1,34 +1,39 @@
-"""Training recipes for Sentence Transformers.
+"""Training recipes on Sentence Transformers, and their options.
 
-The names are loaded at first use: the recipes import Sentence Transformers, while the options, which
-a study's configuration needs, do not.
+Names are imported on first use: the options are light, while the recipes import Sentence
+Transformers.
 """
 
 import importlib
 from typing import Any
 
-_HOME = {
-    "AverageOptions": "options",
-    "BitextCollator": "recipes",
-    "CodeswitchOptions": "options",
-    "DistillOptions": "options",
-    "EncoderOptions": "pretraining",
-    "TeacherOptions": "options",
-    "TransferOptions": "options",
-    "average": "recipes",
-    "codeswitch": "recipes",
-    "distill": "recipes",
-    "encoder_trainer": "pretraining",
-    "run": "runner",
-    "teacher": "recipes",
-    "trainer_arguments": "recipes",
-    "transfer": "vocabulary_transfer",
+_MODULES = {
+    "options": (
+        "AverageOptions",
+        "CodeswitchOptions",
+        "DistillOptions",
+        "EncoderOptions",
+        "TeacherOptions",
+        "TransferOptions",
+    ),
+    "pretraining": ("encoder_trainer",),
+    "recipes": (
+        "BitextCollator",
+        "average",
+        "codeswitch",
+        "distill",
+        "teacher",
+        "trainer_arguments",
+    ),
+    "runner": ("run", "save"),
+    "vocabulary_transfer": ("transfer",),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

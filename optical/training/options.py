@@ -1,65 +1,95 @@
-"""The options of the training recipes: what `optical train` and a study's arms may set."""
+"""Options of the training recipes, shared by `optical train` and the arms of a study."""
+
+# ruff: noqa: RUF009  (_option and _list_option return a new dataclasses.field)
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from optical.models.encoding import ROLES
+from optical.ot.functional import Gradient
 from optical.ot.validation import check_options
 
-OBJECTIVES = ("ot", "position", "pooled", "greedy", "contrastive")
-MASSES = ("uniform", "idf")
-READS = ("other", "english", "both")
-VECTORS = ("bitext", "spelling")
-# Recipes that take no steps, and so no arguments of them.
-AT_ONCE = ("transfer", "average")
+Role = Literal["query", "document"]
+Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
+
+# Recipes that compute a model without training steps. Of the trainer's arguments they use
+# output_dir alone.
+WITHOUT_STEPS = ("transfer", "average")
+# Default of a required option; validate() reports an option that still has it.
+REQUIRED: Any = ""
+
+
+def _option(default: Any, help_text: str) -> Any:
+    """Declare a dataclass field with its default and its help text on the command line."""
+    return field(default=default, metadata={"help": help_text})
+
+
+def _list_option(help_text: str) -> Any:
+    return field(default_factory=list, metadata={"help": help_text})
+
+
+@dataclass
+class EncoderOptions:
+    """Options of `optical train encoder`."""
+
+    text: list[str] = _list_option(
+        "Plain-text files with one sentence per line, or JSON lines with the key `text`."
+    )
+    bitext: list[str] = _list_option(
+        "Files of parallel sentences, `English TAB other`. Both sentences of a pair are read as "
+        "one text."
+    )
+    vocabulary_size: int = _option(20_000, "Number of WordPiece units to learn.")
+    hidden_size: int = _option(128, "Width of the encoder and of its token vectors.")
+    layers: int = _option(2, "Number of transformer layers.")
+    heads: int = _option(2, "Number of attention heads.")
+    max_tokens: int = _option(128, "Maximum length of a training text in tokens.")
+    mask_probability: float = _option(0.15, "Probability that a token is masked.")
+    resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
+
+    def validate(self) -> None:
+        """Raise ValueError for invalid options. No file is read."""
+        if not self.text and not self.bitext:
+            raise ValueError("text, bitext: no file given, expected at least one")
+        if self.hidden_size % self.heads:
+            raise ValueError(
+                f"heads: {self.heads}, expected a divisor of hidden_size {self.hidden_size}"
+            )
 
 
 @dataclass
 class TeacherOptions:
     """Options of `optical train teacher`."""
 
-    model: str = field(
-        default="", metadata={"help": "Encoder to start from: Hugging Face name or folder."}
+    model: str = _option(
+        REQUIRED, "Encoder to start from: a Hugging Face name or a folder. Required."
     )
-    pairs: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Training pairs: TSV `query TAB passage`, or JSON lines with query, pos, neg."
-        },
+    pairs: list[str] = _list_option(
+        "Files of training pairs: TSV `query TAB passage`, or JSON lines with the keys query, pos "
+        "and neg."
     )
-    queries: str = field(
-        default="", metadata={"help": "With --passages: TSV `query id TAB passage id TAB query`."}
+    queries: str = _option("", "TSV file `query id TAB passage id TAB query`. Requires --passages.")
+    passages: str = _option(
+        "", "JSON lines or TSV file of passage ids and texts. Requires --queries."
     )
-    passages: str = field(
-        default="", metadata={"help": "With --queries: JSON lines or TSV of passage id and text."}
+    dimension: int | None = _option(
+        None, "Dimension of the token vectors (default: the width of the encoder)."
     )
-    dimension: int | None = field(
-        default=None, metadata={"help": "Size of the token vectors (default: encoder's width)."}
+    query_length: int = _option(32, "Maximum length of a query in tokens.")
+    document_length: int = _option(180, "Maximum length of a passage in tokens.")
+    query_expansion: bool = _option(False, "Pad queries to query_length with mask tokens.")
+    skip_frequent: int = _option(
+        0, "Exclude the N most frequent tokens of the training texts from the scores of queries."
     )
-    query_length: int = field(default=32, metadata={"help": "Longest query in tokens."})
-    document_length: int = field(default=180, metadata={"help": "Longest passage in tokens."})
-    query_expansion: bool = field(
-        default=False, metadata={"help": "Fill queries with mask tokens to query_length."}
-    )
-    skip_frequent: int = field(
-        default=0,
-        metadata={
-            "help": "Leave the N most frequent tokens of the training texts out of queries' scores."
-        },
-    )
-    scale: float = field(
-        default=1.0, metadata={"help": "Factor on the MaxSim scores before the softmax."}
-    )
-    resume: bool = field(
-        default=False, metadata={"help": "Continue from the last checkpoint in output_dir."}
-    )
+    scale: float = _option(1.0, "Factor on the MaxSim scores before the softmax.")
+    resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
 
     def validate(self) -> None:
-        """Raise ValueError for options that cannot work, before anything is read."""
-        _required("model", self.model)
+        """Raise ValueError for invalid options. No file is read."""
+        _check_required("model", self.model)
         if bool(self.queries) != bool(self.passages):
-            raise ValueError("queries, passages: one of them alone; expected both or neither")
+            raise ValueError("queries, passages: only one is given, expected both or neither")
         if not self.pairs and not self.queries:
             raise ValueError("pairs: none given; expected --pairs, or --queries with --passages")
 
@@ -68,117 +98,96 @@ class TeacherOptions:
 class CodeswitchOptions(TeacherOptions):
     """Options of `optical train codeswitch`."""
 
-    lexicon: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Lexicons `language=file`, file: `English TAB foreign`."},
+    lexicon: list[str] = _list_option(
+        "Bilingual lexicons as `language=file`. A file has the lines `English TAB foreign`."
     )
-    probability: float = field(default=0.5, metadata={"help": "Chance that a word is replaced."})
-    sides: str = field(
-        default="document", metadata={"help": "Which side is switched: query, document or both."}
+    probability: float = _option(0.5, "Probability that a word is replaced by a translation.")
+    role: Literal["query", "document", "both"] = _option(
+        "document", "Texts to code-switch: query, document or both."
     )
-    copies: int = field(
-        default=1, metadata={"help": "How often each pair is switched, with draws of its own."}
+    copies: int = _option(
+        1, "Number of code-switched copies of each training pair, drawn independently."
     )
 
     def validate(self) -> None:
-        """Raise ValueError for options that cannot work, before anything is read."""
+        """Raise ValueError for invalid options. No file is read."""
         super().validate()
         if not self.lexicon:
             raise ValueError("lexicon: none given; expected at least one `language=file`")
-        _check_switching(self.lexicon, self.probability)
-        if self.sides not in (*ROLES, "both"):
-            raise ValueError(f"sides: {self.sides!r}, expected 'query', 'document' or 'both'")
-        if self.copies < 1:
-            raise ValueError(f"copies: {self.copies}, expected 1 or more")
+        _check_code_switching(self.lexicon, self.probability)
+        _check_choices(self)
+        _check_positive("copies", self.copies)
 
 
 @dataclass
 class DistillOptions:
     """Options of `optical train distill`."""
 
-    teacher: str = field(
-        default="", metadata={"help": "The frozen English retriever: Hugging Face name or folder."}
+    teacher: str = _option(
+        REQUIRED, "Frozen English retriever: a Hugging Face name or a folder. Required."
     )
-    student: str = field(
-        default="", metadata={"help": "Model to start the student from (default: the teacher)."}
+    student: str = _option("", "Model that the student starts from (default: the teacher).")
+    bitext: list[str] = _list_option(
+        "One or more files of parallel sentences, `English TAB other`. Required."
     )
-    bitext: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Parallel sentences `English TAB other`, one file or more."},
+    role: Role = _option(
+        REQUIRED, "Texts that the student encodes in retrieval: query or document. Required."
     )
-    role: str = field(
-        default="", metadata={"help": "What the student will read: query or document."}
+    objective: Objective = _option(
+        "ot",
+        "Loss between the token vectors of two parallel sentences: "
+        + ", ".join(get_args(Objective))
+        + ".",
     )
-    objective: str = field(
-        default="ot",
-        metadata={"help": "How two sentences are compared: " + ", ".join(OBJECTIVES) + "."},
+    epsilon: float = _option(0.05, "Entropic regularisation of the transport plan.")
+    max_iter: int = _option(50, "Maximum number of Sinkhorn iterations.")
+    tol: float = _option(
+        0.0, "L1 error of the marginals at which a pair stops iterating (0: run max_iter)."
     )
-    epsilon: float = field(default=0.05, metadata={"help": "Temperature of the transport plan."})
-    max_iter: int = field(default=50, metadata={"help": "Sinkhorn iterations."})
-    tol: float = field(
-        default=0.0, metadata={"help": "Stop a pair at this L1 marginal error (0: run max_iter)."}
+    gradient: Gradient = _option(
+        "envelope", "Gradient of the transport cost: envelope (as OPTICAL), implicit or unroll."
     )
-    gradient: str = field(
-        default="envelope", metadata={"help": "envelope (OPTICAL), implicit or unroll."}
+    rho: float | None = _option(
+        None, "Penalty on marginal deviations (default: both marginals are constraints)."
     )
-    rho: float | None = field(
-        default=None, metadata={"help": "Penalty of moved mass (default: both marginals fixed)."}
+    backend: str = _option("auto", "Sinkhorn backend; `optical info` lists the available ones.")
+    temperature: float = _option(0.05, "Softmax temperature of the contrastive objective.")
+    mass: Literal["uniform", "idf"] = _option(
+        "uniform", "Mass of a token: uniform, or its idf in the bitext."
     )
-    backend: str = field(default="auto", metadata={"help": "Sinkhorn backend; see `optical info`."})
-    temperature: float = field(
-        default=0.05, metadata={"help": "Of the contrastive objective's softmax."}
+    skip_frequent: int = _option(
+        0, "Give no mass to the N most frequent tokens of each language of the bitext."
     )
-    mass: str = field(
-        default="uniform", metadata={"help": "Weight of a token: uniform, or idf in the bitext."}
+    reads: Literal["other", "english", "both"] = _option(
+        "other", "Sentences of a pair that the student encodes: other, english or both."
     )
-    skip_frequent: int = field(
-        default=0, metadata={"help": "Leave out the N most frequent tokens of either side."}
+    lexicon: list[str] = _list_option(
+        "Bilingual lexicons as `language=file`. They code-switch the English that the student "
+        "encodes."
     )
-    reads: str = field(
-        default="other",
-        metadata={"help": "Which sides the student learns to read: other, english or both."},
+    probability: float = _option(0.5, "Probability that a word is replaced by a translation.")
+    teacher_vectors: list[str] = _list_option(
+        "Token stores of the teacher, one folder per bitext file, as written by `optical vectors`."
     )
-    lexicon: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Lexicons `language=file` that switch the English that it reads."},
+    max_pairs: int | None = _option(None, "Maximum number of pairs read from each file.")
+    balance: bool = _option(
+        False, "Repeat the pairs of smaller files so that all files have equal weight."
     )
-    probability: float = field(default=0.5, metadata={"help": "Chance that a word is switched."})
-    teacher_vectors: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Stored vectors of the teacher, a folder for each file of bitext."},
+    stream: bool = _option(
+        False, "Read the bitext from disk during training instead of holding it in memory."
     )
-    max_pairs: int | None = field(
-        default=None, metadata={"help": "Use the first so many pairs of each file."}
+    dimension: int | None = _option(
+        None, "Dimension of the token vectors of a new student (default: that of the teacher)."
     )
-    balance: bool = field(
-        default=False,
-        metadata={"help": "Repeat the pairs of smaller files, so that all files weigh alike."},
-    )
-    stream: bool = field(
-        default=False,
-        metadata={"help": "Read the bitext from disk while training, whatever its size."},
-    )
-    dimension: int | None = field(
-        default=None, metadata={"help": "Size of a new student's vectors (default: teacher's)."}
-    )
-    resume: bool = field(
-        default=False, metadata={"help": "Continue from the last checkpoint in output_dir."}
-    )
+    resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
 
     def validate(self) -> None:
-        """Raise ValueError for options that cannot work, before anything is read."""
-        _required("teacher", self.teacher)
-        if self.role not in ROLES:
-            raise ValueError(f"role: {self.role!r}, expected 'query' or 'document'")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective: {self.objective!r}, expected {' or '.join(OBJECTIVES)}")
-        if self.mass not in MASSES:
-            raise ValueError(f"mass: {self.mass!r}, expected {' or '.join(MASSES)}")
-        if self.reads not in READS:
-            raise ValueError(f"reads: {self.reads!r}, expected {' or '.join(READS)}")
+        """Raise ValueError or TypeError for invalid options. No file is read."""
+        _check_required("teacher", self.teacher)
+        _check_choices(self)
         if self.lexicon and self.reads == "other":
             raise ValueError("lexicon: given, but the student reads no English; set reads to both")
-        _check_switching(self.lexicon, self.probability)
+        _check_code_switching(self.lexicon, self.probability)
         if self.skip_frequent < 0:
             raise ValueError(f"skip_frequent: {self.skip_frequent}, expected 0 or more")
         if not self.temperature > 0:
@@ -188,19 +197,11 @@ class DistillOptions:
         if self.teacher_vectors and len(self.teacher_vectors) != len(self.bitext):
             raise ValueError(
                 f"teacher_vectors: {len(self.teacher_vectors)} folders for {len(self.bitext)} "
-                "files of bitext; expected one for each"
+                "bitext files; expected one folder per file"
             )
-        _some_pairs(self.max_pairs)
+        _check_positive("max_pairs", self.max_pairs)
         if self.stream:
-            # These look at the whole bitext before the first step.
-            for name, usual in (("mass", "uniform"), ("skip_frequent", 0), ("reads", "other"),
-                                ("max_pairs", None)):  # fmt: skip
-                if getattr(self, name) != usual:
-                    raise ValueError(f"{name}: {getattr(self, name)!r}, expected {usual!r}, "
-                                     "because stream reads the bitext only once")  # fmt: skip
-            if self.objective == "contrastive":
-                raise ValueError("objective: 'contrastive' needs batches without repetitions, "
-                                 "which stream cannot promise")  # fmt: skip
+            self._check_streamable()
         check_options(
             epsilon=self.epsilon,
             max_iter=self.max_iter,
@@ -210,67 +211,84 @@ class DistillOptions:
             backend=self.backend,
         )
 
+    def _check_streamable(self) -> None:
+        """Refuse options that need the whole bitext before the first step."""
+        required = {"mass": "uniform", "skip_frequent": 0, "reads": "other", "max_pairs": None}
+        for name, value in required.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r}, expected {value!r}, because stream reads "
+                    "the bitext only once"
+                )
+        if self.objective == "contrastive":
+            raise ValueError(
+                "objective: 'contrastive' needs batches without repeated sentences, which stream "
+                "cannot guarantee"
+            )
+
 
 @dataclass
 class TransferOptions:
     """Options of `optical train transfer`."""
 
-    model: str = field(
-        default="", metadata={"help": "The English retriever: Hugging Face name or folder."}
+    model: str = _option(REQUIRED, "English retriever: a Hugging Face name or a folder. Required.")
+    text: list[str] = _list_option(
+        "Text files of all languages with one sentence per line, or JSON lines with the key `text`."
     )
-    text: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Text of all languages (a sentence a line, or JSON lines with `text`)."},
+    bitext: list[str] = _list_option(
+        "One or more files of parallel sentences, `English TAB other`."
     )
-    bitext: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Parallel sentences `English TAB other`, one file or more."},
+    vocabulary_size: int = _option(40_000, "Number of WordPiece units to learn.")
+    keep: bool = _option(
+        False, "Keep the units of the retriever and learn only units of the other languages."
     )
-    vocabulary_size: int = field(default=40_000, metadata={"help": "WordPiece units to learn."})
-    keep: bool = field(
-        default=False,
-        metadata={"help": "Keep the retriever's own units, and learn those of the others alone."},
+    balance: bool = _option(
+        False, "Repeat the pairs of smaller files when the vocabulary is learnt."
     )
-    balance: bool = field(
-        default=False,
-        metadata={"help": "Repeat the pairs of smaller files when units are learnt."},
+    initialize_from: Literal["bitext", "spelling"] = _option(
+        "bitext",
+        "Source of the input vectors of new units: bitext (and spelling), or spelling alone.",
     )
-    vectors: str = field(
-        default="bitext",
-        metadata={"help": "What units start from: bitext, or their spelling alone."},
-    )
-    max_pairs: int | None = field(
-        default=None, metadata={"help": "Read the first so many pairs of each file alone."}
-    )
+    max_pairs: int | None = _option(None, "Maximum number of pairs read from each file.")
 
     def validate(self) -> None:
-        """Raise ValueError for options that cannot work, before anything is read."""
-        _required("model", self.model)
+        """Raise ValueError for invalid options. No file is read."""
+        _check_required("model", self.model)
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
-        if self.vectors not in VECTORS:
-            raise ValueError(f"vectors: {self.vectors!r}, expected {' or '.join(VECTORS)}")
-        if self.vocabulary_size < 1:
-            raise ValueError(f"vocabulary_size: {self.vocabulary_size}, expected 1 or more")
-        _some_pairs(self.max_pairs)
+        _check_choices(self)
+        _check_positive("vocabulary_size", self.vocabulary_size)
+        _check_positive("max_pairs", self.max_pairs)
 
 
 @dataclass
 class AverageOptions:
     """Options of `optical train average`."""
 
-    models: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Two students or more of one start: Hugging Face names or folders."},
+    models: list[str] = _list_option(
+        "Two or more students fine-tuned from one model: Hugging Face names or folders. Required."
     )
 
     def validate(self) -> None:
-        """Raise ValueError for options that cannot work, before anything is read."""
+        """Raise ValueError for invalid options. No file is read."""
         if len(self.models) < 2:
             raise ValueError(f"models: {len(self.models)} given, expected two or more")
 
 
-def _check_switching(lexicon: list[str], probability: float) -> None:
+def choices_of(options_class: type[Any]) -> dict[str, tuple[str, ...]]:
+    """Return the accepted values of each option that has a fixed set of values."""
+    hints = get_type_hints(options_class)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def _check_choices(options: Any) -> None:
+    for name, accepted in choices_of(type(options)).items():
+        value = getattr(options, name)
+        if value not in accepted:
+            raise ValueError(f"{name}: {value!r}, expected {' or '.join(accepted)}")
+
+
+def _check_code_switching(lexicon: list[str], probability: float) -> None:
     for entry in lexicon:
         if "=" not in entry:
             raise ValueError(f"lexicon: {entry!r}, expected `language=file`")
@@ -278,11 +296,11 @@ def _check_switching(lexicon: list[str], probability: float) -> None:
         raise ValueError(f"probability: {probability}, expected a number from 0 to 1")
 
 
-def _some_pairs(max_pairs: int | None) -> None:
-    if max_pairs is not None and max_pairs < 1:
-        raise ValueError(f"max_pairs: {max_pairs}, expected 1 or more")
+def _check_positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name}: {value}, expected 1 or more")
 
 
-def _required(name: str, value: str) -> None:
+def _check_required(name: str, value: str) -> None:
     if not value:
         raise ValueError(f"{name}: none given; expected a Hugging Face name or a folder")

@@ -1,14 +1,15 @@
-"""The training recipes: each one a configured Sentence Transformers trainer.
+"""Training recipes as configured Sentence Transformers trainers.
 
-teacher     English late interaction from (query, passage) pairs, in-batch softmax   (recipe R0)
-distill     a student pulled onto a frozen teacher through parallel sentences   (recipes R1 to R4)
-codeswitch  the teacher recipe on text whose words were replaced through lexicons    (recipe R5)
-transfer    a retriever whose vocabulary becomes that of other languages (``optical.training.vocabulary_transfer``)
-average     the mean of students that began alike (``optical.training.recipes``)
+teacher     English late interaction from (query, passage) pairs, in-batch softmax  (recipe R0)
+distill     a student distilled from a frozen teacher on parallel sentences  (recipes R1 to R4)
+codeswitch  the teacher recipe on text code-switched through lexicons  (recipe R5)
+average     the mean of the weights of students fine-tuned from one model
 
-Each function returns the trainer, which its caller may change before ``run`` trains, resumes and
-saves. There is no training loop here: checkpoints, precision, seeds, progress bars, many GPUs and
-model cards are the trainer's.
+The recipe ``transfer`` is in ``optical.training.vocabulary_transfer``. A recipe that trains returns
+a trainer, which the caller may change before ``optical.training.run`` trains, resumes and saves. A
+recipe without training steps returns a model for ``optical.training.save``. The package has no
+training loop: checkpoints, precision, seeds, progress bars, multi-GPU training and model cards are
+those of the trainer.
 """
 
 from __future__ import annotations
@@ -55,7 +56,6 @@ from optical.training.options import (
     DistillOptions,
     TeacherOptions,
 )
-from optical.training.runner import Finished
 
 logger = logging.getLogger("optical")
 
@@ -64,12 +64,12 @@ class BitextCollator(MultiVectorEncoderDataCollator):
     """Tokenise parallel sentences: the first column for the teacher, the others for the student.
 
     Args:
-        student, teacher: two ``MultiVectorEncoder`` models, or dense ``SentenceTransformer`` ones.
-        role: "query" or "document", the side of retrieval that the student will serve; it decides
-            prompts, lengths and mask-token expansion on both sides.
-        max_length: longest sentence in tokens (None: the models' own limits).
-        vectors: the teacher's vectors of the first column where they are stored, which spares
-            running it; None tokenises the column for the teacher.
+        student, teacher: two ``MultiVectorEncoder`` or two dense ``SentenceTransformer`` models.
+        role: "query" or "document", the role of the student in retrieval. It selects prompts,
+            length limits and mask-token expansion for both models.
+        max_length: maximum length of a sentence in tokens (None: the limits of the models).
+        vectors: token store of the teacher for the first column, used instead of running the
+            teacher. With None the column is tokenised for the teacher.
     """
 
     def __init__(
@@ -110,41 +110,8 @@ class BitextCollator(MultiVectorEncoderDataCollator):
         return batch
 
 
-@dataclass
-class CommandLineArguments(MultiVectorEncoderTrainingArguments):
-    """The trainer's arguments in a form that a command line can hold."""
-
-    # A number, or the limits of both roles in JSON; argparse has no type for "either".
-    max_length: str | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": 'Longest text in training: 32, or \'{"query": 32, "document": 64}\'.'},
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.max_length, str) and self.max_length.isdigit():
-            self.max_length = int(self.max_length)  # type: ignore[assignment]
-        super().__post_init__()  # type: ignore[no-untyped-call]
-
-
-def arguments(output_dir: str | Path, **changes: Any) -> MultiVectorEncoderTrainingArguments:
-    """Training arguments with this project's defaults: quiet, resumable, nothing sent anywhere.
-
-    Raises:
-        ValueError: an argument is unknown, or its value of another type; the trainer would say so
-            after minutes, and without the argument's name.
-    """
-    hints = get_type_hints(MultiVectorEncoderTrainingArguments)
-    for name, value in changes.items():
-        if name not in hints:
-            raise ValueError(f"trainer's argument {name!r} is unknown{nearest(name, hints)}")
-        typed(value, hints[name], name)
-    return MultiVectorEncoderTrainingArguments(
-        output_dir=str(output_dir), **{**ARGUMENT_DEFAULTS, **changes}
-    )
-
-
-# What the recipes change of the trainer's defaults; the command line and the study share them.
-ARGUMENT_DEFAULTS: dict[str, Any] = {
+# Changes to the trainer's default arguments, shared by the command line and studies.
+TRAINER_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "learning_rate": 2e-5,
     "per_device_train_batch_size": 64,
@@ -155,96 +122,170 @@ ARGUMENT_DEFAULTS: dict[str, Any] = {
 }
 
 
-def teacher(
-    options: TeacherOptions, args: MultiVectorEncoderTrainingArguments
-) -> MultiVectorEncoderTrainer:
-    """Configure training on (query, passage) pairs: softmax over the passages of a batch.
+@dataclass
+class CommandLineTrainerArguments(MultiVectorEncoderTrainingArguments):
+    """Trainer arguments whose types argparse can represent."""
 
-    The passages of the other queries in a batch are its negatives (explicit negatives join them);
-    no passage stands twice in a batch. Source: Khattab and Zaharia, ColBERT (SIGIR 2020).
+    # A number, or JSON with the limits of both roles: argparse has no union types.
+    max_length: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Maximum length of a training text in tokens: 32, or "
+            '\'{"query": 32, "document": 64}\'.'
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_length, str) and self.max_length.isdigit():
+            self.max_length = int(self.max_length)  # type: ignore[assignment]
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+
+def trainer_arguments(
+    output_dir: str | Path, **changes: Any
+) -> MultiVectorEncoderTrainingArguments:
+    """Return trainer arguments with the defaults of this package, TRAINER_DEFAULTS.
+
+    Raises:
+        ValueError: an argument is unknown or has a value of the wrong type. The trainer itself
+            would fail only after minutes, without the name of the argument.
     """
-    options.validate()
-    return _contrastive(
-        options, args, read_training_pairs(options.pairs, options.queries, options.passages)
+    hints = get_type_hints(MultiVectorEncoderTrainingArguments)
+    for name, value in changes.items():
+        if name not in hints:
+            raise ValueError(f"trainer argument {name!r} is unknown{nearest(name, hints)}")
+        typed(value, hints[name], name)
+    return MultiVectorEncoderTrainingArguments(
+        output_dir=str(output_dir), **{**TRAINER_DEFAULTS, **changes}
     )
 
 
+def teacher(
+    options: TeacherOptions, trainer_args: MultiVectorEncoderTrainingArguments
+) -> MultiVectorEncoderTrainer:
+    """Configure training on (query, passage) pairs with a softmax over the passages of a batch.
+
+    The negatives of a query are the passages of the other queries in the batch, and its explicit
+    negatives. No passage occurs twice in a batch. Source: Khattab and Zaharia, ColBERT (SIGIR
+    2020).
+    """
+    options.validate()
+    training_pairs = read_training_pairs(options.pairs, options.queries, options.passages)
+    return _contrastive_trainer(options, trainer_args, training_pairs)
+
+
 def codeswitch(
-    options: CodeswitchOptions, args: MultiVectorEncoderTrainingArguments
+    options: CodeswitchOptions, trainer_args: MultiVectorEncoderTrainingArguments
 ) -> MultiVectorEncoderTrainer:
     """Configure the teacher recipe on code-switched text (Litschko et al., arXiv 2305.05295).
 
-    One lexicon gives their bilingual variant, several the multilingual one. The side that stays
-    English is left untouched.
+    One lexicon gives the bilingual variant of the paper, several give the multilingual one. Texts
+    of the role that is not code-switched stay unchanged.
     """
     options.validate()
     rows = read_training_pairs(options.pairs, options.queries, options.passages)
-    lexicons = _lexicons(options.lexicon)
-    switch = CodeSwitcher(lexicons, probability=options.probability, seed=args.seed)
+    lexicons = _read_lexicons(options.lexicon)
+    switch = CodeSwitcher(lexicons, probability=options.probability, seed=trainer_args.seed)
     coverage = switch.coverage([row[-1] for row in rows[:2000]])
-    logger.info("code switching: the lexicons know %.0f %% of the words", 100 * coverage)
+    logger.info("code switching: the lexicons contain %.0f %% of the words", 100 * coverage)
     switched = []
     for copy in range(options.copies):
         for index, (query, *passages) in enumerate(rows):
             key = f"{copy}:{index}"
-            if options.sides != "document":
+            if options.role != "document":
                 query = switch(query, f"{key}:query")
-            if options.sides != "query":
+            if options.role != "query":
                 passages = [switch(text, f"{key}:{i}") for i, text in enumerate(passages)]
             switched.append((query, *passages))
-    return _contrastive(options, args, switched)
+    return _contrastive_trainer(options, trainer_args, switched)
+
+
+def _contrastive_trainer(
+    options: TeacherOptions,
+    trainer_args: MultiVectorEncoderTrainingArguments,
+    rows: list[tuple[str, ...]],
+) -> MultiVectorEncoderTrainer:
+    """Configure contrastive training on rows of (query, passage, negatives...)."""
+    set_seed(trainer_args.seed)
+    skip_words: list[str] = []
+    if options.skip_frequent:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(options.model))
+        texts = [text for row in rows for text in row]
+        skip_words = frequent_tokens(tokenizer, texts, options.skip_frequent)
+    model = load_retriever(
+        options.model,
+        dimension=options.dimension,
+        query_length=options.query_length,
+        document_length=options.document_length,
+        query_expansion=options.query_expansion,
+        skip_words=skip_words,
+    )
+    # A passage that occurs twice in a batch would be its own negative.
+    trainer_args.batch_sampler = BatchSamplers.NO_DUPLICATES
+    names = ["query", "positive", *(f"negative_{i}" for i in range(1, len(rows[0]) - 1))]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return MultiVectorEncoderTrainer(
+        model=model,
+        args=trainer_args,
+        train_dataset=Dataset.from_dict(dict(zip(names, columns, strict=True))),
+        loss=MultiVectorMultipleNegativesRankingLoss(model, scale=options.scale),
+    )
 
 
 def distill(
-    options: DistillOptions, args: MultiVectorEncoderTrainingArguments
+    options: DistillOptions, trainer_args: MultiVectorEncoderTrainingArguments
 ) -> MultiVectorEncoderTrainer:
-    """Configure distillation on parallel sentences: OT (OPTICAL, arXiv 2301.12566) or another.
+    """Configure distillation on parallel sentences by optimal transport or another objective.
 
-    The student starts from the teacher unless the options name another model.
+    Optimal transport is that of OPTICAL (arXiv 2301.12566). The student starts from the teacher
+    unless the options name another model.
     """
     options.validate()
-    dataset = _bitext(options, args)
-    set_seed(args.seed)
-    taught_by = load_retriever(options.teacher)
-    size = options.dimension or taught_by.get_embedding_dimension()
-    # A student made of a plain encoder reads as much as its teacher does.
-    reader = taught_by[0]
+    dataset = _bitext_dataset(options, trainer_args)
+    set_seed(trainer_args.seed)
+    teacher_model = load_retriever(options.teacher)
+    dimension = options.dimension or teacher_model.get_embedding_dimension()
+    # A student made from a plain encoder gets the length limits of its teacher.
+    limits = teacher_model[0]
     student = load_retriever(
         options.student or options.teacher,
-        dimension=size,
-        query_length=getattr(reader, "query_length", None) or 32,
-        document_length=getattr(reader, "document_length", None) or 180,
-        query_expansion=bool(getattr(reader, "query_expansion", None)),
+        dimension=dimension,
+        query_length=getattr(limits, "query_length", None) or 32,
+        document_length=getattr(limits, "document_length", None) or 180,
+        query_expansion=bool(getattr(limits, "query_expansion", None)),
     )
-    limit = args.max_length
-    if isinstance(limit, dict):
-        limit = limit.get(options.role)
-    stored = None
+    max_length = trainer_args.max_length
+    if isinstance(max_length, dict):
+        max_length = max_length.get(options.role)
+    vectors = None
     if options.teacher_vectors:
-        stored = StoredVectors(options.teacher_vectors, role=options.role, max_length=limit)
+        vectors = StoredVectors(options.teacher_vectors, role=options.role, max_length=max_length)
     if options.objective == "contrastive":
-        # A sentence that stands twice in a batch would be its own negative.
-        args.batch_sampler = BatchSamplers.NO_DUPLICATES
+        # A sentence that occurs twice in a batch would be its own negative.
+        trainer_args.batch_sampler = BatchSamplers.NO_DUPLICATES
     return MultiVectorEncoderTrainer(
         model=student,
-        args=args,
+        args=trainer_args,
         train_dataset=dataset,
-        loss=_objective(options, student, taught_by, dataset),
+        loss=_distillation_loss(options, student, teacher_model, dataset),
         data_collator=BitextCollator(
-            student, taught_by, role=options.role, max_length=limit, vectors=stored
+            student, teacher_model, role=options.role, max_length=max_length, vectors=vectors
         ),
     )
 
 
-def _bitext(options: DistillOptions, args: MultiVectorEncoderTrainingArguments) -> Any:
-    """The parallel sentences as a dataset, with the columns that the student is to read."""
+def _bitext_dataset(
+    options: DistillOptions, trainer_args: MultiVectorEncoderTrainingArguments
+) -> Any:
+    """Return the parallel sentences as a dataset with the columns that the student encodes."""
     if options.stream:
-        if args.max_steps < 1:
+        if trainer_args.max_steps < 1:
             raise ValueError("max_steps: none given, and a stream has no end; expected 1 or more")
-        # Each process reads the stream and takes its turns; batches hold more than tensors.
-        loading: Any = args.accelerator_config
-        loading.dispatch_batches = False
-        return stream_bitext(options.bitext, seed=args.seed)
+        # Every process reads the stream and takes its share: a batch holds more than tensors, so
+        # the main process cannot dispatch it.
+        accelerator_config: Any = trainer_args.accelerator_config
+        accelerator_config.dispatch_batches = False
+        return stream_bitext(options.bitext, seed=trainer_args.seed)
     files = [read_bitext_pairs(path)[: options.max_pairs] for path in options.bitext]
     if options.balance:
         files = balance_bitexts(files)
@@ -254,7 +295,9 @@ def _bitext(options: DistillOptions, args: MultiVectorEncoderTrainingArguments) 
         english = [source for source, _ in pairs]
         if options.lexicon:
             switch = CodeSwitcher(
-                _lexicons(options.lexicon), probability=options.probability, seed=args.seed
+                _read_lexicons(options.lexicon),
+                probability=options.probability,
+                seed=trainer_args.seed,
             )
             english = [switch(text, f"{index}") for index, text in enumerate(english)]
         dataset = dataset.add_column("english", english)
@@ -263,134 +306,102 @@ def _bitext(options: DistillOptions, args: MultiVectorEncoderTrainingArguments) 
     return dataset
 
 
-def _lexicons(entries: Sequence[str]) -> dict[str, dict[str, list[str]]]:
-    """Read `language=file` entries; several files of a language are one lexicon."""
+def _read_lexicons(entries: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Read `language=file` entries; the files of one language are merged into one lexicon."""
     lexicons: dict[str, dict[str, list[str]]] = {}
     for entry in entries:
         language, path = entry.split("=", 1)
+        lexicon = lexicons.setdefault(language, {})
         for word, translations in read_lexicon(path).items():
-            known = lexicons.setdefault(language, {}).setdefault(word, [])
-            known += [one for one in translations if one not in known]
+            merged = lexicon.setdefault(word, [])
+            merged += [text for text in translations if text not in merged]
     return lexicons
 
 
-def _objective(
-    options: DistillOptions, student: Any, taught_by: Any, dataset: Any
+def _distillation_loss(
+    options: DistillOptions, student: Any, teacher_model: Any, dataset: Any
 ) -> DistillationLoss:
     masses: dict[str, Any] = {}
     if options.mass != "uniform" or options.skip_frequent:
         source, *columns = dataset.column_names
-        read = [text for column in columns for text in dataset[column]]
-        masses["student_mass"] = _mass(student, read, options)
-        masses["teacher_mass"] = _mass(taught_by, list(dataset[source]), options)
+        student_texts = [text for column in columns for text in dataset[column]]
+        masses["student_mass"] = _token_mass(student, student_texts, options)
+        masses["teacher_mass"] = _token_mass(teacher_model, list(dataset[source]), options)
     if options.objective == "ot":
         return OTDistillationLoss(
             student,
-            taught_by,
+            teacher_model,
             epsilon=options.epsilon,
             max_iter=options.max_iter,
             tol=options.tol,
-            gradient=options.gradient,  # type: ignore[arg-type]
+            gradient=options.gradient,
             rho=options.rho,
             backend=options.backend,
             **masses,
         )
     if options.objective == "contrastive":
         return objectives.ContrastiveBitextLoss(
-            student, taught_by, temperature=options.temperature, **masses
+            student, teacher_model, temperature=options.temperature, **masses
         )
-    kinds: dict[str, type[DistillationLoss]] = {
+    losses: dict[str, type[DistillationLoss]] = {
         "position": objectives.PositionDistillationLoss,
         "pooled": objectives.PooledDistillationLoss,
         "greedy": objectives.GreedyDistillationLoss,
     }
-    return kinds[options.objective](student, taught_by, **masses)
+    return losses[options.objective](student, teacher_model, **masses)
 
 
-def _mass(model: Any, texts: Sequence[str], options: DistillOptions) -> torch.Tensor:
-    """Weight of each token of a model's tokenizer.
+def _token_mass(model: Any, texts: Sequence[str], options: DistillOptions) -> torch.Tensor:
+    """Return the mass of each token id of a model's tokenizer.
 
-    idf is log((N + 1) / (n + 1)) for a token in n of the N texts: tokens of every text, such as
-    the special ones, weigh nothing.
+    The idf of a token that occurs in n of N texts is log((N + 1) / (n + 1)), so tokens that occur
+    in every text, such as the special tokens, have no mass.
     """
     tokenizer = model.tokenizer
     counts = token_counts(tokenizer, texts, per_text=True, special_tokens=True)
     size = max(len(tokenizer), max(counts) + 1)
-    seen = torch.zeros(size)
-    seen[list(counts)] = torch.tensor([float(count) for count in counts.values()])
+    frequency = torch.zeros(size)
+    frequency[list(counts)] = torch.tensor([float(count) for count in counts.values()])
     mass = torch.ones(size)
     if options.mass == "idf":
-        # Rounding must not leave a trace of mass, or less than none, to tokens of every text.
-        mass = ((len(texts) + 1) / (seen + 1)).log().where(seen < len(texts), 0.0)
+        # Exactly zero for tokens of every text: rounding could give a small or negative mass.
+        mass = ((len(texts) + 1) / (frequency + 1)).log().where(frequency < len(texts), 0.0)
     if options.skip_frequent:
-        # Equal counts in the order of the vocabulary; special tokens are the most frequent ones.
-        mass[(-seen).argsort(stable=True)[: options.skip_frequent]] = 0.0
+        # Ties are broken by token id. The special tokens are the most frequent ones.
+        mass[(-frequency).argsort(stable=True)[: options.skip_frequent]] = 0.0
     return mass
 
 
-def _contrastive(
-    options: TeacherOptions,
-    args: MultiVectorEncoderTrainingArguments,
-    rows: list[tuple[str, ...]],
-) -> MultiVectorEncoderTrainer:
-    set_seed(args.seed)
-    frequent: list[str] = []
-    if options.skip_frequent:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(options.model))
-        texts = [text for row in rows for text in row]
-        frequent = frequent_tokens(tokenizer, texts, options.skip_frequent)
-    model = load_retriever(
-        options.model,
-        dimension=options.dimension,
-        query_length=options.query_length,
-        document_length=options.document_length,
-        query_expansion=options.query_expansion,
-        skip_words=frequent,
-    )
-    # A passage twice in a batch would be its own negative.
-    args.batch_sampler = BatchSamplers.NO_DUPLICATES
-    names = ["query", "positive", *(f"negative_{i}" for i in range(1, len(rows[0]) - 1))]
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return MultiVectorEncoderTrainer(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_dict(dict(zip(names, columns, strict=True))),
-        loss=MultiVectorMultipleNegativesRankingLoss(model, scale=options.scale),
-    )
-
-
-def average(options: AverageOptions, args: Any) -> Finished:
-    """Average the weights of retrievers that differ in nothing else.
-
-    Args:
-        options: the retrievers.
-        args: training arguments, of which only the folder to write to is read.
+def average(options: AverageOptions) -> Any:
+    """Average the weights of retrievers fine-tuned from one model ("model soup").
 
     Returns:
-        What ``training.run`` saves: the first retriever with the mean of all weights, each in the
-        dtype that it has there.
+        The first retriever with the mean of all weights, each in its own dtype.
 
     Raises:
-        FileNotFoundError, ValueError: no such model, or one with other units or other weights than
-            the first, because it is no student of the same start.
+        FileNotFoundError, ValueError: no such model, or a model whose vocabulary or weight shapes
+            differ from those of the first, which therefore has another starting point.
     """
     options.validate()
     first = load_retriever(options.models[0])
     sums = {name: value.double() for name, value in first.state_dict().items()}
-    units = first.tokenizer.get_vocab()
+    vocabulary = first.tokenizer.get_vocab()
     for name in options.models[1:]:
         model = load_retriever(name)
-        if model.tokenizer.get_vocab() != units:
-            raise ValueError(f"models: {name} has other units than {options.models[0]}")
+        if model.tokenizer.get_vocab() != vocabulary:
+            raise ValueError(
+                f"models: {name} has another vocabulary than {options.models[0]}; expected "
+                "students of one model"
+            )
         weights = model.state_dict()
         for key in sums.keys() | weights.keys():
-            shapes = [tuple(one[key].shape) if key in one else None for one in (weights, sums)]
+            shapes = [tuple(part[key].shape) if key in part else None for part in (weights, sums)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"models: {key} of {name} has the shape {shapes[0]}, expected that of "
                     f"{options.models[0]}, {shapes[1]}"
                 )
             sums[key] += weights[key]
-    # What is copied keeps its dtype, whole numbers included.
+    # Copying converts each mean to the dtype of its weight, integers included.
     first.load_state_dict({key: total / len(options.models) for key, total in sums.items()})
-    return Finished(first, args)
+    return first

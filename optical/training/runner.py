@@ -1,4 +1,4 @@
-"""Checkpoints of a training: sealed when they are written, checked before one is continued from."""
+"""Run a configured trainer: checkpoints, resuming, the saved model and the record of the run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,19 @@ from optical.io.files import (
 
 logger = logging.getLogger("optical")
 
+# Files of a checkpoint that get checksums. The random states are left out: every process writes its
+# own, possibly after the callback has run.
+SEALED_FILES = ("*.safetensors", "optimizer.pt", "scheduler.pt")
+
 
 def run(trainer: Any, options: Any, *, resume: bool) -> Path:
-    """Train, save the model to ``output_dir/final`` and the resolved run to ``run.json``.
+    """Train, then save the model to ``output_dir/final``; the record of the run is ``run.json``.
 
     Args:
-        trainer: what a recipe returned.
-        options: the recipe's options, for the record.
-        resume: continue from the newest whole checkpoint where there is one; False refuses a
-            folder that holds checkpoints, so that nothing is overwritten by accident.
+        trainer: trainer returned by a recipe.
+        options: options of the recipe, for the record.
+        resume: continue from the newest intact checkpoint, if there is one. If False, an output
+            folder with checkpoints is refused, so that none is overwritten by accident.
 
     Returns:
         The folder of the trained model.
@@ -44,130 +49,148 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
             is False.
         OSError: the folder cannot be written, or the disk is full.
     """
-    output = writable_folder(trainer.args.output_dir)
-    # One process of a training locks for all of them.
-    alone = folder_lock(output) if trainer.args.should_save else contextlib.nullcontext()
-    with alone, disk_full_errors(output):
-        return _run(trainer, options, output, resume)
+    trainer_args = trainer.args
+    with _output_folder(trainer_args) as output:
+        # Progress bars, or the lines of progress_lines(), already show the losses.
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(SealCheckpoints())
+        checkpoint = _checkpoint_to_resume(output, resume)
+        _write_record(output, options, trainer_args)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return _save_final(output, trainer.save_model, trainer_args.should_save)
 
 
-def _run(trainer: Any, options: Any, output: Path, resume: bool) -> Path:
-    # The bar tells the same; without a bar the callers log lines of their own.
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(SealCheckpoints())
+def save(model: Any, options: Any, trainer_args: Any) -> Path:
+    """Save a model that needs no training steps, in the same layout as :func:`run`.
+
+    Args:
+        model: model returned by a recipe without steps, such as ``transfer`` or ``average``.
+        options: options of the recipe, for the record.
+        trainer_args: trainer arguments, of which only the output folder is used.
+
+    Returns:
+        The folder of the model.
+
+    Raises:
+        ValueError: another process writes into the folder, or it holds checkpoints of a training.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    with _output_folder(trainer_args) as output:
+        _checkpoint_to_resume(output, resume=False)
+        _write_record(output, options, trainer_args)
+        return _save_final(output, model.save_pretrained, trainer_args.should_save)
+
+
+@contextlib.contextmanager
+def _output_folder(trainer_args: Any) -> Iterator[Path]:
+    """Lock the output folder; report a full disk in one line."""
+    output = writable_folder(trainer_args.output_dir)
+    # In distributed training one process holds the lock for all of them.
+    lock = folder_lock(output) if trainer_args.should_save else contextlib.nullcontext()
+    with lock, disk_full_errors(output):
+        yield output
+
+
+def _checkpoint_to_resume(output: Path, resume: bool) -> str | None:
     checkpoint = last_checkpoint(output)
     if checkpoint and not resume:
         raise ValueError(
             f"output_dir: {output} holds checkpoints; add --resume to continue, or choose another"
         )
-    write_text(output / "run.json", json.dumps(record(options, trainer.args), indent=2) + "\n")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    return checkpoint
+
+
+def _save_final(output: Path, save_model: Callable[[str], Any], should_save: bool) -> Path:
     final = output / "final"
-    if trainer.args.should_save:
-        # Complete or not there at all: others take the folder's existence as "trained".
+    if should_save:
+        # The rename is atomic: other programs take the existence of the folder as "trained".
         for stale in output.glob(".final.*"):
             shutil.rmtree(stale)
         partial = output / f".final.{os.getpid()}"
-        trainer.save_model(str(partial))
-        write_checksums(partial, WEIGHTS)
+        save_model(str(partial))
+        write_checksums(partial, SEALED_FILES)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     return final
 
 
-def record(options: Any, args: Any) -> dict[str, Any]:
-    """What someone needs to repeat a run: options, arguments, versions, commit."""
+def _write_record(output: Path, options: Any, trainer_args: Any) -> None:
+    write_text(output / "run.json", json.dumps(record(options, trainer_args), indent=2) + "\n")
+
+
+def record(options: Any, trainer_args: Any) -> dict[str, Any]:
+    """Return the data needed to repeat a run: options, trainer arguments, versions and commit."""
     return {
         "recipe": type(options).__name__.removesuffix("Options").lower(),
         "options": dataclasses.asdict(options),
-        "arguments": json.loads(args.to_json_string()),
+        "arguments": json.loads(trainer_args.to_json_string()),
         **environment(),
     }
 
 
-def progress_lines(label: str, every: float = 20.0) -> Any:
-    """Build a trainer callback that logs a line with step, loss and time left, for logs and CI."""
-    from transformers import TrainerCallback
-
-    class ProgressLines(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.begun = self.told = time.monotonic()
-            self.first = state.global_step
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            now = time.monotonic()
-            if now - self.told < every or state.global_step >= state.max_steps:
-                return
-            self.told = now
-            rate = (now - self.begun) / (state.global_step - self.first)
-            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            logger.info(
-                "    %s: step %d of %d%s, %.0f s left",
-                label,
-                state.global_step,
-                state.max_steps,
-                f", loss {losses[-1]:.3f}" if losses else "",
-                rate * (state.max_steps - state.global_step),
-            )
-
-    return ProgressLines()
-
-
-class Finished:
-    """A model that needs no steps, where one is expected that trains."""
-
-    def __init__(self, model: Any, args: Any) -> None:
-        self.model = model
-        self.args = args
-
-    def train(self, resume_from_checkpoint: Any = None) -> None:
-        """Nothing is left to train."""
-
-    def save_model(self, folder: str) -> None:
-        self.model.save_pretrained(folder)
-
-    def add_callback(self, callback: Any) -> None:
-        """No step will call it."""
-
-    remove_callback = add_callback
-
-
-# What a training reads again and nobody edits by hand. Every process of a training writes a random
-# state of its own, perhaps after these.
-WEIGHTS = ("*.safetensors", "optimizer.pt", "scheduler.pt")
-
-
 class SealCheckpoints(TrainerCallback):
-    """Adds checksums to each checkpoint that the trainer has written."""
+    """Trainer callback that adds checksums to each checkpoint."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
-            write_checksums(folder, WEIGHTS)
+            write_checksums(folder, SEALED_FILES)
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """Folder of the newest whole checkpoint, or None.
+    """Return the folder of the newest intact checkpoint, or None.
 
-    A checkpoint whose state file is missing or torn was being written when its process died, and
-    one that does not fit its checksums was damaged later. Either is removed, so that training goes
-    on from the one before.
+    A checkpoint with a missing or truncated state file was interrupted while it was written. One
+    that does not match its checksums was damaged later. Both kinds are deleted, so that training
+    resumes from the checkpoint before.
     """
-    found = [
+    checkpoints = [
         (int(folder.name.rsplit("-", 1)[1]), folder)
         for folder in Path(output_dir).glob("checkpoint-*")
         if folder.name.rsplit("-", 1)[1].isdigit()
     ]
-    for _, folder in sorted(found, reverse=True):
+    for _, folder in sorted(checkpoints, reverse=True):
         try:
             # The trainer writes this file last.
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            name = find_damaged(folder)
+            damaged_file = find_damaged(folder)
         except (FileNotFoundError, ValueError):
             logger.warning("%s is incomplete and is removed", folder)
         else:
-            if name is None:
+            if damaged_file is None:
                 return str(folder)
-            logger.warning("%s: %s is damaged; the checkpoint is removed", folder, name)
+            logger.warning("%s: %s is damaged; the checkpoint is removed", folder, damaged_file)
         shutil.rmtree(folder, ignore_errors=True)
     return None
+
+
+class ProgressLines(TrainerCallback):
+    """Trainer callback that logs the step, the loss and the remaining time at intervals.
+
+    It replaces a progress bar in log files and CI output.
+    """
+
+    def __init__(self, label: str, interval_seconds: float = 20.0) -> None:
+        self.label = label
+        self.interval_seconds = interval_seconds
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start_time = self.last_log_time = time.monotonic()
+        self.start_step = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        waiting = now - self.last_log_time < self.interval_seconds
+        if waiting or state.global_step >= state.max_steps:
+            return
+        self.last_log_time = now
+        seconds_per_step = (now - self.start_time) / (state.global_step - self.start_step)
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        logger.info(
+            "    %s: step %d of %d%s, %.0f s left",
+            self.label,
+            state.global_step,
+            state.max_steps,
+            f", loss {losses[-1]:.3f}" if losses else "",
+            seconds_per_step * (state.max_steps - state.global_step),
+        )

@@ -1,16 +1,17 @@
-"""The command line: what it prints, what it writes, and with which code it ends."""
+"""The command line: help, output, errors and exit codes."""
 
 import json
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
 import optical
 from optical.cli import main as cli
-from optical.training.options import AT_ONCE
+from optical.training.options import WITHOUT_STEPS
 
 COMMANDS = [
     *("study", "search", "evaluate", "compare", "lexicon", "vectors", "figures", "info"),
@@ -20,7 +21,7 @@ QRELS = "q1 0 d1 1\nq2 0 d2 1\nq3 0 d3 1\nq4 0 d4 1\n"
 
 
 def write_run(path, ranks):
-    """A run in which query i finds its document at ranks[i]."""
+    """Write a run that ranks the relevant document of query i at ranks[i]."""
     lines = []
     for i, rank in enumerate(ranks, start=1):
         for place in range(1, 6):
@@ -32,7 +33,7 @@ def write_run(path, ranks):
 
 @pytest.fixture
 def judged(tmp_path):
-    """Paths of judgements and of two runs, the second better."""
+    """Return the paths of judgements and of two runs, the second of which is better."""
     (tmp_path / "qrels").write_text(QRELS)
     return (
         str(tmp_path / "qrels"),
@@ -42,7 +43,7 @@ def judged(tmp_path):
 
 
 def fails(capsys, argv, message):
-    """The command ends with 2 and one line on standard error that says why."""
+    """Check that a command ends with exit code 2 and an error whose last line matches."""
     try:
         code = cli.main(argv)
     except SystemExit as stop:
@@ -54,7 +55,7 @@ def fails(capsys, argv, message):
     return err
 
 
-# --- help and codes ------------------------------------------------------------------------------
+# --- help and exit codes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
@@ -66,10 +67,10 @@ def test_help(capsys, command):
     if not command:
         assert all(name in out for name in (*COMMANDS, "train", *cli.RECIPES))
         return
-    # Help ends with a line that can be run.
+    # The help ends with a valid example.
     words = shlex.split(out.split("example:\n")[1])
     assert words[:2] == ["optical", *command]
-    assert cli._parser().parse_args(words[1:]).command
+    assert cli.build_parser()[0].parse_args(words[1:]).run
 
 
 def test_help_of_train(capsys):
@@ -87,40 +88,53 @@ def test_help_of_a_recipe(capsys, recipe):
     assert out.startswith(f"usage: optical train {recipe}")
     of_steps = {"--max_steps", "--resume", "--bf16"}
     assert "--output_dir" in out.split()
-    shown = set() if recipe in AT_ONCE else of_steps
+    shown = set() if recipe in WITHOUT_STEPS else of_steps
     assert of_steps & set(out.split()) == shown
-    # Every option has a line that says what it is.
+    # Every option has a help text.
     assert all(len(line.split()) > 1 for line in out.splitlines() if line.startswith("  --"))
     assert cli.main(["train", recipe, "--help-all"]) == 0
     assert "--gradient_accumulation_steps" in capsys.readouterr().out
 
 
-def test_no_command_and_an_unknown_one(capsys):
-    fails(capsys, [], "required: command")
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"optical {optical.__version__}\n"
+
+
+def test_no_command_prints_the_usage(capsys):
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("usage: optical ") and "examples:" in err
+
+
+def test_unknown_commands_name_the_nearest(capsys):
     fails(capsys, ["stduy"], "command 'stduy' is unknown; did you mean `study`")
     fails(capsys, ["tarin", "distill"], "command 'tarin' is unknown; did you mean `train`")
     fails(capsys, ["zzz"], "command 'zzz' is unknown; known: align, compare, .*, vectors")
     fails(capsys, ["train", "destill"], "recipe 'destill' is unknown; did you mean `distill`")
 
 
-def test_unknown_options(capsys, judged):
+def test_invalid_options(capsys, judged):
     qrels, old, _ = judged
     fails(capsys, ["evaluate", old, "--qrels", qrels, "--measure", "AP"], "unrecognized arguments")
     fails(capsys, ["search", "model"], "required: --output")
     fails(capsys, ["compare", old, old, "--qrels", qrels, "--seed", "x"], "invalid int value: 'x'")
+    fails(capsys, ["--verison"], "unrecognized arguments: --verison; did you mean `--version`")
 
 
-def test_interrupted_is_130(capsys, monkeypatch):
-    def interrupt(options):
+def test_interruption_has_exit_code_130(capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    told = {
-        "info": ("_info", "nothing was written"),
-        "study": ("_study", "continues where it stopped"),
-        "train": ("train", "--resume"),
+    messages = {
+        "info": "nothing was written",
+        "study": "continues where it stopped",
+        "train": "--resume",
     }
-    for command, (function, message) in told.items():
-        monkeypatch.setattr(cli, function, interrupt)
+    for command, message in messages.items():
+        monkeypatch.setattr(cli, command, interrupt)
         assert cli.main([command]) == 130
         assert message in capsys.readouterr().err
 
@@ -133,7 +147,7 @@ def test_info(capsys):
     assert "self-test" not in out
 
 
-def test_runs_as_a_module():
+def test_command_line_runs_as_a_module():
     command = [sys.executable, "-m", "optical.cli", "evaluate", "no.run", "--qrels", "no.qrels"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
@@ -176,7 +190,7 @@ def test_compare(capsys, judged):
     assert cli.main([*argv, "--baseline", new, "--test", "t", "--correction", "none"]) == 0
 
 
-def test_wrong_runs_and_judgements(capsys, judged, tmp_path):
+def test_invalid_runs_and_judgements(capsys, judged, tmp_path):
     pytest.importorskip("ir_measures")
     qrels, old, new = judged
     bad = tmp_path / "bad.run"
@@ -187,15 +201,13 @@ def test_wrong_runs_and_judgements(capsys, judged, tmp_path):
     fails(capsys, ["compare", old, "--qrels", qrels], "runs: one given, expected at least two")
     fails(capsys, ["compare", old, old, "--qrels", qrels], "runs: one given, expected at least two")
     argv = ["compare", old, new, "--qrels", qrels]
-    fails(capsys, [*argv, "--baseline", "other"], "other")
-    fails(capsys, [*argv, "--test", "wilcoxon"], "wilcoxon")
-    fails(capsys, [*argv, "--correction", "sidak"], "sidak")
+    fails(capsys, [*argv, "--baseline", "other"], "baseline: 'other', expected one of the runs")
 
 
 # --- search --------------------------------------------------------------------------------------
 
 
-def test_search_evaluate(capsys, world, tiny_models, tmp_path):
+def test_search_and_evaluate(capsys, world, tiny_models, tmp_path):
     run = tmp_path / "runs/sw.run.gz"
     argv = ["search", tiny_models.teacher, "--queries", str(world / "queries.tsv")]
     argv += ["--documents", str(world / "documents/en.jsonl"), "--output", str(run)]
@@ -216,7 +228,7 @@ def test_search_evaluate(capsys, world, tiny_models, tmp_path):
     assert read_run(tmp_path / "two.run").keys() == read_run(run).keys()
 
 
-def test_search_says_what_is_missing(capsys, world, tmp_path):
+def test_search_names_missing_inputs(capsys, world, tmp_path):
     pytest.importorskip("sentence_transformers")
     files = ["--queries", str(world / "queries.tsv")]
     out = ["--output", str(tmp_path / "a.run")]
@@ -244,7 +256,7 @@ def test_train_with_a_configuration(capsys, world, tiny_models, tmp_path):
     )
     out = tmp_path / "out"
     argv = ["train", "distill", "--config", str(config), "--output_dir", str(out)]
-    # The command line wins over the file.
+    # The command line overrides the file.
     assert cli.main([*argv, "--max_steps", "2", "--max_iter=7"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(out / "final")
     run = json.loads((out / "run.json").read_text())
@@ -294,8 +306,8 @@ def test_train_encoder(capsys, world, tmp_path):
         ),
         (
             "codeswitch",
-            "--model m --pairs a --lexicon sw=x de=y --probability 0.25 --sides both",
-            {"lexicon": ["sw=x", "de=y"], "probability": 0.25, "sides": "both", "copies": 1},
+            "--model m --pairs a --lexicon sw=x de=y --probability 0.25 --role both",
+            {"lexicon": ["sw=x", "de=y"], "probability": 0.25, "role": "both", "copies": 1},
             {},
         ),
     ],
@@ -316,7 +328,7 @@ def test_options_reach_the_recipe(capsys, monkeypatch, tmp_path, recipe, argv, o
         assert seen["arguments"][name] == (str(tmp_path) if value == "{tmp}" else value), name
 
 
-def test_train_says_what_is_wrong(capsys, world, tmp_path, monkeypatch):
+def test_errors_of_train(capsys, world, tmp_path, monkeypatch):
     pytest.importorskip("sentence_transformers")
     monkeypatch.chdir(tmp_path)
     out = ["--output_dir", "out"]
@@ -324,10 +336,10 @@ def test_train_says_what_is_wrong(capsys, world, tmp_path, monkeypatch):
     distill = ["train", "distill"]
     fails(capsys, [*distill, *usual], "output_dir: none given; expected a folder to write to")
     fails(capsys, [*distill, *usual, *out, "--epsilo", "1"], "unknown option --epsilo; did you mea")
-    told = fails(
+    error = fails(
         capsys, [*distill, *usual, *out, "--epsilon", "x"], "--epsilon: invalid float value"
     )
-    assert len(told.splitlines()) == 1
+    assert len(error.splitlines()) == 1
     fails(capsys, [*distill, *usual, *out, "--bf16", "x"], "--bf16: Truthy value expected: got x")
     fails(capsys, [*distill, *usual, *out, "--epsilon", "-1"], "epsilon is -1.0; expected a finite")
     fails(capsys, [*distill, *out], "teacher: none given; expected a Hugging Face name or a folder")
@@ -341,7 +353,7 @@ def test_train_says_what_is_wrong(capsys, world, tmp_path, monkeypatch):
         fails(capsys, argv, f"output folder {folder} cannot be written .*; choose another one")
 
 
-def test_wrong_configurations_of_train(capsys, tmp_path, monkeypatch):
+def test_invalid_configurations_of_train(capsys, tmp_path, monkeypatch):
     pytest.importorskip("yaml")
     pytest.importorskip("sentence_transformers")
     monkeypatch.chdir(tmp_path)
@@ -363,7 +375,7 @@ def test_wrong_configurations_of_train(capsys, tmp_path, monkeypatch):
 # --- study ---------------------------------------------------------------------------------------
 
 
-def test_study_says_what_is_wrong(capsys, tmp_path):
+def test_errors_of_study(capsys, tmp_path):
     pytest.importorskip("yaml")
     pytest.importorskip("sentence_transformers")
     fails(capsys, ["study", "no.yaml"], r"no\.yaml: no such configuration file")
@@ -374,10 +386,10 @@ def test_study_says_what_is_wrong(capsys, tmp_path):
     fails(capsys, argv, "output folder .* cannot be written .*; choose another one")
 
 
-# --- word tables and stored vectors --------------------------------------------------------------
+# --- lexicons, stored vectors and figures --------------------------------------------------------
 
 
-def test_lexicon_writes_a_table(capsys, world, tmp_path):
+def test_lexicon_command(capsys, world, tmp_path):
     from optical.data.lexicon import read_lexicon
 
     argv = ["lexicon", str(world / "bitext/en-sw.tsv"), "--output", str(tmp_path / "sw.tsv")]
@@ -389,7 +401,7 @@ def test_lexicon_writes_a_table(capsys, world, tmp_path):
     fails(capsys, ["lexicon", "no.tsv", "--output", str(tmp_path / "x")], r"no\.tsv: no such file")
 
 
-def test_vectors_writes_a_store(capsys, world, tiny_models, tmp_path):
+def test_vectors_command(capsys, world, tiny_models, tmp_path):
     from optical.models.token_store import StoredVectors
 
     bitext = str(world / "bitext/en-sw.tsv")
@@ -397,12 +409,119 @@ def test_vectors_writes_a_store(capsys, world, tiny_models, tmp_path):
     assert cli.main([*shared, "--role", "document", "--max-length", "9"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "v")
     assert len(StoredVectors([tmp_path / "v"], role="document", max_length=9)) == 96
-    fails(capsys, [*shared, "--role", "passage"], "role: 'passage', expected 'query' or 'document'")
+    fails(capsys, [*shared, "--role", "passage"], "--role: invalid choice: 'passage'")
 
 
-def test_figures_of_no_table(capsys, tmp_path):
+def test_figures_refuses_other_tables(capsys, tmp_path):
     argv = ["figures", str(tmp_path / "no.csv"), "--output", str(tmp_path)]
     fails(capsys, argv, r"no\.csv: no such file")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     argv = ["figures", str(tmp_path / "other.csv"), "--output", str(tmp_path)]
     fails(capsys, argv, r"other\.csv:1: columns \['a', 'b'\], expected kind, collection")
+
+
+# --- errors that need no imports and no reading --------------------------------------------------
+
+
+def run_guarded(argv, *, missing=()):
+    """Run a command in a process that reads no run and imports no heavy package.
+
+    Args:
+        argv: arguments of the command.
+        missing: packages that cannot be imported, as if they were not installed.
+
+    Returns:
+        The exit code and the standard error.
+    """
+    code = f"""
+        import importlib.abc, sys
+
+        class Missing(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name.split(".")[0] in {missing!r}:
+                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+        sys.meta_path.insert(0, Missing())
+        from optical.cli import main
+        from optical.data import trec
+
+        def read(path):
+            sys.exit(f"{{path}} was read")
+
+        trec.read_run = trec.read_qrels = read
+        try:
+            code = main.main({argv!r})
+        except SystemExit as stop:
+            code = stop.code
+        heavy = {{"transformers", "sentence_transformers", "datasets", "ir_measures", "matplotlib"}}
+        imported = heavy & {{name.split(".")[0] for name in sys.modules}}
+        sys.exit(f"{{imported}} were imported" if imported else code)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    return done.returncode, done.stderr
+
+
+COMPARE = ["compare", "a.run", "b.run", "--qrels", "q"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([*COMPARE, "--test", "foo"], "argument --test: invalid choice: 'foo'"),
+        ([*COMPARE, "--correction", "foo"], "argument --correction: invalid choice: 'foo'"),
+        ([*COMPARE, "--baseline", "c.run"], "baseline: 'c.run', expected one of the runs"),
+        (
+            ["vectors", "m", "--bitext", "b", "--output", "o", "--role", "passage"],
+            "argument --role: invalid choice: 'passage'",
+        ),
+        (
+            ["align", "m", "--bitext", "b", "--output", "o", "--role", "passage"],
+            "argument --role: invalid choice: 'passage'",
+        ),
+        (
+            ["align", "m", "--bitext", "b", "--output", "o", "--format", "giza"],
+            "argument --format: invalid choice: 'giza'",
+        ),
+        (
+            ["export", "m", "--output", "o", "--format", "vectors"],
+            "argument --format: invalid choice: 'vectors'",
+        ),
+        (
+            ["train", "distill", "--teacher", "t", "--role", "passage"],
+            "--role: invalid choice: 'passage'",
+        ),
+        (
+            ["train", "distill", "--teacher", "t", "--gradient", "none"],
+            "--gradient: invalid choice: 'none'",
+        ),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_invalid_choices_are_refused_before_imports(argv, message):
+    code, err = run_guarded(argv)
+    assert code == 2 and message in err.splitlines()[-1], err
+
+
+@pytest.mark.parametrize(
+    ("argv", "package", "extra"),
+    [
+        (["evaluate", "a.run", "--qrels", "q"], "ir_measures", "eval"),
+        (COMPARE, "ir_measures", "eval"),
+        ([*COMPARE, "--test", "t"], "scipy", "eval"),
+        (["search", "m", "--output", "o", "--collection", "c"], "sentence_transformers", "train"),
+        (["index", "m", "--output", "o", "--collection", "c"], "lancedb", "index"),
+        (["train", "distill", "--role", "query"], "sentence_transformers", "train"),
+        (["export", "m", "--format", "pylate", "--output", "o"], "sentence_transformers", "train"),
+        (["figures", "r.csv", "--output", "o"], "matplotlib", "study"),
+        (["study"], "matplotlib", "study"),
+        (["study"], "sentence_transformers", "study"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else str(value),
+)
+def test_missing_packages_are_named_with_their_extra(argv, package, extra):
+    code, err = run_guarded(argv, missing=(package,))
+    last = err.splitlines()[-1]
+    assert code == 2, err
+    assert f'needs {package}; install it with `pip install "optical-ot[{extra}]"`' in last

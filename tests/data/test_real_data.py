@@ -80,11 +80,11 @@ def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
     few |= {"bf16": False}
     config.languages, config.low, config.high = ("sw", "de"), ("sw",), ("de",)
     config.seeds = config.seeds[:2]
-    config.teacher_arguments |= few
+    config.teacher_trainer_args |= few
     for arm in config.arms:
-        arm.arguments |= few
+        arm.trainer_args |= few
         if arm.recipe == "transfer":
-            arm.settings["vocabulary_size"] = 3000
+            arm.options["vocabulary_size"] = 3000
     for made in config.lexicons.values():
         # Plans of models that learnt nothing are even.
         made.least_count, made.least_probability = 1, 0.0

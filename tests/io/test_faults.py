@@ -168,7 +168,7 @@ def test_training_resumes_from_its_checkpoint_after_a_full_disk(disk, world, tin
 
     def make():
         arguments = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 8}
-        args = recipes.arguments(disk / "out", **arguments, disable_tqdm=True)
+        args = recipes.trainer_arguments(disk / "out", **arguments, disable_tqdm=True)
         return recipes.teacher(options, args)
 
     class Fill(TrainerCallback):
@@ -391,7 +391,7 @@ def test_training_in_a_locked_folder_is_refused(world, tiny_models, tmp_path):
     )
     process, _ = python(HOLD, tmp_path)
     try:
-        trainer = recipes.teacher(options, recipes.arguments(tmp_path, max_steps=1))
+        trainer = recipes.teacher(options, recipes.trainer_arguments(tmp_path, max_steps=1))
         with pytest.raises(ValueError, match="is working in this folder"):
             runner.run(trainer, options, resume=True)
         assert not (tmp_path / "run.json").exists()

@@ -17,7 +17,8 @@ from optical.data.texts import read_sentences
 from optical.models import tokenizers
 from optical.models.retriever import check_model, load_retriever, resolve_model
 from optical.models.tokenizers import SPECIAL_TOKENS, frequent_tokens, train_tokenizer
-from optical.training.pretraining import EncoderOptions, encoder_trainer
+from optical.training.options import EncoderOptions
+from optical.training.pretraining import encoder_trainer
 
 SENTENCE = "the teacher buys the bread"
 

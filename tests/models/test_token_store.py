@@ -137,7 +137,7 @@ def test_training_on_stored_vectors_equals_training_with_the_teacher(
             mass="idf",
             teacher_vectors=stored,
         )
-        args = recipes.arguments(
+        args = recipes.trainer_arguments(
             tmp_path / name, max_steps=3, logging_steps=1, max_length=12, disable_tqdm=True,
             learning_rate=1e-2, per_device_train_batch_size=8,
         )  # fmt: skip

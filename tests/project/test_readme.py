@@ -139,22 +139,22 @@ def test_command_is_understood(words, monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     if words[0] != "train":
-        cli._parser().parse_args(words)
+        cli.build_parser()[0].parse_args(words)
         return
-    from optical.models import retriever
-    from optical.training import recipes, runner
+    from optical.training import pretraining, recipes, runner, vocabulary_transfer
 
     for module, name in (
         (recipes, "teacher"),
         (recipes, "distill"),
         (recipes, "codeswitch"),
-        (recipes, "transfer"),
+        (vocabulary_transfer, "transfer"),
         (recipes, "average"),
-        (retriever, "encoder_trainer"),
+        (pretraining, "encoder_trainer"),
     ):
-        monkeypatch.setattr(module, name, lambda options, args: FakeTrainer((options, args)))
+        monkeypatch.setattr(module, name, lambda options, args=None: FakeTrainer((options, args)))
     ran = []
     monkeypatch.setattr(runner, "run", lambda *args, **options: ran.append(args[0]) or "done")
+    monkeypatch.setattr(runner, "save", lambda _, *parts: ran.append(parts) or "done")
     assert cli.main(words) == 0
     ((options, arguments),) = ran
     for flag, value in itertools.pairwise(words):
@@ -185,7 +185,7 @@ def test_the_commands_of_the_readme_run(folder_of_examples, monkeypatch, capsys)
 def test_the_commands_of_the_command_line_page_run(world, tmp_path, monkeypatch):
     """Every command of docs/cli.md but studies, in order, with small models."""
     from optical.cli import main as cli
-    from optical.training.options import AT_ONCE
+    from optical.training.options import WITHOUT_STEPS
 
     monkeypatch.chdir(tmp_path)
     for source, name in (
@@ -202,7 +202,9 @@ def test_the_commands_of_the_command_line_page_run(world, tmp_path, monkeypatch)
     shown = [words for words in commands(COMMAND_LINE) if words[0] != "study"]
     for words in shown:
         if words[0] == "train":
-            steps = [] if words[1] in AT_ONCE else ["--max_steps", "1", "--disable_tqdm", "true"]
+            steps = (
+                [] if words[1] in WITHOUT_STEPS else ["--max_steps", "1", "--disable_tqdm", "true"]
+            )
             words = [*words, *steps, *small.get(words[1], [])]
         assert cli.main(words) == 0, words
     expected = (
@@ -225,13 +227,12 @@ def test_every_command_and_recipe_is_shown():
     from optical.cli import main as cli
 
     shown = commands(COMMAND_LINE)
-    (action,) = (a for a in cli._parser()._actions if hasattr(a, "choices") and a.choices)
-    assert {words[0] for words in shown} == set(action.choices)
+    assert {words[0] for words in shown} == set(cli.build_parser()[1])
     assert {words[1] for words in shown if words[0] == "train"} == set(cli.RECIPES)
 
 
 def test_every_option_of_every_recipe_is_described():
-    from optical.training import pretraining, recipes
+    from optical.training import options, recipes
 
     text = (DOCS / "recipes.md").read_text()
     parts = re.split(r"^## (\w+)\n", text, flags=re.MULTILINE)
@@ -242,7 +243,7 @@ def test_every_option_of_every_recipe_is_described():
         "codeswitch": recipes.CodeswitchOptions,
         "transfer": recipes.TransferOptions,
         "average": recipes.AverageOptions,
-        "encoder": pretraining.EncoderOptions,
+        "encoder": options.EncoderOptions,
     }
     assert set(sections) == set(kinds)
     for recipe, kind in kinds.items():
@@ -257,7 +258,7 @@ def test_the_example_configuration_has_every_key(monkeypatch, tmp_path):
     import yaml
 
     from optical.study.arms import ArmConfig
-    from optical.study.config import read_config
+    from optical.study.config import PLAIN_KEYS, STRUCTURED_KEYS, read_config
 
     monkeypatch.setenv("OPTICAL_DATA", "data")
     (_, text), *more = blocks(DOCS / "study.md", "yaml")
@@ -270,11 +271,8 @@ def test_the_example_configuration_has_every_key(monkeypatch, tmp_path):
     assert sorted(arm.name for arm in config.arms) == sorted(trained + searched)
     assert all(isinstance(arm, ArmConfig) for arm in config.arms)
     for arm in config.arms:
-        assert bool(arm.options("sw", "teacher", config)) == (arm.name in trained)
-    derived = {"encoder_options", "encoder_arguments", "teacher_options", "teacher_arguments"}
-    derived |= {"collection_languages"}
-    keys = {entry.name for entry in dataclasses.fields(config)} - derived - {"phrasebook", "text"}
-    assert set(yaml.safe_load(text)) == keys | {"arguments"}
+        assert bool(arm.resolve_options("sw", "teacher", config)) == (arm.name in trained)
+    assert set(yaml.safe_load(text)) == {*PLAIN_KEYS, *STRUCTURED_KEYS}
 
 
 def test_shown_files_of_configuration_are_read(monkeypatch):

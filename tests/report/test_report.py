@@ -1,23 +1,22 @@
-"""The report, from results that are made up: its numbers, its tests and its two forms."""
+"""The report of synthetic results: statistics, tables, rendering, and its imports."""
 
 import json
 import re
 import statistics
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
 pytest.importorskip("matplotlib", reason="needs the extra `study`")
 pytest.importorskip("scipy", reason="needs the extra `eval`")
 
-from optical.report.report import write_report
+from optical.report import StudyDescription, write_report
 from optical.report.summary import Summary
 from optical.report.table import read_rows
-from optical.study.arms import ArmConfig
-from optical.study.config import StudyConfig
-from optical.study.tasks import CEILING
 
+CEILING = "English documents"
 COST_KINDS = ("seconds", "peak_mb")
 QUERIES = [f"q{i}" for i in range(40)]
 
@@ -28,23 +27,22 @@ COSTS = {
 }
 
 
-def config(arms=("zeroshot", "ot"), collections=("news",), **changes):
-    usual = {
+def describe(arms=("zeroshot", "ot"), collections=("news",), **changes):
+    defaults = {
         "title": "A & <B>",
-        "output": None,
+        "arms": arms,
         "languages": ("sw", "de"),
-        "collections": {name: {} for name in collections},
-        "arms": [ArmConfig(name, "none", {}, {}, "both") for name in arms],
+        "collections": collections,
         "low": ("sw",),
         "high": ("de",),
         "names": {"sw": "Swahili", "de": "Deutsch <1>"},
-        "text": "title: A & <B>\n",
+        "config_text": "title: A & <B>\n",
     }
-    return StudyConfig(**usual | changes)
+    return StudyDescription(**defaults | changes)
 
 
 def values(mean, spread=0.2):
-    """One value per query around a mean."""
+    """Return one value per query around a mean."""
     return {q: mean + spread * ((i * 7) % 10 / 9 - 0.5) for i, q in enumerate(QUERIES)}
 
 
@@ -75,26 +73,22 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def write(tmp_path, *arguments, costs=None):
+def write(tmp_path, study, results, costs=None):
+    """Write a report; return its text and its data."""
     (tmp_path / "figures").mkdir(exist_ok=True)
-    path = write_report(*arguments, costs or {}, tmp_path)
+    path = write_report(study, results, costs or {}, tmp_path)
     return path.read_text(encoding="utf-8"), strict((tmp_path / "report.json").read_text())
 
 
 def test_means_and_differences(tmp_path):
-    text, found = write(
-        tmp_path,
-        config(),
-        RESULTS,
-        costs=COSTS,
-    )
+    text, found = write(tmp_path, describe(), RESULTS, costs=COSTS)
     assert found["measure"] == "AP"
     means = {
         (r["measure"], r["arm"], r["language"]): pytest.approx(r["mean"]) for r in found["means"]
     }
-    for made in RESULTS:
-        for measure, expected in made["measures"]["news"].items():
-            key = measure, made["arm"], made["language"]
+    for result in RESULTS:
+        for measure, expected in result["measures"]["news"].items():
+            key = measure, result["arm"], result["language"]
             assert means[key] == statistics.fmean(expected.values())
     comparisons = {
         (one["language"], one["arm"], one["against"]): one for one in found["comparisons"]
@@ -103,17 +97,17 @@ def test_means_and_differences(tmp_path):
     for language, difference in (("sw", 0.3), ("de", 0.2)):
         one = comparisons[language, "ot", "zeroshot"]
         assert one["difference"] == pytest.approx(difference) and one["queries"] == 40
-        # The same on every query, so there is nothing to be unsure of.
+        # The difference is equal for all queries, so its interval is a point.
         assert one["low"] == pytest.approx(difference) == one["high"]
         assert 0 < one["p"] < one["p_holm"] < 0.001
     assert "1.5 minutes" in text
-    assert "is above zeroshot in 2 of 2 languages" in text
+    assert "significantly better than zeroshot in 2 of 2 languages" in text
     assert re.search(r"\| Swahili \| low \| 0\.200 .*\| 0\.500 ", text)
     assert re.search(r"English documents: 0\.800", text)
 
 
 def test_gaps(tmp_path):
-    _, found = write(tmp_path, config(), RESULTS)
+    _, found = write(tmp_path, describe(), RESULTS)
     zeroshot, ot = found["gaps"]
     assert (zeroshot["low_mean"], zeroshot["high_mean"]) == pytest.approx((0.2, 0.4))
     assert zeroshot["gap"] == pytest.approx([0.2, 0.2, 0.2])
@@ -124,20 +118,20 @@ def test_gaps(tmp_path):
     assert ot["recovered_high"] == pytest.approx([0.5, 0.5, 0.5])
 
 
-def test_no_share_of_a_gap_that_may_be_zero(tmp_path):
+def test_shares_of_a_gap_whose_interval_includes_zero_are_undefined(tmp_path):
     unsure = [*RESULTS[:2], row("zeroshot", "de", 0.2), *RESULTS[3:]]
-    text, found = write(tmp_path, config(), unsure)
+    text, found = write(tmp_path, describe(), unsure)
     assert all(gap["closed"] is None for gap in found["gaps"])
-    assert "nan" not in text.lower() and "inf" not in text.lower()
-    # The baseline is already as good as English documents.
+    assert " nan" not in text.lower() and " inf" not in text.lower()
+    # The baseline is as good as English documents.
     reached = [row(CEILING, "en", 0.2), *RESULTS[1:]]
-    text, found = write(tmp_path, config(), reached)
+    text, found = write(tmp_path, describe(), reached)
     assert found["gaps"][1]["recovered_low"] is None
     assert " nan" not in text and " inf" not in text
 
 
-def test_resamples_without_a_gap_are_left_out():
-    # 4 of 40 queries make the gap, so that one resample in a hundred has none.
+def test_resamples_without_a_gap_are_excluded_from_shares():
+    # The gap comes from 4 of 40 queries, so about one resample in a hundred has no gap.
     def rows(arm, sw, de):
         found = [row(arm, "sw", 0.0), row(arm, "de", 0.0)]
         for each, level in zip(found, (sw, de), strict=True):
@@ -145,26 +139,26 @@ def test_resamples_without_a_gap_are_left_out():
         return found
 
     results = [*rows("zeroshot", 0.0, 1.0), *rows("ot", 0.5, 1.0)]
-    summary = Summary.of(config(), results)
+    summary = Summary.of(describe(), results)
     assert summary.gaps[1].closed == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_scores_are_averaged_over_seeds(tmp_path):
     seeds = [row("ot", x, mean, seed=1) for x, mean in (("sw", 0.7), ("de", 0.6))]
-    _, found = write(tmp_path, config(seeds=(0, 1)), [*RESULTS, *seeds])
+    _, found = write(tmp_path, describe(seeds=(0, 1)), [*RESULTS, *seeds])
     means = {(r["arm"], r["language"]): r["mean"] for r in found["means"] if r["measure"] == "AP"}
     assert means["ot", "sw"] == pytest.approx(0.6) and means["ot", "de"] == pytest.approx(0.6)
     assert found["comparisons"][0]["queries"] == 40
 
 
-def test_intervals_are_over_seeds_too(tmp_path):
-    """Seeds that differ widen the interval; seeds that agree leave that of the queries."""
+def test_intervals_cover_queries_and_seeds():
+    """Different seeds widen the interval; equal seeds leave it at that of the queries."""
     found = {}
     for name, means in (("one", [0.5]), ("agree", [0.5, 0.5, 0.5]), ("differ", [0.3, 0.5, 0.7])):
         results = [one for one in RESULTS if one["arm"] != "ot"] + [
             row("ot", x, mean, seed=seed) for seed, mean in enumerate(means) for x in ("sw", "de")
         ]
-        summary = Summary.of(config(seeds=(0, 1, 2)), results)
+        summary = Summary.of(describe(seeds=(0, 1, 2)), results)
         low, high = summary.intervals["news", "ot", "sw"]
         one = next(c for c in summary.comparisons if c.language == "sw")
         found[name] = (high - low, one.high - one.low)
@@ -173,49 +167,49 @@ def test_intervals_are_over_seeds_too(tmp_path):
     assert found["differ"][0] > 3 * found["one"][0] and found["differ"][1] > 0.1
 
 
-def test_the_bootstrap_is_that_of_the_textbook():
-    """The resamples' spread is the standard error of the mean, over queries and over seeds."""
-    drawn = Summary.of(config(), RESULTS).draws["news", "ot", "sw"][1:]
+def test_bootstrap_spread_is_the_standard_error():
+    """The spread of the draws is the standard error of the mean over queries and seeds."""
+    drawn = Summary.of(describe(), RESULTS).draws["news", "ot", "sw"][1:]
     x = np.array(list(values(0.5).values()))
     assert drawn.std() == pytest.approx(x.std() / len(x) ** 0.5, rel=0.05)
     means = [0.2, 0.5, 0.8]
     seeds = [row("ot", "sw", mean, seed=s) for s, mean in enumerate(means)]
     other = [one for one in RESULTS if (one["arm"], one["language"]) != ("ot", "sw")]
-    drawn = Summary.of(config(), [*other, *seeds]).draws["news", "ot", "sw"][1:]
+    drawn = Summary.of(describe(), [*other, *seeds]).draws["news", "ot", "sw"][1:]
     expected = (x.var() / len(x) + np.var(means) / 3) ** 0.5
     assert drawn.std() == pytest.approx(expected, rel=0.05)
 
 
 def test_gains_over_the_translation_baseline(tmp_path):
-    chosen = config(translation="zeroshot")
+    chosen = describe(translation="zeroshot")
     text, found = write(tmp_path, chosen, RESULTS)
     zeroshot, ot = found["gaps"]
     assert zeroshot["gain_low"] is None
-    # From 0.2 to 0.5, and from 0.4 to 0.6.
+    # Low: from 0.2 to 0.5. High: from 0.4 to 0.6.
     assert ot["gain_low"][0] == pytest.approx(1.5) and ot["gain_high"][0] == pytest.approx(0.5)
     assert "| news | ot | 150%" in text
 
 
-def test_arms_are_tested_against_those_named(tmp_path):
+def test_arms_are_compared_with_the_arms_of_against(tmp_path):
     arms = ("zeroshot", "ot", "more", "last")
     results = [
         row(arm, language, 0.2 + 0.1 * i) for i, arm in enumerate(arms) for language in ("sw", "de")
     ]
-    _, found = write(tmp_path, config(arms, against=("ot", "last")), results)
+    _, found = write(tmp_path, describe(arms, against=("ot", "last")), results)
     tested = [(one["arm"], one["against"]) for one in found["comparisons"][:5]]
     assert tested == [
         ("zeroshot", "ot"), ("more", "ot"), ("last", "ot"), ("zeroshot", "last"), ("more", "last")
     ]  # fmt: skip
 
 
-def test_curves_and_costs_are_rows(tmp_path):
+def test_curves_and_costs_are_rows_of_the_table(tmp_path):
     arms = ("zeroshot", "ot-10", "ot")
     results = [row(CEILING, "en", 0.8)] + [
         row(arm, language, mean, pairs=pairs)
         for arm, mean, pairs in (("zeroshot", 0.2, None), ("ot-10", 0.3, 10), ("ot", 0.5, 100))
         for language in ("sw", "de")
     ]
-    text, _ = write(tmp_path, config(arms, curves={"OT": ("ot-10", "ot")}), results, costs=COSTS)
+    text, _ = write(tmp_path, describe(arms, curves={"OT": ("ot-10", "ot")}), results, costs=COSTS)
     rows = read_rows(tmp_path / "results.csv")
     points = [(r["language"], r["pairs"], r["value"]) for r in rows if r["kind"] == "curve"]
     assert points == [
@@ -228,14 +222,14 @@ def test_curves_and_costs_are_rows(tmp_path):
     assert {r["kind"] for r in rows} >= {"measure", "ceiling", "gap", "difference"}
 
 
-def test_holm_runs_over_the_whole_table(tmp_path):
+def test_holm_correction_covers_the_whole_table(tmp_path):
     arms, collections = ("zeroshot", "ot", "more"), ("news", "talks")
     results = [row(CEILING, "en", 0.8, collections=collections)] + [
         row(arm, language, mean + extra, collections=collections)
         for arm, mean in (("zeroshot", 0.2), ("ot", 0.5), ("more", 0.5))
         for language, extra in (("sw", 0.0), ("de", 0.1))
     ]
-    _, found = write(tmp_path, config(arms, collections), results)
+    _, found = write(tmp_path, describe(arms, collections), results)
     one = found["comparisons"]
     assert len(one) == 2 * 2 * 3
     tested = sorted(one, key=lambda each: each["p"])
@@ -251,12 +245,12 @@ def test_holm_runs_over_the_whole_table(tmp_path):
 
 
 @pytest.mark.parametrize("groups", ["none", "one arm", "no ceiling"])
-def test_a_study_may_leave_parts_out(tmp_path, groups):
-    chosen, results = config(), RESULTS
+def test_reports_of_studies_without_groups_comparisons_or_ceiling(tmp_path, groups):
+    chosen, results = describe(), RESULTS
     if groups == "none":
-        chosen = config(low=(), high=())
+        chosen = describe(low=(), high=())
     elif groups == "one arm":
-        chosen, results = config(arms=("zeroshot",)), RESULTS[:3]
+        chosen, results = describe(arms=("zeroshot",)), RESULTS[:3]
     else:
         results = RESULTS[1:]
     text, found = write(tmp_path, chosen, results)
@@ -267,7 +261,7 @@ def test_a_study_may_leave_parts_out(tmp_path, groups):
     assert (tmp_path / "figures/gap_per_arm.png").exists() == (groups != "none")
 
 
-def test_the_alignment_is_drawn(tmp_path):
+def test_alignment_is_drawn(tmp_path):
     alignment = {
         "language": "sw",
         "other_tokens": ["[CLS]", "maji", "[SEP]"],
@@ -275,30 +269,71 @@ def test_the_alignment_is_drawn(tmp_path):
         "plan": [[0.2, 0.1], [0.3, 0.1], [0.0, 0.3]],
         "value_linear": 0.25,
     }
-    text, _ = write(tmp_path, config(), [*RESULTS, alignment])
+    text, _ = write(tmp_path, describe(), [*RESULTS, alignment])
     assert "](figures/alignment.png)" in text and "0.250" in text
     assert (tmp_path / "figures/alignment.png").stat().st_size > 3000
 
 
-def test_the_page_escapes_what_others_wrote(tmp_path):
-    write(tmp_path, config(note="a **bold** <i>claim</i>"), RESULTS)
+def test_html_escapes_titles_names_and_notes(tmp_path):
+    write(tmp_path, describe(note="a **bold** <i>claim</i>"), RESULTS)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<title>A &amp; &lt;B&gt;</title>" in page and "Deutsch &lt;1&gt;" in page
     assert "<strong>bold</strong> &lt;i&gt;claim&lt;/i&gt;" in page
     assert "<B>" not in page and "<i>" not in page
 
 
-def test_equal_results_give_equal_files(tmp_path):
+def test_equal_results_give_identical_files(tmp_path):
     found = []
     for name in ("a", "b"):
         folder = tmp_path / name
         folder.mkdir()
-        write(folder, config(), RESULTS)
+        write(folder, describe(), RESULTS)
         found.append({path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
     assert found[0].keys() == found[1].keys() and len(found[0]) == 6
     assert found[0] == found[1]
 
 
-def test_the_order_of_results_decides_nothing():
-    forth, back = (Summary.of(config(), rows).to_dict() for rows in (RESULTS, RESULTS[::-1]))
-    assert forth["comparisons"] == back["comparisons"] and forth["gaps"] == back["gaps"]
+def test_order_of_results_has_no_influence():
+    forward, backward = (
+        Summary.of(describe(), rows).to_dict() for rows in (RESULTS, RESULTS[::-1])
+    )
+    assert forward["comparisons"] == backward["comparisons"]
+    assert forward["gaps"] == backward["gaps"]
+
+
+# --- imports -------------------------------------------------------------------------------------
+
+HEAVY = ("transformers", "sentence_transformers", "datasets", "tokenizers")
+
+
+def loaded_by(code):
+    """Return the top-level modules that are loaded after running code in a new process."""
+    code += "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_report_imports_no_training_library():
+    loaded = loaded_by("import optical.report")
+    assert not loaded & {*HEAVY, "matplotlib", "scipy", "yaml"}
+
+
+def test_report_imports_no_study():
+    code = "import sys, optical.report; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    wings = {name.split(".")[1] for name in done.stdout.split() if name.startswith("optical.")}
+    assert not wings & {"study", "training", "cli"}
+
+
+def test_figures_command_is_light(tmp_path):
+    """Drawing figures loads no training library and takes less than five seconds of CPU time."""
+    write(tmp_path, describe(), RESULTS)
+    argv = ["figures", str(tmp_path / "results.csv"), "--output", str(tmp_path / "drawn")]
+    code = f"from optical.cli.main import main; assert main({argv!r}) == 0"
+    code += "; import time; print(time.process_time())"
+    code += "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *drawn, seconds, loaded = done.stdout.splitlines()
+    assert len(drawn) == 2
+    assert not set(loaded.split()) & set(HEAVY)
+    assert float(seconds) < 5

@@ -1,4 +1,4 @@
-"""Measures are those of trec_eval, on all judged queries, with one order of documents for all."""
+"""Evaluation agrees with trec_eval, counts all judged queries and breaks ties consistently."""
 
 import json
 import logging
@@ -8,13 +8,13 @@ import pytest
 
 from optical.retrieval.evaluation import DEFAULT_MEASURES, Evaluation, evaluate
 
-pytest.importorskip("ir_measures", reason='needs pip install "optical[eval]"')
+pytest.importorskip("ir_measures", reason='needs pip install "optical-ot[eval]"')
 
 QRELS = {"q1": {"a": 1, "b": 2, "c": 0}, "q2": {"a": 1}, "q3": {"a": 0}}
 RUN = {"q1": {"c": 3.0, "b": 2.0, "x": 1.0, "a": 0.5}, "other": {"a": 1.0}}
 
 
-def test_values_by_hand():
+def test_values_computed_by_hand():
     result = evaluate(RUN, QRELS, ["AP", "RR@10", "R@3", "P@1", "AP(rel=2)"])
     assert result.per_query == {
         "AP": {"q1": (1 / 2 + 2 / 4) / 2, "q2": 0.0},
@@ -26,7 +26,7 @@ def test_values_by_hand():
     assert result.mean == {"AP": 0.25, "RR@10": 0.25, "R@3": 0.25, "P@1": 0.0, "AP(rel=2)": 0.25}
 
 
-def test_defaults_and_other_names():
+def test_default_measures_and_synonyms():
     assert evaluate(RUN, QRELS).measures == DEFAULT_MEASURES
     other = evaluate(RUN, QRELS, "MAP NDCG@10, Recall@10,Recall@100 MRR@10")
     assert other == evaluate(RUN, QRELS)
@@ -34,7 +34,7 @@ def test_defaults_and_other_names():
     assert evaluate(RUN, QRELS, "P(rel=2, cutoff=5) AP").measures == ("P(rel=2)@5", "AP")
 
 
-def test_queries_are_accounted_for(caplog):
+def test_missing_ignored_and_irrelevant_queries_are_reported(caplog):
     with caplog.at_level(logging.WARNING, "optical"):
         result = evaluate(RUN | {"q2": {}}, QRELS)
     assert result.queries == ("q1", "q2")
@@ -47,14 +47,14 @@ def test_queries_are_accounted_for(caplog):
         assert message in caplog.text
 
 
-def test_an_empty_run_counts_zero():
+def test_empty_run_scores_zero():
     result = evaluate({}, QRELS)
     assert set(result.mean.values()) == {0.0}
     assert result.missing == ("q1", "q2")
 
 
 def test_ties_are_broken_by_id_for_every_measure():
-    """ir_measures by itself gives AP 0.5 and RR@10 1.0 for this run, in one call."""
+    """ir_measures alone gives AP 0.5 and RR@10 1.0 for this run."""
     tied = {"q1": {"a": 1.0, "z": 1.0}}
     assert set(evaluate(tied, {"q1": {"a": 1}}, "AP RR@10 P@1 R@1").mean.values()) == {0.5, 0.0}
     assert evaluate(tied, {"q1": {"z": 1}}, "AP RR@10 P@1 R@1").mean == {
@@ -63,12 +63,12 @@ def test_ties_are_broken_by_id_for_every_measure():
         "P@1": 1.0,
         "R@1": 1.0,
     }
-    # trec_eval holds scores in float32, where these two would be equal.
+    # trec_eval uses float32 scores, in which these two are equal.
     close = {"q1": {"a": 1.0, "z": 1.0 - 1e-12}}
     assert evaluate(close, {"q1": {"a": 1}}, "AP").mean == {"AP": 1.0}
 
 
-def test_same_numbers_as_trec_eval():
+def test_values_equal_those_of_trec_eval():
     pytrec_eval = pytest.importorskip("pytrec_eval")
     qrels = {f"q{i}": {f"d{j}": (i * j) % 3 for j in range(1, 20)} for i in range(1, 8)}
     run = {q: {f"d{j}": float((7 * j) % 11) for j in range(1, 30)} for q in qrels}
@@ -100,26 +100,26 @@ def test_table_and_json():
         ("RR@0", r"unknown measure 'RR@0'"),
         ("AP(rel=", r"unknown measure 'AP\(rel='"),
         ("P(nonsense=1)@5", r"unknown measure 'P\(nonsense=1\)@5'"),
-        ("BPM", r"measure 'BPM' is not complete"),
-        ("R", r"measure 'R' is not complete; measures such as R, P and Success need a cutoff"),
+        ("BPM", r"measure 'BPM' is incomplete"),
+        ("R", r"measure 'R' is incomplete; measures such as R, P and Success need a cutoff"),
         ("", r"no measure given; for example AP"),
         ([], r"no measure given"),
         ("alpha_nDCG@10", r"ir_measures cannot calculate one of alpha_nDCG@10: Unsupported"),
     ],
 )
-def test_bad_measures_are_named(measures, message):
+def test_invalid_measures_are_named_in_the_error(measures, message):
     with pytest.raises(ValueError, match=message) as caught:
         evaluate(RUN, QRELS, measures)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("qrels", [{}, {"q": {"a": 0}}, {"q": {}}])
-def test_nothing_to_evaluate_is_refused(qrels):
+def test_judgements_without_relevant_documents_are_refused(qrels):
     with pytest.raises(ValueError, match="judged queries has a relevant document"):
         evaluate(RUN, qrels)
 
 
-def test_without_ir_measures_the_extra_is_named(monkeypatch):
+def test_missing_ir_measures_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ir_measures", None)
-    with pytest.raises(ImportError, match=r'pip install "optical\[eval\]"'):
+    with pytest.raises(ImportError, match=r'pip install "optical-ot\[eval\]"'):
         evaluate(RUN, QRELS)

@@ -1,4 +1,4 @@
-"""p-values against exact enumeration, scipy and hand-worked tables; equal whatever the order."""
+"""Tests, intervals and corrections agree with enumeration, scipy and values computed by hand."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from optical.retrieval.evaluation import Evaluation, compare
-from optical.retrieval.statistics import correct, interval, paired_test
+from optical.retrieval.statistics import correct, interval, paired_test, resampled_indices
 
 np = pytest.importorskip("numpy")
 
@@ -28,12 +28,12 @@ def by_query(values):
 # --- the randomisation test ----------------------------------------------------------------------
 
 
-def test_three_differences_by_hand():
-    """Signs of (0.4, 0.6, 0.5): only all plus and all minus reach 1.5, 2 of 8 patterns."""
+def test_p_values_computed_by_hand():
+    """For (0.4, 0.6, 0.5), only 2 of 8 sign patterns reach 1.5: all plus and all minus."""
     assert paired_test([0.5, 0.9, 0.7], [0.1, 0.3, 0.2]).p == 2 / 8
     # (0.1, 0.2, -0.3) sums to 0, which every pattern reaches.
     assert paired_test([0.1, 0.2, 0.0], [0.0, 0.0, 0.3]).p == 1.0
-    # (3, -1): |2| is reached by all four; (3, 1, 1) with sum 5 by two of eight.
+    # All four patterns of (3, -1) reach 2; two of eight patterns of (3, 1, 1) reach 5.
     assert paired_test([3, 0], [0, 1]).p == 1.0
     assert paired_test([3, 1, 1], [0, 0, 0]).p == 0.25
 
@@ -48,7 +48,7 @@ def test_enumeration_is_exact(n):
 
 
 @pytest.mark.parametrize("n", [12, 40, 281])
-def test_agrees_with_scipy(n):
+def test_randomization_test_agrees_with_scipy(n):
     stats = pytest.importorskip("scipy.stats")
     first, second = pair(n, 0.002, seed=3)
     theirs = stats.permutation_test(
@@ -94,7 +94,7 @@ def test_under_the_null_five_percent_are_below_five_percent(test):
     assert 8 <= below <= 33
 
 
-def test_p_depends_on_nothing_but_the_values_and_the_seed():
+def test_p_depends_only_on_values_and_seed():
     first, second = pair(60, 0.02)
     usual = paired_test(first, second)
     assert paired_test(first, second) == usual
@@ -115,7 +115,7 @@ def test_p_depends_on_nothing_but_the_values_and_the_seed():
     assert other.p == pytest.approx(usual.p, abs=0.01)
 
 
-def test_p_is_equal_in_another_process():
+def test_p_is_equal_across_processes():
     first, second = pair(60, 0.02)
     code = (
         "import json, sys; from optical.retrieval.statistics import paired_test; "
@@ -133,7 +133,7 @@ def test_p_is_equal_in_another_process():
     assert done.stdout.strip() == repr(tuple(paired_test(first, second)))
 
 
-def test_t_test_is_that_of_scipy():
+def test_t_test_agrees_with_scipy():
     stats = pytest.importorskip("scipy.stats")
     first, second = pair(40, 0.02)
     ours = paired_test(first, second, test="t").p
@@ -157,7 +157,7 @@ def test_interval_agrees_with_scipy():
     assert wide.low < low < mean < high < wide.high
 
 
-def test_interval_covers_the_mean_about_as_often_as_it_says():
+def test_interval_has_the_nominal_coverage():
     generator = np.random.default_rng(4)
     covered = 0
     for _ in range(200):
@@ -175,11 +175,19 @@ def test_interval_of_few_or_equal_values():
     assert interval([0.1, 0.9, 0.4]) == interval([0.9, 0.4, 0.1])
 
 
+def test_block_size_does_not_affect_the_resampled_indices(monkeypatch):
+    whole = np.concatenate(list(resampled_indices(np.random.default_rng(3), 7, 100)))
+    monkeypatch.setattr("optical.retrieval.statistics._BLOCK", 50)
+    blocks = list(resampled_indices(np.random.default_rng(3), 7, 100))
+    assert len(blocks) == 15 and (np.concatenate(blocks) == whole).all()
+    assert (np.random.default_rng(3).integers(7, size=(100, 7)) == whole).all()
+
+
 # --- Holm and the table --------------------------------------------------------------------------
 
 
-def test_holm_by_hand():
-    """Sorted 0.01 0.02 0.03 0.04 0.5; times 5 4 3 2 1; then the running maximum."""
+def test_corrections_computed_by_hand():
+    """Holm: sorted p-values times 5, 4, 3, 2, 1, then the running maximum."""
     assert correct([0.03, 0.5, 0.01, 0.04, 0.02]) == pytest.approx([0.09, 0.5, 0.05, 0.09, 0.08])
     assert correct([0.4, 0.6, 0.5]) == pytest.approx([1.0, 1.0, 1.0])
     assert correct([0.01, 0.04], "bonferroni") == pytest.approx([0.02, 0.08])
@@ -231,7 +239,7 @@ def test_table_of_comparisons(systems):
     assert json.loads(json.dumps(table.to_dict()))["rows"][0]["system"] == "ot"
 
 
-def test_p_does_not_depend_on_the_rows_around(systems):
+def test_p_is_independent_of_other_rows(systems):
     backwards = dict(reversed(systems.items()))
     one = {(r.system, r.measure): r for r in compare(systems).rows}
     two = {(r.system, r.measure): r for r in compare(backwards, baseline="bm25").rows}
@@ -258,16 +266,18 @@ def test_one_query_has_no_interval():
         ({"confidence": 95}, "confidence must lie between 0 and 1, found 95"),
     ],
 )
-def test_bad_comparisons_are_refused(systems, arguments, message):
+def test_invalid_comparisons_are_refused(systems, arguments, message):
     with pytest.raises(ValueError, match=message):
         compare(systems, **arguments)
 
 
-def test_systems_that_cannot_be_paired_are_refused(systems):
+def test_systems_with_different_queries_are_refused(systems):
     with pytest.raises(ValueError, match="at least two systems, found 1"):
         compare({"bm25": systems["bm25"]})
     fewer = evaluation([0.1] * 49, [0.1] * 49)
-    with pytest.raises(ValueError, match=r"different queries \(1 are in one of them .* 'q49'\)"):
+    with pytest.raises(
+        ValueError, match=r"different queries \(1 are in only one of them.* 'q49'\)"
+    ):
         compare({"bm25": systems["bm25"], "fewer": fewer})
 
 
@@ -275,18 +285,18 @@ def test_systems_that_cannot_be_paired_are_refused(systems):
     ("first", "second", "message"),
     [
         ([0.1, 0.2], [0.1], "different numbers of queries: 2 and 1"),
-        ({"q": 0.1}, {"r": 0.1}, "different queries: 2 are in one of them only, such as 'q'"),
+        ({"q": 0.1}, {"r": 0.1}, "different queries: 2 are in only one of them, such as 'q'"),
         ({"q": 0.1}, [0.1], "both systems must be mappings"),
         ([], [], "first must be a list of at least one value"),
         ([0.1, float("nan")], [0.1, 0.2], "first must be finite numbers"),
     ],
 )
-def test_values_that_cannot_be_paired_are_refused(first, second, message):
+def test_unpaired_values_are_refused(first, second, message):
     with pytest.raises(ValueError, match=message):
         paired_test(first, second)
 
 
-def test_other_bad_arguments_are_refused():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="a p-value must lie between 0 and 1"):
         correct([1.5])
     with pytest.raises(ValueError, match="resamples must be at least 1"):
@@ -296,7 +306,7 @@ def test_other_bad_arguments_are_refused():
 
 
 @pytest.mark.parametrize(("package", "test"), [("numpy", "randomization"), ("scipy", "t")])
-def test_without_a_package_the_extra_is_named(monkeypatch, package, test):
+def test_missing_package_names_the_extra(monkeypatch, package, test):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r'pip install "optical\[eval\]"'):
+    with pytest.raises(ImportError, match=r'pip install "optical-ot\[eval\]"'):
         paired_test([0.1, 0.3], [0.2, 0.2], test=test)

@@ -1,4 +1,4 @@
-"""Every kind of arm in one miniature study: what each one trains on, starts from and searches."""
+"""Every kind of arm in one miniature study: training data, starting models and searches."""
 
 import json
 import re
@@ -23,12 +23,12 @@ STEPS = {"max_steps": 2}
 
 
 def configuration(world, tiny_models, folder):
-    """Two languages, two roles, and an arm of each kind; trainings of two steps."""
+    """Return a study of two languages with an arm of each kind, trained for two steps."""
     bitext = str(world / "bitext/en-{language}.tsv")
     distilled = {"recipe": "distill", "bitext": bitext, "max_iter": 5, "arguments": STEPS}
     lexicon = str(world / "lexicon/en-{language}.tsv")
     switched = {"recipe": "codeswitch", "start": "zeroshot", "arguments": STEPS}
-    # Machine translations of the Swahili and German documents, from somewhere.
+    # Stand-ins for machine translations of the Swahili and German documents.
     english = (world / "documents/en.jsonl").read_text()
     for language in ("sw", "de"):
         (folder / f"tiny.{language}.jsonl").write_text(english)
@@ -127,13 +127,13 @@ def means(out):
     }
 
 
-def test_each_arm_trains_what_it_says(finished, world):
+def test_each_arm_has_the_configured_options(finished, world):
     config, out = finished
     trained = sorted(
         re.sub(r"-[0-9a-f]{10}$", "", path.name) for path in (out / "models").iterdir()
     )
-    # A retriever taught in English alone and a multilingual arm have one model, and so has a
-    # transfer, which is the same for every seed.
+    # Retrievers trained on English only and multilingual arms have one model for all languages. A
+    # transfer has one model for all seeds.
     expected = [
         "teacher", "zeroshot-all-0", "ot-all-all-0", "ot-all-all-1", "switched-all-0",
         "transfer-all-0", "ot-transfer-all-0", "ot-transfer-all-1", "average-all-0",
@@ -152,7 +152,7 @@ def test_each_arm_trains_what_it_says(finished, world):
     transferred = record(out, "transfer-all-0")
     assert transferred["options"]["bitext"] == options["bitext"]
     assert "teacher-" in transferred["options"]["model"]
-    # The teacher goes on reading the queries.
+    # The teacher still encodes the queries.
     assert read_config(config).arm("transfer").encodes == "role"
     assert "transfer-all-0" in record(out, "ot-transfer-all-0")["options"]["student"]
     lexicons = record(out, "switched-all-0")["options"]["lexicon"]
@@ -161,24 +161,24 @@ def test_each_arm_trains_what_it_says(finished, world):
     assert re.fullmatch(r"sw=.*/lexicons/plan-sw-[0-9a-f]{10}\.tsv", entry)
 
 
-def test_teacher_vectors_are_written_once_for_each_bitext(finished):
+def test_teacher_vectors_are_stored_once_per_bitext(finished):
     _, out = finished
     stores = sorted(path.name.rsplit("-", 1)[0] for path in (out / "vectors").iterdir())
     assert stores == ["en-de", "en-sw"]
 
 
-def test_translation_finds_what_words_alone_do_not(finished):
+def test_translation_matches_across_languages(finished):
     _, out = finished
     found = means(out)
     for language in ("sw", "de"):
-        # No word of the queries is in the foreign documents.
+        # No word of the queries occurs in the foreign documents.
         assert found["bm25", language] == 0
         assert found["bm25-queries", language] > 0.5
         assert found["bm25-nmt", language] == pytest.approx(found["bm25-file", language], abs=0.5)
         assert found["bm25-nmt", language] > 0.5
 
 
-def test_word_tables_hold_the_translations(finished):
+def test_induced_lexicons_contain_the_translations(finished):
     from optical.data.lexicon import read_lexicon
 
     _, out = finished
@@ -190,7 +190,7 @@ def test_word_tables_hold_the_translations(finished):
     assert read_lexicon(plan)
 
 
-def test_the_report_answers_what_was_asked(finished):
+def test_report_has_the_configured_tables(finished):
     _, out = finished
     found = json.loads((out / "report.json").read_text())
     tested = {(row["arm"], row["against"]) for row in found["comparisons"]}
@@ -212,7 +212,7 @@ def test_the_report_answers_what_was_asked(finished):
     assert "](figures/pairs.png)" in text
 
 
-def test_figures_come_out_of_the_table_alone(finished, tmp_path, capsys):
+def test_figures_are_drawn_from_the_table_alone(finished, tmp_path, capsys):
     _, out = finished
     rows = read_rows(out / "results.csv")
     curve = [(r["against"], r["pairs"]) for r in rows if r["kind"] == "curve" and r["name"] == "sw"]
@@ -229,14 +229,14 @@ def test_figures_come_out_of_the_table_alone(finished, tmp_path, capsys):
         assert (tmp_path / name).read_bytes() == (out / "figures" / name).read_bytes()
 
 
-def left(path, output=None):
-    return [cell.label for cell in Study(read_config(path, output)).cells() if not cell.done]
+def unfinished(path):
+    return [task.label for task in Study(read_config(path)).tasks() if not task.done]
 
 
-def test_nothing_runs_twice_and_a_new_arm_alone(finished, monkeypatch, tmp_path):
+def test_new_arm_adds_only_its_own_tasks(finished, monkeypatch, tmp_path):
     path, _ = finished
-    monkeypatch.setattr(runner, "run", lambda *_, **__: pytest.fail("a finished cell ran again"))
-    assert left(path) == []
+    monkeypatch.setattr(runner, "run", lambda *_, **__: pytest.fail("a finished task ran again"))
+    assert unfinished(path) == []
     raw = yaml.safe_load(path.read_text())
     raw["arms"]["more"] = {**raw["arms"]["ot"], "epsilon": 0.1}
     new = tmp_path / "study.yaml"
@@ -246,16 +246,16 @@ def test_nothing_runs_twice_and_a_new_arm_alone(finished, monkeypatch, tmp_path)
         for language in ("sw", "de")
         for verb in ("train", "evaluate", "words")
     ]
-    assert left(new) == expected
+    assert unfinished(new) == expected
 
 
-def test_what_an_arm_stands_on_runs_again_with_it(finished, tmp_path):
+def test_dependent_arms_are_repeated_with_an_arm(finished, tmp_path):
     path, _ = finished
     raw = yaml.safe_load(path.read_text())
     raw["arms"]["ot"]["epsilon"] = 0.2
     new = tmp_path / "study.yaml"
     new.write_text(yaml.safe_dump(raw, sort_keys=False))
-    found = left(new)
+    found = unfinished(new)
     for label in ("train ot sw seed 0", "lexicon plan sw", "train switched-plan sw seed 0",
                   "train both de seed 0", "evaluate both de seed 0", "alignment"):  # fmt: skip
         assert label in found
@@ -263,7 +263,7 @@ def test_what_an_arm_stands_on_runs_again_with_it(finished, tmp_path):
 
 
 def test_both_roles_in_one_study(world, tiny_models, tmp_path):
-    """Foreign queries search English documents in one collection, and the other way in another."""
+    """One collection has foreign documents, another has foreign queries."""
     for language in ("sw", "de"):
         (tmp_path / f"queries.{language}.tsv").write_text((world / "queries.tsv").read_text())
     raw = configuration(world, tiny_models, tmp_path)
@@ -290,7 +290,7 @@ def test_both_roles_in_one_study(world, tiny_models, tmp_path):
     found = json.loads((out / "one/report.json").read_text())
     places = {(row["collection"], row["language"]) for row in found["means"]}
     assert places == {("tiny", "sw"), ("tiny", "de"), ("asked", "de")}
-    # No gap where a language is missing.
+    # A collection without one of the languages has no gap.
     assert {row["collection"] for row in found["gaps"]} == {"tiny"}
     assert "asked" in (out / "one/report.md").read_text()
     assert len(list((out / "models").glob("zeroshot-*"))) == 1

@@ -1,7 +1,9 @@
-"""A study's configuration: read whole, and every mistake said in one line before anything runs."""
+"""Configuration of a study: every key is read, and every error is one line with the key."""
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,12 @@ pytest.importorskip("yaml", reason="needs the extra `study`")
 pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
 
 import yaml
+from optical.io.options import nearest, parse_yaml
 from transformers import HfArgumentParser
 
-from optical.io.settings import nearest, parse_yaml
 from optical.study.config import read_config
 from optical.training.options import CodeswitchOptions, DistillOptions
-from optical.training.recipes import CommandLineArguments
+from optical.training.recipes import CommandLineTrainerArguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 USUAL = {
@@ -43,7 +45,7 @@ USUAL = {
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """Read USUAL with a change: a dotted key and its value, None to remove it."""
+    """Read USUAL with one change: a dotted key and its value, None to remove it."""
     monkeypatch.setenv("LEXICA", "/lexica")
 
     def make(key="", value=None):
@@ -63,43 +65,37 @@ def read(tmp_path, monkeypatch):
     return make
 
 
-def test_reads_everything(read, tmp_path):
+def test_all_keys_are_read(read, tmp_path):
     config = read()
     assert config.title == "study" and str(config.output) == "out" and config.role == "document"
     assert config.languages == ("sw", "de") and config.seeds == (0,)
-    assert (config.resource("sw"), config.resource("de"), config.resource("fi")) == (
-        "low",
-        "high",
-        "",
-    )
+    study = config.describe()
+    assert [study.group_of(language) for language in ("sw", "de", "fi")] == ["low", "high", ""]
+    assert study.arms == ("zeroshot", "ot", "switched") and study.collections == ("news",)
     assert config.teacher_options.pairs == [str(tmp_path / "teacher.tsv")]
-    # The arguments of a part add to the common ones.
-    assert config.teacher_arguments == {"max_steps": 7, "learning_rate": 0.001}
+    # Trainer arguments of the teacher extend the common ones.
+    assert config.teacher_trainer_args == {"max_steps": 7, "learning_rate": 0.001}
     zeroshot, ot, switched = config.arms
-    assert (zeroshot.recipe, zeroshot.encodes, ot.encodes, switched.encodes) == (
-        "none",
-        "both",
-        "role",
-        "both",
-    )
-    assert zeroshot.options("sw", "teacher", config) is None
-    assert ot.options("sw", "teacher", config) == DistillOptions(
+    encodes = (zeroshot.encodes, ot.encodes, switched.encodes)
+    assert zeroshot.recipe == "none" and encodes == ("both", "role", "both")
+    assert zeroshot.resolve_options("sw", "teacher", config) is None
+    assert ot.resolve_options("sw", "teacher", config) == DistillOptions(
         teacher="teacher",
         role="document",
         epsilon=0.1,
         bitext=[str(tmp_path / "../bitext/en-sw.tsv")],
     )
-    assert switched.options("de", "teacher", config) == CodeswitchOptions(
+    assert switched.resolve_options("de", "teacher", config) == CodeswitchOptions(
         model="teacher",
-        sides="document",
+        role="document",
         pairs=config.teacher_options.pairs,
         lexicon=["de=/lexica/en-de.tsv"],
     )
-    assert (ot.arguments["max_steps"], switched.arguments["max_steps"]) == (5, 9)
-    assert config.text == (tmp_path / "study.yaml").read_text()
+    assert (ot.trainer_args["max_steps"], switched.trainer_args["max_steps"]) == (5, 9)
+    assert config.config_text == (tmp_path / "study.yaml").read_text()
 
 
-def test_a_multilingual_arm_has_every_language(read, tmp_path):
+def test_multilingual_arm_trains_on_every_language(read, tmp_path):
     read("arms.ot.multilingual", True)
     path = tmp_path / "study.yaml"
     raw = yaml.safe_load(path.read_text())
@@ -110,27 +106,29 @@ def test_a_multilingual_arm_has_every_language(read, tmp_path):
     config = read_config(path)
     _, ot, switched, more = config.arms
     both = ("sw", "de")
-    assert ot.options(both, "t", config).bitext == [
+    assert ot.resolve_options(both, "t", config).bitext == [
         str(tmp_path / f"../bitext/en-{language}.tsv") for language in both
     ]
-    assert switched.options(both, "t", config).lexicon == [
+    assert switched.resolve_options(both, "t", config).lexicon == [
         f"{language}=/lexica/en-{language}.tsv" for language in both
     ]
-    made = more.options(both, "t", config, lexicon=lambda name, one: f"{name}.{one}")
-    assert made.lexicon == ["sw=table.sw", "de=table.de", "de=own.tsv"]
-    assert more.lexicons(config) == ["table"] and switched.lexicons(config) == []
+    resolved = more.resolve_options(
+        both, "t", config, lexicon_path=lambda name, one: f"{name}.{one}"
+    )
+    assert resolved.lexicon == ["sw=table.sw", "de=table.de", "de=own.tsv"]
+    assert more.induced_lexicons(config) == ["table"] and switched.induced_lexicons(config) == []
 
 
-def test_an_arm_may_start_elsewhere(read):
+def test_starting_models_of_arms(read):
     config = read("arms.more", {"recipe": "teacher", "arguments": {"max_steps": 2}})
     more = config.arm("more")
-    # A retriever of its own: the teacher's pairs and limits, from the encoder.
+    # A new retriever: pairs and limits of the teacher, starting from the encoder.
     assert (more.start, more.multilingual) == (("encoder",), True)
-    assert more.arguments == {**config.teacher_arguments, "max_steps": 2}
-    options = more.options("sw", "t", config, start=("e",))
+    assert more.trainer_args == {**config.teacher_trainer_args, "max_steps": 2}
+    options = more.resolve_options("sw", "t", config, start=("e",))
     assert (options.model, options.pairs) == ("e", config.teacher_options.pairs)
     config = read("arms.more", {"recipe": "average", "start": ["ot", "switched"]})
-    more = config.arm("more").options("sw", "t", config, start=("a", "b"))
+    more = config.arm("more").resolve_options("sw", "t", config, start=("a", "b"))
     assert more.models == ["a", "b"]
     for start in ("ot", ["ot"], []):
         with pytest.raises(ValueError, match=r"arms.more.start: .*, expected two arms or more"):
@@ -138,31 +136,33 @@ def test_an_arm_may_start_elsewhere(read):
     with pytest.raises(ValueError, match=r"arms.more.start: 'teacher', expected ot or switched"):
         read("arms.more", {"recipe": "average", "start": ["ot", "teacher"]})
     config = read("arms.more", {"recipe": "distill", "bitext": "b", "start": "ot"})
-    assert config.arm("more").options("sw", "t", config, start=("s",)).student == "s"
+    assert config.arm("more").resolve_options("sw", "t", config, start=("s",)).student == "s"
     with pytest.raises(ValueError, match=r"more is multilingual but starts from ot, which has a"):
         read("arms.more", {"recipe": "distill", "start": "ot", "multilingual": True})
 
 
-def test_roles_belong_to_collections(read):
+def test_collections_may_have_another_role(read):
     config = read("collections.asked", {"source": "x", "role": "query"})
     assert config.roles == ["document", "query"]
     assert [config.role_of(name) for name in config.collections] == ["document", "query"]
     ot = config.arm("ot")
-    assert ot.options("sw", "t", config, role="query").role == "query"
-    assert config.arm("switched").options("sw", "t", config, role="query").sides == "query"
+    assert ot.resolve_options("sw", "t", config, role="query").role == "query"
+    assert config.arm("switched").resolve_options("sw", "t", config, role="query").role == "query"
 
 
-def test_a_table_read_off_an_arm_stands_behind_it(read, tmp_path):
+def test_induced_lexicon_needs_an_earlier_arm(read, tmp_path):
     read("lexicons", {"plan": {"bitext": "b", "arm": "switched"}})
     path = tmp_path / "study.yaml"
     raw = yaml.safe_load(path.read_text())
     raw["arms"]["switched"]["lexicon"] = "plan"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
-    with pytest.raises(ValueError, match="is read off the arm switched, which must stand before"):
+    with pytest.raises(
+        ValueError, match="is induced from the arm switched, which must come before"
+    ):
         read_config(path)
 
 
-def test_a_base_is_read_below(read, tmp_path):
+def test_base_file_is_overridden(read, tmp_path):
     read()
     path = tmp_path / "more.yaml"
     path.write_text(
@@ -172,9 +172,9 @@ def test_a_base_is_read_below(read, tmp_path):
     config = read_config(path)
     assert config.seeds == (1, 2) and config.languages == ("sw", "de")
     assert [arm.name for arm in config.arms] == ["ot", "switched"]
-    assert config.arm("ot").settings["epsilon"] == 0.3 and config.arm("ot").settings["bitext"]
-    assert config.arm("ot").arguments == {"max_steps": 9, "learning_rate": 0.001}
-    assert "epsilon: 0.3" in config.text and "some/encoder" in config.text
+    assert config.arm("ot").options["epsilon"] == 0.3 and config.arm("ot").options["bitext"]
+    assert config.arm("ot").trainer_args == {"max_steps": 9, "learning_rate": 0.001}
+    assert "epsilon: 0.3" in config.config_text and "some/encoder" in config.config_text
     path.write_text("base: more.yaml\n")
     with pytest.raises(ValueError, match="is based on this file itself"):
         read_config(path)
@@ -183,27 +183,27 @@ def test_a_base_is_read_below(read, tmp_path):
         read_config(path)
 
 
-def test_output_of_the_command_line_wins(read, tmp_path):
+def test_output_argument_overrides_the_file(read, tmp_path):
     read()
     assert str(read_config(tmp_path / "study.yaml", "other").output) == "other"
 
 
-def test_the_embedded_study(tmp_path):
-    # The parser of the command line changes the types in the trainer's fields.
-    HfArgumentParser((CommandLineArguments,), add_help=False)
+def test_embedded_study(tmp_path):
+    # The command-line parser changes the types of the trainer's dataclass fields.
+    HfArgumentParser((CommandLineTrainerArguments,), add_help=False)
     config = read_config(None, tmp_path / "out")
     assert config.phrasebook and len(config.languages) == 7
     assert config.teacher_options.pairs == [str(tmp_path / "out/data/teacher.tsv")]
     for arm in config.arms:
-        options = arm.options("sw", "teacher", config)
+        options = arm.resolve_options("sw", "teacher", config)
         assert options is None or options.validate() is None
 
 
-def test_yaml_reads_norwegian_as_false(read):
+def test_norwegian_is_not_read_as_false(read):
     assert read("languages", ["sw", "de", False]).languages == ("sw", "de", "no")
 
 
-def test_numbers_may_be_written_without_a_point(read, tmp_path):
+def test_exponents_need_no_decimal_point(read, tmp_path):
     read()
     path = tmp_path / "study.yaml"
     text = path.read_text().replace("epsilon: 0.1", "epsilon: 5e-2")
@@ -212,24 +212,24 @@ def test_numbers_may_be_written_without_a_point(read, tmp_path):
     # YAML 1.1 reads 1e-3 as text.
     assert yaml.safe_load(text)["arguments"]["learning_rate"] == "1e-3"
     config = read_config(path)
-    assert config.arms[1].settings["epsilon"] == 0.05
-    assert config.arms[1].arguments["learning_rate"] == 0.001
-    assert isinstance(config.arms[1].arguments["max_steps"], int)
+    assert config.arms[1].options["epsilon"] == 0.05
+    assert config.arms[1].trainer_args["learning_rate"] == 0.001
+    assert isinstance(config.arms[1].trainer_args["max_steps"], int)
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E+5", "-3e2", "+1e0", ".5e1", "5.e-1", "12e03"])
-def test_a_number_with_an_exponent_is_a_number(text):
+def test_exponents_are_parsed_as_numbers(text):
     found = parse_yaml(f"a: {text}\nb: [{text}]\nc: {{d: {text}}}\n", "here")
     assert found == {"a": float(text), "b": [float(text)], "c": {"d": float(text)}}
     assert isinstance(found["a"], float)
 
 
 @pytest.mark.parametrize("text", ["e1", "1e", "1e-", "1e4x", "'1e-4'", "1e-4.5", "v1e4"])
-def test_what_only_looks_like_a_number_is_text(text):
+def test_malformed_numbers_are_text(text):
     assert parse_yaml(f"a: {text}\n", "here") == {"a": text.strip("'")}
 
 
-def test_yaml_outside_is_left_as_it_was():
+def test_the_global_yaml_loader_is_unchanged():
     parse_yaml("a: 1e-4\n", "here")
     assert yaml.safe_load("1e-4") == "1e-4"
 
@@ -242,7 +242,11 @@ WRONG = [
     ("teacher.pair", "a", "unknown key `pair` in teacher; did you mean `pairs`"),
     ("arguments.max_step", 1, "unknown key `max_step` in arguments; did you mean `max_steps`"),
     ("teacher.arguments.lr", 1, "unknown key `lr` in teacher.arguments"),
-    ("arms.ot.arguments", {"output_dir": "x"}, "unknown key `output_dir` in arms.ot.arguments"),
+    (
+        "arms.ot.trainer_args",
+        {"output_dir": "x"},
+        "unknown key `output_dir` in arms.ot.trainer_args",
+    ),
     ("collections.news.query", "q", "unknown key `query` in collections.news; did you mean `quer"),
     ("collections.news", "wikiclir/sw", "collections.news: expected keys and values"),
     ("collections", ["news"], "collections: expected names with their files"),
@@ -252,7 +256,7 @@ WRONG = [
     ("arms", None, "no key `arms`; it is required"),
     ("arms", ["ot"], "arms: expected keys and values"),
     ("arms.ot", ["distill"], "arms.ot: expected keys and values"),
-    ("arms.ot.arguments", "fast", "arms.ot.arguments: expected keys and values"),
+    ("arms.ot.trainer_args", "fast", "arms.ot.trainer_args: expected keys and values"),
     ("collections", None, "no key `collections`; it is required"),
     ("encoder", None, "no key `encoder` for the teacher to start from"),
     ("output", None, "no key `output`, and no --output given"),
@@ -292,6 +296,7 @@ WRONG = [
         ["teacher", "encoder"],
         "arms.ot.start: ['teacher', 'encoder'], expected one name at most",
     ),
+    ("arms.ot.objective", "mse", "arms.ot.objective: 'mse', expected ot or position or pooled or"),
     ("arms.ot.multilingual", "yes", "arms.ot.multilingual: 'yes', expected bool"),
     ("arms.zeroshot.seeds", [1], "unknown key `seeds` in arms.zeroshot"),
     ("collections.news.role", "both", "collections.news.role: 'both', expected query or document"),
@@ -317,16 +322,16 @@ WRONG = [
     ),
     ("arguments.max_length", 2.5, "arguments.max_length: 2.5, expected int or dict[str, int]"),
     (
-        "arms.ot.arguments",
+        "arms.ot.trainer_args",
         {"save_strategy": False},  # the `no` of YAML 1.1 without quotes
-        "arms.ot.arguments.save_strategy: False, expected 'no' or 'steps' or 'epoch' or 'best'",
+        "arms.ot.trainer_args.save_strategy: False, expected 'no' or 'steps' or 'epoch' or 'best'",
     ),
     ("teacher.arguments.optim", "adam", "teacher.arguments.optim: 'adam', expected 'adamw_torch'"),
 ]
 
 
 @pytest.mark.parametrize(("key", "value", "message"), WRONG, ids=[f"{k}={v}" for k, v, _ in WRONG])
-def test_a_mistake_is_said_in_one_line(read, tmp_path, key, value, message):
+def test_errors_are_one_line_with_the_key(read, tmp_path, key, value, message):
     with pytest.raises(ValueError) as error:
         read(key, value)
     assert str(error.value).startswith(f"{tmp_path / 'study.yaml'}: {message}")
@@ -344,7 +349,7 @@ def test_a_mistake_is_said_in_one_line(read, tmp_path, key, value, message):
         ("title: Müller\n".encode("latin-1"), r"study\.yaml:1: not UTF-8"),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path, data, message):
+def test_invalid_files_are_refused(tmp_path, data, message):
     path = tmp_path / "study.yaml"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message) as error:
@@ -352,23 +357,30 @@ def test_a_file_that_is_no_configuration(tmp_path, data, message):
     assert "\n" not in str(error.value)
 
 
-def test_no_such_file(tmp_path):
+def test_missing_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.yaml: no such configuration file"):
         read_config(tmp_path / "no.yaml")
 
 
-def test_nearest():
+def test_nearest_name():
     assert nearest("epsilom", ["epsilon", "tol"]) == "; did you mean `epsilon`?"
     assert nearest("zzz", ["b", "a"]) == "; known: a, b"
     assert nearest("zzz", []) == ""
 
 
-def test_the_resolved_options_are_plain_data(read):
+def test_options_are_plain_data(read):
     config = read()
-    assert json.dumps(config.teacher_arguments) and json.dumps(config.arms[1].settings)
+    assert json.dumps(config.teacher_trainer_args) and json.dumps(config.arms[1].options)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("clir_*.yaml")), ids=lambda path: path.stem)
-def test_every_example_is_understood(path, monkeypatch):
+def test_every_example_is_valid(path, monkeypatch):
     monkeypatch.setenv("OPTICAL_DATA", "/data")
     assert read_config(path).arms
+
+
+def test_importing_the_configuration_loads_no_training_library():
+    code = "import sys, optical.study.config; print(*{n.split('.')[0] for n in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"transformers", "sentence_transformers", "datasets", "matplotlib", "yaml"}
+    assert not heavy & set(done.stdout.split())

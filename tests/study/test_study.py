@@ -1,4 +1,4 @@
-"""A miniature study: its report, and that no interruption and no change is ever mistaken."""
+"""A miniature study: its report, resuming after interruptions, and invalidation by changes."""
 
 import copy
 import json
@@ -24,19 +24,20 @@ from transformers import TrainerCallback
 
 from optical.study import evaluation_tasks, tasks
 from optical.study.config import read_config
+from optical.study.layout import Fingerprints
 from optical.study.study import Study, run_study
-from optical.study.tasks import Cell, Costs, Progress
-from optical.training import recipes as training
+from optical.study.tasks import Costs, Progress, Task
 from optical.training import runner
+from optical.training.options import CodeswitchOptions, DistillOptions, TransferOptions
 
 FIGURES = ("measure_per_language.png", "gap_per_arm.png", "alignment.png")
 
 
 def configuration(world):
-    """The miniature: 14 cells, a handful of steps each."""
+    """Return a configuration of 17 tasks with a few training steps each."""
     return {
         "title": "A miniature <study>",
-        "note": "Nothing & nobody.",
+        "note": "Dogs & cats.",
         "languages": ["sw", "de"],
         "low": ["sw"],
         "high": ["de"],
@@ -98,7 +99,7 @@ def write(folder, raw):
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
-    """Configuration and output folder of the study, run without interruption."""
+    """Run the study without interruption; return its configuration and output folder."""
     folder = tmp_path_factory.mktemp("study")
     config = write(folder, configuration(world))
     assert run_study(config, folder / "out") == folder / "out/report.md"
@@ -115,7 +116,7 @@ def numbers(folder):
 # --- the report ----------------------------------------------------------------------------------
 
 
-def test_the_report_holds_every_number(finished):
+def test_report_contains_all_statistics(finished):
     _, out = finished
     found = numbers(out)
     assert found["measure"] == "AP"
@@ -137,7 +138,7 @@ def test_the_report_holds_every_number(finished):
         assert row["difference"] == pytest.approx(difference)
 
     text = (out / "report.md").read_text(encoding="utf-8")
-    assert text.startswith("# A miniature <study>\n\nNothing & nobody.")
+    assert text.startswith("# A miniature <study>\n\nDogs & cats.")
     for (arm, language), mean in means.items():
         assert f"{mean:.3f}" in text and arm in text and (language == "en" or language in text)
     assert "Swahili" in text and "MAP" in text and "Holm" in text
@@ -146,17 +147,17 @@ def test_the_report_holds_every_number(finished):
         assert f"](figures/{figure})" in text
 
 
-def test_the_page_stands_alone(finished):
+def test_html_page_has_no_external_files(finished):
     _, out = finished
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "<h1>A miniature &lt;study&gt;</h1>" in page and "Nothing &amp; nobody." in page
+    assert "<h1>A miniature &lt;study&gt;</h1>" in page and "Dogs &amp; cats." in page
     assert page.count("data:image/png;base64,") == 3
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     for tag in ("table", "figure", "ul", "div", "pre", "thead", "tbody"):
         assert page.count(f"<{tag}") == page.count(f"</{tag}>")
 
 
-def test_the_figures_show_something(finished):
+def test_figures_are_not_empty(finished):
     from matplotlib.image import imread
 
     for name in FIGURES:
@@ -166,7 +167,7 @@ def test_the_figures_show_something(finished):
         assert min(pixels.shape[:2]) > 100 and pixels[..., :3].std() > 0.02
 
 
-def test_runs_and_records_are_kept(finished, world):
+def test_runs_and_records_are_stored(finished, world):
     from optical.data.trec import read_run
 
     _, out = finished
@@ -178,7 +179,7 @@ def test_runs_and_records_are_kept(finished, world):
     assert len(records) == 6
     recipes = {json.loads(path.read_text())["recipe"] for path in records}
     assert recipes == {"encoder", "teacher", "distill", "codeswitch"}
-    # What is finished needs no checkpoint.
+    # Checkpoints of finished trainings are deleted.
     assert not list((out / "models").glob("*/checkpoint-*"))
     (row,) = [json.loads(path.read_text()) for path in (out / "results").glob("alignment-*")]
     total = sum(sum(masses) for masses in row["plan"])
@@ -187,14 +188,14 @@ def test_runs_and_records_are_kept(finished, world):
     assert not list(out.rglob(".*"))
 
 
-# --- what is finished, and what is not -----------------------------------------------------------
+# --- resuming and invalidation -------------------------------------------------------------------
 
 
 def never(*args, **kwargs):
-    raise AssertionError("a finished cell ran again")
+    raise AssertionError("a finished task ran again")
 
 
-def test_a_second_run_runs_no_cell(finished, monkeypatch, caplog):
+def test_second_run_repeats_no_task(finished, monkeypatch, caplog):
     config, out = finished
     before = numbers(out)
     files = {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*")}
@@ -203,14 +204,14 @@ def test_a_second_run_runs_no_cell(finished, monkeypatch, caplog):
     monkeypatch.setattr("optical.models.word_alignment.align_tokens", never)
     with caplog.at_level(logging.INFO, "optical"):
         run_study(config, out)
-    assert "17 cells, 17 finished before" in caplog.text
+    assert "17 tasks, 17 finished before" in caplog.text
     assert numbers(out) == before
     assert {path: path.stat().st_mtime_ns for path in (out / "models").rglob("*")} == files
 
 
-def left(config, out):
-    """Labels of the cells that a run would run."""
-    return [cell.label for cell in Study(read_config(config, out)).cells() if not cell.done]
+def unfinished(config, out):
+    """Return the labels of the tasks that a run would perform."""
+    return [task.label for task in Study(read_config(config, out)).tasks() if not task.done]
 
 
 def every(*patterns):
@@ -243,7 +244,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_runs_what_depends_on_it_and_nothing_else(finished, world, tmp_path, change):
+def test_a_change_repeats_exactly_the_dependent_tasks(finished, world, tmp_path, change):
     config, out = finished
     changes, depends = CHANGES[change]
     raw = yaml.safe_load(config.read_text())
@@ -256,12 +257,12 @@ def test_a_change_runs_what_depends_on_it_and_nothing_else(finished, world, tmp_
             value = json.loads(json.dumps(value).replace("{world}", str(world)))
         place[last] = value
     path = write(tmp_path, raw)
-    expected = [c.label for c in Study(read_config(path, out)).cells() if depends(c.label)]
-    assert left(path, out) == expected
+    expected = [t.label for t in Study(read_config(path, out)).tasks() if depends(t.label)]
+    assert unfinished(path, out) == expected
     assert change in ("title", "save_steps") or expected
 
 
-def test_changed_files_run_what_reads_them(finished, tmp_path):
+def test_changed_files_repeat_the_tasks_that_read_them(finished, tmp_path):
     config, out = finished
     raw = yaml.safe_load(config.read_text())
     for name, place, key in (
@@ -271,12 +272,12 @@ def test_changed_files_run_what_reads_them(finished, tmp_path):
         folder = tmp_path / key
         shutil.copytree(Path(place[key]).parent, folder)
         place[key] = f"{folder}/{Path(place[key]).name}"
-        # The same contents elsewhere are the same study.
+        # Equal contents in another folder are the same inputs.
         path = write(tmp_path, raw)
-        assert left(path, out) == []
+        assert unfinished(path, out) == []
         text = (folder / name).read_text(encoding="utf-8")
         (folder / name).write_text(text.replace("maji", "mvua").replace("Wasser", "Regen"))
-        found = left(path, out)
+        found = unfinished(path, out)
         (folder / name).write_text(text)
         if key == "bitext":
             assert found == ["train ot sw seed 0", "evaluate ot sw seed 0", "alignment"]
@@ -285,23 +286,23 @@ def test_changed_files_run_what_reads_them(finished, tmp_path):
             assert found == [*searched, "tokens de"]
 
 
-def test_the_teacher_may_start_from_a_model_of_its_own(finished, tiny_models, tmp_path):
+def test_teacher_may_start_from_another_model(finished, tiny_models, tmp_path):
     config, out = finished
     raw = yaml.safe_load(config.read_text())
     raw["teacher"]["model"] = tiny_models.wide
     raw["arms"]["ot"]["start"] = "encoder"
-    found = Study(read_config(write(tmp_path, raw), out))
-    assert found.teacher_start == tiny_models.wide
-    assert found.encoder_name == str(found.encoder_folder / "final")
-    student = found.options(found.config.arm("ot"), "sw", 0, "document").student
-    assert student == found.encoder_name
-    assert "train encoder" not in left(tmp_path / "study.yaml", out)
-    # Without an encoder of its own, a study's students start where the teacher did.
+    layout = Study(read_config(write(tmp_path, raw), out)).layout
+    assert layout.teacher_start == tiny_models.wide
+    assert layout.encoder_name == str(layout.encoder_folder / "final")
+    student = layout.options(layout.config.arm("ot"), "sw", 0, "document").student
+    assert student == layout.encoder_name
+    assert "train encoder" not in unfinished(tmp_path / "study.yaml", out)
+    # Without the key `encoder`, students start from the starting model of the teacher.
     del raw["encoder"]
-    assert Study(read_config(write(tmp_path, raw), out)).encoder_name == tiny_models.wide
+    assert Study(read_config(write(tmp_path, raw), out)).layout.encoder_name == tiny_models.wide
 
 
-def test_both_of_two_aligned_files_are_read(finished, tmp_path):
+def test_both_files_of_aligned_bitext_are_inputs(finished, tmp_path):
     config, out = finished
     raw = yaml.safe_load(config.read_text())
     sides = [tmp_path / "set=1.en", tmp_path / "set=1.sw"]
@@ -310,15 +311,15 @@ def test_both_of_two_aligned_files_are_read(finished, tmp_path):
     for english, other in (("water", "maji"), ("rain", "maji"), ("rain", "mvua")):
         sides[0].write_text(f"{english}\n")
         sides[1].write_text(f"{other}\n")
-        found = Study(read_config(path, out))
-        models.add(found.student_name(found.config.arms[1], "sw", 0))
+        study = Study(read_config(path, out))
+        models.add(study.layout.model_name(study.config.arms[1], "sw", 0))
     assert len(models) == 3
 
 
-def test_the_output_folder_can_be_moved(finished, tmp_path):
+def test_output_folder_can_be_moved(finished, tmp_path):
     config, out = finished
     shutil.copytree(out, tmp_path / "moved")
-    assert left(config, tmp_path / "moved") == []
+    assert unfinished(config, tmp_path / "moved") == []
 
 
 # --- interruptions -------------------------------------------------------------------------------
@@ -333,24 +334,22 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_study_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch, caplog):
+def test_interruptions_do_not_change_the_result(finished, tmp_path, monkeypatch, caplog):
     config, uninterrupted = finished
     out = tmp_path / "out"
-    cells, lines, write_text = Study.cells, runner.progress_lines, evaluation_tasks.write_text
+    all_tasks, lines = Study.tasks, runner.ProgressLines
+    write_text = evaluation_tasks.write_text
     ran = []
 
     def counted(self):
-        for cell in cells(self):
-            ran.append(cell.label) if not cell.done else None
-            yield cell
+        for task in all_tasks(self):
+            ran.append(task.label) if not task.done else None
+            yield task
 
     def stop_between(self, after=3):
-        for position, cell in enumerate(cells(self)):
-            yield (
-                Cell(cell.label, cell.kind, cell.mark, cell.work, interrupt)
-                if (position == after)
-                else cell
-            )
+        for position, task in enumerate(all_tasks(self)):
+            stopped = Task(task.label, task.kind, task.output, task.work, interrupt)
+            yield stopped if position == after else task
 
     def interrupt():
         raise KeyboardInterrupt
@@ -364,30 +363,30 @@ def test_an_interrupted_study_ends_as_if_it_had_not_been(finished, tmp_path, mon
         write_text(path, text)
 
     for target, name, value in (
-        (Study, "cells", lambda self: list(stop_between(self))),
-        (training, "progress_lines", stop_in_training),
+        (Study, "tasks", lambda self: list(stop_between(self))),
+        (runner, "ProgressLines", stop_in_training),
         (evaluation_tasks, "write_text", stop_in_writing),
     ):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(target, name, value)
             run_study(config, out)
         assert not (out / "report.md").exists()
-        if name == "progress_lines":
+        if name == "ProgressLines":
             (stopped,) = (out / "models").glob("ot-de-0-*")
             assert (stopped / "checkpoint-2").is_dir() and not (stopped / "final").exists()
 
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "optical"):
-        patch.setattr(Study, "cells", lambda self: list(counted(self)))
+        patch.setattr(Study, "tasks", lambda self: list(counted(self)))
         run_study(config, out)
-    # One half of the work was not done twice.
+    # At least half of the tasks were not repeated.
     assert 0 < len(ran) < 8 and "evaluate switched sw seed 0" in ran
     assert numbers(out) == numbers(uninterrupted)
 
 
-def test_a_cell_that_is_made_anew_costs_what_it_took_then(tmp_path):
+def test_costs_are_those_of_the_last_run_of_a_task(tmp_path):
     costs = Costs(tmp_path)
-    marks = {"train ot": "models/ot", "train pooled": "models/pooled"}
-    ot, pooled = (Cell(label, "", tmp_path / mark, 1.0, print) for label, mark in marks.items())
+    outputs = {"train ot": "models/ot", "train pooled": "models/pooled"}
+    ot, pooled = (Task(label, "", tmp_path / name, 1.0, print) for label, name in outputs.items())
     costs.add(ot, 100.0, 900.0)
     costs.add(pooled, 10.0, 9.0)
     costs.add(ot, 7.04, 800.0)
@@ -395,14 +394,14 @@ def test_a_cell_that_is_made_anew_costs_what_it_took_then(tmp_path):
         "train ot": {"seconds": 7.0, "peak_mb": 800.0},
         "train pooled": {"seconds": 10.0, "peak_mb": 9.0},
     }
-    # A study beside it, with a cell of that name that makes something else.
-    other = Cell("train ot", "", tmp_path / "models/ot-more", 1.0, print)
+    # Another study in the folder has a task with the same label and another output.
+    other = Task("train ot", "", tmp_path / "models/ot-more", 1.0, print)
     costs.add(other, 5.0, 6.0)
     assert costs.read([other]) == {"train ot": {"seconds": 5.0, "peak_mb": 6.0}}
     assert costs.read([ot]) == {"train ot": {"seconds": 7.0, "peak_mb": 800.0}}
 
 
-def test_a_torn_result_is_made_anew_and_nothing_else(finished, tmp_path, caplog):
+def test_truncated_result_repeats_only_its_task(finished, tmp_path, caplog):
     config, whole = finished
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -418,7 +417,7 @@ def test_a_torn_result_is_made_anew_and_nothing_else(finished, tmp_path, caplog)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_a_killed_study_ends_as_if_it_had_not_been(finished, tmp_path, sent):
+def test_killed_study_gives_the_same_result(finished, tmp_path, sent):
     config, uninterrupted = finished
     out = tmp_path / "out"
     moments = {
@@ -450,7 +449,7 @@ def test_a_killed_study_ends_as_if_it_had_not_been(finished, tmp_path, sent):
     assert numbers(out) == numbers(uninterrupted)
 
 
-# --- what is wrong shows before any training ------------------------------------------------------
+# --- errors are found before any training --------------------------------------------------------
 
 
 WRONG = {
@@ -464,7 +463,7 @@ WRONG = {
     ),
     "a language without a lexicon": (
         {"arms.switched.lexicon": "{tmp}/lexicon/en-{language}.tsv"},
-        r"arm switched, language de: .*en-de\.tsv: no such file; .*leave the arm",
+        r"arm switched, language de: .*en-de\.tsv: no such file; .*remove the arm",
     ),
     "no option bitext": ({"arms.ot.bitext": []}, "arm ot, language sw: bitext: none given"),
     "epsilon": ({"arms.ot.epsilon": 0.0}, "arm ot, language sw: epsilon is 0.0; expected"),
@@ -494,7 +493,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_shows_before_any_training(world, tmp_path, monkeypatch, case):
+def test_errors_are_found_before_any_training(world, tmp_path, monkeypatch, case):
     changes, message = WRONG[case]
     (tmp_path / "empty.tsv").touch()
     (tmp_path / "damaged.gz").write_bytes(b"\x1f\x8b\x08")
@@ -517,22 +516,40 @@ def test_what_is_wrong_shows_before_any_training(world, tmp_path, monkeypatch, c
     assert "\n" not in str(error.value)
 
 
-def test_an_output_folder_that_cannot_be_written(world, tmp_path):
+def test_unwritable_output_folder_is_refused(world, tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(OSError, match=r"output folder .*out cannot be written .*choose another"):
         run_study(write(tmp_path, configuration(world)), tmp_path / "out")
 
 
-def test_time_left():
+def test_remaining_time():
     progress = Progress()
 
-    def cell(kind, work):
-        return Cell(kind, kind, Path("x"), work, never)
+    def task(kind, work):
+        return Task(kind, kind, Path("x"), work, never)
 
-    assert progress.left([cell("distill", 1)]) is None
-    progress.add(cell("teacher", 2.0), 20.0)
-    # Nothing is known of the kind yet: as fast as everything so far.
-    assert progress.left([cell("distill", 1), cell("teacher", 1)]) == 20.0
-    progress.add(cell("distill", 1.0), 1.0)
-    assert progress.left([cell("distill", 3), cell("teacher", 1)]) == 13.0
-    assert progress.left([]) == 0.0
+    assert progress.remaining([task("distill", 1)]) is None
+    progress.add(task("teacher", 2.0), 20.0)
+    # A kind without measurements is as fast as the average.
+    assert progress.remaining([task("distill", 1), task("teacher", 1)]) == 20.0
+    progress.add(task("distill", 1.0), 1.0)
+    assert progress.remaining([task("distill", 3), task("teacher", 1)]) == 13.0
+    assert progress.remaining([]) == 0.0
+
+
+@pytest.mark.parametrize("package", ["yaml", "ir_measures", "matplotlib"])
+def test_missing_package_names_the_extra(monkeypatch, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf'needs {package}; .*"optical-ot\[study\]"'):
+        run_study(tmp_path / "study.yaml", tmp_path / "out")
+
+
+def test_fingerprints_of_renamed_options_keep_their_old_names(tmp_path):
+    """Folders of studies that were run before a rename stay valid."""
+    fingerprints = Fingerprints(tmp_path)
+    options = CodeswitchOptions(model="m", role="both")
+    assert fingerprints.options(options) == {"model": "m", "sides": "both"}
+    options = TransferOptions(model="m", initialize_from="spelling")
+    assert fingerprints.options(options) == {"model": "m", "vectors": "spelling"}
+    assert fingerprints.options(DistillOptions(role="query")) == {"role": "query"}
+    assert fingerprints.of({"b": 1, "a": [None, 0.5]}) == "175110073d"

@@ -1,4 +1,4 @@
-"""Two processes with half of a batch each learn what one process learns from the whole."""
+"""Data-parallel training: two processes with half batches equal one with whole batches."""
 
 import json
 import os
@@ -25,7 +25,7 @@ loss(part)["ot_cost"].backward()
 torch.save(loss.module.model.vectors.weight.grad, f"{folder}/{rank}.pt")
 dist.barrier()
 dist.destroy_process_group()
-# Without the interpreter's shutdown: a thread of gloo that wants its lock then aborts the process.
+# Skip the interpreter's shutdown, in which a thread of gloo may abort the process.
 os._exit(0)
 """
 
@@ -55,7 +55,7 @@ def batch():
     ]
 
 
-def test_two_processes_have_the_gradient_of_one(tmp_path):
+def test_two_processes_average_to_the_gradient_of_one(tmp_path):
     whole = make_loss()
     whole(batch())["ot_cost"].backward()
     expected = whole.model.vectors.weight.grad
@@ -69,7 +69,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True], ids=["memory", "stream"])
-def test_torchrun_trains_as_one_process_does(world, tiny_models, tmp_path, stream):
+def test_torchrun_trains_like_one_process(world, tiny_models, tmp_path, stream):
     from safetensors.torch import load_file
 
     def train(name, start, batch_size):

@@ -1,10 +1,12 @@
-"""The recipes: they learn what they say, from the right texts, and go on after an interruption."""
+"""The training recipes: objectives, training texts, options, checkpoints and resuming."""
 
 import dataclasses
 import json
 import logging
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ STEPS = 6
 
 @pytest.fixture
 def distill(world, tiny_models, tmp_path):
-    """Configure a short distillation: ``distill(folder, **arguments)`` gives trainer, options."""
+    """Configure a short distillation; ``distill(folder, **args)`` returns trainer and options."""
 
     def make(folder="out", *, options=(), **arguments):
         settings = {
@@ -42,14 +44,14 @@ def distill(world, tiny_models, tmp_path):
             "logging_steps": 1,
             "disable_tqdm": True,
         }
-        args = recipes.arguments(tmp_path / folder, **usual | arguments)
+        args = recipes.trainer_arguments(tmp_path / folder, **usual | arguments)
         return recipes.distill(chosen, args), chosen
 
     return make
 
 
 def weights(folder):
-    """Every weight of a saved model, by the name of its file."""
+    """Return every weight of a saved model, keyed by folder and name."""
     found = {}
     for path in sorted(folder.rglob("*.safetensors")):
         found |= {f"{path.parent.name}/{key}": value for key, value in load_file(path).items()}
@@ -69,7 +71,7 @@ def assert_same(found, expected):
 # --- distillation --------------------------------------------------------------------------------
 
 
-def test_distillation_pulls_the_student_onto_the_teacher(distill, tmp_path):
+def test_distillation_reduces_the_loss_of_the_student_only(distill, tmp_path):
     trainer, options = distill(max_steps=15)
     student, teacher = trainer.model, trainer.loss.teacher
     assert student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab()
@@ -88,7 +90,7 @@ def test_distillation_pulls_the_student_onto_the_teacher(distill, tmp_path):
     assert {id(p) for p in optimized} == {id(p) for p in student.parameters()}
     assert not {id(p) for p in optimized} & {id(p) for p in teacher.parameters()}
 
-    # The result is an ordinary model, without a class of ours and without the teacher.
+    # The saved model has no class of this package and no part of the teacher.
     assert final == tmp_path / "out/final"
     modules = json.loads((final / "modules.json").read_text())
     assert all(module["type"].startswith("sentence_transformers.") for module in modules)
@@ -110,7 +112,7 @@ def test_distillation_pulls_the_student_onto_the_teacher(distill, tmp_path):
 
 
 class Stop(TrainerCallback):
-    """Interrupts as Ctrl-C would, after so many steps."""
+    """Raise KeyboardInterrupt after a number of steps."""
 
     def __init__(self, steps):
         self.steps = steps
@@ -121,7 +123,7 @@ class Stop(TrainerCallback):
 
 
 def with_dropout(folder, target):
-    """A copy of an encoder that draws random numbers in training."""
+    """Copy an encoder with dropout, so that training draws random numbers."""
     shutil.copytree(folder, target)
     config = json.loads((target / "config.json").read_text())
     config |= {"embedding_dropout": 0.1, "mlp_dropout": 0.1}
@@ -130,7 +132,7 @@ def with_dropout(folder, target):
 
 
 @pytest.mark.parametrize("damage", ["none", "missing", "torn", "one bit"])
-def test_an_interrupted_training_ends_as_if_it_had_not_been(
+def test_resumed_training_equals_an_uninterrupted_one(
     distill, tiny_models, tmp_path, damage, caplog
 ):
     options = {"student": with_dropout(tiny_models.wide, tmp_path / "student")}
@@ -169,7 +171,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
 
 
 class Seen(TrainerCallback):
-    """Notes the step from which a training goes on."""
+    """Record the step from which a training continues."""
 
     def __init__(self, steps):
         self.steps = steps
@@ -178,12 +180,12 @@ class Seen(TrainerCallback):
         self.steps.append(state.global_step)
 
 
-def test_resuming_what_is_finished_changes_nothing(distill, tmp_path):
+def test_resuming_a_finished_training_changes_nothing(distill, tmp_path):
     trainer, options = distill(max_steps=2)
     expected = weights(runner.run(trainer, options, resume=False))
     trainer, options = distill(max_steps=2)
     assert_same(weights(runner.run(trainer, options, resume=True)), expected)
-    # Without --resume nothing is overwritten.
+    # Without resume, existing checkpoints are refused.
     trainer, options = distill(max_steps=2)
     with pytest.raises(ValueError, match="holds checkpoints; add --resume to continue, or choose"):
         runner.run(trainer, options, resume=False)
@@ -191,18 +193,18 @@ def test_resuming_what_is_finished_changes_nothing(distill, tmp_path):
 
 
 def test_last_checkpoint(tmp_path):
-    assert recipes.last_checkpoint(tmp_path) is None
-    assert recipes.last_checkpoint(tmp_path / "nothing") is None
+    assert runner.last_checkpoint(tmp_path) is None
+    assert runner.last_checkpoint(tmp_path / "nothing") is None
     for name, state in (("9", "{}"), ("100", "{}"), ("200", ""), ("best", "{}")):
         (tmp_path / f"checkpoint-{name}").mkdir()
         (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-300").mkdir()
-    assert recipes.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+    assert runner.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
     left = {"checkpoint-9", "checkpoint-100", "checkpoint-best"}
     assert {path.name for path in tmp_path.iterdir()} == left
 
 
-def test_accumulated_half_batches_take_the_step_of_a_whole_one(distill):
+def test_gradient_accumulation_equals_a_larger_batch(distill):
     plain = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "max_steps": 2}
     found = []
     for size, parts in ((8, 1), (4, 2)):
@@ -223,7 +225,7 @@ def test_accumulated_half_batches_take_the_step_of_a_whole_one(distill):
     assert found[1][1] == pytest.approx(found[0][1], abs=1e-4)
 
 
-def test_mixed_precision(distill):
+def test_mixed_precision_keeps_float32_weights(distill):
     trainer, options = distill(bf16=True, use_cpu=True, max_steps=3)
     assert trainer.args.bf16
     final = runner.run(trainer, options, resume=False)
@@ -231,7 +233,7 @@ def test_mixed_precision(distill):
     assert {value.dtype for value in weights(final).values()} == {torch.float32}
 
 
-def test_seed_decides(distill):
+def test_seed_determines_the_weights(distill):
     runs = []
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         trainer, options = distill(folder, seed=seed, max_steps=2)
@@ -240,14 +242,14 @@ def test_seed_decides(distill):
     assert any((runs[2][key] - value).abs().max() > 1e-4 for key, value in runs[0].items())
 
 
-def test_the_student_starts_from_the_teacher(distill):
+def test_student_starts_from_the_teacher(distill):
     trainer, _ = distill(options={"student": "", "max_pairs": 5})
     assert trainer.model is not trainer.loss.teacher
     assert_same(dict(trainer.model.state_dict()), dict(trainer.loss.teacher.state_dict()))
     assert len(trainer.train_dataset) == 5
 
 
-def test_balance_repeats_the_pairs_of_smaller_files(distill, tmp_path):
+def test_balance_repeats_pairs_of_smaller_files(distill, tmp_path):
     (tmp_path / "small.tsv").write_text("one\tmoja\ntwo\tmbili\n")
     (tmp_path / "large.tsv").write_text("".join(f"{i}\tnamba {i}\n" for i in range(5)))
     bitext = [str(tmp_path / "small.tsv"), str(tmp_path / "large.tsv")]
@@ -257,7 +259,7 @@ def test_balance_repeats_the_pairs_of_smaller_files(distill, tmp_path):
     assert list(trainer.train_dataset["target"])[4:6] == ["moja", "namba 0"]
 
 
-def test_a_student_of_another_size_is_refused(distill, tiny_models, tmp_path):
+def test_student_of_another_dimension_is_refused(distill, tiny_models, tmp_path):
     load_retriever(tiny_models.wide).save_pretrained(str(tmp_path / "student"))
     with pytest.raises(ValueError, match="size 16, the student of size 24; give the student a Den"):
         distill(options={"student": str(tmp_path / "student")})
@@ -265,9 +267,9 @@ def test_a_student_of_another_size_is_refused(distill, tiny_models, tmp_path):
         distill(options={"dimension": 8})
 
 
-def test_an_output_folder_that_cannot_be_written(distill, tmp_path):
+def test_unwritable_output_folder_is_refused(distill, tmp_path):
     trainer, options = distill("out")
-    (tmp_path / "out").rmdir()  # the trainer made it
+    (tmp_path / "out").rmdir()  # created by the trainer
     (tmp_path / "out").touch()
     with pytest.raises(OSError, match=r"output folder .*out cannot be written .*choose another"):
         runner.run(trainer, options, resume=False)
@@ -277,7 +279,7 @@ def test_an_output_folder_that_cannot_be_written(distill, tmp_path):
     ("change", "message"),
     [
         ({"teacher": ""}, "teacher: none given; expected a Hugging Face name or a folder"),
-        ({"role": ""}, "role: '', expected 'query' or 'document'"),
+        ({"role": ""}, "role: '', expected query or document"),
         ({"objective": "mse"}, "objective: 'mse', expected ot"),
         ({"bitext": []}, "bitext: none given"),
         ({"epsilon": 0.0}, "epsilon is 0.0; expected a finite number > 0"),
@@ -288,25 +290,25 @@ def test_an_output_folder_that_cannot_be_written(distill, tmp_path):
         ({"max_pairs": 0}, "max_pairs: 0, expected 1 or more"),
     ],
 )
-def test_wrong_options_of_distillation(change, message):
+def test_invalid_options_of_distillation(change, message):
     usual = {"teacher": "a", "bitext": ["b"], "role": "query"}
     with pytest.raises((ValueError, TypeError), match=message):
         recipes.DistillOptions(**usual | change).validate()
 
 
-# --- what the two models read --------------------------------------------------------------------
+# --- trainer arguments and collator --------------------------------------------------------------
 
 
-def test_arguments_of_the_trainer_are_named_when_they_do_not_fit(tmp_path):
+def test_invalid_trainer_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"^learning_rate: 'fast', expected float"):
-        recipes.arguments(tmp_path, learning_rate="fast")
+        recipes.trainer_arguments(tmp_path, learning_rate="fast")
     with pytest.raises(ValueError, match=r"^lr_scheduler_type: 'fast', expected 'linear' or "):
-        recipes.arguments(tmp_path, lr_scheduler_type="fast")
+        recipes.trainer_arguments(tmp_path, lr_scheduler_type="fast")
     with pytest.raises(ValueError, match="'learning_rat' is unknown; did you mean `learning_rate`"):
-        recipes.arguments(tmp_path, learning_rat=1.0)
+        recipes.trainer_arguments(tmp_path, learning_rat=1.0)
 
 
-def test_the_collator_gives_each_model_its_own_tokens(tiny_models):
+def test_collator_tokenises_for_each_model(tiny_models):
     teacher = load_retriever(tiny_models.mixed, query_length=5, document_length=9)
     student = load_retriever(tiny_models.wide, query_length=6, document_length=10)
     rows = [{"source": "water " * 20, "target": "maji " * 20, "other": "samaki"}] * 2
@@ -338,7 +340,7 @@ def test_prompts_and_expansion_follow_the_role(tiny_models):
     assert "water" not in student.tokenizer.decode(batch["b_input_ids"][0])
 
 
-def test_distillation_of_queries_runs(distill):
+def test_distillation_of_queries(distill):
     trainer, options = distill(options={"role": "query"}, max_steps=2)
     runner.run(trainer, options, resume=False)
     assert trainer.data_collator.role == "query" and len(losses(trainer)) == 2
@@ -355,13 +357,13 @@ def pairs(world):
 def recipe(name, folder, **options):
     kinds = {"teacher": recipes.TeacherOptions, "codeswitch": recipes.CodeswitchOptions}
     chosen = kinds[name](**options)
-    args = recipes.arguments(
+    args = recipes.trainer_arguments(
         folder, max_steps=2, per_device_train_batch_size=8, disable_tqdm=True, seed=5
     )
     return getattr(recipes, name)(chosen, args), chosen
 
 
-def test_teacher_trains_and_keeps_its_options(tiny_models, pairs, tmp_path):
+def test_teacher_recipe_saves_its_options(tiny_models, pairs, tmp_path):
     trainer, options = recipe(
         "teacher",
         tmp_path / "out",
@@ -385,7 +387,7 @@ def test_teacher_trains_and_keeps_its_options(tiny_models, pairs, tmp_path):
     assert json.loads((tmp_path / "out/run.json").read_text())["recipe"] == "teacher"
 
 
-def test_no_passage_stands_twice_in_a_batch(tiny_models, world, tmp_path):
+def test_no_passage_occurs_twice_in_a_batch(tiny_models, world, tmp_path):
     lines = (world / "teacher.tsv").read_text().splitlines()[:4] * 6
     (tmp_path / "double.tsv").write_text("\n".join(lines))
     trainer, _ = recipe(
@@ -396,7 +398,7 @@ def test_no_passage_stands_twice_in_a_batch(tiny_models, world, tmp_path):
         assert len({tuple(row) for row in ids}) == len(ids) <= 4
 
 
-def test_codeswitching_replaces_words_on_the_chosen_side(
+def test_codeswitching_replaces_words_of_the_chosen_role(
     tiny_models, pairs, world, tmp_path, caplog
 ):
     lexicon = world / "lexicon/en-sw.tsv"
@@ -412,16 +414,17 @@ def test_codeswitching_replaces_words_on_the_chosen_side(
 
     with caplog.at_level(logging.INFO, "optical"):
         switched = rows()
-    assert "the lexicons know 60 % of the words" in caplog.text  # not `the`, which stands twice
+    # `the`, two of five words, is in no lexicon.
+    assert "the lexicons contain 60 % of the words" in caplog.text
     for (query, passage), (old_query, old_passage) in zip(switched, plain, strict=True):
         assert query == old_query
         words = passage.split()
         assert words[0] == words[3] == "the" and set(words) - {"the"} <= swahili
         assert passage != old_passage
 
-    for (query, passage), (_, old_passage) in zip(rows(sides="query"), plain, strict=True):
+    for (query, passage), (_, old_passage) in zip(rows(role="query"), plain, strict=True):
         assert set(query.split()) <= swahili and passage == old_passage
-    both = rows(sides="both")
+    both = rows(role="both")
     assert all(set((q + " " + p).split()) - {"the"} <= swahili for q, p in both)
     half = rows(probability=0.5, copies=2)
     assert len(half) == 2 * len(plain) and half[: len(plain)] != half[len(plain) :]
@@ -448,15 +451,15 @@ def test_codeswitching_trains(tiny_models, pairs, world, tmp_path):
     [
         ({"model": ""}, "model: none given"),
         ({"pairs": []}, "pairs: none given; expected --pairs, or --queries with --passages"),
-        ({"queries": "q.tsv"}, "queries, passages: one of them alone; expected both or neither"),
+        ({"queries": "q.tsv"}, "queries, passages: only one is given, expected both or neither"),
         ({"lexicon": []}, "lexicon: none given; expected at least one `language=file`"),
         ({"lexicon": ["en-sw.tsv"]}, "lexicon: 'en-sw.tsv', expected `language=file`"),
-        ({"sides": "passage"}, "sides: 'passage', expected 'query', 'document' or 'both'"),
+        ({"role": "passage"}, "role: 'passage', expected query or document or both"),
         ({"copies": 0}, "copies: 0, expected 1 or more"),
         ({"probability": 2.0}, "probability: 2.0, expected a number from 0 to 1"),
     ],
 )
-def test_wrong_options_of_codeswitching(change, message):
+def test_invalid_options_of_codeswitching(change, message):
     usual = {"model": "a", "pairs": ["b"], "lexicon": ["sw=c"]}
     with pytest.raises(ValueError, match=message):
         recipes.CodeswitchOptions(**usual | change).validate()
@@ -465,7 +468,7 @@ def test_wrong_options_of_codeswitching(change, message):
 # --- training pairs ------------------------------------------------------------------------------
 
 
-def test_reads_training_pairs(tmp_path):
+def test_training_pairs_are_read(tmp_path):
     (tmp_path / "a.tsv").write_text("q1\tp1\n\nq2\tp2\tn2\n", encoding="utf-8")
     assert read_training_pairs([str(tmp_path / "a.tsv")]) == [("q1", "p1"), ("q2", "p2")]
     rows = [
@@ -499,14 +502,14 @@ def test_reads_training_pairs(tmp_path):
         ("a.jsonl", '["q", "p"]', r"a\.jsonl:1: expected JSON with"),
     ],
 )
-def test_wrong_training_pairs_name_file_and_line(tmp_path, name, text, message):
+def test_invalid_training_pairs_name_file_and_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message) as error:
         read_training_pairs([str(tmp_path / name)])
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_passage_names_file_line_and_id(tmp_path):
+def test_unknown_passage_names_file_line_and_id(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"id": "d1", "text": "a lake"}\n')
     queries = tmp_path / "q.tsv"
     queries.write_text("7\td1\twater\n8\td9\tfish\n")
@@ -519,7 +522,7 @@ def test_an_unknown_passage_names_file_line_and_id(tmp_path):
 
 def test_progress_is_logged_with_step_loss_and_time(distill, caplog):
     trainer, options = distill(max_steps=3)
-    trainer.add_callback(runner.progress_lines("ot sw seed 0", every=0.0))
+    trainer.add_callback(runner.ProgressLines("ot sw seed 0", interval_seconds=0.0))
     with caplog.at_level(logging.INFO, "optical"):
         runner.run(trainer, options, resume=False)
     lines = [line for line in caplog.messages if "ot sw seed 0" in line]
@@ -530,14 +533,14 @@ def test_progress_is_logged_with_step_loss_and_time(distill, caplog):
     assert "loss 0." in lines[1] and " s left" in lines[1]
 
 
-# --- what a student reads ------------------------------------------------------------------------
+# --- training texts of a student, objectives and masses ------------------------------------------
 
 
 def columns(trainer):
     return {name: list(trainer.train_dataset[name]) for name in trainer.train_dataset.column_names}
 
 
-def test_the_student_may_read_english_plain_or_switched(distill, world):
+def test_student_may_encode_plain_or_codeswitched_english(distill, world):
     lexicon = f"sw={world / 'lexicon/en-sw.tsv'}"
     other, _ = distill("other")
     english, _ = distill("english", options={"reads": "english"})
@@ -547,7 +550,7 @@ def test_the_student_may_read_english_plain_or_switched(distill, world):
     assert columns(english)["english"] == columns(english)["source"] == columns(other)["source"]
     assert list(columns(both)) == ["source", "target", "english"]
     for source, target, switched in zip(*columns(both).values(), strict=True):
-        # Every word of this world but "the" has a translation.
+        # Every word but "the" has a translation.
         assert set(switched.split()) - {"the"} == set(target.split())
         assert switched.split()[0] == source.split()[0] == "the"
     batch = both.data_collator([both.train_dataset[0]])
@@ -566,16 +569,16 @@ def test_the_student_may_read_english_plain_or_switched(distill, world):
         ({"temperature": 0.0}, "temperature: 0.0, expected a number > 0"),
         ({"skip_frequent": -1}, "skip_frequent: -1, expected 0 or more"),
         ({"rho": -1.0}, "rho is -1.0; expected numbers > 0"),
-        ({"teacher_vectors": ["a", "b"]}, "teacher_vectors: 2 folders for 1 files of bitext"),
+        ({"teacher_vectors": ["a", "b"]}, "teacher_vectors: 2 folders for 1 bitext files"),
     ],
 )
-def test_options_that_cannot_work(distill, changes, message):
+def test_invalid_combinations_of_options(distill, changes, message):
     with pytest.raises(ValueError, match=message):
         distill(options=changes)
 
 
 @pytest.mark.parametrize("objective", ["ot", "position", "pooled", "greedy", "contrastive"])
-def test_every_objective_learns(distill, objective):
+def test_every_objective_reduces_its_loss(distill, objective):
     options = {"objective": objective, "reads": "both"}
     trainer, chosen = distill(options=options, max_steps=12)
     runner.run(trainer, chosen, resume=False)
@@ -583,7 +586,7 @@ def test_every_objective_learns(distill, objective):
     assert history[-1] < 0.9 * history[0]
 
 
-def test_masses_are_those_of_the_bitext(distill, tiny_models):
+def test_token_masses_of_the_bitext(distill, tiny_models):
     idf, _ = distill("idf", options={"mass": "idf"})
     for side, column in (("student", "target"), ("teacher", "source")):
         model = getattr(idf.loss, "model" if side == "student" else "teacher")
@@ -594,10 +597,18 @@ def test_masses_are_those_of_the_bitext(distill, tiny_models):
             count = sum(token in each for each in tokens)
             expected = math.log((len(texts) + 1) / (count + 1))
             assert mass[token].item() == pytest.approx(expected, abs=1e-6)
-        # Tokens of every sentence, the special ones, move nothing.
+        # Special tokens occur in every sentence and have no mass.
         assert mass[model.tokenizer.cls_token_id] == 0
     skipped, _ = distill("skipped", options={"skip_frequent": 4})
     mass = skipped.loss.teacher_mass
     tokenizer = skipped.loss.teacher.tokenizer
     assert (mass == 0).sum() == 4 and set(mass.tolist()) == {0.0, 1.0}
     assert mass[tokenizer.convert_tokens_to_ids("the")] == 0 == mass[tokenizer.sep_token_id]
+
+
+def test_options_load_no_training_library():
+    code = "import sys; from optical.training import DistillOptions, EncoderOptions"
+    code += "; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"transformers", "sentence_transformers", "datasets", "tokenizers"}
+    assert not heavy & set(done.stdout.split())

@@ -1,4 +1,4 @@
-"""A retriever with the vocabulary of other languages: what its units begin as."""
+"""Vocabulary transfer: initial input vectors of new units. Weight averaging of students."""
 
 import copy
 
@@ -12,19 +12,21 @@ from optical.io.files import read_json
 from optical.models.retriever import load_retriever
 from optical.training import recipes, runner
 from optical.training.options import AverageOptions, TransferOptions
+from optical.training.vocabulary_transfer import transfer
 
 NOUNS = ("bread", "water", "fish", "basket", "book", "lamp", "teacher", "farmer", "doctor")
 
 
 def transferred(world, teacher, folder, **options):
     options = TransferOptions(**{"model": teacher, "vocabulary_size": 400} | options)
-    final = runner.run(recipes.transfer(options, recipes.arguments(folder)), options, resume=False)
-    return load_retriever(final)
+    return load_retriever(
+        runner.save(transfer(options), options, recipes.trainer_arguments(folder))
+    )
 
 
 @pytest.fixture(scope="module")
 def models(world, tiny_models, tmp_path_factory):
-    """The teacher, and two students of it: by spelling alone, and by bitext."""
+    """Return the teacher, a student from spelling alone, and a student from bitext."""
     folder = tmp_path_factory.mktemp("transfer")
     text = [str(world / f"text/{language}.txt") for language in ("en", "sw", "de")]
     bitext = [str(world / f"bitext/en-{language}.tsv") for language in ("sw", "de")]
@@ -41,11 +43,11 @@ def vector(model, unit):
 
 
 def mean(vectors):
-    """Their mean, as long as they are."""
+    """Return the mean direction of vectors with their mean length."""
     return torch.nn.functional.normalize(vectors.mean(0), dim=0) * vectors.norm(dim=1).mean()
 
 
-def test_nothing_but_tokenizer_and_input_vectors_changes(models):
+def test_transfer_changes_only_tokenizer_and_input_vectors(models):
     teacher, spelt, paired = models
     for student in (spelt, paired):
         before, after = dict(teacher.named_parameters()), dict(student.named_parameters())
@@ -59,24 +61,24 @@ def test_english_words_keep_their_vectors(models):
     teacher, spelt, paired = models
     for word in ("the", "fish", "[CLS]", "[PAD]"):
         torch.testing.assert_close(vector(spelt, word), vector(teacher, word))
-    # No foreign sentence has the word, so bitext says nothing of it either.
+    # No foreign sentence contains the word, so bitext has no evidence about it.
     torch.testing.assert_close(vector(paired, "the"), vector(teacher, "the"))
 
 
 @pytest.mark.parametrize(("foreign", "english"), [("samaki", "fish"), ("mwalimu", "teacher")])
-def test_words_of_bitext_begin_beside_their_translations(models, foreign, english):
+def test_units_from_bitext_start_near_their_translations(models, foreign, english):
     teacher, _, paired = models
-    # Among nouns, since the words of these few sentences stand together all the time.
+    # Among nouns only: in these few sentences all words co-occur.
     nouns = [word for word in NOUNS if word in teacher.tokenizer.get_vocab()]
     weight = torch.stack([vector(teacher, word) for word in nouns])
     likeness = torch.cosine_similarity(weight, vector(paired, foreign))
     assert english in nouns and nouns[int(likeness.argmax())] == english
 
 
-def test_pairs_may_give_units_alone(world, tiny_models, tmp_path):
+def test_initialization_from_spelling_alone(world, tiny_models, tmp_path):
     bitext = [str(world / "bitext/en-sw.tsv")]
     student = transferred(
-        world, tiny_models.teacher, tmp_path / "spelt", bitext=bitext, vectors="spelling"
+        world, tiny_models.teacher, tmp_path / "spelt", bitext=bitext, initialize_from="spelling"
     )
     paired = transferred(world, tiny_models.teacher, tmp_path / "paired", bitext=bitext)
     assert student.tokenizer.get_vocab() == paired.tokenizer.get_vocab()
@@ -86,7 +88,7 @@ def test_pairs_may_give_units_alone(world, tiny_models, tmp_path):
     torch.testing.assert_close(vector(student, "samaki"), mean(weight[pieces]))
 
 
-def test_small_files_are_repeated_when_units_are_learnt(world, tiny_models, tmp_path):
+def test_balance_repeats_small_files_for_the_vocabulary(world, tiny_models, tmp_path):
     (tmp_path / "rare.tsv").write_text("the fish\tzzyqx\n", encoding="utf-8")
     files = [str(world / "bitext/en-sw.tsv"), str(tmp_path / "rare.tsv")]
     units = [
@@ -103,7 +105,7 @@ def test_small_files_are_repeated_when_units_are_learnt(world, tiny_models, tmp_
     assert len(units[0]) > 1 and units[1] == ["zzyqx"]
 
 
-def test_the_first_pairs_alone_are_read(world, tiny_models, tmp_path):
+def test_max_pairs_limits_the_pairs_that_are_read(world, tiny_models, tmp_path):
     lines = (world / "bitext/en-sw.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
     first = tmp_path / "first.tsv"
     first.write_text("".join(lines[:20]), encoding="utf-8")
@@ -119,10 +121,10 @@ def test_the_first_pairs_alone_are_read(world, tiny_models, tmp_path):
         transferred(world, tiny_models.teacher, tmp_path / "none", bitext=[str(first)], max_pairs=0)
 
 
-def test_kept_units_are_cut_and_read_as_before(world, tiny_models, tmp_path):
+def test_kept_units_keep_their_segmentation_and_vectors(world, tiny_models, tmp_path):
     teacher = load_retriever(tiny_models.teacher)
     bitext = [str(world / "bitext/en-sw.tsv")]
-    # So few units that the learnt ones alone would cut both words into letters.
+    # With so few units, a new vocabulary alone would split both words into letters.
     student = transferred(
         world, tiny_models.teacher, tmp_path / "kept", bitext=bitext, vocabulary_size=60, keep=True
     )
@@ -134,7 +136,7 @@ def test_kept_units_are_cut_and_read_as_before(world, tiny_models, tmp_path):
         torch.testing.assert_close(vector(student, word), vector(teacher, word))
 
 
-def test_units_of_another_kind_are_not_kept(world, tiny_models, tmp_path):
+def test_keep_refuses_other_tokenizer_models(world, tiny_models, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -158,7 +160,7 @@ def test_units_of_another_kind_are_not_kept(world, tiny_models, tmp_path):
         )
 
 
-def test_a_unit_with_no_letters_known_gets_the_mean(world, tiny_models, tmp_path):
+def test_unit_of_unknown_letters_gets_the_mean_vector(world, tiny_models, tmp_path):
     (tmp_path / "text.txt").write_text("ώώ ώώ ώώ\nthe fish\n" * 5, encoding="utf-8")
     teacher = load_retriever(tiny_models.teacher)
     student = transferred(
@@ -168,7 +170,7 @@ def test_a_unit_with_no_letters_known_gets_the_mean(world, tiny_models, tmp_path
     torch.testing.assert_close(vector(student, "ώώ"), mean(weight))
 
 
-def test_a_student_starts_from_it(world, tiny_models, models, tmp_path):
+def test_distillation_starts_from_a_transferred_model(world, tiny_models, models, tmp_path):
     _, _, paired = models
     paired.save_pretrained(str(tmp_path / "start"))
     options = recipes.DistillOptions(
@@ -178,7 +180,7 @@ def test_a_student_starts_from_it(world, tiny_models, models, tmp_path):
         role="document",
         max_iter=5,
     )
-    args = recipes.arguments(
+    args = recipes.trainer_arguments(
         tmp_path / "out", max_steps=2, per_device_train_batch_size=4, disable_tqdm=True
     )
     final = runner.run(recipes.distill(options, args), options, resume=False)
@@ -189,11 +191,11 @@ def test_a_student_starts_from_it(world, tiny_models, models, tmp_path):
 
 def averaged(folder, *models):
     options = AverageOptions(models=[str(model) for model in models])
-    final = runner.run(recipes.average(options, recipes.arguments(folder)), options, resume=False)
-    return load_retriever(final)
+    model = recipes.average(options)
+    return load_retriever(runner.save(model, options, recipes.trainer_arguments(folder)))
 
 
-def test_an_average_has_the_mean_of_all_weights(models, tmp_path):
+def test_average_has_the_mean_of_all_weights(models, tmp_path):
     _, spelt, _ = models
     for name, factor in (("one", 1.0), ("three", 3.0), ("five", 5.0)):
         student = copy.deepcopy(spelt)
@@ -211,11 +213,11 @@ def test_an_average_has_the_mean_of_all_weights(models, tmp_path):
     assert found.tokenizer.get_vocab() == spelt.tokenizer.get_vocab()
 
 
-def test_only_students_of_one_start_are_averaged(world, tiny_models, models, tmp_path):
+def test_average_refuses_students_of_different_models(world, tiny_models, models, tmp_path):
     _, spelt, paired = models
     spelt.save_pretrained(str(tmp_path / "one"))
     paired.save_pretrained(str(tmp_path / "other"))
-    with pytest.raises(ValueError, match=r"models: .*other has other units than .*one"):
+    with pytest.raises(ValueError, match=r"models: .*other has another vocabulary than .*one"):
         averaged(tmp_path / "o", tmp_path / "one", tmp_path / "other")
     for dimension in (8, 4):
         narrow = load_retriever(tiny_models.mixed, dimension=dimension)
@@ -226,7 +228,17 @@ def test_only_students_of_one_start_are_averaged(world, tiny_models, models, tmp
         averaged(tmp_path / "o", tmp_path / "one")
 
 
-def test_the_command(world, tiny_models, tmp_path, capsys):
+def test_saving_refuses_a_folder_with_checkpoints(models, tmp_path):
+    """A model without training steps does not overwrite a training."""
+    _, spelt, _ = models
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1/trainer_state.json").write_text("{}")
+    args = recipes.trainer_arguments(tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints"):
+        runner.save(spelt, AverageOptions(), args)
+
+
+def test_transfer_command(world, tiny_models, tmp_path, capsys):
     arguments = ["--model", tiny_models.teacher, "--vocabulary_size", "200"]
     arguments += ["--bitext", str(world / "bitext/en-sw.tsv"), "--output_dir", str(tmp_path / "o")]
     assert cli.main(["train", "transfer", *arguments]) == 0
@@ -234,6 +246,6 @@ def test_the_command(world, tiny_models, tmp_path, capsys):
     assert read_json(tmp_path / "o/run.json")["recipe"] == "transfer"
     assert cli.main(["train", "transfer", "--output_dir", str(tmp_path / "p")]) == 2
     assert "model: none given" in capsys.readouterr().err
-    wrong = [*arguments[:-1], str(tmp_path / "q"), "--vectors", "letters"]
-    assert cli.main(["train", "transfer", *wrong]) == 2
-    assert "vectors: 'letters', expected bitext or spelling" in capsys.readouterr().err
+    invalid = [*arguments[:-1], str(tmp_path / "q"), "--initialize_from", "letters"]
+    assert cli.main(["train", "transfer", *invalid]) == 2
+    assert "--initialize_from: invalid choice: 'letters'" in capsys.readouterr().err

@@ -1,0 +1,354 @@
+"""The commands `search`, `index`, `evaluate` and `compare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from optical.cli.shared import (
+    add_command,
+    add_encoding_arguments,
+    add_json_argument,
+    check_installed,
+    quiet_libraries,
+    report_output,
+)
+from optical.retrieval.evaluation import DEFAULT_MEASURES
+from optical.retrieval.statistics import CORRECTIONS, TESTS
+
+
+def register(subparsers: Any) -> None:
+    _register_search(subparsers)
+    _register_index(subparsers)
+    command = add_command(
+        subparsers,
+        "evaluate",
+        evaluate,
+        "Compute effectiveness measures of a run.",
+        'optical evaluate sw.run --qrels wikiclir/sw --measures "AP nDCG@10" --json',
+    )
+    command.add_argument("run_file", metavar="run", help="TREC run, plain or gzip.")
+    _add_judgement_arguments(command)
+    command.add_argument(
+        "--per-query", action="store_true", help="Print the values of each query too."
+    )
+    _register_compare(subparsers)
+
+
+def _register_search(subparsers: Any) -> None:
+    command = add_command(
+        subparsers,
+        "search",
+        search,
+        "Search a collection exactly and write a TREC run.",
+        "optical search runs/sw/final --collection wikiclir/sw --output sw.run",
+    )
+    command.add_argument(
+        "model", help="Model of the queries and documents: a Hugging Face name or a folder."
+    )
+    command.add_argument(
+        "--document-model",
+        help="Model of the documents, if it is another one than that of the queries.",
+    )
+    command.add_argument("--collection", help="Collection: an ir_datasets id or a BEIR folder.")
+    command.add_argument(
+        "--queries",
+        help="File of queries: TSV, JSON lines or TREC topics. Replaces those of the collection.",
+    )
+    command.add_argument(
+        "--documents",
+        help="File of documents: TSV, JSON lines or TREC documents. Replaces those "
+        "of the collection.",
+    )
+    command.add_argument(
+        "--depth", type=int, default=1000, help="Number of documents per query (default: 1000)."
+    )
+    add_encoding_arguments(command)
+    command.add_argument(
+        "--index",
+        help="Search token vectors written by `export` or `index`: a folder or an address.",
+    )
+    command.add_argument("--output", required=True, help="Run to write; .gz compresses it.")
+    add_json_argument(command)
+    command.add_argument(
+        "--tag", help="Name in the last column of the run (default: the name of the model)."
+    )
+
+
+def _register_index(subparsers: Any) -> None:
+    command = add_command(
+        subparsers,
+        "index",
+        index,
+        "Encode documents into a vector database (LanceDB).",
+        "optical index runs/teacher/final --documents documents.jsonl --output runs/base",
+    )
+    command.add_argument("model", help="Model: a Hugging Face name or a folder.")
+    command.add_argument("--collection", help="Collection: an ir_datasets id or a BEIR folder.")
+    command.add_argument(
+        "--documents", help="File of documents: TSV, JSON lines or TREC documents."
+    )
+    add_encoding_arguments(command)
+    command.add_argument(
+        "--output", required=True, help="Database: a folder, s3://bucket/name or db://name."
+    )
+    add_json_argument(command)
+
+
+def _register_compare(subparsers: Any) -> None:
+    command = add_command(
+        subparsers,
+        "compare",
+        compare,
+        "Test the differences between runs by paired tests over queries.",
+        "optical compare zeroshot.run sw.run --qrels wikiclir/sw",
+    )
+    command.add_argument("runs", nargs="+", help="TREC runs; the first is the baseline.")
+    _add_judgement_arguments(command)
+    command.add_argument("--baseline", help="Another baseline, one of the runs.")
+    command.add_argument(
+        "--test",
+        choices=TESTS,
+        default="randomization",
+        help="Paired test (default: randomization).",
+    )
+    command.add_argument(
+        "--correction",
+        choices=CORRECTIONS,
+        default="holm",
+        help="Correction for multiple comparisons (default: holm).",
+    )
+    command.add_argument(
+        "--samples",
+        type=int,
+        default=100_000,
+        help="Number of random sign patterns of the randomization test (default: 100000).",
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="Seed of the sign patterns and intervals (default: 0)."
+    )
+
+
+def _add_judgement_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--qrels", required=True, help="Relevance judgements: a TREC file or an ir_datasets id."
+    )
+    command.add_argument(
+        "--measures",
+        default=" ".join(DEFAULT_MEASURES),
+        help="Names of measures as in ir_measures, separated by spaces (default: "
+        f"{' '.join(DEFAULT_MEASURES)}).",
+    )
+    add_json_argument(command)
+
+
+def search(
+    model: str,
+    document_model: str | None,
+    collection: str | None,
+    queries: str | None,
+    documents: str | None,
+    depth: int,
+    batch_size: int,
+    passage_length: int | None,
+    passage_stride: int | None,
+    index: str | None,
+    output: str,
+    as_json: bool,
+    tag: str | None,
+) -> int:
+    """Search a collection, or an index of its token vectors, and write a run."""
+    from optical.data.trec import write_run
+    from optical.io.files import writable_folder
+
+    check_installed("sentence_transformers", "train", "a search")
+    writable_folder(Path(output).parent)
+    if index:
+        refused = {
+            "collection": collection,
+            "documents": documents,
+            "document_model": document_model,
+            "passage_length": passage_length,
+        }
+        for name, value in refused.items():
+            if value:
+                raise ValueError(f"{name}: given with --index, which already holds its documents")
+        run, searched = _search_index(model, index, queries, depth=depth, batch_size=batch_size)
+    else:
+        run, searched = _search_collection(
+            model,
+            _load_texts(collection, queries, documents),
+            document_model=document_model,
+            depth=depth,
+            batch_size=batch_size,
+            passage_length=passage_length,
+            passage_stride=passage_stride,
+        )
+    write_run(run, output, tag=tag or _run_name(model))
+    counts = {"queries": len(run), "documents searched": searched}
+    return report_output(output, counts, as_json)
+
+
+def _load_texts(collection: str | None, queries: str | None, documents: str | None) -> Any:
+    """Return the collection to search; two files need no relevance judgements."""
+    from optical.data.collection import Collection, load_collection
+    from optical.data.texts import read_texts
+
+    if collection:
+        return load_collection(collection, queries=queries, documents=documents)
+    if not (queries and documents):
+        raise ValueError("nothing to search; expected --collection, or --queries with --documents")
+    return Collection(Path(documents).stem, read_texts(queries), read_texts(documents), {})
+
+
+def _search_collection(
+    model: str, collection: Any, *, document_model: str | None, **options: Any
+) -> tuple[Any, int]:
+    """Encode and search a collection; return the run and the number of documents."""
+    from optical.models.retriever import load_retriever
+    from optical.retrieval.exact_search import search
+
+    quiet_libraries()
+    run = search(
+        load_retriever(model),
+        collection,
+        document_model=load_retriever(document_model) if document_model else None,
+        progress=True,
+        **options,
+    )
+    return run, len(collection.documents)
+
+
+def _search_index(
+    model: str, index: str, queries: str | None, *, depth: int, batch_size: int
+) -> tuple[Any, int]:
+    """Search stored token vectors; return the run and the number of documents."""
+    from optical.data.texts import read_texts
+    from optical.retrieval.index import open_index
+
+    if not queries:
+        raise ValueError("queries: none given; with --index expected a file of queries")
+    texts = read_texts(queries)
+    opened = open_index(index)
+    quiet_libraries()
+    from optical.models.encoding import encode
+    from optical.models.retriever import load_retriever
+
+    retriever = load_retriever(model)
+    dimension = retriever.get_embedding_dimension()
+    if dimension != opened.dimension:
+        raise ValueError(
+            f"{index}: vectors of size {opened.dimension}, expected the size of the model's "
+            f"vectors, {dimension}"
+        )
+    vectors = encode(retriever, list(texts.values()), "query", batch_size=batch_size)
+    return opened.search(list(texts), vectors, depth=depth), len(opened)
+
+
+def _run_name(model: str) -> str:
+    """Return the last telling part of a model's path."""
+    parts = [part for part in Path(model).parts if part not in ("final", "/")]
+    return parts[-1] if parts else "optical"
+
+
+def index(
+    model: str,
+    collection: str | None,
+    documents: str | None,
+    batch_size: int,
+    passage_length: int | None,
+    passage_stride: int | None,
+    output: str,
+    as_json: bool,
+) -> int:
+    """Encode documents into a vector database."""
+    from optical.data.collection import load_collection
+    from optical.data.texts import iter_texts
+
+    check_installed("sentence_transformers", "train", "an index")
+    check_installed("lancedb", "index", "a vector database")
+    texts: Iterable[tuple[str, str]]
+    if collection:
+        texts = load_collection(collection).documents.items()
+    elif documents:
+        texts = iter_texts(documents)
+    else:
+        raise ValueError("nothing to index; expected --collection or --documents")
+    quiet_libraries()
+    from optical.models.retriever import load_retriever
+    from optical.retrieval.index import LanceIndex, write_database
+
+    added = write_database(
+        load_retriever(model),
+        texts,
+        output,
+        batch_size=batch_size,
+        passage_length=passage_length,
+        passage_stride=passage_stride,
+    )
+    return report_output(output, {"added": added, "documents": len(LanceIndex(output))}, as_json)
+
+
+def evaluate(run_file: str, qrels: str, measures: str, as_json: bool, per_query: bool) -> int:
+    """Print the measures of a run."""
+    check_installed("ir_measures", "eval", "evaluation")
+    from optical.data.trec import read_run
+    from optical.retrieval.evaluation import evaluate as evaluate_run
+
+    evaluation = evaluate_run(read_run(run_file), _read_judgements(qrels), measures)
+    if as_json:
+        print(json.dumps(evaluation.to_dict(per_query=per_query), indent=1))
+        return 0
+    print(evaluation.to_table())
+    if per_query:
+        print("\t".join(["query", *evaluation.measures]))
+        for query in evaluation.queries:
+            values = [f"{evaluation.per_query[name][query]:.4f}" for name in evaluation.measures]
+            print("\t".join([query, *values]))
+    return 0
+
+
+def compare(
+    runs: list[str],
+    qrels: str,
+    measures: str,
+    as_json: bool,
+    baseline: str | None,
+    test: str,
+    correction: str,
+    samples: int,
+    seed: int,
+) -> int:
+    """Print a comparison of runs with a baseline."""
+    if len(set(runs)) < 2:
+        raise ValueError("runs: one given, expected at least two different ones")
+    if baseline is not None and baseline not in runs:
+        raise ValueError(f"baseline: {baseline!r}, expected one of the runs: {', '.join(runs)}")
+    check_installed("ir_measures", "eval", "evaluation")
+    check_installed("numpy", "eval", "a comparison of runs")
+    if test == "t":
+        check_installed("scipy", "eval", "the t-test")
+    from optical.data.trec import read_run
+    from optical.retrieval import evaluation
+
+    judgements = _read_judgements(qrels)
+    comparison = evaluation.compare(
+        {path: evaluation.evaluate(read_run(path), judgements, measures) for path in runs},
+        baseline=baseline,
+        test=test,
+        correction=correction,
+        samples=samples,
+        seed=seed,
+    )
+    print(json.dumps(comparison.to_dict(), indent=1) if as_json else comparison.to_markdown())
+    return 0
+
+
+def _read_judgements(source: str) -> Any:
+    from optical.data.collection import load_collection
+    from optical.data.trec import read_qrels
+
+    return read_qrels(source) if Path(source).is_file() else load_collection(source).qrels

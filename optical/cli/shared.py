@@ -1,0 +1,107 @@
+"""Helpers shared by the commands: argument groups, output, missing packages and quiet libraries."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from optical.io.environment import require
+
+
+def add_command(
+    subparsers: Any, name: str, run: Callable[..., int], help_text: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a command; `run` is called with its arguments by name and returns the exit code."""
+    command: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=help_text,
+        description=help_text,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run, parser=command)
+    return command
+
+
+def add_json_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", dest="as_json", help="Print JSON.")
+
+
+def add_encoding_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        help="Number of texts per forward pass (default: 32).",
+    )
+    command.add_argument(
+        "--passage-length",
+        type=int,
+        help="Split documents into passages of this many tokens and score them by their best "
+        "passage (MaxP).",
+    )
+    command.add_argument(
+        "--passage-stride",
+        type=int,
+        help="Distance between the starts of passages in tokens (default: half their length).",
+    )
+
+
+def report_output(output: str, counts: Mapping[str, Any], as_json: bool) -> int:
+    """Print the written file and counts of its content; return the exit code 0."""
+    if as_json:
+        print(json.dumps({"output": output, **counts}))
+    else:
+        listed = ", ".join(f"{value} {name}" for name, value in counts.items())
+        print(f"{output}: {listed}" if listed else output)
+    return 0
+
+
+def check_installed(module: str, extra: str, purpose: str) -> None:
+    """Raise ImportError with the name of the extra if a package is missing.
+
+    The package is not imported, so the check takes no time before other errors are found.
+    """
+    try:
+        missing = importlib.util.find_spec(module) is None
+    except (ImportError, ValueError):
+        missing = True
+    if missing:
+        require(module, extra, purpose)
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and loading reports of the libraries."""
+    import warnings
+
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    silence: Any = transformers_logging
+    silence.set_verbosity_error()
+    silence.disable_progress_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Disable all tqdm progress bars, which would break the lines of a log.
+
+    tqdm reads its environment variable on import, and torch has imported it already.
+    """
+    from tqdm.std import tqdm
+
+    original = tqdm.__init__
+    tqdm.__init__ = functools.partialmethod(original, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
