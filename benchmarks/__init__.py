@@ -1,1 +1,1 @@
-"""Benchmarks of the operator: ``python -m benchmarks sinkhorn``, or ``pytest benchmarks``."""
+"""Benchmark harness of the project, run from a checkout; ``benchmarks/README.md`` is its guide."""

@@ -1,4 +1,4 @@
-"""The same tasks and providers as a pytest-benchmark suite: ``pytest benchmarks``."""
+"""The solve and vectors benchmarks as a pytest-benchmark suite: ``pytest benchmarks``."""
 
 import itertools
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.operator.cases import CPU_SHAPES, GPU_SHAPES, parse_shape
 from benchmarks.operator.jobs import MODES, Task
-from benchmarks.operator.measure import gated
+from benchmarks.operator.measure import start_gated
 from benchmarks.operator.providers import PROVIDERS
 
 DEVICES = {"cpu": CPU_SHAPES, **({"cuda": GPU_SHAPES} if torch.cuda.is_available() else {})}
@@ -27,11 +27,12 @@ def test_sinkhorn(task: Task, name: str, benchmark: Any) -> None:
     reason = PROVIDERS[name].unavailable(task)
     if reason is not None:
         pytest.skip(reason=reason)
-    row, _, job = gated(task.kind, PROVIDERS[name], task)
+    row, _, job = start_gated(task.kind, PROVIDERS[name], task)
     assert job is not None, row.note
     benchmark.group = f"{task.kind} {task.mode} {task.case.name} {task.case.device}"
     try:
-        # Turns of one call: this plugin repeats them itself.
-        benchmark.pedantic(job.turn, kwargs={"seconds": 0.0}, rounds=10, warmup_rounds=1)
+        # A turn of one call, because the plugin repeats it.
+        turn = {"seconds": 0.0}
+        benchmark.pedantic(job.milliseconds_per_call, kwargs=turn, rounds=10, warmup_rounds=1)
     finally:
         job.close()

@@ -1,4 +1,4 @@
-"""What is measured: batches of transport problems between token clouds."""
+"""Benchmark inputs: reproducible batches of transport problems between clouds of token vectors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-# Batch x n x m x dim x iterations. The CPU's are an eighth of the GPU's batches.
+# Batch x n x m x dim x iterations. CPU batches are an eighth of the GPU batches.
 CPU_SHAPES = {
     "solve": (
         "512x32x32x128x20",
@@ -34,16 +34,21 @@ GPU_SHAPES = {
     "residual": ("512x128x128x768x5000:mixed",),
     "large": ("1x16384x16384x64x50:random",),
 }
-# Of aligned tokens, in units of their own size: partners have a cosine of 0.55 on average. Clearer
-# pairs are found in one iteration, and vaguer ones are soon as good as random.
+# Standard deviation of the noise between aligned tokens, relative to that of the tokens. Partners
+# have a cosine of 0.55 on average. With less noise, one iteration finds the pairs; with more noise,
+# aligned clouds soon behave like random ones.
 NOISE = 1.5
 DATA = ("random", "aligned", "clusters", "mixed", "ragged")
 
 
 class Inputs(NamedTuple):
-    """One case in float64: token vectors, log-masses (-inf = padding) and how many are real.
+    """The tensors of a case in float64 on the CPU, shared by all providers and dtypes.
 
-    The vectors are exact in float32, so that no dtype has other inputs than another.
+    Attributes:
+        x, y: token vectors (batch, n, dim) and (batch, m, dim). Every entry is exact in float32, so
+            float32 and float64 runs solve the same problem.
+        log_a, log_b: log-masses (batch, n) and (batch, m); -inf marks padding.
+        lengths_a, lengths_b: (batch,) numbers of valid rows and columns.
     """
 
     x: Tensor
@@ -54,21 +59,23 @@ class Inputs(NamedTuple):
     lengths_b: Tensor
 
     @property
-    def absent(self) -> Tensor:
-        """(batch, n, m) bool, True where either token is padding."""
+    def padding(self) -> Tensor:
+        """(batch, n, m) bool, True where the row or the column is padding."""
         return (self.log_a == -math.inf)[:, :, None] | (self.log_b == -math.inf)[:, None, :]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of problems, and how far to iterate.
+    """A batch of transport problems with its solver settings.
+
+    Masses are uniform, because the peers share our starting point only for uniform masses.
 
     Attributes:
         data: "random": independent clouds. "aligned": noisy copies of the same tokens in another
-            order, as translations are. "clusters": two antipodal groups, whose sizes do not fit.
-            "mixed": random and aligned in turn. "ragged": aligned clouds of log-normal lengths,
-            padded. Masses are uniform: peers start where we do for those only.
-        tol: what a provider's own stopping rule is given; 0 runs exactly ``max_iter`` iterations.
+            order, a model of translations. "clusters": two antipodal groups whose sizes differ
+            between the two clouds. "mixed": random and aligned problems in alternation. "ragged":
+            aligned clouds of log-normal lengths, padded.
+        tol: threshold of each provider's stopping rule; 0 runs exactly ``max_iter`` iterations.
     """
 
     batch: int
@@ -84,47 +91,58 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The text that ``parse_shape`` accepts."""
         shape = "x".join(map(str, (self.batch, self.n, self.m, self.dim, self.max_iter)))
         return shape if self.data == "aligned" else f"{shape}:{self.data}"
 
     @property
     def inputs(self) -> Inputs:
-        return _inputs(self.batch, self.n, self.m, self.dim, self.data)
+        return _draw_inputs(self.batch, self.n, self.m, self.dim, self.data)
 
     def cost(self) -> Tensor:
-        """Cosine costs (batch, n, m) in float64 but exact in float32, padding included."""
+        """Cosine costs (batch, n, m), padding included: float64, with values exact in float32."""
         x, y, *_ = self.inputs
         return (1 - normalize(x, dim=2) @ normalize(y, dim=2).mT).float().double()
 
     @property
     def padding_cost(self) -> float:
-        """What peers without masks read at padding, beside zero masses.
+        """Cost of padded pairs for peers without masks, in addition to zero masses.
 
-        They start from scalings of one, so that padding takes part in the first half-step. This is
-        far enough above any cosine cost to weigh nothing there, and does not underflow.
+        These peers start from scalings of one, so padding enters their first half-step. The value
+        is far enough above any cosine cost to have no weight there, yet does not underflow.
         """
         return 2 + 20 * self.epsilon
 
     def visits(self) -> int:
-        """Multiply-adds that the iterations need: each reads every entry of the kernel twice."""
+        """Multiply-adds of all iterations: each iteration reads every kernel entry twice."""
         lengths = self.inputs.lengths_a * self.inputs.lengths_b
         return 2 * self.max_iter * int(lengths.sum())
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; ``from_dict`` inverts this."""
         return {**vars(self), "dtype": str(self.dtype).removeprefix("torch.")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Case:
+        """The case with the fields of ``to_dict``."""
         return cls(**{**values, "dtype": getattr(torch, values["dtype"])})
 
 
 def parse_shape(text: str, **options: Any) -> Case:
-    """The case of ``"64x128x128x768x50"`` or ``"64x128x128x768x50:ragged"``."""
+    """Parse a shape such as ``"64x128x128x768x50"`` or ``"64x128x128x768x50:ragged"``.
+
+    Args:
+        text: BATCHxNxMxDIMxITERATIONS, optionally followed by a colon and a kind of data.
+        options: further fields of the case.
+
+    Raises:
+        ValueError: the shape or the kind of data is invalid.
+    """
     shape, _, data = text.partition(":")
     parts = shape.split("x")
     if len(parts) != 5 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        wanted = "BATCHxNxMxDIMxITERATIONS, as in 64x128x128x768x50"
-        raise ValueError(f"shape is {text!r}; expected {wanted}")
+        expected = "BATCHxNxMxDIMxITERATIONS, such as 64x128x128x768x50"
+        raise ValueError(f"shape is {text!r}; expected {expected}")
     if data and data not in DATA:
         raise ValueError(f"data of {text!r} is {data!r}; expected one of {', '.join(DATA)}")
     batch, n, m, dim, max_iter = map(int, parts)
@@ -133,7 +151,7 @@ def parse_shape(text: str, **options: Any) -> Case:
 
 
 @functools.lru_cache(maxsize=2)
-def _inputs(batch: int, n: int, m: int, dim: int, data: str) -> Inputs:
+def _draw_inputs(batch: int, n: int, m: int, dim: int, data: str) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
     size = max(n, m)
@@ -141,14 +159,14 @@ def _inputs(batch: int, n: int, m: int, dim: int, data: str) -> Inputs:
     lengths_a, lengths_b = torch.full((batch,), n), torch.full((batch,), m)
     log_a, log_b = torch.zeros(batch, n).double(), torch.zeros(batch, m).double()
     if data == "ragged":
-        # A text and its translation: log-normal lengths, close to one another.
+        # A text and its translation have similar lengths; both are log-normal.
         length = (n / 3) * (0.6 * normal(batch)).exp()
         lengths_a = _clipped(length, n)
         lengths_b = _clipped(length * (0.2 * normal(batch)).exp() * m / n, m)
         log_a = log_a.masked_fill(torch.arange(n) >= lengths_a[:, None], -math.inf)
         log_b = log_b.masked_fill(torch.arange(m) >= lengths_b[:, None], -math.inf)
     if data == "clusters":
-        # Antipodal, so that costs between the groups are near 2; mass has to cross all the same.
+        # Costs between the antipodal groups are near 2, but their sizes force mass to cross.
         centre = 2 * math.sqrt(dim) * normalize(normal(batch, 1, dim), dim=2)
         x = noise[:, :n] + centre * _signs(n, 0.8)
         y = tokens[:, :m] + centre * _signs(m, 0.3)
@@ -158,16 +176,17 @@ def _inputs(batch: int, n: int, m: int, dim: int, data: str) -> Inputs:
         independent = {"random": slice(None), "mixed": slice(0, None, 2)}.get(data, slice(0))
         partners[independent] = noise[independent]
         x, y = tokens[:, :n], partners[:, :m]
-    # Of different norms, as token vectors are before the cosine.
+    # Token vectors have different norms before the cosine normalises them.
     x, y = (x * (0.3 * norms[:, :n, None]).exp()).float().double(), y.float().double()
     log_a, log_b = log_a.log_softmax(1), log_b.log_softmax(1)
     return Inputs(x, y, log_a, log_b, lengths_a, lengths_b)
 
 
 def _signs(size: int, share: float) -> Tensor:
-    """(size, 1) of +1 for the first share of the rows and -1 for the rest."""
+    """(size, 1) signs: +1 for the first ``share`` of the rows, -1 for the others."""
     return torch.where(torch.arange(size) < share * size, 1.0, -1.0).double()[:, None]
 
 
 def _clipped(length: Tensor, size: int) -> Tensor:
+    """Lengths rounded to integers between 8 and ``size``."""
     return length.round().clamp(min(8, size), size).long()

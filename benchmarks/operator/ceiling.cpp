@@ -1,15 +1,15 @@
-// What a core's load bandwidth and multiply-add rate allow for the iteration: over a matrix K of
-// the same size, the dot product of each row, then the row's addition into the column sums, with
-// one read of K from the outer cache per sweep. No division, no sum across lanes, no bookkeeping:
-// this is not a Sinkhorn iteration, only its memory traffic and its multiply-adds.
+// Upper bound that load bandwidth and multiply-add rate set on the CPU iteration. A sweep reads a
+// matrix K of the problem's size once from the outer cache, takes the dot product of each row, and
+// adds the scaled row to the column sums. It has no division, no sum across lanes and no
+// bookkeeping: only the memory traffic and multiply-adds of a Sinkhorn iteration.
 #include <stdint.h>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 typedef float Vector __attribute__((vector_size(OPTICAL_VECTOR_BYTES)));
 static const int64_t width = sizeof(Vector) / sizeof(float);
-static const int64_t block = 8;    // rows worked on together: hides the latency of one chain
-static const int64_t columns = 4;  // in the second half, for the same reason
+static const int64_t block = 8;    // rows per block: independent chains hide the latency
+static const int64_t columns = 4;  // column vectors per step of the second half, likewise
 
 static void sweep(const Vector* k, const Vector* v, Vector* sums, int64_t blocks, int64_t vectors) {
     for (int64_t j = 0; j < vectors; ++j) sums[j] = Vector{};
@@ -33,34 +33,35 @@ static void sweep(const Vector* k, const Vector* v, Vector* sums, int64_t blocks
     }
 }
 
-static int64_t blocks_of(int64_t n) { return (n + block - 1) / block; }
-static int64_t vectors_of(int64_t m) { return (m + width - 1) / width; }
+static int64_t block_count(int64_t n) { return (n + block - 1) / block; }
+static int64_t vector_count(int64_t m) { return (m + width - 1) / width; }
 
-// Floats that `optical_ceiling_sweep` needs for a problem, from an address divisible by 64.
-EXPORT int64_t optical_ceiling_room(int64_t n, int64_t m) {
-    return (blocks_of(n) * block + 2) * vectors_of(m) * width;
+// Number of floats that `optical_ceiling_sweep` needs for an n x m problem, 64-byte aligned.
+EXPORT int64_t optical_ceiling_workspace(int64_t n, int64_t m) {
+    return (block_count(n) * block + 2) * vector_count(m) * width;
 }
 
-// Sweeps over `count` problems one after the other; `sizes` holds n and m of each.
-EXPORT void optical_ceiling_sweep(float* work, const int64_t* sizes, int64_t count,
+// Runs `iterations` sweeps on each of `count` problems in turn; `sizes` holds their n and m.
+EXPORT void optical_ceiling_sweep(float* workspace, const int64_t* sizes, int64_t count,
                                   int64_t iterations) {
     for (const int64_t* size = sizes; size != sizes + 2 * count; size += 2) {
-        const int64_t vectors = vectors_of(size[1]), tiles = blocks_of(size[0]) * block * vectors;
-        Vector *k = (Vector*)work, *v = k + tiles, *sums = v + vectors;
-        // A value that keeps all numbers near 1; problems of one size share the matrix.
+        const int64_t vectors = vector_count(size[1]);
+        const int64_t tiles = block_count(size[0]) * block * vectors;
+        Vector *k = (Vector*)workspace, *v = k + tiles, *sums = v + vectors;
+        // This value keeps all numbers near 1. Consecutive problems of one size share the matrix.
         const float value = 1 / __builtin_sqrtf((float)tiles);
         if (size == sizes || size[0] != size[-2] || size[1] != size[-1])
             for (int64_t i = 0; i < tiles; ++i) k[i] = Vector{} + value;
         for (int64_t j = 0; j < vectors; ++j) v[j] = Vector{} + 1;
         for (int64_t t = 0; t < iterations; ++t) {
-            sweep(k, v, sums, blocks_of(size[0]), vectors);
+            sweep(k, v, sums, block_count(size[0]), vectors);
             Vector* next = sums;
             sums = v, v = next;
         }
     }
 }
 
-// At least `count` multiply-adds of one float each, from registers alone.
+// At least `count` single-float multiply-adds on registers alone.
 EXPORT float optical_ceiling_fma(int64_t count) {
     enum { chains = 12 };
     Vector x[chains];

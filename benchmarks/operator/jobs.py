@@ -1,4 +1,9 @@
-"""Providers at work: a task, and what takes turns on it, here or in a process of its own."""
+"""Tasks, and the jobs that run a provider on one, in this process or in that of OTT-JAX.
+
+A *case* is a batch of problems. A *task* is a case with the input (cost or token vectors) and the
+mode (forward, or forward and backward). A *provider* is one implementation. A *job* is a provider
+that has been started on a task and can be timed and checked.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +26,17 @@ from benchmarks.operator.cases import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("forward", "both")
-# The interpreter of OTT-JAX; `--ott-python` replaces it.
+# The interpreter that runs OTT-JAX; `--ott-python` replaces it.
 ott_python = sys.executable
 
 
 class Task(NamedTuple):
-    """One thing to do: with the cost given, or from token vectors; the value, or its gradient too.
+    """A case with its input and its mode.
 
-    ``kind`` is "solve" (the cost is given) or "vectors" (it is built from token vectors, and the
-    gradient goes to both clouds).
+    Attributes:
+        kind: "solve" (the cost is given) or "vectors" (the cost is built from token vectors, and
+            both clouds receive a gradient).
+        mode: "forward" (the value) or "both" (the value and its gradient).
     """
 
     kind: str
@@ -37,30 +44,39 @@ class Task(NamedTuple):
     case: Case
 
 
-class Given(NamedTuple):
-    """The tensors of a task, on its device and in its dtype; leaves[i] receive the gradient."""
+class TaskTensors(NamedTuple):
+    """The tensors of a task on its device and in its dtype.
+
+    Attributes:
+        leaves: the cost, or both clouds of token vectors; they receive the gradient.
+        log_a, log_b: log-masses (batch, n) and (batch, m).
+        padding: (batch, n, m) bool for peers without masks; None if there is no padding or the
+            provider handles it.
+    """
 
     leaves: tuple[Tensor, ...]
     log_a: Tensor
     log_b: Tensor
-    absent: Tensor | None
+    padding: Tensor | None
 
-    def peers_cost(self, case: Case) -> Tensor:
-        """The cost for solvers without masks: built by PyTorch if vectors are given."""
+    def unmasked_cost(self, case: Case) -> Tensor:
+        """The cost for solvers without masks: built in PyTorch if the task gives vectors."""
         if len(self.leaves) == 1:
             return self.leaves[0]
         x, y = (normalize(z, dim=2) for z in self.leaves)
         cost = 1 - x @ y.mT
-        return cost if self.absent is None else cost.masked_fill(self.absent, case.padding_cost)
+        return cost if self.padding is None else cost.masked_fill(self.padding, case.padding_cost)
 
 
-class Solution(NamedTuple):
-    """What a provider returns.
+class ProviderOutput(NamedTuple):
+    """The output of a PyTorch provider, in its own dtype.
 
     Attributes:
-        value: (B,) regularised by KL(plan || a b), differentiable.
-        details: -> f (B, n), g (B, m) and the plan, in the convention of optical.backends.reference.
-        offset: what the provider's convention adds to ``value``; subtracted where it is compared.
+        value: (B,) transport cost regularised by KL(plan || a b), differentiable.
+        details: -> f (B, n), g (B, m) and the plan, in the convention of
+            ``optical.backends.reference``; computed only for the gate.
+        offset: -> (B,) constant of the provider's convention, which the gate subtracts from
+            ``value``; None if there is none.
     """
 
     value: Tensor
@@ -69,7 +85,7 @@ class Solution(NamedTuple):
 
 
 class Results(NamedTuple):
-    """All that the gate looks at, in float64 on the CPU."""
+    """All results that the gate compares, in float64 on the CPU and in our convention."""
 
     value: Tensor
     f: Tensor
@@ -79,61 +95,74 @@ class Results(NamedTuple):
 
 
 class Job(Protocol):
-    """A provider at work on one task."""
+    """A provider that has been started on one task."""
 
-    def turn(self, seconds: float = meter.TURN_SECONDS) -> float:
-        """Milliseconds per call, of as many calls as fit into ``seconds`` and at least one."""
+    def milliseconds_per_call(self, seconds: float = meter.TURN_SECONDS) -> float:
+        """Mean milliseconds per call over one turn: a call, repeated until ``seconds`` have passed.
+
+        On a CUDA device, a turn is one call after the cache has been flushed.
+        """
 
     def results(self) -> Results | None:
-        """Everything that can be compared with the truth; None where there is no result."""
+        """The results for the gate; None for a job that computes none."""
 
     def peak_megabytes(self) -> float | str:
-        """Memory of one call beyond its inputs; for a process of its own."""
+        """Peak memory of one call beyond its inputs; requires a fresh process."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release processes and files."""
 
 
 class TorchJob:
-    """A job of PyTorch tensors in this process."""
+    """A PyTorch solver in this process.
 
-    def __init__(self, solve: Callable[[Given, Case], Solution], ours: bool, task: Task) -> None:
+    Args:
+        solve: the solver, called with the tensors and the case.
+        ours: whether the solver is a backend of ``optical``, which handles padding and can be
+            captured in a CUDA graph.
+        task: the task.
+    """
+
+    def __init__(
+        self, solve: Callable[[TaskTensors, Case], ProviderOutput], ours: bool, task: Task
+    ) -> None:
         self.task, self.solve = task, solve
         kind, mode, case = task
         inputs = case.inputs
 
         def placed(x: Tensor) -> Tensor:
-            # A copy, so that no gradient is asked of the case's own tensors.
+            # A copy, so that the shared tensors of the case never require a gradient.
             return x.to(case.device, case.dtype, copy=True)
 
-        padded = bool(inputs.absent.any())
+        padded = bool(inputs.padding.any())
         if kind == "vectors":
             leaves = [inputs.x, inputs.y]
         elif ours or not padded:
             leaves = [case.cost()]
         else:
-            leaves = [case.cost().masked_fill(inputs.absent, case.padding_cost)]
-        self.given = Given(
+            leaves = [case.cost().masked_fill(inputs.padding, case.padding_cost)]
+        self.tensors = TaskTensors(
             tuple(placed(x).requires_grad_(mode == "both") for x in leaves),
             placed(inputs.log_a),
             placed(inputs.log_b),
-            inputs.absent.to(case.device) if padded and not ours else None,
+            inputs.padding.to(case.device) if padded and not ours else None,
         )
-        self.graphed = ours and case.device == "cuda"
+        self.captured = ours and case.device == "cuda"
 
     def run(self) -> object:
-        value = self.solve(self.given, self.task.case).value
+        value = self.solve(self.tensors, self.task.case).value
         if self.task.mode == "both":
-            return torch.autograd.grad(value.sum(), self.given.leaves)
+            return torch.autograd.grad(value.sum(), self.tensors.leaves)
         return value
 
-    def turn(self, seconds: float = meter.TURN_SECONDS) -> float:
+    def milliseconds_per_call(self, seconds: float = meter.TURN_SECONDS) -> float:
         if self.task.case.device == "cpu":
-            return meter.turn(self.run, seconds)
-        return _device_turn(self._replay if self.graphed else self.run)
+            return meter.milliseconds_per_call(self.run, seconds)
+        return cuda_milliseconds(self._replay if self.captured else self.run)
 
     @functools.cached_property
     def _replay(self) -> Callable[[], object]:
-        """Ours as a CUDA graph, as a training step would hold it: nothing of it may synchronise."""
+        """The call as a CUDA graph, as in a captured training step: no part may synchronise."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -146,14 +175,14 @@ class TorchJob:
         return graph.replay
 
     def results(self) -> Results:
-        solution = self.solve(self.given, self.task.case)
-        value = solution.value.detach().cpu().double()
-        if solution.offset is not None:
-            value = value - solution.offset().cpu().double()
-        f, g, plan = (x.detach().cpu().double() for x in solution.details())
+        output = self.solve(self.tensors, self.task.case)
+        value = output.value.detach().cpu().double()
+        if output.offset is not None:
+            value = value - output.offset().cpu().double()
+        f, g, plan = (x.detach().cpu().double() for x in output.details())
         gradients: tuple[Tensor, ...] = ()
         if self.task.mode == "both":
-            gradients = torch.autograd.grad(solution.value.sum(), self.given.leaves)
+            gradients = torch.autograd.grad(output.value.sum(), self.tensors.leaves)
         gradients = tuple(x.cpu().double().contiguous() for x in gradients)
         return Results(value, f, g, plan, gradients)
 
@@ -172,25 +201,26 @@ class TorchJob:
         pass
 
 
-def _device_turn(run: Callable[[], object]) -> float:
-    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    # More than the second cache level holds: no run starts with the inputs of the last one in it.
+def cuda_milliseconds(run: Callable[[], object]) -> float:
+    """Time of one call on the CUDA device by events, with its inputs flushed from the L2 cache."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    # Larger than the L2 cache, so that no call finds the inputs of the previous one there.
     torch.empty(256 * 2**20, dtype=torch.int8, device="cuda").zero_()
-    started.record()
+    start.record()
     run()
-    ended.record()
+    end.record()
     torch.cuda.synchronize()
-    return float(started.elapsed_time(ended))
+    return float(start.elapsed_time(end))
 
 
 class CeilingJob:
-    """The loops of ``benchmarks/operator/ceiling.cpp``, which compute nothing."""
+    """The loops of ``benchmarks/operator/ceiling.cpp``: timed, but without results to check."""
 
     def __init__(self, loops: Callable[[Case], Callable[[], object]], task: Task) -> None:
         self.run = loops(task.case)
 
-    def turn(self, seconds: float = meter.TURN_SECONDS) -> float:
-        return meter.turn(self.run, seconds)
+    def milliseconds_per_call(self, seconds: float = meter.TURN_SECONDS) -> float:
+        return meter.milliseconds_per_call(self.run, seconds)
 
     def results(self) -> None:
         return None
@@ -202,8 +232,8 @@ class CeilingJob:
         pass
 
 
-class WorkerJob:
-    """OTT-JAX in a process of its own, which takes turns with the jobs of this one."""
+class OttJob:
+    """OTT-JAX in a worker process, which alternates with the jobs of this process."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -217,20 +247,21 @@ class WorkerJob:
         )
         kind, mode, case = task
         inputs, dtype = case.inputs, str(case.dtype).removeprefix("torch.")
-        absent = inputs.absent
+        padding = inputs.padding
         arrays = {"a": inputs.log_a.exp(), "b": inputs.log_b.exp()}
         if kind == "vectors":
             arrays |= {"x": inputs.x, "y": inputs.y}
         else:
-            arrays["cost"] = case.cost().masked_fill(absent, case.padding_cost)
+            arrays["cost"] = case.cost().masked_fill(padding, case.padding_cost)
+        arrays = {name: array.to(case.dtype) for name, array in arrays.items()}
+        arrays["padding"] = padding
         path = Path(self.folder.name) / "inputs.npz"
-        arrays = {name: array.to(case.dtype) for name, array in arrays.items()} | {"absent": absent}
         np.savez(path, **{name: array.numpy() for name, array in arrays.items()})  # type: ignore[arg-type]
-        self._ask(
+        self._request(
             do="start",
             inputs=str(path),
-            arguments=["x", "y"] if kind == "vectors" else ["cost"],
-            padded=bool(absent.any()),
+            leaves=["x", "y"] if kind == "vectors" else ["cost"],
+            padded=bool(padding.any()),
             padding_cost=case.padding_cost,
             mode=mode,
             dtype=dtype,
@@ -239,43 +270,38 @@ class WorkerJob:
             tol=case.tol,
         )
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
+    def _request(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the process of OTT-JAX ended while asked to {request['do']}")
-        found: dict[str, Any] = json.loads(answer)
-        return found
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the OTT-JAX process ended during the request {request['do']!r}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
-    def turn(self, seconds: float = meter.TURN_SECONDS) -> float:
-        return float(self._ask(do="turn", seconds=seconds)["ms"])
+    def milliseconds_per_call(self, seconds: float = meter.TURN_SECONDS) -> float:
+        return float(self._request(do="time", seconds=seconds)["ms"])
 
     def results(self) -> Results:
-        path = Path(self.folder.name) / "solution.npz"
-        self._ask(do="solution", output=str(path))
+        path = Path(self.folder.name) / "results.npz"
+        self._request(do="results", output=str(path))
         with np.load(path) as file:
-            found = {name: torch.from_numpy(file[name]).double() for name in file.files}
+            arrays = {name: torch.from_numpy(file[name]).double() for name in file.files}
         inputs, epsilon = self.task.case.inputs, self.task.case.epsilon
-        # OTT's potentials hold the masses: f + epsilon log a of ours.
-        f, g = found["f"] - epsilon * inputs.log_a, found["g"] - epsilon * inputs.log_b
+        # OTT's potentials include the masses: its f is our f + epsilon log a.
+        f, g = arrays["f"] - epsilon * inputs.log_a, arrays["g"] - epsilon * inputs.log_b
         f, g = (x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for x in (f, g))
-        names = sorted(name for name in found if name.startswith("gradient"))
-        gradients = tuple(found[name] for name in names)
-        return Results(found["value"], f, g, found["plan"], gradients)
+        names = sorted(name for name in arrays if name.startswith("gradient"))
+        gradients = tuple(arrays[name] for name in names)
+        return Results(arrays["value"], f, g, arrays["plan"], gradients)
 
     def peak_megabytes(self) -> float | str:
-        found: float | str = self._ask(do="peak")["peak_mb"]
-        return found
+        peak_mb: float | str = self._request(do="peak")["peak_mb"]
+        return peak_mb
 
     def close(self) -> None:
         with self.process:
             assert self.process.stdin is not None
             self.process.stdin.close()
         self.folder.cleanup()
-
-
-def dot(mass: Tensor, potential: Tensor) -> Tensor:
-    """Sum of products per problem, where a mass of 0 makes 0 of anything."""
-    return torch.where(mass > 0, mass * potential, 0.0).sum(1)

@@ -1,4 +1,4 @@
-"""Time and memory of one call, for every process of the harness: no framework is imported here."""
+"""Time and peak memory of one call, for every process of the harness; imports no framework."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
-# A turn of a fast call repeats it for this long: one call of a millisecond is mostly noise.
+# Duration of a turn, in which fast calls repeat: one call of a millisecond is mostly noise.
 TURN_SECONDS = 0.02
 
 
-def keep_memory() -> None:
-    """Let this process keep the memory that it frees, where its C library can be told so (glibc).
+def keep_freed_memory() -> None:
+    """Keep freed memory in this process instead of returning it to the system (glibc only).
 
-    Otherwise a provider pays, call by call, for pages that another one's large arrays made the
-    library hand back to the system: on some machines that is most of a short call.
+    Otherwise every call would pay for page faults on memory that the large arrays of another
+    provider made the allocator return; on some machines they dominate a short call.
     """
     trim_threshold, mmap_max = -1, -4
     with contextlib.suppress(OSError, AttributeError):
@@ -25,8 +25,8 @@ def keep_memory() -> None:
         library.mallopt(mmap_max, 0)
 
 
-def turn(run: Callable[[], object], seconds: float = TURN_SECONDS) -> float:
-    """Milliseconds per call, of as many calls as fit into a turn and at least one."""
+def milliseconds_per_call(run: Callable[[], object], seconds: float = TURN_SECONDS) -> float:
+    """Mean milliseconds per call over one turn: a call, repeated until ``seconds`` have passed."""
     start, calls = time.perf_counter(), 0
     while True:
         run()
@@ -37,44 +37,48 @@ def turn(run: Callable[[], object], seconds: float = TURN_SECONDS) -> float:
 
 
 def peak_megabytes(run: Callable[[], object]) -> float | str:
-    """Most resident memory of this process during one call, beyond what it held before.
+    """Peak resident memory of this process during one call, minus the memory resident before it.
 
-    Linux only, and empty elsewhere. For a fresh process that has called ``run`` on something tiny:
-    libraries are then loaded, and no memory of earlier calls waits to be used again.
+    Linux only; an empty string elsewhere. Call this in a fresh process that has run a tiny call
+    first: the libraries are then loaded, and no earlier call has left memory for reuse.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak is reset to what is resident now
-        before = _status("VmRSS")
+            file.write("5")  # resets the peak to the current resident size
+        before = _status_kilobytes("VmRSS")
     except OSError:
         return ""
     run()
-    return round((_status("VmHWM") - before) / 1024, 2)
+    return round((_status_kilobytes("VmHWM") - before) / 1024, 2)
 
 
-def _status(name: str) -> int:
+def _status_kilobytes(name: str) -> int:
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(f"{name}:"))
     return int(line.split()[1])
 
 
 @contextlib.contextmanager
-def cores(count: int | None) -> Iterator[None]:
-    """Keep this process and those it starts to ``count`` cores: the same number for everyone.
+def limit_cores(count: int | None) -> Iterator[None]:
+    """Restrict this process and its children to ``count`` cores; None keeps all of them.
 
-    JAX has no other way to be told how many threads to start.
+    The affinity mask is the only way to limit the number of threads that JAX starts, so it applies
+    to every provider.
+
+    Raises:
+        ValueError: ``count`` is larger than the number of available cores.
     """
     if count is None or not hasattr(os, "sched_setaffinity"):
         yield
         return
-    allowed = os.sched_getaffinity(0)
-    if count > len(allowed):
-        raise ValueError(f"threads is {count}; expected at most the {len(allowed)} cores there are")
-    # The last ones: the first core of a machine serves its interrupts.
-    os.sched_setaffinity(0, sorted(allowed)[-count:])
+    available = os.sched_getaffinity(0)
+    if count > len(available):
+        raise ValueError(f"threads is {count}; expected at most {len(available)}, the core count")
+    # The last cores: the first core of a machine serves its interrupts.
+    os.sched_setaffinity(0, sorted(available)[-count:])
     try:
         yield
     finally:
-        os.sched_setaffinity(0, allowed)
+        os.sched_setaffinity(0, available)

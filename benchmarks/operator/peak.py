@@ -1,4 +1,8 @@
-"""``python -m benchmarks.operator.peak REQUEST``: memory of one call, in a process that makes no other."""
+"""Print the peak memory of one call: a fresh process that ``measure`` starts for each provider.
+
+``python -m benchmarks.operator.peak REQUEST`` takes a JSON object: the fields of a ``Case``
+with "provider", "kind", "mode" and "ott_python".
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,13 @@ def main(request: str) -> None:
     jobs.ott_python = values.pop("ott_python")
     provider = PROVIDERS[values.pop("provider")]
     task = Task(values.pop("kind"), values.pop("mode"), Case.from_dict(values))
-    # Something tiny first: libraries are loaded and threads started before anything is counted.
+    # The tiny case loads the libraries and starts the threads before the memory is measured.
     tiny = replace(task.case, batch=1, n=8, m=8, dim=8, max_iter=2)
     for case in (tiny, task.case):
         job = provider.start(task._replace(case=case))
-        found = job.peak_megabytes()
+        peak_mb = job.peak_megabytes()
         job.close()
-    print(found)
+    print(peak_mb)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who is measured: our backends and the peers, behind one call."""
+"""The benchmarked implementations: our backends, POT, GeomLoss, OTT-JAX and hand-written loops."""
 
 from __future__ import annotations
 
@@ -20,38 +20,37 @@ from benchmarks.operator import ceiling, jobs
 from benchmarks.operator.cases import Case
 from benchmarks.operator.jobs import (
     CeilingJob,
-    Given,
     Job,
-    Solution,
+    OttJob,
+    ProviderOutput,
     Task,
+    TaskTensors,
     TorchJob,
-    WorkerJob,
-    dot,
 )
 from optical.backends import registry
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation.
+    """One implementation and its conventions.
 
     Attributes:
-        name: what ``--only`` takes.
-        unavailable: task -> None, or why it cannot run, in words.
+        name: the name in the CSV, which ``--only`` accepts.
+        unavailable: task -> None, or the reason why this provider cannot run the task.
         start: task -> its job.
-        first: which potential an iteration updates first, "f" or "g"; None if its iterates are
-            others altogether, so that only the limit can be compared.
-        dual: whether its value is that of the dual problem, which at a finite iteration is another
-            number than the plan's.
-        rules: case with ``tol`` -> the same case with ever stricter stopping rules of its own.
+        first_update: the potential that an iteration updates first, "f" or "g"; None if its
+            iterates are not Sinkhorn iterates of ours, so that only the limit is comparable.
+        reports_dual: whether its value is that of the dual problem, which differs from that of the
+            plan after finitely many iterations.
+        stopping_rules: case with ``tol`` -> the same case with increasingly strict stopping rules.
     """
 
     name: str
     unavailable: Callable[[Task], str | None]
     start: Callable[[Task], Job]
-    first: Literal["f", "g"] | None = "f"
-    dual: bool = False
-    rules: Callable[[Case], Iterator[Case]] = lambda case: (
+    first_update: Literal["f", "g"] | None = "f"
+    reports_dual: bool = False
+    stopping_rules: Callable[[Case], Iterator[Case]] = lambda case: (
         replace(case, tol=case.tol / 2**k) for k in range(12)
     )
 
@@ -59,7 +58,7 @@ class Provider:
 # ------------------------------------------------------------------------------------- solvers
 
 
-def _ours(given: Given, case: Case, backend: str, **options: Any) -> Solution:
+def _optical(tensors: TaskTensors, case: Case, backend: str, **options: Any) -> ProviderOutput:
     options = {
         "epsilon": case.epsilon,
         "max_iter": case.max_iter,
@@ -67,22 +66,22 @@ def _ours(given: Given, case: Case, backend: str, **options: Any) -> Solution:
         "backend": backend,
         **options,
     }
-    options |= {"log_a": given.log_a, "log_b": given.log_b}
-    solve: Any = optical.sinkhorn if len(given.leaves) == 1 else optical.sinkhorn_vectors
-    result = solve(*given.leaves, **options)
-    return Solution(result.value, lambda: (result.f, result.g, result.plan()))
+    options |= {"log_a": tensors.log_a, "log_b": tensors.log_b}
+    solve: Any = optical.sinkhorn if len(tensors.leaves) == 1 else optical.sinkhorn_vectors
+    result = solve(*tensors.leaves, **options)
+    return ProviderOutput(result.value, lambda: (result.f, result.g, result.plan()))
 
 
-def _ours_after_bmm(given: Given, case: Case) -> Solution:
-    """Our solver on a cost that PyTorch builds: what the fused path from vectors must beat."""
-    x, y = (normalize(z, dim=2) for z in given.leaves)
-    return _ours(given._replace(leaves=(1 - x @ y.mT,)), case, "cpu")
+def _optical_after_bmm(tensors: TaskTensors, case: Case) -> ProviderOutput:
+    """Our solver on a cost built by PyTorch: the baseline for the fused path from vectors."""
+    x, y = (normalize(z, dim=2) for z in tensors.leaves)
+    return _optical(tensors._replace(leaves=(1 - x @ y.mT,)), case, "cpu")
 
 
-def _torch_log(given: Given, case: Case) -> Solution:
-    """The log-domain loop one would write by hand: no masks, one test of the residual in ten."""
-    cost = given.peers_cost(case)
-    eps, log_a, log_b = case.epsilon, given.log_a, given.log_b
+def _torch_log(tensors: TaskTensors, case: Case) -> ProviderOutput:
+    """A hand-written log-domain loop without masks; it tests the residual every ten iterations."""
+    cost = tensors.unmasked_cost(case)
+    eps, log_a, log_b = case.epsilon, tensors.log_a, tensors.log_b
     with torch.no_grad():
         score = cost.detach() / -eps
         f, g = torch.zeros_like(log_a), torch.zeros_like(log_b)
@@ -95,14 +94,16 @@ def _torch_log(given: Given, case: Case) -> Solution:
             f = next_f
             g = -torch.logsumexp(score + (f + log_a)[:, :, None], 1)
         plan = (score + (f + log_a)[:, :, None] + (g + log_b)[:, None, :]).exp()
-        dual = dot(plan.sum(2), f) + dot(plan.sum(1), g)
-    return Solution(_attached(eps * dual, plan, cost), lambda: (eps * f, eps * g, plan))
+        dual = _masked_dot(plan.sum(2), f) + _masked_dot(plan.sum(1), g)
+    return ProviderOutput(
+        _with_plan_gradient(eps * dual, plan, cost), lambda: (eps * f, eps * g, plan)
+    )
 
 
-def _torch_bmm(given: Given, case: Case) -> Solution:
-    """The fastest loop by hand: scalings of a fixed kernel, which underflows at small epsilon."""
-    cost = given.peers_cost(case)
-    a, b, eps = given.log_a.exp()[:, :, None], given.log_b.exp()[:, :, None], case.epsilon
+def _torch_bmm(tensors: TaskTensors, case: Case) -> ProviderOutput:
+    """The fastest hand-written loop: scalings of a kernel that underflows at small epsilon."""
+    cost = tensors.unmasked_cost(case)
+    a, b, eps = tensors.log_a.exp()[:, :, None], tensors.log_b.exp()[:, :, None], case.epsilon
     with torch.no_grad():
         kernel = (cost.detach() / -eps).exp()
         u, v, bv = torch.ones_like(a), torch.ones_like(b), b
@@ -117,93 +118,100 @@ def _torch_bmm(given: Given, case: Case) -> Solution:
         au, bv = a * u, b * v
         f, g = eps * u[:, :, 0].log(), eps * v[:, :, 0].log()
         rows = (au * torch.bmm(kernel, bv))[:, :, 0]
-        dual = dot(rows, f) + dot(b[:, :, 0], g)
+        dual = _masked_dot(rows, f) + _masked_dot(b[:, :, 0], g)
 
     def plan() -> Tensor:
         return au * kernel * bv.mT
 
-    value = _attached(dual, plan(), cost) if cost.requires_grad else dual
-    return Solution(value, lambda: (f, g, plan()))
+    value = _with_plan_gradient(dual, plan(), cost) if cost.requires_grad else dual
+    return ProviderOutput(value, lambda: (f, g, plan()))
 
 
-def _attached(value: Tensor, plan: Tensor, cost: Tensor) -> Tensor:
-    """``value`` with the plan as its derivative with respect to the cost."""
+def _with_plan_gradient(value: Tensor, plan: Tensor, cost: Tensor) -> Tensor:
+    """``value`` with its envelope gradient: the plan, as derivative with respect to the cost."""
     if not cost.requires_grad:
         return value
     linear = (plan * cost).sum((1, 2))
     return linear + (value - linear.detach())
 
 
-def _pot(given: Given, case: Case, method: str) -> Solution:
+def _pot(tensors: TaskTensors, case: Case, method: str) -> ProviderOutput:
     import ot
 
-    cost, a, b = given.peers_cost(case), given.log_a.exp(), given.log_b.exp()
+    cost, a, b = tensors.unmasked_cost(case), tensors.log_a.exp(), tensors.log_b.exp()
     options = {"max_iter": case.max_iter, "tol": case.tol, "method": method}
-    # Its KL has NaN at zero masses, its entropy has not.
+    # POT's KL regulariser is NaN at zero masses; its entropy is not.
     result = ot.batch.solve_batch(cost, case.epsilon, a, b, reg_type="entropy", **options)
 
     def details() -> tuple[Tensor, Tensor, Tensor]:
         log_u, log_v = result.potentials
         if method == "sinkhorn":
             log_u, log_v = log_u.log(), log_v.log()
-        f, g = log_u - given.log_a, log_v - given.log_b
+        f, g = log_u - tensors.log_a, log_v - tensors.log_b
         f, g = (case.epsilon * x.nan_to_num(nan=0.0, neginf=0.0) for x in (f, g))
         return f, g, result.plan
 
     def offset() -> Tensor:
-        """Its regulariser is sum P log P, which is sum P log(a b) more than KL(P || a b)."""
+        """POT's regulariser, sum P log P, exceeds KL(P || a b) by sum P log(a b)."""
         plan = result.plan.detach()
-        masses = dot(plan.sum(2), given.log_a) + dot(plan.sum(1), given.log_b)
+        masses = _masked_dot(plan.sum(2), tensors.log_a) + _masked_dot(plan.sum(1), tensors.log_b)
         return case.epsilon * masses
 
-    return Solution(result.value, details, offset)
+    return ProviderOutput(result.value, details, offset)
 
 
-def _geomloss(given: Given, case: Case) -> Solution:
+def _geomloss(tensors: TaskTensors, case: Case) -> ProviderOutput:
     from geomloss import ot
 
-    cost = given.peers_cost(case)
-    masses = {"a": given.log_a.exp(), "b": given.log_b.exp()}
+    cost = tensors.unmasked_cost(case)
+    masses = {"a": tensors.log_a.exp(), "b": tensors.log_b.exp()}
     result = ot.solve_batch(cost, reg=case.epsilon, max_iter=case.max_iter, **masses)
     value = result.value
     if cost.requires_grad:
-        # In 0.3.1 each of both half-steps carries the whole gradient: their sum is halved.
+        # In GeomLoss 0.3.1, each half-step carries the full gradient, so their sum is halved.
         value = (value + value.detach()) / 2
-    return Solution(value, lambda: (result.potential_a, result.potential_b, result.plan))
+    return ProviderOutput(value, lambda: (result.potential_a, result.potential_b, result.plan))
 
 
-def _geomloss_samples(given: Given, case: Case) -> Solution:
-    """SamplesLoss annealed over as many steps as the others run iterations, without debiasing."""
+def _geomloss_samples(tensors: TaskTensors, case: Case) -> ProviderOutput:
+    """SamplesLoss without debiasing, annealed over ``max_iter`` steps."""
     from geomloss import SamplesLoss
 
-    x, y = (normalize(z, dim=2) for z in given.leaves)
+    x, y = (normalize(z, dim=2) for z in tensors.leaves)
     blur, diameter = math.sqrt(case.epsilon), 2.0
     scaling = (blur / diameter) ** (1 / max(case.max_iter - 2, 1))
     options = {"p": 2, "blur": blur, "diameter": diameter, "scaling": scaling, "debias": False}
-    masses = given.log_a.exp(), given.log_b.exp()
+    masses = tensors.log_a.exp(), tensors.log_b.exp()
 
-    def loss(**more: Any) -> Any:
-        made = SamplesLoss("sinkhorn", backend="tensorized", **options, **more)
-        return made(masses[0], x, masses[1], y)
+    def loss(**extra: Any) -> Any:
+        criterion = SamplesLoss("sinkhorn", backend="tensorized", **options, **extra)
+        return criterion(masses[0], x, masses[1], y)
 
     def details() -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             f, g = loss(potentials=True)
             score = (f[:, :, None] + g[:, None, :] - (1 - x @ y.mT)) / case.epsilon
-            plan = (score + given.log_a[:, :, None] + given.log_b[:, None, :]).exp()
+            plan = (score + tensors.log_a[:, :, None] + tensors.log_b[:, None, :]).exp()
         return f, g, plan
 
-    return Solution(loss(), details)
+    return ProviderOutput(loss(), details)
+
+
+def _masked_dot(mass: Tensor, potential: Tensor) -> Tensor:
+    """Sum of products per problem, with 0 wherever the mass is 0, even at infinite potentials."""
+    return torch.where(mass > 0, mass * potential, 0.0).sum(1)
 
 
 # --------------------------------------------------------------------------------------- table
 
 
 def _backend(name: str, label: str = "", **options: Any) -> Provider:
+    """A backend of ``optical``; with ``options`` its iterates differ from the reference's."""
+
     def unavailable(task: Task) -> str | None:
         case = task.case
         if options and case.tol == 0:
-            return "its iterates are others: for runs to a residual only"
+            return "accelerated iterates can be compared only in runs to a residual"
         probe = torch.zeros(1, case.n, case.m, dtype=case.dtype, device=case.device)
         try:
             optical.sinkhorn(probe, epsilon=1.0, max_iter=1, backend=name)
@@ -211,23 +219,24 @@ def _backend(name: str, label: str = "", **options: Any) -> Provider:
             return str(error)
         return None
 
-    solve = functools.partial(_ours, backend=name, **options)
-    first: Literal["f"] | None = None if options else "f"
+    solve = functools.partial(_optical, backend=name, **options)
+    first_update: Literal["f"] | None = None if options else "f"
     start = functools.partial(TorchJob, solve, True)
-    return Provider(label or name, unavailable, start, first)
+    return Provider(label or name, unavailable, start, first_update)
 
 
 def _peer(
     name: str,
-    solve: Callable[[Given, Case], Solution],
+    solve: Callable[[TaskTensors, Case], ProviderOutput],
     unavailable: Callable[[Task], str | None] = lambda task: None,
     **options: Any,
 ) -> Provider:
+    """A peer written in PyTorch, run in this process."""
     start = functools.partial(TorchJob, solve, False)
     return Provider(name, unavailable, start, **options)
 
 
-def _needs(package: str) -> Callable[[Task], str | None]:
+def _requires(package: str) -> Callable[[Task], str | None]:
     def unavailable(task: Task) -> str | None:
         return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
@@ -235,35 +244,35 @@ def _needs(package: str) -> Callable[[Task], str | None]:
 
 
 @functools.lru_cache
-def _ott_reason(python: str) -> str | None:
-    found = subprocess.run([python, "-c", "import ott"], capture_output=True)
-    return None if found.returncode == 0 else f"ott-jax is not installed for {python}"
+def _ott_unavailable(python: str) -> str | None:
+    process = subprocess.run([python, "-c", "import ott"], capture_output=True)
+    return None if process.returncode == 0 else f"ott-jax is not installed for {python}"
 
 
-def _vectors_only(task: Task) -> str | None:
+def _cpu_vectors_only(task: Task) -> str | None:
     if task.kind != "vectors":
-        return "it starts from token vectors"
-    return "it runs on a CPU" if task.case.device != "cpu" else None
+        return "supports only tasks from token vectors"
+    return "runs only on a CPU" if task.case.device != "cpu" else None
 
 
-def _one_cloud_pair(task: Task) -> str | None:
-    reason = _needs("geomloss")(task)
+def _one_problem_only(task: Task) -> str | None:
+    reason = _requires("geomloss")(task)
     if reason is None and (task.kind != "vectors" or task.case.batch > 1 or task.case.tol):
-        return "for one large problem from token vectors, with a fixed number of steps"
+        return "supports only one problem from token vectors with a fixed number of steps"
     return reason
 
 
-def _loops(task: Task) -> str | None:
+def _ceiling_unavailable(task: Task) -> str | None:
     if task.kind != "solve" or task.case.device != "cpu" or task.case.tol:
-        return "for a CPU with the cost given and a fixed number of iterations"
+        return "supports only a given cost and a fixed number of iterations, on a CPU"
     if task.case.dtype != torch.float32 or task.mode != "forward":
-        return "for the forward pass in float32"
-    found = ceiling.library()
-    return found if isinstance(found, str) else None
+        return "supports only the forward pass in float32"
+    library = ceiling.library()
+    return library if isinstance(library, str) else None
 
 
-def _more_steps(case: Case) -> Iterator[Case]:
-    """For a solver without a stopping rule: the least number of steps that is enough."""
+def _doubled_steps(case: Case) -> Iterator[Case]:
+    """Stopping rules for a solver without one: 10, 20, 40, ... steps, at most ``max_iter``."""
     counts = itertools.takewhile(lambda k: k < case.max_iter, (10 * 2**i for i in range(32)))
     return (replace(case, max_iter=count) for count in [*counts, case.max_iter])
 
@@ -273,16 +282,32 @@ PROVIDERS: dict[str, Provider] = {
     for provider in (
         *(_backend(name) for name in registry.BACKENDS),
         _backend("cpu", "cpu_anderson", anderson=5),
-        _peer("bmm+cpu", _ours_after_bmm, _vectors_only),
+        _peer("bmm+cpu", _optical_after_bmm, _cpu_vectors_only),
         _peer("torch", _torch_log),
-        # The two that keep one kernel are not safe at small epsilon, and a bar for speed.
+        # The two with a fixed kernel underflow at small epsilon and serve as a speed baseline.
         _peer("torch_bmm", _torch_bmm),
-        _peer("pot", functools.partial(_pot, method="log_sinkhorn"), _needs("ot")),
-        _peer("pot_kernel", functools.partial(_pot, method="sinkhorn"), _needs("ot")),
-        _peer("geomloss", _geomloss, _needs("geomloss"), first=None, rules=_more_steps),
-        _peer("geomloss_samples", _geomloss_samples, _one_cloud_pair, first=None),
-        Provider("ott", lambda task: _ott_reason(jobs.ott_python), WorkerJob, first="g", dual=True),
-        Provider("sweeps", _loops, functools.partial(CeilingJob, ceiling.sweeps)),
-        Provider("multiply_adds", _loops, functools.partial(CeilingJob, ceiling.multiply_adds)),
+        _peer("pot", functools.partial(_pot, method="log_sinkhorn"), _requires("ot")),
+        _peer("pot_kernel", functools.partial(_pot, method="sinkhorn"), _requires("ot")),
+        _peer(
+            "geomloss",
+            _geomloss,
+            _requires("geomloss"),
+            first_update=None,
+            stopping_rules=_doubled_steps,
+        ),
+        _peer("geomloss_samples", _geomloss_samples, _one_problem_only, first_update=None),
+        Provider(
+            "ott",
+            lambda task: _ott_unavailable(jobs.ott_python),
+            OttJob,
+            first_update="g",
+            reports_dual=True,
+        ),
+        Provider("sweeps", _ceiling_unavailable, functools.partial(CeilingJob, ceiling.sweeps)),
+        Provider(
+            "multiply_adds",
+            _ceiling_unavailable,
+            functools.partial(CeilingJob, ceiling.multiply_adds),
+        ),
     )
 }

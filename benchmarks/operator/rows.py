@@ -1,4 +1,4 @@
-"""The rows of the CSV: one format for every benchmark, written, read, and shown as text."""
+"""The CSV format of all operator benchmarks: its rows, reading, merging, and a text table."""
 
 from __future__ import annotations
 
@@ -18,17 +18,29 @@ from benchmarks.operator import jobs
 from benchmarks.operator.jobs import ROOT, Task
 
 FAILED = "failed"
+# Prefix of a provider's name -> its distribution, whose version is recorded.
 PACKAGES = {"pot": "POT", "geomloss": "geomloss"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV.
+    """One row of the CSV: a provider on a task, with its errors, its times and the machine.
 
-    A provider that fails the gate has "failed" where the time belongs, and the reason in ``note``.
-    Errors are those of the whole batch: ``error_value`` relative, ``error_plan`` the worst L1
-    distance, ``error_potentials`` the largest difference over epsilon, ``error_gradient`` the
-    relative Frobenius norm. ``ratio`` is how many times longer than our fastest backend it takes.
+    A provider that fails the gate has ``FAILED`` in ``ms_p50`` and the reason in ``note``.
+
+    Attributes:
+        visits: multiply-adds of all iterations; see ``Case.visits``.
+        marginal_error: L1 errors of both marginals, summed; the largest sum of the batch.
+        error_value: largest error of the value, relative to the largest value of the batch.
+        error_plan: largest L1 distance between plans.
+        error_potentials: largest difference of the potentials, in units of epsilon.
+        error_gradient: Frobenius norm of the gradient's error, relative to the gradient's.
+        ms_p50, ms_p20, ms_p80: quantiles of the milliseconds per call.
+        ratio: median ratio to the time of our backend (the first of ``measure.RATIO_BASES`` that
+            was timed) in the same round.
+        peak_mb: peak memory of one call beyond its inputs, in MB.
+        threads: number of PyTorch's threads.
+        version: version of the provider's package.
     """
 
     benchmark: str
@@ -66,17 +78,19 @@ class Row:
 
     @property
     def case_name(self) -> str:
+        """The name of the case, as in ``Case.name``."""
         shape = "x".join(map(str, (self.batch, self.n, self.m, self.dim, self.max_iter)))
         return shape if self.data == "aligned" else f"{shape}:{self.data}"
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What one row is about: a new measurement of the same replaces the old one."""
-        about = (self.benchmark, self.provider, self.mode, self.case_name, self.dtype)
-        return *about, float(self.epsilon), self.device, int(self.threads)
+        """The identity of the measurement; a new row replaces an older one with the same key."""
+        task = (self.benchmark, self.provider, self.mode, self.case_name, self.dtype)
+        return *task, float(self.epsilon), self.device, int(self.threads)
 
 
 def row_of(benchmark: str, name: str, task: Task) -> Row:
+    """A row without measurements: the task, the machine, the versions and the commit."""
     case = task.case
     return Row(
         benchmark=benchmark,
@@ -113,8 +127,8 @@ def _version(name: str) -> str:
 @functools.lru_cache
 def _ott_version() -> str:
     code = "import importlib.metadata as m; print(m.version('ott-jax'), 'jax', m.version('jax'))"
-    found = subprocess.run([jobs.ott_python, "-c", code], capture_output=True, text=True)
-    return f"ott-jax {found.stdout.strip()}"
+    process = subprocess.run([jobs.ott_python, "-c", code], capture_output=True, text=True)
+    return f"ott-jax {process.stdout.strip()}"
 
 
 def _installed(package: str) -> str:
@@ -145,26 +159,31 @@ def _commit() -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV file, numbers as numbers; none if there is no such file."""
+    """Read the rows of a CSV file with numbers converted; an empty list if the file is missing."""
     if not path.is_file():
         return []
     with open(path, newline="") as file:
-        return [Row(**{k: _number(k, v) for k, v in line.items()}) for line in csv.DictReader(file)]
+        return [
+            Row(**{name: _parse(name, text) for name, text in record.items()})
+            for record in csv.DictReader(file)
+        ]
 
 
-TEXTS = {"benchmark", "provider", "mode", "data", "dtype", "device", "torch", "version", "triton",
-         "cuda", "commit", "date", "note"}  # fmt: skip
-COUNTS = {"batch", "n", "m", "dim", "max_iter", "visits", "threads"}
+TEXT_COLUMNS = {
+    *("benchmark", "provider", "mode", "data", "dtype", "device"),
+    *("torch", "version", "triton", "cuda", "commit", "date", "note"),
+}
+INTEGER_COLUMNS = {"batch", "n", "m", "dim", "max_iter", "visits", "threads"}
 
 
-def _number(name: str, text: str) -> Any:
-    if name in TEXTS or text in ("", FAILED):
+def _parse(name: str, text: str) -> Any:
+    if name in TEXT_COLUMNS or text in ("", FAILED):
         return text
-    return int(text) if name in COUNTS else float(text)
+    return int(text) if name in INTEGER_COLUMNS else float(text)
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
-    """Put the rows into a CSV file, each in place of an older one about the same thing."""
+    """Write the rows into a CSV file, each in place of an older row with the same key."""
     merged = {row.key: row for row in read(path)}
     merged.update({row.key: row for row in rows})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,17 +195,17 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text, for the terminal."""
-    heads = ("problem", "mode", "provider", "ms", "p20", "p80", "x ours", "error", "G/s", "MB")
-    lines = [_line(*heads)]
+    header = ("problem", "mode", "provider", "ms", "p20", "p80", "x ours", "error", "G/s", "MB")
+    lines = [_text_row(*header)]
     for row in rows:
-        speed = ""
+        giga_visits = ""
         if isinstance(row.ms_p50, float) and not row.tol:
-            speed = f"{row.visits / row.ms_p50 / 1e6:.2f}"
-        times = (row.ms_p50, row.ms_p20, row.ms_p80, row.ratio, row.error_plan, speed, row.peak_mb)
-        lines.append(_line(row.case_name, row.mode, row.provider, *times))
+            giga_visits = f"{row.visits / row.ms_p50 / 1e6:.2f}"
+        cells = [row.case_name, row.mode, row.provider, row.ms_p50, row.ms_p20, row.ms_p80]
+        lines.append(_text_row(*cells, row.ratio, row.error_plan, giga_visits, row.peak_mb))
     return "\n".join(lines)
 
 
-def _line(problem: str, mode: str, provider: str, *others: object) -> str:
-    numbers = "".join(f" {other!s:>9}" for other in others)
-    return f"{problem:<28} {mode:<8} {provider:<16}{numbers}"
+def _text_row(problem: object, mode: object, provider: object, *numbers: object) -> str:
+    columns = "".join(f" {number!s:>9}" for number in numbers)
+    return f"{problem:<28} {mode:<8} {provider:<16}{columns}"

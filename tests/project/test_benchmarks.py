@@ -1,4 +1,4 @@
-"""The benchmark harness: its gate, its turns, its files; never a time."""
+"""The benchmark harness: inputs, accuracy gate, rounds, CSV files and tables; no timings."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ from benchmarks.operator import (
     accuracy,
     cases,
     ceiling,
+    gate,
     jobs,
     measure,
     meter,
@@ -30,26 +31,22 @@ from optical.report.table import read_rows
 
 CASE = cases.parse_shape("3x6x5x4x12")
 RAGGED = cases.parse_shape("3x20x24x4x12:ragged")
-OURS = ("cpu", "reference")
-HERE = [name for name in providers.PROVIDERS if name != "ott"]
+# OTT-JAX runs in a worker process and has a test of its own.
+IN_PROCESS = [name for name in providers.PROVIDERS if name != "ott"]
 
 
-def job_of(name, task):
+def start_job(name, task):
     reason = providers.PROVIDERS[name].unavailable(task)
     if reason is not None:
         pytest.skip(reason=f"{name}: {reason}")
     return providers.PROVIDERS[name].start(task)
 
 
-def table_of(path):
-    return [vars(row) for row in rows.read(path)]
-
-
 # ---------------------------------------------------------------------------------------- cases
 
 
 @pytest.mark.parametrize("data", cases.DATA)
-def test_cases_are_the_same_every_time_and_in_every_dtype(data):
+def test_cases_are_reproducible_and_exact_in_float32(data):
     case = replace(RAGGED, data=data)
     x, y, log_a, log_b, lengths_a, lengths_b = case.inputs
     assert torch.equal(x.float().double(), x)
@@ -59,14 +56,14 @@ def test_cases_are_the_same_every_time_and_in_every_dtype(data):
     assert torch.allclose(log_a.exp().sum(1), torch.ones(3).double())
     assert torch.equal((log_a > -math.inf).sum(1), lengths_a)
     assert torch.equal((log_b > -math.inf).sum(1), lengths_b)
-    assert case.inputs.absent.any() == (data == "ragged")
+    assert case.inputs.padding.any() == (data == "ragged")
     assert case.visits() == 2 * 12 * int((lengths_a * lengths_b).sum())
-    cases._inputs.cache_clear()
+    cases._draw_inputs.cache_clear()
     assert torch.equal(case.inputs.x, x)
     assert cases.Case.from_dict(json.loads(json.dumps(case.to_dict()))) == case
 
 
-def test_kinds_of_data_are_what_they_are_called():
+def test_costs_have_the_structure_of_their_kind_of_data():
     shape = "4x16x16x64x1"
     random, aligned, clusters, mixed = (
         cases.parse_shape(f"{shape}:{data}").cost() for data in cases.DATA[:4]
@@ -94,7 +91,7 @@ def test_lengths_are_within_bounds():
         ("3x4x5x6x7:words", "'words'; expected one of random"),
     ],
 )
-def test_wrong_shapes_are_named(text, message):
+def test_invalid_shapes_are_rejected(text, message):
     with pytest.raises(ValueError, match=message):
         cases.parse_shape(text)
 
@@ -104,46 +101,47 @@ def test_wrong_shapes_are_named(text, message):
 
 @pytest.mark.parametrize("case", [CASE, RAGGED], ids=lambda case: case.data)
 @pytest.mark.parametrize("kind", ["solve", "vectors"])
-@pytest.mark.parametrize("name", HERE)
-def test_every_provider_meets_the_gate(name, kind, case):
+@pytest.mark.parametrize("name", IN_PROCESS)
+def test_every_provider_passes_the_gate(name, kind, case):
     for mode in MODES:
         task = Task(kind, mode, case)
-        results = job_of(name, task).results()
+        results = start_job(name, task).results()
         if results is None:
             continue
         assert len(results.gradients) == (0 if mode == "forward" else 1 + (kind == "vectors"))
         provider = providers.PROVIDERS[name]
-        truth = measure.truth_of(task, provider.first, provider.dual)
-        found = measure.check(name, results, truth, task)
-        if provider.first is not None:
-            assert max(value for key, value in found.items() if key != "marginal_error") < 1e-5
+        truth = gate.truth_of(task, provider.first_update, provider.reports_dual)
+        errors = gate.check(name, results, truth, task)
+        if provider.first_update is not None:
+            assert max(value for key, value in errors.items() if key != "marginal_error") < 1e-5
 
 
-def test_one_large_problem_meets_the_gate():
+def test_one_large_problem_passes_the_gate():
     task = Task("vectors", "both", cases.parse_shape("1x24x24x16x60:random"))
-    results = job_of("geomloss_samples", task).results()
-    found = measure.check("", results, measure.truth_of(task, None, False), task)
-    assert found["error_value"] < 1e-3
+    results = start_job("geomloss_samples", task).results()
+    errors = gate.check("", results, gate.truth_of(task, None, False), task)
+    assert errors["error_value"] < 1e-3
 
 
-def test_ott_meets_the_gate():
-    """In a process of its own, where the environment has it."""
+def test_ott_passes_the_gate():
     for kind, case in (("solve", CASE), ("vectors", RAGGED)):
         task = Task(kind, "both", case)
-        with contextlib.closing(job_of("ott", task)) as job:
-            found = measure.check("ott", job.results(), measure.truth_of(task, "g", True), task)
-            assert job.turn(0.0) > 0
+        with contextlib.closing(start_job("ott", task)) as job:
+            errors = gate.check("ott", job.results(), gate.truth_of(task, "g", True), task)
+            assert job.milliseconds_per_call(0.0) > 0
         assert job.process.returncode == 0
-        assert found["error_gradient"] < 1e-5
+        assert errors["error_gradient"] < 1e-5
 
 
 @pytest.fixture(scope="module")
-def right():
+def reference_results():
+    """A task and the correct results of the reference backend."""
     task = Task("solve", "both", CASE)
     return task, providers.PROVIDERS["reference"].start(task).results()
 
 
-WRONG = {
+# Ways to corrupt correct results; the first word is the quantity that the gate has to name.
+CORRUPTIONS = {
     "value": lambda r: r._replace(value=r.value + 1e-3),
     "plan": lambda r: r._replace(plan=r.plan * 1.01),
     "gradient": lambda r: r._replace(gradients=(r.gradients[0] / 2,)),
@@ -151,92 +149,94 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_the_gate_refuses_wrong_results(what, right):
-    task, results = right
-    truth = measure.truth_of(task, "f", False)
-    measure.check("right", results, truth, task)
-    with pytest.raises(AssertionError, match=f"wrong {CASE.name} {what.split()[0]}"):
-        measure.check("wrong", WRONG[what](results), truth, task)
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_the_gate_rejects_wrong_iterates(corruption, reference_results):
+    task, results = reference_results
+    truth = gate.truth_of(task, "f", False)
+    gate.check("right", results, truth, task)
+    with pytest.raises(AssertionError, match=f"wrong {CASE.name} {corruption.split()[0]}"):
+        gate.check("wrong", CORRUPTIONS[corruption](results), truth, task)
 
 
-@pytest.mark.parametrize("what", ["value", "gradient"])
-def test_the_gate_of_the_limit_refuses_wrong_results(what):
+@pytest.mark.parametrize("corruption", ["value", "gradient"])
+def test_the_gate_rejects_wrong_limits(corruption):
     task = Task("solve", "both", replace(CASE, max_iter=2000))
     results = providers.PROVIDERS["reference"].start(task).results()
-    truth = measure.truth_of(task, None, False)
-    measure.check("right", results, truth, task)
-    with pytest.raises(AssertionError, match=f"wrong .* {what} is"):
-        measure.check("wrong", WRONG[what](results), truth, task)
+    truth = gate.truth_of(task, None, False)
+    gate.check("right", results, truth, task)
+    with pytest.raises(AssertionError, match=f"wrong .* {corruption} is"):
+        gate.check("wrong", CORRUPTIONS[corruption](results), truth, task)
 
 
-def test_errors_ignore_a_constant_between_the_potentials(right):
-    _, results = right
-    moved = results._replace(f=results.f + 3, g=results.g - 3)
-    assert measure.errors(moved, results, CASE)["error_potentials"] < 1e-12
+def test_errors_ignore_a_constant_between_the_potentials(reference_results):
+    _, results = reference_results
+    shifted = results._replace(f=results.f + 3, g=results.g - 3)
+    assert gate.errors(shifted, results, CASE)["error_potentials"] < 1e-12
     other = results._replace(f=results.f + 0.01 * torch.arange(6))
-    assert measure.errors(other, results, CASE)["error_potentials"] > 0.2
+    assert gate.errors(other, results, CASE)["error_potentials"] > 0.2
 
 
-def test_a_stopping_rule_is_tightened_until_the_residual_is_met():
+def test_stopping_rules_are_tightened_until_the_residual_is_met():
     task = Task("solve", "forward", replace(CASE, max_iter=3000, tol=1e-2))
     for name in ("cpu", "torch", "torch_bmm", "pot", "geomloss"):
-        job_of(name, task).close()
-        row, ran, job = measure.gated("residual", providers.PROVIDERS[name], task)
+        start_job(name, task).close()
+        row, attempt, job = measure.start_gated("residual", providers.PROVIDERS[name], task)
         assert job is not None, row.note
         assert 0 < row.marginal_error <= 1.05e-2
         assert row.max_iter == 3000
-        assert ran.case.tol <= 1e-2
-    # Steps are doubled for the one that has no rule.
-    assert ran.case.max_iter < 3000
+        assert attempt.case.tol <= 1e-2
+    # GeomLoss has no stopping rule; its number of steps is doubled instead.
+    assert attempt.case.max_iter < 3000
 
 
-# --------------------------------------------------------------------------------- turns, memory
+# -------------------------------------------------------------------------------- rounds, memory
 
 
-def test_rounds_alternate():
+def test_jobs_alternate_in_rounds():
     order = []
 
-    class Counted:
+    class RecordingJob:
         def __init__(self, name):
             self.name = name
 
-        def turn(self, seconds=1.0):
+        def milliseconds_per_call(self, seconds=1.0):
             order.append(self.name)
             return float(len(order))
 
-    times = measure.interleave({"a": Counted("a"), "b": Counted("b")}, seconds=0, least=4)
-    assert order == ["a", "b"] * 5  # one round to warm up
+    recording = {name: RecordingJob(name) for name in ("a", "b")}
+    times = measure.time_in_rounds(recording, seconds=0, min_rounds=4)
+    assert order == ["a", "b"] * 5  # including the warm-up round
     assert [len(x) for x in times.values()] == [4, 4]
 
 
-def test_a_turn_repeats_what_is_fast():
+def test_a_turn_repeats_a_fast_call():
     calls = []
-    assert 0 < meter.turn(lambda: calls.append(1), seconds=0.01) < 10
+    assert 0 < meter.milliseconds_per_call(lambda: calls.append(1), seconds=0.01) < 10
     assert len(calls) > 10
     del calls[:]
-    meter.turn(lambda: calls.append(1), seconds=0.0)
+    meter.milliseconds_per_call(lambda: calls.append(1), seconds=0.0)
     assert len(calls) == 1
 
 
-def test_the_ratio_pairs_neighbours_in_time():
+def test_ratios_pair_times_of_the_same_round():
     row = rows.row_of("solve", "torch", Task("solve", "forward", CASE))
-    # A machine twice as slow from the second round on: the ratio is 3 all the same.
+    # The machine halves its speed after the first round; the ratio stays 3.
     timed = measure.with_times(row, [3.0, 6.0, 6.0], [1.0, 2.0, 2.0])
     assert timed.ratio == 3
     assert timed.ms_p50 == 6
     assert measure.with_times(row, [1.0], None).ratio == ""
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is read on Linux")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="peak memory is available on Linux only"
+)
 def test_peak_memory_is_that_of_the_call():
-    held = []
-    found = meter.peak_megabytes(lambda: torch.ones(20 * 2**18))
-    assert found == pytest.approx(20, abs=3)
-    assert meter.peak_megabytes(lambda: held) == pytest.approx(0, abs=1)
+    peak_mb = meter.peak_megabytes(lambda: torch.ones(20 * 2**18))
+    assert peak_mb == pytest.approx(20, abs=3)
+    assert meter.peak_megabytes(lambda: None) == pytest.approx(0, abs=1)
 
 
-def test_the_process_that_measures_memory_answers_with_a_number(capsys):
+def test_the_peak_process_prints_a_number(capsys):
     request = {"provider": "torch", "kind": "vectors", "mode": "both", "ott_python": "python"}
     before = jobs.ott_python
     peak.main(json.dumps({**request, **CASE.to_dict()}))
@@ -245,36 +245,36 @@ def test_the_process_that_measures_memory_answers_with_a_number(capsys):
     assert not printed or float(printed) < 50
 
 
-def test_cores_are_limited_and_given_back():
+def test_cores_are_limited_and_restored():
     if not hasattr(os, "sched_setaffinity"):
-        pytest.skip(reason="this system does not pin processes")
+        pytest.skip(reason="this system has no CPU affinity")
     before = os.sched_getaffinity(0)
-    with meter.cores(1):
+    with meter.limit_cores(1):
         assert len(os.sched_getaffinity(0)) == 1
     assert os.sched_getaffinity(0) == before
     with (
         pytest.raises(ValueError, match="threads is 4096; expected at most"),
-        meter.cores(4096),
+        meter.limit_cores(4096),
     ):
         pass
 
 
-def test_the_ceiling_makes_the_work_of_the_case():
+def test_ceiling_loops_do_the_work_of_the_case():
     if isinstance(ceiling.library(), str):
         pytest.skip(reason=ceiling.library())
     case = cases.parse_shape("8x33x17x2x40:ragged")
     sweeps, adds = ceiling.sweeps(case), ceiling.multiply_adds(case)
     sweeps(), adds()
-    # Not a time, but an order of magnitude: no processor makes 1e12 of these per second.
+    # Only an order of magnitude: no processor performs 1e12 multiply-adds per second.
     for run in (sweeps, adds):
-        assert case.visits() / meter.turn(run) * 1e3 < 1e12
+        assert case.visits() / meter.milliseconds_per_call(run) * 1e3 < 1e12
 
 
 # ----------------------------------------------------------------------------------- rows, files
 
 
-def test_a_failed_provider_has_no_time(monkeypatch, tmp_path, capsys):
-    right = providers.PROVIDERS["reference"]
+def test_a_provider_that_fails_the_gate_has_no_time(monkeypatch, tmp_path, capsys):
+    reference = providers.PROVIDERS["reference"]
 
     class Shifted(jobs.TorchJob):
         def results(self):
@@ -285,25 +285,25 @@ def test_a_failed_provider_has_no_time(monkeypatch, tmp_path, capsys):
         def results(self):
             raise RuntimeError("no memory\nand more")
 
-    for name, kind in (("wrong", Shifted), ("broken", Broken)):
-        start = lambda task, kind=kind: kind(right.start.args[0], True, task)  # noqa: E731
-        monkeypatch.setitem(providers.PROVIDERS, name, replace(right, name=name, start=start))
+    for name, job_class in (("wrong", Shifted), ("broken", Broken)):
+        start = lambda task, job_class=job_class: job_class(reference.start.args[0], True, task)  # noqa: E731
+        monkeypatch.setitem(providers.PROVIDERS, name, replace(reference, name=name, start=start))
     output = tmp_path / "results" / "cpu.csv"
     arguments = ["solve", "--only", "wrong,reference,broken", "--shapes", CASE.name]
     limits = ["--seconds", "0", "--rounds", "1", "--modes", "forward"]
     assert main([*arguments, *limits, "--output", str(output)]) == 0
     assert "wrong failed (forward)" in capsys.readouterr().out
-    found = {row.provider: row for row in rows.read(output)}
-    assert list(found) == ["reference", "wrong", "broken"]
-    assert found["reference"].ratio == 1
-    assert found["reference"].error_plan < 1e-6
-    assert found["broken"].note == "no memory"
+    by_provider = {row.provider: row for row in rows.read(output)}
+    assert list(by_provider) == ["reference", "wrong", "broken"]
+    assert by_provider["reference"].ratio == 1
+    assert by_provider["reference"].error_plan < 1e-6
+    assert by_provider["broken"].note == "no memory"
     for name in ("wrong", "broken"):
-        assert found[name].ms_p50 == rows.FAILED
-        assert found[name].ratio == found[name].error_plan == ""
+        assert by_provider[name].ms_p50 == rows.FAILED
+        assert by_provider[name].ratio == by_provider[name].error_plan == ""
 
 
-def test_rows_survive_the_file_and_replace_older_ones(tmp_path):
+def test_rows_round_trip_through_csv_and_replace_older_rows(tmp_path):
     path = tmp_path / "rows.csv"
     row = rows.row_of("solve", "torch", Task("solve", "forward", CASE))
     timed = replace(row, ms_p50=2.5, ms_p20=2.0, ms_p80=3.0, ratio=4.0, error_plan=1e-7)
@@ -327,24 +327,24 @@ def test_rows_survive_the_file_and_replace_older_ones(tmp_path):
         (["solve", "--threads", "4096"], "threads is 4096"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, message, capsys):
+def test_invalid_arguments_are_rejected(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------ accuracy, report
+# ------------------------------------------------------------------------------ accuracy, tables
 
 
-def test_accuracy_compares_each_provider_with_its_own_float64(monkeypatch, tmp_path, capsys):
+def test_accuracy_compares_float32_with_float64(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(accuracy, "EPSILONS", (0.1,))
     output = tmp_path / "rows.csv"
     only = "cpu,reference,torch,pot,geomloss"
     shape = "2x8x9x4x20:clusters"
     assert main(["accuracy", "--only", only, "--shapes", shape, "--output", str(output)]) == 0
-    found = rows.read(output)
-    assert {row.provider for row in found} >= {"cpu", "reference", "torch"}
-    for row in found:
+    accuracies = rows.read(output)
+    assert {row.provider for row in accuracies} >= {"cpu", "reference", "torch"}
+    for row in accuracies:
         assert not row.note
         assert 0 < row.error_plan < 1e-5
         assert 0 < row.error_gradient < 1e-5
@@ -360,12 +360,11 @@ def accuracy_rows():
     return [ours, pot, replace(ours, provider="ott", ms_p50=rows.FAILED, note="off")]
 
 
-def test_accuracy_names_where_a_peer_is_better():
-    made = accuracy_rows()
-    assert [(other.provider, column) for _, other, column in accuracy.worse(made)] == [
-        ("pot", "error_plan")
-    ]
-    assert "less accurate than pot: aligned, epsilon 0.05, plan" in accuracy.summary(made)
+def test_accuracy_lists_the_errors_in_which_a_peer_is_better():
+    accuracies = accuracy_rows()
+    ((_, peer_row, column),) = accuracy.worse(accuracies)
+    assert (peer_row.provider, column) == ("pot", "error_plan")
+    assert "less accurate than pot: aligned, epsilon 0.05, plan" in accuracy.summary(accuracies)
 
 
 def timed_rows():
@@ -382,9 +381,9 @@ def timed_rows():
             yield replace(row, provider="bmm+cpu", ms_p50=9.0, ratio=4.5, peak_mb=7.25)
 
 
-def test_the_report_shows_ratios_failures_and_the_ceiling(tmp_path):
-    made = [*timed_rows(), *accuracy_rows()]
-    text = operator_tables.block(made)
+def test_operator_block_shows_ratios_failures_and_the_ceiling(tmp_path):
+    all_rows = [*timed_rows(), *accuracy_rows()]
+    text = operator_tables.block(all_rows)
     (forward,) = [line for line in text.splitlines() if "| cost given |" in line]
     assert "| forward | 2 ms |" in forward
     assert "| 41× | failed |" in forward
@@ -395,12 +394,12 @@ def test_the_report_shows_ratios_failures_and_the_ceiling(tmp_path):
     assert "2 threads of an Abacus (rows: `benchmarks/results/cpu.csv`; POT 0.9, PyTorch" in text
     assert "| aligned | 0.05 | 1.0e-06; 1.1e-06 POT | 1.0e-06; 2.0e-07 POT |" in text
     assert "in 3 of 4 comparisons" in text
-    operator_tables.draw(made, tmp_path)
+    operator_tables.draw(all_rows, tmp_path)
     for name in ("ratios", "ceiling"):
         path = tmp_path / f"operator_{name}.svg"
         xml.dom.minidom.parse(str(path))
         first = path.read_bytes()
-        operator_tables.draw(made, tmp_path)
+        operator_tables.draw(all_rows, tmp_path)
         assert path.read_bytes() == first
     assert operator_tables.block([]) == ""
 
@@ -431,7 +430,7 @@ def test_study_tables_match_the_committed_results():
     )
     assert operator_tables.read_block(
         operator_tables.README, study_tables.README_BLOCK
-    ) == study_tables.study_tables(results)
+    ) == study_tables.answer(results)
     figures = {path.stem for path in study_tables.FIGURES.glob("*.png")}
     assert {"measure_per_language", "gap_per_arm", "alignment"} <= figures
 
@@ -468,7 +467,7 @@ def test_make_plots_regenerates_every_page_byte_for_byte(tmp_path, monkeypatch):
     assert study_tables.OVERVIEW.read_bytes() == first
 
 
-def test_the_answer_on_collections_that_nothing_was_chosen_on():
+def test_the_held_out_table_lists_every_collection():
     def row(kind, arm, value, collection, **more):
         shared = {"measure": "AP", "low": 0.0, "high": 0.5, "language": "de", "name": "German"}
         return {"kind": kind, "arm": arm, "value": value, "collection": collection} | shared | more
@@ -486,14 +485,14 @@ def test_the_answer_on_collections_that_nothing_was_chosen_on():
     assert "English documents: news .900." in table
 
 
-def test_the_answer_marks_what_is_sure():
+def test_study_tables_mark_significant_differences():
     def row(kind, arm, value, language="", **more):
         group = {"sw": "low", "de": "high"}.get(language, "")
         shared = {"collection": "first-sentence", "measure": "AP", "low": 0.0, "high": 0.5}
         return {"kind": kind, "arm": arm, "value": value, "language": language,
                 "name": language.upper(), "group": group, **shared, **more}  # fmt: skip
 
-    made = [
+    table_rows = [
         row("ceiling", "English", 0.86, "en"),
         *(row("measure", arm, 0.2, "sw") for arm in ("zeroshot", "ot", "pooled")),
         *(row("measure", arm, 0.3, "de") for arm in ("zeroshot", "ot", "pooled")),
@@ -505,7 +504,7 @@ def test_the_answer_marks_what_is_sure():
         row("difference", "pooled", -0.2, "sw", against="ot", p_holm=0.06),
         row("difference", "pooled", 0.4, "de", against="ot", p_holm=0.04),
     ]
-    table = study_tables.measures(made)
+    table = study_tables.measures(table_rows)
     assert "| arm | SW | DE | low | high | high - low | closed |" in table
     assert "| `zeroshot` | .200 | .300 | .200 | .300 | .100 [.000, .500] |  |" in table
     assert (
@@ -513,8 +512,8 @@ def test_the_answer_marks_what_is_sure():
     )
     assert "| `pooled` | .200 | .300\\- |" in table
     assert "English: .860." in table
-    assert "| `pooled` | -.200 | **+.400** |" in study_tables.differences(made)
+    assert "| `pooled` | -.200 | **+.400** |" in study_tables.differences(table_rows)
 
 
-def test_results_are_named_in_one_place():
+def test_results_have_the_fields_that_the_gate_compares():
     assert set(Results._fields) == {"value", "f", "g", "plan", "gradients"}

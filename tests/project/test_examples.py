@@ -1,4 +1,4 @@
-"""Every example runs, learns, and fits on a page; the models are made on the spot."""
+"""Every example script runs on small untrained models, reduces its loss, and stays short."""
 
 import json
 import re
@@ -15,12 +15,13 @@ SWAHILI = ["kitabu ni cha zamani", "nyumba ni kubwa", "mtoto anasoma", "maji ni 
 
 
 def example(name):
+    """The global names of an example script, without running it as the main program."""
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of untrained encoders of one width, each with a tokenizer of its own language."""
+    """A folder with an untrained encoder and tokenizer per language, and a bitext."""
     pytest.importorskip("sentence_transformers", reason="the extra `train` is not installed")
     from optical.models import tokenizers
     from optical.training import pretraining
@@ -32,18 +33,19 @@ def models(tmp_path_factory):
         options = pretraining.EncoderOptions(hidden_size=16, layers=1, heads=2)
         pretraining.new_encoder(options, len(tokenizer)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    lines = [f"{english}\t{other}\n" for english, other in zip(ENGLISH, SWAHILI, strict=True)]
+    lines = [f"{source}\t{target}\n" for source, target in zip(ENGLISH, SWAHILI, strict=True)]
     (folder / "en-sw.tsv").write_text("".join(lines))
     return folder
 
 
 @pytest.fixture(scope="module")
-def pairs():
+def bitext():
+    """The sentence pairs as a dataset."""
     datasets = pytest.importorskip("datasets", reason="the extra `train` is not installed")
     return datasets.Dataset.from_dict({"english": ENGLISH, "non_english": SWAHILI})
 
 
-QUICK = {
+SHORT_RUN = {
     "max_steps": 20,
     "learning_rate": 1e-2,
     "per_device_train_batch_size": 5,
@@ -52,67 +54,67 @@ QUICK = {
     "disable_tqdm": True,
     "use_cpu": True,
 }
-MEASURED = {**QUICK, "eval_strategy": "steps", "eval_steps": 10}
+EVALUATED_RUN = {**SHORT_RUN, "eval_strategy": "steps", "eval_steps": 10}
 
 
 def logged(trainer, name="loss"):
+    """The logged values of a quantity, in the order of the steps."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_an_example_has_less_than_sixty_lines(path):
+def test_examples_have_less_than_sixty_lines(path):
     assert len(path.read_text().splitlines()) < 60
 
 
 def test_every_example_has_a_test():
-    named = re.findall(r'example\("(\w+)"\)', Path(__file__).read_text())
-    assert set(named) == {path.stem for path in SCRIPTS}
+    tested = re.findall(r'example\("(\w+)"\)', Path(__file__).read_text())
+    assert set(tested) == {path.stem for path in SCRIPTS}
 
 
 def test_dropin():
-    found = example("dropin")
-    learnt = found["main"]()
-    assert sum(learnt[-10:]) < sum(learnt[:10]) / 2
+    losses = example("dropin")["main"]()
+    assert sum(losses[-10:]) < sum(losses[:10]) / 2
 
 
 def test_hugging_face_trainer(models, tmp_path):
-    found = example("huggingface_trainer")
+    script = example("huggingface_trainer")
     files = [str(models / name) for name in ("english", "swahili", "en-sw.tsv")]
-    trainer = found["main"](*files, str(tmp_path), **QUICK)
+    trainer = script["main"](*files, str(tmp_path), **SHORT_RUN)
     first, *_, last = logged(trainer)
     assert last < first / 2
     assert not any(parameter.requires_grad for parameter in trainer.teacher.parameters())
     from transformers import AutoModel, AutoTokenizer
 
-    again = AutoModel.from_pretrained(tmp_path).state_dict()
+    reloaded = AutoModel.from_pretrained(tmp_path).state_dict()
     for name, value in trainer.model.state_dict().items():
-        torch.testing.assert_close(again[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(reloaded[name], value, rtol=0, atol=0)
     assert AutoTokenizer.from_pretrained(tmp_path).tokenize("kitabu") == ["kitabu"]
 
 
 def test_lightning(models, tmp_path):
     pytest.importorskip("lightning", reason="the extra `lightning` is not installed")
-    found = example("lightning_module")
+    script = example("lightning_module")
     files = [str(models / name) for name in ("english", "swahili", "en-sw.tsv")]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "accelerator": "cpu"}
-    lengths = []
+    final_costs = []
     for epochs in (1, 20):
         torch.manual_seed(0)
-        module = found["main"](
+        module = script["main"](
             *files, str(tmp_path), learning_rate=1e-2, batch_size=5, max_epochs=epochs, **quiet
         )
-        lengths.append(float(module.trainer.callback_metrics["ot_cost"]))
-    assert lengths[1] < lengths[0] / 2
-    # Its mode is still the one in which it was built: no dropout in what is learnt from.
+        final_costs.append(float(module.trainer.callback_metrics["ot_cost"]))
+    assert final_costs[1] < final_costs[0] / 2
+    # Lightning must leave the teacher in evaluation mode, without dropout.
     assert not any(part.training for part in module.teacher.modules())
     assert (tmp_path / "config.json").is_file()
 
 
-def test_multi_vector_trainer(models, pairs, tmp_path):
-    found = example("multi_vector_trainer")
+def test_multi_vector_trainer(models, bitext, tmp_path):
+    script = example("multi_vector_trainer")
     folders = [str(models / name) for name in ("english", "swahili")]
-    trainer = found["main"](*folders, str(tmp_path), pairs, pairs, **MEASURED)
+    trainer = script["main"](*folders, str(tmp_path), bitext, bitext, **EVALUATED_RUN)
     first, *_, last = logged(trainer)
     assert last < first / 2
     assert logged(trainer, "eval_held-out_maxsim_accuracy@1")[-1] >= 0.8
@@ -121,24 +123,24 @@ def test_multi_vector_trainer(models, pairs, tmp_path):
     assert "<code>english</code> and <code>non_english</code>" in card
 
 
-def test_dense_student(models, pairs, tmp_path):
+def test_dense_student(models, bitext, tmp_path):
     pytest.importorskip("sentence_transformers", reason="the extra `train` is not installed")
     from sentence_transformers import SentenceTransformer
 
-    found = example("dense_student")
+    script = example("dense_student")
     folders = [str(models / name) for name in ("english", "swahili")]
-    trainer = found["main"](*folders, str(tmp_path), pairs, pairs, **MEASURED)
+    trainer = script["main"](*folders, str(tmp_path), bitext, bitext, **EVALUATED_RUN)
     first, *_, last = logged(trainer)
     assert last < first / 2
-    near, nearer = logged(trainer, "eval_held-out_negative_mse")
-    assert near < nearer < 0
-    again = SentenceTransformer(str(tmp_path / "final"))
-    assert again.encode(SWAHILI).shape == (5, 16)
+    halfway, at_end = logged(trainer, "eval_held-out_negative_mse")
+    assert halfway < at_end < 0
+    reloaded = SentenceTransformer(str(tmp_path / "final"))
+    assert reloaded.encode(SWAHILI).shape == (5, 16)
     assert "huang2023optical" in (tmp_path / "final" / "README.md").read_text()
 
 
 def test_router(models, tmp_path):
-    found = example("router")
+    script = example("router")
     for name, texts, key in (("documents", ENGLISH, "d"), ("queries", SWAHILI, "q")):
         rows = [{"id": f"{key}{i}", "text": text} for i, text in enumerate(texts)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -147,12 +149,12 @@ def test_router(models, tmp_path):
     load_retriever(models / "english").save_pretrained(str(tmp_path / "teacher"))
     files = [tmp_path / "teacher", models / "swahili", models / "en-sw.tsv"]
     files += [tmp_path / "documents.jsonl", tmp_path / "queries.jsonl", tmp_path / "out"]
-    model, (ids, indexed), run = found["main"](*map(str, files), **QUICK)
-    # What was trained finds what was indexed before there was a student.
+    model, (ids, indexed), run = script["main"](*map(str, files), **SHORT_RUN)
+    # The trained student retrieves from the index that was built before its training.
     assert sum(next(iter(run[f"q{i}"])) == f"d{i}" for i in range(5)) >= 4
     from optical.models.encoding import encode
 
-    again = encode(model, ENGLISH, "document")
+    encoded = encode(model, ENGLISH, "document")
     assert ids == [f"d{i}" for i in range(5)]
-    assert torch.equal(again.vectors, indexed.vectors)
+    assert torch.equal(encoded.vectors, indexed.vectors)
     assert (tmp_path / "out" / "router.run").is_file()

@@ -1,4 +1,4 @@
-"""How ``benchmarks.gpu`` plans and resumes; what it measures needs a GPU."""
+"""Planning and resuming of ``benchmarks.gpu``; its measurements need a GPU."""
 
 import sys
 
@@ -15,54 +15,61 @@ def test_tests_come_before_times_and_names_are_unique(tmp_path):
     assert {f"time-{shape}-both" for shape in gpu.SHAPES} < set(names)
 
 
-def test_a_finished_step_is_not_run_again_and_a_failed_one_is(tmp_path):
+def test_every_file_of_a_command_exists(tmp_path):
+    commands = [step.command for step in gpu.steps(tmp_path)]
+    files = {argument for command in commands for argument in command if argument.endswith(".py")}
+    assert gpu.FUZZER in files
+    assert [name for name in files if not (gpu.ROOT / name).is_file()] == []
+
+
+def test_finished_steps_are_skipped_and_failed_steps_run_again(tmp_path):
     todo = gpu.pending(tmp_path, ["time-L1", "time-L2"])
-    ran = []
+    started = []
 
     def run(step, seconds, log):
-        ran.append(step.name)
+        started.append(step.name)
         return int(step.name == "time-L1-both")
 
-    codes = gpu.work(tmp_path, todo, 100.0, run)
-    assert list(codes) == ran and codes["time-L1-both"] == 1
+    codes = gpu.run_steps(tmp_path, todo, 100.0, run)
+    assert list(codes) == started and codes["time-L1-both"] == 1
     assert [step.name for step in gpu.pending(tmp_path, ["time-L"])] == ["time-L1-both"]
-    gpu.work(tmp_path, gpu.pending(tmp_path, ["time-L"]), 100.0, lambda *_: 0)
+    gpu.run_steps(tmp_path, gpu.pending(tmp_path, ["time-L"]), 100.0, lambda *_: 0)
     assert gpu.pending(tmp_path, ["time-L"]) == []
     assert "test-gpu" in [step.name for step in gpu.pending(tmp_path)]
 
 
-def test_no_step_begins_when_the_time_is_nearly_used_up(tmp_path):
+def test_no_step_starts_with_little_time_left(tmp_path):
     now = [0.0]
-    given = []
+    limits = []
 
     def run(step, seconds, log):
-        given.append(seconds)
+        limits.append(seconds)
         now[0] += 50.0
         return 0
 
-    codes = gpu.work(tmp_path, gpu.steps(tmp_path), 110.0, run, clock=lambda: now[0])
-    assert given == [110.0, 60.0] and len(codes) == 2
+    codes = gpu.run_steps(tmp_path, gpu.steps(tmp_path), 110.0, run, clock=lambda: now[0])
+    assert limits == [110.0, 60.0] and len(codes) == 2
 
 
 @pytest.mark.parametrize(
     ("code", "seconds", "expected"),
     [("print('hello')", 60, 0), ("raise SystemExit(3)", 60, 3), ("while True: pass", 1, 124)],
 )
-def test_a_step_is_logged_and_interrupted_when_its_time_is_over(tmp_path, code, seconds, expected):
+def test_a_step_is_logged_and_interrupted_after_its_time_limit(tmp_path, code, seconds, expected):
     log = tmp_path / "log.txt"
-    step = gpu.Step("some", (sys.executable, "-c", code))
-    assert gpu._run(step, seconds, log) == expected
+    step = gpu.Step("example", (sys.executable, "-c", code))
+    assert gpu._run_command(step, seconds, log) == expected
     text = log.read_text()
-    assert "== some:" in text and ("\nhello\n" in text) == (code == "print('hello')")
+    assert "== example:" in text and ("\nhello\n" in text) == (code == "print('hello')")
 
 
-def test_without_a_gpu_it_says_so_and_fails(tmp_path, monkeypatch, capsys):
+def test_a_machine_without_a_gpu_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(["--output", str(tmp_path / "results")]) != 0
     assert "no CUDA device" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
 
 
-def test_what_is_left_is_listed_without_a_gpu(tmp_path, capsys):
+def test_pending_steps_are_listed_without_a_gpu(tmp_path, capsys):
     assert gpu.main(["--output", str(tmp_path), "--list", "--steps", "tune"]) == 0
     assert capsys.readouterr().out.split() == ["tune-T1", "tune-T2", "tune-T3"]

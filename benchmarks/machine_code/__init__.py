@@ -1,0 +1,1 @@
+"""Registers, spills and loop instructions of the GPU kernels, measured without a GPU."""
