@@ -64,8 +64,8 @@ typedef struct {
     // Otherwise x and y are vectors, `dim` adjacent elements per line, of the types given.
     const void *x, *y;
     int32_t x_type, y_type;
-    int64_t x_stride_batch, x_stride_line, x_stride_entry;  // in elements; batch: without offsets
-    int64_t y_stride_batch, y_stride_line;
+    int64_t x_stride_batch, x_stride_row, x_stride_entry;  // in elements; batch: without offsets
+    int64_t y_stride_batch, y_stride_column;
     const int64_t *offset_a, *offset_b;  // (batch + 1), or null
     const void *log_a, *log_b;           // by line
     const void* epsilon;                 // (batch)

@@ -310,8 +310,8 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("kind", "precision")),
         *((name, ctypes.c_void_p) for name in ("x", "y")),
         *((name, ctypes.c_int32) for name in ("x_type", "y_type")),
-        *((name, ctypes.c_int64) for name in ("x_stride_batch", "x_stride_line", "x_stride_entry")),
-        *((name, ctypes.c_int64) for name in ("y_stride_batch", "y_stride_line")),
+        *((name, ctypes.c_int64) for name in ("x_stride_batch", "x_stride_row", "x_stride_entry")),
+        *((name, ctypes.c_int64) for name in ("y_stride_batch", "y_stride_column")),
         *(
             (name, ctypes.c_void_p)
             for name in ("offset_a", "offset_b", "log_a", "log_b", "epsilon", "init_f", "init_g")

@@ -46,8 +46,8 @@ OPTICAL_INLINE int64_t bytes_of(int32_t type) {
 OPTICAL_INLINE Side side_a(const optical_problem& p, int64_t index) {
     const int64_t* offset = p.offset_a;
     Side s = {offset ? offset[index] : index * p.n, offset ? offset[index + 1] - offset[index] : p.n,
-              nullptr, p.x_type, p.x_stride_line};
-    const int64_t start = offset ? s.first * p.x_stride_line : index * p.x_stride_batch;
+              nullptr, p.x_type, p.x_stride_row};
+    const int64_t start = offset ? s.first * p.x_stride_row : index * p.x_stride_batch;
     s.vectors = (const char*)p.x + start * bytes_of(p.kind == OPTICAL_GIVEN ? p.precision : p.x_type);
     return s;
 }
@@ -55,8 +55,8 @@ OPTICAL_INLINE Side side_a(const optical_problem& p, int64_t index) {
 OPTICAL_INLINE Side side_b(const optical_problem& p, int64_t index) {
     const int64_t* offset = p.offset_b;
     Side s = {offset ? offset[index] : index * p.m, offset ? offset[index + 1] - offset[index] : p.m,
-              nullptr, p.y_type, p.y_stride_line};
-    const int64_t start = offset ? s.first * p.y_stride_line : index * p.y_stride_batch;
+              nullptr, p.y_type, p.y_stride_column};
+    const int64_t start = offset ? s.first * p.y_stride_column : index * p.y_stride_batch;
     s.vectors = (const char*)p.y + start * bytes_of(p.y_type);
     return s;
 }

@@ -203,7 +203,7 @@ struct State : Cost<T> {
     bool read(const optical_problem& p, int64_t index, bool swapped, int32_t& status) {
         Side a = side_a(p, index), b = side_b(p, index);
         const T *from_a = (const T*)p.log_a, *from_b = (const T*)p.log_b;
-        int64_t line = p.x_stride_line, entry = p.x_stride_entry;
+        int64_t line = p.x_stride_row, entry = p.x_stride_entry;
         const char* matrix = a.vectors;
         rho_a = (T)p.rho_a, rho_b = (T)p.rho_b;
         if (swapped) {

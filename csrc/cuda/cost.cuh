@@ -58,7 +58,7 @@ struct Cost : Problem<G> {
             for (int c = 0; c < RJ; ++c) {
                 float value = infinity();
                 if ((rows_here >> r & 1u) & (columns_here >> c & 1u)) {
-                    value = from[g.row(r) * p.x_stride_line + g.column(c) * p.x_stride_entry];
+                    value = from[g.row(r) * p.x_stride_row + g.column(c) * p.x_stride_entry];
                     valid &= value > -infinity();
                 }
                 cost(r, c) = value;

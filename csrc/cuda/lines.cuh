@@ -117,8 +117,8 @@ struct Problem {
     OPTICAL_DEVICE void choose(int64_t problem) {
         is_there = G::teams == 1 || problem >= 0;
         index = is_there ? problem : 0;
-        a = lines_of(index, p.n, p.offset_a, p.x, p.x_type, p.x_stride_batch, p.x_stride_line);
-        b = lines_of(index, p.m, p.offset_b, p.y, p.y_type, p.y_stride_batch, p.y_stride_line);
+        a = lines_of(index, p.n, p.offset_a, p.x, p.x_type, p.x_stride_batch, p.x_stride_row);
+        b = lines_of(index, p.m, p.offset_b, p.y, p.y_type, p.y_stride_batch, p.y_stride_column);
         if (!is_there) a.count = b.count = 0;
     }
 
