@@ -121,10 +121,10 @@ def _compile(folder: Path, library: Path, compiler: list[str], threading: list[s
     flags = [*FLAGS, f'-DOPTICAL_SOURCE_HASH="{source_hash(folder)}"']
     if len(variants) > 1:
         flags.append("-DOPTICAL_X86")
-    kernel = str(folder / "cpu" / "kernel.cpp")
+    operations = str(folder / "cpu" / "operations.cpp")
     units = {
         "dispatch.o": [*threading, str(folder / "cpu" / "dispatch.cpp")],
-        **{f"{isa}.o": [*own, f"-DOPTICAL_ISA={isa}", kernel] for isa, own in variants},
+        **{f"{isa}.o": [*own, f"-DOPTICAL_ISA={isa}", operations] for isa, own in variants},
     }
     objects = [str(library.with_name(name)) for name in units]
     commands = [
