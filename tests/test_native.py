@@ -1,4 +1,4 @@
-"""The compiled CPU Sinkhorn: against the truth, against itself, and how it is found and built."""
+"""The compiled CPU backend: accuracy, bitwise invariance, edge cases, and how it is built."""
 
 import math
 import os
@@ -39,7 +39,7 @@ def threads():
 
 @pytest.fixture
 def forgotten():
-    """Make native look for its library anew, and again after the test."""
+    """Clear the cached library of ``native`` before the test, on demand, and after it."""
 
     def forget():
         native._state.cache_clear()
@@ -52,7 +52,7 @@ def forgotten():
 
 @pytest.fixture
 def quick_compiler(monkeypatch):
-    """A compiler, and flags that take a second: for tests of the build, not of its speed."""
+    """A compiler with flags that compile within seconds, for tests of the build itself."""
     compiler = native.find_compiler()
     if compiler is None:
         pytest.skip(reason="no C++ compiler")
@@ -67,7 +67,7 @@ def run(problem, gradient="envelope"):
 
 
 def backward(problem, outputs, gradient="envelope", value=1.0, need_y=False):
-    """Gradients of ``value`` times the value plus the transport part, not uniform in the batch."""
+    """Gradients of ``value`` times the value plus ``value_linear``, weighted across the batch."""
     upstream = torch.linspace(0.5, 2, len(problem.epsilon), dtype=problem.epsilon.dtype)
     saved = (outputs.f, outputs.g, outputs.w, outputs.z, outputs.n_iter)
     arguments = problem.arguments(gradient)
@@ -75,7 +75,7 @@ def backward(problem, outputs, gradient="envelope", value=1.0, need_y=False):
 
 
 def gradient(problem, f, g):
-    """Of the value alone with respect to a given cost."""
+    """Gradient of the value alone with respect to a given cost."""
     ones = torch.ones_like(problem.epsilon)
     saved = (f, g, f[:0], g[:0], torch.zeros(len(ones), dtype=torch.int32))
     arguments = problem.arguments()
@@ -88,7 +88,7 @@ def assert_same_bits(left, right):
 
 
 def scrambled(batch=23, n=40, m=37, dtype=torch.float32, **options):
-    """A ragged batch whose absent rows and columns lie anywhere, not only at the end."""
+    """A ragged batch whose padding rows and columns lie anywhere, not only at the end."""
     generator = torch.Generator().manual_seed(5)
     rows = torch.randint(0, n + 1, (batch,), generator=generator).tolist()
     columns = torch.randint(1, m + 1, (batch,), generator=generator).tolist()
@@ -98,7 +98,7 @@ def scrambled(batch=23, n=40, m=37, dtype=torch.float32, **options):
     return replace(problem, log_a=log_a, log_b=log_b).to(dtype)
 
 
-# ------------------------------------------------------------------------------------ truth
+# --------------------------------------------------------------------------------- accuracy
 
 
 @needs_library
@@ -111,7 +111,7 @@ def test_every_remainder_of_block_and_vector(n, m, dtype):
 
 @needs_library
 def test_against_a_scalar_loop():
-    """The definition once more, written without tensors, so that both others could be wrong."""
+    """The definition as a scalar loop without tensors, independent of the float64 reference."""
     problem = random_problem("scalar", 1, 4, 3, epsilon=0.2, max_iter=6)
     cost, epsilon = problem.cost[0].tolist(), 0.2
     a, b = [0.25] * 4, [1 / 3] * 3
@@ -141,10 +141,10 @@ def test_against_a_scalar_loop():
 @needs_library
 @pytest.mark.parametrize("epsilon", [1.0, 1e-1, 1e-2, 1e-3])
 def test_costs_of_a_thousand(epsilon):
-    """In float32 only: exponents of a million leave ten good digits to the float64 truth itself."""
+    """In float32 only: exponents of a million leave the float64 reference ten correct digits."""
     problem = random_problem("thousand", 3, 20, 33, epsilon=epsilon, max_iter=30)
     problem = replace(problem, x=1e3 * problem.x, singular=True)
-    # At exponents of a million thirty unrolled steps have lost their digits in both.
+    # At exponents of a million, thirty unrolled steps lose all digits in both precisions.
     gradients = ("envelope", "implicit") if epsilon == 1e-3 else GRADIENTS
     assert_backend_correct("cpu", problem, torch.float32, gradients=gradients)
 
@@ -152,11 +152,11 @@ def test_costs_of_a_thousand(epsilon):
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_masses_continue_in_the_log_domain(dtype):
-    """Masses far below one column's share are where the scaled sums cannot be trusted."""
+    """Masses far below the share of one column make the scaled sums untrustworthy."""
     problem = random_problem("masses", 3, 19, 23, epsilon=0.05, max_iter=40)
     ladder = torch.linspace(0, -2000 if dtype == torch.float64 else -150, 23).double()
     log_b = ladder.expand(3, 23).log_softmax(1)
-    # The heavy columns are far away: near every row lies a column of next to no mass.
+    # The heavy columns are far away: the nearest column of every row has almost no mass.
     cost = problem.x + torch.linspace(3, 0, 23).double()
     assert_backend_correct("cpu", replace(problem, x=cost, log_b=log_b), dtype)
 
@@ -164,7 +164,7 @@ def test_extreme_masses_continue_in_the_log_domain(dtype):
 @needs_library
 @pytest.mark.parametrize(("tol", "seed"), [(1e-1, 8), (1e-2, 14), (1e-3, 17)])
 def test_extreme_masses_do_not_stop_early(tol, seed):
-    """Masses below e^-87 vanish from float32 sums, but not the shares that such rows draw."""
+    """Masses below e^-87 underflow in float32 sums, but the shares of such rows do not."""
     problem = random_problem("stop", 64, 25, 21, epsilon=0.003, max_iter=60, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     log_a, log_b = (
@@ -180,13 +180,13 @@ def test_extreme_masses_do_not_stop_early(tol, seed):
 
 
 @needs_library
-def test_the_penalty_of_a_plan_many_times_its_mass_is_a_number():
-    """Two rows of masses 1 and e^-100, a plan of e^650 in the second: their ratio is no number."""
+def test_the_penalty_of_a_plan_many_times_its_mass_is_finite():
+    """Rows of mass 1 and e^-100, the second with a plan of e^650: their ratio overflows."""
     log_a, cost = torch.tensor([0.0, -100.0]).double(), torch.tensor([[0.0], [-7.5]]).double()
     found = optical.sinkhorn(
         cost[None], epsilon=0.01, log_a=log_a[None], rho=(1.0, None), max_iter=0, backend="cpu"
     )
-    # f = g = 0, and f of no part: the value is epsilon (1 - P) and sum P log(P / a) - P + a.
+    # f = g = 0 contribute nothing: the value is epsilon (1 - P) plus sum P log(P / a) - P + a.
     plan = (log_a - cost[:, 0] / 0.01).exp()
     expected = (0.01 * (log_a.exp() - plan) - cost[:, 0] / 0.01 * plan - plan + log_a.exp()).sum()
     torch.testing.assert_close(found.value, expected[None], rtol=1e-12, atol=0)
@@ -194,7 +194,7 @@ def test_the_penalty_of_a_plan_many_times_its_mass_is_a_number():
 
 @needs_library
 def test_long_runs_that_drift_are_rebased():
-    """Infeasible blocks push the potentials apart without end: by far more than float32 spans."""
+    """Infeasible blocks drive the potentials apart, far beyond the range of float32 scalings."""
     forbidden = (torch.arange(12)[:, None] < 6) ^ (torch.arange(12)[None, :] < 3)
     problem = random_problem("infeasible", 2, 12, 12, epsilon=0.5, max_iter=700)
     problem = replace(problem, x=problem.x.masked_fill(forbidden, math.inf))
@@ -230,14 +230,14 @@ def test_alone_in_a_batch_and_on_any_thread_has_the_same_bits(dtype, tol, thread
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padding_changes_no_bit(dtype):
     problem = scrambled(dtype=dtype)
-    absent = (problem.log_a == -math.inf)[:, :, None] | (problem.log_b == -math.inf)[:, None, :]
+    padding = (problem.log_a == -math.inf)[:, :, None] | (problem.log_b == -math.inf)[:, None, :]
     expected = run(problem)
     for poison in (math.nan, math.inf, -math.inf, 1e30):
-        filled = replace(problem, x=problem.x.masked_fill(absent, poison))
+        filled = replace(problem, x=problem.x.masked_fill(padding, poison))
         assert_same_bits(run(filled), expected)
         out = gradient(filled, expected[2], expected[3])
         assert_same_bits([out], [gradient(problem, expected[2], expected[3])])
-        assert not out[absent].any()
+        assert not out[padding].any()
     for i in range(len(problem.epsilon)):
         cut = problem.without_padding(i)
         if not cut.x.numel():
@@ -292,7 +292,7 @@ def test_strides_of_vectors():
 
 
 def clouds(kind, batch, n, m, dim, **options):
-    """Token vectors of the size of 1, a few of them absent."""
+    """Token vectors of norm about 1, a few of them padding."""
     generator = torch.Generator().manual_seed(11)
     x, y = (torch.randn(batch, k, dim, generator=generator).double() for k in (n, m))
     scale = 1 if kind == "cosine" else 2 * dim**0.5
@@ -306,7 +306,7 @@ def clouds(kind, batch, n, m, dim, **options):
 @pytest.mark.parametrize("gradient", ["envelope", "implicit", "unroll"])
 @pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean"])
 def test_a_team_of_threads_gives_the_same_bits(kind, gradient, low_memory, threads):
-    """More than 1024 x 1024 entries are shared by all threads; rows are shared out in chunks."""
+    """A team of threads shares problems of more than 1024 x 1024 entries, in chunks of rows."""
     problem = clouds("cosine" if kind == "given" else kind, 1, 1200, 1030, 6, max_iter=4)
     if kind == "given":
         problem = replace(problem, x=problem.cost, y=None, kind="given")
@@ -329,7 +329,7 @@ def test_a_team_of_threads_gives_the_same_bits(kind, gradient, low_memory, threa
 @needs_library
 @pytest.mark.parametrize("kind", ["cosine", "sqeuclidean"])
 def test_a_large_problem_by_the_tolerance_rule(kind):
-    """Past the size up to which the cost is kept."""
+    """Larger than the problems whose cost is stored."""
     problem = clouds(kind, 1, 1040, 1050, 4, max_iter=3)
     assert_backend_correct("cpu", problem, torch.float32, gradients=["envelope", "unroll"])
     low = replace(problem, low_memory=True)
@@ -358,7 +358,7 @@ def test_gradients_have_the_same_bits_alone_and_on_any_thread(name, gradient, th
 
 @needs_library
 def test_in_a_forked_process_with_threads():
-    """OpenMP waits for ever for threads that a fork left behind; the library starts others."""
+    """OpenMP deadlocks in a forked child, so the library starts threads without it."""
     script = (
         "import os, torch\n"
         "from optical import sinkhorn\n"
@@ -382,7 +382,7 @@ def test_in_a_forked_process_with_threads():
 
 @needs_library
 def test_memory_does_not_grow_with_the_number_of_problems():
-    """Vectors in: O(B (n + m)) of outputs and one problem per thread, no (B, n, m) tensor."""
+    """From vectors: O(B (n + m)) outputs and one problem per thread, no (B, n, m) tensor."""
     script = (
         "import resource, sys, torch\n"
         "from optical import sinkhorn_vectors\n"
@@ -442,8 +442,8 @@ def test_an_invalid_problem_is_nan_alone(field, value, tol, dtype):
 
 
 @needs_library
-def test_a_line_without_an_allowed_pair_keeps_potential_zero():
-    problem = random_problem("dead", 1, 9, 10).to(torch.float64)
+def test_a_row_or_column_without_an_allowed_pair_keeps_potential_zero():
+    problem = random_problem("isolated", 1, 9, 10).to(torch.float64)
     cost = problem.x.clone()
     cost[0, 4] = math.inf
     cost[0, :, 7] = math.inf
@@ -493,7 +493,7 @@ def test_refuses_what_it_cannot_read():
 
 @pytest.mark.parametrize("width", [16, 32, 64])
 def test_every_vector_width_meets_the_truth(width, quick_compiler, tmp_path, monkeypatch):
-    """Wider vectors than the machine's are split by the compiler: slow, with the same meaning."""
+    """The compiler splits vectors wider than the machine supports: slow but equivalent."""
     variant = ("baseline", (f"-DOPTICAL_VECTOR_BYTES={width}", "-Wno-psabi"))
     monkeypatch.setattr(native, "_variants", lambda: [variant])
     path = tmp_path / f"width{width}.so"
@@ -566,8 +566,8 @@ def test_a_damaged_library_in_the_cache_is_built_anew(
     good = cached.read_bytes()
     bad = bytearray(good)
     bad[len(bad) // 2] ^= 1
-    # Another file, since this process has mapped the good one. Cut to a page, it would still be
-    # mapped, and the process would end where it reads behind its end.
+    # A new file, because this process has mapped the good one: truncating that one would crash the
+    # process at its next access past the end.
     cached.unlink()
     cached.write_bytes({"no library": b"no", "cut short": good[:8192], "one bit": bad}[damage])
     native._open_cached(ROOT / "csrc", quick_compiler)
@@ -600,7 +600,7 @@ def test_a_cache_that_cannot_be_written_moves_to_the_temporary_folder(monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
     assert native._cache_folder().parent == tmp_path
-    # Anyone may write here, so nothing here may be loaded as code.
+    # A world-writable folder: code must not be loaded from it.
     shared = tmp_path / "shared" / "optical"
     shared.mkdir(parents=True)
     shared.chmod(0o777)
