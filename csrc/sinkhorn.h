@@ -3,7 +3,8 @@
 //
 // Each problem of a batch has a cost C (n x m), masses a (n) and b (m), a temperature epsilon > 0,
 // and per side a strength rho > 0 of the penalty on its marginal (infinite: the marginal is fixed).
-// One Sinkhorn iteration (Cuturi, NeurIPS 2013; penalties: Chizat et al., arXiv 1607.05816) updates f, then g:
+// One Sinkhorn iteration (Cuturi, NeurIPS 2013; penalties: Chizat et al., arXiv 1607.05816) updates
+// f, then g:
 //
 //     P_ij  = exp((f_i + g_j - C_ij) / epsilon + log a_i + log b_j)
 //     f_i  <- -lambda_a epsilon log sum_j exp(log b_j + (g_j - C_ij) / epsilon)

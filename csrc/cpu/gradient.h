@@ -123,7 +123,7 @@ private:
             });
     }
 
-    // Zeros for everything that is not written later: padding, and invalid problems.
+    // Zeros the gradients of padding and of invalid problems, which no later step writes.
     void clear(const optical_problem& batch, const Arrays& at, bool valid, bool twice) const {
         if (problem.team.rank != 0) return;
         const int64_t width_x = batch.kind == OPTICAL_GIVEN ? batch.m : batch.dim;

@@ -88,7 +88,8 @@ struct Iteration {
 
     // -------------------------------------------------------------------------- by scaling
 
-    // One iteration into u_next and v_next, or with `potentials` into f_next and g_next.
+    // One iteration into u_next and v_next, or with `potentials` into f_next and g_next. The
+    // lambdas use locals only, because the compiler must assume that stores change members.
     template <Measure measure, bool potentials>
     __attribute__((noinline)) Step iterate() {
         const Workspace<T>& w = work;

@@ -14,8 +14,8 @@
 //
 // Then K <= 1, and every row and every column holds an entry that is exactly 1: in row i it is the
 // column that attains the minimum, which there also attains G_j = g_j, so v_j = 1. Every sum of
-// the next iteration is therefore at least the mass of one entry: nothing overflows, and what
-// underflows is below rounding. solver.h decides when the base is rebuilt.
+// the next iteration is therefore at least the mass of one entry: nothing overflows, and terms that
+// underflow are below rounding. solver.h decides when the base is rebuilt.
 //
 // Between rebuilds a sweep reads K from cache once per full iteration: a block of rows is
 // multiplied with b v, its u follows, and the same rows, still in the L1 cache, are added into the

@@ -97,8 +97,9 @@ struct Unrolled {
 private:
     T *bar_f, *bar_g;
     // Scales of a replayed step: sigma_ij = row_scale_i K_ij (b v)_j, pi_ij = (a u)_i K_ij
-    // col_scale_j. And what flows back through it to the rows and the columns.
-    T *row_scale, *col_scale, *row_flow, *col_flow;
+    // col_scale_j.
+    T *row_scale, *col_scale;
+    T *row_flow, *col_flow;  // scaled adjoints of the rows and the columns, to be multiplied with K
     T *left, *right;  // factors of the low-rank sum
 
     // Runs the iterations of the forward pass again, with their history. Returns their number.

@@ -122,7 +122,7 @@ struct Workspace {
         if (keep_history) history = shared.take<T>((rows + cols) * ((int64_t)batch.max_iter + 1));
     }
 
-    // This thread's memory for a tile of the parity of b; two tiles are alive at a time.
+    // This thread's memory for a tile of the parity of b; two tiles are in use at a time.
     T* panel(int64_t b) const { return panels + b % 2 * block * problem.col_count; }
 
     // Potentials from arrays by row and by column, or zero for null.
