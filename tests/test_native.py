@@ -443,7 +443,7 @@ def test_an_invalid_problem_is_nan_alone(field, value, tol, dtype):
 
 @needs_library
 def test_a_row_or_column_without_an_allowed_pair_keeps_potential_zero():
-    problem = random_problem("isolated", 1, 9, 10).to(torch.float64)
+    problem = random_problem("unmatched", 1, 9, 10).to(torch.float64)
     cost = problem.x.clone()
     cost[0, 4] = math.inf
     cost[0, :, 7] = math.inf

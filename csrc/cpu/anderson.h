@@ -113,9 +113,10 @@ private:
         }
         const Vector mean = S::all(mean_correction());
         for (int64_t j = 0; j < problem.col_count; j += width) {
-            const Vector correction = S::load(work.g + j), pad = S::load(work.pad_b + j);
+            const Vector correction = S::load(work.g + j);
+            const Vector unmatched = S::load(work.unmatched_b + j);
             S::store(work.g + j, S::load(image + j) -
-                                     S::select(pad > 0, correction, correction - mean));
+                                     S::select(unmatched > 0, correction, correction - mean));
         }
     }
 

@@ -166,7 +166,7 @@ private:
         const bool implicit = batch.gradient == OPTICAL_IMPLICIT;
         work.set_potentials(at.f, at.g);
         if (problem.penalty_a() || problem.penalty_b()) {
-            kernel.rebase(true);  // finds the isolated entries
+            kernel.rebase(true);  // finds the unmatched entries
             kernel.content = ScalingKernel<T>::Content::plan;
             sync(problem.team);
         }
@@ -193,13 +193,15 @@ private:
     void write_mass_gradients(const Arrays& at, bool implicit, bool twice) {
         const Problem<T>& p = problem;
         p.own_rows([&](int64_t i) {
-            Vector d = mass_gradient(p.log_a, p.mass_a, work.pad_a, work.f, i, p.rho_a, p.total_b);
+            Vector d = mass_gradient(p.log_a, p.mass_a, work.unmatched_a, work.f, i, p.rho_a,
+                                     p.total_b);
             if (implicit) d += adjoint_gradient(work.row_mass, work.w, i, p.rho_a);
             scatter(at.grad_a, p.row_index, i, p.n, d);
         });
         if (twice) return;
         p.own_columns([&](int64_t j) {
-            Vector d = mass_gradient(p.log_b, p.mass_b, work.pad_b, work.g, j, p.rho_b, p.total_a);
+            Vector d = mass_gradient(p.log_b, p.mass_b, work.unmatched_b, work.g, j, p.rho_b,
+                                     p.total_a);
             if (implicit) {
                 S::store(work.col_mass + j, kernel.column_sum(j));
                 d += adjoint_gradient(work.col_mass, work.z, j, p.rho_b);
@@ -258,10 +260,10 @@ private:
                          S::template across<typename S::Sum>(row + q * width));
     }
 
-    // Partial derivative of the dual value by a log-mass; an isolated entry gives up all its mass.
+    // Partial derivative of the dual value by a log-mass; an unmatched entry gives up all its mass.
     // Under a strong penalty nearly all mass is left, so the mass given up is computed directly.
-    Vector mass_gradient(const T* log_mass, const T* mass, const T* pad, const T* potential,
-                         int64_t i, T rho, double other_total) const {
+    Vector mass_gradient(const T* log_mass, const T* mass, const T* unmatched,
+                         const T* potential, int64_t i, T rho, double other_total) const {
         const Vector masses = S::load(mass + i);
         const T epsilon = problem.epsilon;
         if (!(rho < C::infinity))
@@ -270,7 +272,7 @@ private:
         for (int lane = 0; lane < width; ++lane, ++i) {
             const double held = masses[lane], exponent = -(double)potential[i] / (double)rho;
             double given_up = held;
-            if (!(pad[i] > 0))
+            if (!(unmatched[i] > 0))
                 given_up = exponent < Bounds<T>::exponent
                                ? -held * __builtin_expm1(exponent)
                                : held - __builtin_exp((double)log_mass[i] + exponent);

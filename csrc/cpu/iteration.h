@@ -46,7 +46,7 @@ struct Iteration {
     T alpha, share_a, share_b;  // potential <- alpha potential + share softmin
 
     // At the temperature of the kernel.
-    void set_relaxation(T omega) {
+    void set_step(T omega) {
         const T epsilon = kernel.epsilon;
         alpha = 1 - omega;
         share_a = omega * (problem.penalty_a() ? problem.rho_a / (problem.rho_a + epsilon) : (T)1);
@@ -70,7 +70,8 @@ struct Iteration {
             Vector least = S::load(work.partial + j);
             for (int64_t c = 1; c < problem.chunks; ++c)
                 least = S::min(least, S::load(work.partial + c * cols + j));
-            S::store(work.g_next + j, S::select(S::load(work.pad_b + j) > 0, S::all(0), least));
+            S::store(work.g_next + j,
+                     S::select(S::load(work.unmatched_b + j) > 0, S::all(0), least));
         });
         sync(problem.team);
         problem.own_chunks([&](int64_t chunk, int64_t from, int64_t to) {
@@ -93,8 +94,8 @@ struct Iteration {
     template <Measure measure, bool potentials>
     __attribute__((noinline)) Step iterate() {
         const Workspace<T>& w = work;
-        const T *const pad_a = w.pad_a, *const weight_a = w.weight_a, *const f = w.f;
-        const T *const pad_b = w.pad_b, *const weight_b = w.weight_b, *const g = w.g;
+        const T *const unmatched_a = w.unmatched_a, *const weight_a = w.weight_a, *const f = w.f;
+        const T *const unmatched_b = w.unmatched_b, *const weight_b = w.weight_b, *const g = w.g;
         const T *const log_a = problem.log_a, *const log_b = problem.log_b;
         const T *const base_f = kernel.base_f, *const base_g = kernel.base_g;
         T *const new_a = potentials ? w.f_next : w.u_next;
@@ -110,7 +111,7 @@ struct Iteration {
             bv, au,
             [&](auto lanes, int64_t i, auto sum) __attribute__((always_inline)) {
                 typedef decltype(lanes) L;
-                const auto total = sum + L::load(pad_a + i), mass = L::load(weight_a + i);
+                const auto total = sum + L::load(unmatched_a + i), mass = L::load(weight_a + i);
                 rows.template add_lanes<L>(total);
                 if constexpr (measure == Measure::rows) {
                     auto target = mass;
@@ -132,7 +133,7 @@ struct Iteration {
                 return mass * scaling;
             },
             [&](int64_t j, Vector sum) __attribute__((always_inline)) {
-                const Vector total = sum + S::load(pad_b + j), mass = S::load(weight_b + j);
+                const Vector total = sum + S::load(unmatched_b + j), mass = S::load(weight_b + j);
                 all.add(total);
                 if constexpr (measure == Measure::columns)
                     S::store(error_b + j,
@@ -198,17 +199,17 @@ private:
         return Lanes::select(small, apart, Lanes::exp(Lanes::load(log_mass) + exponent));
     }
 
-    // L1 errors of the marginals. Fixed marginals miss the mass of isolated entries.
+    // L1 errors of the marginals. Fixed marginals miss the mass of unmatched entries.
     double total_row_error() const {
         return problem.sum_of(row_error(), problem.n) +
-               (problem.penalty_a() ? 0 : work.isolated_mass_a);
+               (problem.penalty_a() ? 0 : work.unmatched_mass_a);
     }
     double column_error() const {
-        return problem.sum_of(col_error(), problem.m) + isolated_mass_b();
+        return problem.sum_of(col_error(), problem.m) + unmatched_mass_b();
     }
-    double isolated_mass_b() const {
+    double unmatched_mass_b() const {
         double mass = 0;
-        if (!work.isolated_columns || problem.penalty_b()) return 0;
+        if (!work.unmatched_columns || problem.penalty_b()) return 0;
         for (int64_t j = 0; j < problem.m; ++j)
             mass += (double)(problem.mass_b[j] - work.weight_b[j]);
         return mass;
@@ -232,7 +233,7 @@ private:
             const int64_t i = b * block + q * width;
             const Vector x = S::template across<typename S::Minimum>(least + q * width);
             S::store_unaligned(origin + q * width,
-                               S::select(S::load(work.pad_a + i) > 0, S::all(0), x));
+                               S::select(S::load(work.unmatched_a + i) > 0, S::all(0), x));
         }
         for (int r = 0; r < block; ++r) {
             sum[r] = S::all(0);
@@ -241,8 +242,8 @@ private:
         }
         for (int q = 0; q < groups; ++q) {
             const int64_t i = b * block + q * width;
-            const Vector total =
-                S::template across<typename S::Sum>(sum + q * width) + S::load(work.pad_a + i);
+            const Vector total = S::template across<typename S::Sum>(sum + q * width) +
+                                 S::load(work.unmatched_a + i);
             const Vector softmin =
                 epsilon * (S::load_unaligned(origin + q * width) - S::log(total));
             const Vector f = S::load(work.f + i);
@@ -269,7 +270,7 @@ private:
 
     // Log-domain half-step of a vector of columns: g_next and the errors.
     void softmin_columns(int64_t j) {
-        Vector total = S::load(work.pad_b + j);
+        Vector total = S::load(work.unmatched_b + j);
         for (int64_t c = 0; c < problem.chunks; ++c)
             total += S::load(work.partial + c * problem.col_count + j);
         const Vector softmin = kernel.epsilon * (S::load(work.g_next + j) - S::log(total));

@@ -12,7 +12,7 @@ namespace OPTICAL_ISA {
 namespace {
 
 // Relative difference of the masses above which no plan has both marginals.
-constexpr double mass_mismatch = 1e-3;
+constexpr double unequal = 1e-3;
 
 template <typename T>
 struct Objective {
@@ -62,8 +62,8 @@ struct Objective {
     bool feasible() const {
         const bool fixed_a = !problem.penalty_a(), fixed_b = !problem.penalty_b();
         const double a = problem.total_a, b = problem.total_b, larger = a > b ? a : b;
-        if (fixed_a && fixed_b && __builtin_fabs(a - b) > mass_mismatch * larger) return false;
-        return !(fixed_a && work.isolated_rows) && !(fixed_b && work.isolated_columns);
+        if (fixed_a && fixed_b && __builtin_fabs(a - b) > unequal * larger) return false;
+        return !(fixed_a && work.unmatched_rows) && !(fixed_b && work.unmatched_columns);
     }
 
     // log(sum / mass), of which a large rho magnifies every error. The quotient is preferred: `sum`
@@ -110,8 +110,8 @@ private:
             t.linear += (double)work.row_cost[i];
             t.dual += mass * (double)work.f[i];
             t.mass += mass;
-            add_marginal(t, mass, problem.mass_a[i], problem.log_a[i], work.pad_a[i], work.f[i],
-                         problem.rho_a);
+            add_marginal(t, mass, problem.mass_a[i], problem.log_a[i], work.unmatched_a[i],
+                         work.f[i], problem.rho_a);
         }
         return t;
     }
@@ -121,7 +121,7 @@ private:
         for (int64_t j = from; j < to && j < problem.m; ++j) {
             t.dual += (double)work.col_mass[j] * (double)work.g[j];
             add_marginal(t, (double)work.col_mass[j], problem.mass_b[j], problem.log_b[j],
-                         work.pad_b[j], work.g[j], problem.rho_b);
+                         work.unmatched_b[j], work.g[j], problem.rho_b);
         }
         return t;
     }
@@ -155,14 +155,15 @@ private:
     }
 
     // Adds the error of one marginal `sum`, against the mass its potential asks for (none for
-    // isolated entries), and its penalty. In double precision no float32 mass underflows here.
-    static void add_marginal(Totals& t, double sum, T mass, T log_mass, T pad, T potential, T rho) {
+    // unmatched entries), and its penalty. In double precision no float32 mass underflows here.
+    static void add_marginal(Totals& t, double sum, T mass, T log_mass, T unmatched, T potential,
+                             T rho) {
         if (!(rho < C::infinity)) {
             t.error += __builtin_fabs(sum - (double)mass);
             return;
         }
         const double exponent = (double)log_mass - (double)potential / (double)rho;
-        t.error += __builtin_fabs(sum - (pad > 0 ? 0 : __builtin_exp(exponent)));
+        t.error += __builtin_fabs(sum - (unmatched > 0 ? 0 : __builtin_exp(exponent)));
         const double logs = sum > 0 ? sum * log_ratio(sum, mass, log_mass) : 0;
         t.divergence += (double)rho * (logs - sum + (double)mass);
     }

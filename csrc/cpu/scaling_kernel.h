@@ -137,7 +137,7 @@ struct ScalingKernel {
     // ----------------------------------------------------------------------------- the base
 
     // Chooses the base for the current g, and rebuilds K, v, b v and a u from it; the stopping rule
-    // takes the row sums from a u. `first` also finds the isolated entries.
+    // takes the row sums from a u. `first` also finds the unmatched entries.
     void rebase(bool first) {
         content = Content::kernel;
         problem.own_chunks([&](int64_t chunk, int64_t from, int64_t to) {
@@ -151,10 +151,10 @@ struct ScalingKernel {
         sync(problem.team);
         build();
         problem.own_rows([&](int64_t i) {
-            if (first) clear_isolated(work.f + i, work.pad_a + i);
+            if (first) clear_unmatched(work.f + i, work.unmatched_a + i);
             S::store(work.au + i, share_of_rows(i, S::load(work.f + i), S::load(base_f + i)));
         });
-        if (first) count_isolated();
+        if (first) count_unmatched();
     }
 
     // v and b v from g.
@@ -165,15 +165,15 @@ struct ScalingKernel {
         S::store(work.bv + j, S::load(work.weight_b + j) * scaling);
     }
 
-    // mass exp((potential - origin) / epsilon), 0 for isolated entries. One exponential: of extreme
-    // masses, the mass could be 0 and the exponential infinite.
+    // mass exp((potential - origin) / epsilon), 0 for unmatched entries. A single exponential,
+    // because an extreme mass could be 0 and the exponential beside it infinite.
     Vector share_of_rows(int64_t i, Vector potential, Vector origin) const {
         const Vector exponent = (potential - origin) * inverse_epsilon + S::load(problem.log_a + i);
-        return S::select(S::load(work.pad_a + i) > 0, S::all(0), S::exp(exponent));
+        return S::select(S::load(work.unmatched_a + i) > 0, S::all(0), S::exp(exponent));
     }
     Vector share_of_columns(int64_t j, Vector potential, Vector origin) const {
         const Vector exponent = (potential - origin) * inverse_epsilon + S::load(problem.log_b + j);
-        return S::select(S::load(work.pad_b + j) > 0, S::all(0), S::exp(exponent));
+        return S::select(S::load(work.unmatched_b + j) > 0, S::all(0), S::exp(exponent));
     }
 
     // --------------------------------------------------------------------- products with K
@@ -242,8 +242,9 @@ private:
         for (int q = 0; q < groups; ++q) {
             const int64_t i = b * block + q * width;
             const Vector base = S::template across<typename S::Minimum>(least + q * width);
-            if (first) mark_isolated(base, problem.mass_a + i, work.pad_a + i, work.weight_a + i);
-            S::store(base_f + i, S::select(S::load(work.pad_a + i) > 0, S::all(0), base));
+            if (first)
+                mark_unmatched(base, problem.mass_a + i, work.unmatched_a + i, work.weight_a + i);
+            S::store(base_f + i, S::select(S::load(work.unmatched_a + i) > 0, S::all(0), base));
         }
         c = tile;
         const T* const base = base_f + b * block;
@@ -259,28 +260,29 @@ private:
         Vector base = S::load(work.partial + j);
         for (int64_t c = 1; c < problem.chunks; ++c)
             base = S::min(base, S::load(work.partial + c * problem.col_count + j));
-        if (first) mark_isolated(base, problem.mass_b + j, work.pad_b + j, work.weight_b + j);
-        S::store(base_g + j, S::select(S::load(work.pad_b + j) > 0, S::all(0), base));
-        if (first) clear_isolated(work.g + j, work.pad_b + j);
+        if (first)
+            mark_unmatched(base, problem.mass_b + j, work.unmatched_b + j, work.weight_b + j);
+        S::store(base_g + j, S::select(S::load(work.unmatched_b + j) > 0, S::all(0), base));
+        if (first) clear_unmatched(work.g + j, work.unmatched_b + j);
         scale_columns(j);
     }
 
     // An entry whose least cost is +inf has no allowed pair.
-    static void mark_isolated(Vector least, const T* mass, T* pad, T* weight) {
-        const Mask isolated = least == C::infinity;
-        S::store(pad, S::select(isolated, S::all(1), S::all(0)));
-        S::store(weight, S::select(isolated, S::all(0), S::load(mass)));
+    static void mark_unmatched(Vector least, const T* mass, T* unmatched, T* weight) {
+        const Mask forbidden = least == C::infinity;
+        S::store(unmatched, S::select(forbidden, S::all(1), S::all(0)));
+        S::store(weight, S::select(forbidden, S::all(0), S::load(mass)));
     }
-    static void clear_isolated(T* potential, const T* pad) {
-        S::store(potential, S::select(S::load(pad) > 0, S::all(0), S::load(potential)));
+    static void clear_unmatched(T* potential, const T* unmatched) {
+        S::store(potential, S::select(S::load(unmatched) > 0, S::all(0), S::load(potential)));
     }
-    void count_isolated() {
-        work.isolated_mass_a = 0, work.isolated_rows = work.isolated_columns = false;
+    void count_unmatched() {
+        work.unmatched_mass_a = 0, work.unmatched_rows = work.unmatched_columns = false;
         for (int64_t i = 0; i < problem.n; ++i) {
-            work.isolated_mass_a += (double)(problem.mass_a[i] - work.weight_a[i]);
-            work.isolated_rows |= work.pad_a[i] > 0;
+            work.unmatched_mass_a += (double)(problem.mass_a[i] - work.weight_a[i]);
+            work.unmatched_rows |= work.unmatched_a[i] > 0;
         }
-        for (int64_t j = 0; j < problem.m; ++j) work.isolated_columns |= work.pad_b[j] > 0;
+        for (int64_t j = 0; j < problem.m; ++j) work.unmatched_columns |= work.unmatched_b[j] > 0;
     }
 
     // Adds one column vector of some rows, each times its weight, to their sum. Two accumulators,

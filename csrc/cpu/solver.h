@@ -121,7 +121,7 @@ struct Solver {
                 kernel.set_temperature(temperature);
             }
             const bool plain = done == 0 || temperature != target;
-            iteration.set_relaxation(plain ? (T)1 : options.omega);
+            iteration.set_step(plain ? (T)1 : options.omega);
             const bool test = options.tol > 0 && done > 0 && at_target && temperature == target;
             const bool measure_input = test && !anderson.active();
             const double tol = measure_input ? options.tol : -1;
@@ -242,7 +242,7 @@ private:
         }
         const bool at_target = kernel.epsilon == problem.epsilon;
         if (at_target && (scaled || current)) return;
-        if (first) kernel.rebase(true);  // finds the isolated entries
+        if (first) kernel.rebase(true);  // finds the unmatched entries
         kernel.set_temperature(problem.epsilon);
         kernel.content = Content::plan;
         problem.own_rows([&](int64_t i) { S::store(work.au + i, S::all(1)); });

@@ -59,7 +59,7 @@ struct Unrolled {
                        const Side& a, const Side& b) {
         const int32_t steps = run_again(batch, out.n_iter[index], a, b);
         const T omega = (T)batch.omega;
-        iteration.set_relaxation(steps == 1 ? (T)1 : omega);
+        iteration.set_step(steps == 1 ? (T)1 : omega);
         start(out, a.first, b.first, steps > 0 ? iteration.share_b : (T)0);
 
         int used = 0;        // columns of the low-rank sum
@@ -69,7 +69,7 @@ struct Unrolled {
             const T *before = work.history + k * size, *after = before + size;
             const T *f = after, *g = after + problem.row_count;
             const T* old_g = before + problem.row_count;
-            iteration.set_relaxation(k == 0 ? (T)1 : omega);
+            iteration.set_step(k == 0 ? (T)1 : omega);
             if (!based || !replay(f, old_g)) {
                 flush(used);
                 used = 0;
@@ -293,7 +293,7 @@ private:
             work.bv, work.au,
             [&](auto lanes, int64_t i, auto sum) {
                 typedef decltype(lanes) L;
-                const auto total = sum + L::load(work.pad_a + i);
+                const auto total = sum + L::load(work.unmatched_a + i);
                 const auto weight = L::load(work.weight_a + i);
                 auto scale = T(1) / total;
                 range.template add_lanes<L>(total);
@@ -309,7 +309,7 @@ private:
                 return L::select(weight > 0, weight * scale, L::all(0));
             },
             [&](int64_t j, Vector sum) {
-                const Vector total = sum + S::load(work.pad_b + j);
+                const Vector total = sum + S::load(work.unmatched_b + j);
                 range.add(total);
                 S::store(col_scale + j, T(1) / total);
             });
@@ -350,11 +350,11 @@ private:
             work.bv, work.au,
             [&](auto lanes, int64_t i, auto sum) {
                 typedef decltype(lanes) L;
-                L::store(row_scale + i, T(1) / (sum + L::load(work.pad_a + i)));
+                L::store(row_scale + i, T(1) / (sum + L::load(work.unmatched_a + i)));
                 return L::all(1);
             },
             [&](int64_t j, Vector sum) {
-                S::store(col_scale + j, T(1) / (sum + S::load(work.pad_b + j)));
+                S::store(col_scale + j, T(1) / (sum + S::load(work.unmatched_b + j)));
             });
         sync(problem.team);
     }

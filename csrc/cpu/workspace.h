@@ -75,11 +75,11 @@ struct Workspace {
 
     const Problem<T>& problem;
 
-    // By row, then by column. `pad` is 1 for entries without an allowed pair, padding included, and
-    // 0 elsewhere: added to the sum of such an entry, which is 0, it yields u = 1 and f = 0.
-    // `weight` is the mass, or 0 where pad is 1. au and bv are a u and b v.
-    T *pad_a, *weight_a, *f, *f_next, *u, *u_next, *au, *row_error;
-    T *pad_b, *weight_b, *g, *g_next, *v, *v_next, *bv, *col_error;
+    // By row, then by column. `unmatched` is 1 for entries without an allowed pair, padding
+    // included, and 0 elsewhere: added to the sum of such an entry, which is 0, it yields u = 1 and
+    // f = 0. `weight` is the mass, or 0 for unmatched entries. au and bv are a u and b v.
+    T *unmatched_a, *weight_a, *f, *f_next, *u, *u_next, *au, *row_error;
+    T *unmatched_b, *weight_b, *g, *g_next, *v, *v_next, *bv, *col_error;
     // Sums of the plan P and of P C. row_mass shares the memory of row_error, which is not needed
     // once the iterations have ended.
     T *row_mass, *row_cost, *col_mass, *col_cost;
@@ -89,9 +89,10 @@ struct Workspace {
     T* history;                     // potentials of every iteration, or null
     Totals *row_totals, *col_totals;
 
-    // Valid entries without an allowed pair: "isolated".
-    double isolated_mass_a;
-    bool isolated_rows, isolated_columns;
+    // Valid entries without an allowed pair: their mass on the side of the rows, and whether any
+    // exist.
+    double unmatched_mass_a;
+    bool unmatched_rows, unmatched_columns;
 
     bool relaxed;  // the state of the iteration is f and g, not u and v
     // Of the double-buffered reports and errors: a fast thread may be one step ahead.
@@ -103,12 +104,12 @@ struct Workspace {
                  int64_t max_m, bool keep_history) {
         const int64_t rows = round_up(max_n, block), cols = round_up(max_m, block);
         panels = own.take<T>(2 * block * cols);
-        T** by_row[] = {&pad_a, &weight_a, &f,         &f_next,   &u,
-                        &u_next, &au,      &row_error, &row_cost, &w};
+        T** by_row[] = {&unmatched_a, &weight_a, &f,         &f_next,   &u,
+                        &u_next,      &au,       &row_error, &row_cost, &w};
         for (T** array : by_row)
             *array = shared.take<T>(array == &row_error ? 2 * rows : rows);
-        T** by_column[] = {&pad_b, &weight_b,  &g,        &g_next,   &v, &v_next, &bv,
-                           &col_error, &col_cost, &col_mass, &z, &cg_r,   &cg_p, &cg_q};
+        T** by_column[] = {&unmatched_b, &weight_b,  &g,        &g_next,   &v, &v_next, &bv,
+                           &col_error,   &col_cost,  &col_mass, &z,        &cg_r, &cg_p, &cg_q};
         for (T** array : by_column)
             *array = shared.take<T>(array == &col_error ? 2 * cols : cols);
         row_mass = row_error;
