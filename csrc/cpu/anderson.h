@@ -1,62 +1,97 @@
-// Acceleration of the iteration, in vectors only.
+// Anderson acceleration of the map from g to the g of the next iteration.
 #pragma once
 
-#include "solver.h"
+#include "scaling_kernel.h"
 
 namespace optical {
 namespace OPTICAL_ISA {
 namespace {
 
-// Anderson acceleration of the map from g to the g of the next iteration (type II, safeguarded
-// by the residual: a mixture that made it grow is taken back).
+// Type II (Walker and Ni 2011): with r = image - input of the map, the next input is
+//
+//     image - sum_k gamma_k (dg_k + dr_k),   gamma = argmin |r - sum_k gamma_k dr_k|
+//
+// over the last `depth` differences dg of inputs and dr of residuals, in the norm weighted with b.
+// Safeguard: if the marginal error grew after an extrapolation, the plain image is used instead.
 template <typename T>
-struct Mixer {
+struct Anderson {
     typedef Simd<T> S;
     typedef typename S::Vector Vector;
-    static constexpr int width = S::width;
+    static constexpr int width = Tiling<T>::width;
 
-    Solver<T>& s;
-    const int memory;
-    T *image = nullptr, *last_g = nullptr, *last_r = nullptr, *differences = nullptr;
-    bool has_last = false, extrapolated = false;
-    int count = 0, oldest = 0;
-    double last_residual = 0;
+    const Problem<T>& problem;
+    Workspace<T>& work;
+    const int depth;
+    T* image = nullptr;  // g after the last iteration, before any extrapolation
 
-    Mixer(Solver<T>& solver, int depth) : s(solver), memory(depth) {
+    Anderson(const Problem<T>& p, Workspace<T>& w, int history)
+        : problem(p), work(w), depth(history) {
         if (depth == 0) return;
-        image = s.memory, last_g = image + s.col_count, last_r = last_g + s.col_count;
-        differences = last_r + s.col_count;
+        image = work.anderson, last_g = image + problem.col_count;
+        last_r = last_g + problem.col_count, differences = last_r + problem.col_count;
     }
-    T* dg(int k) const { return differences + 2 * k * s.col_count; }
-    T* dr(int k) const { return dg(k) + s.col_count; }
 
-    // After an iteration: g holds its image and g_next its input. Puts the next input into g;
-    // true when that is not the image itself.
-    bool next(bool plain, double residual) {
-        bool chosen = false;
-        // Every thread decides alike; only one writes.
+    bool active() const { return depth > 0; }
+
+    // Call after an iteration at temperature `epsilon` from g_next to g, with its marginal error.
+    // Replaces g by the next input; true if that is not the image. `plain` restarts the history.
+    bool next(bool plain, double error, T epsilon) {
+        // Every thread takes the same decisions; only one writes.
         if (plain) {
-            count = oldest = 0, has_last = extrapolated = false;
-            s.alone([&] { copy(image, s.g); });
+            restart();
+            problem.alone([&] { copy(image, work.g); });
             return false;
         }
-        if (extrapolated && !(residual <= last_residual)) {
-            count = oldest = 0, has_last = extrapolated = false;
-            s.alone([&] {
-                copy(image, s.g);
+        if (extrapolated && !(error <= last_error)) {
+            restart();
+            problem.alone([&] {
+                copy(image, work.g);
                 // The plain image of the last accepted input.
-                for (int64_t j = 0; j < s.col_count; j += width)
-                    S::store(s.g + j, S::load(last_g + j) + S::load(last_r + j));
+                for (int64_t j = 0; j < problem.col_count; j += width)
+                    S::store(work.g + j, S::load(last_g + j) + S::load(last_r + j));
             });
             return true;
         }
-        const int slot = (oldest + count) % memory;
-        const bool push = has_last;
-        s.alone([&] {
-            copy(image, s.g);
-            for (int64_t j = 0; j < s.col_count; j += width) {
-                const Vector input = S::load(s.g_next + j), r = S::load(s.g + j) - input;
-                if (push) {
+        push();
+        last_error = error;
+        extrapolated = false;
+        double gamma[max_anderson];
+        if (count == 0 || !solve_weights(gamma)) return false;
+        problem.alone([&] { extrapolate(gamma); });
+        // Without a feasible plan extrapolations diverge, and potentials whose last digit is worth
+        // a temperature satisfy any stopping rule.
+        const T bound = epsilon * Bounds<T>::largest_potential;
+        bool usable = true;
+        for (int64_t j = 0; j < problem.col_count; ++j)
+            usable &= work.g[j] <= bound && work.g[j] >= -bound;
+        extrapolated = usable;
+        if (!usable) {
+            restart();
+            problem.alone([&] { copy(work.g, image); });
+        }
+        return true;
+    }
+
+private:
+    T *last_g = nullptr, *last_r = nullptr, *differences = nullptr;
+    bool has_last = false, extrapolated = false;
+    int count = 0, oldest = 0;  // of the differences, a ring
+    double last_error = 0;
+
+    T* dg(int k) const { return differences + 2 * k * problem.col_count; }
+    T* dr(int k) const { return dg(k) + problem.col_count; }
+
+    void restart() { count = oldest = 0, has_last = extrapolated = false; }
+
+    // Appends the differences to the previous input and residual.
+    void push() {
+        const int slot = (oldest + count) % depth;
+        const bool full = count == depth, append = has_last;
+        problem.alone([&] {
+            copy(image, work.g);
+            for (int64_t j = 0; j < problem.col_count; j += width) {
+                const Vector input = S::load(work.g_next + j), r = S::load(work.g + j) - input;
+                if (append) {
                     S::store(dg(slot) + j, input - S::load(last_g + j));
                     S::store(dr(slot) + j, r - S::load(last_r + j));
                 }
@@ -64,62 +99,45 @@ struct Mixer {
                 S::store(last_r + j, r);
             }
         });
-        if (push) {
-            if (count == memory) oldest = (oldest + 1) % memory;
-            else ++count;
-        }
-        has_last = true, last_residual = residual;
-        extrapolated = chosen = false;
-        if (count > 0) {
-            double gamma[max_anderson];
-            chosen = solve_weights(gamma);
-            if (chosen) {
-                s.alone([&] {
-                    for (int64_t j = 0; j < s.col_count; j += width) {
-                        Vector taken = S::all(0);
-                        for (int k = 0; k < count; ++k)
-                            taken += (T)gamma[k] * (S::load(dg(k) + j) + S::load(dr(k) + j));
-                        S::store(s.g + j, taken);
-                    }
-                    const Vector mean = S::all(drift());
-                    for (int64_t j = 0; j < s.col_count; j += width) {
-                        const Vector taken = S::load(s.g + j), dead = S::load(s.pad_b + j);
-                        S::store(s.g + j, S::load(image + j) - S::select(dead > 0, taken, taken - mean));
-                    }
-                });
-                // Where no plan exists mixtures run away, and potentials whose last digit is worth a
-                // temperature satisfy anything.
-                const T most = s.epsilon * Bounds<T>::farthest;
-                bool usable = true;
-                for (int64_t j = 0; j < s.col_count; ++j) usable &= s.g[j] <= most && s.g[j] >= -most;
-                extrapolated = usable;
-                if (!usable) {
-                    count = oldest = 0, has_last = false;
-                    s.alone([&] { copy(s.g, image); });
-                }
-            }
-        }
-        return chosen;
+        has_last = true;
+        if (append && full) oldest = (oldest + 1) % depth;
+        else if (append) ++count;
     }
 
-    // With both marginals fixed a constant may move between f and g: left alone, it would grow until
-    // digits are lost. Its part of what is taken off the image, which is in g.
-    T drift() const {
+    void extrapolate(const double* gamma) const {
+        for (int64_t j = 0; j < problem.col_count; j += width) {
+            Vector correction = S::all(0);
+            for (int k = 0; k < count; ++k)
+                correction += (T)gamma[k] * (S::load(dg(k) + j) + S::load(dr(k) + j));
+            S::store(work.g + j, correction);
+        }
+        const Vector mean = S::all(mean_correction());
+        for (int64_t j = 0; j < problem.col_count; j += width) {
+            const Vector correction = S::load(work.g + j);
+            const Vector unmatched = S::load(work.unmatched_b + j);
+            S::store(work.g + j, S::load(image + j) -
+                                     S::select(unmatched > 0, correction, correction - mean));
+        }
+    }
+
+    // With both marginals fixed, a constant may move between f and g, and would grow until digits
+    // are lost: the mean of the correction, which is in g, is left out.
+    T mean_correction() const {
         double sum = 0, mass = 0;
-        if (s.rho_a < Number<T>::infinity || s.rho_b < Number<T>::infinity) return 0;
-        for (int64_t j = 0; j < s.m; ++j) {
-            sum += (double)s.weight_b[j] * (double)s.g[j];
-            mass += (double)s.weight_b[j];
+        if (problem.penalty_a() || problem.penalty_b()) return 0;
+        for (int64_t j = 0; j < problem.m; ++j) {
+            sum += (double)work.weight_b[j] * (double)work.g[j];
+            mass += (double)work.weight_b[j];
         }
         return mass > 0 ? (T)(sum / mass) : (T)0;
     }
 
     void copy(T* to, const T* from) const {
-        for (int64_t j = 0; j < s.col_count; j += width) S::store(to + j, S::load(from + j));
+        for (int64_t j = 0; j < problem.col_count; j += width) S::store(to + j, S::load(from + j));
     }
 
-    // Least squares in the norm with weights b: (A + ridge) gamma = c by Cholesky. With a full
-    // ring the order of the differences does not matter.
+    // Least squares: (A + ridge) gamma = c by Cholesky. The order of the differences in the ring
+    // does not matter. False: the matrix is not positive.
     bool solve_weights(double* gamma) const {
         double a[max_anderson][max_anderson], trace = 0;
         for (int k = 0; k < count; ++k) {
@@ -149,8 +167,8 @@ struct Mixer {
 
     double product(const T* x, const T* y) const {
         double sum = 0;
-        for (int64_t j = 0; j < s.m; ++j)
-            sum += (double)s.weight_b[j] * (double)x[j] * (double)y[j];
+        for (int64_t j = 0; j < problem.m; ++j)
+            sum += (double)work.weight_b[j] * (double)x[j] * (double)y[j];
         return sum;
     }
 };

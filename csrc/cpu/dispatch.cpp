@@ -1,4 +1,5 @@
-// The C interface: checks sizes, chooses the instruction set once, shares problems out to threads.
+// Implementation of the C interface: validates arguments, selects the instruction set once, and
+// distributes the problems of a batch over threads.
 #include <stdlib.h>
 
 #include <atomic>
@@ -17,7 +18,7 @@
 #include <pthread.h>
 #endif
 
-#include "kernel.h"
+#include "operations.h"
 
 #ifndef OPTICAL_SOURCE_HASH
 #define OPTICAL_SOURCE_HASH "unknown"
@@ -26,68 +27,68 @@
 namespace optical {
 namespace {
 
-const Kernels& kernels() {
+const InstructionSet& instruction_set() {
 #if defined(OPTICAL_X86)
-    static const Kernels& chosen = []() -> const Kernels& {
+    static const InstructionSet& selected = []() -> const InstructionSet& {
         __builtin_cpu_init();
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
             __builtin_cpu_supports("fma"))
-            return kernels_avx512;
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2;
-        return kernels_baseline;
+            return isa_avx512;
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return isa_avx2;
+        return isa_baseline;
     }();
-    return chosen;
+    return selected;
 #else
-    return kernels_baseline;
+    return isa_baseline;
 #endif
 }
 
-// Where the threads of a team wait for one another: spinning for as long as the others usually
-// need, then asleep, since there may be fewer cores than threads.
-struct Meeting {
+// Barrier of a team. A waiting thread spins for roughly the time the others usually need, then
+// sleeps, because there may be fewer cores than threads.
+struct Barrier {
     int size = 0;
     std::atomic<int> arrived{0}, round{0};
-    std::mutex door;
-    std::condition_variable opened;
+    std::mutex mutex;
+    std::condition_variable next_round;
 
-    static void meet(void* self) {
-        Meeting& m = *(Meeting*)self;
-        const int round = m.round.load(std::memory_order_relaxed);
-        if (m.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == m.size) {
-            m.arrived.store(0, std::memory_order_relaxed);
+    static void wait(void* self) {
+        Barrier& b = *(Barrier*)self;
+        const int round = b.round.load(std::memory_order_relaxed);
+        if (b.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == b.size) {
+            b.arrived.store(0, std::memory_order_relaxed);
             {
-                const std::lock_guard<std::mutex> lock(m.door);
-                m.round.store(round + 1, std::memory_order_release);
+                const std::lock_guard<std::mutex> lock(b.mutex);
+                b.round.store(round + 1, std::memory_order_release);
             }
-            m.opened.notify_all();
+            b.next_round.notify_all();
             return;
         }
         for (int spin = 0; spin < 20000; ++spin)
-            if (m.round.load(std::memory_order_acquire) != round) return;
-        std::unique_lock<std::mutex> lock(m.door);
-        m.opened.wait(lock, [&] { return m.round.load(std::memory_order_acquire) != round; });
+            if (b.round.load(std::memory_order_acquire) != round) return;
+        std::unique_lock<std::mutex> lock(b.mutex);
+        b.next_round.wait(lock, [&] { return b.round.load(std::memory_order_acquire) != round; });
     }
 };
 
 #if defined(_OPENMP)
-// The threads of OpenMP do not survive a fork, and it would wait for them for ever in the child.
+// The threads of OpenMP do not survive a fork: a parallel region in the child would deadlock.
 std::atomic<bool> forked{false};
-const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
-// Runs work(rank, size) on `threads` threads, or on fewer where no more are to be had.
+// Runs work(rank, size) on `threads` threads, or on fewer if the system refuses to start them.
 template <typename Work>
 void on_threads(int threads, Work work) {
     if (threads <= 1) return work(0, 1);
 #if defined(_OPENMP)
-    if (!forked && watching == 0) {
+    if (!forked && fork_handler == 0) {
 #pragma omp parallel num_threads(threads)
         work(omp_get_thread_num(), omp_get_num_threads());
         return;
     }
 #endif
-    std::atomic<int> size{0};  // 0 until it is known
+    std::atomic<int> size{0};  // 0 until all threads have started
     std::vector<std::thread> others;
     try {
         others.reserve((size_t)threads);
@@ -97,7 +98,7 @@ void on_threads(int threads, Work work) {
                 work(rank, size);
             });
     } catch (const std::system_error&) {
-        // Those that run share the work.
+        // The threads that did start share the work.
     }
     size = 1 + (int)others.size();
     work(0, size);
@@ -106,20 +107,21 @@ void on_threads(int threads, Work work) {
 
 constexpr int64_t large_page = (int64_t)2 << 20;
 
-// Fewer pages to ask for and to look up where the system has large ones. Those at both ends are shared
-// with neighbours, to whom it makes no difference; what is not there is left alone.
+// Asks the kernel for large pages, which take fewer page faults and TLB entries. The first and last
+// page may be shared with neighbouring allocations, which is harmless.
 void ask_for_large_pages(void* start, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     if (!start || bytes < 2 * large_page) return;
     const uintptr_t from = (uintptr_t)start / large_page * large_page;
-    const uintptr_t end = ((uintptr_t)start + (uintptr_t)bytes + large_page - 1) / large_page * large_page;
+    const uintptr_t past = (uintptr_t)start + (uintptr_t)bytes + large_page - 1;
+    const uintptr_t end = past / large_page * large_page;
     madvise((void*)from, (size_t)(end - from), MADV_HUGEPAGE);
 #else
     (void)start, (void)bytes;
 #endif
 }
 
-// Aligned memory, freed at the end of its scope.
+// Aligned memory, freed at the end of the scope; `start` is null if there was none.
 struct Memory {
     void* start = nullptr;
     explicit Memory(int64_t bytes) {
@@ -132,43 +134,51 @@ struct Memory {
     ~Memory() { free(start); }
 };
 
-// Entries and iterations worth a thread of their own, and entries of a problem worth a team.
+// Work that justifies one more thread (entries times iterations), and the number of entries from
+// which a problem is shared by a team.
 constexpr double least_work = 1 << 15, least_entries = 1 << 20;
+// Rows that a team shares come in chunks of 256; problems below that leave it nothing to share.
+constexpr int64_t team_rows = 256;
 
-// Calls solve(index, shared, own, team) for every problem: several problems at a time, one thread
-// each, or, where they are large or few, one after another by all threads together.
-template <typename Solve>
-int for_each_problem(const optical_problem& p, const Scratch& scratch, double visits, Solve solve) {
-    const double entries = (double)p.n * (double)p.m;
-    const double work = (double)p.batch * entries * (visits + (double)p.dim / 8);
-    int64_t threads = p.num_threads;
+// Threads worth starting for a batch, given how often each entry is visited.
+int64_t useful_threads(const optical_problem& batch, double visits) {
+    const double entries = (double)batch.n * (double)batch.m;
+    const double work = (double)batch.batch * entries * (visits + (double)batch.dim / 8);
+    int64_t threads = batch.num_threads;
     if (work < least_work * (double)threads) threads = (int64_t)(work / least_work);
-    if (threads < 1) threads = 1;
+    return threads < 1 ? 1 : threads;
+}
 
-    // Rows are shared out 256 at a time.
-    if (threads > 1 && p.n > 256 && (entries >= least_entries || p.batch < threads)) {
-        // One piece for all: a team must not lose a member to a lack of memory.
-        const Memory memory(scratch.shared + threads * scratch.own);
-        if (!memory.start) return OPTICAL_OUT_OF_MEMORY;
-        Meeting meeting;
-        std::once_flag counted;
-        on_threads((int)threads, [&](int rank, int size) {
-            std::call_once(counted, [&] { meeting.size = size; });
-            char* const own = (char*)memory.start + scratch.shared + rank * scratch.own;
-            const Team team = {rank, size, &meeting, Meeting::meet};
-            for (int64_t b = 0; b < p.batch; ++b) {
-                solve(b, memory.start, own, team);
-                if (size > 1) Meeting::meet(&meeting);
-            }
-        });
-        return OPTICAL_OK;
-    }
+// Solves one problem after another, each by all threads together.
+template <typename Solve>
+int solve_by_team(const optical_problem& batch, const Scratch& scratch, int64_t threads,
+                  Solve solve) {
+    // One allocation for all threads: a team must not lose a member to a lack of memory.
+    const Memory memory(scratch.shared + threads * scratch.own);
+    if (!memory.start) return OPTICAL_OUT_OF_MEMORY;
+    Barrier barrier;
+    std::once_flag counted;
+    on_threads((int)threads, [&](int rank, int size) {
+        std::call_once(counted, [&] { barrier.size = size; });
+        char* const own = (char*)memory.start + scratch.shared + rank * scratch.own;
+        const Team team = {rank, size, &barrier, Barrier::wait};
+        for (int64_t b = 0; b < batch.batch; ++b) {
+            solve(b, memory.start, own, team);
+            if (size > 1) Barrier::wait(&barrier);
+        }
+    });
+    return OPTICAL_OK;
+}
 
+// Solves several problems at a time, each by one thread.
+template <typename Solve>
+int solve_by_problem(const optical_problem& batch, const Scratch& scratch, int64_t threads,
+                     Solve solve) {
     std::atomic<int64_t> next{0};
     std::atomic<int> status{OPTICAL_OK};
-    if (threads > p.batch) threads = p.batch;
-    // Small enough shares that ragged problems balance, large enough that sharing is free.
-    const int64_t share = p.batch / (threads * 16) > 1 ? p.batch / (threads * 16) : 1;
+    if (threads > batch.batch) threads = batch.batch;
+    // Shares small enough to balance ragged problems, large enough that taking one costs nothing.
+    const int64_t share = batch.batch / (threads * 16) > 1 ? batch.batch / (threads * 16) : 1;
     on_threads((int)threads, [&](int, int) {
         const Memory memory(scratch.shared + scratch.own);
         if (!memory.start) {
@@ -176,28 +186,40 @@ int for_each_problem(const optical_problem& p, const Scratch& scratch, double vi
             return;
         }
         const Team team = {0, 1, nullptr, nullptr};
-        for (int64_t start; (start = next.fetch_add(share)) < p.batch;)
-            for (int64_t b = start; b < start + share && b < p.batch; ++b)
+        for (int64_t start; (start = next.fetch_add(share)) < batch.batch;)
+            for (int64_t b = start; b < start + share && b < batch.batch; ++b)
                 solve(b, memory.start, (char*)memory.start + scratch.shared, team);
     });
     return status;
 }
 
+// Calls solve(index, shared, own, team) for every problem. Teams serve large problems, and batches
+// of fewer problems than threads.
+template <typename Solve>
+int for_each_problem(const optical_problem& batch, const Scratch& scratch, double visits,
+                     Solve solve) {
+    const int64_t threads = useful_threads(batch, visits);
+    const bool large = (double)batch.n * (double)batch.m >= least_entries;
+    if (threads > 1 && batch.n > team_rows && (large || batch.batch < threads))
+        return solve_by_team(batch, scratch, threads, solve);
+    return solve_by_problem(batch, scratch, threads, solve);
+}
+
+bool one_of(int32_t value, int32_t last) { return value >= 0 && value <= last; }
+
 bool valid(const optical_problem& p) {
     const bool sizes = p.batch >= 0 && p.n >= 0 && p.m >= 0 && p.dim >= 0 && p.max_iter >= 0;
-    const bool choices = p.kind >= OPTICAL_GIVEN && p.kind <= OPTICAL_DOT &&
-                         (p.precision == OPTICAL_F32 || p.precision == OPTICAL_F64) &&
-                         p.x_type >= OPTICAL_F32 && p.x_type <= OPTICAL_BF16 &&
-                         p.y_type >= OPTICAL_F32 && p.y_type <= OPTICAL_BF16 &&
-                         p.gradient >= OPTICAL_ENVELOPE && p.gradient <= OPTICAL_UNROLL;
+    const bool choices = one_of(p.kind, OPTICAL_DOT) && one_of(p.precision, OPTICAL_F64) &&
+                         one_of(p.x_type, OPTICAL_BF16) && one_of(p.y_type, OPTICAL_BF16) &&
+                         one_of(p.gradient, OPTICAL_UNROLL);
     const bool numbers = p.rho_a > 0 && p.rho_b > 0 && p.omega > 0 && p.omega < 2 &&
                          p.anderson >= 0 && p.anderson <= 16;
     const bool pairs = !p.offset_a == !p.offset_b && !p.init_f == !p.init_g;
     return sizes && choices && numbers && pairs && p.num_threads >= 1;
 }
 
-const Kernel& kernel(const optical_problem& p) {
-    return p.precision == OPTICAL_F64 ? kernels().f64 : kernels().f32;
+const Operations& operations(const optical_problem& batch) {
+    return batch.precision == OPTICAL_F64 ? instruction_set().f64 : instruction_set().f32;
 }
 
 }  // namespace
@@ -206,51 +228,52 @@ const Kernel& kernel(const optical_problem& p) {
 using namespace optical;
 
 int optical_sinkhorn_forward(const optical_problem* problem, const optical_solution* solution) {
-    const optical_problem& p = *problem;
-    if (!valid(p)) return OPTICAL_INVALID_ARGUMENT;
-    if (p.batch == 0) return OPTICAL_OK;
-    const Kernel& chosen = kernel(p);
-    return for_each_problem(p, chosen.scratch(p, Operation::forward, 0), p.max_iter,
+    const optical_problem& batch = *problem;
+    if (!valid(batch)) return OPTICAL_INVALID_ARGUMENT;
+    if (batch.batch == 0) return OPTICAL_OK;
+    const Operations& run = operations(batch);
+    return for_each_problem(batch, run.scratch(batch, Operation::forward, 0), batch.max_iter,
                             [&](int64_t b, void* shared, void* own, const Team& team) {
-                                chosen.forward(p, *solution, b, shared, own, team);
+                                run.forward(batch, *solution, b, shared, own, team);
                             });
 }
 
 int optical_sinkhorn_backward(const optical_problem* problem, const optical_gradient* gradient) {
-    const optical_problem& p = *problem;
-    const bool unroll = p.gradient == OPTICAL_UNROLL;
-    if (!valid(p) || (unroll && (p.anderson > 0 || p.anneal_start > 0)))
+    const optical_problem& batch = *problem;
+    const bool unroll = batch.gradient == OPTICAL_UNROLL;
+    if (!valid(batch) || (unroll && (batch.anderson > 0 || batch.anneal_start > 0)))
         return OPTICAL_INVALID_ARGUMENT;
-    if (p.batch == 0) return OPTICAL_OK;
-    // Gradients are the largest arrays, and new ones in each step of a training.
-    const int64_t bytes = p.precision == OPTICAL_F64 ? 8 : 4;
-    const int64_t rows = p.offset_a ? p.offset_a[p.batch] : p.batch * p.n;
-    const int64_t columns = p.offset_b ? p.offset_b[p.batch] : p.batch * p.m;
-    const int64_t width = p.kind == OPTICAL_GIVEN ? p.m : p.dim;
+    if (batch.batch == 0) return OPTICAL_OK;
+    // The gradients are the largest arrays, and every training step allocates new ones.
+    const int64_t bytes = batch.precision == OPTICAL_F64 ? 8 : 4;
+    const int64_t rows = batch.offset_a ? batch.offset_a[batch.batch] : batch.batch * batch.n;
+    const int64_t columns = batch.offset_b ? batch.offset_b[batch.batch] : batch.batch * batch.m;
+    const int64_t width = batch.kind == OPTICAL_GIVEN ? batch.m : batch.dim;
     ask_for_large_pages(gradient->grad_x, rows * width * bytes);
-    ask_for_large_pages(gradient->grad_y, columns * p.dim * bytes);
-    const Kernel& chosen = kernel(p);
-    return for_each_problem(p, chosen.scratch(p, Operation::backward, 0),
-                            unroll ? 3.0 * p.max_iter : 1,
+    ask_for_large_pages(gradient->grad_y, columns * batch.dim * bytes);
+    const Operations& run = operations(batch);
+    return for_each_problem(batch, run.scratch(batch, Operation::backward, 0),
+                            unroll ? 3.0 * batch.max_iter : 1,
                             [&](int64_t b, void* shared, void* own, const Team& team) {
-                                chosen.backward(p, *gradient, b, shared, own, team);
+                                run.backward(batch, *gradient, b, shared, own, team);
                             });
 }
 
 int optical_apply_plan(const optical_problem* problem, const void* f, const void* g, const void* v,
                        int64_t width, int32_t transpose, void* out) {
-    const optical_problem& p = *problem;
-    if (!valid(p) || width < 0) return OPTICAL_INVALID_ARGUMENT;
-    if (p.batch == 0 || width == 0) return OPTICAL_OK;
-    const Kernel& chosen = kernel(p);
-    const Apply call = {f, g, v, width, transpose, out};
-    return for_each_problem(p, chosen.scratch(p, Operation::apply, transpose ? -width : width), 1,
+    const optical_problem& batch = *problem;
+    if (!valid(batch) || width < 0) return OPTICAL_INVALID_ARGUMENT;
+    if (batch.batch == 0 || width == 0) return OPTICAL_OK;
+    const Operations& run = operations(batch);
+    const PlanProduct product = {f, g, v, width, transpose, out};
+    const Scratch scratch = run.scratch(batch, Operation::apply, transpose ? -width : width);
+    return for_each_problem(batch, scratch, 1,
                             [&](int64_t b, void* shared, void* own, const Team& team) {
-                                chosen.apply(p, call, b, shared, own, team);
+                                run.apply(batch, product, b, shared, own, team);
                             });
 }
 
-const char* optical_cpu_isa(void) { return kernels().isa; }
+const char* optical_cpu_isa(void) { return instruction_set().name; }
 
 int optical_abi_version(void) { return OPTICAL_ABI_VERSION; }
 

@@ -1,20 +1,20 @@
-// Vectors of the compiler's own kind (GCC and Clang), with exp, log and sums of lanes.
+// SIMD vectors on the vector extensions of GCC and Clang, with exp, log and reductions over lanes.
 //
-// This header is compiled once per instruction set. Everything in it is `static` and forced
-// inline, and nothing of the C++ library is used: a template shared between two of those builds
-// would be merged by the linker, and the machine without AVX-512 could meet an AVX-512 copy.
+// This header is compiled once per instruction set. Everything in it is `static` and forced inline,
+// and no code of the C++ library is used: the linker would merge a template shared by two builds,
+// and a machine without AVX-512 could then run the AVX-512 copy.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
-#include <utility>  // integer_sequence: a type, with no code of its own
+#include <utility>  // integer_sequence: a type without code
 
 #ifndef OPTICAL_VECTOR_BYTES
 #error "OPTICAL_VECTOR_BYTES gives the width of a vector register: 16, 32 or 64"
 #endif
 
-// 32 vector registers of 64 bytes rather than 16 or fewer.
+// 32 vector registers of 64 bytes, instead of 16 or fewer registers.
 #define OPTICAL_MANY_REGISTERS (OPTICAL_VECTOR_BYTES == 64)
 
 #if (OPTICAL_VECTOR_BYTES == 16 && defined(__SSE2__)) || \
@@ -26,9 +26,9 @@
 #define OPTICAL_INLINE_MEMBER inline __attribute__((always_inline))
 #define OPTICAL_INLINE static OPTICAL_INLINE_MEMBER
 
-// The bits, range and polynomials of each number type. The polynomials are minimax on the reduced
-// range (found by Remez exchange at 50 digits), with relative errors 3e-9 and 4e-18 for exp and
-// 8e-10 and 8e-21 for log: well below the rounding of the last step.
+// Bit layout, range and polynomial coefficients of each number type. The polynomials are minimax on
+// the reduced range (Remez exchange at 50 digits), with relative errors of 3e-9 and 4e-18 for exp
+// and 8e-10 and 8e-21 for log (float and double): well below the rounding of the last step.
 template <typename T>
 struct Number;
 
@@ -80,7 +80,7 @@ struct Number<double> {
         0.13249787679682680861, 0.13254346977546325782};
 };
 
-// GCC wants the size of a vector of a fixed type to be a plain number.
+// GCC requires a literal as the size of a vector of a fixed type.
 template <int bytes>
 struct Words;
 template <>
@@ -96,7 +96,7 @@ struct Words<64> {
     typedef int64_t Type __attribute__((vector_size(64)));
 };
 
-// Vectors of the whole register, and of half of one.
+// Vectors of a whole register, or of `bytes` bytes.
 template <typename T, int bytes = OPTICAL_VECTOR_BYTES>
 struct Simd {
     typedef typename Number<T>::Bits Bits;
@@ -118,15 +118,15 @@ struct Simd {
     OPTICAL_INLINE Vector select(Mask condition, Vector yes, Vector no) {
         return condition ? yes : no;
     }
-    // Keeps GCC from swapping the sides of a comparison with a constant, after which it no longer
-    // recognises the minimum or maximum instruction, and from fusing a product with a sum.
+    // Stops GCC from swapping the operands of a comparison with a constant, which hides minimum and
+    // maximum instructions from it, and from fusing a product with a sum.
     OPTICAL_INLINE Vector opaque(Vector x) {
 #if defined(OPTICAL_X86_REGISTERS)
         asm("" : "+v"(x));
 #endif
         return x;
     }
-    // Of two numbers. With a NaN on either side the result is y, as in the x86 instructions.
+    // If x or y is NaN the result is y, as in the x86 instructions.
     OPTICAL_INLINE Vector min(Vector x, Vector y) { return select(x < y, x, y); }
     OPTICAL_INLINE Vector max(Vector x, Vector y) { return select(x > y, x, y); }
     OPTICAL_INLINE Vector absolute(Vector x) { return select(x < 0, -x, x); }
@@ -136,8 +136,8 @@ struct Simd {
         for (int i = 0; i < bytes / 8; ++i) result &= words[i];
         return result == -1;
     }
-    // x / y to half a unit in the last place, without the price of a division of vectors: the
-    // rounding of x times the inverse of y is found by a fused multiply-add and put right.
+    // x / y to half a unit in the last place, without a vector division: one fused multiply-add
+    // computes the rounding error of x times the inverse of y, a second corrects it.
     OPTICAL_INLINE Vector quotient(Vector x, T y, T inverse) {
 #if defined(__FMA__) || defined(__aarch64__)
         const Vector rough = x * inverse;
@@ -153,8 +153,8 @@ struct Simd {
         return total;
     }
 
-    // rows[k] for k < width -> a vector whose lane k is the sum (or minimum) of rows[k]: adding
-    // halves of neighbours transposes while it reduces, in width - 1 additions.
+    // Returns a vector whose lane k is the sum (or minimum) of the lanes of rows[k], k < width.
+    // Adding halves of neighbours transposes while it reduces, in width - 1 additions.
     struct Sum {
         template <typename Any>
         OPTICAL_INLINE Any of(Any x, Any y) { return x + y; }
@@ -169,7 +169,7 @@ struct Simd {
         return rows[0];
     }
 
-    // The same for as many rows as a vector of another width has lanes, into such a vector.
+    // The same for as many rows as a Narrow vector has lanes, into such a vector.
     template <typename Operation, typename Narrow>
     OPTICAL_INLINE typename Narrow::Vector across_into(Vector* rows) {
         if constexpr (Narrow::width == width) return across<Operation>(rows);
@@ -179,13 +179,15 @@ struct Simd {
             return Operation::of(part<Narrow, 0>(rows[0]), part<Narrow, 1>(rows[0]));
         }
     }
-    // The lower (0) or the upper half (1) of the lanes; all of them as a vector of the same width.
+    // The lower (0) or the upper half (1) of the lanes; all lanes if the width is the same.
     template <typename Narrow, int which>
     OPTICAL_INLINE typename Narrow::Vector part(Vector x) {
         if constexpr (Narrow::width == width) return x;
-        else return lanes_of<Narrow, which * Narrow::width>(x, std::make_integer_sequence<int, Narrow::width>{});
+        else
+            return lanes_of<Narrow, which * Narrow::width>(
+                x, std::make_integer_sequence<int, Narrow::width>{});
     }
-    // A mask or bits with the lanes of a narrower one, as often as they fit.
+    // A mask that repeats the lanes of a narrower one.
     template <typename Narrow>
     OPTICAL_INLINE Mask repeated(Narrow x) {
         if constexpr (sizeof x == sizeof(Mask)) return (Mask)x;
@@ -195,9 +197,9 @@ struct Simd {
     // rows[k][lane] <-> rows[lane][k], for k < width.
     OPTICAL_INLINE void transpose(Vector* rows) { exchange<width / 2>(rows); }
 
-    // exp, to about one unit in the last place; 0 below the normal range, +inf above the range,
-    // NaN for NaN. Cody and Waite: x = k ln 2 + r with |r| <= ln 2 / 2. Several vectors go through
-    // the steps side by side: one alone would mostly wait for its own previous step.
+    // exp to about one unit in the last place; 0 below the normal range, +inf above the range, NaN
+    // for NaN. Cody and Waite: x = k ln 2 + r with |r| <= ln 2 / 2. `count` vectors take each step
+    // together, because a single one would wait for its own previous step.
     template <int count>
     OPTICAL_INLINE void exp(Vector* x) {
         typedef Number<T> C;
@@ -216,7 +218,7 @@ struct Simd {
             for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + C::exp_coefficient[term];
         for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + T(1);
         for (int i = 0; i < count; ++i) p[i] = p[i] * r[i] + T(1);
-        // The integer k sits in the low bits of `shifted`: move it into the exponent of 2^k.
+        // The low bits of `shifted` hold the integer k: shift it into the exponent of 2^k.
         for (int i = 0; i < count; ++i)
             x[i] = p[i] * (Vector)(((Mask)shifted[i] << C::mantissa) + C::one_bits);
     }
@@ -225,8 +227,8 @@ struct Simd {
         return x;
     }
 
-    // Natural logarithm of a positive normal number, to a few units in the last place.
-    // x = 2^k y with y around 1, and log y = 2 artanh((y - 1) / (y + 1)).
+    // Natural logarithm of a positive normal number, to a few units in the last place:
+    // x = 2^k y with y near 1, and log y = 2 artanh((y - 1) / (y + 1)).
     OPTICAL_INLINE Vector log(Vector x) {
         typedef Number<T> C;
         const Mask k_bits = ((Mask)x - C::sqrt_half_bits) >> C::mantissa;
@@ -253,7 +255,7 @@ private:
         const int block = lane / half;
         return (block % 2) * width + (block / 2) * 2 * half + odd * half + lane % half;
     }
-    // Exchanges the off-diagonal blocks of every pair of rows `half` apart, then those within.
+    // Exchanges the off-diagonal blocks of every pair of rows `half` apart, then recurses.
     template <int half>
     OPTICAL_INLINE void exchange(Vector* rows) {
         if constexpr (half > 0) {
@@ -284,22 +286,27 @@ private:
         return Mask{x[lane % few]...};
 #endif
     }
-    // Lanes of which the bit `half` is set come from y, the others from x; with `crossed`, each from
-    // the lane in which that bit is the other way round.
+    // Lanes whose index has the bit `half` set come from y, the rest from x; with `crossed`, from
+    // the lane with that bit flipped.
     template <int half, bool crossed, int... lane>
     OPTICAL_INLINE Vector mixed(Vector x, Vector y, std::integer_sequence<int, lane...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-        return __builtin_shufflevector(x, y, (lane & half ? width : 0) + (crossed ? lane ^ half : lane)...);
+        return __builtin_shufflevector(x, y, mixed_source<half, crossed>(lane)...);
 #else
-        return __builtin_shuffle(x, y, Mask{(lane & half ? width : 0) + (crossed ? lane ^ half : lane)...});
+        return __builtin_shuffle(x, y, Mask{mixed_source<half, crossed>(lane)...});
 #endif
     }
+    template <int half, bool crossed>
+    static constexpr int mixed_source(int lane) {
+        return (lane & half ? width : 0) + (crossed ? lane ^ half : lane);
+    }
+    // Reduces `half` pairs of rows to one vector each, then recurses.
     template <typename Operation, int half>
     OPTICAL_INLINE void fold(Vector* rows) {
         if constexpr (half > 0) {
             const std::make_integer_sequence<int, width> lanes{};
             for (int k = 0; k < half; ++k) {
-                // A blend and one shuffle, of which a core does fewer at a time.
+                // A blend and one shuffle: cores execute fewer shuffles than blends per cycle.
                 const Vector own = mixed<half, false>(rows[k], rows[k + half], lanes);
                 const Vector other = mixed<half, true>(rows[k], rows[k + half], lanes);
                 rows[k] = Operation::of(own, other);

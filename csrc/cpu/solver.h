@@ -1,34 +1,13 @@
-// The iteration. Each thread of a team has its own Solver, whose arrays are the team's.
+// The solver of one problem: reads it, iterates until it converges, and leaves f, g and the plan.
 //
-// The iteration of sinkhorn.h spends an exponential per entry and half-step. The same iterates
-// come from scaling: with base potentials F, G and K_ij = exp((F_i + G_j - C_ij) / epsilon),
-//
-//     u_i = 1 / sum_j K_ij b_j v_j        f_i = F_i + epsilon log u_i
-//     v_j = 1 / sum_i K_ij a_i u_i        g_j = G_j + epsilon log v_j
-//
-// which is one multiply-add per entry and half-step. What makes this as safe as the log domain is
-// the choice of the base: given g, take the transforms of zero temperature
-//
-//     F_i = min_j (C_ij - g_j)      G_j = min_i (C_ij - F_i)      v_j = exp((g_j - G_j) / epsilon)
-//
-// Then K <= 1, and every row and every column holds an entry that is exactly 1: in row i the
-// column where the first minimum is attained, which there also attains G_j = g_j, so v_j = 1. So
-// the sums of the next iteration are at least the mass of one entry: nothing overflows, and what
-// underflows was invisible. The base is rebuilt when u or v has drifted past `drift`, and also
-// when a sum falls outside `trusted`, where underflow could show: then the iteration is repeated.
-// If a sum is outside right after a rebuild, the masses themselves are extreme (say 1e-20), or the
-// potentials far from these transforms, and the iteration is done in the log domain.
-//
-// Unbalanced marginals, over-relaxation and Anderson acceleration change vectors only: they need
-// the potentials themselves after every half-step, a logarithm and an exponential per line
-// ("relaxed" below). Without them the scalings u and v are enough.
-//
-// Between rebuilds K is read from cache once per full iteration: a block of rows is multiplied
-// with b v, its u follows, and the same rows, still in the first cache level, are added into the
-// column sums. Rows are cut into chunks of a fixed size, whose column sums are added in order: so
-// a team can share a problem, and no bit depends on its size.
+// Iterations run by scaling on the base of scaling_kernel.h. The base is rebuilt when u or v has
+// drifted past Bounds::drift, and when a sum leaves Bounds::trusted, where underflow could show; in
+// the second case the iteration is repeated. If a sum leaves `trusted` right after a rebuild, the
+// masses are extreme (say 1e-20) or the potentials far from the transforms of the base, and the
+// iteration is done in the log domain.
 #pragma once
 
+#include "anderson.h"
 #include "iteration.h"
 
 namespace optical {
@@ -36,26 +15,22 @@ namespace OPTICAL_ISA {
 namespace {
 
 template <typename T>
-struct Mixer;  // anderson.h
-
-template <typename T>
-struct Solver : Iteration<T> {
-    typedef Iteration<T> Base;
+struct Solver {
     typedef Simd<T> S;
     typedef typename S::Vector Vector;
     typedef Number<T> C;
-    typedef typename Base::Range Range;
-    static constexpr int width = S::width, block = Base::block;
-    typedef typename Base::Holding Holding;
-    typedef typename Base::Step Step;
-    typedef typename Base::Measure Measure;
-    using Base::col_count, Base::row_count, Base::team, Base::epsilon, Base::target, Base::rho_a,
-        Base::rho_b, Base::relaxed, Base::holding, Base::weight_a, Base::base_f, Base::f,
-        Base::f_next, Base::u, Base::u_next, Base::au, Base::weight_b, Base::base_g, Base::g,
-        Base::g_next, Base::v, Base::v_next, Base::bv, Base::history, Base::agreed,
-        Base::build_kernel, Base::exchange, Base::own_columns, Base::own_rows, Base::set_step,
-        Base::set_temperature, Base::absorb, Base::iterate_log_domain,
-        Base::rebase, Base::scale_columns;
+    typedef BitRange<T> Range;
+    typedef typename Iteration<T>::Step Step;
+    typedef typename Iteration<T>::Measure Measure;
+    typedef typename ScalingKernel<T>::Content Content;
+    static constexpr int width = Tiling<T>::width, block = Tiling<T>::block;
+    static constexpr int max_failures = 4;  // of scaling, before only the log domain is used
+
+    Problem<T> problem;
+    Cost<T> cost{problem};
+    Workspace<T> work{problem};
+    ScalingKernel<T> kernel{problem, cost, work};
+    Iteration<T> iteration{problem, cost, work, kernel};
 
     struct Options {
         int32_t max_iter;
@@ -65,135 +40,228 @@ struct Solver : Iteration<T> {
         double anneal_start, anneal_ratio;
     };
 
-    // Iterates from f and g; returns the number of iterations, and whether `tol` was reached.
+    explicit Solver(const Team& team) { problem.team = team; }
+    Solver(const Solver&) = delete;
+
+    // Takes memory from both arenas; the same call with arenas at address 0 measures it. `swapped`
+    // exchanges rows and columns, `keep` allows to store tiles, `keep_history` all potentials.
+    void lay_out(Arena& shared, Arena& own, const optical_problem& batch, bool swapped, bool keep,
+                 bool keep_history) {
+        const int64_t max_n = swapped ? batch.m : batch.n, max_m = swapped ? batch.n : batch.m;
+        problem.lay_out(shared, max_n, max_m);
+        cost.lay_out(shared, batch, max_n, max_m, keep);
+        const bool keep_kernel = !batch.low_memory || batch.kind == OPTICAL_GIVEN || cost.stored;
+        kernel.lay_out(shared, max_n, max_m, keep && keep_kernel);
+        work.lay_out(shared, own, batch, max_n, max_m, keep_history);
+    }
+
+    // Reads problem `index`. False: a side is empty or an input is not a number, as `status` says.
+    bool read(const optical_problem& batch, int64_t index, bool swapped, int32_t& status) {
+        const bool from_matrix = batch.kind == OPTICAL_GIVEN;
+        Side a = rows_of(batch, index), b = columns_of(batch, index);
+        const T *log_a = (const T*)batch.log_a, *log_b = (const T*)batch.log_b;
+        int64_t stride_row = batch.x_stride_row, stride_entry = batch.x_stride_entry;
+        const char* matrix = a.vectors;
+        problem.rho_a = (T)batch.rho_a, problem.rho_b = (T)batch.rho_b;
+        if (swapped) {
+            exchange(a, b), exchange(log_a, log_b), exchange(stride_row, stride_entry);
+            exchange(problem.rho_a, problem.rho_b);
+        }
+        log_a += a.first, log_b += b.first;
+        bool finite = true;
+        if (problem.team.rank == 0) {
+            const bool any = problem.find_valid(log_a, a.count, log_b, b.count);
+            if (any && !from_matrix) finite = cost.read_vectors(a, b);
+        }
+        finite = problem.agree_on_sizes(finite);
+        status = OPTICAL_EMPTY;
+        if (problem.n == 0 || problem.m == 0) return false;
+        if (from_matrix) cost.use_matrix(matrix, stride_row, stride_entry);
+        else cost.set_kind();
+
+        const T epsilon = ((const T*)batch.epsilon)[index];
+        problem.epsilon = epsilon;
+        kernel.set_temperature(epsilon);
+        bool valid = finite & (epsilon > 0) & (epsilon < C::infinity) &
+                     (kernel.inverse_epsilon < C::infinity);
+        valid &= problem.read_masses(log_a, log_b);
+        if (batch.init_f && !swapped) {
+            const T *f = (const T*)batch.init_f + a.first, *g = (const T*)batch.init_g + b.first;
+            valid &= problem.finite_at(f, problem.row_index, problem.n);
+            valid &= problem.finite_at(g, problem.col_index, problem.m);
+        }
+        valid &= work.all_valid(cost.fill_own(work.panel(0)));
+        status = valid ? OPTICAL_MAX_ITER : OPTICAL_INFEASIBLE;
+        return valid;
+    }
+
+    // Sets f and g to the initial potentials of the problem, zero by default.
+    void start(const optical_problem& batch, const Side& a, const Side& b) {
+        work.set_potentials(batch.init_f ? (const T*)batch.init_f + a.first : nullptr,
+                            batch.init_g ? (const T*)batch.init_g + b.first : nullptr);
+    }
+
+    // Iterates from f and g. Returns the number of iterations, and whether `tol` was reached.
     int32_t solve(const Options& options, bool& converged) {
-        relaxed = options.omega != 1 || rho_a < C::infinity || rho_b < C::infinity ||
-                  options.anderson > 0;
-        Mixer<T> mixer(*this, options.anderson);
-        bool scaled = false;    // the state is u and v; otherwise it is f and g
-        bool current = false;   // base, a u and b v belong to the state
-        bool first = true;
-        bool cold = false;      // the last iteration was at the temperature of the problem
-        int failures = 0;       // of the scaling: after a few, only the log domain is used
-        double heat = options.anneal_start;
+        const T target = problem.epsilon;
+        work.relaxed = options.omega != 1 || problem.penalty_a() || problem.penalty_b() ||
+                       options.anderson > 0;
+        Anderson<T> anderson(problem, work, options.anderson);
+        scaled = current = false, first = true, failures = 0;
+        bool at_target = false;  // the last iteration was at the temperature of the problem
+        double annealed = options.anneal_start;
         int32_t done = 0;
         converged = false;
-        record(0, scaled);
+        record(0);
         while (done < options.max_iter) {
-            const T temperature = heat > (double)target ? (T)heat : target;
-            if (temperature != epsilon) {
-                if (scaled) absorb();
-                scaled = current = false;
-                set_temperature(temperature);
+            const T temperature = annealed > (double)target ? (T)annealed : target;
+            if (temperature != kernel.epsilon) {
+                leave_scaling();
+                current = false;
+                kernel.set_temperature(temperature);
             }
             const bool plain = done == 0 || temperature != target;
-            set_step(plain ? (T)1 : options.omega);
-            const bool test = options.tol > 0 && done > 0 && cold && temperature == target;
-            const bool fresh = !current;
-            Step step = {false, false, true, 0};
-            if (fresh) {
-                if (scaled) absorb();
-                scaled = false;
-                if (failures < 4 || first) rebase(first);
-                current = true, first = false;
-            }
-            bool log_domain = failures >= 4;
-            if (!log_domain) {
-                step = mixer.memory > 0 ? this->template iterate<Measure::columns, true>()
-                       : relaxed && test ? this->template iterate<Measure::rows, true>()
-                       : relaxed         ? this->template iterate<Measure::nothing, true>()
-                       : test            ? this->template iterate<Measure::rows, false>()
-                                         : this->template iterate<Measure::nothing, false>();
-                if (!step.trusted && !(test && mixer.memory == 0 && step.rows_trusted &&
-                                       step.residual <= options.tol)) {
-                    // Its weights belong to no state.
-                    current = false;
-                    if (!fresh) continue;
-                    ++failures;
-                    log_domain = true;
-                }
-            }
-            if (log_domain) {
-                step = {true, true, false, iterate_log_domain(mixer.memory > 0)};
-            }
-            if (test && mixer.memory == 0 && step.rows_trusted && step.residual <= options.tol) {
+            iteration.set_step(plain ? (T)1 : options.omega);
+            const bool test = options.tol > 0 && done > 0 && at_target && temperature == target;
+            const bool measure_input = test && !anderson.active();
+            const double tol = measure_input ? options.tol : -1;
+            const Taken taken = iterate(anderson.active(), measure_input, tol);
+            if (measure_input && taken.step.rows_trusted && taken.step.error <= tol) {
                 converged = true;
-                current = false;  // the iteration is not taken
+                current = false;  // the input has converged: the iteration is dropped
                 break;
             }
-            if (relaxed || log_domain) {
-                exchange(f, f_next);
-                exchange(g, g_next);
-                scaled = false;
-            } else {
-                exchange(u, u_next);
-                exchange(v, v_next);
-                scaled = true;
-            }
-            // A state that is not calm even on a base of its own gains nothing from another.
-            current = !log_domain && (step.calm || (fresh && relaxed));
-            ++done;
-            record(done, scaled);
-            if (mixer.memory > 0) {
-                const bool enough = options.tol > 0 && !plain && step.residual <= options.tol;
-                if (mixer.next(plain, step.residual) && !enough && done < options.max_iter) {
-                    // g is an input of the mixer's choice.
-                    Range range;
-                    own_columns([&](int64_t j) {
-                        scale_columns(j);
-                        range.add(S::load(v + j));
-                    });
-                    if (!agreed(range).within(Bounds<T>::drift)) current = false;
-                }
-                if (enough) {
+            accept(taken);
+            record(++done);
+            if (anderson.active()) {
+                const double error = taken.step.error;
+                const bool met = options.tol > 0 && !plain && error <= options.tol;
+                if (anderson.next(plain, error, kernel.epsilon) && !met && done < options.max_iter)
+                    enter_extrapolated();
+                if (met) {
                     converged = true;
                     break;
                 }
             }
-            cold = temperature == target;
-            heat *= options.anneal_ratio;
+            at_target = temperature == target;
+            annealed *= options.anneal_ratio;
         }
-        if (mixer.memory > 0 && done > 0) {
-            own_columns([&](int64_t j) { S::store(g + j, S::load(mixer.image + j)); });
-            sync(team);
+        if (anderson.active() && done > 0) {
+            problem.own_columns(
+                [&](int64_t j) { S::store(work.g + j, S::load(anderson.image + j)); });
+            sync(problem.team);
             current = false;
         }
-        finish(scaled, current && epsilon == target, first);
+        finish();
         return done;
     }
 
-    // Leaves f and g, and K, a u and b v (or the plan with weights 1) that belong to them.
-    void finish(bool scaled, bool current, bool first) {
-        if (scaled) {
-            // Of the last iteration taken: one that was tried and dropped has left its weights.
-            own_rows([&](int64_t i) { S::store(au + i, S::load(weight_a + i) * S::load(u + i)); });
-            own_columns([&](int64_t j) { S::store(bv + j, S::load(weight_b + j) * S::load(v + j)); });
-            const bool here = epsilon == target;
-            absorb();
-            if (here) return;
-            current = false;
+private:
+    bool scaled;   // the state is u and v; otherwise it is f and g
+    bool current;  // base, a u and b v belong to the state
+    bool first;    // no base was built yet
+    int failures;  // of scaling right after a rebuild
+
+    struct Taken {
+        Step step;
+        bool log_domain, fresh;  // fresh: on a base built for this iteration
+    };
+
+    void leave_scaling() {
+        if (scaled) iteration.absorb();
+        scaled = false;
+    }
+
+    // One iteration, on a base that can be trusted or in the log domain. A result whose input meets
+    // `tol` needs trusted rows only, because it will be dropped.
+    Taken iterate(bool accelerated, bool test, double tol) {
+        for (;;) {
+            const bool fresh = !current;
+            if (fresh) {
+                leave_scaling();
+                if (failures < max_failures || first) kernel.rebase(first);
+                current = true, first = false;
+            }
+            if (failures < max_failures) {
+                const Step step = iterate_scaling(accelerated, test);
+                const bool dropped = test && step.rows_trusted && step.error <= tol;
+                if (step.trusted || dropped) return {step, false, fresh};
+                current = false;  // a u and b v belong to no state
+                if (!fresh) continue;
+                ++failures;
+            }
+            return {{true, true, false, iteration.iterate_log_domain(accelerated)}, true, fresh};
         }
-        if (current) return;
-        if (first) rebase(true);  // marks the lines without a pair
-        set_temperature(target);
-        holding = Holding::plan;
-        own_rows([&](int64_t i) { S::store(au + i, S::all(1)); });
-        own_columns([&](int64_t j) { S::store(bv + j, S::all(1)); });
-        sync(team);
-        build_kernel();
-        sync(team);
+    }
+
+    Step iterate_scaling(bool accelerated, bool test) {
+        if (accelerated) return iteration.template iterate<Measure::columns, true>();
+        if (work.relaxed && test) return iteration.template iterate<Measure::rows, true>();
+        if (work.relaxed) return iteration.template iterate<Measure::nothing, true>();
+        if (test) return iteration.template iterate<Measure::rows, false>();
+        return iteration.template iterate<Measure::nothing, false>();
+    }
+
+    // Makes the result of an iteration the state.
+    void accept(const Taken& taken) {
+        if (work.relaxed || taken.log_domain) {
+            exchange(work.f, work.f_next);
+            exchange(work.g, work.g_next);
+            scaled = false;
+        } else {
+            exchange(work.u, work.u_next);
+            exchange(work.v, work.v_next);
+            scaled = true;
+        }
+        // A relaxed state that drifts even on a fresh base gains nothing from another rebuild.
+        current = !taken.log_domain && (taken.step.calm || (taken.fresh && work.relaxed));
+    }
+
+    // After an extrapolation of g: v and b v, and a rebuild if v has drifted.
+    void enter_extrapolated() {
+        Range range;
+        problem.own_columns([&](int64_t j) {
+            kernel.scale_columns(j);
+            range.add(S::load(work.v + j));
+        });
+        if (!work.merged(range).within(Bounds<T>::drift)) current = false;
+    }
+
+    // Leaves f and g at the temperature of the problem, and K with its a u and b v; or, if these
+    // are not current, the plan in the place of K with weights 1.
+    void finish() {
+        if (scaled) {
+            // Recomputed, because a dropped iteration has overwritten them.
+            problem.own_rows([&](int64_t i) {
+                S::store(work.au + i, S::load(work.weight_a + i) * S::load(work.u + i));
+            });
+            problem.own_columns([&](int64_t j) {
+                S::store(work.bv + j, S::load(work.weight_b + j) * S::load(work.v + j));
+            });
+            iteration.absorb();
+        }
+        const bool at_target = kernel.epsilon == problem.epsilon;
+        if (at_target && (scaled || current)) return;
+        if (first) kernel.rebase(true);  // finds the unmatched entries
+        kernel.set_temperature(problem.epsilon);
+        kernel.content = Content::plan;
+        problem.own_rows([&](int64_t i) { S::store(work.au + i, S::all(1)); });
+        problem.own_columns([&](int64_t j) { S::store(work.bv + j, S::all(1)); });
+        sync(problem.team);
+        kernel.build();
+        sync(problem.team);
     }
 
     // Keeps the potentials after iteration `done` for the reverse sweep.
-    void record(int32_t done, bool scaled) {
-        if (!history) return;
-        T* to = history + (int64_t)done * (row_count + col_count);
-        own_rows([&](int64_t i) {
-            S::store(to + i, scaled ? S::load(base_f + i) + epsilon * S::log(S::load(u + i)) : S::load(f + i));
+    void record(int32_t done) {
+        if (!work.history) return;
+        T* to = work.history + (int64_t)done * (problem.row_count + problem.col_count);
+        problem.own_rows([&](int64_t i) {
+            S::store(to + i, scaled ? iteration.row_potential(i) : S::load(work.f + i));
         });
-        to += row_count;
-        own_columns([&](int64_t j) {
-            S::store(to + j, scaled ? S::load(base_g + j) + epsilon * S::log(S::load(v + j)) : S::load(g + j));
+        to += problem.row_count;
+        problem.own_columns([&](int64_t j) {
+            S::store(to + j, scaled ? iteration.column_potential(j) : S::load(work.g + j));
         });
     }
 };

@@ -184,10 +184,10 @@ def compile_cpu(folder: Path, library: Path, compiler: list[str], threading: lis
     flags = [*CPU_FLAGS, f'-DOPTICAL_SOURCE_HASH="{cpu_source_hash(folder)}"']
     if len(variants) > 1:
         flags.append("-DOPTICAL_X86")
-    kernel = str(folder / "cpu" / "kernel.cpp")
+    operations = str(folder / "cpu" / "operations.cpp")
     units = {
         "dispatch.o": [*threading, str(folder / "cpu" / "dispatch.cpp")],
-        **{f"{isa}.o": [*options, f"-DOPTICAL_ISA={isa}", kernel] for isa, options in variants},
+        **{f"{isa}.o": [*options, f"-DOPTICAL_ISA={isa}", operations] for isa, options in variants},
     }
     objects = [str(library.with_name(name)) for name in units]
     commands = [

@@ -1,4 +1,12 @@
-// Products of small matrices, in registers and the first cache level.
+// Matrix products of a few hundred rows and columns, in registers and the L1 cache.
+//
+// out = left right is computed `rows` x `vectors` accumulators at a time. With 16 registers, 4 x 3
+// accumulators leave one register per vector of the right side and one to broadcast the left.
+// `rows` divides the vector width, so a group of rows never crosses a vector of a tile.
+//
+// The right side (depth x columns) is packed: cut in depth into chunks and in columns into panels
+// of at most `vectors` vectors, so that one panel stays in the L1 cache while every row of the left
+// side is multiplied with it.
 #pragma once
 
 #include "simd.h"
@@ -7,15 +15,8 @@ namespace optical {
 namespace OPTICAL_ISA {
 namespace {
 
-// Products of small matrices. `rows` x `vectors` accumulators stay in registers: with 16 of these,
-// 4 x 3 leave one for each vector of the right side and one to broadcast the left. `rows` divides
-// the width, so that a group of rows never crosses a vector of a tile.
-//
-// The right side (depth x columns) is packed: cut in depth into chunks and in columns into panels of
-// at most `vectors` vectors, small enough together that one panel stays in the first cache level
-// while all rows of the left side pass by.
 template <typename T>
-struct Product {
+struct SmallGemm {
     typedef Simd<T> S;
     typedef typename S::Vector Vector;
     static constexpr int width = S::width;
@@ -23,16 +24,16 @@ struct Product {
     static constexpr int vectors = 3;
     static constexpr int64_t chunk = 192;
 
-    // Where vector v of row k of the right side lies, of `count` vectors per row.
+    // Offset of vector v of row k in the packed right side, with `count` vectors per row.
     OPTICAL_INLINE int64_t packed(int64_t k, int64_t v, int64_t depth, int64_t count) {
         const int64_t top = k / chunk * chunk, first = v / vectors * vectors;
         const int64_t deep = least(depth - top, chunk), wide = least(count - first, vectors);
         return (top * count + first * deep + (k - top) * wide + (v - first)) * width;
     }
 
-    // out(group, row, vector, sum, more) for groups of `rows` rows of the left side times all of
-    // the right side; `more`: the sums add to those of earlier chunks. left(group, k) points at the
-    // entry of a group's first row, from which its other rows are left.row(r) away.
+    // Calls out(group, row, vector, sum, more) for every group of `rows` rows of the left side and
+    // every vector of columns. With `more`, the sum is to be added to that of the earlier chunks.
+    // left(group, k) points at entry k of the group's first row; row r is left.row(r) further on.
     template <typename Left, typename Out>
     OPTICAL_INLINE void multiply(int64_t groups, Left left, const T* right, int64_t depth,
                                  int64_t count, Out out) {
@@ -62,7 +63,7 @@ private:
             for (int i = 0; i < some; ++i) out(group, r, v + i, sum[r * some + i], top > 0);
     }
 
-    // Apart from its callers, whose variables would push accumulators out of their registers.
+    // Not inlined: the caller's variables would spill the accumulators.
     template <int some, typename Left>
     static __attribute__((noinline)) void accumulate(const Left& left, int64_t group, int64_t top,
                                                      int64_t deep, const T* right, Vector* to) {
@@ -84,24 +85,24 @@ private:
     }
 };
 
-// Left sides of products: a matrix by row, and one by blocks of rows, in which the entries of a
-// block that are wanted together lie together.
+// Left side stored by row.
 template <typename T>
 struct Rows {
     const T* start;
     int64_t stride;
     OPTICAL_INLINE_MEMBER const T* operator()(int64_t group, int64_t k) const {
-        return start + group * Product<T>::rows * stride + k;
+        return start + group * SmallGemm<T>::rows * stride + k;
     }
     OPTICAL_INLINE_MEMBER int64_t row(int r) const { return r * stride; }
 };
 
+// Left side stored by blocks of rows; within a block, the entries of one column are contiguous.
 template <typename T, int block>
 struct Blocks {
     const T* start;
     int64_t columns;
     OPTICAL_INLINE_MEMBER const T* operator()(int64_t group, int64_t k) const {
-        const int64_t row = group * Product<T>::rows;
+        const int64_t row = group * SmallGemm<T>::rows;
         return start + (row / block * columns + k) * block + row % block;
     }
     OPTICAL_INLINE_MEMBER int64_t row(int r) const { return r; }

@@ -1,0 +1,53 @@
+// Table of operations that every instruction-set build of operations.cpp exports to dispatch.cpp.
+#pragma once
+
+#include <stdint.h>
+
+#include "../sinkhorn.h"
+
+namespace optical {
+
+// The threads that solve one problem together. All run the same code, each on its own chunks of
+// rows and segments of columns, and synchronise at barriers; a one-thread team skips them.
+struct Team {
+    int rank, size;
+    void* barrier;
+    void (*wait)(void* barrier);
+};
+
+enum class Operation { forward, backward, apply };
+
+// Arguments of optical_apply_plan beside the problem.
+struct PlanProduct {
+    const void *f, *g, *v;
+    int64_t width;
+    int32_t transpose;
+    void* out;
+};
+
+// Bytes of scratch memory for one problem: shared by its team, and private to each thread.
+struct Scratch {
+    int64_t shared, own;
+};
+
+// Operations on problem `index` of a batch, in one precision. The caller provides the scratch
+// memory and reuses it for the next problem.
+struct Operations {
+    // `width` is that of the vectors of `apply`, negative for the transposed product.
+    Scratch (*scratch)(const optical_problem& batch, Operation operation, int64_t width);
+    void (*forward)(const optical_problem& batch, const optical_solution& solution, int64_t index,
+                    void* shared, void* own, const Team& team);
+    void (*backward)(const optical_problem& batch, const optical_gradient& gradient, int64_t index,
+                     void* shared, void* own, const Team& team);
+    void (*apply)(const optical_problem& batch, const PlanProduct& product, int64_t index,
+                  void* shared, void* own, const Team& team);
+};
+
+struct InstructionSet {
+    const char* name;
+    Operations f32, f64;
+};
+
+extern const InstructionSet isa_baseline, isa_avx2, isa_avx512;
+
+}  // namespace optical
