@@ -61,12 +61,13 @@ def architectures_of_driver() -> tuple[str, ...]:
     except OSError:
         return ()
     count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    capability_major, capability_minor = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return ()
     found = set()
     for device in range(count.value):
-        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+        driver.cuDeviceGetAttribute(ctypes.byref(major), capability_major, device)
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), capability_minor, device)
         found.add((major.value, minor.value))
     return tuple(f"{x}{y}" for x, y in sorted(found) if x >= 8)
 

@@ -53,7 +53,7 @@ def test_the_committed_table_is_whole_and_keeps_its_promises():
     architectures = {architecture for architecture, _ in table}
     # Rows are of the sources at hand, or there are none: some take half an hour to make.
     assert architectures == set(cuda.ARCHITECTURES)
-    names = set(nvrtc.kernels(ROOT / "csrc"))
+    names = set(nvrtc.kernel_definitions(ROOT / "csrc"))
     for architecture in architectures:
         rows = [row for key, row in table.items() if key[0] == architecture]
         assert {row["kernel"] for row in rows} == names
@@ -93,7 +93,7 @@ def test_rows_of_an_architecture_take_the_place_of_its_old_ones(tmp_path):
 @needs_nvdisasm
 def test_the_iterations_compile_without_spills_in_their_loops(tmp_path):
     kinds = ("four", "pair", "warp", "square")
-    lines = nvrtc.kernels(ROOT / "csrc")
+    lines = nvrtc.kernel_definitions(ROOT / "csrc")
     some = " ".join(lines[f"optical_forward_{kind}"] for kind in kinds)
     source = tmp_path / "some.cu"
     source.write_text(f'#define OPTICAL_ONLY {some}\n#include "kernels.cuh"\n')
@@ -105,7 +105,7 @@ def test_the_iterations_compile_without_spills_in_their_loops(tmp_path):
 @pytest.mark.parametrize("architecture", cuda.ARCHITECTURES)
 def test_every_kernel_compiles_without_a_warning(architecture, tmp_path):
     _, said = cuda_resources.compile_kernels(architecture, tmp_path, *STRICT)
-    assert set(cuda_resources.resources(said)) == set(nvrtc.kernels(ROOT / "csrc"))
+    assert set(cuda_resources.resources(said)) == set(nvrtc.kernel_definitions(ROOT / "csrc"))
 
 
 @needs_nvcc

@@ -9,13 +9,11 @@ in ``test_cuda_build.py``.
 import ctypes
 import itertools
 import math
-import platform
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from cuda_emulator.build import build, use
 
 from optical import cuda, native, nvrtc
 from optical.arguments import GRADIENTS
@@ -31,22 +29,7 @@ from optical.testing import (
     solve,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 ALL = {problem.name: problem for problem in problems()}
-FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
-if platform.machine() in ("x86_64", "AMD64"):
-    FLAGS.append("-mfma")
-
-
-def build(folder, *flags, source=ROOT / "csrc" / "cuda" / "sinkhorn.cu"):
-    compiler = native.find_compiler()
-    if compiler is None:
-        pytest.skip(reason="no C++ compiler")
-    library = folder / "host.so"
-    include = f"-I{ROOT / 'csrc' / 'cuda'}"
-    command = [*compiler, *FLAGS, "-DOPTICAL_ON_HOST", include, *flags, str(source), "-o"]
-    subprocess.run([*command, str(library)], check=True)
-    return library
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +37,10 @@ def compiled(tmp_path_factory):
     return cuda.open_library(build(tmp_path_factory.mktemp("host"), "-O1", "-Werror"), None)
 
 
-def use(library, replace_attribute):
-    replace_attribute(cuda, "_state", lambda: cuda._State(library, None))
-    replace_attribute(cuda, "DEVICE", "cpu")
-    cuda._within_reach.cache_clear()
-
-
 @pytest.fixture
 def kernels(compiled, monkeypatch):
     use(compiled, monkeypatch.setattr)
-    compiled.optical_host_seed(1)
+    compiled.optical_emulator_seed(1)
     yield compiled
     cuda._within_reach.cache_clear()
 
@@ -264,7 +241,7 @@ def test_any_order_of_threads_gives_the_same_bits(name, size, kernels):
     problem = random_clouds(name, "cosine", batch=1, n=size[0], m=size[1], dim=9, max_iter=2)
     expected = results(problem)
     for seed in range(2, 5):
-        kernels.optical_host_seed(seed)
+        kernels.optical_emulator_seed(seed)
         assert_same_bits(expected, results(problem))
 
 
@@ -297,7 +274,7 @@ def test_threads_that_wait_for_ever_are_reported(tmp_path):
         "        if (all || thread_index() != 33) sync_block();\n"
         "        else sync_warp();\n"
         "    };\n"
-        "    return host::run_cluster(0, 1, 64, 0, body);\n"
+        "    return emulator::run_cluster(0, 1, 64, 0, body);\n"
         "}\n"
     )
     library = ctypes.CDLL(str(build(tmp_path, "-O1", source=source)))
@@ -369,7 +346,7 @@ def test_problems_that_share_a_warp_go_ways_of_their_own(options, half, kind, ke
     problem = packed(clouds).to(torch.float32, "cpu", half)
     expected, stopped = [problem.one(i) for i in range(11)], set()
     for seed in (1, 2):
-        kernels.optical_host_seed(seed)
+        kernels.optical_emulator_seed(seed)
         together = solve("cuda", problem, "implicit")
         stopped |= set(together["n_iter"].tolist())
         for i, one in enumerate(expected):
@@ -469,11 +446,11 @@ def test_both_ways_to_launch_plan_alike(kernels):
         for kind, backward, n, m in itertools.product((0, 1), (None, 0, 1, 2), sides, sides):
             problem = native._Problem(batch=1, n=n, m=m, kind=kind, gradient=backward or 0)
             found = (ctypes.c_int * 5)()
-            number = kernels.optical_cuda_plan(
+            number = kernels.optical_cuda_launch_config(
                 ctypes.byref(problem), backward is not None, shared, clusters, found
             )
             expected = None if number < 0 else (number, *found)
-            assert nvrtc.plan(n, m, kind, backward, device) == expected, (n, m, kind, backward)
+            assert nvrtc.choose_launch(n, m, kind, backward, device) == expected, (n, m, kind, backward)
 
 
 def test_refusals_are_in_words(kernels):

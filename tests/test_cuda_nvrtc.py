@@ -120,7 +120,7 @@ def test_each_gradient_has_its_kernel():
         assert call(driver, problem(100, 100, gradient=gradient), backward=True) == 0
         assert driver.launches[-1][0] == f"optical_{name}_block 90"
     # Every kernel that may be named exists.
-    known = nvrtc.kernels(FOLDER)
+    known = nvrtc.kernel_definitions(FOLDER)
     for what, kinds in (
         ("forward", ("four", "pair", "warp", "square", "block", "cluster")),
         ("forward", ("fast_warp", "fast_square", "fast_block", "fast_cluster")),
@@ -174,7 +174,7 @@ def test_what_does_not_fit_and_what_fails_is_reported():
 
 
 def test_a_device_with_little_shared_memory_still_takes_128_x_128():
-    assert nvrtc.plan(128, 128, 1, None, SMALL) is not None
+    assert nvrtc.choose_launch(128, 128, 1, None, SMALL) is not None
 
 
 def test_the_cache_is_used(tmp_path):

@@ -12,18 +12,18 @@
 #define OPTICAL_LOG2E 1.4426950408889634f
 #define OPTICAL_LN2 0.6931471805599453f
 
-#if defined(OPTICAL_ON_HOST)
-#include "host.cuh"
+#if defined(OPTICAL_EMULATED)
+#include "emulator.cuh"
 #else
 
 #define OPTICAL_DEVICE __device__ __forceinline__
-#define OPTICAL_ANYWHERE __host__ __device__ __forceinline__
+#define OPTICAL_HOST_DEVICE __host__ __device__ __forceinline__
 #define OPTICAL_KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
 // A parameter of a kernel that is read where it is, never copied into local memory.
 #define OPTICAL_CONSTANT const __grid_constant__
-#define OPTICAL_EACH _Pragma("unroll")
-#define OPTICAL_ROLLED _Pragma("unroll 1")
-#define OPTICAL_WARPS _Pragma("unroll warps_at_once")
+#define OPTICAL_UNROLL_LOOP _Pragma("unroll")
+#define OPTICAL_KEEP_LOOP _Pragma("unroll 1")
+#define OPTICAL_UNROLL_WARPS _Pragma("unroll warps_at_once")
 
 namespace optical {
 namespace cuda {
@@ -39,8 +39,8 @@ OPTICAL_DEVICE char* shared_memory() {
 
 // Copies 16 bytes of device memory into shared memory while the thread goes on, or zeros where there is
 // nothing to copy; both addresses are multiples of 16.
-OPTICAL_DEVICE void copy_ahead(void* to, const void* from, bool here) {
-    const unsigned place = (unsigned)__cvta_generic_to_shared(to), bytes = here ? 16 : 0;
+OPTICAL_DEVICE void copy_async(void* to, const void* from, bool predicate) {
+    const unsigned place = (unsigned)__cvta_generic_to_shared(to), bytes = predicate ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes)
                  : "memory");
 }
@@ -50,32 +50,32 @@ OPTICAL_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "m
 // Of the lanes that a thread works with: all of its warp, or an aligned part, while the others may be
 // elsewhere.
 template <int lanes>
-OPTICAL_DEVICE unsigned members() {
+OPTICAL_DEVICE unsigned lane_mask() {
     return lanes == 32 ? 0xffffffffu
                        : ((1u << lanes % 32) - 1u) << (threadIdx.x % 32 / lanes * lanes);
 }
 template <int lanes = 32, typename Value>
 OPTICAL_DEVICE Value shuffle_xor(Value x, int mask) {
-    return __shfl_xor_sync(members<lanes>(), x, mask);
+    return __shfl_xor_sync(lane_mask<lanes>(), x, mask);
 }
 template <int lanes = 32, typename Value>
 OPTICAL_DEVICE Value shuffle(Value x, int lane) {
-    return __shfl_sync(members<lanes>(), x, lane, lanes);
+    return __shfl_sync(lane_mask<lanes>(), x, lane, lanes);
 }
 template <int lanes = 32>
-OPTICAL_DEVICE bool warp_any(bool here) {
-    return __any_sync(members<lanes>(), here) != 0;
+OPTICAL_DEVICE bool warp_any(bool predicate) {
+    return __any_sync(lane_mask<lanes>(), predicate) != 0;
 }
 template <int lanes = 32>
 OPTICAL_DEVICE unsigned warp_or(unsigned bits) {
-    return __reduce_or_sync(members<lanes>(), bits);
+    return __reduce_or_sync(lane_mask<lanes>(), bits);
 }
 template <int lanes = 32>
 OPTICAL_DEVICE void sync_warp() {
-    __syncwarp(members<lanes>());
+    __syncwarp(lane_mask<lanes>());
 }
 OPTICAL_DEVICE void sync_block() { __syncthreads(); }
-OPTICAL_DEVICE bool sync_block_or(bool here) { return __syncthreads_or(here) != 0; }
+OPTICAL_DEVICE bool sync_block_or(bool predicate) { return __syncthreads_or(predicate) != 0; }
 
 #if __CUDA_ARCH__ >= 900
 OPTICAL_DEVICE int cluster_rank() {
@@ -114,14 +114,14 @@ OPTICAL_DEVICE const Element* remote(const Element* local, int) {
 // mma.m16n8k16: with g = lane / 4 and t = lane % 4, a holds the pairs of columns 2t and 2t + 8 of
 // rows g and g + 8, b the pairs of rows 2t and 2t + 8 of column g, and d the columns 2t and 2t + 1
 // of rows g and g + 8.
-OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
-                                       bool brain) {
+OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4],
+                                       const unsigned (&b)[2], bool bfloat) {
 #define OPTICAL_MMA(type)                                                                        \
     asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, "         \
         "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                          \
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                         \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-    if (brain) OPTICAL_MMA("bf16");
+    if (bfloat) OPTICAL_MMA("bf16");
     else OPTICAL_MMA("f16");
 #undef OPTICAL_MMA
 }
@@ -129,7 +129,7 @@ OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4], co
 // Four matrices of 8 x 8 halves out of shared memory: each lane names a row, 16 bytes that are aligned,
 // row lane % 8 of matrix lane / 8. Of matrix i, pairs[i] has the columns 2t and 2t + 1 of row g, or
 // `turned` the rows 2t and 2t + 1 of column g.
-template <bool turned>
+template <bool transposed>
 OPTICAL_DEVICE void load_matrices(unsigned (&pairs)[4], const void* row) {
     const unsigned place = (unsigned)__cvta_generic_to_shared(row);
 #define OPTICAL_LOAD(how)                                                                        \
@@ -137,7 +137,7 @@ OPTICAL_DEVICE void load_matrices(unsigned (&pairs)[4], const void* row) {
                  : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])                \
                  : "r"(place)                                                                    \
                  : "memory")
-    if (turned) OPTICAL_LOAD(".trans");
+    if (transposed) OPTICAL_LOAD(".trans");
     else OPTICAL_LOAD("");
 #undef OPTICAL_LOAD
 }
@@ -149,7 +149,7 @@ OPTICAL_DEVICE unsigned pack_halves(float x, float y) {
     return pair;
 }
 // The same of bfloat16.
-OPTICAL_DEVICE unsigned pack_brains(float x, float y) {
+OPTICAL_DEVICE unsigned pack_bfloats(float x, float y) {
     unsigned pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
     return pair;
@@ -170,11 +170,11 @@ OPTICAL_DEVICE float high_half(unsigned pair) {
 }
 
 // A value that the compiler does not compute anew wherever it is used.
-OPTICAL_DEVICE int kept(int x) {
+OPTICAL_DEVICE int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
-OPTICAL_DEVICE float kept(float x) {
+OPTICAL_DEVICE float opaque(float x) {
     asm volatile("" : "+f"(x));
     return x;
 }
@@ -215,9 +215,9 @@ OPTICAL_DEVICE unsigned low_halves(unsigned x, unsigned y) { return (x & 0xffffu
 OPTICAL_DEVICE unsigned high_halves(unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000u); }
 
 // x as the sum of two halves: of float16 to 24 bits, of bfloat16 to 16.
-template <bool brain>
+template <bool bfloat>
 OPTICAL_DEVICE void split_number(float x, uint16_t& upper, uint16_t& lower) {
-    if (brain) {
+    if (bfloat) {
         upper = (uint16_t)(bits_of(x) >> 16);
         lower = (uint16_t)(bits_of(x - float_of((unsigned)upper << 16)) >> 16);
     } else {
@@ -235,8 +235,8 @@ OPTICAL_DEVICE float smaller(float x, float y) { return x < y ? x : y; }
 OPTICAL_DEVICE float larger(float x, float y) { return x > y ? x : y; }
 
 // Half precision by its bits, so that no header of the toolkit is needed.
-OPTICAL_DEVICE float from_half(unsigned bits, bool brain) {
-    if (brain) return float_of(bits << 16);
+OPTICAL_DEVICE float from_half(unsigned bits, bool bfloat) {
+    if (bfloat) return float_of(bits << 16);
     const unsigned sign = (bits & 0x8000u) << 16, size = bits & 0x7fffu;
     if (size < 0x400u) {  // zero and subnormal: a multiple of 2^-24
         const float value = (float)size * 5.9604644775390625e-8f;
@@ -247,9 +247,9 @@ OPTICAL_DEVICE float from_half(unsigned bits, bool brain) {
 }
 
 // Rounded to the nearest, ties to even.
-OPTICAL_DEVICE unsigned to_half(float value, bool brain) {
+OPTICAL_DEVICE unsigned to_half(float value, bool bfloat) {
     const unsigned bits = bits_of(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
-    if (brain) {
+    if (bfloat) {
         if (size > 0x7f800000u) return bits >> 16 | 0x40u;
         return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     }
@@ -268,15 +268,15 @@ OPTICAL_DEVICE float load(const void* from, int32_t type, int64_t at) {
 }
 // Eight halves, or four numbers, that are loaded and stored as one.
 struct alignas(16) Eight {
-    uint16_t entry[8];
+    uint16_t values[8];
 };
 struct alignas(16) Four {
-    float entry[4];
+    float values[4];
 };
 // The two halves of a word.
-OPTICAL_DEVICE void unpack(unsigned pair, bool brain, float& low, float& high) {
-    low = brain ? float_of(pair << 16) : low_half(pair);
-    high = brain ? float_of(pair & 0xffff0000u) : high_half(pair);
+OPTICAL_DEVICE void unpack(unsigned pair, bool bfloat, float& low, float& high) {
+    low = bfloat ? float_of(pair << 16) : low_half(pair);
+    high = bfloat ? float_of(pair & 0xffff0000u) : high_half(pair);
 }
 // Eight numbers behind one another, as one or two loads where they are `aligned`; zeros for those after
 // the first `count`.
@@ -284,16 +284,16 @@ OPTICAL_DEVICE void load_eight(const char* from, int32_t type, bool aligned, int
                                float (&x)[8]) {
     if (aligned && count >= 8 && type == OPTICAL_F32) {
         const Four low = ((const Four*)from)[0], high = ((const Four*)from)[1];
-        OPTICAL_EACH
-        for (int e = 0; e < 4; ++e) x[e] = low.entry[e], x[e + 4] = high.entry[e];
+        OPTICAL_UNROLL_LOOP
+        for (int e = 0; e < 4; ++e) x[e] = low.values[e], x[e + 4] = high.values[e];
     } else if (aligned && count >= 8) {
         const Eight all = *(const Eight*)from;
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int e = 0; e < 8; e += 2)
-            unpack(all.entry[e] | (unsigned)all.entry[e + 1] << 16, type == OPTICAL_BF16, x[e],
+            unpack(all.values[e] | (unsigned)all.values[e + 1] << 16, type == OPTICAL_BF16, x[e],
                    x[e + 1]);
     } else {
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int e = 0; e < 8; ++e) x[e] = e < count ? load(from, type, e) : 0.0f;
     }
 }

@@ -9,25 +9,20 @@
 // bytes.
 #pragma once
 
-#include "scaling.cuh"
+#include "scaling_kernel.cuh"
 
 namespace optical {
 namespace cuda {
 
 template <typename G>
-struct Halves : Scaling<G> {
-    typedef Scaling<G> Base;
-    using Base::g;
-    using Base::K;
+struct HalfKernel {
 
     // Of 16 x 16 entries each; with lane = 4 second + first, of K the rows 8 second + 2 i + (0, 1)
     // and the columns 16 k + 2 first + (0, 1, 8, 9), of the transpose the columns
     // 32 (second % 2) + 8 i + 2 (second / 2) + (0, 1) and the rows 16 first + 4 k + (0, 1, 2, 3).
-    unsigned straight[4][4][4], turned[4][4][4];
+    unsigned fragments[4][4][4], fragments_transposed[4][4][4];
     // Of weight and scale, and what makes sums by rows, and by columns, those of K again.
-    float share_of_row[G::OI], share_of_column[G::OJ], unit_a, unit_b;
-
-    OPTICAL_DEVICE Halves(const optical_problem& problem) : Base(problem) {}
+    float weight_a[G::OI], weight_b[G::OJ], unit_a, unit_b;
 
     // Vectors are scaled so that with sums within these bounds no entry of b v or a u overflows,
     // and sums are exact to 2^-13 of themselves in spite of what underflowed in up to 512 terms.
@@ -38,67 +33,73 @@ struct Halves : Scaling<G> {
     }
 
     // False: the masses are out of range.
-    OPTICAL_DEVICE bool begin_halves() {
-        const float total = (float)this->total_b;
+    OPTICAL_DEVICE bool begin(const Problem<G>& problem, Workspace<G>& state,
+                              const ScalingKernel<G>& kernel) {
+        const float total = (float)state.total_b;
         if (!(total > 1e-15f && total < 1e15f)) return false;
         // A power of two that is at most 2^9 / total.
         const float scale = float_of((254u + column_scale - (bits_of(total) >> 23) - 1u) << 23);
         unit_a = scale * 16384.0f, unit_b = (float)(1 << row_scale) * 16384.0f;
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < G::OI; ++o) {
-            share_of_row[o] = this->weight_a[o] * unit_a * (1 << row_scale);
-            this->u[o] /= unit_a;
+            weight_a[o] = state.weight_a[o] * unit_a * (1 << row_scale);
+            state.u[o] /= unit_a;
         }
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < G::OJ; ++o) {
-            share_of_column[o] = this->weight_b[o] * unit_b * scale;
-            this->v[o] /= unit_b, this->bv[o] *= scale;
+            weight_b[o] = state.weight_b[o] * unit_b * scale;
+            state.v[o] /= unit_b, state.bv[o] *= scale;
         }
-        take_fragments();
+        build_fragments(problem, kernel);
         return true;
     }
 
     // Sixteen rows at a time pass through shared memory, in words of two columns.
     static constexpr int word_pitch = 36;
-    OPTICAL_DEVICE unsigned* words() const { return this->half_words + g.warp * G::half_words; }
-    OPTICAL_DEVICE void take_fragments() {
-        unsigned* const staged = words();
-        const int first = g.lane % 4, second = g.lane / 4;
-        OPTICAL_EACH
+    OPTICAL_DEVICE static unsigned* words(const Problem<G>& problem) {
+        return problem.half_words + problem.grid.warp * G::half_words;
+    }
+    OPTICAL_DEVICE void build_fragments(const Problem<G>& problem, const ScalingKernel<G>& kernel) {
+        const G& grid = problem.grid;
+        unsigned* const staged = words(problem);
+        const int first = grid.lane % 4, second = grid.lane / 4;
+        OPTICAL_UNROLL_LOOP
         for (int pass = 0; pass < 4; ++pass) {
-            if (g.lane_down == pass) {
-                OPTICAL_EACH
+            if (grid.lane_down == pass) {
+                OPTICAL_UNROLL_LOOP
                 for (int r = 0; r < G::RI; ++r)
-                    OPTICAL_EACH
+                    OPTICAL_UNROLL_LOOP
                     for (int c = 0; c < G::RJ; c += 2)
-                        staged[(r ^ (g.lane_across * G::OI)) * word_pitch +
-                               (g.lane_across * G::RJ + (c ^ (g.lane_down * G::OJ))) / 2] =
-                            pack_halves(16384.0f * K[r][c], 16384.0f * K[r][c + 1]);
+                        staged[(r ^ (grid.lane_across * G::OI)) * word_pitch +
+                               (grid.lane_across * G::RJ + (c ^ (grid.lane_down * G::OJ))) / 2] =
+                            pack_halves(16384.0f * kernel.K[r][c], 16384.0f * kernel.K[r][c + 1]);
             }
             sync_warp();
             if (second / 2 == pass) {
                 const unsigned* const rows = staged + second % 2 * 8 * word_pitch + first;
-                OPTICAL_EACH
+                OPTICAL_UNROLL_LOOP
                 for (int i = 0; i < 4; ++i)
-                    OPTICAL_EACH
+                    OPTICAL_UNROLL_LOOP
                     for (int k = 0; k < 4; ++k)
-                        OPTICAL_EACH
+                        OPTICAL_UNROLL_LOOP
                         for (int e = 0; e < 4; ++e)
-                            straight[i][k][e] =
+                            fragments[i][k][e] =
                                 rows[(2 * i + e % 2) * word_pitch + 8 * k + e / 2 * 4];
             }
             if (first == pass) {
                 const unsigned* const columns = staged + second % 2 * 16 + second / 2;
-                OPTICAL_EACH
+                OPTICAL_UNROLL_LOOP
                 for (int i = 0; i < 4; ++i)
-                    OPTICAL_EACH
+                    OPTICAL_UNROLL_LOOP
                     for (int k = 0; k < 4; ++k)
-                        OPTICAL_EACH
+                        OPTICAL_UNROLL_LOOP
                         for (int e = 0; e < 2; ++e) {
                             const unsigned* const word =
                                 columns + 4 * i + (4 * k + 2 * e) * word_pitch;
-                            turned[i][k][2 * e] = low_halves(word[0], word[word_pitch]);
-                            turned[i][k][2 * e + 1] = high_halves(word[0], word[word_pitch]);
+                            fragments_transposed[i][k][2 * e] =
+                                low_halves(word[0], word[word_pitch]);
+                            fragments_transposed[i][k][2 * e + 1] =
+                                high_halves(word[0], word[word_pitch]);
                         }
             }
             sync_warp();
@@ -107,36 +108,39 @@ struct Halves : Scaling<G> {
 
     // The product with one of the two, for owned lines, of a vector by owned lines of the other
     // side.
-    OPTICAL_DEVICE void multiply_fast(const unsigned (&matrix)[4][4][4], const float (&x)[2],
-                                        float (&sum)[2], unsigned* pairs) const {
-        const int first = g.lane % 4, second = g.lane / 4;
+    OPTICAL_DEVICE static void multiply(const Problem<G>& problem,
+                                        const unsigned (&matrix)[4][4][4], const float (&x)[2],
+                                        float (&sum)[2], unsigned* pairs) {
+        const G& grid = problem.grid;
+        const int first = grid.lane % 4, second = grid.lane / 4;
         const unsigned upper = pack_halves(x[0], x[1]);
-        pairs[g.lane] = upper;
-        pairs[32 + g.lane] = pack_halves(x[0] - low_half(upper), x[1] - high_half(upper));
+        pairs[grid.lane] = upper;
+        pairs[32 + grid.lane] = pack_halves(x[0] - low_half(upper), x[1] - high_half(upper));
         sync_warp();
         struct alignas(16) Four {
             unsigned word[4];
         };
-        const unsigned* const mine = pairs + second % 2 * 32 + first * 8;
-        const Four part[2] = {*(const Four*)mine, *(const Four*)(mine + 4)};
+        const unsigned* const own_pairs = pairs + second % 2 * 32 + first * 8;
+        const Four loaded[2] = {*(const Four*)own_pairs, *(const Four*)(own_pairs + 4)};
         float d[4][4];
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int i = 0; i < 4; ++i)
-            OPTICAL_EACH
+            OPTICAL_UNROLL_LOOP
             for (int e = 0; e < 4; ++e) d[i][e] = 0;
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int k = 0; k < 4; ++k) {
-            const unsigned b[2] = {part[k / 2].word[k % 2 * 2], part[k / 2].word[k % 2 * 2 + 1]};
-            OPTICAL_EACH
+            const unsigned b[2] = {loaded[k / 2].word[k % 2 * 2],
+                                   loaded[k / 2].word[k % 2 * 2 + 1]};
+            OPTICAL_UNROLL_LOOP
             for (int i = 0; i < 4; ++i) multiply_fragments(d[i], matrix[i][k], b, false);
         }
-        float found[4];
-        OPTICAL_EACH
+        float sums[4];
+        OPTICAL_UNROLL_LOOP
         for (int e = 0; e < 4; ++e) {
             const float even = first & 2 ? d[2][e] : d[0][e], odd = first & 2 ? d[3][e] : d[1][e];
-            found[e] = first & 1 ? odd : even;
+            sums[e] = first & 1 ? odd : even;
         }
-        sum[0] = found[0] + found[1], sum[1] = found[2] + found[3];
+        sum[0] = sums[0] + sums[1], sum[1] = sums[2] + sums[3];
     }
 };
 

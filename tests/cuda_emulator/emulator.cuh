@@ -18,16 +18,16 @@
 #endif
 
 #define OPTICAL_DEVICE inline
-#define OPTICAL_ANYWHERE inline
+#define OPTICAL_HOST_DEVICE inline
 #define OPTICAL_KERNEL(name, threads) inline void name
 #define OPTICAL_CONSTANT const
-#define OPTICAL_EACH
-#define OPTICAL_ROLLED
-#define OPTICAL_WARPS
+#define OPTICAL_UNROLL_LOOP
+#define OPTICAL_KEEP_LOOP
+#define OPTICAL_UNROLL_WARPS
 
 namespace optical {
 namespace cuda {
-namespace host {
+namespace emulator {
 
 #if defined(__x86_64__)
 // Saves the registers that a function must keep, and changes stacks.
@@ -240,23 +240,23 @@ inline Value exchanged(Value value, int lane) {
     return result;
 }
 
-}  // namespace host
+}  // namespace emulator
 
-inline int thread_index() { return host::machine().self->index; }
-inline int thread_count() { return host::machine().threads; }
-inline int block_index() { return host::machine().self->block->index; }
-inline int cluster_rank() { return host::machine().self->block->rank; }
-inline int cluster_size() { return host::machine().cluster_size; }
-inline char* shared_memory() { return host::machine().self->block->aligned; }
+inline int thread_index() { return emulator::machine().self->index; }
+inline int thread_count() { return emulator::machine().threads; }
+inline int block_index() { return emulator::machine().self->block->index; }
+inline int cluster_rank() { return emulator::machine().self->block->rank; }
+inline int cluster_size() { return emulator::machine().cluster_size; }
+inline char* shared_memory() { return emulator::machine().self->block->aligned; }
 
 // As late as is allowed.
-inline void copy_ahead(void* to, const void* from, bool here) {
-    host::machine().self->ahead.push_back({to, here ? from : nullptr});
+inline void copy_async(void* to, const void* from, bool here) {
+    emulator::machine().self->ahead.push_back({to, here ? from : nullptr});
 }
 inline void wait_for_copies() {
 #if !defined(OPTICAL_WITHOUT_WAIT)
-    std::vector<host::Copy>& ahead = host::machine().self->ahead;
-    for (const host::Copy& copy : ahead) {
+    std::vector<emulator::Copy>& ahead = emulator::machine().self->ahead;
+    for (const emulator::Copy& copy : ahead) {
         if (((uintptr_t)copy.to | (uintptr_t)copy.from) % 16 != 0) abort();
         if (copy.from) memcpy(copy.to, copy.from, 16);
         else memset(copy.to, 0, 16);
@@ -267,19 +267,19 @@ inline void wait_for_copies() {
 
 template <int lanes = 32, typename Value>
 inline Value shuffle_xor(Value x, int mask) {
-    return host::exchanged<lanes>(x, (thread_index() % lanes) ^ mask);
+    return emulator::exchanged<lanes>(x, (thread_index() % lanes) ^ mask);
 }
 template <int lanes = 32, typename Value>
 inline Value shuffle(Value x, int lane) {
-    return host::exchanged<lanes>(x, lane);
+    return emulator::exchanged<lanes>(x, lane);
 }
 template <int lanes = 32>
 inline unsigned warp_or(unsigned bits) {
     int turn;
-    host::Team& team = host::next_turn<lanes>(turn);
+    emulator::Team& team = emulator::next_turn<lanes>(turn);
     const int own = thread_index() % 32, first = own / lanes * lanes;
     team.values[turn][own] = bits;
-    host::meet(team.meeting);
+    emulator::meet(team.meeting);
     unsigned all = 0;
     for (int lane = first; lane < first + lanes; ++lane) all |= (unsigned)team.values[turn][lane];
     return all;
@@ -290,76 +290,76 @@ inline bool warp_any(bool here) {
 }
 template <int lanes = 32>
 inline void sync_warp() {
-    host::Thread& self = *host::machine().self;
-    host::meet(self.warp->team<lanes>(self.index % 32).meeting);
+    emulator::Thread& self = *emulator::machine().self;
+    emulator::meet(self.warp->team<lanes>(self.index % 32).meeting);
 }
-template <bool turned>
+template <bool transposed>
 inline void load_matrices(unsigned (&pairs)[4], const void* row) {
     int turn;
-    host::Team& team = host::next_turn<32>(turn);
+    emulator::Team& team = emulator::next_turn<32>(turn);
     unsigned (*const all)[6] = team.fragments[turn];
     const int lane = thread_index() % 32, first = lane / 4, second = lane % 4;
     if ((uintptr_t)row % 16 != 0) abort();
     memcpy(all[lane], row, 16);
-    host::meet(team.meeting);
+    emulator::meet(team.meeting);
     for (int i = 0; i < 4; ++i) {
         uint16_t low, high;
-        const int row_low = 8 * i + (turned ? 2 * second : first);
-        const int row_high = turned ? row_low + 1 : row_low;
-        const int column = turned ? first : 2 * second;
+        const int row_low = 8 * i + (transposed ? 2 * second : first);
+        const int row_high = transposed ? row_low + 1 : row_low;
+        const int column = transposed ? first : 2 * second;
         memcpy(&low, (const char*)all[row_low] + 2 * column, 2);
-        memcpy(&high, (const char*)all[row_high] + 2 * (turned ? column : column + 1), 2);
+        memcpy(&high, (const char*)all[row_high] + 2 * (transposed ? column : column + 1), 2);
         pairs[i] = low | (unsigned)high << 16;
     }
 }
-float from_half(unsigned bits, bool brain);
-unsigned to_half(float value, bool brain);
+float from_half(unsigned bits, bool bfloat);
+unsigned to_half(float value, bool bfloat);
 inline unsigned pack_halves(float x, float y) { return to_half(x, false) | to_half(y, false) << 16; }
-inline unsigned pack_brains(float x, float y) { return to_half(x, true) | to_half(y, true) << 16; }
+inline unsigned pack_bfloats(float x, float y) { return to_half(x, true) | to_half(y, true) << 16; }
 inline float low_half(unsigned pair) { return from_half(pair & 0xffffu, false); }
 inline float high_half(unsigned pair) { return from_half(pair >> 16, false); }
 inline void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
-                               bool brain) {
+                               bool bfloat) {
     int turn;
-    host::Team& team = host::next_turn<32>(turn);
+    emulator::Team& team = emulator::next_turn<32>(turn);
     unsigned (*const all)[6] = team.fragments[turn];
     const int lane = thread_index() % 32, first = lane / 4, second = lane % 4;
     memcpy(all[lane], a, sizeof a);
     memcpy(all[lane] + 4, b, sizeof b);
-    host::meet(team.meeting);
+    emulator::meet(team.meeting);
     for (int i = 0; i < 4; ++i) {
         const int low = i / 2, column = 2 * second + i % 2;  // rows g and g + 8
         for (int k = 0; k < 16; ++k) {
             const unsigned x = all[first * 4 + k % 8 / 2][low + k / 8 * 2] >> k % 2 * 16;
             const unsigned y = all[column * 4 + k % 8 / 2][4 + k / 8] >> k % 2 * 16;
-            d[i] += from_half(x & 0xffffu, brain) * from_half(y & 0xffffu, brain);
+            d[i] += from_half(x & 0xffffu, bfloat) * from_half(y & 0xffffu, bfloat);
         }
     }
 }
-inline void sync_block() { host::meet(host::machine().self->block->meeting); }
+inline void sync_block() { emulator::meet(emulator::machine().self->block->meeting); }
 inline bool sync_block_or(bool here) {
     // Three votes: while some read one, others may cast the next, and the third is cleared.
-    host::Thread& self = *host::machine().self;
+    emulator::Thread& self = *emulator::machine().self;
     unsigned* const votes = self.block->votes;
     unsigned& vote = votes[self.block_turn % 3];
     votes[(self.block_turn + 1) % 3] = 0;
     ++self.block_turn;
     vote |= here;
-    host::meet(self.block->meeting);
+    emulator::meet(self.block->meeting);
     return vote != 0;
 }
-inline void sync_cluster() { host::meet(host::machine().cluster); }
+inline void sync_cluster() { emulator::meet(emulator::machine().cluster); }
 
 template <typename Element>
 inline const Element* remote(const Element* local, int rank) {
-    host::Thread& self = *host::machine().self;
+    emulator::Thread& self = *emulator::machine().self;
     // Blocks of a cluster lie one behind the other.
-    host::Block* const other = self.block - self.block->rank + rank;
+    emulator::Block* const other = self.block - self.block->rank + rank;
     return (const Element*)(other->aligned + ((const char*)local - self.block->aligned));
 }
 
-inline int kept(int x) { return x; }
-inline float kept(float x) { return x; }
+inline int opaque(int x) { return x; }
+inline float opaque(float x) { return x; }
 inline float exp2_fast(float x) { return x < -126 ? 0 : exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 inline float reciprocal(float x) { return 1 / x; }

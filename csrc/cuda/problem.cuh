@@ -1,0 +1,333 @@
+// One problem of the batch: its lines, and where its threads keep what they know of them.
+//
+// Every thread keeps the cost of its own entries, and what belongs to the lines it owns, in a
+// private column of shared memory, value k at mine[k * threads]: no bank conflicts, no barriers.
+// Absent lines have no mass and cost +inf; what stands in them is never loaded.
+//
+// Vectors are used as they are: for the cosine the inverse lengths multiply the products, and a vector
+// whose squares would leave the range is scaled by a power of two first; for the squared distance both
+// clouds are moved so that one of the points is the origin, without which the difference of large
+// squares would lose every digit.
+#pragma once
+
+#include "thread_grid.cuh"
+
+namespace optical {
+namespace cuda {
+
+// Masses that differ by more than this part have no plan between them.
+constexpr double unequal = 1e-3;
+constexpr int chunk = 16;  // of the dimension
+
+// Names of what a thread keeps for each row, and for each column, that it owns. `PAD` is 1 where
+// no pair is allowed and 0 elsewhere: added to a sum that is 0 there, it makes a scaling 1 and a
+// potential 0. `WEIGHT` is the mass, but 0 where PAD is 1.
+enum Field {
+    LOG,
+    MASS,
+    WEIGHT,
+    UNMATCHED,
+    BASE,
+    POTENTIAL,
+    NEXT,
+    SUMS,
+    SPENT,
+    SOLUTION,
+    SCRATCH_1,
+    SCRATCH_2,
+    SCRATCH_3,
+    SCRATCH_4,
+    field_count
+};
+
+struct Side {
+    int64_t first;  // in arrays by line
+    int count;
+    const char* vectors;
+    int32_t type;
+    int64_t stride;
+};
+
+OPTICAL_DEVICE int bytes_of(int32_t type) { return type == OPTICAL_F32 ? 4 : 2; }
+
+// Of problem `index`: `count` lines, or as many as the offsets say.
+OPTICAL_DEVICE Side side_of(int64_t index, int64_t count, const int64_t* offset,
+                            const void* vectors, int32_t type, int64_t stride_batch,
+                            int64_t stride_entry) {
+    const int64_t first = offset ? offset[index] : index * count;
+    const int64_t start = offset ? first * stride_entry : index * stride_batch;
+    return {first, (int)(offset ? offset[index + 1] - first : count),
+            (const char*)vectors + start * bytes_of(type), type, stride_entry};
+}
+
+// How vectors are multiplied.
+enum class Route { floats, halves, split };
+
+template <typename G>
+struct Problem {
+    static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
+    static constexpr int private_floats = RI * RJ + (OI + OJ) * field_count;
+    // Entries of half vectors that are in shared memory at a time, twice.
+    static constexpr int half_chunk = G::tile_rows > 32 ? 32 : 16;
+
+    const optical_problem& batch;
+    G grid;
+    Side a, b;
+    int64_t index;
+    bool has_problem;  // otherwise this team has no problem, and plays one without lines
+    float* private_values;
+    // Of the vectors of this block's rows, then of all columns: the power of two that scales them (0
+    // for those that are absent), and the inverse of their length (0 for the zero vector) or their
+    // squared length.
+    float *prescale, *norm;
+    unsigned* half_words;
+    char* stage;
+    bool scaled;    // some unit is not 1
+    bool norms_known;  // measures are known
+    int block_rows, block_columns, block_first_row;
+
+    static OPTICAL_HOST_DEVICE int norm_bytes(int down, int across, int32_t kind) {
+        if (kind == OPTICAL_GIVEN) return 0;
+        return 2 * 4 * (down * G::tile_rows + across * G::tile_columns);
+    }
+    // What stands before the private arrays.
+    static OPTICAL_HOST_DEVICE int fixed_bytes(int down, int across, int32_t kind) {
+        return G::exchange_bytes(down, across) + norm_bytes(down, across, kind) +
+               4 * G::half_words * down * across;
+    }
+    // Of all teams; their private columns lie in different banks.
+    static OPTICAL_HOST_DEVICE int shared_bytes(int down, int across, int32_t kind) {
+        return G::teams * team_bytes(down, across, kind);
+    }
+    static OPTICAL_HOST_DEVICE int team_bytes(int down, int across, int32_t kind) {
+        const int bytes = problem_bytes(down, across, kind);
+        return G::teams == 1 ? bytes : (bytes + 127) / 128 * 128 + 4 * G::lanes;
+    }
+    static OPTICAL_HOST_DEVICE int problem_bytes(int down, int across, int32_t kind) {
+        const int entries = down * G::tile_rows + across * G::tile_columns;
+        int work = private_floats * G::lanes * down * across * 4;
+        const int staged = kind == OPTICAL_GIVEN ? 0 : chunk * (entries + 4) * 4;
+        const int ahead = kind == OPTICAL_GIVEN ? 0 : 2 * half_chunk * entries * 2;
+        if (staged > work) work = staged;
+        if (ahead > work) work = ahead;
+        return fixed_bytes(down, across, kind) + work;
+    }
+
+    OPTICAL_DEVICE Problem(const optical_problem& batch) : batch(batch) {}
+
+    // `problem` may be -1 where a warp has several teams: none.
+    OPTICAL_DEVICE void start(int64_t problem, int down, int across) {
+        choose(problem);
+        char* memory = shared_memory();
+        grid.start(memory, down, across);
+        if (G::teams > 1) memory += grid.team * team_bytes(down, across, batch.kind);
+        block_rows = down * G::tile_rows, block_columns = across * G::tile_columns;
+        block_first_row = grid.rank * block_rows;
+        prescale = (float*)(memory + G::exchange_bytes(down, across));
+        norm = prescale + block_rows + block_columns;
+        stage = memory + fixed_bytes(down, across, batch.kind);
+        half_words = (unsigned*)stage - G::half_words * down * across;
+        private_values = (float*)stage + grid.thread;
+    }
+
+    OPTICAL_DEVICE void choose(int64_t problem) {
+        has_problem = G::teams == 1 || problem >= 0;
+        index = has_problem ? problem : 0;
+        a = side_of(index, batch.n, batch.offset_a, batch.x, batch.x_type, batch.x_stride_batch,
+                    batch.x_stride_line);
+        b = side_of(index, batch.m, batch.offset_b, batch.y, batch.y_type, batch.y_stride_batch,
+                    batch.y_stride_line);
+        if (!has_problem) a.count = b.count = 0;
+    }
+
+    OPTICAL_DEVICE float& cost(int r, int c) const {
+        return private_values[(r * RJ + c) * grid.threads];
+    }
+    OPTICAL_DEVICE float& row(int name, int o) const {
+        return private_values[(RI * RJ + name * OI + o) * grid.threads];
+    }
+    OPTICAL_DEVICE float& column(int name, int o) const {
+        return private_values[(RI * RJ + field_count * OI + name * OJ + o) * grid.threads];
+    }
+    OPTICAL_DEVICE void set_rows(int name, const float (&x)[OI]) {
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) row(name, o) = x[o];
+    }
+    OPTICAL_DEVICE void set_columns(int name, const float (&x)[OJ]) {
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) column(name, o) = x[o];
+    }
+
+    OPTICAL_DEVICE void rows_of(int name, float (&x)[RI]) const {
+        float owned[OI];
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) owned[o] = row(name, o);
+        grid.spread_rows(owned, x);
+    }
+    OPTICAL_DEVICE void columns_of(int name, float (&x)[RJ]) const {
+        float owned[OJ];
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) owned[o] = column(name, o);
+        grid.spread_columns(owned, x);
+    }
+
+    // The log-mass of a line of this problem, -inf past its end.
+    OPTICAL_DEVICE float log_a(int i) const {
+        return i < a.count ? ((const float*)batch.log_a)[a.first + i] : -infinity();
+    }
+    OPTICAL_DEVICE float log_b(int j) const {
+        return j < b.count ? ((const float*)batch.log_b)[b.first + j] : -infinity();
+    }
+    OPTICAL_DEVICE bool valid_row(int i) const { return log_a(i) != -infinity(); }
+    OPTICAL_DEVICE bool valid_column(int j) const { return log_b(j) != -infinity(); }
+
+    // A forbidden pair costs nothing, because nothing moves there.
+    OPTICAL_DEVICE float finite_cost(int r, int c) const {
+        const float x = cost(r, c);
+        return x < infinity() ? x : 0.0f;
+    }
+
+    // ---------------------------------------------------------------------------------- vectors
+
+    // Line `l` of this block: its rows, then all columns.
+    OPTICAL_DEVICE bool is_row(int entry) const { return entry < block_rows; }
+    OPTICAL_DEVICE bool valid(int entry) const {
+        return is_row(entry) ? valid_row(block_first_row + entry)
+                             : valid_column(entry - block_rows);
+    }
+    OPTICAL_DEVICE float component(int entry, int64_t k) const {
+        return is_row(entry) ? load(a.vectors, a.type, (block_first_row + entry) * a.stride + k)
+                          : load(b.vectors, b.type, (entry - block_rows) * b.stride + k);
+    }
+    // The point that becomes the origin: the first column that is there.
+    OPTICAL_DEVICE int origin() const {
+        for (int j = 0; j < b.count; ++j)
+            if (valid_column(j)) return j;
+        return 0;
+    }
+    OPTICAL_DEVICE float origin_component(int at, int64_t k) const {
+        return batch.kind == OPTICAL_SQEUCLIDEAN ? load(b.vectors, b.type, at * b.stride + k)
+                                                 : 0.0f;
+    }
+
+    // Units of half vectors, whose squares are added up to their measures while they are multiplied.
+    OPTICAL_DEVICE void begin_norms() {
+        for (int entry = grid.thread; entry < block_rows + block_columns; entry += grid.threads)
+            prescale[entry] = valid(entry) ? 1.0f : 0.0f, norm[entry] = 0;
+        scaled = false, norms_known = batch.kind != OPTICAL_COSINE;
+        grid.sync_own_block();
+    }
+    // Measures, from the sums of squares. False: some are too large or too small for numbers.
+    OPTICAL_DEVICE bool finish_norms() {
+        bool out_of_range = false;
+        for (int entry = grid.thread; entry < block_rows + block_columns; entry += grid.threads) {
+            const float sum = norm[entry];
+            out_of_range |= prescale[entry] != 0.0f && !(sum > 1e-30f && sum < 1e37f);
+            norm[entry] = sum > 0 ? inverse_root(sum) : 0.0f;
+        }
+        out_of_range = grid.union_of(out_of_range) != 0;
+        grid.sync_own_block();
+        norms_known = true;
+        return !out_of_range;
+    }
+
+    // Units and measures of all lines, a warp, or a team, for each line in turn.
+    OPTICAL_DEVICE void compute_norms() {
+        bool any_scaled = false;
+        const int at = batch.kind == OPTICAL_SQEUCLIDEAN ? origin() : 0;
+        for (int entry = grid.warp; entry < block_rows + block_columns;
+             entry += grid.down * grid.across) {
+            const bool is_valid = valid(entry);
+            float power = is_valid ? 1.0f : 0.0f, sum = 0;
+            if (is_valid && batch.kind == OPTICAL_SQEUCLIDEAN) {
+                for (int64_t k = grid.lane; k < batch.dim; k += G::lanes) {
+                    const float x = component(entry, k) - origin_component(at, k);
+                    sum = fused(x, x, sum);
+                }
+                sum = G::over_lanes(sum);
+            } else if (is_valid && batch.kind == OPTICAL_COSINE) {
+                sum = squared_length(entry, 1.0f);
+                if (!(sum > 1e-30f && sum < 1e37f)) {
+                    // The power of two below 1 / the largest entry, within the normal range.
+                    const int exponent = 253 - (int)(bits_of(largest_component(entry)) >> 23);
+                    power = float_of((unsigned)(exponent < 1     ? 1
+                                                : exponent > 253 ? 253
+                                                                 : exponent)
+                                     << 23);
+                    sum = squared_length(entry, power);
+                    if (sum == 0) power = 1;
+                }
+            }
+            if (grid.lane == 0) {
+                any_scaled |= is_valid && power != 1.0f;
+                prescale[entry] = power;
+                norm[entry] = batch.kind != OPTICAL_COSINE ? sum
+                              : sum > 0                    ? inverse_root(sum)
+                                                           : 0.0f;
+            }
+        }
+        scaled = grid.union_of(any_scaled) != 0, norms_known = true;
+        grid.sync_own_block();
+        if (route() == Route::split) scale_near_one();
+    }
+
+    // The squared length of a line, scaled.
+    OPTICAL_DEVICE float squared_length(int entry, float scale) const {
+        const int32_t type = is_row(entry) ? a.type : b.type;
+        const int64_t offset =
+            is_row(entry) ? (block_first_row + entry) * a.stride : (entry - block_rows) * b.stride;
+        const char* const from =
+            (is_row(entry) ? a.vectors : b.vectors) + (offset + 8 * grid.lane) * bytes_of(type);
+        const bool aligned = ((uintptr_t)from & 15) == 0;
+        float sum = 0;
+        OPTICAL_KEEP_LOOP
+        for (int64_t k = 8 * grid.lane; k < batch.dim; k += 8 * G::lanes) {
+            float x[8];
+            load_eight(from + (k - 8 * grid.lane) * bytes_of(type), type, aligned, batch.dim - k,
+                       x);
+            OPTICAL_UNROLL_LOOP
+            for (int e = 0; e < 8; ++e) sum = fused(x[e] * scale, x[e] * scale, sum);
+        }
+        return G::over_lanes(sum);
+    }
+    OPTICAL_DEVICE float largest_component(int entry) const {
+        float peak = 0;
+        for (int64_t k = grid.lane; k < batch.dim; k += G::lanes)
+            peak = larger(peak, absolute(component(entry, k)));
+        OPTICAL_UNROLL_LOOP
+        for (int mask = G::lanes / 2; mask > 0; mask /= 2)
+            peak = larger(peak, shuffle_xor<G::lanes>(peak, mask));
+        return peak;
+    }
+
+    OPTICAL_DEVICE bool uses_half_vectors() const {
+        return batch.x_type != OPTICAL_F32 && batch.x_type == batch.y_type &&
+               batch.kind != OPTICAL_SQEUCLIDEAN;
+    }
+    // Half vectors as they are; others, for the cosine, as halves of numbers; or float32.
+    OPTICAL_DEVICE Route route() const {
+        if (uses_half_vectors() && !scaled) return Route::halves;
+        return batch.kind == OPTICAL_COSINE ? Route::split : Route::floats;
+    }
+
+    OPTICAL_DEVICE void scale_near_one() const {
+        for (int entry = grid.thread; entry < block_rows + block_columns; entry += grid.threads)
+            scale_near_one(entry);
+        grid.sync_own_block();
+    }
+    // Scales a line by a power of two, to a length in 1/2 .. 1, or as near to that as the range allows:
+    // the unit may be multiplied by 2^12 once more.
+    OPTICAL_DEVICE void scale_near_one(int entry) const {
+        const int exponent = (int)(bits_of(norm[entry]) >> 23),
+                  current = (int)(bits_of(prescale[entry]) >> 23);
+        if (exponent == 0 || exponent == 255) return;  // zero, or not a number
+        int shift = exponent - 127;
+        if (shift > 241 - current) shift = 241 - current;
+        if (shift < 1 - current) shift = 1 - current;
+        prescale[entry] = float_of(bits_of(prescale[entry]) + ((unsigned)shift << 23));
+        norm[entry] = float_of(bits_of(norm[entry]) - ((unsigned)shift << 23));
+    }
+};
+
+}  // namespace cuda
+}  // namespace optical

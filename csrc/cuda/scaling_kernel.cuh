@@ -1,0 +1,109 @@
+// K in registers.
+#pragma once
+
+#include "workspace.cuh"
+
+namespace optical {
+namespace cuda {
+
+template <typename G>
+struct ScalingKernel {
+    static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
+
+    float K[RI][RJ];
+
+    // K of the base, or in its place the plan of the potentials.
+    OPTICAL_DEVICE void build(const Problem<G>& problem, const Workspace<G>& state, bool plan) {
+        float of_row[RI], of_column[RJ], more_row[RI], more_column[RJ];
+        problem.rows_of(plan ? POTENTIAL : BASE, of_row);
+        problem.columns_of(plan ? POTENTIAL : BASE, of_column);
+        problem.rows_of(LOG, more_row);
+        problem.columns_of(LOG, more_column);
+        const float logs = plan ? OPTICAL_LOG2E : 0.0f;
+        OPTICAL_UNROLL_LOOP
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_UNROLL_LOOP
+            for (int c = 0; c < RJ; ++c) {
+                const float total = (of_row[r] - problem.cost(r, c)) + of_column[c];
+                K[r][c] =
+                    exp2_fast(fused(total, state.scale, logs * (more_row[r] + more_column[c])));
+            }
+    }
+    // One entry of the plan, by the same operations: sums must be those of the same numbers.
+    OPTICAL_DEVICE static float plan_of(const Problem<G>& problem, const Workspace<G>& state, int r,
+                                        int c, float f, float log_i, float g_j, float log_j) {
+        const float total = (f - problem.cost(r, c)) + g_j;
+        return exp2_fast(fused(total, state.scale, OPTICAL_LOG2E * (log_i + log_j)));
+    }
+
+    // Chooses the base for the current g and builds K, b v and u from it: with u the stopping rule
+    // knows what the rows carry.
+    OPTICAL_DEVICE void rebase(Problem<G>& problem, Workspace<G>& state) {
+        G& grid = problem.grid;
+        float of_column[RJ], column_minimum[RJ], base_row[OI] = {}, base_column[OJ];
+        problem.columns_of(POTENTIAL, of_column);
+        OPTICAL_KEEP_LOOP
+        for (int q = 0; q < RI; ++q) {
+            const int r = grid.slot_of(q);
+            float minimum = infinity();
+            OPTICAL_UNROLL_LOOP
+            for (int c = 0; c < RJ; ++c)
+                minimum = smaller(minimum, problem.cost(r, c) - of_column[c]);
+            grid.template fold_row<Minimum>(minimum, q, base_row);
+        }
+        grid.template combine_rows<Minimum>(base_row);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o)
+            problem.row(BASE, o) = base_row[o] = problem.row(UNMATCHED, o) > 0 ? 0.0f : base_row[o];
+        OPTICAL_UNROLL_LOOP
+        for (int c = 0; c < RJ; ++c) column_minimum[c] = infinity();
+        OPTICAL_KEEP_LOOP
+        for (int q = 0; q < RI; ++q) {
+            const int r = grid.slot_of(q);
+            const float of_row = grid.row_value(base_row, q);
+            OPTICAL_UNROLL_LOOP
+            for (int c = 0; c < RJ; ++c)
+                column_minimum[c] = smaller(column_minimum[c], problem.cost(r, c) - of_row);
+        }
+        grid.template columns<Minimum>(column_minimum, base_column);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o)
+            problem.column(BASE, o) = problem.column(UNMATCHED, o) > 0 ? 0.0f : base_column[o];
+        build(problem, state, false);
+        state.start_scalings(problem);
+    }
+
+    // ------------------------------------------------------------------------ products with K
+
+    // To what is in `sum`.
+    OPTICAL_DEVICE void add_times(const float (&x)[RJ], float (&sum)[RI]) const {
+        OPTICAL_UNROLL_LOOP
+        for (int c = 0; c < RJ; ++c)
+            OPTICAL_UNROLL_LOOP
+            for (int r = 0; r < RI; ++r) sum[r] = fused(K[r][c], x[c], sum[r]);
+    }
+    OPTICAL_DEVICE void add_times_transposed(const float (&x)[RI], float (&sum)[RJ]) const {
+        OPTICAL_UNROLL_LOOP
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_UNROLL_LOOP
+            for (int c = 0; c < RJ; ++c) sum[c] = fused(K[r][c], x[r], sum[c]);
+    }
+    // K x for x by owned columns, and K' x for x by owned rows.
+    OPTICAL_DEVICE void rows_times(Problem<G>& problem, const float (&x)[OJ], float (&out)[OI]) {
+        G& grid = problem.grid;
+        float all[RJ], sum[RI] = {};
+        grid.spread_columns(x, all);
+        add_times(all, sum);
+        grid.template rows<Sum>(sum, out);
+    }
+    OPTICAL_DEVICE void columns_times(Problem<G>& problem, const float (&x)[OI], float (&out)[OJ]) {
+        G& grid = problem.grid;
+        float all[RI], sum[RJ] = {};
+        grid.spread_rows(x, all);
+        add_times_transposed(all, sum);
+        grid.template columns<Sum>(sum, out);
+    }
+};
+
+}  // namespace cuda
+}  // namespace optical

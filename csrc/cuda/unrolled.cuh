@@ -1,0 +1,270 @@
+// The derivative of the iterations as they ran: they run again, keeping f_k and g_k, and are then
+// undone one by one. With pi_ij = a_i exp((f_i + g_j - C_ij) / epsilon) and sigma_ij = b_j exp(...)
+// at the values of a step, all products are with K, and a step gives the cost K times a matrix of
+// rank two.
+#pragma once
+
+#include "objective.cuh"
+
+namespace optical {
+namespace cuda {
+
+struct Upstream {
+    float value, linear, total;
+};
+
+template <typename G>
+struct Unrolled {
+    static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
+
+    // What the sweep keeps for its lines.
+    enum { BAR = SCRATCH_1, BAR_MASS = SCRATCH_2, INVERSE_SUM = SCRATCH_3, SLOPE = SCRATCH_4 };
+
+    Solver<G>& solver;
+    Problem<G>& problem;
+    Workspace<G>& state;
+    ScalingKernel<G>& kernel;
+    G& grid;
+    const optical_gradient& out;
+    const Upstream upstream;
+    float* const history;
+
+    OPTICAL_DEVICE Unrolled(Solver<G>& solver, const optical_gradient& out,
+                            const Upstream& upstream, float* history)
+        : solver(solver),
+          problem(solver.problem),
+          state(solver.state),
+          kernel(solver.kernel),
+          grid(problem.grid),
+          out(out),
+          upstream(upstream),
+          history(history) {}
+
+    OPTICAL_DEVICE void differentiate() {
+        const int32_t n_iter = out.n_iter[problem.index];
+        bool converged;
+        const int32_t steps =
+            solver.solve(n_iter < 0                        ? 0
+                         : n_iter < problem.batch.max_iter ? n_iter
+                                                           : problem.batch.max_iter,
+                         0.0f, converged, history);
+        Objective<G>(solver).evaluate();
+        begin_sweep();
+        bool base_usable = false;
+        OPTICAL_KEEP_LOOP
+        for (int32_t k = steps - 1; k >= 0; --k) {
+            const float *const f = solver.history_rows(history, k + 1);
+            const float *const new_g = solver.history_columns(history, k + 1);
+            const float *const old_g = solver.history_columns(history, k);
+            state.set_step(k == 0 ? 1.0f : (float)problem.batch.omega);
+            // On the base at hand, on a new one, or else each half with pi or sigma itself as K.
+            OPTICAL_KEEP_LOOP
+            for (int attempt = base_usable ? 0 : 1; attempt < 4; ++attempt) {
+                if (attempt == 1) {
+                    load_potentials(f, old_g);
+                    kernel.rebase(problem, state);
+                }
+                if (attempt >= 2)
+                    exact_base(solver.history_rows(history, k), f, old_g, new_g, attempt == 2);
+                const bool trusted = replay(f, old_g, attempt >= 2);
+                if (attempt < 2 && !trusted) continue;
+                base_usable = attempt < 2;
+                reverse(attempt != 3, attempt != 2);
+                if (base_usable) break;
+            }
+        }
+    }
+
+    OPTICAL_DEVICE float row_mass_gradient(int o) const { return problem.row(BAR_MASS, o); }
+    OPTICAL_DEVICE float column_mass_gradient(int o) const { return problem.column(BAR_MASS, o); }
+    // What the cost has received so far, behind everything else that is private.
+    OPTICAL_DEVICE float& cost_bar(int r, int c) const {
+        return problem.private_values[(Problem<G>::private_floats + r * RJ + c) * grid.threads];
+    }
+
+    // What the results receive, before any iteration is undone.
+    OPTICAL_DEVICE void begin_sweep() {
+        const float scale = state.inverse_epsilon;
+        float slope_row[OI], slope_column[OJ], by_row[OI], by_column[OJ];
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o)
+            problem.row(SLOPE, o) = slope_row[o] =
+                dual_slope(problem.row(POTENTIAL, o), problem.row(SUMS, o), problem.row(MASS, o),
+                           problem.row(LOG, o), state.rho_a, state.penalty_a);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o)
+            problem.column(SLOPE, o) = slope_column[o] = dual_slope(
+                problem.column(POTENTIAL, o), problem.column(SUMS, o), problem.column(MASS, o),
+                problem.column(LOG, o), state.rho_b, state.penalty_b);
+        kernel.build(problem, state, true);
+        kernel.rows_times(problem, slope_column, by_row);
+        kernel.columns_times(problem, slope_row, by_column);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) {
+            const int i = grid.own_row(o);
+            const float sum = problem.row(SUMS, o), mass = problem.row(MASS, o);
+            const float slope = upstream.value * (slope_row[o] * sum + by_row[o]) +
+                                upstream.linear * problem.row(SPENT, o);
+            float explicit_part = state.target * (mass * (float)state.total_b - sum);
+            if (state.penalty_a) explicit_part += state.rho_a * (mass - sum);
+            const bool has_grad =
+                out.grad_f && problem.valid_row(i) && problem.row(UNMATCHED, o) == 0;
+            problem.row(BAR, o) =
+                slope * scale + (has_grad ? ((const float*)out.grad_f)[problem.a.first + i] : 0.0f);
+            problem.row(BAR_MASS, o) = slope + upstream.value * explicit_part;
+        }
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            const int j = grid.own_column(o);
+            const float sum = problem.column(SUMS, o), mass = problem.column(MASS, o);
+            const float slope = upstream.value * (slope_column[o] * sum + by_column[o]) +
+                                upstream.linear * problem.column(SPENT, o);
+            float explicit_part = state.target * (mass * (float)state.total_a - sum);
+            if (state.penalty_b) explicit_part += state.rho_b * (mass - sum);
+            const bool has_grad =
+                out.grad_g && problem.valid_column(j) && problem.column(UNMATCHED, o) == 0;
+            problem.column(BAR, o) =
+                slope * scale + (has_grad ? ((const float*)out.grad_g)[problem.b.first + j] : 0.0f);
+            problem.column(BAR_MASS, o) = slope + upstream.value * explicit_part;
+        }
+        float of_row[RI], of_column[RJ];
+        problem.rows_of(SLOPE, of_row);
+        problem.columns_of(SLOPE, of_column);
+        OPTICAL_UNROLL_LOOP
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_UNROLL_LOOP
+            for (int c = 0; c < RJ; ++c) {
+                const float slope = upstream.value * (of_row[r] + of_column[c]) +
+                                    upstream.linear * problem.finite_cost(r, c);
+                cost_bar(r, c) = kernel.K[r][c] * (upstream.total - slope * scale);
+            }
+    }
+    OPTICAL_DEVICE static float dual_slope(float potential, float marginal, float mass,
+                                           float log_mass, float rho, bool penalty) {
+        if (!penalty) return potential;
+        return (float)(potential + (double)rho * Objective<G>::log_ratio(marginal, mass, log_mass));
+    }
+
+    // Kept potentials as those of the state.
+    OPTICAL_DEVICE void load_potentials(const float* f, const float* old_g) {
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) {
+            const int i = grid.own_row(o);
+            problem.row(POTENTIAL, o) = i < problem.a.count ? f[i] : 0.0f;
+        }
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            const int j = grid.own_column(o);
+            problem.column(POTENTIAL, o) = j < problem.b.count ? old_g[j] : 0.0f;
+        }
+    }
+    // Makes K pi of the half step that found new_g from f, or sigma of the one that found f from
+    // old_g, out of what was given to it and the minimum that it found, of which it kept a share.
+    // With the masses inside, no entry exceeds 1, however small they are.
+    OPTICAL_DEVICE void exact_base(const float* old_f, const float* f, const float* old_g,
+                                   const float* new_g, bool of_columns) {
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) {
+            const int i = grid.own_row(o);
+            const float next = i < problem.a.count ? f[i] : 0.0f,
+                        old = i < problem.a.count ? old_f[i] : 0.0f;
+            problem.row(BASE, o) = of_columns ? next + state.target * problem.row(LOG, o)
+                                      : (next - state.alpha * old) / state.share_a;
+        }
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            const int j = grid.own_column(o);
+            const float next = j < problem.b.count ? new_g[j] : 0.0f,
+                        old = j < problem.b.count ? old_g[j] : 0.0f;
+            problem.column(BASE, o) = of_columns ? (next - state.alpha * old) / state.share_b
+                                         : old + state.target * problem.column(LOG, o);
+        }
+        kernel.build(problem, state, false);
+    }
+
+    // Runs one iteration again on the present base, from old_g to f: leaves the scales with which
+    // the rows of sigma and the columns of pi sum to 1 whatever was rounded, and a u and b v, which
+    // are 1 where K is pi or sigma. False: a number on the way was not harmless.
+    OPTICAL_DEVICE bool replay(const float* f, const float* old_g, bool exact) {
+        unsigned flags = 0;
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            const int j = grid.own_column(o);
+            const float scaling =
+                state.boltzmann((j < problem.b.count ? old_g[j] : 0.0f) - problem.column(BASE, o));
+            state.bv[o] = exact ? 1.0f : weighted(state.weight_b[o], scaling, flags);
+        }
+        float by_row[OI], by_column[OJ];
+        kernel.rows_times(problem, state.bv, by_row);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) {
+            const int i = grid.own_row(o);
+            const float total = by_row[o] + problem.row(UNMATCHED, o);
+            flags |= loss_flag(total, COLUMNS_LOST);
+            problem.row(INVERSE_SUM, o) = 1.0f / total;
+            state.au[o] = state.weight_a[o] / total;
+            if (state.relaxed)
+                state.au[o] = weighted(
+                    state.weight_a[o],
+                    state.boltzmann((i < problem.a.count ? f[i] : 0.0f) - problem.row(BASE, o)),
+                    flags);
+            if (exact) state.au[o] = 1;
+        }
+        kernel.columns_times(problem, state.au, by_column);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            const float total = by_column[o] + problem.column(UNMATCHED, o);
+            flags |= loss_flag(total, COLUMNS_LOST);
+            problem.column(INVERSE_SUM, o) = 1.0f / total;
+        }
+        return grid.union_of(flags) == 0;
+    }
+
+    // A mass too small for a number counts for nothing, unless its scale is large.
+    OPTICAL_DEVICE static float weighted(float weight, float scaling, unsigned& flags) {
+        if (weight > 0 || scaling > 1) flags |= loss_flag(scaling, COLUMNS_LOST);
+        return weight > 0 ? weight * scaling : 0.0f;
+    }
+
+    // Undoes the step that was replayed, the half that made g, the half that made f, or both.
+    OPTICAL_DEVICE void reverse(bool of_columns, bool of_rows) {
+        float to_column[OJ], to_row[OI], by_row[OI], by_column[OJ];
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o)
+            to_column[o] = of_columns ? problem.column(INVERSE_SUM, o) *
+                                            (state.share_b * problem.column(BAR, o))
+                                      : 0.0f;
+        kernel.rows_times(problem, to_column, by_row);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) {
+            if (!of_columns) state.au[o] = 0;
+            const float received = of_columns ? state.au[o] * by_row[o] : 0.0f;
+            const float bar = problem.row(BAR, o) - received;
+            to_row[o] = of_rows ? problem.row(INVERSE_SUM, o) * (state.share_a * bar) : 0.0f;
+            problem.row(BAR_MASS, o) -= state.target * received;
+            problem.row(BAR, o) = of_rows ? state.alpha * bar : bar;
+        }
+        kernel.columns_times(problem, to_row, by_column);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            if (!of_rows) state.bv[o] = 0;
+            const float received = of_rows ? state.bv[o] * by_column[o] : 0.0f;
+            const float bar = problem.column(BAR, o);
+            problem.column(BAR_MASS, o) -= state.target * received;
+            problem.column(BAR, o) = (of_columns ? state.alpha * bar : bar) - received;
+        }
+        float au[RI], bv[RJ], from_row[RI], from_column[RJ];
+        grid.spread_rows(state.au, au);
+        grid.spread_rows(to_row, from_row);
+        grid.spread_columns(state.bv, bv);
+        grid.spread_columns(to_column, from_column);
+        OPTICAL_UNROLL_LOOP
+        for (int r = 0; r < RI; ++r)
+            OPTICAL_UNROLL_LOOP
+            for (int c = 0; c < RJ; ++c)
+                cost_bar(r, c) += kernel.K[r][c] * (au[r] * from_column[c] + from_row[r] * bv[c]);
+    }
+};
+
+}  // namespace cuda
+}  // namespace optical
