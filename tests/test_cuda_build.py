@@ -1,4 +1,7 @@
-"""What nvcc makes of the CUDA kernels, and how they are found, without a GPU."""
+"""The machine code of the CUDA kernels, the build of their library, and how it is found.
+
+No test here needs a GPU.
+"""
 
 import csv
 import ctypes
@@ -18,7 +21,9 @@ STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wno-unused-pa
 
 needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="nvcc was not found")
 DISASSEMBLER = cuda_resources.disassembler()
-needs_nvdisasm = pytest.mark.skipif(DISASSEMBLER is None, reason="triton brings nvdisasm; not here")
+needs_nvdisasm = pytest.mark.skipif(
+    DISASSEMBLER is None, reason="nvdisasm, part of Triton, was not found"
+)
 
 
 def committed():
@@ -30,28 +35,29 @@ FORWARD = ("four", "pair", "warp", "square", "block", "cluster")
 
 
 def check_hot_loops(rows, kinds=FORWARD):
-    """No register of an iteration is spilled, and its instructions stay near the multiply-adds."""
+    """Check that hot loops spill no register and spend most instructions on multiply-adds."""
     loops = {row["kernel"] for row in rows if row.get("loop")}
     assert loops >= {f"optical_forward_{kind}" for kind in kinds}
-    # Instructions that are taken, of the multiply-adds: of two problems in a warp, and of four.
-    most = {"pair": 1.8, "four": 2.4}
-    most |= {"warp": 1.5, "square": 1.5, "block": 2.0, "cluster": 2.5}
-    half = {"fast_warp": 1.0, "fast_square": 1.0, "fast_block": 1.2, "fast_cluster": 1.5}
+    # Bounds of executed instructions per multiply-add. A warp of "pair" solves two problems, one of
+    # "four" four.
+    bounds = {"pair": 1.8, "four": 2.4}
+    bounds |= {"warp": 1.5, "square": 1.5, "block": 2.0, "cluster": 2.5}
+    half_bounds = {"fast_warp": 1.0, "fast_square": 1.0, "fast_block": 1.2, "fast_cluster": 1.5}
     for row in rows:
         kind = row["kernel"].removeprefix("optical_forward_")
-        if kind in (*most, *half):
-            # Those in half precision hold two copies of K, and cannot hold all of the rest.
-            crowded = 24 if row["architecture"] == "80" else 16
-            spilled = dict.fromkeys(half, crowded) | {"cluster": 2, "fast_warp": 36}
+        if kind in (*bounds, *half_bounds):
+            # Half precision holds two copies of K in registers, which forces some spills.
+            allowed = 24 if row["architecture"] == "80" else 16
+            spilled = dict.fromkeys(half_bounds, allowed) | {"cluster": 2, "fast_warp": 36}
             assert int(row["ldl_stl"]) <= spilled.get(kind, 0), row
             floor = cuda_resources.ITERATION[kind.removeprefix("fast_")]
-            assert int(row["taken"]) <= (most | half)[kind] * floor, row
+            assert int(row["taken"]) <= (bounds | half_bounds)[kind] * floor, row
 
 
-def test_the_committed_table_is_whole_and_keeps_its_promises():
+def test_the_committed_table_is_complete_and_within_bounds():
     table = committed()
     architectures = {architecture for architecture, _ in table}
-    # Rows are of the sources at hand, or there are none: some take half an hour to make.
+    # Complete architectures only: `python -m benchmarks.cuda_resources` replaces all their rows.
     assert architectures == set(cuda.ARCHITECTURES)
     names = set(nvrtc.kernel_definitions(ROOT / "csrc"))
     for architecture in architectures:
@@ -61,7 +67,7 @@ def test_the_committed_table_is_whole_and_keeps_its_promises():
         check_hot_loops(rows, (*FORWARD, "fast_warp", "fast_square"))
 
 
-def test_the_page_has_the_numbers_of_the_table():
+def test_the_page_quotes_the_table():
     page = (ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
     problems = {"four": 4, "pair": 2}
     for kind in ("four", "pair", "warp", "square", "block", "cluster", "fast warp", "fast square"):
@@ -71,7 +77,7 @@ def test_the_page_has_the_numbers_of_the_table():
         assert line == f"{loop} | {taken}", kind
 
 
-def test_the_page_predicts_what_the_table_lets_one_expect():
+def test_the_page_quotes_the_predictions():
     page = (ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
     for name, times in cuda_resources.predictions().items():
         (line,) = re.findall(rf"^\| {name} \|.*\| (\d+) … (\d+) \| no GPU \|$", page, re.MULTILINE)
@@ -79,24 +85,24 @@ def test_the_page_predicts_what_the_table_lets_one_expect():
             assert abs(int(written) - time) <= max(1, 0.01 * time), (name, line, times)
 
 
-def test_rows_of_an_architecture_take_the_place_of_its_old_ones(tmp_path):
+def test_new_rows_of_an_architecture_replace_old_ones(tmp_path):
     table = tmp_path / "table.csv"
     for architecture, registers in (("90a", 1), ("80", 2), ("90a", 3)):
         row = {"architecture": architecture, "kernel": "k", "registers": registers}
         cuda_resources.write(table, architecture, [row])
     with open(table, newline="") as file:
-        found = [(row["architecture"], row["registers"]) for row in csv.DictReader(file)]
-    assert found == [("80", "2"), ("90a", "3")]
+        rows = [(row["architecture"], row["registers"]) for row in csv.DictReader(file)]
+    assert rows == [("80", "2"), ("90a", "3")]
 
 
 @needs_nvcc
 @needs_nvdisasm
-def test_the_iterations_compile_without_spills_in_their_loops(tmp_path):
+def test_hot_loops_compile_without_spills(tmp_path):
     kinds = ("four", "pair", "warp", "square")
-    lines = nvrtc.kernel_definitions(ROOT / "csrc")
-    some = " ".join(lines[f"optical_forward_{kind}"] for kind in kinds)
-    source = tmp_path / "some.cu"
-    source.write_text(f'#define OPTICAL_ONLY {some}\n#include "kernels.cuh"\n')
+    definitions = nvrtc.kernel_definitions(ROOT / "csrc")
+    selected = " ".join(definitions[f"optical_forward_{kind}"] for kind in kinds)
+    source = tmp_path / "selected.cu"
+    source.write_text(f'#define OPTICAL_ONLY {selected}\n#include "kernels.cuh"\n')
     check_hot_loops(cuda_resources.rows("90a", tmp_path, source=source), kinds)
 
 
@@ -104,18 +110,18 @@ def test_the_iterations_compile_without_spills_in_their_loops(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", cuda.ARCHITECTURES)
 def test_every_kernel_compiles_without_a_warning(architecture, tmp_path):
-    _, said = cuda_resources.compile_kernels(architecture, tmp_path, *STRICT)
-    assert set(cuda_resources.resources(said)) == set(nvrtc.kernel_definitions(ROOT / "csrc"))
+    _, output = cuda_resources.compile_kernels(architecture, tmp_path, *STRICT)
+    assert set(cuda_resources.resources(output)) == set(nvrtc.kernel_definitions(ROOT / "csrc"))
 
 
 @needs_nvcc
 @pytest.mark.slow
-def test_the_library_loads_without_a_device_and_says_no(tmp_path):
+def test_the_library_loads_without_a_device_and_refuses_problems(tmp_path):
     library = tmp_path / cuda.LIBRARY_NAME
     cuda.build(ROOT / "csrc", library, cuda.find_nvcc(), ("90a",))
     calls = cuda.open_library(library, cuda.source_hash(ROOT / "csrc"))
     if torch.cuda.is_available():
-        pytest.skip(reason="there is a CUDA device")
+        pytest.skip(reason="a CUDA device is present")
     problem = native._Problem(batch=1, n=4, m=4, rho_a=1, rho_b=1, omega=1)
     assert not calls.optical_cuda_reach(ctypes.byref(problem))
     status = calls.optical_cuda_forward(
@@ -127,7 +133,7 @@ def test_the_library_loads_without_a_device_and_says_no(tmp_path):
 
 
 @needs_nvcc
-def test_a_build_that_fails_is_a_reason_in_one_line(tmp_path):
+def test_a_failed_build_reports_its_first_error_in_one_line(tmp_path):
     (tmp_path / "cuda").mkdir()
     (tmp_path / "sinkhorn.h").write_text("")
     (tmp_path / "cuda" / "sinkhorn.cu").write_text("#error deliberately broken\n")
@@ -137,7 +143,7 @@ def test_a_build_that_fails_is_a_reason_in_one_line(tmp_path):
     assert not (tmp_path / "out.so").exists()
 
 
-def test_without_a_device_or_nvcc_there_is_a_reason_in_words(monkeypatch):
+def test_the_backend_explains_a_missing_device_or_compiler(monkeypatch):
     monkeypatch.setenv("NVCC", "/nonexistent/nvcc")
     assert cuda.find_nvcc() is None
     monkeypatch.setattr(cuda, "LIBRARY_NAME", "no-such-library.so")
@@ -155,7 +161,7 @@ def test_without_a_device_or_nvcc_there_is_a_reason_in_words(monkeypatch):
         cuda._state.cache_clear()
 
 
-def test_tensors_elsewhere_are_refused_before_anything_is_built(monkeypatch):
+def test_cpu_tensors_are_refused_before_a_build(monkeypatch):
     def fail():
         raise AssertionError("looked for the library")
 
@@ -164,7 +170,7 @@ def test_tensors_elsewhere_are_refused_before_anything_is_built(monkeypatch):
     assert reason == "the tensors are on cpu; the CUDA kernels need a CUDA device"
 
 
-def test_nvcc_may_be_named_by_its_path(monkeypatch, tmp_path):
+def test_the_environment_selects_nvcc(monkeypatch, tmp_path):
     monkeypatch.setenv("NVCC", "")
     assert cuda.find_nvcc() is None
     tool = tmp_path / "nvcc"

@@ -1,4 +1,4 @@
-// Implicit gradients.
+// The linear system of implicit gradients.
 #pragma once
 
 #include "objective.cuh"
@@ -9,7 +9,7 @@ namespace cuda {
 template <typename G>
 struct Adjoint {
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
-    // Sums of the adjoint system, of which each takes the place of one no longer needed.
+    // Fields of the conjugate gradients, in place of fields that are no longer needed.
     enum { ROW_INVERSE = NEXT, DIAGONAL = NEXT, RESIDUAL = SCRATCH_1, DIRECTION = SCRATCH_2,
            IMAGE = SCRATCH_3, BEST = SCRATCH_4 };
 
@@ -24,15 +24,19 @@ struct Adjoint {
           kernel(solver.kernel),
           grid(solver.problem.grid) {}
 
-    // Solves the system of sinkhorn.h for w and z by conjugate gradients on what is left when w is
-    // eliminated, preconditioned by the column masses, after sum_up. Returns the relative residual.
-    // Balanced, the system has the null vector (1, -1): the right side is orthogonal to it, and in
-    // the end w is shifted to have mean 0 under the row sums. K is the matrix of every product.
+    // Solves the system of sinkhorn.h for w and z and returns the relative residual. Call after
+    // Objective::evaluate().
+    //
+    // Eliminating w leaves a system for z, which conjugate gradients solve, preconditioned by the
+    // column masses. For a balanced problem the system has the null vector (1, -1): the right side
+    // is orthogonal to it, and w is shifted at the end to have mean 0 under the row sums. K holds
+    // the plan.
     OPTICAL_DEVICE float solve() {
         kernel.build(problem, state, true);
         const float diagonal_factor_a = state.penalty_a ? 1.0f + state.target / state.rho_a : 1.0f;
         const float diagonal_factor_b = state.penalty_b ? 1.0f + state.target / state.rho_b : 1.0f;
-        // The sums as the products below form them: what cancels in them must cancel here.
+        // Recomputes the sums with the products used below, so that terms that cancel do so
+        // exactly.
         float x[OI], y[OJ], ones[OJ];
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) ones[o] = 1;
@@ -59,7 +63,7 @@ struct Adjoint {
         }
         const bool singular = !state.penalty_a && !state.penalty_b;
         const double scale = energy(SPENT), start = project(singular);
-        // Nothing but rounding is left where the parts of the right side cancel.
+        // Below this, the parts of the right side cancel to rounding errors.
         const double rounding = 1e-14 * scale;
         double rho = start, best = start;
         OPTICAL_UNROLL_LOOP
@@ -82,7 +86,7 @@ struct Adjoint {
                 curvature[0] += (double)p_j * (double)q_j;
             }
             grid.total(curvature, false);
-            // Rounding has the last word near the solution: no step along a direction it decides.
+            // Stops when rounding errors determine the direction.
             const double length = rho / curvature[0];
             if (!(curvature[0] > 0) || !(length - length == 0)) break;
             OPTICAL_UNROLL_LOOP
@@ -130,7 +134,8 @@ struct Adjoint {
         const float diagonal = problem.column(DIAGONAL, o);
         return diagonal > 0 ? problem.column(RESIDUAL, o) / diagonal : 0.0f;
     }
-    // Takes the part of the residual along the null vector away, and returns its energy.
+    // Removes the component of the residual along the null vector and returns the residual's
+    // energy.
     OPTICAL_DEVICE double project(bool singular) {
         double sums[2] = {0, 0};
         OPTICAL_UNROLL_LOOP

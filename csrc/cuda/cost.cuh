@@ -1,10 +1,11 @@
-// The cost, which stays in shared memory: as it is given, or from vectors.
+// The cost, read or computed from vectors into the private arrays in shared memory.
 //
-// Products of vectors are summed over chunks of the dimension that pass through shared memory. Half
-// vectors as they are go to the tensor cores, whose products of halves are exact and whose sums are in
-// float32. So do others, for the cosine: scaled to a length near 1, each number is the sum of two
-// float16, and of the four products of two numbers the one below 2^-24 is left out. What has to be
-// moved first, and dot products of float32, are multiplied in float32.
+// Products of vectors are sums over chunks of the dimension that pass through shared memory. Half
+// vectors go to the tensor cores, whose products of halves are exact and whose sums are in float32.
+// For the cosine, other vectors do so too: each number of a vector scaled to a length near 1 is
+// split into two float16, and of the four products of two numbers the one below 2^-24 is omitted.
+// Squared distances, whose vectors are shifted first, and dot products of float32 vectors are
+// computed in float32.
 #pragma once
 
 #include "problem.cuh"
@@ -15,7 +16,8 @@ namespace cuda {
 template <typename G>
 struct Cost {
     static constexpr int RI = G::RI, RJ = G::RJ;
-    // By which numbers are multiplied before they are split: what underflows is far below 2^-24.
+    // Numbers are multiplied by this before they are split. What underflows in float16 is then far
+    // below 2^-24.
     static constexpr float split_scale = 4096.0f;
 
     Problem<G>& problem;
@@ -23,7 +25,7 @@ struct Cost {
 
     OPTICAL_DEVICE explicit Cost(Problem<G>& problem) : problem(problem), grid(problem.grid) {}
 
-    // Fills the private cost. False, for this thread: NaN or -inf among present pairs.
+    // Fills the private cost. Returns false if this thread found NaN or -inf among its valid pairs.
     OPTICAL_DEVICE bool fill() {
         unsigned valid_rows = 0, valid_columns = 0;
         OPTICAL_KEEP_LOOP
@@ -54,11 +56,11 @@ struct Cost {
         return usable;
     }
 
-    // --------------------------------------------------------------------------- vectors, in float32
+    // ------------------------------------------------------------------------- vectors, in float32
 
     OPTICAL_DEVICE int pitch() const { return problem.block_rows + problem.block_columns + 2; }
 
-    // Puts entries k to k + chunk of the lines from `from` to `end` into shared memory.
+    // Stages components k to k + chunk of the entries from `from` to `end` in shared memory.
     OPTICAL_DEVICE void stage_chunk(float* to, int from, int end, int64_t k, int at) const {
         constexpr int parts = G::lanes < chunk ? G::lanes : chunk;
         OPTICAL_UNROLL_LOOP
@@ -105,9 +107,10 @@ struct Cost {
         }
     }
 
-    // ------------------------------------------------------------------------- vectors, as fragments
+    // ---------------------------------------------------------------- vectors, on the tensor cores
 
-    // The problem of another team, for all lanes of the warp: only together they multiply fragments.
+    // A copy of the problem of another team for the whole warp, since all lanes of a warp multiply
+    // fragments together.
     OPTICAL_DEVICE Problem<G> of_team(int team) const {
         Problem<G> other = problem;
         const int bytes = (team - grid.team) * Problem<G>::team_bytes(1, 1, problem.batch.kind);
@@ -124,16 +127,16 @@ struct Cost {
         else grid.sync_own_block();
     }
 
-    // Where eight entries of a line are, of chunks of so many: eight lines, which a load of fragments
-    // takes at once, lie in different banks, and every eighth line is turned alike.
+    // The position of eight components of an entry in a staged chunk. Eight entries that one load
+    // of fragments reads lie in different banks, and the permutation repeats every eight entries.
     template <int components>
     OPTICAL_DEVICE static int place(int entry, int eighth) {
         constexpr int parts = components / 8;
         return entry * components + (eighth ^ entry / (8 / parts) % parts) * 8;
     }
 
-    // Has entries k to k + entries of all lines come into shared memory: after wait_for_copies() of
-    // every thread they are there.
+    // Starts copying components k to k + components of all entries into shared memory. The copy is
+    // complete after wait_for_copies() and a barrier.
     template <int components>
     OPTICAL_DEVICE void stage_halves(uint16_t* to, int64_t k) const {
         stage_side<components, Route::halves>(to, 0, problem.block_rows, problem.a,
@@ -141,7 +144,7 @@ struct Cost {
         stage_side<components, Route::halves>(to, problem.block_rows, problem.block_columns,
                                               problem.b, 0, k);
     }
-    // The same of numbers that are split: upper halves, and behind those of all lines the lower ones.
+    // Stages split numbers: the upper halves of all entries, then the lower halves.
     template <int components>
     OPTICAL_DEVICE void stage_split(uint16_t* to, int64_t k) const {
         stage_side<components, Route::split>(to, 0, problem.block_rows, problem.a,
@@ -150,8 +153,9 @@ struct Cost {
                                              problem.b, 0, k);
     }
 
-    // Lines `first` and further, which are those of a side from `line`. A thread has the same eighth of
-    // the chunk in every eighth line or a multiple of that: what it adds to addresses is the same.
+    // Stages `count` entries from `first_entry` on, which are rows or columns `first_of_side` on of
+    // a side. A thread copies the same eighth of every eighth entry, or of a multiple of eight, so
+    // its address increments are constant.
     template <int components, Route route>
     OPTICAL_DEVICE void stage_side(uint16_t* to, int first_entry, int count, const Side& side,
                                    int first_of_side, int64_t k) const {
@@ -196,8 +200,8 @@ struct Cost {
         *(Eight*)upper = high, *(Eight*)lower = low;
     }
 
-    // Adds the squares of a chunk to the measures of its lines: sixteen lines times themselves, of which
-    // the diagonal counts.
+    // Adds the squares of a staged chunk to the norms: each group of sixteen entries is multiplied
+    // with itself, and the diagonal is kept.
     template <int components, bool bfloat>
     OPTICAL_DEVICE void add_squares(const uint16_t* staged) const {
         const int diagonal_row = grid.lane / 4, odd = diagonal_row % 2;
@@ -227,7 +231,7 @@ struct Cost {
         }
     }
 
-    // All products of rows and columns, into a matrix in shared memory.
+    // Multiplies all rows and columns into a matrix in shared memory.
     template <bool bfloat, Route route>
     OPTICAL_DEVICE void multiply_fragments() const {
         constexpr bool split = route == Route::split;
@@ -245,8 +249,8 @@ struct Cost {
         const int lane_row = grid.warp_down * G::tile_rows + grid.lane % 16;
         const int lane_column = problem.block_rows + grid.warp_across * G::tile_columns +
                                 grid.lane / 16 * 8 + grid.lane % 8;
-        // While one chunk of halves is multiplied the next one is on its way, into the memory of the
-        // last; numbers that are split have both for their halves.
+        // While one chunk of halves is multiplied, the next one is copied into the other buffer.
+        // Split numbers use both buffers for their two halves.
         int current = 0;
         if (!split) stage_halves<components>(staged, 0);
         OPTICAL_KEEP_LOOP
@@ -262,7 +266,7 @@ struct Cost {
                     stage_halves<components>(staged + (plane - current), k + components);
                 if (!problem.norms_known) add_squares<components, bfloat>(staged + current);
             }
-            // The product of the lower halves is below the last digit.
+            // The product of the two lower halves is below the last digit and omitted.
             OPTICAL_KEEP_LOOP
             for (int step = 0; step < (split ? 3 : 1) * (components / 16); ++step) {
                 const int product = step / (components / 16), sixteen = step % (components / 16);
@@ -333,7 +337,7 @@ struct Cost {
         grid.sync_own_block();
     }
 
-    // ----------------------------------------------------------------------------------- both ways
+    // --------------------------------------------------------------------------------- all vectors
 
     OPTICAL_DEVICE bool multiply(unsigned valid_rows, unsigned valid_columns) {
         float x[RI][RJ];
@@ -342,7 +346,8 @@ struct Cost {
             problem.compute_norms();
             multiply_floats(x);
         } else {
-            // Once more where squares left the range, of one team or another.
+            // Repeats with scaled vectors if squared lengths left the range, in any team of the
+            // warp.
             bool again = true, during_products = halves;
             OPTICAL_KEEP_LOOP
             while (G::teams == 1 ? again : warp_any(again)) {

@@ -1,7 +1,7 @@
-// Gradients: what is read off the potentials of a solution.
+// The backward pass of one problem: gradients of the cost or the vectors, and of the log-masses.
 //
-// G = dL/dC of a problem is made in registers. For a given cost it is written as it is; from vectors
-// it is multiplied with them, so that neither the plan nor G is ever in device memory.
+// G = dL/dC is computed in registers. For a given cost it is the output. For vectors it is
+// multiplied with them, so that neither the plan nor G is ever in device memory.
 #pragma once
 
 #include "unrolled.cuh"
@@ -30,8 +30,8 @@ struct Gradient {
           vectors(vectors),
           out(vectors.out) {}
 
-    // Memory behind that of the solver: a second private array for the reverse sweep; or that of the
-    // products.
+    // Shared memory. The private arrays grow by the cost gradient for UNROLL; VectorGradient reuses
+    // their memory.
     static OPTICAL_HOST_DEVICE int shared_bytes(int down, int across, int32_t kind,
                                                 int32_t gradient) {
         const int threads = 32 * down * across;
@@ -41,7 +41,7 @@ struct Gradient {
         return Problem<G>::fixed_bytes(down, across, kind) + (more > bytes ? more : bytes);
     }
 
-    // ENVELOPE and IMPLICIT: the derivative at the solution.
+    // ENVELOPE and IMPLICIT: differentiates at the solution.
     OPTICAL_DEVICE void differentiate() {
         int32_t status;
         if (!state.read(problem, status)) return clear();
@@ -49,7 +49,7 @@ struct Gradient {
         at_solution();
         write();
     }
-    // UNROLL: the derivative of the iterations.
+    // UNROLL: differentiates the iterations.
     OPTICAL_DEVICE void differentiate(float* history) {
         int32_t status;
         if (!state.read(problem, status)) return clear();
@@ -81,7 +81,7 @@ struct Gradient {
         upstream.total = upstream.value + upstream.linear;
     }
 
-    // G stands where the cost stood.
+    // Writes the gradient of the cost or of the vectors from G, which is in place of the cost.
     OPTICAL_DEVICE void write() {
         if (problem.batch.kind == OPTICAL_GIVEN) {
             if (out.grad_x)
@@ -92,9 +92,9 @@ struct Gradient {
         }
     }
 
-    // ------------------------------------------------------------------------- at the potentials
+    // ----------------------------------------------------------------------------- at the solution
 
-    // The plan held fixed, or with w and z the fixed point.
+    // Differentiates with the plan held fixed (ENVELOPE), or through the fixed point with w and z.
     OPTICAL_DEVICE void at_solution() {
         const bool implicit = problem.batch.gradient == OPTICAL_IMPLICIT;
         OPTICAL_UNROLL_LOOP
@@ -176,14 +176,15 @@ struct Gradient {
         write_masses(of_row, of_column);
     }
 
-    // The partial derivative of the dual; a line without a pair gives all its mass up.
+    // The partial derivative of the dual. A row or column without an allowed pair destroys all its
+    // mass.
     OPTICAL_DEVICE float mass_gradient(float mass, float log_mass, float pad, float potential,
                                        float rho, bool penalty, double other) const {
         float slope = potential + state.target * (float)(other - 1);
         if (penalty) {
             const float destroyed = pad > 0 ? 1.0f : one_minus_exp(potential / rho);
             slope = rho * destroyed + state.target * ((float)other - (1.0f - destroyed));
-            // The factor may be too large for a number where the mass is too small for one.
+            // The factor may overflow where the mass underflows.
             if (potential < -80 * rho) {
                 const float kept_mass =
                     Solver<G>::required_mass(mass, log_mass, potential, rho, penalty);
@@ -194,14 +195,14 @@ struct Gradient {
         return upstream.value * mass * slope;
     }
 
-    // 1 - exp(-x), also where that is small.
+    // 1 - exp(-x), accurate for small x.
     OPTICAL_DEVICE static float one_minus_exp(float x) {
         if (absolute(x) > 0.1f) return 1.0f - exp2_fast(-OPTICAL_LOG2E * x);
         const float series = fused(x, fused(x, fused(x, 1.0f / 120, -1.0f / 24), 1.0f / 6), -0.5f);
         return fused(x * x, series, x);
     }
 
-    // ------------------------------------------------------------------------------ what is written
+    // -------------------------------------------------------------------------------------- output
 
     OPTICAL_DEVICE void write_masses(const float (&of_row)[OI], const float (&of_column)[OJ]) {
         OPTICAL_UNROLL_LOOP
@@ -229,7 +230,7 @@ struct Gradient {
                     to[grid.row(r) * problem.batch.m + grid.column(c)] = problem.cost(r, c);
     }
 
-    // The gradients of a problem that could not be read, or of none at all.
+    // Writes zero gradients, for an unreadable problem or a team without a problem.
     OPTICAL_DEVICE void clear() {
         float of_row[OI], of_column[OJ];
         OPTICAL_UNROLL_LOOP

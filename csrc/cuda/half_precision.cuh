@@ -1,12 +1,12 @@
-// K in half precision, for `fast`: products on the tensor cores.
+// K in float16 for `precision="fast"`, with products on the tensor cores.
 //
-// K <= 1 is rounded to float16 as 2^14 K, by a share of 2^-11 down to 2^-28, and stays in registers
-// twice, as the fragments of K and of its transpose: both are the same rounded numbers, so the
-// iteration is an exact one, of costs that are off by epsilon 2^-11. A vector is the sum of two
-// halves, 22 bits: the upper half stands in the even columns of B, the lower one in the odd ones,
-// and two neighbouring sums in float32 add up to a line. Which line an index of a fragment means is
-// free: a lane gets the sums of the lines it owns, and what it needs of a vector is in 32 adjacent
-// bytes.
+// K <= 1 is stored in float16 as 2^14 K, with a relative error of 2^-11 for K >= 2^-28. Registers
+// hold it twice, as fragments of K and of its transpose. Both hold the same rounded numbers, so the
+// iteration is exact for costs that are off by epsilon 2^-11. A vector is the sum of two halves, 22
+// bits: the upper half is in the even columns of B, the lower half in the odd columns, and two
+// adjacent float32 sums add up to the result of a row or column. The assignment of rows and columns
+// to fragment indices is free; this one gives a lane the sums of the rows and columns it owns, and
+// puts the vector components it needs into 32 adjacent bytes.
 #pragma once
 
 #include "scaling_kernel.cuh"
@@ -17,27 +17,28 @@ namespace cuda {
 template <typename G>
 struct HalfKernel {
 
-    // Of 16 x 16 entries each; with lane = 4 second + first, of K the rows 8 second + 2 i + (0, 1)
-    // and the columns 16 k + 2 first + (0, 1, 8, 9), of the transpose the columns
-    // 32 (second % 2) + 8 i + 2 (second / 2) + (0, 1) and the rows 16 first + 4 k + (0, 1, 2, 3).
+    // Fragments of 16 x 16 entries. With lane = 4 second + first, `fragments` holds rows 8 second +
+    // 2 i + (0, 1) and columns 16 k + 2 first + (0, 1, 8, 9) of K. `fragments_transposed` holds
+    // columns 32 (second % 2) + 8 i + 2 (second / 2) + (0, 1) and rows 16 first + 4 k + (0, 1, 2,
+    // 3).
     unsigned fragments[4][4][4], fragments_transposed[4][4][4];
-    // Of weight and scale, and what makes sums by rows, and by columns, those of K again.
+    // The scaled weights of owned rows and columns, and the factors that scale row and column sums.
     float weight_a[G::OI], weight_b[G::OJ], unit_a, unit_b;
 
-    // Vectors are scaled so that with sums within these bounds no entry of b v or a u overflows,
-    // and sums are exact to 2^-13 of themselves in spite of what underflowed in up to 512 terms.
+    // Bounds of the sums within which no component of b v or a u overflows float16, and sums are
+    // exact to 2^-13 in spite of underflow in up to 512 terms.
     static constexpr int column_scale = 9, row_scale = 3, lowest = 11, highest = 29;
     OPTICAL_DEVICE static bool trusted(float sum, int more) {
         const unsigned low = (unsigned)(127 + lowest - more) << 23;
         return bits_of(sum) - low <= (unsigned)(highest - lowest + 2 * more) << 23;
     }
 
-    // False: the masses are out of range.
+    // Converts weights, scalings and K. Returns false if the masses are out of range.
     OPTICAL_DEVICE bool begin(const Problem<G>& problem, Workspace<G>& state,
                               const ScalingKernel<G>& kernel) {
         const float total = (float)state.total_b;
         if (!(total > 1e-15f && total < 1e15f)) return false;
-        // A power of two that is at most 2^9 / total.
+        // A power of two of at most 2^9 / total.
         const float scale = float_of((254u + column_scale - (bits_of(total) >> 23) - 1u) << 23);
         unit_a = scale * 16384.0f, unit_b = (float)(1 << row_scale) * 16384.0f;
         OPTICAL_UNROLL_LOOP
@@ -54,7 +55,8 @@ struct HalfKernel {
         return true;
     }
 
-    // Sixteen rows at a time pass through shared memory, in words of two columns.
+    // Builds the fragments. Sixteen rows of K at a time pass through shared memory, in words of two
+    // columns.
     static constexpr int word_pitch = 36;
     OPTICAL_DEVICE static unsigned* words(const Problem<G>& problem) {
         return problem.half_words + problem.grid.warp * G::half_words;
@@ -106,8 +108,7 @@ struct HalfKernel {
         }
     }
 
-    // The product with one of the two, for owned lines, of a vector by owned lines of the other
-    // side.
+    // Multiplies K or its transpose, given as fragments, by a vector of owned columns or rows.
     OPTICAL_DEVICE static void multiply(const Problem<G>& problem,
                                         const unsigned (&matrix)[4][4][4], const float (&x)[2],
                                         float (&sum)[2], unsigned* pairs) {

@@ -1,4 +1,4 @@
-// The kernels: which threads solve which problem, and what they write.
+// The kernels: the assignment of problems to threads, and the three operations on one problem.
 #pragma once
 
 #include "adjoint.cuh"
@@ -7,23 +7,23 @@
 namespace optical {
 namespace cuda {
 
-// A problem belongs to the first regime whose threads it fits; n and m are its own sizes, or those
-// it was padded to, never those of its batch. Tiles of a warp are 64 x 64, or 32 x 32; forward they
-// are 32 x 32 or 16 x 16 for each of several problems.
+// A problem belongs to the first regime that fits its size n x m, which is its own size or its
+// padded size, never the largest of the batch. The tile of a warp is 64 x 64, or 32 x 32 for small
+// problems. Forward, the tile of each of several problems in a warp is 32 x 32 or 16 x 16.
 enum : int { NO_REGIME = -1, FOUR, PAIR, WARP, SQUARE, BLOCK, CLUSTER };
 struct Regime {
     int number;
     int down, across, blocks;
-    int problems;  // in a warp
+    int problems;  // per warp
 };
 
-// What a device offers: warps of the large tile in a block, by its shared memory, and blocks in a
-// cluster; and whether a warp may have several problems.
+// The limits of a device: warps of the large tile per block, given its shared memory; blocks per
+// cluster; and whether problems may share a warp.
 struct Limits {
     int warps, blocks, warp_teams;
 };
 
-// Large tiles along a side; a side without lines has one that is empty.
+// The number of large tiles along a side. An empty side has one empty tile.
 OPTICAL_HOST_DEVICE int64_t tiles_of(int64_t size) { return size > 64 ? (size + 63) / 64 : 1; }
 
 OPTICAL_HOST_DEVICE Regime regime_of(int64_t n, int64_t m, const Limits& limits) {
@@ -98,7 +98,7 @@ OPTICAL_DEVICE void forward(const optical_problem& batch, const optical_solution
     }
     write_entries(problem, out.f, out.g, POTENTIAL, solved, status);
     if (implicit) write_entries(problem, out.w, out.z, SOLUTION, solved, status);
-    // No block leaves while another one of its cluster reads its shared memory.
+    // A block must not exit while another block of its cluster reads its shared memory.
     if (G::span == Span::cluster) grid.sync();
 }
 
@@ -107,8 +107,8 @@ OPTICAL_DEVICE void backward(const optical_problem& batch, const optical_gradien
                              int64_t index, const Regime& regime) {
     Solver<G> solver(batch);
     solver.problem.start(index, regime.down, regime.across);
-    SelfTerms<G> sums;
-    VectorGradient<G> vectors(solver, sums, out);
+    SelfTerms<G> self;
+    VectorGradient<G> vectors(solver, self, out);
     Gradient<G>(solver, vectors).differentiate();
     if (G::span == Span::cluster) solver.problem.grid.sync();
 }
@@ -118,15 +118,15 @@ OPTICAL_DEVICE void unroll(const optical_problem& batch, const optical_gradient&
                            float* history, int64_t index, const Regime& regime) {
     Solver<G> solver(batch);
     solver.problem.start(index, regime.down, regime.across);
-    SelfTerms<G> sums;
-    VectorGradient<G> vectors(solver, sums, out);
+    SelfTerms<G> self;
+    VectorGradient<G> vectors(solver, self, out);
     Gradient<G>(solver, vectors).differentiate(history);
     if (G::span == Span::cluster) solver.problem.grid.sync();
 }
 
-// Calls run(problem, regime) for the problem of this block, or team, if it belongs to `number`. Of
-// packed problems, whose sizes only the device knows, all blocks come and some leave. Teams come
-// together, with problem -1 where they have none.
+// Calls run(problem, regime) for the problem of this block, or team, if its regime is `number`. The
+// host does not know the sizes of packed problems, so every regime launches all of them, and blocks
+// of another regime exit. Teams of a warp stay together; a team without a problem gets -1.
 template <typename G, typename Run>
 OPTICAL_DEVICE void for_problem(const optical_problem& batch, int number, const Limits& limits,
                                 Run run) {
@@ -182,7 +182,7 @@ typedef ThreadGrid<16, 8, Span::cluster, 0, 0, true> FastCluster;
         });                                                                                    \
     }
 
-// Some of the lines below, where a kernel is compiled at its first use.
+// For compilation at first use, OPTICAL_ONLY replaces the list below by one of its entries.
 #if defined(OPTICAL_ONLY)
 OPTICAL_ONLY
 #else

@@ -1,4 +1,4 @@
-// What a solution is worth, and the linear system behind implicit gradients.
+// The objective values and marginals of a solution.
 #pragma once
 
 #include "solver.cuh"
@@ -19,16 +19,16 @@ struct Objective {
     OPTICAL_DEVICE explicit Objective(Solver<G>& solver)
         : solver(solver), problem(solver.problem), state(solver.state), grid(solver.problem.grid) {}
 
-    // log(found / mass), 0 where nothing is transported: in double precision, since a large rho
-    // magnifies every error. The mass may be too small for a number where its logarithm is not.
+    // log(marginal / mass), or 0 if the marginal is 0. Double precision, because a large rho
+    // magnifies rounding errors. The mass may underflow where its logarithm does not.
     OPTICAL_DEVICE static double log_ratio(float marginal, float mass, float log_mass) {
         if (!(marginal > 0)) return 0;
         return mass > 1e-30f ? logarithm((double)marginal / (double)mass)
                              : logarithm((double)marginal) - (double)log_mass;
     }
 
-    // Adds to linear, dual, mass, error and divergence: how far a line's mass is from what its
-    // potential asks for, and what that costs.
+    // Adds one row or column to the sums of linear cost, dual value, mass, marginal error and
+    // divergence.
     OPTICAL_DEVICE static void add_entry(double (&t)[5], float marginal, float spent, float mass,
                                         float log_mass, float weight, float potential, float rho,
                                         bool penalty) {
@@ -41,8 +41,8 @@ struct Objective {
         t[4] += (double)rho * (sum * ratio - sum + (double)mass);
     }
 
-    // The values and the marginal error. Leaves the sums of the plan, and those of P C, with the
-    // lines.
+    // Computes the values and the marginal error. Leaves the sums of P and of P C in SUMS and
+    // SPENT.
     OPTICAL_DEVICE void evaluate() {
         float f[OI], log_row[OI], g_all[RJ], log_column[RJ], sums[RJ], spends[RJ];
         problem.columns_of(POTENTIAL, g_all);

@@ -1,13 +1,13 @@
-// One problem of the batch: its lines, and where its threads keep what they know of them.
+// One problem of the batch, its threads, and the layout of their shared memory.
 //
-// Every thread keeps the cost of its own entries, and what belongs to the lines it owns, in a
-// private column of shared memory, value k at mine[k * threads]: no bank conflicts, no barriers.
-// Absent lines have no mass and cost +inf; what stands in them is never loaded.
+// Every thread stores the cost of its own entries and the fields of its owned rows and columns in a
+// private array, value k at private_values[k * threads]: no bank conflicts, no barriers. Padding
+// has no mass and cost +inf; its values are never loaded.
 //
-// Vectors are used as they are: for the cosine the inverse lengths multiply the products, and a vector
-// whose squares would leave the range is scaled by a power of two first; for the squared distance both
-// clouds are moved so that one of the points is the origin, without which the difference of large
-// squares would lose every digit.
+// Vectors are used without normalisation. For the cosine, inverse lengths multiply the products,
+// and a vector whose squared length would leave the range of float32 is first scaled by a power of
+// two. For the squared distance, both sides are shifted so that one of the points is the origin;
+// without the shift, the difference of large squares would lose all digits.
 #pragma once
 
 #include "thread_grid.cuh"
@@ -15,13 +15,14 @@
 namespace optical {
 namespace cuda {
 
-// Masses that differ by more than this part have no plan between them.
+// Balanced problems whose total masses differ by more than this fraction are infeasible.
 constexpr double unequal = 1e-3;
-constexpr int chunk = 16;  // of the dimension
+constexpr int chunk = 16;  // components of float32 vectors per staged chunk
 
-// Names of what a thread keeps for each row, and for each column, that it owns. `PAD` is 1 where
-// no pair is allowed and 0 elsewhere: added to a sum that is 0 there, it makes a scaling 1 and a
-// potential 0. `WEIGHT` is the mass, but 0 where PAD is 1.
+// The fields that a thread stores for each row, and each column, that it owns. UNMATCHED is 1 for a
+// row or column without an allowed pair and 0 otherwise: added to a sum that is 0 there, it makes
+// the scaling 1 and the potential 0. WEIGHT is the mass, or 0 where UNMATCHED is 1. SUMS and SPENT
+// are the sums of P and of P C. The SCRATCH fields serve Adjoint and Unrolled.
 enum Field {
     LOG,
     MASS,
@@ -41,7 +42,7 @@ enum Field {
 };
 
 struct Side {
-    int64_t first;  // in arrays by line
+    int64_t first;  // in arrays by row or column
     int count;
     const char* vectors;
     int32_t type;
@@ -50,7 +51,7 @@ struct Side {
 
 OPTICAL_DEVICE int bytes_of(int32_t type) { return type == OPTICAL_F32 ? 4 : 2; }
 
-// Of problem `index`: `count` lines, or as many as the offsets say.
+// The rows or columns of problem `index`: `count` of them, or the number that the offsets give.
 OPTICAL_DEVICE Side side_of(int64_t index, int64_t count, const int64_t* offset,
                             const void* vectors, int32_t type, int64_t stride_batch,
                             int64_t stride_entry) {
@@ -60,42 +61,44 @@ OPTICAL_DEVICE Side side_of(int64_t index, int64_t count, const int64_t* offset,
             (const char*)vectors + start * bytes_of(type), type, stride_entry};
 }
 
-// How vectors are multiplied.
+// How vectors are multiplied: in float32, as half vectors on the tensor cores, or as numbers that
+// are split into two halves.
 enum class Route { floats, halves, split };
 
 template <typename G>
 struct Problem {
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
     static constexpr int private_floats = RI * RJ + (OI + OJ) * field_count;
-    // Entries of half vectors that are in shared memory at a time, twice.
+    // Components of half vectors per staged chunk; two chunks are in shared memory at a time.
     static constexpr int half_chunk = G::tile_rows > 32 ? 32 : 16;
 
     const optical_problem& batch;
     G grid;
     Side a, b;
     int64_t index;
-    bool has_problem;  // otherwise this team has no problem, and plays one without lines
+    bool has_problem;  // if false, this team acts on a problem without rows and columns
     float* private_values;
-    // Of the vectors of this block's rows, then of all columns: the power of two that scales them (0
-    // for those that are absent), and the inverse of their length (0 for the zero vector) or their
-    // squared length.
+    // For the rows of this block, then for all columns: `prescale` is the power of two that scales
+    // the vector, 0 for padding. `norm` is the inverse length (0 for the zero vector) for the
+    // cosine, and the squared length for the squared distance.
     float *prescale, *norm;
     unsigned* half_words;
     char* stage;
-    bool scaled;    // some unit is not 1
-    bool norms_known;  // measures are known
+    bool scaled;  // some prescale is neither 0 nor 1
+    bool norms_known;  // `norm` is complete
     int block_rows, block_columns, block_first_row;
 
     static OPTICAL_HOST_DEVICE int norm_bytes(int down, int across, int32_t kind) {
         if (kind == OPTICAL_GIVEN) return 0;
         return 2 * 4 * (down * G::tile_rows + across * G::tile_columns);
     }
-    // What stands before the private arrays.
+    // Shared memory before the private arrays.
     static OPTICAL_HOST_DEVICE int fixed_bytes(int down, int across, int32_t kind) {
         return G::exchange_bytes(down, across) + norm_bytes(down, across, kind) +
                4 * G::half_words * down * across;
     }
-    // Of all teams; their private columns lie in different banks.
+    // Shared memory of all teams. The offset between teams puts their private arrays in different
+    // banks.
     static OPTICAL_HOST_DEVICE int shared_bytes(int down, int across, int32_t kind) {
         return G::teams * team_bytes(down, across, kind);
     }
@@ -115,7 +118,8 @@ struct Problem {
 
     OPTICAL_DEVICE Problem(const optical_problem& batch) : batch(batch) {}
 
-    // `problem` may be -1 where a warp has several teams: none.
+    // Lays out shared memory and selects problem `problem`. A team of a shared warp may get -1, no
+    // problem.
     OPTICAL_DEVICE void start(int64_t problem, int down, int across) {
         choose(problem);
         char* memory = shared_memory();
@@ -171,7 +175,7 @@ struct Problem {
         grid.spread_columns(owned, x);
     }
 
-    // The log-mass of a line of this problem, -inf past its end.
+    // The log-mass of a row or column of this problem, -inf past its end.
     OPTICAL_DEVICE float log_a(int i) const {
         return i < a.count ? ((const float*)batch.log_a)[a.first + i] : -infinity();
     }
@@ -181,15 +185,15 @@ struct Problem {
     OPTICAL_DEVICE bool valid_row(int i) const { return log_a(i) != -infinity(); }
     OPTICAL_DEVICE bool valid_column(int j) const { return log_b(j) != -infinity(); }
 
-    // A forbidden pair costs nothing, because nothing moves there.
+    // The cost as a factor of the plan: 0 for a forbidden pair, which carries no mass.
     OPTICAL_DEVICE float finite_cost(int r, int c) const {
         const float x = cost(r, c);
         return x < infinity() ? x : 0.0f;
     }
 
-    // ---------------------------------------------------------------------------------- vectors
+    // ------------------------------------------------------------------------------------- vectors
 
-    // Line `l` of this block: its rows, then all columns.
+    // An entry is a row of this block (0 to block_rows - 1) or any column (from block_rows on).
     OPTICAL_DEVICE bool is_row(int entry) const { return entry < block_rows; }
     OPTICAL_DEVICE bool valid(int entry) const {
         return is_row(entry) ? valid_row(block_first_row + entry)
@@ -199,7 +203,7 @@ struct Problem {
         return is_row(entry) ? load(a.vectors, a.type, (block_first_row + entry) * a.stride + k)
                           : load(b.vectors, b.type, (entry - block_rows) * b.stride + k);
     }
-    // The point that becomes the origin: the first column that is there.
+    // The point that the squared distance uses as origin: the first valid column.
     OPTICAL_DEVICE int origin() const {
         for (int j = 0; j < b.count; ++j)
             if (valid_column(j)) return j;
@@ -210,14 +214,15 @@ struct Problem {
                                                  : 0.0f;
     }
 
-    // Units of half vectors, whose squares are added up to their measures while they are multiplied.
+    // Starts the norms of half vectors, whose squares are added while they are multiplied.
     OPTICAL_DEVICE void begin_norms() {
         for (int entry = grid.thread; entry < block_rows + block_columns; entry += grid.threads)
             prescale[entry] = valid(entry) ? 1.0f : 0.0f, norm[entry] = 0;
         scaled = false, norms_known = batch.kind != OPTICAL_COSINE;
         grid.sync_own_block();
     }
-    // Measures, from the sums of squares. False: some are too large or too small for numbers.
+    // Turns the sums of squares into norms. Returns false if some are outside the safe range of
+    // float32.
     OPTICAL_DEVICE bool finish_norms() {
         bool out_of_range = false;
         for (int entry = grid.thread; entry < block_rows + block_columns; entry += grid.threads) {
@@ -231,7 +236,7 @@ struct Problem {
         return !out_of_range;
     }
 
-    // Units and measures of all lines, a warp, or a team, for each line in turn.
+    // Computes all prescales and norms, one entry per warp or team at a time.
     OPTICAL_DEVICE void compute_norms() {
         bool any_scaled = false;
         const int at = batch.kind == OPTICAL_SQEUCLIDEAN ? origin() : 0;
@@ -248,7 +253,7 @@ struct Problem {
             } else if (is_valid && batch.kind == OPTICAL_COSINE) {
                 sum = squared_length(entry, 1.0f);
                 if (!(sum > 1e-30f && sum < 1e37f)) {
-                    // The power of two below 1 / the largest entry, within the normal range.
+                    // The power of two below 1 / (largest component), within the normal range.
                     const int exponent = 253 - (int)(bits_of(largest_component(entry)) >> 23);
                     power = float_of((unsigned)(exponent < 1     ? 1
                                                 : exponent > 253 ? 253
@@ -271,7 +276,7 @@ struct Problem {
         if (route() == Route::split) scale_near_one();
     }
 
-    // The squared length of a line, scaled.
+    // The squared length of the scaled vector of an entry.
     OPTICAL_DEVICE float squared_length(int entry, float scale) const {
         const int32_t type = is_row(entry) ? a.type : b.type;
         const int64_t offset =
@@ -304,7 +309,8 @@ struct Problem {
         return batch.x_type != OPTICAL_F32 && batch.x_type == batch.y_type &&
                batch.kind != OPTICAL_SQEUCLIDEAN;
     }
-    // Half vectors as they are; others, for the cosine, as halves of numbers; or float32.
+    // Half vectors need no conversion. For the cosine, other vectors are split into halves; for the
+    // other costs they are multiplied in float32.
     OPTICAL_DEVICE Route route() const {
         if (uses_half_vectors() && !scaled) return Route::halves;
         return batch.kind == OPTICAL_COSINE ? Route::split : Route::floats;
@@ -315,12 +321,12 @@ struct Problem {
             scale_near_one(entry);
         grid.sync_own_block();
     }
-    // Scales a line by a power of two, to a length in 1/2 .. 1, or as near to that as the range allows:
-    // the unit may be multiplied by 2^12 once more.
+    // Scales a vector by a power of two to a length between 1/2 and 1, or as close as the range
+    // allows. The prescale leaves room for another factor of 2^12.
     OPTICAL_DEVICE void scale_near_one(int entry) const {
         const int exponent = (int)(bits_of(norm[entry]) >> 23),
                   current = (int)(bits_of(prescale[entry]) >> 23);
-        if (exponent == 0 || exponent == 255) return;  // zero, or not a number
+        if (exponent == 0 || exponent == 255) return;  // zero, infinite or NaN
         int shift = exponent - 127;
         if (shift > 241 - current) shift = 241 - current;
         if (shift < 1 - current) shift = 1 - current;

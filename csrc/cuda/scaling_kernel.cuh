@@ -1,4 +1,11 @@
-// K in registers.
+// The scaling kernel K in registers, the choice of its base, and products with it.
+//
+// With base potentials F and G, K_ij = exp((F_i + G_j - C_ij) / epsilon). The base is chosen for
+// the current g at zero temperature, F_i = min_j (C_ij - g_j) and G_j = min_i (C_ij - F_i). Then K
+// <= 1, and every row and column has an entry that is exactly 1: nothing overflows, and entries
+// that underflow are negligible.
+//
+// Rare operations loop over rows without unrolling.
 #pragma once
 
 #include "workspace.cuh"
@@ -12,7 +19,8 @@ struct ScalingKernel {
 
     float K[RI][RJ];
 
-    // K of the base, or in its place the plan of the potentials.
+    // Builds K from the base potentials, or, with `plan`, the transport plan of the current
+    // potentials in its place.
     OPTICAL_DEVICE void build(const Problem<G>& problem, const Workspace<G>& state, bool plan) {
         float of_row[RI], of_column[RJ], more_row[RI], more_column[RJ];
         problem.rows_of(plan ? POTENTIAL : BASE, of_row);
@@ -29,15 +37,16 @@ struct ScalingKernel {
                     exp2_fast(fused(total, state.scale, logs * (more_row[r] + more_column[c])));
             }
     }
-    // One entry of the plan, by the same operations: sums must be those of the same numbers.
+    // One entry of the plan, computed by the same operations as build(), so that sums agree to the
+    // bit.
     OPTICAL_DEVICE static float plan_of(const Problem<G>& problem, const Workspace<G>& state, int r,
                                         int c, float f, float log_i, float g_j, float log_j) {
         const float total = (f - problem.cost(r, c)) + g_j;
         return exp2_fast(fused(total, state.scale, OPTICAL_LOG2E * (log_i + log_j)));
     }
 
-    // Chooses the base for the current g and builds K, b v and u from it: with u the stopping rule
-    // knows what the rows carry.
+    // Chooses the base for the current g and builds K, b v and u from it. The stopping rule needs u
+    // to know the row marginals.
     OPTICAL_DEVICE void rebase(Problem<G>& problem, Workspace<G>& state) {
         G& grid = problem.grid;
         float of_column[RJ], column_minimum[RJ], base_row[OI] = {}, base_column[OJ];
@@ -73,9 +82,9 @@ struct ScalingKernel {
         state.start_scalings(problem);
     }
 
-    // ------------------------------------------------------------------------ products with K
+    // ----------------------------------------------------------------------------- products with K
 
-    // To what is in `sum`.
+    // sum += K x, and sum += K' x.
     OPTICAL_DEVICE void add_times(const float (&x)[RJ], float (&sum)[RI]) const {
         OPTICAL_UNROLL_LOOP
         for (int c = 0; c < RJ; ++c)
@@ -88,7 +97,7 @@ struct ScalingKernel {
             OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c) sum[c] = fused(K[r][c], x[r], sum[c]);
     }
-    // K x for x by owned columns, and K' x for x by owned rows.
+    // K x for x by owned columns, and K' x for x by owned rows, reduced over all threads.
     OPTICAL_DEVICE void rows_times(Problem<G>& problem, const float (&x)[OJ], float (&out)[OI]) {
         G& grid = problem.grid;
         float all[RJ], sum[RI] = {};

@@ -1,19 +1,19 @@
-// The iteration.
+// The Sinkhorn iteration.
 //
-// The iteration of sinkhorn.h spends an exponential per entry and half-step. The same iterates come
-// from scaling: with base potentials F, G and K_ij = exp((F_i + G_j - C_ij) / epsilon),
+// The iteration of sinkhorn.h costs one exponential per entry and half-step. Scaling computes the
+// same iterates: with base potentials F, G and K_ij = exp((F_i + G_j - C_ij) / epsilon),
 //
 //     u_i = 1 / sum_j K_ij b_j v_j        f_i = F_i + epsilon log u_i
 //     v_j = 1 / sum_i K_ij a_i u_i        g_j = G_j + epsilon log v_j
 //
-// one multiply-add per entry and half-step. The base of scaling.cuh is
-// built anew when u or v has drifted by 2^30, and when a sum falls outside 2^46, where underflow
-// could show; then the iteration is repeated. If a sum is outside right after that, masses are
-// extreme, and the iteration is done in the log domain, from the cost in shared memory.
+// at one multiply-add per entry and half-step. The base (scaling_kernel.cuh) is chosen again when u
+// or v has drifted by 2^30, or when a sum leaves the range 2^-46 ... 2^46 in which underflow is
+// negligible; the iteration is then repeated. If a sum is outside this range on a new base, the
+// masses are extreme, and the iteration runs in the log domain, from the cost in shared memory.
 //
-// Penalties and over-relaxation need the potentials themselves after every half-step, a logarithm
-// and an exponential per line ("relaxed" below). Without them u and v are enough, and K may be in
-// half precision until the last iterations ("halves"), which are those of the cost again.
+// Penalties and over-relaxation need the potentials after every half-step, at a logarithm and an
+// exponential per row or column (Mode::relaxed). Without them u and v suffice, and K may be in half
+// precision for all but the last iterations (Mode::halves).
 #pragma once
 
 #include "half_precision.cuh"
@@ -24,7 +24,7 @@ namespace cuda {
 enum class Mode { plain, relaxed, halves };
 enum Flag : unsigned { DRIFTED = 1, ROWS_LOST = 2, COLUMNS_LOST = 4 };
 
-// Numbers are compared as bits, which orders the positive ones and keeps NaN out.
+// Compares bit patterns, which are ordered like positive numbers and exclude NaN.
 OPTICAL_DEVICE bool within(float x, unsigned exponent) {
     const unsigned low = (127u - exponent) << 23, high = (127u + exponent) << 23;
     return bits_of(x) - low <= high - low;
@@ -33,6 +33,12 @@ OPTICAL_DEVICE unsigned loss_flag(float x, unsigned lost_sums) {
     return within(x, 46) ? 0u : lost_sums;
 }
 
+// The solver of one problem, which owns all of its state.
+//
+// Everything must stay in registers, and the compiler keeps an object there only if no pointer to it
+// is stored before its loops are unrolled. Therefore the members below hold no references to each
+// other and pass each other as arguments. Objective, Adjoint, Gradient and Unrolled hold references
+// to the solver, and no arrays.
 template <typename G>
 struct Solver {
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
@@ -42,17 +48,16 @@ struct Solver {
     ScalingKernel<G> kernel;
     HalfKernel<G> half;
 
-    OPTICAL_DEVICE explicit Solver(const optical_problem& batch)
-        : problem(batch) {}
+    OPTICAL_DEVICE explicit Solver(const optical_problem& batch) : problem(batch) {}
 
-    // --------------------------------------------------------------------------- one iteration
+    // ------------------------------------------------------------------------------- one iteration
 
     template <bool halves = false>
     OPTICAL_DEVICE static unsigned drift_flag(float x) {
         return (halves ? HalfKernel<G>::trusted(x, 0) : within(x, 30)) ? 0u : DRIFTED;
     }
-    // The mass a line is asked to carry, given its potential: as one exponential where the factor
-    // would be too large for a number, and the mass possibly too small for one.
+    // The mass that a row or column must carry, given its potential. For large exponents, mass and
+    // factor are combined in one exponential: the factor may overflow where the mass underflows.
     OPTICAL_DEVICE static float required_mass(float weight, float log_mass, float potential,
                                               float rho, bool penalty) {
         const float exponent = potential * (-OPTICAL_LOG2E / rho);
@@ -61,8 +66,8 @@ struct Solver {
         return weight * exp2_fast(exponent);
     }
 
-    // One iteration by scaling, into u_next and v_next, or the next potentials, given the sums of
-    // rows. With `measure` the residual is that of the rows of the iterate from which it starts.
+    // One scaling iteration into u_next and v_next, or into the next potentials, given the row
+    // sums. With `measure`, the report receives the residual of the rows of the current iterate.
     template <Mode mode>
     OPTICAL_DEVICE void scaling_step(const float (&total_row)[OI], bool measure, Report& report) {
         G& grid = problem.grid;
@@ -118,7 +123,7 @@ struct Solver {
         }
         if (!halves) grid.spread_columns(state.bv, state.bv_all);
     }
-    // What this warp adds to the sums of its rows, and of its columns.
+    // The contributions of this warp to the sums of its rows, and of its columns.
     template <Mode mode>
     OPTICAL_DEVICE void sum_rows(float (&out)[OI]) {
         if constexpr (mode == Mode::halves) {
@@ -151,8 +156,8 @@ struct Solver {
             grid.template fold_columns<Sum>(sum, out);
         }
     }
-    // What was lost, once it is known that something drifted: bounds are the same for a sum and
-    // its inverse.
+    // The sums that were lost to underflow or overflow, given that some sum drifted. The bounds are
+    // symmetric, so a sum and its inverse give the same answer.
     template <Mode mode>
     OPTICAL_DEVICE unsigned lost_sums(unsigned flags) {
         const auto in_range = [&](float x) {
@@ -166,7 +171,7 @@ struct Solver {
         return problem.grid.union_of(flags);
     }
 
-    // The potentials of the current u and v.
+    // Computes the potentials from u and v.
     OPTICAL_DEVICE void update_potentials(float unit_of_row, float unit_of_column) {
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
@@ -178,7 +183,7 @@ struct Solver {
                 problem.column(BASE, o) + state.epsilon_log(state.v[o] * unit_of_column);
     }
 
-    // The same iteration in the log domain, from the potentials into the next ones.
+    // The same iteration in the log domain, from the current potentials to the next.
     OPTICAL_DEVICE float log_domain_step() {
         G& grid = problem.grid;
         float of_column[RJ], log_column[RJ], low[OI] = {}, total[OI] = {};
@@ -265,13 +270,13 @@ struct Solver {
         return (float)mismatch[0] + (state.penalty_a ? 0.0f : state.unmatched_mass);
     }
 
-    // Iterates from the potentials; returns the number of iterations, and whether `tol` was met.
-    // With a history, keeps the potentials of every iteration there. K belongs to the inner loop
-    // alone, so that no register holds it anywhere else.
+    // Iterates from the current potentials and returns the number of iterations. With `history`,
+    // stores the potentials after every iteration there. Only the inner loop uses K, so that no
+    // registers hold it elsewhere.
     OPTICAL_DEVICE int32_t solve(int32_t max_iter, float tol, bool& converged, float* history) {
         bool in_half_precision = G::fast;
-        bool last_at_target = false;  // the last iteration was at the temperature of the problem
-        int failures = 0;   // of the scaling: after a few, only the log domain is used
+        bool last_at_target = false;  // the previous iteration ran at the target epsilon
+        int failures = 0;  // of scaling; after four, every iteration runs in the log domain
         double temperature = problem.batch.anneal_start;
         int32_t done = 0;
         converged = false;
@@ -283,8 +288,8 @@ struct Solver {
             if (!log_domain) {
                 kernel.rebase(problem, state);
                 if constexpr (G::fast) {
-                    // The iterations that remain after those in half precision see the cost as it
-                    // is: the last one, or where `tol` was met, all until it is met again.
+                    // The iterations after those in half precision use the exact cost: the last
+                    // one, or, once `tol` is met, all until it is met again.
                     in_half_precision = in_half_precision && done + 1 < max_iter &&
                                         half.begin(problem, state, kernel);
                     if (in_half_precision) {
@@ -321,11 +326,11 @@ struct Solver {
         return done;
     }
 
-    // Iterations on one base, until it no longer serves. `met`: `tol` is; `lost`: not even the
-    // first could be trusted.
+    // Iterates on one base until it is exhausted. `converged`: `tol` is met. `untrusted`: not even
+    // the first iteration can be trusted.
     //
-    // Whether an iteration may be taken is asked at the barrier of the next one's rows, which costs
-    // nothing: until then it is `pending`, and u and v are those before it.
+    // The barrier of the next row exchange also decides whether an iteration is accepted, at no
+    // extra cost. Until then the iteration is pending, and u and v belong to the iterate before it.
     enum class Outcome { converged, untrusted, finished };
     template <Mode mode>
     OPTICAL_DEVICE Outcome iterate_scaling(int32_t max_iter, float tol, int32_t& done,
@@ -336,7 +341,7 @@ struct Solver {
         const bool at_target = state.epsilon == state.target;
         const float omega = at_target ? (float)problem.batch.omega : 1.0f;
         const int32_t before = done;
-        // The next iteration of an annealed run is at another temperature.
+        // The next iteration of an annealed run has another temperature.
         const int32_t last_step =
             opaque((temperature > (double)state.target ? done + 1 : max_iter) - 1);
         const float row_tolerance = tol - (state.penalty_a ? 0.0f : state.unmatched_mass);
@@ -344,7 +349,7 @@ struct Solver {
         bool measure_residual = residual_limit >= 0 && done > 0 && last_at_target;
         Report report = {0, 0};
         Outcome outcome = Outcome::finished;
-        --done;  // the iterate from which this run starts is taken first
+        --done;  // the iterate that this run starts from is accepted first
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) state.u_next[o] = state.u[o];
         OPTICAL_UNROLL_LOOP
@@ -359,7 +364,7 @@ struct Solver {
                     if (done == before) outcome = Outcome::untrusted;
                     break;
                 }
-                // A state that is not calm even on a base of its own gains nothing from another.
+                // A relaxed state that drifts on its own new base gains nothing from another base.
                 if (!(uses_potentials && done == before)) {
                     accept<uses_potentials>(done, history);
                     break;
@@ -368,7 +373,7 @@ struct Solver {
             accept<uses_potentials>(done, done < before ? nullptr : history);
             if (uses_potentials) state.set_step(done == 0 ? 1.0f : omega);
             scaling_step<mode>(total_row, measure_residual, report);
-            // Of an iteration that lost a sum of its rows, the weights before belong to no state.
+            // If an iteration lost a row sum, its residual belongs to no iterate.
             if (measure_residual && grid.residual(report.residual) <= residual_limit &&
                 !(lost_sums<mode>(report.flags) & ROWS_LOST)) {
                 outcome = Outcome::converged;
@@ -391,7 +396,7 @@ struct Solver {
         }
         return outcome;
     }
-    // Takes the iteration that was pending.
+    // Accepts the pending iteration.
     template <bool uses_potentials>
     OPTICAL_DEVICE void accept(int32_t& done, float* history) {
         if (uses_potentials) take_next_potentials();
@@ -417,7 +422,7 @@ struct Solver {
         for (int o = 0; o < OJ; ++o) problem.column(POTENTIAL, o) = problem.column(NEXT, o);
     }
 
-    // ------------------------------------------------------------------------------ the history
+    // ------------------------------------------------------------------------------------- history
 
     OPTICAL_DEVICE int64_t total_rows() const {
         return problem.batch.offset_a ? problem.batch.offset_a[problem.batch.batch]
@@ -427,7 +432,7 @@ struct Solver {
         return problem.batch.offset_b ? problem.batch.offset_b[problem.batch.batch]
                                       : problem.batch.batch * problem.batch.m;
     }
-    // Where the potentials of rows, and of columns, after iteration `done` are kept.
+    // The potentials of rows, and of columns, after iteration `done`.
     OPTICAL_DEVICE float* history_rows(float* history, int32_t done) const {
         return history + done * (total_rows() + total_columns()) + problem.a.first;
     }
@@ -437,7 +442,7 @@ struct Solver {
     OPTICAL_DEVICE void record(float* history, int32_t done, bool scaled) {
         G& grid = problem.grid;
         if (!history) return;
-        // Every warp writes the same and reads only what it wrote itself.
+        // Every warp writes the same values and reads only its own.
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
             if (grid.own_row(o) < problem.a.count)

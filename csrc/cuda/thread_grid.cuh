@@ -1,18 +1,18 @@
-// The threads that solve one problem, and the sums they form together.
+// The threads that solve one problem, and the reductions and exchanges between them.
 //
 // A problem is a grid of warp tiles. The lanes of a warp form a grid of 4 x 8, and each lane holds
 // RI x RJ entries of the tile in registers: RI rows, shared with the 8 lanes of its row of the
-// grid, and RJ columns, shared with the 4 lanes of its column. Warps stand in `across` columns and
-// `down` rows; the blocks of a cluster divide the rows. Of small problems a warp holds several, each
-// in a team of 16 lanes, 4 x 4, or of 8, 2 x 4, which goes its own way where the problem asks for it.
+// grid, and RJ columns, shared with the 4 lanes of its column. The warps of a block form a grid of
+// `down` x `across`; the blocks of a cluster divide the rows. Small problems share a warp: each has
+// a team of 16 lanes (4 x 4) or of 8 lanes (2 x 4), and teams may diverge.
 //
-// The slots in which a lane holds its rows are in an order of its own, row = first + (slot ^ lane
-// bits): then a sum over lanes is a butterfly in which each lane sends its upper slots and keeps
-// its lower ones, without a single select, and ends with OI = RI / 8 rows that it owns. Spreading
-// values from their owners back to all lanes is the same butterfly in reverse. Columns likewise.
+// A lane stores its rows in permuted slots, row = first + (slot ^ lane bits). A sum over lanes is
+// then a butterfly in which every lane sends its upper slots and keeps its lower slots, without a
+// select, and ends with OI = RI / 8 rows that the lane owns. The reverse butterfly broadcasts
+// values from their owners to all lanes. Columns work alike.
 //
-// Values of owned lines are computed alike by every warp that needs them, so that between warps
-// only partial sums pass through shared memory, with one barrier each.
+// Every warp that needs the values of owned rows or columns computes them itself. Only partial sums
+// pass through shared memory, with one barrier each.
 #pragma once
 
 #include "primitives.cuh"
@@ -20,7 +20,7 @@
 namespace optical {
 namespace cuda {
 
-// Who solves a problem: one warp, one block, or a cluster of blocks.
+// The threads that solve a problem: one warp, one block, or a cluster of blocks.
 enum class Span { warp, block, cluster };
 
 struct Sum {
@@ -30,7 +30,7 @@ struct Minimum {
     static OPTICAL_DEVICE float of(float x, float y) { return smaller(x, y); }
 };
 
-// What a warp tells all others beside its partial sums.
+// The values that a warp exchanges with the others in addition to its partial sums.
 struct Report {
     unsigned flags;
     float residual;
@@ -38,8 +38,9 @@ struct Report {
 
 constexpr int max_warps = 8;
 
-// DOWN and ACROSS fix the grid of warps at compile time, where they are not 0. `fast`: iterations
-// use half precision, see halves.cuh. `lanes`: of a warp, for one problem.
+// Template parameters: RI_ x RJ_ entries per lane; DOWN x ACROSS, the grid of warps if it is known
+// at compile time, else 0; `fast_`, iterations in half precision (half_precision.cuh); `lanes_`,
+// the lanes of a warp that share a problem.
 template <int RI_, int RJ_, Span span_, int DOWN = 0, int ACROSS = 0, bool fast_ = false,
           int lanes_ = 32>
 struct ThreadGrid {
@@ -48,7 +49,7 @@ struct ThreadGrid {
     static constexpr int RI = RI_, RJ = RJ_;
     static constexpr Span span = span_;
     static constexpr bool fast = fast_;
-    // Of a warp: sixteen rows of K and two vectors.
+    // Per warp: sixteen rows of K and two vectors.
     static constexpr int half_words = fast ? 16 * 36 + 2 * 64 : 0;
     static constexpr int OI = RI / lanes_across, OJ = RJ / lanes_down;
     static constexpr int warps_at_once = DOWN * ACROSS > 0 ? DOWN * ACROSS : 1;
@@ -58,11 +59,11 @@ struct ThreadGrid {
     static_assert(OI * lanes_across == RI && OJ * lanes_down == RJ, "every lane owns lines");
 
     int thread, threads, team, lane, lane_down, lane_across, warp, warp_down, warp_across;
-    int down, across;       // the grid of warps of this block
-    int rank, blocks;       // in the cluster
+    int down, across;  // the grid of warps of this block
+    int rank, blocks;  // in the cluster
     int first_row, first_column;  // of this lane
     int row_turn, column_turn, scalar_turn;
-    // Exchanged between warps, twice: while some still read one copy, others write the next.
+    // Exchange buffers, twice each: some warps may still read one copy while others write the next.
     float *row_parts, *column_parts;
     Report* reports;
     double* scalars;
@@ -114,9 +115,9 @@ struct ThreadGrid {
         return span == Span::cluster ? remote(local, block) : local;
     }
 
-    // ---------------------------------------------------------------------------- within a warp
+    // ------------------------------------------------------------------------------- within a warp
 
-    // The sums (or minima) over the lanes across, of a lane's rows: `out` for those it owns.
+    // Reduces the rows of the lanes across. `out` receives the rows that the lane owns.
     template <typename Op>
     OPTICAL_DEVICE void fold_rows(float (&x)[RI], float (&out)[OI]) const {
         OPTICAL_UNROLL_LOOP
@@ -157,8 +158,9 @@ struct ThreadGrid {
                 if (s < half) x[s + half] = shuffle_xor<lanes>(x[s], half / OJ * lanes_across);
     }
 
-    // A row at a time, in loops that are not unrolled: where speed does not count, this saves
-    // registers, code and the time to compile it. Row `q` of the lanes across is in this slot:
+    // The functions below process one row at a time, in loops that are not unrolled. Code outside
+    // the iteration uses them: they save registers, code size and compile time. slot_of(q) is the
+    // slot that holds row q of the lanes across.
     OPTICAL_DEVICE int slot_of(int q) const { return q ^ (lane_across * OI); }
     OPTICAL_DEVICE float row_value(const float (&owned)[OI], int q) const {
         float x = owned[0];
@@ -175,9 +177,9 @@ struct ThreadGrid {
         for (int o = 0; o < OI; ++o) out[o] = q == lane_across * OI + o ? x : out[o];
     }
 
-    // ---------------------------------------------------------------------------- between warps
+    // ------------------------------------------------------------------------------- between warps
 
-    // Sums over all columns of the problem, for the rows that a lane owns.
+    // Reduces over all columns of the problem, for the rows that a lane owns.
     template <typename Op>
     OPTICAL_DEVICE void rows(float (&x)[RI], float (&out)[OI]) {
         fold_rows<Op>(x, out);
@@ -209,7 +211,7 @@ struct ThreadGrid {
         }
     }
 
-    // Sums over all rows of the problem, for the columns that a lane owns.
+    // Reduces over all rows of the problem, for the columns that a lane owns.
     template <typename Op>
     OPTICAL_DEVICE void columns(float (&x)[RJ], float (&out)[OJ]) {
         fold_columns<Op>(x, out);
@@ -243,11 +245,12 @@ struct ThreadGrid {
         }
     }
 
-    // The same for the iteration, with what the warps have to tell each other. Rows and columns
-    // take turns there, and between two exchanges of rows all threads of a block have met: one
-    // place is enough, whose address does not change. Other blocks may still read, though.
+    // The exchanges of the iteration, which add reports to the sums. Rows and columns alternate,
+    // and all threads of the block meet between two exchanges of rows, so a single buffer at a
+    // fixed address suffices. Column sums of a cluster need two buffers: other blocks may still
+    // read the last one.
     //
-    // Returns whether any thread of the block has `seen` something before.
+    // Returns whether any thread of the block passed `flag`.
     OPTICAL_DEVICE bool exchange_rows(float (&out)[OI], bool flag) const {
         if (span == Span::warp) return warp_any<lanes>(flag);
         put_rows(row_parts, out);
@@ -255,8 +258,8 @@ struct ThreadGrid {
         add_rows<Sum>(row_parts, out);
         return any;
     }
-    // With `measure`, notes what the rows of this warp have `missed()`, for `residual` below; of
-    // the warps of a cluster it unites the flags.
+    // With `measure`, stores the mismatch of the rows of this warp for residual() below. In a
+    // cluster, also unites the flags of all warps.
     template <typename Mismatch>
     OPTICAL_DEVICE void exchange_columns(float (&out)[OJ], Report& report, bool measure,
                                          Mismatch mismatch) {
@@ -282,7 +285,7 @@ struct ThreadGrid {
     OPTICAL_DEVICE Report* own_reports() const {
         return span == Span::cluster ? reports + column_turn * down * across : reports;
     }
-    // What all rows miss, after an exchange of columns that measured it.
+    // The mismatch of all rows, after an exchange of columns that measured it.
     OPTICAL_DEVICE float residual(float of_warp) const {
         if (span == Span::warp) return of_warp;
         float sum = 0;
@@ -292,19 +295,19 @@ struct ThreadGrid {
             for (int w = 0; w < down; ++w) sum += at_block(own_reports(), b)[w * across].residual;
         return sum;
     }
-    // Whether any thread of the block has seen something.
+    // Whether any thread of the block passed `flag`.
     OPTICAL_DEVICE bool any(bool flag) const {
         return span == Span::warp ? warp_any<lanes>(flag) : sync_block_or(flag);
     }
 
-    // The barrier of a block that the tests leave out, to see that they would notice.
+    // Tests build without this barrier to check that the emulator detects the race.
     OPTICAL_DEVICE void sync_exchange() const {
 #if !defined(OPTICAL_WITHOUT_BARRIER)
         sync();
 #endif
     }
 
-    // ----------------------------------------------------------------------------------- scalars
+    // ------------------------------------------------------------------------------------- scalars
 
     template <typename Value>
     OPTICAL_DEVICE static Value over_lanes(Value x) {
@@ -313,7 +316,7 @@ struct ThreadGrid {
         return x;
     }
 
-    // Sums over all rows, or over all columns, of what every lane has of those it owns.
+    // Adds scalars over the owners of all rows, or of all columns.
     template <int N>
     OPTICAL_DEVICE void total(double (&x)[N], bool over_rows) {
         OPTICAL_UNROLL_LOOP
@@ -338,7 +341,7 @@ struct ThreadGrid {
         }
     }
 
-    // The union of what all threads found.
+    // The bitwise or over all threads of the problem.
     OPTICAL_DEVICE unsigned union_of(unsigned bits) {
         bits = warp_or<lanes>(bits);
         if (span == Span::warp) return bits;

@@ -1,7 +1,9 @@
-// The derivative of the iterations as they ran: they run again, keeping f_k and g_k, and are then
-// undone one by one. With pi_ij = a_i exp((f_i + g_j - C_ij) / epsilon) and sigma_ij = b_j exp(...)
-// at the values of a step, all products are with K, and a step gives the cost K times a matrix of
-// rank two.
+// The derivative of the iterations, by a reverse sweep.
+//
+// The iterations run again and store f_k and g_k; the sweep then reverses them one by one. With
+// pi_ij = a_i exp((f_i + g_j - C_ij) / epsilon) and sigma_ij = b_j exp((f_i + g_j - C_ij) /
+// epsilon) at the values of a step, all products are with K, and a step adds K times a matrix of
+// rank two to the gradient of the cost.
 #pragma once
 
 #include "objective.cuh"
@@ -9,6 +11,7 @@
 namespace optical {
 namespace cuda {
 
+// The upstream gradients of value and value_linear, and their sum.
 struct Upstream {
     float value, linear, total;
 };
@@ -17,7 +20,8 @@ template <typename G>
 struct Unrolled {
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
 
-    // What the sweep keeps for its lines.
+    // Fields of the sweep: the gradients of the potentials and of the log-masses, the inverse sums
+    // of the replayed step, and the slope of the dual.
     enum { BAR = SCRATCH_1, BAR_MASS = SCRATCH_2, INVERSE_SUM = SCRATCH_3, SLOPE = SCRATCH_4 };
 
     Solver<G>& solver;
@@ -57,7 +61,8 @@ struct Unrolled {
             const float *const new_g = solver.history_columns(history, k + 1);
             const float *const old_g = solver.history_columns(history, k);
             state.set_step(k == 0 ? 1.0f : (float)problem.batch.omega);
-            // On the base at hand, on a new one, or else each half with pi or sigma itself as K.
+            // Tries the current base, then a new one, and finally each half-step with pi or sigma
+            // itself as K.
             OPTICAL_KEEP_LOOP
             for (int attempt = base_usable ? 0 : 1; attempt < 4; ++attempt) {
                 if (attempt == 1) {
@@ -77,12 +82,12 @@ struct Unrolled {
 
     OPTICAL_DEVICE float row_mass_gradient(int o) const { return problem.row(BAR_MASS, o); }
     OPTICAL_DEVICE float column_mass_gradient(int o) const { return problem.column(BAR_MASS, o); }
-    // What the cost has received so far, behind everything else that is private.
+    // The gradient of the cost so far, behind the other private arrays.
     OPTICAL_DEVICE float& cost_bar(int r, int c) const {
         return problem.private_values[(Problem<G>::private_floats + r * RJ + c) * grid.threads];
     }
 
-    // What the results receive, before any iteration is undone.
+    // The gradients that the outputs pass to the last potentials, to the masses and to the cost.
     OPTICAL_DEVICE void begin_sweep() {
         const float scale = state.inverse_epsilon;
         float slope_row[OI], slope_column[OJ], by_row[OI], by_column[OJ];
@@ -145,7 +150,7 @@ struct Unrolled {
         return (float)(potential + (double)rho * Objective<G>::log_ratio(marginal, mass, log_mass));
     }
 
-    // Kept potentials as those of the state.
+    // Loads stored potentials as the current ones.
     OPTICAL_DEVICE void load_potentials(const float* f, const float* old_g) {
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
@@ -158,9 +163,9 @@ struct Unrolled {
             problem.column(POTENTIAL, o) = j < problem.b.count ? old_g[j] : 0.0f;
         }
     }
-    // Makes K pi of the half step that found new_g from f, or sigma of the one that found f from
-    // old_g, out of what was given to it and the minimum that it found, of which it kept a share.
-    // With the masses inside, no entry exceeds 1, however small they are.
+    // Makes K equal to pi of the half-step from f to new_g, or to sigma of the half-step from old_g
+    // to f, from the input of the half-step and its soft-min, recovered from the relaxed result. K
+    // includes the masses, so that no entry exceeds 1, however small they are.
     OPTICAL_DEVICE void exact_base(const float* old_f, const float* f, const float* old_g,
                                    const float* new_g, bool of_columns) {
         OPTICAL_UNROLL_LOOP
@@ -182,9 +187,9 @@ struct Unrolled {
         kernel.build(problem, state, false);
     }
 
-    // Runs one iteration again on the present base, from old_g to f: leaves the scales with which
-    // the rows of sigma and the columns of pi sum to 1 whatever was rounded, and a u and b v, which
-    // are 1 where K is pi or sigma. False: a number on the way was not harmless.
+    // Replays the iteration from old_g to f on the current base. Leaves inverse sums with which the
+    // rows of sigma and the columns of pi sum to 1 in spite of rounding, and a u and b v, which are
+    // 1 if K is pi or sigma (`exact`). Returns false if a number left the trusted range.
     OPTICAL_DEVICE bool replay(const float* f, const float* old_g, bool exact) {
         unsigned flags = 0;
         OPTICAL_UNROLL_LOOP
@@ -220,13 +225,13 @@ struct Unrolled {
         return grid.union_of(flags) == 0;
     }
 
-    // A mass too small for a number counts for nothing, unless its scale is large.
+    // weight * scaling. A mass that underflows to 0 is negligible unless its scaling is large.
     OPTICAL_DEVICE static float weighted(float weight, float scaling, unsigned& flags) {
         if (weight > 0 || scaling > 1) flags |= loss_flag(scaling, COLUMNS_LOST);
         return weight > 0 ? weight * scaling : 0.0f;
     }
 
-    // Undoes the step that was replayed, the half that made g, the half that made f, or both.
+    // Reverses the replayed step: the half-step that produced g, the one that produced f, or both.
     OPTICAL_DEVICE void reverse(bool of_columns, bool of_rows) {
         float to_column[OJ], to_row[OI], by_row[OI], by_column[OJ];
         OPTICAL_UNROLL_LOOP

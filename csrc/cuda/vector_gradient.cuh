@@ -1,13 +1,15 @@
-// Products of G = dL/dC with the vectors, which are the gradients of the vectors. With G, for the cosine
-// and unit vectors x and y,
+// The gradients of the vectors: products of G = dL/dC with them.
+//
+// For the cosine, with unit vectors x and y,
 //
 //     dL/dx_i = (x_i sum_j G_ij (1 - C_ij) - sum_j G_ij y_j) / |x_i|
 //
-// G is laid out in shared memory, in place of the cost, and multiplied with chunks of the vectors, and
-// each gradient is written once. Where the cost came from fragments, so do these: a number of G is the
-// sum of two halves, and multiplied with half vectors as they are, or with the halves of numbers. In
-// float16 G is scaled so that its largest entry is near 2^13, and is right to 2^-24 of that; in bfloat16
-// each entry is right to 2^-16 of itself, where the gradient is rounded to 2^-9.
+// G replaces the cost in shared memory and is multiplied with chunks of the vectors; each gradient
+// is written once. If the cost was computed on the tensor cores, so are these products: each entry
+// of G is the sum of two halves, multiplied with half vectors, or with the two halves of split
+// numbers. In float16, G is scaled so that its largest entry is near 2^13, with errors of 2^-24 of
+// that entry. In bfloat16 each entry has a relative error of 2^-16; the gradient is rounded to
+// 2^-9.
 #pragma once
 
 #include "solver.cuh"
@@ -15,6 +17,7 @@
 namespace optical {
 namespace cuda {
 
+// The factor of each vector in its own gradient; in registers, apart from the references below.
 template <typename G>
 struct SelfTerms {
     float rows[G::OI], columns[G::RJ];
@@ -29,20 +32,20 @@ struct VectorGradient {
     ScalingKernel<G>& kernel;
     Cost<G> vectors;
     G& grid;
-    SelfTerms<G>& sums;
+    SelfTerms<G>& self;
     const optical_gradient& out;
 
-    OPTICAL_DEVICE VectorGradient(Solver<G>& solver, SelfTerms<G>& sums,
+    OPTICAL_DEVICE VectorGradient(Solver<G>& solver, SelfTerms<G>& self,
                                   const optical_gradient& out)
         : problem(solver.problem),
           kernel(solver.kernel),
           vectors(solver.problem),
           grid(problem.grid),
-          sums(sums),
+          self(self),
           out(out) {}
 
-    // In place of the private arrays: what each line has along itself, G, chunks of the vectors, and of
-    // the sums that the blocks of a cluster add. In float32 G and the vectors need less.
+    // Shared memory in place of the private arrays: self terms, G, chunks of the vectors, and the
+    // partial sums that the blocks of a cluster add. In float32, G and the vectors need less.
     static OPTICAL_HOST_DEVICE int product_bytes(int down, int across) {
         const int rows = down * G::tile_rows, columns = across * G::tile_columns;
         const int partial_columns = G::span == Span::cluster ? chunk * columns * 4 : 0;
@@ -50,39 +53,39 @@ struct VectorGradient {
                partial_columns;
     }
 
-    // G takes the place of the cost, entry by entry, while what it weighs along each line is added:
-    // sum G (1 - C) for the cosine, sum G for the squared distance.
+    // The functions below replace the cost by G entry by entry and accumulate the factor of each
+    // vector in its own gradient: sum G (1 - C) for the cosine, sum G for the squared distance.
     OPTICAL_DEVICE void begin() {
         OPTICAL_UNROLL_LOOP
-        for (int c = 0; c < RJ; ++c) sums.columns[c] = 0;
+        for (int c = 0; c < RJ; ++c) self.columns[c] = 0;
         OPTICAL_UNROLL_LOOP
-        for (int o = 0; o < OI; ++o) sums.rows[o] = 0;
+        for (int o = 0; o < OI; ++o) self.rows[o] = 0;
     }
     OPTICAL_DEVICE void set(int r, int c, float slope, float cost_ij, float& self_term) {
         const float weight = problem.batch.kind == OPTICAL_COSINE ? 1.0f - cost_ij : 1.0f;
         self_term = fused(slope, weight, self_term);
-        sums.columns[c] = fused(slope, weight, sums.columns[c]);
+        self.columns[c] = fused(slope, weight, self.columns[c]);
         problem.cost(r, c) = slope;
     }
     OPTICAL_DEVICE void end_row(float self_term, int q) {
-        grid.template fold_row<Sum>(self_term, q, sums.rows);
+        grid.template fold_row<Sum>(self_term, q, self.rows);
     }
 
     OPTICAL_DEVICE void multiply() {
         float column_terms[OJ];
-        grid.template combine_rows<Sum>(sums.rows);
-        grid.template columns<Sum>(sums.columns, column_terms);
+        grid.template combine_rows<Sum>(self.rows);
+        grid.template columns<Sum>(self.columns, column_terms);
         OPTICAL_UNROLL_LOOP
         for (int r = 0; r < RI; ++r)
             OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c) kernel.K[r][c] = problem.cost(r, c);
-        // From here on the private arrays make room.
+        // From here on, the products use the memory of the private arrays.
         grid.sync_own_block();
         float* const self_terms = (float*)problem.stage;
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
             if (grid.warp_across == 0)
-                self_terms[grid.own_row(o) - problem.block_first_row] = sums.rows[o];
+                self_terms[grid.own_row(o) - problem.block_first_row] = self.rows[o];
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
             if (grid.warp_down == 0)
@@ -100,8 +103,8 @@ struct VectorGradient {
         else multiply_fragments<false, Route::halves>(self_terms, memory);
     }
 
-    // Whether G with the inverse lengths of its lines has too wide a range for float16: the entries of
-    // long lines would have no digits beside those of short ones.
+    // Whether the inverse lengths give G too wide a range for float16: rows and columns of long
+    // vectors would lose all digits next to those of short vectors.
     OPTICAL_DEVICE bool lengths_differ() {
         if (problem.batch.kind != OPTICAL_COSINE || problem.batch.x_type != OPTICAL_F16)
             return false;
@@ -121,9 +124,10 @@ struct VectorGradient {
         return problem.b.count < problem.block_columns ? problem.b.count : problem.block_columns;
     }
 
-    // ------------------------------------------------------------------------------- as fragments
+    // ------------------------------------------------------------------------- on the tensor cores
 
-    // G has the inverse lengths of both its lines, so that vectors are used as they are:
+    // G includes the inverse lengths of both sides, so that vectors are used without normalisation:
+    //
     //     dL/dx_i = x_i |x_i|^-2 sum_j G_ij (1 - C_ij) - sum_j (G_ij / |x_i| |y_j|) y_j
     template <bool bfloat, Route route>
     OPTICAL_DEVICE void multiply_fragments(float* self_terms, float* memory) {
@@ -145,7 +149,7 @@ struct VectorGradient {
             }
         float scale = 1, inverse = split ? 1 / Cost<G>::split_scale : 1.0f;
         if (!bfloat) {
-            // The power of two that takes the largest into 2^13 .. 2^14, if it is one.
+            // The power of two, if representable, that takes the largest entry into 2^13 ... 2^14.
             const int exponent =
                 267 - (int)(bits_of(largest_of_block(largest, (float*)staged)) >> 23);
             const unsigned bits = exponent > 253 ? 253u : (unsigned)exponent;
@@ -198,7 +202,8 @@ struct VectorGradient {
                 }
             }
             if (G::span != Span::cluster || !out.grad_y) continue;
-            // The blocks add what each has of dY, in order, each for some of the columns.
+            // The blocks add the partial sums of dY in order; each block handles a part of the
+            // columns.
             grid.sync();
             for (int quad = grid.rank * grid.threads + grid.thread; quad < columns * (chunk / 4);
                  quad += grid.blocks * grid.threads) {
@@ -216,7 +221,7 @@ struct VectorGradient {
         }
     }
 
-    // The largest of what all threads of the block have; `room` for one number a warp.
+    // The maximum over all threads of the block. `memory` holds one float per warp.
     OPTICAL_DEVICE float largest_of_block(float x, float* memory) const {
         OPTICAL_UNROLL_LOOP
         for (int mask = 16; mask > 0; mask /= 2) x = larger(x, shuffle_xor(x, mask));
@@ -227,9 +232,9 @@ struct VectorGradient {
         return x;
     }
 
-    // Of 16 rows of G from `first`, or columns, times a chunk of the vectors of the other side, of which
-    // there are `count`: what is past them is 0. What a lane has of two fragments: of two lines two
-    // entries and the two that are 8 further.
+    // Multiplies 16 rows of G from `first` on, or `transposed` 16 columns, with a staged chunk of
+    // the `count` vectors of the other side; G is 0 past them. A lane receives two fragments: of
+    // two rows or columns, two components and the two that are 8 further.
     template <bool bfloat, Route route, bool transposed>
     OPTICAL_DEVICE void add_products(float (&products)[2][2][2], const uint16_t* upper,
                                      const uint16_t* staged, int first, int count,
@@ -277,8 +282,8 @@ struct VectorGradient {
             products[e / 2][t][e % 2] = factor * (sum[t][e] + correction[t][e]);
     }
 
-    // What the sums of a line are multiplied with, in place of its measure, and its own entries, in place
-    // of what it has along itself.
+    // Replaces the norm of each entry by the factor of its sums, and its self term by the factor of
+    // its own vector.
     template <Route route>
     OPTICAL_DEVICE void take_factors(float* self_terms) const {
         constexpr float component_scale = route == Route::split ? 1 / Cost<G>::split_scale : 1.0f;
@@ -295,12 +300,12 @@ struct VectorGradient {
         }
     }
 
-    // The gradient of line `l` at the entries that this lane has of a fragment, from their sums.
+    // Writes the gradient of an entry at the components that this lane holds of a fragment.
     template <bool bfloat, Route route>
     OPTICAL_DEVICE void write(const float (&sum)[2][2], const uint16_t* staged,
                               const float* self_terms, int entry, int part, int64_t k) const {
         const bool is_row = problem.is_row(entry);
-        // Not a reference to one of the sides, for which both would have to be in memory.
+        // A reference to one of the sides would force both into local memory.
         const int index = is_row ? problem.block_first_row + entry : entry - problem.block_rows;
         if (index >= (is_row ? problem.a.count : problem.b.count)) return;
         const int32_t type = route == Route::split ? (is_row ? problem.a.type : problem.b.type)
@@ -326,7 +331,7 @@ struct VectorGradient {
             store_pair(to, type, offset + 8 * t, x, y, (int)(problem.batch.dim - k) - part - 8 * t);
         }
     }
-    // x and y, one behind the other, of which there is room for so many.
+    // Stores x and y at consecutive components, of which `available` exist.
     OPTICAL_DEVICE static void store_pair(void* to, int32_t type, int64_t at, float x, float y,
                                           int available) {
         struct alignas(8) Two {
@@ -367,7 +372,7 @@ struct VectorGradient {
         }
     }
 
-    // The gradient at an entry of line `l`, from its sum.
+    // The gradient of one component of an entry, from its sum.
     OPTICAL_DEVICE float finished(float sum, const float* staged, const float* self_terms,
                                   int entry, int part) const {
         if (problem.batch.kind == OPTICAL_DOT) return -sum;

@@ -1,4 +1,4 @@
-// The state of a solve: masses, potentials, scalings and the temperature.
+// The state of a solve in registers: temperature, step sizes, total masses and scalings.
 #pragma once
 
 #include "cost.cuh"
@@ -16,20 +16,20 @@ struct Workspace {
     double total_a, total_b;
     float unmatched_mass;
     bool unmatched_rows, unmatched_columns;
-    // Of owned lines, and b v of all columns of this lane.
+    // Of owned rows and columns; bv_all is b v of all columns of this lane.
     float u[OI], v[OJ], u_next[OI], v_next[OJ], au[OI], bv[OJ], bv_all[RJ];
     float weight_a[OI], weight_b[OJ];
-    // PAD, in the one warp that adds it to the sums of a line.
+    // UNMATCHED, in the one warp that adds it to the sums of a row or column, and 0 in the others.
     float unmatched_a[OI], unmatched_b[OJ];
 
-    // -------------------------------------------------------------------------------- the set-up
+    // -------------------------------------------------------------------------------------- set-up
 
     OPTICAL_DEVICE void set_epsilon(float value) {
         epsilon = value;
         inverse_epsilon = 1.0f / value;
         scale = OPTICAL_LOG2E / value;
     }
-    // f <- alpha f + share softmin, with the shares of the present temperature.
+    // The step sizes of f <- alpha f + share softmin at the current temperature.
     OPTICAL_DEVICE void set_step(float omega) {
         alpha = 1.0f - omega;
         share_a = omega * (penalty_a ? rho_a / (rho_a + epsilon) : 1.0f);
@@ -41,7 +41,8 @@ struct Workspace {
     }
     OPTICAL_DEVICE float boltzmann(float energy) const { return exp2_fast(energy * scale); }
 
-    // Reads the problem. False: a side is absent, or an input is not a number; `status` says which.
+    // Reads the problem. Returns false if a side is empty or an input is not a number, with the
+    // reason in `status`.
     OPTICAL_DEVICE bool read(Problem<G>& problem, int32_t& status) {
         G& grid = problem.grid;
         enum { HAS_ROW = 1, HAS_COLUMN = 2, INVALID = 4 };
@@ -101,7 +102,8 @@ struct Workspace {
         return true;
     }
 
-    // Finds the lines without an allowed pair: their potentials are 0 and they carry nothing.
+    // Finds rows and columns without an allowed pair, sets their potentials to 0 and excludes their
+    // mass.
     OPTICAL_DEVICE void mark_unmatched(Problem<G>& problem) {
         G& grid = problem.grid;
         float by_column[RJ], row_minimum[OI] = {}, column_minimum[OJ];
