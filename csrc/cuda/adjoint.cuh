@@ -14,13 +14,13 @@ struct Adjoint {
            IMAGE = SCRATCH_3, BEST = SCRATCH_4 };
 
     Problem<G>& problem;
-    Workspace<G>& state;
+    Workspace<G>& work;
     ScalingKernel<G>& kernel;
     G& grid;
 
     OPTICAL_DEVICE explicit Adjoint(Solver<G>& solver)
         : problem(solver.problem),
-          state(solver.state),
+          work(solver.work),
           kernel(solver.kernel),
           grid(solver.problem.grid) {}
 
@@ -32,9 +32,9 @@ struct Adjoint {
     // is orthogonal to it, and w is shifted at the end to have mean 0 under the row sums. K holds
     // the plan.
     OPTICAL_DEVICE float solve() {
-        kernel.build(problem, state, true);
-        const float diagonal_factor_a = state.penalty_a ? 1.0f + state.target / state.rho_a : 1.0f;
-        const float diagonal_factor_b = state.penalty_b ? 1.0f + state.target / state.rho_b : 1.0f;
+        kernel.build(problem, work, true);
+        const float diagonal_factor_a = work.penalty_a ? 1.0f + work.target / work.rho_a : 1.0f;
+        const float diagonal_factor_b = work.penalty_b ? 1.0f + work.target / work.rho_b : 1.0f;
         // Recomputes the sums with the products used below, so that terms that cancel do so
         // exactly.
         float x[OI], y[OJ], ones[OJ];
@@ -61,7 +61,7 @@ struct Adjoint {
             problem.column(RESIDUAL, o) = diagonal > 0 ? problem.column(SPENT, o) - y[o] : 0.0f;
             problem.column(SOLUTION, o) = problem.column(BEST, o) = 0;
         }
-        const bool singular = !state.penalty_a && !state.penalty_b;
+        const bool singular = !work.penalty_a && !work.penalty_b;
         const double scale = energy(SPENT), start = project(singular);
         // Below this, the parts of the right side cancel to rounding errors.
         const double rounding = 1e-14 * scale;

@@ -16,16 +16,16 @@ struct Gradient {
 
     Solver<G>& solver;
     Problem<G>& problem;
-    Workspace<G>& state;
+    Workspace<G>& work;
     G& grid;
     VectorGradient<G>& vectors;
     const optical_gradient& out;
-    Upstream upstream;
+    Upstream up;
 
     OPTICAL_DEVICE Gradient(Solver<G>& solver, VectorGradient<G>& vectors)
         : solver(solver),
           problem(solver.problem),
-          state(solver.state),
+          work(solver.work),
           grid(problem.grid),
           vectors(vectors),
           out(vectors.out) {}
@@ -44,7 +44,7 @@ struct Gradient {
     // ENVELOPE and IMPLICIT: differentiates at the solution.
     OPTICAL_DEVICE void differentiate() {
         int32_t status;
-        if (!state.read(problem, status)) return clear();
+        if (!work.read(problem, status)) return clear();
         read_upstream();
         at_solution();
         write();
@@ -52,9 +52,9 @@ struct Gradient {
     // UNROLL: differentiates the iterations.
     OPTICAL_DEVICE void differentiate(float* history) {
         int32_t status;
-        if (!state.read(problem, status)) return clear();
+        if (!work.read(problem, status)) return clear();
         read_upstream();
-        Unrolled<G> unrolled(solver, out, upstream, history);
+        Unrolled<G> unrolled(solver, out, up, history);
         unrolled.differentiate();
         float of_row[OI], of_column[OJ];
         OPTICAL_UNROLL_LOOP
@@ -76,9 +76,9 @@ struct Gradient {
     }
 
     OPTICAL_DEVICE void read_upstream() {
-        upstream.value = ((const float*)out.grad_value)[problem.index];
-        upstream.linear = ((const float*)out.grad_value_linear)[problem.index];
-        upstream.total = upstream.value + upstream.linear;
+        up.value = ((const float*)out.grad_value)[problem.index];
+        up.linear = ((const float*)out.grad_value_linear)[problem.index];
+        up.total = up.value + up.linear;
     }
 
     // Writes the gradient of the cost or of the vectors from G, which is in place of the cost.
@@ -120,12 +120,12 @@ struct Gradient {
         for (int o = 0; o < OI; ++o)
             of_row[o] = mass_gradient(problem.row(MASS, o), problem.row(LOG, o),
                                       problem.row(UNMATCHED, o), problem.row(POTENTIAL, o),
-                                      state.rho_a, state.penalty_a, state.total_b);
+                                      work.rho_a, work.penalty_a, work.total_b);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
             of_column[o] = mass_gradient(problem.column(MASS, o), problem.column(LOG, o),
                                          problem.column(UNMATCHED, o), problem.column(POTENTIAL, o),
-                                         state.rho_b, state.penalty_b, state.total_a);
+                                         work.rho_b, work.penalty_b, work.total_a);
         float f[OI], log_row[OI], w[OI], g_all[RJ], log_column[RJ], z[RJ];
         float sums[RJ], sum_row[OI] = {}, sum_column[OJ];
         problem.columns_of(POTENTIAL, g_all);
@@ -137,7 +137,7 @@ struct Gradient {
             w[o] = problem.row(SOLUTION, o);
         OPTICAL_UNROLL_LOOP
         for (int c = 0; c < RJ; ++c) sums[c] = 0;
-        const float slope = implicit ? upstream.linear * state.inverse_epsilon : 0.0f;
+        const float slope = implicit ? up.linear * work.inverse_epsilon : 0.0f;
         vectors.begin();
         OPTICAL_KEEP_LOOP
         for (int q = 0; q < RI; ++q) {
@@ -147,11 +147,11 @@ struct Gradient {
             float sum = 0, self_term = 0;
             OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c) {
-                const float flow = ScalingKernel<G>::plan_of(problem, state, r, c, f_i, log_i,
+                const float flow = ScalingKernel<G>::plan_of(problem, work, r, c, f_i, log_i,
                                                              g_all[c], log_column[c]);
                 const float cost_ij = problem.finite_cost(r, c);
                 sum += flow, sums[c] += flow;
-                vectors.set(r, c, flow * (upstream.total + slope * ((w_i + z[c]) - cost_ij)),
+                vectors.set(r, c, flow * (up.total + slope * ((w_i + z[c]) - cost_ij)),
                             cost_ij, self_term);
             }
             grid.template fold_row<Sum>(sum, q, sum_row);
@@ -161,16 +161,16 @@ struct Gradient {
             grid.template combine_rows<Sum>(sum_row);
             grid.template columns<Sum>(sums, sum_column);
             const float diagonal_factor_a =
-                state.penalty_a ? 1.0f + state.target / state.rho_a : 1.0f;
+                work.penalty_a ? 1.0f + work.target / work.rho_a : 1.0f;
             const float diagonal_factor_b =
-                state.penalty_b ? 1.0f + state.target / state.rho_b : 1.0f;
+                work.penalty_b ? 1.0f + work.target / work.rho_b : 1.0f;
             OPTICAL_UNROLL_LOOP
             for (int o = 0; o < OI; ++o)
                 of_row[o] +=
-                    upstream.linear * diagonal_factor_a * sum_row[o] * problem.row(SOLUTION, o);
+                    up.linear * diagonal_factor_a * sum_row[o] * problem.row(SOLUTION, o);
             OPTICAL_UNROLL_LOOP
             for (int o = 0; o < OJ; ++o)
-                of_column[o] += upstream.linear * diagonal_factor_b * sum_column[o] *
+                of_column[o] += up.linear * diagonal_factor_b * sum_column[o] *
                                 problem.column(SOLUTION, o);
         }
         write_masses(of_row, of_column);
@@ -180,19 +180,19 @@ struct Gradient {
     // mass.
     OPTICAL_DEVICE float mass_gradient(float mass, float log_mass, float pad, float potential,
                                        float rho, bool penalty, double other) const {
-        float slope = potential + state.target * (float)(other - 1);
+        float slope = potential + work.target * (float)(other - 1);
         if (penalty) {
             const float destroyed = pad > 0 ? 1.0f : one_minus_exp(potential / rho);
-            slope = rho * destroyed + state.target * ((float)other - (1.0f - destroyed));
+            slope = rho * destroyed + work.target * ((float)other - (1.0f - destroyed));
             // The factor may overflow where the mass underflows.
             if (potential < -80 * rho) {
                 const float kept_mass =
                     Solver<G>::required_mass(mass, log_mass, potential, rho, penalty);
-                return upstream.value * (rho * (mass - kept_mass) +
-                                         state.target * (mass * (float)other - kept_mass));
+                return up.value * (rho * (mass - kept_mass) +
+                                         work.target * (mass * (float)other - kept_mass));
             }
         }
-        return upstream.value * mass * slope;
+        return up.value * mass * slope;
     }
 
     // 1 - exp(-x), accurate for small x.

@@ -34,22 +34,22 @@ struct HalfKernel {
     }
 
     // Converts weights, scalings and K. Returns false if the masses are out of range.
-    OPTICAL_DEVICE bool begin(const Problem<G>& problem, Workspace<G>& state,
+    OPTICAL_DEVICE bool begin(const Problem<G>& problem, Workspace<G>& work,
                               const ScalingKernel<G>& kernel) {
-        const float total = (float)state.total_b;
+        const float total = (float)work.total_b;
         if (!(total > 1e-15f && total < 1e15f)) return false;
         // A power of two of at most 2^9 / total.
         const float scale = float_of((254u + column_scale - (bits_of(total) >> 23) - 1u) << 23);
         unit_a = scale * 16384.0f, unit_b = (float)(1 << row_scale) * 16384.0f;
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < G::OI; ++o) {
-            weight_a[o] = state.weight_a[o] * unit_a * (1 << row_scale);
-            state.u[o] /= unit_a;
+            weight_a[o] = work.weight_a[o] * unit_a * (1 << row_scale);
+            work.u[o] /= unit_a;
         }
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < G::OJ; ++o) {
-            weight_b[o] = state.weight_b[o] * unit_b * scale;
-            state.v[o] /= unit_b, state.bv[o] *= scale;
+            weight_b[o] = work.weight_b[o] * unit_b * scale;
+            work.v[o] /= unit_b, work.bv[o] *= scale;
         }
         build_fragments(problem, kernel);
         return true;

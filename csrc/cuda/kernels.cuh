@@ -71,7 +71,7 @@ OPTICAL_DEVICE void forward(const optical_problem& batch, const optical_solution
     problem.start(index, regime.down, regime.across);
     const bool implicit = batch.gradient == OPTICAL_IMPLICIT;
     int32_t status, n_iter = 0;
-    const bool solved = solver.state.read(problem, status);
+    const bool solved = solver.work.read(problem, status);
     float value = 0, linear = 0, error = 0, residual = 0;
     if (solved) {
         bool converged;

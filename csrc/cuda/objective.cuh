@@ -12,12 +12,12 @@ struct Objective {
 
     Solver<G>& solver;
     Problem<G>& problem;
-    Workspace<G>& state;
+    Workspace<G>& work;
     G& grid;
     double value, linear, error;
 
     OPTICAL_DEVICE explicit Objective(Solver<G>& solver)
-        : solver(solver), problem(solver.problem), state(solver.state), grid(solver.problem.grid) {}
+        : solver(solver), problem(solver.problem), work(solver.work), grid(solver.problem.grid) {}
 
     // log(marginal / mass), or 0 if the marginal is 0. Double precision, because a large rho
     // magnifies rounding errors. The mass may underflow where its logarithm does not.
@@ -60,7 +60,7 @@ struct Objective {
             float sum = 0, spent = 0;
             OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c) {
-                const float flow = solver.kernel.plan_of(problem, state, r, c, f_i, log_i, g_all[c],
+                const float flow = solver.kernel.plan_of(problem, work, r, c, f_i, log_i, g_all[c],
                                                          log_column[c]);
                 const float paid = flow * problem.finite_cost(r, c);
                 sum += flow, sums[c] += flow, spent += paid, spends[c] += paid;
@@ -81,25 +81,25 @@ struct Objective {
         for (int o = 0; o < OI; ++o)
             add_entry(t, problem.row(SUMS, o), problem.row(SPENT, o), problem.row(MASS, o),
                       problem.row(LOG, o), problem.row(WEIGHT, o), problem.row(POTENTIAL, o),
-                      state.rho_a, state.penalty_a);
+                      work.rho_a, work.penalty_a);
         grid.total(t, true);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
             add_entry(s, problem.column(SUMS, o), 0.0f, problem.column(MASS, o),
                       problem.column(LOG, o), problem.column(WEIGHT, o),
-                      problem.column(POTENTIAL, o), state.rho_b, state.penalty_b);
+                      problem.column(POTENTIAL, o), work.rho_b, work.penalty_b);
         grid.total(s, false);
         linear = t[0];
         error = t[3] + s[3];
-        const double excess = (double)state.target * (state.total_a * state.total_b - t[2]);
+        const double excess = (double)work.target * (work.total_a * work.total_b - t[2]);
         value = t[1] + s[1] + excess + t[4] + s[4];
     }
     OPTICAL_DEVICE bool feasible() const {
-        const bool fixed_a = !state.penalty_a, fixed_b = !state.penalty_b;
-        const double a = state.total_a, b = state.total_b;
+        const bool fixed_a = !work.penalty_a, fixed_b = !work.penalty_b;
+        const double a = work.total_a, b = work.total_b;
         const double difference = a > b ? a - b : b - a;
         if (fixed_a && fixed_b && difference > unequal * (a > b ? a : b)) return false;
-        return !(fixed_a && state.unmatched_rows) && !(fixed_b && state.unmatched_columns);
+        return !(fixed_a && work.unmatched_rows) && !(fixed_b && work.unmatched_columns);
     }
 
 };

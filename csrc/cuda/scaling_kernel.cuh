@@ -21,7 +21,7 @@ struct ScalingKernel {
 
     // Builds K from the base potentials, or, with `plan`, the transport plan of the current
     // potentials in its place.
-    OPTICAL_DEVICE void build(const Problem<G>& problem, const Workspace<G>& state, bool plan) {
+    OPTICAL_DEVICE void build(const Problem<G>& problem, const Workspace<G>& work, bool plan) {
         float of_row[RI], of_column[RJ], more_row[RI], more_column[RJ];
         problem.rows_of(plan ? POTENTIAL : BASE, of_row);
         problem.columns_of(plan ? POTENTIAL : BASE, of_column);
@@ -34,20 +34,20 @@ struct ScalingKernel {
             for (int c = 0; c < RJ; ++c) {
                 const float total = (of_row[r] - problem.cost(r, c)) + of_column[c];
                 K[r][c] =
-                    exp2_fast(fused(total, state.scale, logs * (more_row[r] + more_column[c])));
+                    exp2_fast(fused(total, work.scale, logs * (more_row[r] + more_column[c])));
             }
     }
     // One entry of the plan, computed by the same operations as build(), so that sums agree to the
     // bit.
-    OPTICAL_DEVICE static float plan_of(const Problem<G>& problem, const Workspace<G>& state, int r,
+    OPTICAL_DEVICE static float plan_of(const Problem<G>& problem, const Workspace<G>& work, int r,
                                         int c, float f, float log_i, float g_j, float log_j) {
         const float total = (f - problem.cost(r, c)) + g_j;
-        return exp2_fast(fused(total, state.scale, OPTICAL_LOG2E * (log_i + log_j)));
+        return exp2_fast(fused(total, work.scale, OPTICAL_LOG2E * (log_i + log_j)));
     }
 
     // Chooses the base for the current g and builds K, b v and u from it. The stopping rule needs u
     // to know the row marginals.
-    OPTICAL_DEVICE void rebase(Problem<G>& problem, Workspace<G>& state) {
+    OPTICAL_DEVICE void rebase(Problem<G>& problem, Workspace<G>& work) {
         G& grid = problem.grid;
         float of_column[RJ], column_minimum[RJ], base_row[OI] = {}, base_column[OJ];
         problem.columns_of(POTENTIAL, of_column);
@@ -78,8 +78,8 @@ struct ScalingKernel {
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
             problem.column(BASE, o) = problem.column(UNMATCHED, o) > 0 ? 0.0f : base_column[o];
-        build(problem, state, false);
-        state.start_scalings(problem);
+        build(problem, work, false);
+        work.start_scalings(problem);
     }
 
     // ----------------------------------------------------------------------------- products with K

@@ -44,7 +44,7 @@ struct Solver {
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
 
     Problem<G> problem;
-    Workspace<G> state;
+    Workspace<G> work;
     ScalingKernel<G> kernel;
     HalfKernel<G> half;
 
@@ -80,28 +80,28 @@ struct Solver {
             report.flags |= drift_flag<halves>(total);
             if (uses_potentials) {
                 const float origin = problem.row(BASE, o);
-                const float next = state.alpha * problem.row(POTENTIAL, o) +
-                                   state.share_a * (origin - state.epsilon_log(total));
+                const float next = work.alpha * problem.row(POTENTIAL, o) +
+                                   work.share_a * (origin - work.epsilon_log(total));
                 problem.row(NEXT, o) = next;
-                state.u_next[o] = state.boltzmann(next - origin);
+                work.u_next[o] = work.boltzmann(next - origin);
                 report.flags |=
-                    drift_flag(state.u_next[o]) | loss_flag(total, ROWS_LOST | COLUMNS_LOST);
+                    drift_flag(work.u_next[o]) | loss_flag(total, ROWS_LOST | COLUMNS_LOST);
             } else {
-                state.u_next[o] = reciprocal(total);
+                work.u_next[o] = reciprocal(total);
             }
-            state.au[o] = (halves ? half.weight_a[o] : state.weight_a[o]) * state.u_next[o];
+            work.au[o] = (halves ? half.weight_a[o] : work.weight_a[o]) * work.u_next[o];
         }
         sum_columns<mode>(total_column);
         grid.exchange_columns(total_column, report, measure, [&] {
             float mismatch = 0;
             OPTICAL_UNROLL_LOOP
             for (int o = 0; o < OI; ++o) {
-                const float weight = halves ? problem.row(WEIGHT, o) : state.weight_a[o];
+                const float weight = halves ? problem.row(WEIGHT, o) : work.weight_a[o];
                 const float required = uses_potentials ? required_mass(weight, problem.row(LOG, o),
                                                                        problem.row(POTENTIAL, o),
-                                                                       state.rho_a, state.penalty_a)
+                                                                       work.rho_a, work.penalty_a)
                                                        : weight;
-                mismatch += absolute(weight * state.u[o] * total_row[o] - required);
+                mismatch += absolute(weight * work.u[o] * total_row[o] - required);
             }
             return mismatch;
         });
@@ -111,31 +111,31 @@ struct Solver {
             report.flags |= drift_flag<halves>(total);
             if (uses_potentials) {
                 const float origin = problem.column(BASE, o);
-                const float next = state.alpha * problem.column(POTENTIAL, o) +
-                                   state.share_b * (origin - state.epsilon_log(total));
+                const float next = work.alpha * problem.column(POTENTIAL, o) +
+                                   work.share_b * (origin - work.epsilon_log(total));
                 problem.column(NEXT, o) = next;
-                state.v_next[o] = state.boltzmann(next - origin);
-                report.flags |= drift_flag(state.v_next[o]) | loss_flag(total, COLUMNS_LOST);
+                work.v_next[o] = work.boltzmann(next - origin);
+                report.flags |= drift_flag(work.v_next[o]) | loss_flag(total, COLUMNS_LOST);
             } else {
-                state.v_next[o] = reciprocal(total);
+                work.v_next[o] = reciprocal(total);
             }
-            state.bv[o] = (halves ? half.weight_b[o] : state.weight_b[o]) * state.v_next[o];
+            work.bv[o] = (halves ? half.weight_b[o] : work.weight_b[o]) * work.v_next[o];
         }
-        if (!halves) grid.spread_columns(state.bv, state.bv_all);
+        if (!halves) grid.spread_columns(work.bv, work.bv_all);
     }
     // The contributions of this warp to the sums of its rows, and of its columns.
     template <Mode mode>
     OPTICAL_DEVICE void sum_rows(float (&out)[OI]) {
         if constexpr (mode == Mode::halves) {
-            half.multiply(problem, half.fragments, state.bv, out,
+            half.multiply(problem, half.fragments, work.bv, out,
                           half.words(problem) + 16 * HalfKernel<G>::word_pitch);
             OPTICAL_UNROLL_LOOP
-            for (int o = 0; o < OI; ++o) out[o] = fused(state.unmatched_a[o], half.unit_a, out[o]);
+            for (int o = 0; o < OI; ++o) out[o] = fused(work.unmatched_a[o], half.unit_a, out[o]);
         } else {
             float sum[RI];
             OPTICAL_UNROLL_LOOP
-            for (int r = 0; r < RI; ++r) sum[r] = r < OI ? state.unmatched_a[r % OI] : 0.0f;
-            kernel.add_times(state.bv_all, sum);
+            for (int r = 0; r < RI; ++r) sum[r] = r < OI ? work.unmatched_a[r % OI] : 0.0f;
+            kernel.add_times(work.bv_all, sum);
             problem.grid.template fold_rows<Sum>(sum, out);
         }
     }
@@ -143,15 +143,15 @@ struct Solver {
     OPTICAL_DEVICE void sum_columns(float (&out)[OJ]) {
         G& grid = problem.grid;
         if constexpr (mode == Mode::halves) {
-            half.multiply(problem, half.fragments_transposed, state.au, out,
+            half.multiply(problem, half.fragments_transposed, work.au, out,
                           half.words(problem) + 16 * HalfKernel<G>::word_pitch + 64);
             OPTICAL_UNROLL_LOOP
-            for (int o = 0; o < OJ; ++o) out[o] = fused(state.unmatched_b[o], half.unit_b, out[o]);
+            for (int o = 0; o < OJ; ++o) out[o] = fused(work.unmatched_b[o], half.unit_b, out[o]);
         } else {
             float of_row[RI], sum[RJ];
-            grid.spread_rows(state.au, of_row);
+            grid.spread_rows(work.au, of_row);
             OPTICAL_UNROLL_LOOP
-            for (int c = 0; c < RJ; ++c) sum[c] = c < OJ ? state.unmatched_b[c % OJ] : 0.0f;
+            for (int c = 0; c < RJ; ++c) sum[c] = c < OJ ? work.unmatched_b[c % OJ] : 0.0f;
             kernel.add_times_transposed(of_row, sum);
             grid.template fold_columns<Sum>(sum, out);
         }
@@ -165,9 +165,9 @@ struct Solver {
         };
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
-            flags |= in_range(state.u_next[o]) ? 0u : ROWS_LOST | COLUMNS_LOST;
+            flags |= in_range(work.u_next[o]) ? 0u : ROWS_LOST | COLUMNS_LOST;
         OPTICAL_UNROLL_LOOP
-        for (int o = 0; o < OJ; ++o) flags |= in_range(state.v_next[o]) ? 0u : COLUMNS_LOST;
+        for (int o = 0; o < OJ; ++o) flags |= in_range(work.v_next[o]) ? 0u : COLUMNS_LOST;
         return problem.grid.union_of(flags);
     }
 
@@ -176,11 +176,11 @@ struct Solver {
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
             problem.row(POTENTIAL, o) =
-                problem.row(BASE, o) + state.epsilon_log(state.u[o] * unit_of_row);
+                problem.row(BASE, o) + work.epsilon_log(work.u[o] * unit_of_row);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
             problem.column(POTENTIAL, o) =
-                problem.column(BASE, o) + state.epsilon_log(state.v[o] * unit_of_column);
+                problem.column(BASE, o) + work.epsilon_log(work.v[o] * unit_of_column);
     }
 
     // The same iteration in the log domain, from the current potentials to the next.
@@ -190,7 +190,7 @@ struct Solver {
         problem.columns_of(POTENTIAL, of_column);
         problem.columns_of(LOG, log_column);
         const auto row_exponent = [&](int r, int c) {
-            return (problem.cost(r, c) - of_column[c]) * state.inverse_epsilon - log_column[c];
+            return (problem.cost(r, c) - of_column[c]) * work.inverse_epsilon - log_column[c];
         };
         OPTICAL_KEEP_LOOP
         for (int q = 0; q < RI; ++q) {
@@ -219,13 +219,13 @@ struct Solver {
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
             const float softmin =
-                state.epsilon *
+                work.epsilon *
                 (low[o] - OPTICAL_LN2 * log2_fast(total[o] + problem.row(UNMATCHED, o)));
             const float old = problem.row(POTENTIAL, o);
-            mismatch[0] += absolute(state.row_share(problem, o, old, softmin) -
-                                    required_mass(state.weight_a[o], problem.row(LOG, o), old,
-                                                  state.rho_a, state.penalty_a));
-            next_row[o] = state.alpha * old + state.share_a * softmin;
+            mismatch[0] += absolute(work.row_share(problem, o, old, softmin) -
+                                    required_mass(work.weight_a[o], problem.row(LOG, o), old,
+                                                  work.rho_a, work.penalty_a));
+            next_row[o] = work.alpha * old + work.share_a * softmin;
             problem.row(NEXT, o) = next_row[o];
         }
         float log_row[OI], lowest[RJ], bottom[OJ], sum_column[RJ], total_column[OJ];
@@ -240,7 +240,7 @@ struct Solver {
             for (int c = 0; c < RJ; ++c)
                 lowest[c] = smaller(
                     lowest[c],
-                    (problem.cost(grid.slot_of(q), c) - f) * state.inverse_epsilon - log_mass);
+                    (problem.cost(grid.slot_of(q), c) - f) * work.inverse_epsilon - log_mass);
         }
         grid.template columns<Minimum>(lowest, bottom);
         OPTICAL_UNROLL_LOOP
@@ -253,7 +253,7 @@ struct Solver {
             OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c) {
                 const float exponent =
-                    (problem.cost(grid.slot_of(q), c) - f) * state.inverse_epsilon - log_mass;
+                    (problem.cost(grid.slot_of(q), c) - f) * work.inverse_epsilon - log_mass;
                 sum_column[c] += exp2_fast(OPTICAL_LOG2E * (lowest[c] - exponent));
             }
         }
@@ -261,13 +261,13 @@ struct Solver {
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
             const float softmin =
-                state.epsilon * (bottom[o] - OPTICAL_LN2 * log2_fast(total_column[o] +
+                work.epsilon * (bottom[o] - OPTICAL_LN2 * log2_fast(total_column[o] +
                                                                      problem.column(UNMATCHED, o)));
             problem.column(NEXT, o) =
-                state.alpha * problem.column(POTENTIAL, o) + state.share_b * softmin;
+                work.alpha * problem.column(POTENTIAL, o) + work.share_b * softmin;
         }
         grid.total(mismatch, true);
-        return (float)mismatch[0] + (state.penalty_a ? 0.0f : state.unmatched_mass);
+        return (float)mismatch[0] + (work.penalty_a ? 0.0f : work.unmatched_mass);
     }
 
     // Iterates from the current potentials and returns the number of iterations. With `history`,
@@ -282,16 +282,16 @@ struct Solver {
         converged = false;
         record(history, 0, false);
         while (done < max_iter && !converged) {
-            state.set_epsilon(temperature > (double)state.target ? (float)temperature
-                                                                 : state.target);
+            work.set_epsilon(temperature > (double)work.target ? (float)temperature
+                                                                 : work.target);
             bool log_domain = failures >= 4;
             if (!log_domain) {
-                kernel.rebase(problem, state);
+                kernel.rebase(problem, work);
                 if constexpr (G::fast) {
                     // The iterations after those in half precision use the exact cost: the last
                     // one, or, once `tol` is met, all until it is met again.
                     in_half_precision = in_half_precision && done + 1 < max_iter &&
-                                        half.begin(problem, state, kernel);
+                                        half.begin(problem, work, kernel);
                     if (in_half_precision) {
                         const int32_t before = done;
                         const Outcome outcome = iterate_scaling<Mode::halves>(
@@ -301,7 +301,7 @@ struct Solver {
                     }
                 }
                 const Outcome outcome =
-                    state.relaxed && !G::fast
+                    work.relaxed && !G::fast
                         ? iterate_scaling<Mode::relaxed>(max_iter, tol, done, last_at_target,
                                                          temperature, history)
                         : iterate_scaling<Mode::plain>(max_iter, tol, done, last_at_target,
@@ -311,18 +311,18 @@ struct Solver {
                 failures += log_domain;
             }
             if (!log_domain) continue;
-            state.set_step(done == 0 || state.epsilon != state.target ? 1.0f
+            work.set_step(done == 0 || work.epsilon != work.target ? 1.0f
                                                                       : (float)problem.batch.omega);
             const bool test_residual =
-                tol > 0 && done > 0 && last_at_target && state.epsilon == state.target;
+                tol > 0 && done > 0 && last_at_target && work.epsilon == work.target;
             converged = log_domain_step() <= tol && test_residual;
             if (converged) break;
             take_next_potentials();
             record(history, ++done, false);
-            last_at_target = state.epsilon == state.target;
+            last_at_target = work.epsilon == work.target;
             temperature *= problem.batch.anneal_ratio;
         }
-        state.set_epsilon(state.target);
+        work.set_epsilon(work.target);
         return done;
     }
 
@@ -338,22 +338,22 @@ struct Solver {
                                            float* history) {
         G& grid = problem.grid;
         constexpr bool uses_potentials = mode == Mode::relaxed;
-        const bool at_target = state.epsilon == state.target;
+        const bool at_target = work.epsilon == work.target;
         const float omega = at_target ? (float)problem.batch.omega : 1.0f;
         const int32_t before = done;
         // The next iteration of an annealed run has another temperature.
         const int32_t last_step =
-            opaque((temperature > (double)state.target ? done + 1 : max_iter) - 1);
-        const float row_tolerance = tol - (state.penalty_a ? 0.0f : state.unmatched_mass);
+            opaque((temperature > (double)work.target ? done + 1 : max_iter) - 1);
+        const float row_tolerance = tol - (work.penalty_a ? 0.0f : work.unmatched_mass);
         const float residual_limit = opaque(tol > 0 && at_target ? row_tolerance : -1.0f);
         bool measure_residual = residual_limit >= 0 && done > 0 && last_at_target;
         Report report = {0, 0};
         Outcome outcome = Outcome::finished;
         --done;  // the iterate that this run starts from is accepted first
         OPTICAL_UNROLL_LOOP
-        for (int o = 0; o < OI; ++o) state.u_next[o] = state.u[o];
+        for (int o = 0; o < OI; ++o) work.u_next[o] = work.u[o];
         OPTICAL_UNROLL_LOOP
-        for (int o = 0; o < OJ; ++o) state.v_next[o] = state.v[o];
+        for (int o = 0; o < OJ; ++o) work.v_next[o] = work.v[o];
         if (uses_potentials) keep_potentials();
         while (true) {
             float total_row[OI];
@@ -371,7 +371,7 @@ struct Solver {
                 }
             }
             accept<uses_potentials>(done, done < before ? nullptr : history);
-            if (uses_potentials) state.set_step(done == 0 ? 1.0f : omega);
+            if (uses_potentials) work.set_step(done == 0 ? 1.0f : omega);
             scaling_step<mode>(total_row, measure_residual, report);
             // If an iteration lost a row sum, its residual belongs to no iterate.
             if (measure_residual && grid.residual(report.residual) <= residual_limit &&
@@ -388,7 +388,7 @@ struct Solver {
             measure_residual = residual_limit >= 0;
         }
         if (done > before) last_at_target = at_target;
-        if (done > before && temperature > (double)state.target)
+        if (done > before && temperature > (double)work.target)
             temperature *= problem.batch.anneal_ratio;
         if (!uses_potentials && done > before) {
             if (mode == Mode::halves) update_potentials(half.unit_a, half.unit_b);
@@ -405,9 +405,9 @@ struct Solver {
     }
     OPTICAL_DEVICE void take_next_scalings() {
         OPTICAL_UNROLL_LOOP
-        for (int o = 0; o < OI; ++o) state.u[o] = state.u_next[o];
+        for (int o = 0; o < OI; ++o) work.u[o] = work.u_next[o];
         OPTICAL_UNROLL_LOOP
-        for (int o = 0; o < OJ; ++o) state.v[o] = state.v_next[o];
+        for (int o = 0; o < OJ; ++o) work.v[o] = work.v_next[o];
     }
     OPTICAL_DEVICE void keep_potentials() {
         OPTICAL_UNROLL_LOOP
@@ -447,13 +447,13 @@ struct Solver {
         for (int o = 0; o < OI; ++o)
             if (grid.own_row(o) < problem.a.count)
                 history_rows(history, done)[grid.own_row(o)] =
-                    scaled ? problem.row(BASE, o) + state.epsilon_log(state.u[o])
+                    scaled ? problem.row(BASE, o) + work.epsilon_log(work.u[o])
                            : problem.row(POTENTIAL, o);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
             if (grid.own_column(o) < problem.b.count)
                 history_columns(history, done)[grid.own_column(o)] =
-                    scaled ? problem.column(BASE, o) + state.epsilon_log(state.v[o])
+                    scaled ? problem.column(BASE, o) + work.epsilon_log(work.v[o])
                            : problem.column(POTENTIAL, o);
     }
 };

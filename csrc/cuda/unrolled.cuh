@@ -26,22 +26,22 @@ struct Unrolled {
 
     Solver<G>& solver;
     Problem<G>& problem;
-    Workspace<G>& state;
+    Workspace<G>& work;
     ScalingKernel<G>& kernel;
     G& grid;
     const optical_gradient& out;
-    const Upstream upstream;
+    const Upstream up;
     float* const history;
 
     OPTICAL_DEVICE Unrolled(Solver<G>& solver, const optical_gradient& out,
-                            const Upstream& upstream, float* history)
+                            const Upstream& up, float* history)
         : solver(solver),
           problem(solver.problem),
-          state(solver.state),
+          work(solver.work),
           kernel(solver.kernel),
           grid(problem.grid),
           out(out),
-          upstream(upstream),
+          up(up),
           history(history) {}
 
     OPTICAL_DEVICE void differentiate() {
@@ -60,14 +60,14 @@ struct Unrolled {
             const float *const f = solver.history_rows(history, k + 1);
             const float *const new_g = solver.history_columns(history, k + 1);
             const float *const old_g = solver.history_columns(history, k);
-            state.set_step(k == 0 ? 1.0f : (float)problem.batch.omega);
+            work.set_step(k == 0 ? 1.0f : (float)problem.batch.omega);
             // Tries the current base, then a new one, and finally each half-step with pi or sigma
             // itself as K.
             OPTICAL_KEEP_LOOP
             for (int attempt = base_usable ? 0 : 1; attempt < 4; ++attempt) {
                 if (attempt == 1) {
                     load_potentials(f, old_g);
-                    kernel.rebase(problem, state);
+                    kernel.rebase(problem, work);
                 }
                 if (attempt >= 2)
                     exact_base(solver.history_rows(history, k), f, old_g, new_g, attempt == 2);
@@ -89,48 +89,48 @@ struct Unrolled {
 
     // The gradients that the outputs pass to the last potentials, to the masses and to the cost.
     OPTICAL_DEVICE void begin_sweep() {
-        const float scale = state.inverse_epsilon;
+        const float scale = work.inverse_epsilon;
         float slope_row[OI], slope_column[OJ], by_row[OI], by_column[OJ];
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
             problem.row(SLOPE, o) = slope_row[o] =
                 dual_slope(problem.row(POTENTIAL, o), problem.row(SUMS, o), problem.row(MASS, o),
-                           problem.row(LOG, o), state.rho_a, state.penalty_a);
+                           problem.row(LOG, o), work.rho_a, work.penalty_a);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
             problem.column(SLOPE, o) = slope_column[o] = dual_slope(
                 problem.column(POTENTIAL, o), problem.column(SUMS, o), problem.column(MASS, o),
-                problem.column(LOG, o), state.rho_b, state.penalty_b);
-        kernel.build(problem, state, true);
+                problem.column(LOG, o), work.rho_b, work.penalty_b);
+        kernel.build(problem, work, true);
         kernel.rows_times(problem, slope_column, by_row);
         kernel.columns_times(problem, slope_row, by_column);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
             const int i = grid.own_row(o);
             const float sum = problem.row(SUMS, o), mass = problem.row(MASS, o);
-            const float slope = upstream.value * (slope_row[o] * sum + by_row[o]) +
-                                upstream.linear * problem.row(SPENT, o);
-            float explicit_part = state.target * (mass * (float)state.total_b - sum);
-            if (state.penalty_a) explicit_part += state.rho_a * (mass - sum);
+            const float slope = up.value * (slope_row[o] * sum + by_row[o]) +
+                                up.linear * problem.row(SPENT, o);
+            float explicit_part = work.target * (mass * (float)work.total_b - sum);
+            if (work.penalty_a) explicit_part += work.rho_a * (mass - sum);
             const bool has_grad =
                 out.grad_f && problem.valid_row(i) && problem.row(UNMATCHED, o) == 0;
             problem.row(BAR, o) =
                 slope * scale + (has_grad ? ((const float*)out.grad_f)[problem.a.first + i] : 0.0f);
-            problem.row(BAR_MASS, o) = slope + upstream.value * explicit_part;
+            problem.row(BAR_MASS, o) = slope + up.value * explicit_part;
         }
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
             const int j = grid.own_column(o);
             const float sum = problem.column(SUMS, o), mass = problem.column(MASS, o);
-            const float slope = upstream.value * (slope_column[o] * sum + by_column[o]) +
-                                upstream.linear * problem.column(SPENT, o);
-            float explicit_part = state.target * (mass * (float)state.total_a - sum);
-            if (state.penalty_b) explicit_part += state.rho_b * (mass - sum);
+            const float slope = up.value * (slope_column[o] * sum + by_column[o]) +
+                                up.linear * problem.column(SPENT, o);
+            float explicit_part = work.target * (mass * (float)work.total_a - sum);
+            if (work.penalty_b) explicit_part += work.rho_b * (mass - sum);
             const bool has_grad =
                 out.grad_g && problem.valid_column(j) && problem.column(UNMATCHED, o) == 0;
             problem.column(BAR, o) =
                 slope * scale + (has_grad ? ((const float*)out.grad_g)[problem.b.first + j] : 0.0f);
-            problem.column(BAR_MASS, o) = slope + upstream.value * explicit_part;
+            problem.column(BAR_MASS, o) = slope + up.value * explicit_part;
         }
         float of_row[RI], of_column[RJ];
         problem.rows_of(SLOPE, of_row);
@@ -139,9 +139,9 @@ struct Unrolled {
         for (int r = 0; r < RI; ++r)
             OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c) {
-                const float slope = upstream.value * (of_row[r] + of_column[c]) +
-                                    upstream.linear * problem.finite_cost(r, c);
-                cost_bar(r, c) = kernel.K[r][c] * (upstream.total - slope * scale);
+                const float slope = up.value * (of_row[r] + of_column[c]) +
+                                    up.linear * problem.finite_cost(r, c);
+                cost_bar(r, c) = kernel.K[r][c] * (up.total - slope * scale);
             }
     }
     OPTICAL_DEVICE static float dual_slope(float potential, float marginal, float mass,
@@ -173,18 +173,18 @@ struct Unrolled {
             const int i = grid.own_row(o);
             const float next = i < problem.a.count ? f[i] : 0.0f,
                         old = i < problem.a.count ? old_f[i] : 0.0f;
-            problem.row(BASE, o) = of_columns ? next + state.target * problem.row(LOG, o)
-                                      : (next - state.alpha * old) / state.share_a;
+            problem.row(BASE, o) = of_columns ? next + work.target * problem.row(LOG, o)
+                                      : (next - work.alpha * old) / work.share_a;
         }
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
             const int j = grid.own_column(o);
             const float next = j < problem.b.count ? new_g[j] : 0.0f,
                         old = j < problem.b.count ? old_g[j] : 0.0f;
-            problem.column(BASE, o) = of_columns ? (next - state.alpha * old) / state.share_b
-                                         : old + state.target * problem.column(LOG, o);
+            problem.column(BASE, o) = of_columns ? (next - work.alpha * old) / work.share_b
+                                         : old + work.target * problem.column(LOG, o);
         }
-        kernel.build(problem, state, false);
+        kernel.build(problem, work, false);
     }
 
     // Replays the iteration from old_g to f on the current base. Leaves inverse sums with which the
@@ -196,26 +196,26 @@ struct Unrolled {
         for (int o = 0; o < OJ; ++o) {
             const int j = grid.own_column(o);
             const float scaling =
-                state.boltzmann((j < problem.b.count ? old_g[j] : 0.0f) - problem.column(BASE, o));
-            state.bv[o] = exact ? 1.0f : weighted(state.weight_b[o], scaling, flags);
+                work.boltzmann((j < problem.b.count ? old_g[j] : 0.0f) - problem.column(BASE, o));
+            work.bv[o] = exact ? 1.0f : weighted(work.weight_b[o], scaling, flags);
         }
         float by_row[OI], by_column[OJ];
-        kernel.rows_times(problem, state.bv, by_row);
+        kernel.rows_times(problem, work.bv, by_row);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
             const int i = grid.own_row(o);
             const float total = by_row[o] + problem.row(UNMATCHED, o);
             flags |= loss_flag(total, COLUMNS_LOST);
             problem.row(INVERSE_SUM, o) = 1.0f / total;
-            state.au[o] = state.weight_a[o] / total;
-            if (state.relaxed)
-                state.au[o] = weighted(
-                    state.weight_a[o],
-                    state.boltzmann((i < problem.a.count ? f[i] : 0.0f) - problem.row(BASE, o)),
+            work.au[o] = work.weight_a[o] / total;
+            if (work.relaxed)
+                work.au[o] = weighted(
+                    work.weight_a[o],
+                    work.boltzmann((i < problem.a.count ? f[i] : 0.0f) - problem.row(BASE, o)),
                     flags);
-            if (exact) state.au[o] = 1;
+            if (exact) work.au[o] = 1;
         }
-        kernel.columns_times(problem, state.au, by_column);
+        kernel.columns_times(problem, work.au, by_column);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
             const float total = by_column[o] + problem.column(UNMATCHED, o);
@@ -237,31 +237,31 @@ struct Unrolled {
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
             to_column[o] = of_columns ? problem.column(INVERSE_SUM, o) *
-                                            (state.share_b * problem.column(BAR, o))
+                                            (work.share_b * problem.column(BAR, o))
                                       : 0.0f;
         kernel.rows_times(problem, to_column, by_row);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
-            if (!of_columns) state.au[o] = 0;
-            const float received = of_columns ? state.au[o] * by_row[o] : 0.0f;
+            if (!of_columns) work.au[o] = 0;
+            const float received = of_columns ? work.au[o] * by_row[o] : 0.0f;
             const float bar = problem.row(BAR, o) - received;
-            to_row[o] = of_rows ? problem.row(INVERSE_SUM, o) * (state.share_a * bar) : 0.0f;
-            problem.row(BAR_MASS, o) -= state.target * received;
-            problem.row(BAR, o) = of_rows ? state.alpha * bar : bar;
+            to_row[o] = of_rows ? problem.row(INVERSE_SUM, o) * (work.share_a * bar) : 0.0f;
+            problem.row(BAR_MASS, o) -= work.target * received;
+            problem.row(BAR, o) = of_rows ? work.alpha * bar : bar;
         }
         kernel.columns_times(problem, to_row, by_column);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
-            if (!of_rows) state.bv[o] = 0;
-            const float received = of_rows ? state.bv[o] * by_column[o] : 0.0f;
+            if (!of_rows) work.bv[o] = 0;
+            const float received = of_rows ? work.bv[o] * by_column[o] : 0.0f;
             const float bar = problem.column(BAR, o);
-            problem.column(BAR_MASS, o) -= state.target * received;
-            problem.column(BAR, o) = (of_columns ? state.alpha * bar : bar) - received;
+            problem.column(BAR_MASS, o) -= work.target * received;
+            problem.column(BAR, o) = (of_columns ? work.alpha * bar : bar) - received;
         }
         float au[RI], bv[RJ], from_row[RI], from_column[RJ];
-        grid.spread_rows(state.au, au);
+        grid.spread_rows(work.au, au);
         grid.spread_rows(to_row, from_row);
-        grid.spread_columns(state.bv, bv);
+        grid.spread_columns(work.bv, bv);
         grid.spread_columns(to_column, from_column);
         OPTICAL_UNROLL_LOOP
         for (int r = 0; r < RI; ++r)
