@@ -89,14 +89,14 @@ struct Cost {
             stage_chunk(staged, 0, problem.block_rows + problem.block_columns, k, at);
             grid.sync_own_block();
             for (int part = 0; part < chunk; ++part) {
-                const float* const line = staged + part * pitch();
+                const float* const components = staged + part * pitch();
                 float of_row[RI], of_column[RJ];
                 OPTICAL_UNROLL_LOOP
                 for (int r = 0; r < RI; ++r)
-                    of_row[r] = line[grid.row(r) - problem.block_first_row];
+                    of_row[r] = components[grid.row(r) - problem.block_first_row];
                 OPTICAL_UNROLL_LOOP
                 for (int c = 0; c < RJ; ++c)
-                    of_column[c] = line[problem.block_rows + grid.column(c)];
+                    of_column[c] = components[problem.block_rows + grid.column(c)];
                 OPTICAL_UNROLL_LOOP
                 for (int r = 0; r < RI; ++r)
                     OPTICAL_UNROLL_LOOP

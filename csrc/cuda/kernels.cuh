@@ -43,21 +43,21 @@ OPTICAL_HOST_DEVICE Regime regime_of(int64_t n, int64_t m, const Limits& limits)
 
 template <typename G>
 OPTICAL_DEVICE void write_entries(const Problem<G>& problem, void* to_a, void* to_b, int name,
-                                  bool solved, int32_t status) {
+                                  bool solvable, int32_t status) {
     const G& grid = problem.grid;
     const float otherwise = status == OPTICAL_EMPTY ? 0.0f : not_a_number();
     OPTICAL_UNROLL_LOOP
     for (int o = 0; o < G::OI; ++o) {
         const int i = grid.own_row(o);
         if (grid.warp_across != 0 || i >= problem.a.count) continue;
-        const float x = solved ? problem.row(name, o) : otherwise;
+        const float x = solvable ? problem.row(name, o) : otherwise;
         ((float*)to_a)[problem.a.first + i] = problem.valid_row(i) ? x : 0.0f;
     }
     OPTICAL_UNROLL_LOOP
     for (int o = 0; o < G::OJ; ++o) {
         const int j = grid.own_column(o);
         if (grid.warp_down != 0 || grid.rank != 0 || j >= problem.b.count) continue;
-        const float x = solved ? problem.column(name, o) : otherwise;
+        const float x = solvable ? problem.column(name, o) : otherwise;
         ((float*)to_b)[problem.b.first + j] = problem.valid_column(j) ? x : 0.0f;
     }
 }
@@ -71,9 +71,9 @@ OPTICAL_DEVICE void forward(const optical_problem& batch, const optical_solution
     problem.start(index, regime.down, regime.across);
     const bool implicit = batch.gradient == OPTICAL_IMPLICIT;
     int32_t status, n_iter = 0;
-    const bool solved = solver.work.read(problem, status);
+    const bool solvable = solver.work.read(problem, status);
     float value = 0, linear = 0, error = 0, residual = 0;
-    if (solved) {
+    if (solvable) {
         bool converged;
         n_iter = solver.solve(batch.max_iter, (float)batch.tol, converged, nullptr);
         Objective<G> objective(solver);
@@ -81,8 +81,8 @@ OPTICAL_DEVICE void forward(const optical_problem& batch, const optical_solution
         value = (float)objective.value, linear = (float)objective.linear;
         error = (float)objective.error;
         status = !objective.feasible() ? OPTICAL_INFEASIBLE
-                 : converged   ? OPTICAL_CONVERGED
-                               : OPTICAL_MAX_ITER;
+                 : converged           ? OPTICAL_CONVERGED
+                                       : OPTICAL_MAX_ITER;
         if (implicit) residual = Adjoint<G>(solver).solve();
     } else if (status == OPTICAL_INFEASIBLE) {
         value = linear = error = not_a_number();
@@ -96,8 +96,8 @@ OPTICAL_DEVICE void forward(const optical_problem& batch, const optical_solution
         ((float*)out.residual)[index] = residual;
         out.n_iter[index] = n_iter, out.status[index] = status;
     }
-    write_entries(problem, out.f, out.g, POTENTIAL, solved, status);
-    if (implicit) write_entries(problem, out.w, out.z, SOLUTION, solved, status);
+    write_entries(problem, out.f, out.g, POTENTIAL, solvable, status);
+    if (implicit) write_entries(problem, out.w, out.z, SOLUTION, solvable, status);
     // A block must not exit while another block of its cluster reads its shared memory.
     if (G::span == Span::cluster) grid.sync();
 }

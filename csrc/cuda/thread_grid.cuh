@@ -56,7 +56,8 @@ struct ThreadGrid {
     static constexpr int tile_rows = lanes_down * RI, tile_columns = lanes_across * RJ;
 
     static_assert(span == Span::warp || teams == 1, "a team is a part of one warp");
-    static_assert(OI * lanes_across == RI && OJ * lanes_down == RJ, "every lane owns lines");
+    static_assert(OI * lanes_across == RI && OJ * lanes_down == RJ,
+                  "every lane owns rows and columns");
 
     int thread, threads, team, lane, lane_down, lane_across, warp, warp_down, warp_across;
     int down, across;  // the grid of warps of this block
