@@ -1,9 +1,12 @@
 // The derivative of the iterations, by a reverse sweep.
 //
-// The iterations run again and store f_k and g_k; the sweep then reverses them one by one. With
-// pi_ij = a_i exp((f_i + g_j - C_ij) / epsilon) and sigma_ij = b_j exp((f_i + g_j - C_ij) /
-// epsilon) at the values of a step, all products are with K, and a step adds K times a matrix of
-// rank two to the gradient of the cost.
+// The iterations run again and store f_k and g_k; the sweep then reverses them one by one. With f
+// and g of a step,
+//
+//     pi_ij    = a_i exp((f_i + g_j - C_ij) / epsilon)
+//     sigma_ij = b_j exp((f_i + g_j - C_ij) / epsilon)
+//
+// all products are with K, and a step adds K times a matrix of rank two to the gradient of the cost.
 #pragma once
 
 #include "objective.cuh"
@@ -45,13 +48,10 @@ struct Unrolled {
           history(history) {}
 
     OPTICAL_DEVICE void differentiate() {
-        const int32_t n_iter = out.n_iter[problem.index];
+        const int32_t n_iter = out.n_iter[problem.index], limit = problem.batch.max_iter;
+        const int32_t count = n_iter < 0 ? 0 : n_iter < limit ? n_iter : limit;
         bool converged;
-        const int32_t steps =
-            solver.solve(n_iter < 0                        ? 0
-                         : n_iter < problem.batch.max_iter ? n_iter
-                                                           : problem.batch.max_iter,
-                         0.0f, converged, history);
+        const int32_t steps = solver.solve(count, 0.0f, converged, history);
         Objective<G>(solver).evaluate();
         begin_sweep();
         bool base_usable = false;
