@@ -239,13 +239,13 @@ def build(_name: str, _output: Path) -> None:
     for backend in GPU_BACKENDS:
         for n, m in ((5, 7), (32, 32), (60, 64), (100, 128), (200, 90), (400, 300)):
             for gradient in GRADIENTS:
-                problem = random_vector_case(
+                case = random_vector_case(
                     f"{n}x{m}", "cosine", batch=2, n=n, m=m, dim=40, max_iter=3
                 )
-                problem = problem.to(torch.float32, "cuda")
-                reason = BACKENDS[backend].supports(problem.problem(gradient))
+                case = case.to(torch.float32, "cuda")
+                reason = BACKENDS[backend].supports(case.problem(gradient))
                 if reason is None:
-                    solve(backend, problem, gradient)
+                    solve(backend, case, gradient)
                 print(f"{backend} {n} x {m} {gradient}: {reason or 'done'}", flush=True)
     torch.cuda.synchronize()
 

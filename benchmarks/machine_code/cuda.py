@@ -1,11 +1,14 @@
-"""What the CUDA compiler makes of the kernels, without a GPU: registers, spills, hot loops.
+"""Registers, spills and hot loops of the compiled CUDA kernels, without a GPU.
 
-``python -m benchmarks.machine_code.cuda`` compiles them for every architecture and writes the rows of
-``benchmarks/results/cuda_resources.csv``; ``--predict`` prints what these let one expect of an
-H200, as in ``docs/cuda.md``. The hot loop of a kernel is the innermost one with a
-multiply-add for each entry of the tile and half-step, or a product of fragments for each 256 of
-them. "loop" counts all of its instructions, "taken" those of a calm iteration with ``tol=0``: what
-a branch forward within the loop jumps over, the residual and what is lost to underflow, is not run.
+``python -m benchmarks.machine_code.cuda`` compiles the kernels for every architecture and writes the
+rows of ``benchmarks/results/cuda_resources.csv``. ``--predict`` prints the run times on an H200
+that these rows imply, which ``docs/dev/cuda.md`` quotes.
+
+The hot loop of a kernel is its innermost loop with a multiply-add for each entry of the tile and
+half-step, or, in half precision, a product of fragments for each 256 of them. The column "loop"
+counts all instructions of the loop. "taken" counts those of an undisturbed iteration with
+``tol=0``, which skips the forward branches within the loop: the residual and the handling of
+underflow.
 """
 
 from __future__ import annotations
@@ -27,20 +30,23 @@ COLUMNS = (
     *("architecture", "kernel", "registers", "stack", "spill_stores", "spill_loads"),
     *("loop", "taken", "ffma", "shfl", "mufu", "bar", "lds_sts", "ldl_stl", "hmma"),
 )
-# Multiply-adds of one iteration on the tile of a lane.
+# Multiply-adds per iteration of one lane.
 ITERATION = dict.fromkeys(("warp", "square", "block", "cluster"), 2 * 16 * 8)
 ITERATION |= {"small": 2 * 8 * 4, "four": 2 * 8 * 4, "pair": 2 * 8 * 8}
-# Products of fragments of one iteration in half precision.
+# Products of fragments per iteration of one warp in half precision.
 FRAGMENTS = 32
 
 
 def compile_kernels(
     architecture: str, folder: Path, *flags: str, source: Path | None = None
 ) -> tuple[Path, str]:
-    """A cubin in ``folder`` of all kernels, or of another source, and what ptxas says of it.
+    """Compile all kernels, or ``source``, to a cubin in ``folder``.
+
+    Returns:
+        The path of the cubin and the output of ``ptxas -v``.
 
     Raises:
-        RuntimeError: there is no nvcc, or it failed.
+        RuntimeError: nvcc was not found or failed.
     """
     nvcc, sources = library.find_nvcc(), library.source_folder()
     if nvcc is None or sources is None:
@@ -55,23 +61,23 @@ def compile_kernels(
     return cubin, result.stderr
 
 
-def resources(said: str) -> dict[str, dict[str, int]]:
-    """Kernel -> registers, stack and spills, out of the output of ``ptxas -v``."""
-    found = {}
-    for block in said.split("Compiling entry function '")[1:]:
+def resources(output: str) -> dict[str, dict[str, int]]:
+    """Parse registers, stack and spills of each kernel from the output of ``ptxas -v``."""
+    usage = {}
+    for block in output.split("Compiling entry function '")[1:]:
         name = block.split("'", 1)[0]
         numbers = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", block)
         registers = re.search(r"Used (\d+) registers", block)
         if numbers is None or registers is None:
             raise ValueError(f"no resources of {name} in the output of ptxas")
         stack, stores, loads = map(int, numbers.groups())
-        found[name] = {"registers": int(registers.group(1)), "stack": stack}
-        found[name] |= {"spill_stores": stores, "spill_loads": loads}
-    return found
+        usage[name] = {"registers": int(registers.group(1)), "stack": stack}
+        usage[name] |= {"spill_stores": stores, "spill_loads": loads}
+    return usage
 
 
 def disassembler() -> Path | None:
-    """nvdisasm, as the package triton brings it."""
+    """Find nvdisasm in the installed Triton."""
     spec = importlib.util.find_spec("triton")
     if spec is None or not spec.origin:
         return None
@@ -80,13 +86,13 @@ def disassembler() -> Path | None:
 
 
 def hot_loops(cubin: Path) -> dict[str, Counter[str]]:
-    """Kernel -> instructions of its hot loop by name, and "loop" and "taken" of them all."""
+    """Count the instructions of each kernel's hot loop: by name, all ("loop") and "taken"."""
     tool = disassembler()
     if tool is None:
         return {}
     text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
     pieces = re.split(r"\n\.text\.(\w+):", text)
-    found = {}
+    counters = {}
     for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
         kind = name.rsplit("_", 1)[-1]
         iterates = kind in ITERATION and "_backward_" not in name
@@ -95,8 +101,8 @@ def hot_loops(cubin: Path) -> dict[str, Counter[str]]:
         if loop is not None:
             counts = Counter(operation.split()[0].split(".")[0] for operation in loop.operations)
             counts["loop"], counts["taken"] = len(loop.operations), loop.taken
-            found[name] = counts
-    return found
+            counters[name] = counts
+    return counters
 
 
 class _Loop(NamedTuple):
@@ -124,7 +130,7 @@ def _hot_loop(body: str, work: str, count: int) -> _Loop | None:
     loops = []
     for end, start in jumps.items():
         loop = operations[start : end + 1]
-        # Reciprocals tell an iteration from the loops that multiply vectors.
+        # Only an iteration computes reciprocals; loops that multiply vectors do not.
         if sum(x.startswith(work) for x in loop) >= count and any(
             x.startswith("MUFU.RCP") for x in loop
         ):
@@ -140,11 +146,11 @@ def _hot_loop(body: str, work: str, count: int) -> _Loop | None:
 def rows(
     architecture: str, folder: Path, *flags: str, source: Path | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of the table for one architecture."""
-    cubin, said = compile_kernels(architecture, folder, *flags, source=source)
+    """Compile for one architecture and return its rows of the table."""
+    cubin, output = compile_kernels(architecture, folder, *flags, source=source)
     loops = hot_loops(cubin)
     table = []
-    for name, numbers in sorted(resources(said).items()):
+    for name, numbers in sorted(resources(output).items()):
         row: dict[str, Any] = {"architecture": architecture, "kernel": name, **numbers}
         counts = loops.get(name)
         if counts:
@@ -158,7 +164,7 @@ def rows(
 
 
 def write(output: Path, architecture: str, new: list[dict[str, Any]]) -> None:
-    """Put the rows of an architecture in the place of those that the table has of it."""
+    """Replace the rows of one architecture in the table ``output``."""
     table: list[dict[str, Any]] = []
     if output.is_file():
         with open(output, newline="") as file:
@@ -173,9 +179,20 @@ def write(output: Path, architecture: str, new: list[dict[str, Any]]) -> None:
 
 
 class Shape(NamedTuple):
-    """Problems, and how they are solved: ``warps`` of each; instructions of a warp for a chunk of
-    so many entries, counted in the code for sm_90a; entries of a lane; products of fragments for 16
-    entries of the vectors; how busy a multiprocessor is kept."""
+    """A batch of problems and the cost of solving it.
+
+    Attributes:
+        batch, dim, iterations: the problems.
+        kernel: the forward kernel.
+        warps: warps per problem.
+        per_chunk: instructions of a warp per chunk of the vectors, counted in the sm_90a code.
+        chunk: components of the vectors per chunk.
+        entries: entries of the cost per lane.
+        fragments: products of fragments of a warp per 16 components of the vectors.
+        busy: the assumed utilisation of a multiprocessor.
+        blocks: blocks per problem.
+        barrier: seconds per iteration for the barrier of a cluster.
+    """
 
     batch: int
     dim: int
@@ -188,7 +205,7 @@ class Shape(NamedTuple):
     fragments: int
     busy: float
     blocks: int = 1
-    barrier: float = 0.0  # seconds, of a cluster
+    barrier: float = 0.0
 
 
 SHAPES = {
@@ -204,7 +221,7 @@ MULTIPROCESSORS, CLOCK, PER_ENTRY, PER_FRAGMENT = 132, 1.98e9, 80, 8
 
 
 def predicted(shape: Shape, taken: int) -> tuple[float, float]:
-    """Seconds of a forward pass: with the tensor cores beside the rest, and one after the other."""
+    """Predict the seconds of a forward pass, with tensor cores overlapped and not overlapped."""
     s, slots = shape, 4 * MULTIPROCESSORS * CLOCK
     instructions = s.iterations * taken + -(-s.dim // s.chunk) * s.per_chunk + PER_ENTRY * s.entries
     issue = s.batch * s.warps * instructions / slots
@@ -214,14 +231,14 @@ def predicted(shape: Shape, taken: int) -> tuple[float, float]:
 
 
 def predictions(table: Path = TABLE) -> dict[str, tuple[float, float]]:
-    """Shape -> microseconds, from and to."""
+    """Predict the microseconds of each shape, as a lower and an upper figure."""
     with open(table, newline="") as file:
         rows = {row["kernel"]: row for row in csv.DictReader(file) if row["architecture"] == "90a"}
-    found = {}
+    microseconds = {}
     for name, shape in SHAPES.items():
         low, high = predicted(shape, int(rows[f"optical_forward_{shape.kernel}"]["taken"]))
-        found[name] = (low * 1e6, high * 1e6)
-    return found
+        microseconds[name] = (low * 1e6, high * 1e6)
+    return microseconds
 
 
 def main() -> None:

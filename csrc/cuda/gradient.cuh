@@ -1,207 +1,255 @@
-// Gradients: what is read off the potentials of a solution.
+// The backward pass of one problem: gradients of the cost or the vectors, and of the log-masses.
 //
-// G = dL/dC of a problem is made in registers. For a given cost it is written as it is; from vectors
-// it is multiplied with them, so that neither the plan nor G is ever in device memory.
+// G = dL/dC is computed in registers. For a given cost it is the output. For vectors it is
+// multiplied with them, so that neither the plan nor G is ever in device memory.
 #pragma once
 
-#include "products.cuh"
+#include "unrolled.cuh"
+#include "vector_gradient.cuh"
 
 namespace optical {
 namespace cuda {
 
 template <typename G>
-struct Gradient : Products<G> {
-    typedef Products<G> Result;
+struct Gradient {
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
-    using Result::a;
-    using Result::b;
-    using Result::column;
-    using Result::cost;
-    using Result::g;
-    using Result::index;
-    using Result::out;
-    using Result::p;
-    using Result::price;
-    using Result::row;
-    using Result::target;
 
-    float up, linear, grad_value;  // upstream: of both values together, and of each
+    Solver<G>& solver;
+    Problem<G>& problem;
+    Workspace<G>& work;
+    G& grid;
+    VectorGradient<G>& vectors;
+    const optical_gradient& out;
+    Upstream up;
 
-    OPTICAL_DEVICE Gradient(const optical_problem& problem, const optical_gradient& gradient)
-        : Result(problem, gradient) {}
+    OPTICAL_DEVICE Gradient(Solver<G>& solver, VectorGradient<G>& vectors)
+        : solver(solver),
+          problem(solver.problem),
+          work(solver.work),
+          grid(problem.grid),
+          vectors(vectors),
+          out(vectors.out) {}
 
-    // Memory behind that of the solver: a second private array for the reverse sweep; or that of the
-    // products.
-    static OPTICAL_ANYWHERE int shared_bytes(int down, int across, int32_t kind, int32_t gradient) {
+    // Shared memory. The private arrays grow by the cost gradient for UNROLL; VectorGradient reuses
+    // their memory.
+    static OPTICAL_HOST_DEVICE int shared_bytes(int down, int across, int32_t kind,
+                                                int32_t gradient) {
         const int threads = 32 * down * across;
-        int bytes = Cost<G>::private_floats * threads * 4;
+        int bytes = Problem<G>::private_floats * threads * 4;
         if (gradient == OPTICAL_UNROLL) bytes += RI * RJ * threads * 4;
-        const int more = kind == OPTICAL_GIVEN ? 0 : Result::product_bytes(down, across);
-        return Cost<G>::fixed_bytes(down, across, kind) + (more > bytes ? more : bytes);
+        const int more = kind == OPTICAL_GIVEN ? 0 : VectorGradient<G>::product_bytes(down, across);
+        return Problem<G>::fixed_bytes(down, across, kind) + (more > bytes ? more : bytes);
     }
 
+    // ENVELOPE and IMPLICIT: differentiates at the solution.
     OPTICAL_DEVICE void differentiate() {
         int32_t status;
-        if (!this->read(status)) return clear();
-        take_upstream();
+        if (!work.read(problem, status)) return clear();
+        read_upstream();
         at_solution();
         write();
     }
-
-    OPTICAL_DEVICE void take_upstream() {
-        grad_value = ((const float*)out.grad_value)[index];
-        linear = ((const float*)out.grad_value_linear)[index];
-        up = grad_value + linear;
+    // UNROLL: differentiates the iterations.
+    OPTICAL_DEVICE void differentiate(float* history) {
+        int32_t status;
+        if (!work.read(problem, status)) return clear();
+        read_upstream();
+        Unrolled<G> unrolled(solver, out, up, history);
+        unrolled.differentiate();
+        float of_row[OI], of_column[OJ];
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) of_row[o] = unrolled.row_mass_gradient(o);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) of_column[o] = unrolled.column_mass_gradient(o);
+        write_masses(of_row, of_column);
+        vectors.begin();
+        OPTICAL_KEEP_LOOP
+        for (int q = 0; q < RI; ++q) {
+            const int r = grid.slot_of(q);
+            float self_term = 0;
+            OPTICAL_UNROLL_LOOP
+            for (int c = 0; c < RJ; ++c)
+                vectors.set(r, c, unrolled.cost_bar(r, c), problem.finite_cost(r, c), self_term);
+            vectors.end_row(self_term, q);
+        }
+        write();
     }
 
-    // G stands where the cost stood.
+    OPTICAL_DEVICE void read_upstream() {
+        up.value = ((const float*)out.grad_value)[problem.index];
+        up.linear = ((const float*)out.grad_value_linear)[problem.index];
+        up.total = up.value + up.linear;
+    }
+
+    // Writes the gradient of the cost or of the vectors from G, which is in place of the cost.
     OPTICAL_DEVICE void write() {
-        if (p.kind == OPTICAL_GIVEN) {
-            if (out.grad_x) write_cost((float*)out.grad_x + index * p.n * p.m);
+        if (problem.batch.kind == OPTICAL_GIVEN) {
+            if (out.grad_x)
+                write_cost_gradient((float*)out.grad_x +
+                                    problem.index * problem.batch.n * problem.batch.m);
         } else if (out.grad_x || out.grad_y) {
-            this->multiply_vectors();
+            vectors.multiply();
         }
     }
 
-    // ------------------------------------------------------------------------- at the potentials
+    // ----------------------------------------------------------------------------- at the solution
 
-    // The plan held fixed, or with w and z the fixed point.
+    // Differentiates with the plan held fixed (ENVELOPE), or through the fixed point with w and z.
     OPTICAL_DEVICE void at_solution() {
-        const bool implicit = p.gradient == OPTICAL_IMPLICIT;
-        OPTICAL_EACH
+        const bool implicit = problem.batch.gradient == OPTICAL_IMPLICIT;
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
-            const int i = g.own_row(o);
-            const bool here = this->present_a(i);
-            row(POTENTIAL, o) = here ? ((const float*)out.f)[a.first + i] : 0.0f;
-            row(SOLUTION, o) = here && implicit ? ((const float*)out.w)[a.first + i] : 0.0f;
+            const int i = grid.own_row(o);
+            const bool is_valid = problem.valid_row(i);
+            problem.row(POTENTIAL, o) =
+                is_valid ? ((const float*)out.f)[problem.a.first + i] : 0.0f;
+            problem.row(SOLUTION, o) =
+                is_valid && implicit ? ((const float*)out.w)[problem.a.first + i] : 0.0f;
         }
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
-            const int j = g.own_column(o);
-            const bool here = this->present_b(j);
-            column(POTENTIAL, o) = here ? ((const float*)out.g)[b.first + j] : 0.0f;
-            column(SOLUTION, o) = here && implicit ? ((const float*)out.z)[b.first + j] : 0.0f;
+            const int j = grid.own_column(o);
+            const bool is_valid = problem.valid_column(j);
+            problem.column(POTENTIAL, o) =
+                is_valid ? ((const float*)out.g)[problem.b.first + j] : 0.0f;
+            problem.column(SOLUTION, o) =
+                is_valid && implicit ? ((const float*)out.z)[problem.b.first + j] : 0.0f;
         }
         float of_row[OI], of_column[OJ];
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
-            of_row[o] = mass_gradient(row(MASS, o), row(LOG, o), row(PAD, o), row(POTENTIAL, o),
-                                      this->rho_a, this->penalty_a, this->total_b);
-        OPTICAL_EACH
+            of_row[o] = mass_gradient(problem.row(MASS, o), problem.row(LOG, o),
+                                      problem.row(UNMATCHED, o), problem.row(POTENTIAL, o),
+                                      work.rho_a, work.penalty_a, work.total_b);
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
-            of_column[o] =
-                mass_gradient(column(MASS, o), column(LOG, o), column(PAD, o),
-                              column(POTENTIAL, o), this->rho_b, this->penalty_b, this->total_a);
+            of_column[o] = mass_gradient(problem.column(MASS, o), problem.column(LOG, o),
+                                         problem.column(UNMATCHED, o), problem.column(POTENTIAL, o),
+                                         work.rho_b, work.penalty_b, work.total_a);
         float f[OI], log_row[OI], w[OI], g_all[RJ], log_column[RJ], z[RJ];
         float sums[RJ], sum_row[OI] = {}, sum_column[OJ];
-        this->columns_of(POTENTIAL, g_all);
-        this->columns_of(LOG, log_column);
-        this->columns_of(SOLUTION, z);
-        OPTICAL_EACH
+        problem.columns_of(POTENTIAL, g_all);
+        problem.columns_of(LOG, log_column);
+        problem.columns_of(SOLUTION, z);
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
-            f[o] = row(POTENTIAL, o), log_row[o] = row(LOG, o), w[o] = row(SOLUTION, o);
-        OPTICAL_EACH
+            f[o] = problem.row(POTENTIAL, o), log_row[o] = problem.row(LOG, o),
+            w[o] = problem.row(SOLUTION, o);
+        OPTICAL_UNROLL_LOOP
         for (int c = 0; c < RJ; ++c) sums[c] = 0;
-        const float slope = implicit ? linear * this->inverse_epsilon : 0.0f;
-        this->begin_along();
-        OPTICAL_ROLLED
+        const float slope = implicit ? up.linear * work.inverse_epsilon : 0.0f;
+        vectors.begin();
+        OPTICAL_KEEP_LOOP
         for (int q = 0; q < RI; ++q) {
-            const int r = g.slot_of(q);
-            const float f_i = g.row_value(f, q), log_i = g.row_value(log_row, q);
-            const float w_i = g.row_value(w, q);
-            float sum = 0, along = 0;
-            OPTICAL_EACH
+            const int r = grid.slot_of(q);
+            const float f_i = grid.row_value(f, q), log_i = grid.row_value(log_row, q);
+            const float w_i = grid.row_value(w, q);
+            float sum = 0, self_term = 0;
+            OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c) {
-                const float flow = this->plan_of(r, c, f_i, log_i, g_all[c], log_column[c]);
-                const float cost_ij = price(r, c);
+                const float flow = ScalingKernel<G>::plan_of(problem, work, r, c, f_i, log_i,
+                                                             g_all[c], log_column[c]);
+                const float cost_ij = problem.finite_cost(r, c);
                 sum += flow, sums[c] += flow;
-                this->set(r, c, flow * (up + slope * ((w_i + z[c]) - cost_ij)), cost_ij, along);
+                vectors.set(r, c, flow * (up.total + slope * ((w_i + z[c]) - cost_ij)),
+                            cost_ij, self_term);
             }
-            g.template fold_row<Sum>(sum, q, sum_row);
-            this->end_row(along, q);
+            grid.template fold_row<Sum>(sum, q, sum_row);
+            vectors.end_row(self_term, q);
         }
         if (implicit) {
-            g.template combine_rows<Sum>(sum_row);
-            g.template columns<Sum>(sums, sum_column);
-            const float relief_a = this->penalty_a ? 1.0f + target / this->rho_a : 1.0f;
-            const float relief_b = this->penalty_b ? 1.0f + target / this->rho_b : 1.0f;
-            OPTICAL_EACH
+            grid.template combine_rows<Sum>(sum_row);
+            grid.template columns<Sum>(sums, sum_column);
+            const float diagonal_factor_a =
+                work.penalty_a ? 1.0f + work.target / work.rho_a : 1.0f;
+            const float diagonal_factor_b =
+                work.penalty_b ? 1.0f + work.target / work.rho_b : 1.0f;
+            OPTICAL_UNROLL_LOOP
             for (int o = 0; o < OI; ++o)
-                of_row[o] += linear * relief_a * sum_row[o] * row(SOLUTION, o);
-            OPTICAL_EACH
+                of_row[o] +=
+                    up.linear * diagonal_factor_a * sum_row[o] * problem.row(SOLUTION, o);
+            OPTICAL_UNROLL_LOOP
             for (int o = 0; o < OJ; ++o)
-                of_column[o] += linear * relief_b * sum_column[o] * column(SOLUTION, o);
+                of_column[o] += up.linear * diagonal_factor_b * sum_column[o] *
+                                problem.column(SOLUTION, o);
         }
         write_masses(of_row, of_column);
     }
 
-    // The partial derivative of the dual; a line without a pair gives all its mass up.
+    // The partial derivative of the dual. A row or column without an allowed pair destroys all its
+    // mass.
     OPTICAL_DEVICE float mass_gradient(float mass, float log_mass, float pad, float potential,
                                        float rho, bool penalty, double other) const {
-        float slope = potential + target * (float)(other - 1);
+        float slope = potential + work.target * (float)(other - 1);
         if (penalty) {
-            const float given_up = pad > 0 ? 1.0f : one_minus_exp(potential / rho);
-            slope = rho * given_up + target * ((float)other - (1.0f - given_up));
-            // The factor may be too large for a number where the mass is too small for one.
+            const float destroyed = pad > 0 ? 1.0f : one_minus_exp(potential / rho);
+            slope = rho * destroyed + work.target * ((float)other - (1.0f - destroyed));
+            // The factor may overflow where the mass underflows.
             if (potential < -80 * rho) {
-                const float kept = Result::asked(mass, log_mass, potential, rho, penalty);
-                return grad_value * (rho * (mass - kept) + target * (mass * (float)other - kept));
+                const float kept_mass =
+                    Solver<G>::required_mass(mass, log_mass, potential, rho, penalty);
+                return up.value * (rho * (mass - kept_mass) +
+                                         work.target * (mass * (float)other - kept_mass));
             }
         }
-        return grad_value * mass * slope;
+        return up.value * mass * slope;
     }
 
-    // 1 - exp(-x), also where that is small.
+    // 1 - exp(-x), accurate for small x.
     OPTICAL_DEVICE static float one_minus_exp(float x) {
         if (absolute(x) > 0.1f) return 1.0f - exp2_fast(-OPTICAL_LOG2E * x);
         const float series = fused(x, fused(x, fused(x, 1.0f / 120, -1.0f / 24), 1.0f / 6), -0.5f);
         return fused(x * x, series, x);
     }
 
-    // ------------------------------------------------------------------------------ what is written
+    // -------------------------------------------------------------------------------------- output
 
     OPTICAL_DEVICE void write_masses(const float (&of_row)[OI], const float (&of_column)[OJ]) {
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
-            const int i = g.own_row(o);
-            if (g.warp_across == 0 && i < a.count)
-                ((float*)out.grad_log_a)[a.first + i] = this->present_a(i) ? of_row[o] : 0.0f;
+            const int i = grid.own_row(o);
+            if (grid.warp_across == 0 && i < problem.a.count)
+                ((float*)out.grad_log_a)[problem.a.first + i] =
+                    problem.valid_row(i) ? of_row[o] : 0.0f;
         }
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
-            const int j = g.own_column(o);
-            if (g.warp_down == 0 && g.rank == 0 && j < b.count)
-                ((float*)out.grad_log_b)[b.first + j] = this->present_b(j) ? of_column[o] : 0.0f;
+            const int j = grid.own_column(o);
+            if (grid.warp_down == 0 && grid.rank == 0 && j < problem.b.count)
+                ((float*)out.grad_log_b)[problem.b.first + j] =
+                    problem.valid_column(j) ? of_column[o] : 0.0f;
         }
     }
 
-    OPTICAL_DEVICE void write_cost(float* to) {
-        OPTICAL_ROLLED
+    OPTICAL_DEVICE void write_cost_gradient(float* to) {
+        OPTICAL_KEEP_LOOP
         for (int r = 0; r < RI; ++r)
-            OPTICAL_EACH
+            OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c)
-                if (g.row(r) < a.count && g.column(c) < b.count)
-                    to[g.row(r) * p.m + g.column(c)] = cost(r, c);
+                if (grid.row(r) < problem.a.count && grid.column(c) < problem.b.count)
+                    to[grid.row(r) * problem.batch.m + grid.column(c)] = problem.cost(r, c);
     }
 
-    // The gradients of a problem that could not be read, or of none at all.
+    // Writes zero gradients, for an unreadable problem or a team without a problem.
     OPTICAL_DEVICE void clear() {
         float of_row[OI], of_column[OJ];
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) of_row[o] = 0;
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) of_column[o] = 0;
         write_masses(of_row, of_column);
-        const int64_t parts = g.blocks, start = g.rank * g.threads + g.thread;
-        const int64_t step = parts * g.threads;
-        const bool given = p.kind == OPTICAL_GIVEN;
-        const int64_t first = given ? index * p.n * p.m : a.first * p.dim;
-        const int64_t count = given ? p.n * p.m : a.count * p.dim;
-        const int32_t type = given ? OPTICAL_F32 : p.x_type;
+        const int64_t blocks = grid.blocks, start = grid.rank * grid.threads + grid.thread;
+        const int64_t step = blocks * grid.threads;
+        const bool cost_given = problem.batch.kind == OPTICAL_GIVEN;
+        const int64_t first = cost_given ? problem.index * problem.batch.n * problem.batch.m
+                                         : problem.a.first * problem.batch.dim;
+        const int64_t count =
+            cost_given ? problem.batch.n * problem.batch.m : problem.a.count * problem.batch.dim;
+        const int32_t type = cost_given ? OPTICAL_F32 : problem.batch.x_type;
         for (int64_t k = start; out.grad_x && k < count; k += step)
             store(out.grad_x, type, first + k, 0);
-        for (int64_t k = start; out.grad_y && k < b.count * p.dim; k += step)
-            store(out.grad_y, p.y_type, b.first * p.dim + k, 0);
+        for (int64_t k = start; out.grad_y && k < problem.b.count * problem.batch.dim; k += step)
+            store(out.grad_y, problem.batch.y_type, problem.b.first * problem.batch.dim + k, 0);
     }
 };
 

@@ -1,6 +1,9 @@
-// What a kernel may ask of the machine. Everything else in this folder is written against these
-// functions, so that the same source is compiled for a GPU and, by host.cuh, for the CPU, where each
-// thread of a block is a fiber and barriers are checked under random schedules.
+// The machine interface of the kernels: thread indices, shuffles, barriers, copies, tensor cores
+// and fast arithmetic.
+//
+// Everything else in this folder is written against these functions. nvcc and NVRTC compile the
+// definitions below. With OPTICAL_EMULATED, the build must provide emulator.cuh on its include path
+// (tests/cuda_emulator), which implements the same functions on the CPU.
 #pragma once
 
 #if !defined(__CUDACC_RTC__)
@@ -12,18 +15,18 @@
 #define OPTICAL_LOG2E 1.4426950408889634f
 #define OPTICAL_LN2 0.6931471805599453f
 
-#if defined(OPTICAL_ON_HOST)
-#include "host.cuh"
+#if defined(OPTICAL_EMULATED)
+#include "emulator.cuh"
 #else
 
 #define OPTICAL_DEVICE __device__ __forceinline__
-#define OPTICAL_ANYWHERE __host__ __device__ __forceinline__
+#define OPTICAL_HOST_DEVICE __host__ __device__ __forceinline__
 #define OPTICAL_KERNEL(name, threads) extern "C" __global__ void __launch_bounds__(threads) name
-// A parameter of a kernel that is read where it is, never copied into local memory.
+// A kernel parameter that is read in place and never copied into local memory.
 #define OPTICAL_CONSTANT const __grid_constant__
-#define OPTICAL_EACH _Pragma("unroll")
-#define OPTICAL_ROLLED _Pragma("unroll 1")
-#define OPTICAL_WARPS _Pragma("unroll warps_at_once")
+#define OPTICAL_UNROLL_LOOP _Pragma("unroll")
+#define OPTICAL_KEEP_LOOP _Pragma("unroll 1")
+#define OPTICAL_UNROLL_WARPS _Pragma("unroll warps_at_once")
 
 namespace optical {
 namespace cuda {
@@ -37,45 +40,44 @@ OPTICAL_DEVICE char* shared_memory() {
     return optical_shared;
 }
 
-// Copies 16 bytes of device memory into shared memory while the thread goes on, or zeros where there is
-// nothing to copy; both addresses are multiples of 16.
-OPTICAL_DEVICE void copy_ahead(void* to, const void* from, bool here) {
-    const unsigned place = (unsigned)__cvta_generic_to_shared(to), bytes = here ? 16 : 0;
+// Copies 16 bytes from device memory to shared memory asynchronously, or writes zeros if
+// `predicate` is false. Both addresses are multiples of 16.
+OPTICAL_DEVICE void copy_async(void* to, const void* from, bool predicate) {
+    const unsigned place = (unsigned)__cvta_generic_to_shared(to), bytes = predicate ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(bytes)
                  : "memory");
 }
-// The copies of this thread are there for it; for others, after a barrier.
+// Completes the asynchronous copies of this thread. Other threads see them after a barrier.
 OPTICAL_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Of the lanes that a thread works with: all of its warp, or an aligned part, while the others may be
-// elsewhere.
+// The lanes that share a problem: the whole warp or an aligned part of it. Parts may diverge.
 template <int lanes>
-OPTICAL_DEVICE unsigned members() {
+OPTICAL_DEVICE unsigned lane_mask() {
     return lanes == 32 ? 0xffffffffu
                        : ((1u << lanes % 32) - 1u) << (threadIdx.x % 32 / lanes * lanes);
 }
 template <int lanes = 32, typename Value>
 OPTICAL_DEVICE Value shuffle_xor(Value x, int mask) {
-    return __shfl_xor_sync(members<lanes>(), x, mask);
+    return __shfl_xor_sync(lane_mask<lanes>(), x, mask);
 }
 template <int lanes = 32, typename Value>
 OPTICAL_DEVICE Value shuffle(Value x, int lane) {
-    return __shfl_sync(members<lanes>(), x, lane, lanes);
+    return __shfl_sync(lane_mask<lanes>(), x, lane, lanes);
 }
 template <int lanes = 32>
-OPTICAL_DEVICE bool warp_any(bool here) {
-    return __any_sync(members<lanes>(), here) != 0;
+OPTICAL_DEVICE bool warp_any(bool predicate) {
+    return __any_sync(lane_mask<lanes>(), predicate) != 0;
 }
 template <int lanes = 32>
 OPTICAL_DEVICE unsigned warp_or(unsigned bits) {
-    return __reduce_or_sync(members<lanes>(), bits);
+    return __reduce_or_sync(lane_mask<lanes>(), bits);
 }
 template <int lanes = 32>
 OPTICAL_DEVICE void sync_warp() {
-    __syncwarp(members<lanes>());
+    __syncwarp(lane_mask<lanes>());
 }
 OPTICAL_DEVICE void sync_block() { __syncthreads(); }
-OPTICAL_DEVICE bool sync_block_or(bool here) { return __syncthreads_or(here) != 0; }
+OPTICAL_DEVICE bool sync_block_or(bool predicate) { return __syncthreads_or(predicate) != 0; }
 
 #if __CUDA_ARCH__ >= 900
 OPTICAL_DEVICE int cluster_rank() {
@@ -92,7 +94,7 @@ OPTICAL_DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// The address at which block `rank` of the cluster keeps what is at `local` here.
+// The address in block `rank` of the cluster that corresponds to `local` in this block.
 template <typename Element>
 OPTICAL_DEVICE const Element* remote(const Element* local, int rank) {
     uint64_t address;
@@ -100,7 +102,7 @@ OPTICAL_DEVICE const Element* remote(const Element* local, int rank) {
     return (const Element*)address;
 }
 #else
-// Clusters are not launched on older devices.
+// Devices before sm_90 have no clusters.
 OPTICAL_DEVICE int cluster_rank() { return 0; }
 OPTICAL_DEVICE int cluster_size() { return 1; }
 OPTICAL_DEVICE void sync_cluster() { __syncthreads(); }
@@ -110,26 +112,26 @@ OPTICAL_DEVICE const Element* remote(const Element* local, int) {
 }
 #endif
 
-// d += A B on the tensor cores, A 16 x 16 and B 16 x 8 in half precision, by the fragments of
-// mma.m16n8k16: with g = lane / 4 and t = lane % 4, a holds the pairs of columns 2t and 2t + 8 of
-// rows g and g + 8, b the pairs of rows 2t and 2t + 8 of column g, and d the columns 2t and 2t + 1
-// of rows g and g + 8.
-OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
-                                       bool brain) {
+// d += A B on the tensor cores, with A (16 x 16) and B (16 x 8) in half precision, in the fragment
+// layout of mma.m16n8k16. With g = lane / 4 and t = lane % 4, `a` holds the pairs at columns 2t and
+// 2t + 8 of rows g and g + 8, `b` the pairs at rows 2t and 2t + 8 of column g, and `d` columns 2t
+// and 2t + 1 of rows g and g + 8.
+OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4],
+                                       const unsigned (&b)[2], bool bfloat) {
 #define OPTICAL_MMA(type)                                                                        \
     asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, "         \
         "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                          \
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                         \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-    if (brain) OPTICAL_MMA("bf16");
+    if (bfloat) OPTICAL_MMA("bf16");
     else OPTICAL_MMA("f16");
 #undef OPTICAL_MMA
 }
 
-// Four matrices of 8 x 8 halves out of shared memory: each lane names a row, 16 bytes that are aligned,
-// row lane % 8 of matrix lane / 8. Of matrix i, pairs[i] has the columns 2t and 2t + 1 of row g, or
-// `turned` the rows 2t and 2t + 1 of column g.
-template <bool turned>
+// Loads four 8 x 8 matrices of halves from shared memory. Each lane passes the address of row lane
+// % 8 of matrix lane / 8, 16 aligned bytes. pairs[i] receives columns 2t and 2t + 1 of row g of
+// matrix i, or, `transposed`, rows 2t and 2t + 1 of column g.
+template <bool transposed>
 OPTICAL_DEVICE void load_matrices(unsigned (&pairs)[4], const void* row) {
     const unsigned place = (unsigned)__cvta_generic_to_shared(row);
 #define OPTICAL_LOAD(how)                                                                        \
@@ -137,19 +139,19 @@ OPTICAL_DEVICE void load_matrices(unsigned (&pairs)[4], const void* row) {
                  : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])                \
                  : "r"(place)                                                                    \
                  : "memory")
-    if (turned) OPTICAL_LOAD(".trans");
+    if (transposed) OPTICAL_LOAD(".trans");
     else OPTICAL_LOAD("");
 #undef OPTICAL_LOAD
 }
 
-// Pairs of float16 in a word, the first in its lower half.
+// Packs two float16 into a word, the first in the lower half.
 OPTICAL_DEVICE unsigned pack_halves(float x, float y) {
     unsigned pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
     return pair;
 }
-// The same of bfloat16.
-OPTICAL_DEVICE unsigned pack_brains(float x, float y) {
+// Packs two bfloat16 into a word, the first in the lower half.
+OPTICAL_DEVICE unsigned pack_bfloats(float x, float y) {
     unsigned pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
     return pair;
@@ -169,17 +171,18 @@ OPTICAL_DEVICE float high_half(unsigned pair) {
     return x;
 }
 
-// A value that the compiler does not compute anew wherever it is used.
-OPTICAL_DEVICE int kept(int x) {
+// Hides the origin of a value, so that the compiler keeps it in a register instead of recomputing
+// it at every use.
+OPTICAL_DEVICE int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
-OPTICAL_DEVICE float kept(float x) {
+OPTICAL_DEVICE float opaque(float x) {
     asm volatile("" : "+f"(x));
     return x;
 }
 
-// Denormals are flushed: they cost instructions and are worth nothing here.
+// These functions flush denormals, which cost instructions and never matter here.
 OPTICAL_DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -190,7 +193,7 @@ OPTICAL_DEVICE float log2_fast(float x) {
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-// 1 / x to the last bit but one.
+// 1 / x with an error of one unit in the last place.
 OPTICAL_DEVICE float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -210,14 +213,14 @@ OPTICAL_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
 namespace optical {
 namespace cuda {
 
-// The lower, or the upper, halves of two words.
+// The word of the lower halves of two words, and the word of their upper halves.
 OPTICAL_DEVICE unsigned low_halves(unsigned x, unsigned y) { return (x & 0xffffu) | y << 16; }
 OPTICAL_DEVICE unsigned high_halves(unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000u); }
 
-// x as the sum of two halves: of float16 to 24 bits, of bfloat16 to 16.
-template <bool brain>
+// Splits x into the sum of two halves, exact to 24 bits in float16 and to 16 bits in bfloat16.
+template <bool bfloat>
 OPTICAL_DEVICE void split_number(float x, uint16_t& upper, uint16_t& lower) {
-    if (brain) {
+    if (bfloat) {
         upper = (uint16_t)(bits_of(x) >> 16);
         lower = (uint16_t)(bits_of(x - float_of((unsigned)upper << 16)) >> 16);
     } else {
@@ -234,11 +237,12 @@ OPTICAL_DEVICE float absolute(float x) { return float_of(bits_of(x) & 0x7fffffff
 OPTICAL_DEVICE float smaller(float x, float y) { return x < y ? x : y; }
 OPTICAL_DEVICE float larger(float x, float y) { return x > y ? x : y; }
 
-// Half precision by its bits, so that no header of the toolkit is needed.
-OPTICAL_DEVICE float from_half(unsigned bits, bool brain) {
-    if (brain) return float_of(bits << 16);
+// Converts a half from its bit pattern. Integer arithmetic avoids the headers of the toolkit, which
+// NVRTC does not find.
+OPTICAL_DEVICE float from_half(unsigned bits, bool bfloat) {
+    if (bfloat) return float_of(bits << 16);
     const unsigned sign = (bits & 0x8000u) << 16, size = bits & 0x7fffu;
-    if (size < 0x400u) {  // zero and subnormal: a multiple of 2^-24
+    if (size < 0x400u) {  // zero or subnormal: a multiple of 2^-24
         const float value = (float)size * 5.9604644775390625e-8f;
         return float_of(bits_of(value) | sign);
     }
@@ -246,10 +250,10 @@ OPTICAL_DEVICE float from_half(unsigned bits, bool brain) {
                                             : (size << 13) + 0x38000000u));
 }
 
-// Rounded to the nearest, ties to even.
-OPTICAL_DEVICE unsigned to_half(float value, bool brain) {
+// Converts to the bit pattern of a half, rounding to nearest even.
+OPTICAL_DEVICE unsigned to_half(float value, bool bfloat) {
     const unsigned bits = bits_of(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
-    if (brain) {
+    if (bfloat) {
         if (size > 0x7f800000u) return bits >> 16 | 0x40u;
         return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     }
@@ -266,34 +270,34 @@ OPTICAL_DEVICE float load(const void* from, int32_t type, int64_t at) {
     if (type == OPTICAL_F32) return ((const float*)from)[at];
     return from_half(((const uint16_t*)from)[at], type == OPTICAL_BF16);
 }
-// Eight halves, or four numbers, that are loaded and stored as one.
+// Eight halves, or four floats, that one instruction loads or stores.
 struct alignas(16) Eight {
-    uint16_t entry[8];
+    uint16_t values[8];
 };
 struct alignas(16) Four {
-    float entry[4];
+    float values[4];
 };
-// The two halves of a word.
-OPTICAL_DEVICE void unpack(unsigned pair, bool brain, float& low, float& high) {
-    low = brain ? float_of(pair << 16) : low_half(pair);
-    high = brain ? float_of(pair & 0xffff0000u) : high_half(pair);
+// Converts the two halves of a word.
+OPTICAL_DEVICE void unpack(unsigned pair, bool bfloat, float& low, float& high) {
+    low = bfloat ? float_of(pair << 16) : low_half(pair);
+    high = bfloat ? float_of(pair & 0xffff0000u) : high_half(pair);
 }
-// Eight numbers behind one another, as one or two loads where they are `aligned`; zeros for those after
-// the first `count`.
+// Loads eight consecutive components as floats, with one or two instructions if `aligned`.
+// Components from `count` on are zero.
 OPTICAL_DEVICE void load_eight(const char* from, int32_t type, bool aligned, int64_t count,
                                float (&x)[8]) {
     if (aligned && count >= 8 && type == OPTICAL_F32) {
         const Four low = ((const Four*)from)[0], high = ((const Four*)from)[1];
-        OPTICAL_EACH
-        for (int e = 0; e < 4; ++e) x[e] = low.entry[e], x[e + 4] = high.entry[e];
+        OPTICAL_UNROLL_LOOP
+        for (int e = 0; e < 4; ++e) x[e] = low.values[e], x[e + 4] = high.values[e];
     } else if (aligned && count >= 8) {
         const Eight all = *(const Eight*)from;
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int e = 0; e < 8; e += 2)
-            unpack(all.entry[e] | (unsigned)all.entry[e + 1] << 16, type == OPTICAL_BF16, x[e],
+            unpack(all.values[e] | (unsigned)all.values[e + 1] << 16, type == OPTICAL_BF16, x[e],
                    x[e + 1]);
     } else {
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int e = 0; e < 8; ++e) x[e] = e < count ? load(from, type, e) : 0.0f;
     }
 }

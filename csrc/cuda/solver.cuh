@@ -1,458 +1,460 @@
-// The iteration.
+// The Sinkhorn iteration.
 //
-// The iteration of sinkhorn.h spends an exponential per entry and half-step. The same iterates come
-// from scaling: with base potentials F, G and K_ij = exp((F_i + G_j - C_ij) / epsilon),
+// The iteration of sinkhorn.h costs one exponential per entry and half-step. Scaling computes the
+// same iterates: with base potentials F, G and K_ij = exp((F_i + G_j - C_ij) / epsilon),
 //
 //     u_i = 1 / sum_j K_ij b_j v_j        f_i = F_i + epsilon log u_i
 //     v_j = 1 / sum_i K_ij a_i u_i        g_j = G_j + epsilon log v_j
 //
-// one multiply-add per entry and half-step. The base of scaling.cuh is
-// built anew when u or v has drifted by 2^30, and when a sum falls outside 2^46, where underflow
-// could show; then the iteration is repeated. If a sum is outside right after that, masses are
-// extreme, and the iteration is done in the log domain, from the cost in shared memory.
+// at one multiply-add per entry and half-step. The base (scaling_kernel.cuh) is chosen again when u
+// or v has drifted by 2^30, or when a sum leaves the range 2^-46 ... 2^46 in which underflow is
+// negligible; the iteration is then repeated. If a sum is outside this range on a new base, the
+// masses are extreme, and the iteration runs in the log domain, from the cost in shared memory.
 //
-// Penalties and over-relaxation need the potentials themselves after every half-step, a logarithm
-// and an exponential per line ("relaxed" below). Without them u and v are enough, and K may be in
-// half precision until the last iterations ("halves"), which are those of the cost again.
+// Penalties and over-relaxation need the potentials after every half-step, at a logarithm and an
+// exponential per row or column (Mode::relaxed). Without them u and v suffice, and K may be in half
+// precision for all but the last iterations (Mode::halves).
 #pragma once
 
-#include "halves.cuh"
+#include "half_precision.cuh"
 
 namespace optical {
 namespace cuda {
 
 enum class Mode { plain, relaxed, halves };
-enum Flag : unsigned { NOT_CALM = 1, ROWS_LOST = 2, COLUMNS_LOST = 4 };
+enum Flag : unsigned { DRIFTED = 1, ROWS_LOST = 2, COLUMNS_LOST = 4 };
 
-// Numbers are compared as bits, which orders the positive ones and keeps NaN out.
+// Compares bit patterns, which are ordered like positive numbers and exclude NaN.
 OPTICAL_DEVICE bool within(float x, unsigned exponent) {
     const unsigned low = (127u - exponent) << 23, high = (127u + exponent) << 23;
     return bits_of(x) - low <= high - low;
 }
-OPTICAL_DEVICE unsigned loss(float x, unsigned lost) { return within(x, 46) ? 0u : lost; }
+OPTICAL_DEVICE unsigned loss_flag(float x, unsigned lost_sums) {
+    return within(x, 46) ? 0u : lost_sums;
+}
 
+// The solver of one problem, which owns all of its state.
+//
+// Everything must stay in registers, and the compiler keeps an object there only if no pointer to it
+// is stored before its loops are unrolled. Therefore the members below hold no references to each
+// other and pass each other as arguments. Objective, Adjoint, Gradient and Unrolled hold references
+// to the solver, and no arrays.
 template <typename G>
-struct Solver : Halves<G> {
-    typedef Halves<G> Base;
+struct Solver {
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;
-    using Base::a;
-    using Base::add_times;
-    using Base::add_times_transposed;
-    using Base::alpha;
-    using Base::au;
-    using Base::b;
-    using Base::boltzmann;
-    using Base::bv;
-    using Base::bv_all;
-    using Base::column;
-    using Base::columns_of;
-    using Base::cost;
-    using Base::dead_mass;
-    using Base::epsilon;
-    using Base::g;
-    using Base::heat_log;
-    using Base::inverse_epsilon;
-    using Base::lift_a;
-    using Base::lift_b;
-    using Base::p;
-    using Base::penalty_a;
-    using Base::penalty_b;
-    using Base::rebase;
-    using Base::relaxed;
-    using Base::rho_a;
-    using Base::rho_b;
-    using Base::row;
-    using Base::row_share;
-    using Base::rows_of;
-    using Base::scale;
-    using Base::set_step;
-    using Base::set_temperature;
-    using Base::share_a;
-    using Base::share_b;
-    using Base::target;
-    using Base::u;
-    using Base::u_next;
-    using Base::v;
-    using Base::v_next;
-    using Base::weight_a;
-    using Base::weight_b;
 
-    OPTICAL_DEVICE Solver(const optical_problem& problem) : Base(problem) {}
+    Problem<G> problem;
+    Workspace<G> work;
+    ScalingKernel<G> kernel;
+    HalfKernel<G> half;
 
-    // --------------------------------------------------------------------------- one iteration
+    OPTICAL_DEVICE explicit Solver(const optical_problem& batch) : problem(batch) {}
+
+    // ------------------------------------------------------------------------------- one iteration
 
     template <bool halves = false>
-    OPTICAL_DEVICE static unsigned drift(float x) {
-        return (halves ? Base::trusted(x, 0) : within(x, 30)) ? 0u : NOT_CALM;
+    OPTICAL_DEVICE static unsigned drift_flag(float x) {
+        return (halves ? HalfKernel<G>::trusted(x, 0) : within(x, 30)) ? 0u : DRIFTED;
     }
-    // The mass a line is asked to carry, given its potential: as one exponential where the factor
-    // would be too large for a number, and the mass possibly too small for one.
-    OPTICAL_DEVICE static float asked(float weight, float log_mass, float potential, float rho,
-                                      bool penalty) {
+    // The mass that a row or column must carry, given its potential. For large exponents, mass and
+    // factor are combined in one exponential: the factor may overflow where the mass underflows.
+    OPTICAL_DEVICE static float required_mass(float weight, float log_mass, float potential,
+                                              float rho, bool penalty) {
         const float exponent = potential * (-OPTICAL_LOG2E / rho);
         if (!penalty) return weight;
         if (exponent > 115) return exp2_fast(OPTICAL_LOG2E * log_mass + exponent);
         return weight * exp2_fast(exponent);
     }
 
-    // One iteration by scaling, into u_next and v_next, or the next potentials, given the sums of
-    // rows. With `measure` the residual is that of the rows of the iterate from which it starts.
+    // One scaling iteration into u_next and v_next, or into the next potentials, given the row
+    // sums. With `measure`, the report receives the residual of the rows of the current iterate.
     template <Mode mode>
-    OPTICAL_DEVICE void iterate(const float (&total_row)[OI], bool measure, Note& note) {
-        constexpr bool relaxed = mode == Mode::relaxed, halves = mode == Mode::halves;
+    OPTICAL_DEVICE void scaling_step(const float (&total_row)[OI], bool measure, Report& report) {
+        G& grid = problem.grid;
+        constexpr bool uses_potentials = mode == Mode::relaxed, halves = mode == Mode::halves;
         float total_column[OJ];
-        note.flags = 0;
-        OPTICAL_EACH
+        report.flags = 0;
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
             const float total = total_row[o];
-            note.flags |= drift<halves>(total);
-            if (relaxed) {
-                const float origin = row(BASE, o);
-                const float next =
-                    alpha * row(POTENTIAL, o) + share_a * (origin - heat_log(total));
-                row(NEXT, o) = next;
-                u_next[o] = boltzmann(next - origin);
-                note.flags |= drift(u_next[o]) | loss(total, ROWS_LOST | COLUMNS_LOST);
+            report.flags |= drift_flag<halves>(total);
+            if (uses_potentials) {
+                const float origin = problem.row(BASE, o);
+                const float next = work.alpha * problem.row(POTENTIAL, o) +
+                                   work.share_a * (origin - work.epsilon_log(total));
+                problem.row(NEXT, o) = next;
+                work.u_next[o] = work.boltzmann(next - origin);
+                report.flags |=
+                    drift_flag(work.u_next[o]) | loss_flag(total, ROWS_LOST | COLUMNS_LOST);
             } else {
-                u_next[o] = reciprocal(total);
+                work.u_next[o] = reciprocal(total);
             }
-            au[o] = (halves ? this->share_of_row[o] : weight_a[o]) * u_next[o];
+            work.au[o] = (halves ? half.weight_a[o] : work.weight_a[o]) * work.u_next[o];
         }
         sum_columns<mode>(total_column);
-        g.exchange_columns(total_column, note, measure, [&] {
-            float missed = 0;
-            OPTICAL_EACH
+        grid.exchange_columns(total_column, report, measure, [&] {
+            float mismatch = 0;
+            OPTICAL_UNROLL_LOOP
             for (int o = 0; o < OI; ++o) {
-                const float weight = halves ? row(WEIGHT, o) : weight_a[o];
-                const float wanted =
-                    relaxed ? asked(weight, row(LOG, o), row(POTENTIAL, o), rho_a, penalty_a)
-                            : weight;
-                missed += absolute(weight * u[o] * total_row[o] - wanted);
+                const float weight = halves ? problem.row(WEIGHT, o) : work.weight_a[o];
+                const float required = uses_potentials ? required_mass(weight, problem.row(LOG, o),
+                                                                       problem.row(POTENTIAL, o),
+                                                                       work.rho_a, work.penalty_a)
+                                                       : weight;
+                mismatch += absolute(weight * work.u[o] * total_row[o] - required);
             }
-            return missed;
+            return mismatch;
         });
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
             const float total = total_column[o];
-            note.flags |= drift<halves>(total);
-            if (relaxed) {
-                const float origin = column(BASE, o);
-                const float next =
-                    alpha * column(POTENTIAL, o) + share_b * (origin - heat_log(total));
-                column(NEXT, o) = next;
-                v_next[o] = boltzmann(next - origin);
-                note.flags |= drift(v_next[o]) | loss(total, COLUMNS_LOST);
+            report.flags |= drift_flag<halves>(total);
+            if (uses_potentials) {
+                const float origin = problem.column(BASE, o);
+                const float next = work.alpha * problem.column(POTENTIAL, o) +
+                                   work.share_b * (origin - work.epsilon_log(total));
+                problem.column(NEXT, o) = next;
+                work.v_next[o] = work.boltzmann(next - origin);
+                report.flags |= drift_flag(work.v_next[o]) | loss_flag(total, COLUMNS_LOST);
             } else {
-                v_next[o] = reciprocal(total);
+                work.v_next[o] = reciprocal(total);
             }
-            bv[o] = (halves ? this->share_of_column[o] : weight_b[o]) * v_next[o];
+            work.bv[o] = (halves ? half.weight_b[o] : work.weight_b[o]) * work.v_next[o];
         }
-        if (!halves) g.spread_columns(bv, bv_all);
+        if (!halves) grid.spread_columns(work.bv, work.bv_all);
     }
-    // What this warp adds to the sums of its rows, and of its columns.
+    // The contributions of this warp to the sums of its rows, and of its columns.
     template <Mode mode>
     OPTICAL_DEVICE void sum_rows(float (&out)[OI]) {
         if constexpr (mode == Mode::halves) {
-            this->multiply_fast(this->straight, bv, out, this->words() + 16 * Base::word_pitch);
-            OPTICAL_EACH
-            for (int o = 0; o < OI; ++o) out[o] = fused(lift_a[o], this->unit_a, out[o]);
+            half.multiply(problem, half.fragments, work.bv, out,
+                          half.words(problem) + 16 * HalfKernel<G>::word_pitch);
+            OPTICAL_UNROLL_LOOP
+            for (int o = 0; o < OI; ++o) out[o] = fused(work.unmatched_a[o], half.unit_a, out[o]);
         } else {
             float sum[RI];
-            OPTICAL_EACH
-            for (int r = 0; r < RI; ++r) sum[r] = r < OI ? lift_a[r % OI] : 0.0f;
-            add_times(bv_all, sum);
-            g.template fold_rows<Sum>(sum, out);
+            OPTICAL_UNROLL_LOOP
+            for (int r = 0; r < RI; ++r) sum[r] = r < OI ? work.unmatched_a[r % OI] : 0.0f;
+            kernel.add_times(work.bv_all, sum);
+            problem.grid.template fold_rows<Sum>(sum, out);
         }
     }
     template <Mode mode>
     OPTICAL_DEVICE void sum_columns(float (&out)[OJ]) {
+        G& grid = problem.grid;
         if constexpr (mode == Mode::halves) {
-            this->multiply_fast(this->turned, au, out, this->words() + 16 * Base::word_pitch + 64);
-            OPTICAL_EACH
-            for (int o = 0; o < OJ; ++o) out[o] = fused(lift_b[o], this->unit_b, out[o]);
+            half.multiply(problem, half.fragments_transposed, work.au, out,
+                          half.words(problem) + 16 * HalfKernel<G>::word_pitch + 64);
+            OPTICAL_UNROLL_LOOP
+            for (int o = 0; o < OJ; ++o) out[o] = fused(work.unmatched_b[o], half.unit_b, out[o]);
         } else {
             float of_row[RI], sum[RJ];
-            g.spread_rows(au, of_row);
-            OPTICAL_EACH
-            for (int c = 0; c < RJ; ++c) sum[c] = c < OJ ? lift_b[c % OJ] : 0.0f;
-            add_times_transposed(of_row, sum);
-            g.template fold_columns<Sum>(sum, out);
+            grid.spread_rows(work.au, of_row);
+            OPTICAL_UNROLL_LOOP
+            for (int c = 0; c < RJ; ++c) sum[c] = c < OJ ? work.unmatched_b[c % OJ] : 0.0f;
+            kernel.add_times_transposed(of_row, sum);
+            grid.template fold_columns<Sum>(sum, out);
         }
     }
-    // What was lost, once it is known that something drifted: bounds are the same for a sum and
-    // its inverse.
+    // The sums that were lost to underflow or overflow, given that some sum drifted. The bounds are
+    // symmetric, so a sum and its inverse give the same answer.
     template <Mode mode>
-    OPTICAL_DEVICE unsigned lost(unsigned flags) {
-        const auto kept_well = [&](float x) {
-            return mode == Mode::halves ? Base::trusted(reciprocal(x), 3) : within(x, 46);
+    OPTICAL_DEVICE unsigned lost_sums(unsigned flags) {
+        const auto in_range = [&](float x) {
+            return mode == Mode::halves ? HalfKernel<G>::trusted(reciprocal(x), 3) : within(x, 46);
         };
-        OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) flags |= kept_well(u_next[o]) ? 0u : ROWS_LOST | COLUMNS_LOST;
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) flags |= kept_well(v_next[o]) ? 0u : COLUMNS_LOST;
-        return g.united(flags);
-    }
-
-    // The potentials of the current u and v.
-    OPTICAL_DEVICE void absorb(float unit_of_row, float unit_of_column) {
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
-            row(POTENTIAL, o) = row(BASE, o) + heat_log(u[o] * unit_of_row);
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o)
-            column(POTENTIAL, o) = column(BASE, o) + heat_log(v[o] * unit_of_column);
+            flags |= in_range(work.u_next[o]) ? 0u : ROWS_LOST | COLUMNS_LOST;
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) flags |= in_range(work.v_next[o]) ? 0u : COLUMNS_LOST;
+        return problem.grid.union_of(flags);
     }
 
-    // The same iteration in the log domain, from the potentials into the next ones.
-    OPTICAL_DEVICE float iterate_log_domain() {
+    // Computes the potentials from u and v.
+    OPTICAL_DEVICE void update_potentials(float unit_of_row, float unit_of_column) {
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o)
+            problem.row(POTENTIAL, o) =
+                problem.row(BASE, o) + work.epsilon_log(work.u[o] * unit_of_row);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o)
+            problem.column(POTENTIAL, o) =
+                problem.column(BASE, o) + work.epsilon_log(work.v[o] * unit_of_column);
+    }
+
+    // The same iteration in the log domain, from the current potentials to the next.
+    OPTICAL_DEVICE float log_domain_step() {
+        G& grid = problem.grid;
         float of_column[RJ], log_column[RJ], low[OI] = {}, total[OI] = {};
-        columns_of(POTENTIAL, of_column);
-        columns_of(LOG, log_column);
+        problem.columns_of(POTENTIAL, of_column);
+        problem.columns_of(LOG, log_column);
         const auto row_exponent = [&](int r, int c) {
-            return (cost(r, c) - of_column[c]) * inverse_epsilon - log_column[c];
+            return (problem.cost(r, c) - of_column[c]) * work.inverse_epsilon - log_column[c];
         };
-        OPTICAL_ROLLED
+        OPTICAL_KEEP_LOOP
         for (int q = 0; q < RI; ++q) {
-            const int r = g.slot_of(q);
+            const int r = grid.slot_of(q);
             float least = infinity();
-            OPTICAL_EACH
+            OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c) least = smaller(least, row_exponent(r, c));
-            g.template fold_row<Least>(least, q, low);
+            grid.template fold_row<Minimum>(least, q, low);
         }
-        g.template combine_rows<Least>(low);
-        OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) low[o] = row(PAD, o) > 0 ? 0.0f : low[o];
-        OPTICAL_ROLLED
+        grid.template combine_rows<Minimum>(low);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) low[o] = problem.row(UNMATCHED, o) > 0 ? 0.0f : low[o];
+        OPTICAL_KEEP_LOOP
         for (int q = 0; q < RI; ++q) {
-            const int r = g.slot_of(q);
-            const float origin = g.row_value(low, q);
+            const int r = grid.slot_of(q);
+            const float origin = grid.row_value(low, q);
             float sum = 0;
-            OPTICAL_EACH
+            OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c)
                 sum += exp2_fast(OPTICAL_LOG2E * (origin - row_exponent(r, c)));
-            g.template fold_row<Sum>(sum, q, total);
+            grid.template fold_row<Sum>(sum, q, total);
         }
-        g.template combine_rows<Sum>(total);
-        double missed[1] = {0};
+        grid.template combine_rows<Sum>(total);
+        double mismatch[1] = {0};
         float next_row[OI];
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
             const float softmin =
-                epsilon * (low[o] - OPTICAL_LN2 * log2_fast(total[o] + row(PAD, o)));
-            const float old = row(POTENTIAL, o);
-            missed[0] += absolute(row_share(o, old, softmin) -
-                                  asked(weight_a[o], row(LOG, o), old, rho_a, penalty_a));
-            next_row[o] = alpha * old + share_a * softmin;
-            row(NEXT, o) = next_row[o];
+                work.epsilon *
+                (low[o] - OPTICAL_LN2 * log2_fast(total[o] + problem.row(UNMATCHED, o)));
+            const float old = problem.row(POTENTIAL, o);
+            mismatch[0] += absolute(work.row_share(problem, o, old, softmin) -
+                                    required_mass(work.weight_a[o], problem.row(LOG, o), old,
+                                                  work.rho_a, work.penalty_a));
+            next_row[o] = work.alpha * old + work.share_a * softmin;
+            problem.row(NEXT, o) = next_row[o];
         }
         float log_row[OI], lowest[RJ], bottom[OJ], sum_column[RJ], total_column[OJ];
-        OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) log_row[o] = row(LOG, o);
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) log_row[o] = problem.row(LOG, o);
+        OPTICAL_UNROLL_LOOP
         for (int c = 0; c < RJ; ++c) lowest[c] = infinity(), sum_column[c] = 0;
-        OPTICAL_ROLLED
+        OPTICAL_KEEP_LOOP
         for (int q = 0; q < RI; ++q) {
-            const float f = g.row_value(next_row, q), log_mass = g.row_value(log_row, q);
-            OPTICAL_EACH
+            const float f = grid.row_value(next_row, q), log_mass = grid.row_value(log_row, q);
+            OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c)
                 lowest[c] = smaller(
-                    lowest[c], (cost(g.slot_of(q), c) - f) * inverse_epsilon - log_mass);
+                    lowest[c],
+                    (problem.cost(grid.slot_of(q), c) - f) * work.inverse_epsilon - log_mass);
         }
-        g.template columns<Least>(lowest, bottom);
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) bottom[o] = column(PAD, o) > 0 ? 0.0f : bottom[o];
-        g.spread_columns(bottom, lowest);
-        OPTICAL_ROLLED
+        grid.template columns<Minimum>(lowest, bottom);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o)
+            bottom[o] = problem.column(UNMATCHED, o) > 0 ? 0.0f : bottom[o];
+        grid.spread_columns(bottom, lowest);
+        OPTICAL_KEEP_LOOP
         for (int q = 0; q < RI; ++q) {
-            const float f = g.row_value(next_row, q), log_mass = g.row_value(log_row, q);
-            OPTICAL_EACH
+            const float f = grid.row_value(next_row, q), log_mass = grid.row_value(log_row, q);
+            OPTICAL_UNROLL_LOOP
             for (int c = 0; c < RJ; ++c) {
                 const float exponent =
-                    (cost(g.slot_of(q), c) - f) * inverse_epsilon - log_mass;
+                    (problem.cost(grid.slot_of(q), c) - f) * work.inverse_epsilon - log_mass;
                 sum_column[c] += exp2_fast(OPTICAL_LOG2E * (lowest[c] - exponent));
             }
         }
-        g.template columns<Sum>(sum_column, total_column);
-        OPTICAL_EACH
+        grid.template columns<Sum>(sum_column, total_column);
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
             const float softmin =
-                epsilon * (bottom[o] - OPTICAL_LN2 * log2_fast(total_column[o] + column(PAD, o)));
-            column(NEXT, o) = alpha * column(POTENTIAL, o) + share_b * softmin;
+                work.epsilon * (bottom[o] - OPTICAL_LN2 * log2_fast(total_column[o] +
+                                                                     problem.column(UNMATCHED, o)));
+            problem.column(NEXT, o) =
+                work.alpha * problem.column(POTENTIAL, o) + work.share_b * softmin;
         }
-        g.total(missed, true);
-        return (float)missed[0] + (penalty_a ? 0.0f : dead_mass);
+        grid.total(mismatch, true);
+        return (float)mismatch[0] + (work.penalty_a ? 0.0f : work.unmatched_mass);
     }
 
-    // Iterates from the potentials; returns the number of iterations, and whether `tol` was met.
-    // With a history, keeps the potentials of every iteration there. K belongs to the inner loop
-    // alone, so that no register holds it anywhere else.
+    // Iterates from the current potentials and returns the number of iterations. With `history`,
+    // stores the potentials after every iteration there. Only the inner loop uses K, so that no
+    // registers hold it elsewhere.
     OPTICAL_DEVICE int32_t solve(int32_t max_iter, float tol, bool& converged, float* history) {
-        bool halves = G::fast;
-        bool cold = false;  // the last iteration was at the temperature of the problem
-        int failures = 0;   // of the scaling: after a few, only the log domain is used
-        double heat = p.anneal_start;
+        bool in_half_precision = G::fast;
+        bool last_at_target = false;  // the previous iteration ran at the target epsilon
+        int failures = 0;  // of scaling; after four, every iteration runs in the log domain
+        double temperature = problem.batch.anneal_start;
         int32_t done = 0;
         converged = false;
         record(history, 0, false);
         while (done < max_iter && !converged) {
-            set_temperature(heat > (double)target ? (float)heat : target);
+            work.set_epsilon(temperature > (double)work.target ? (float)temperature
+                                                                 : work.target);
             bool log_domain = failures >= 4;
             if (!log_domain) {
-                rebase();
+                kernel.rebase(problem, work);
                 if constexpr (G::fast) {
-                    // The iterations that remain after those in half precision see the cost as it
-                    // is: the last one, or where `tol` was met, all until it is met again.
-                    halves = halves && done + 1 < max_iter && this->begin_halves();
-                    if (halves) {
+                    // The iterations after those in half precision use the exact cost: the last
+                    // one, or, once `tol` is met, all until it is met again.
+                    in_half_precision = in_half_precision && done + 1 < max_iter &&
+                                        half.begin(problem, work, kernel);
+                    if (in_half_precision) {
                         const int32_t before = done;
-                        const Run run = scale_on<Mode::halves>(max_iter - 1, tol, done, cold, heat,
-                                                               history);
-                        halves = run == Run::over && done >= before + 4;
+                        const Outcome outcome = iterate_scaling<Mode::halves>(
+                            max_iter - 1, tol, done, last_at_target, temperature, history);
+                        in_half_precision = outcome == Outcome::finished && done >= before + 4;
                         continue;
                     }
                 }
-                const Run run =
-                    relaxed && !G::fast
-                        ? scale_on<Mode::relaxed>(max_iter, tol, done, cold, heat, history)
-                        : scale_on<Mode::plain>(max_iter, tol, done, cold, heat, history);
-                converged = run == Run::met;
-                log_domain = run == Run::lost;
+                const Outcome outcome =
+                    work.relaxed && !G::fast
+                        ? iterate_scaling<Mode::relaxed>(max_iter, tol, done, last_at_target,
+                                                         temperature, history)
+                        : iterate_scaling<Mode::plain>(max_iter, tol, done, last_at_target,
+                                                       temperature, history);
+                converged = outcome == Outcome::converged;
+                log_domain = outcome == Outcome::untrusted;
                 failures += log_domain;
             }
             if (!log_domain) continue;
-            set_step(done == 0 || epsilon != target ? 1.0f : (float)p.omega);
-            const bool test = tol > 0 && done > 0 && cold && epsilon == target;
-            converged = iterate_log_domain() <= tol && test;
+            work.set_step(done == 0 || work.epsilon != work.target ? 1.0f
+                                                                      : (float)problem.batch.omega);
+            const bool test_residual =
+                tol > 0 && done > 0 && last_at_target && work.epsilon == work.target;
+            converged = log_domain_step() <= tol && test_residual;
             if (converged) break;
-            take_next();
+            take_next_potentials();
             record(history, ++done, false);
-            cold = epsilon == target;
-            heat *= p.anneal_ratio;
+            last_at_target = work.epsilon == work.target;
+            temperature *= problem.batch.anneal_ratio;
         }
-        set_temperature(target);
+        work.set_epsilon(work.target);
         return done;
     }
 
-    // Iterations on one base, until it no longer serves. `met`: `tol` is; `lost`: not even the
-    // first could be trusted.
+    // Iterates on one base until it is exhausted. `converged`: `tol` is met. `untrusted`: not even
+    // the first iteration can be trusted.
     //
-    // Whether an iteration may be taken is asked at the barrier of the next one's rows, which costs
-    // nothing: until then it is `pending`, and u and v are those before it.
-    enum class Run { met, lost, over };
+    // The barrier of the next row exchange also decides whether an iteration is accepted, at no
+    // extra cost. Until then the iteration is pending, and u and v belong to the iterate before it.
+    enum class Outcome { converged, untrusted, finished };
     template <Mode mode>
-    OPTICAL_DEVICE Run scale_on(int32_t max_iter, float tol, int32_t& done, bool& cold,
-                                double& heat, float* history) {
-        constexpr bool relaxed = mode == Mode::relaxed;
-        const bool at_target = epsilon == target;
-        const float omega = at_target ? (float)p.omega : 1.0f;
+    OPTICAL_DEVICE Outcome iterate_scaling(int32_t max_iter, float tol, int32_t& done,
+                                           bool& last_at_target, double& temperature,
+                                           float* history) {
+        G& grid = problem.grid;
+        constexpr bool uses_potentials = mode == Mode::relaxed;
+        const bool at_target = work.epsilon == work.target;
+        const float omega = at_target ? (float)problem.batch.omega : 1.0f;
         const int32_t before = done;
-        // The next iteration of an annealed run is at another temperature.
-        const int32_t last = kept((heat > (double)target ? done + 1 : max_iter) - 1);
-        const float bound = tol - (penalty_a ? 0.0f : dead_mass);
-        const float limit = kept(tol > 0 && at_target ? bound : -1.0f);
-        bool measure = limit >= 0 && done > 0 && cold;
-        Note note = {0, 0};
-        Run run = Run::over;
-        --done;  // the iterate from which this run starts is taken first
-        OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) u_next[o] = u[o];
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) v_next[o] = v[o];
-        if (relaxed) stay();
+        // The next iteration of an annealed run has another temperature.
+        const int32_t last_step =
+            opaque((temperature > (double)work.target ? done + 1 : max_iter) - 1);
+        const float row_tolerance = tol - (work.penalty_a ? 0.0f : work.unmatched_mass);
+        const float residual_limit = opaque(tol > 0 && at_target ? row_tolerance : -1.0f);
+        bool measure_residual = residual_limit >= 0 && done > 0 && last_at_target;
+        Report report = {0, 0};
+        Outcome outcome = Outcome::finished;
+        --done;  // the iterate that this run starts from is accepted first
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) work.u_next[o] = work.u[o];
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) work.v_next[o] = work.v[o];
+        if (uses_potentials) keep_potentials();
         while (true) {
             float total_row[OI];
             sum_rows<mode>(total_row);
-            if (g.exchange_rows(total_row, note.flags != 0)) {
-                const unsigned flags = lost<mode>(note.flags);
+            if (grid.exchange_rows(total_row, report.flags != 0)) {
+                const unsigned flags = lost_sums<mode>(report.flags);
                 if (flags & COLUMNS_LOST) {
-                    if (done == before) run = Run::lost;
+                    if (done == before) outcome = Outcome::untrusted;
                     break;
                 }
-                // A state that is not calm even on a base of its own gains nothing from another.
-                if (!(relaxed && done == before)) {
-                    accept<relaxed>(done, history);
+                // A relaxed state that drifts on its own new base gains nothing from another base.
+                if (!(uses_potentials && done == before)) {
+                    accept<uses_potentials>(done, history);
                     break;
                 }
             }
-            accept<relaxed>(done, done < before ? nullptr : history);
-            if (relaxed) set_step(done == 0 ? 1.0f : omega);
-            iterate<mode>(total_row, measure, note);
-            // Of an iteration that lost a sum of its rows, the weights before belong to no state.
-            if (measure && g.residual(note.residual) <= limit &&
-                !(lost<mode>(note.flags) & ROWS_LOST)) {
-                run = Run::met;
+            accept<uses_potentials>(done, done < before ? nullptr : history);
+            if (uses_potentials) work.set_step(done == 0 ? 1.0f : omega);
+            scaling_step<mode>(total_row, measure_residual, report);
+            // If an iteration lost a row sum, its residual belongs to no iterate.
+            if (measure_residual && grid.residual(report.residual) <= residual_limit &&
+                !(lost_sums<mode>(report.flags) & ROWS_LOST)) {
+                outcome = Outcome::converged;
                 break;
             }
-            if (done == last) {
-                if (!g.any(note.flags != 0) || !(lost<mode>(note.flags) & COLUMNS_LOST))
-                    accept<relaxed>(done, history);
-                else if (done == before) run = Run::lost;
+            if (done == last_step) {
+                if (!grid.any(report.flags != 0) || !(lost_sums<mode>(report.flags) & COLUMNS_LOST))
+                    accept<uses_potentials>(done, history);
+                else if (done == before) outcome = Outcome::untrusted;
                 break;
             }
-            measure = limit >= 0;
+            measure_residual = residual_limit >= 0;
         }
-        if (done > before) cold = at_target;
-        if (done > before && heat > (double)target) heat *= p.anneal_ratio;
-        if (!relaxed && done > before) {
-            if (mode == Mode::halves) absorb(this->unit_a, this->unit_b);
-            else absorb(1.0f, 1.0f);
+        if (done > before) last_at_target = at_target;
+        if (done > before && temperature > (double)work.target)
+            temperature *= problem.batch.anneal_ratio;
+        if (!uses_potentials && done > before) {
+            if (mode == Mode::halves) update_potentials(half.unit_a, half.unit_b);
+            else update_potentials(1.0f, 1.0f);
         }
-        return run;
+        return outcome;
     }
-    // Takes the iteration that was pending.
-    template <bool relaxed>
+    // Accepts the pending iteration.
+    template <bool uses_potentials>
     OPTICAL_DEVICE void accept(int32_t& done, float* history) {
-        if (relaxed) take_next();
-        take_scalings_next();
-        record(history, ++done, !relaxed);
+        if (uses_potentials) take_next_potentials();
+        take_next_scalings();
+        record(history, ++done, !uses_potentials);
     }
-    OPTICAL_DEVICE void take_scalings_next() {
-        OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) u[o] = u_next[o];
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) v[o] = v_next[o];
+    OPTICAL_DEVICE void take_next_scalings() {
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) work.u[o] = work.u_next[o];
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) work.v[o] = work.v_next[o];
     }
-    OPTICAL_DEVICE void stay() {
-        OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) row(NEXT, o) = row(POTENTIAL, o);
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) column(NEXT, o) = column(POTENTIAL, o);
+    OPTICAL_DEVICE void keep_potentials() {
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) problem.row(NEXT, o) = problem.row(POTENTIAL, o);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) problem.column(NEXT, o) = problem.column(POTENTIAL, o);
     }
-    OPTICAL_DEVICE void take_next() {
-        OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) row(POTENTIAL, o) = row(NEXT, o);
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) column(POTENTIAL, o) = column(NEXT, o);
+    OPTICAL_DEVICE void take_next_potentials() {
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) problem.row(POTENTIAL, o) = problem.row(NEXT, o);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) problem.column(POTENTIAL, o) = problem.column(NEXT, o);
     }
 
-    // ------------------------------------------------------------------------------ the history
+    // ------------------------------------------------------------------------------------- history
 
-    OPTICAL_DEVICE int64_t all_lines_a() const {
-        return p.offset_a ? p.offset_a[p.batch] : p.batch * p.n;
+    OPTICAL_DEVICE int64_t total_rows() const {
+        return problem.batch.offset_a ? problem.batch.offset_a[problem.batch.batch]
+                                      : problem.batch.batch * problem.batch.n;
     }
-    OPTICAL_DEVICE int64_t all_lines_b() const {
-        return p.offset_b ? p.offset_b[p.batch] : p.batch * p.m;
+    OPTICAL_DEVICE int64_t total_columns() const {
+        return problem.batch.offset_b ? problem.batch.offset_b[problem.batch.batch]
+                                      : problem.batch.batch * problem.batch.m;
     }
-    // Where the potentials of rows, and of columns, after iteration `done` are kept.
-    OPTICAL_DEVICE float* kept_rows(float* history, int32_t done) const {
-        return history + done * (all_lines_a() + all_lines_b()) + a.first;
+    // The potentials of rows, and of columns, after iteration `done`.
+    OPTICAL_DEVICE float* history_rows(float* history, int32_t done) const {
+        return history + done * (total_rows() + total_columns()) + problem.a.first;
     }
-    OPTICAL_DEVICE float* kept_columns(float* history, int32_t done) const {
-        return history + done * (all_lines_a() + all_lines_b()) + all_lines_a() + b.first;
+    OPTICAL_DEVICE float* history_columns(float* history, int32_t done) const {
+        return history + done * (total_rows() + total_columns()) + total_rows() + problem.b.first;
     }
     OPTICAL_DEVICE void record(float* history, int32_t done, bool scaled) {
+        G& grid = problem.grid;
         if (!history) return;
-        // Every warp writes the same and reads only what it wrote itself.
-        OPTICAL_EACH
+        // Every warp writes the same values and reads only its own.
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
-            if (g.own_row(o) < a.count)
-                kept_rows(history, done)[g.own_row(o)] =
-                    scaled ? row(BASE, o) + heat_log(u[o]) : row(POTENTIAL, o);
-        OPTICAL_EACH
+            if (grid.own_row(o) < problem.a.count)
+                history_rows(history, done)[grid.own_row(o)] =
+                    scaled ? problem.row(BASE, o) + work.epsilon_log(work.u[o])
+                           : problem.row(POTENTIAL, o);
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
-            if (g.own_column(o) < b.count)
-                kept_columns(history, done)[g.own_column(o)] =
-                    scaled ? column(BASE, o) + heat_log(v[o]) : column(POTENTIAL, o);
+            if (grid.own_column(o) < problem.b.count)
+                history_columns(history, done)[grid.own_column(o)] =
+                    scaled ? problem.column(BASE, o) + work.epsilon_log(work.v[o])
+                           : problem.column(POTENTIAL, o);
     }
 };
 

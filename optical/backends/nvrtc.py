@@ -1,9 +1,9 @@
-"""The CUDA kernels where there is no nvcc: compiled by NVRTC, launched through the driver.
+"""Compile the CUDA kernels with NVRTC and launch them through the CUDA driver, without nvcc.
 
-NVRTC comes with the CUDA builds of PyTorch. It compiles a kernel when it is first used, in a few
-seconds, and the result is kept in the cache of the user. ``Kernels`` offers the calls of the
-library that nvcc builds, so ``optical.backends.cuda`` does not notice which of them it has. Both are reached
-by ctypes: the packages that wrap them would be a dependency more for a dozen calls.
+NVRTC ships with the CUDA builds of PyTorch. Each kernel is compiled at its first use, in a few
+seconds, and stored in the user's cache. ``Kernels`` has the interface of the library that nvcc
+builds, so ``optical.backends.cuda`` uses either. ctypes calls NVRTC and the driver directly: a dozen calls
+do not justify a dependency on cuda-python.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
+import enum
 import functools
 import hashlib
 import math
@@ -28,20 +29,20 @@ typedef int int32_t; typedef unsigned int uint32_t;
 typedef long long int64_t; typedef unsigned long long uint64_t;
 typedef unsigned long long uintptr_t;
 """
-OUT_OF_REACH, LAUNCH_FAILED = 3, 4  # as in csrc/cuda/sinkhorn.cu
+OUT_OF_REACH, LAUNCH_FAILED = 3, 4  # error codes of csrc/cuda/sinkhorn.cu
 
 
 class CompileError(RuntimeError):
-    """NVRTC is missing or failed, or the driver refused a kernel; the message says why."""
+    """NVRTC is missing or failed, or the driver refused a kernel."""
 
 
 # ------------------------------------------------------------------------------------- compiling
 
 
 def find() -> ctypes.CDLL | None:
-    """NVRTC: the one that came with PyTorch, or one of the system."""
-    for place in map(Path, site.getsitepackages()):
-        for path in sorted(place.glob("nvidia/*/lib/libnvrtc.so.*"), reverse=True):
+    """Load NVRTC from the packages installed with PyTorch, else from the system."""
+    for folder in map(Path, site.getsitepackages()):
+        for path in sorted(folder.glob("nvidia/*/lib/libnvrtc.so.*"), reverse=True):
             with contextlib.suppress(OSError):
                 return ctypes.CDLL(str(path))
     name = ctypes.util.find_library("nvrtc")
@@ -50,38 +51,38 @@ def find() -> ctypes.CDLL | None:
     return None
 
 
-def kernels(folder: Path) -> dict[str, str]:
-    """Every kernel, and the line of kernels.cuh that defines it."""
+def kernel_definitions(folder: Path) -> dict[str, str]:
+    """Map the name of every kernel to the macro call in kernels.cuh that defines it."""
     text = (folder / "cuda" / "kernels.cuh").read_text(encoding="utf-8")
-    lines = re.findall(r"^(OPTICAL_(FORWARD|BACKWARD)\((\w+), .*\))$", text, re.MULTILINE)
+    definitions = re.findall(r"^(OPTICAL_(FORWARD|BACKWARD)\((\w+), .*\))$", text, re.MULTILINE)
     prefix = {"FORWARD": "optical_forward_", "BACKWARD": "optical_"}
-    return {prefix[kind] + name: line for line, kind, name in lines}
+    return {prefix[direction] + name: call for call, direction, name in definitions}
 
 
 def compile_kernel(library: Any, folder: Path, kernel: str, architecture: str) -> bytes:
-    """The cubin of one kernel for an architecture such as "90".
+    """Compile one kernel to a cubin for an architecture such as "90".
 
     Raises:
-        CompileError: NVRTC found an error, which the message holds.
+        CompileError: NVRTC reported an error; the message contains the first one.
     """
-    names = {"../sinkhorn.h": folder / "sinkhorn.h"}
-    names |= {path.name: path for path in (folder / "cuda").glob("*.cuh")}
-    headers = {name: path.read_bytes() for name, path in names.items()} | {
+    paths = {"../sinkhorn.h": folder / "sinkhorn.h"}
+    paths |= {path.name: path for path in (folder / "cuda").glob("*.cuh")}
+    headers = {name: path.read_bytes() for name, path in paths.items()} | {
         "stdint.h": STDINT.encode()
     }
     count = len(headers)
     texts = (ctypes.c_char_p * count)(*headers.values())
-    titles = (ctypes.c_char_p * count)(*(name.encode() for name in headers))
+    names = (ctypes.c_char_p * count)(*(name.encode() for name in headers))
     program = ctypes.c_void_p()
     source = b'#include "kernels.cuh"\n'
-    library.nvrtcCreateProgram(ctypes.byref(program), source, b"optical.cu", count, texts, titles)
-    # The C functions that sinkhorn.h declares are nobody's here.
+    library.nvrtcCreateProgram(ctypes.byref(program), source, b"optical.cu", count, texts, names)
+    # Without -default-device, NVRTC rejects the host functions that sinkhorn.h declares.
     options = ["-std=c++17", "-default-device", f"--gpu-architecture=sm_{architecture}"]
-    options.append(f"-DOPTICAL_ONLY={kernels(folder)[kernel]}")
-    given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    options.append(f"-DOPTICAL_ONLY={kernel_definitions(folder)[kernel]}")
+    option_array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     size = ctypes.c_size_t()
     try:
-        if library.nvrtcCompileProgram(program, len(options), given) != 0:
+        if library.nvrtcCompileProgram(program, len(options), option_array) != 0:
             library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
             library.nvrtcGetProgramLog(program, log)
@@ -102,9 +103,9 @@ def cached(
     folder: Path,
     locked: contextlib.AbstractContextManager[Any],
 ) -> bytes:
-    """What ``make`` returns, from the file of that key if it was made before.
+    """Return the cached result of ``make`` for ``key``, or call ``make`` and store its result.
 
-    The file begins with a digest of the rest, so that a damaged one is made anew.
+    The file begins with a digest of the rest; a damaged file is replaced.
     """
     path = folder / f"cuda-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cubin"
     with locked:
@@ -118,7 +119,7 @@ def cached(
             partial.write_bytes(hashlib.sha256(cubin).digest() + cubin)
             os.replace(partial, path)
         except OSError:
-            # A full disk costs the next process some seconds, and this one nothing.
+            # On a full disk, the next process compiles the kernel again.
             partial.unlink(missing_ok=True)
         return cubin
 
@@ -126,17 +127,25 @@ def cached(
 # -------------------------------------------------------------------------------------- launching
 
 
-# As in kernels.cuh: several problems in a warp, which has one of them in a backward pass.
+# The regimes of kernels.cuh. Forward, a warp solves four or two small problems; backward, one.
 FOUR, PAIR, WARP, SQUARE, BLOCK, CLUSTER = range(6)
 NAMES = {
     "forward": ("four", "pair", "warp", "square", "block", "cluster"),
     "backward": ("", "small", "warp", "block", "block", "cluster"),
 }
+UNROLL = 2  # OPTICAL_UNROLL of csrc/sinkhorn.h
 
 
-class Plan(NamedTuple):
-    """What is launched: the regime, its grid of warps, blocks to a cluster, shared memory, and
-    problems in a warp."""
+class LaunchConfig(NamedTuple):
+    """The launch configuration of a regime.
+
+    Attributes:
+        number: the regime.
+        down, across: the grid of warps in a block.
+        blocks: blocks per cluster.
+        bytes: shared memory per block.
+        problems: problems per warp.
+    """
 
     number: int
     down: int
@@ -145,26 +154,32 @@ class Plan(NamedTuple):
     bytes: int
     problems: int
 
-    def kernel(self, what: str) -> str:
-        """Its name for "forward", "backward" or "unroll"."""
-        names = NAMES["forward" if what == "forward" else "backward"]
-        return f"optical_{what}_{names[self.number]}"
+    def kernel(self, operation: str) -> str:
+        """Name the kernel for ``operation``: "forward", "backward" or "unroll"."""
+        names = NAMES["forward" if operation == "forward" else "backward"]
+        return f"optical_{operation}_{names[self.number]}"
 
 
 class Device(NamedTuple):
-    """Bytes of shared memory that a block may have, and blocks that a cluster may have."""
+    """Launch limits of a device: bytes of shared memory per block, blocks per cluster."""
 
     shared: int
     clusters: int
 
 
-# Of a warp, for iterations in half precision.
+# Additional shared memory per warp for iterations in half precision.
 HALF_BYTES = 4 * (16 * 36 + 2 * 64)
 
 
 def shared_bytes(number: int, down: int, across: int, kind: int, backward: int | None) -> int:
-    """As in csrc/cuda, of which a test sees that the two agree; ``backward``: its gradient."""
-    # Of a warp: the grid of the lanes that have a problem, and the entries of each.
+    """Compute the shared memory per block, as csrc/cuda does; a test compares the two.
+
+    Args:
+        number, down, across: the regime and its grid of warps.
+        kind: the cost, 0 if given.
+        backward: the gradient mode of a backward pass, None for a forward pass.
+    """
+    # The grid of lanes that share a problem within a warp, and the rows and columns of each lane.
     tall, wide, rows, columns = 4, 8, 16, 8
     if number <= PAIR:
         tall, wide, rows, columns = 4, 8, 8, 4
@@ -172,111 +187,138 @@ def shared_bytes(number: int, down: int, across: int, kind: int, backward: int |
             tall, wide, rows, columns = (2, 4, 8, 4) if number == FOUR else (4, 4, 8, 8)
     owned = rows // wide + columns // tall
     threads = tall * wide * down * across
-    lines = down * tall * rows + across * wide * columns
-    exchanged = 0 if number <= WARP else 2 * down * across * (32 * owned * 4 + 8 + 6 * 8)
-    measured = 8 * lines if kind else 0
-    entries, kept = rows * columns * threads, (rows * columns + owned * 14) * threads
+    block_entries = down * tall * rows + across * wide * columns
+    exchange = 0 if number <= WARP else 2 * down * across * (32 * owned * 4 + 8 + 6 * 8)
+    norms = 8 * block_entries if kind else 0
+    costs, private = rows * columns * threads, (rows * columns + owned * 14) * threads
     if backward is None:
-        # float32 vectors a chunk at a time, half ones two chunks.
+        # One chunk of float32 vectors, or two chunks of half vectors.
         half_chunk = 32 if tall * rows > 32 else 16
-        work = max(4 * kept, 64 * (lines + 4) if kind else 0, 4 * half_chunk * lines if kind else 0)
+        float_bytes = 64 * (block_entries + 4) if kind else 0
+        half_bytes = 4 * half_chunk * block_entries if kind else 0
+        work = max(4 * private, float_bytes, half_bytes)
     else:
-        work = 4 * (kept + (entries if backward == 2 else 0))
-        # What lines have along themselves, the gradient of the cost in halves, chunks of vectors.
+        work = 4 * (private + (costs if backward == UNROLL else 0))
+        # Self terms, the gradient of the cost as pairs of halves, and chunks of vectors.
         rows, columns = down * tall * rows, across * wide * columns
-        products = 4 * lines + 4 * rows * (columns + 8) + 64 * lines
+        products = 4 * block_entries + 4 * rows * (columns + 8) + 64 * block_entries
         products += 64 * columns if number == CLUSTER else 0
         work = max(work, products if kind else 0)
-    size = exchanged + measured + work
+    size = exchange + norms + work
     teams = 32 // (tall * wide)
     return size if teams == 1 else teams * (-(-size // 128) * 128 + 128 // teams)
 
 
-def most_warps(kind: int, backward: int | None, device: Device) -> int:
-    """Of 64 x 64 tiles, in one block."""
+def max_warps(kind: int, backward: int | None, device: Device) -> int:
+    """Return the largest number of 64 x 64 warp tiles that fit in one block."""
     fitting = (
         w for w in range(8, 0, -1) if shared_bytes(CLUSTER, 1, w, kind, backward) <= device.shared
     )
     return next(fitting, 0)
 
 
-def tiles(lines: int) -> int:
-    """Of 64 lines, along a side; a side without lines has one that is empty."""
-    return max(1, -(-lines // 64))
+def tile_count(size: int) -> int:
+    """Count the tiles of 64 rows or columns; an empty side has one empty tile."""
+    return max(1, -(-size // 64))
 
 
-def plan(n: int, m: int, kind: int, backward: int | None, device: Device) -> Plan | None:
-    """For problems padded to n x m; None where they do not fit."""
-    most, several = most_warps(kind, backward, device), backward is None
-    down, across = tiles(n), tiles(m)
-    found = None
-    if most and max(n, m) <= 16 and several:
-        found = (FOUR, 1, 1, 1)
-    elif most and max(n, m) <= 32:
-        found = (PAIR, 1, 1, 1)
-    elif most and down * across == 1:
-        found = (WARP, 1, 1, 1)
-    elif (down, across) == (2, 2) and most >= 4:
-        found = (SQUARE, 2, 2, 1)
-    elif down * across <= most:
-        found = (BLOCK, down, across, 1)
+def choose_launch(
+    n: int, m: int, kind: int, backward: int | None, device: Device
+) -> LaunchConfig | None:
+    """Choose the launch of problems padded to n x m, or None where they do not fit."""
+    warps, teams = max_warps(kind, backward, device), backward is None
+    down, across = tile_count(n), tile_count(m)
+    regime = None
+    if warps and max(n, m) <= 16 and teams:
+        regime = (FOUR, 1, 1, 1)
+    elif warps and max(n, m) <= 32:
+        regime = (PAIR, 1, 1, 1)
+    elif warps and down * across == 1:
+        regime = (WARP, 1, 1, 1)
+    elif (down, across) == (2, 2) and warps >= 4:
+        regime = (SQUARE, 2, 2, 1)
+    elif down * across <= warps:
+        regime = (BLOCK, down, across, 1)
     else:
         for blocks in (2, 4, 8):
             part = -(-down // blocks)
-            if blocks <= device.clusters and part * across <= most and found is None:
-                found = (CLUSTER, part, across, blocks)
-    return None if found is None else _sized(*found, kind, backward)
+            if blocks <= device.clusters and part * across <= warps and regime is None:
+                regime = (CLUSTER, part, across, blocks)
+    return None if regime is None else _launch_config(*regime, kind, backward)
 
 
-def _sized(
+def _launch_config(
     number: int, down: int, across: int, blocks: int, kind: int, backward: int | None
-) -> Plan:
+) -> LaunchConfig:
     size = shared_bytes(number, down, across, kind, backward)
     problems = {FOUR: 4, PAIR: 2}.get(number, 1) if backward is None else 1
-    return Plan(number, down, across, blocks, size, problems)
+    return LaunchConfig(number, down, across, blocks, size, problems)
 
 
-def plans(problem: Any, backward: int | None, device: Device) -> Iterator[Plan]:
-    """One for padded problems; for packed ones, one for each regime that n and m leave open."""
-    largest = plan(problem.n, problem.m, problem.kind, backward, device)
+def choose_launches(problem: Any, backward: int | None, device: Device) -> Iterator[LaunchConfig]:
+    """Yield one launch for padded problems, and one per possible regime for packed problems.
+
+    The sizes of packed problems are on the device; n and m are upper bounds.
+    """
+    largest = choose_launch(problem.n, problem.m, problem.kind, backward, device)
     if largest is None or not problem.offset_a:
         if largest is not None:
             yield largest
         return
-    most, several = most_warps(problem.kind, backward, device), backward is None
+    warps, teams = max_warps(problem.kind, backward, device), backward is None
     longest = max(problem.n, problem.m)
-    open_ = [(FOUR, 1, 1, 1)] if several else []
-    open_ += [(PAIR, 1, 1, 1)] if longest > 16 or not several else []
-    open_ += [(WARP, 1, 1, 1)] if longest > 32 else []
-    open_ += [(SQUARE, 2, 2, 1)] if longest > 64 and most >= 4 else []
-    # Any grid of so many warps may turn up; in one row it needs the most.
-    open_ += [(BLOCK, 1, most, 1)] if longest > 64 else []
-    open_ += [(CLUSTER, 1, most, blocks) for blocks in (2, 4, 8) if blocks <= largest.blocks]
-    for found in open_:
-        yield _sized(*found, problem.kind, backward)
+    regimes = [(FOUR, 1, 1, 1)] if teams else []
+    regimes += [(PAIR, 1, 1, 1)] if longest > 16 or not teams else []
+    regimes += [(WARP, 1, 1, 1)] if longest > 32 else []
+    regimes += [(SQUARE, 2, 2, 1)] if longest > 64 and warps >= 4 else []
+    # A problem may use any grid with this number of warps; a grid of one row needs the most memory.
+    regimes += [(BLOCK, 1, warps, 1)] if longest > 64 else []
+    regimes += [(CLUSTER, 1, warps, blocks) for blocks in (2, 4, 8) if blocks <= largest.blocks]
+    for regime in regimes:
+        yield _launch_config(*regime, problem.kind, backward)
 
 
-class _Attribute(ctypes.Structure):
+class DeviceAttribute(enum.IntEnum):
+    """The values of CUdevice_attribute used here."""
+
+    COMPUTE_CAPABILITY_MAJOR = 75
+    COMPUTE_CAPABILITY_MINOR = 76
+    MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
+
+
+FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of CUfunction_attribute
+LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = 4  # of CUlaunchAttributeID
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
     _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
 
 
-class _Config(ctypes.Structure):
+class _DriverConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
     _fields_ = [
         *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
         ("count", ctypes.c_uint),
     ]
 
 
 class _Limits(ctypes.Structure):
-    _fields_ = [("warps", ctypes.c_int), ("blocks", ctypes.c_int), ("several", ctypes.c_int)]
+    """Limits of csrc/cuda/kernels.cuh."""
+
+    _fields_ = [("warps", ctypes.c_int), ("blocks", ctypes.c_int), ("warp_teams", ctypes.c_int)]
 
 
 class Kernels:
-    """The calls of csrc/cuda/sinkhorn.cu, by the driver.
+    """The functions of csrc/cuda/sinkhorn.cu, implemented with driver calls.
 
-    driver: libcuda, or what stands in for it. cubin: kernel, architecture -> its binary.
+    Args:
+        driver: libcuda, or a test double.
+        cubin: maps the name of a kernel and an architecture to its binary.
     """
 
     def __init__(self, driver: Any, cubin: Callable[[str, str], bytes]) -> None:
@@ -284,7 +326,7 @@ class Kernels:
         self.function = functools.lru_cache(maxsize=None)(self._function)
         self.device = functools.lru_cache(maxsize=None)(self._device)
 
-    def _attribute(self, name: int, device: int) -> int:
+    def _attribute(self, name: DeviceAttribute, device: int) -> int:
         value = ctypes.c_int()
         self._check(self.driver.cuDeviceGetAttribute(ctypes.byref(value), name, device))
         return value.value
@@ -299,21 +341,28 @@ class Kernels:
         return device.value
 
     def _device(self, device: int) -> Device:
-        # Shared memory per block on request, and the major compute capability.
-        return Device(self._attribute(97, device), 8 if self._attribute(75, device) >= 9 else 1)
+        shared = self._attribute(DeviceAttribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device)
+        major = self._attribute(DeviceAttribute.COMPUTE_CAPABILITY_MAJOR, device)
+        return Device(shared, 8 if major >= 9 else 1)
 
     def _function(self, name: str, device: int) -> Any:
-        architecture = f"{self._attribute(75, device)}{self._attribute(76, device)}"
+        major = self._attribute(DeviceAttribute.COMPUTE_CAPABILITY_MAJOR, device)
+        minor = self._attribute(DeviceAttribute.COMPUTE_CAPABILITY_MINOR, device)
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        binary = self.cubin(name, architecture)
+        binary = self.cubin(name, f"{major}{minor}")
         self._check(self.driver.cuModuleLoadData(ctypes.byref(module), binary))
         self._check(self.driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-        self._check(self.driver.cuFuncSetAttribute(function, 8, self.device(device).shared))
+        attribute = FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        shared = self.device(device).shared
+        self._check(self.driver.cuFuncSetAttribute(function, attribute, shared))
         return function
 
     def optical_cuda_reach(self, problem: Any) -> bool:
-        p, device = problem._obj, self.device(self._current())
-        return all(plan(p.n, p.m, p.kind, way, device) for way in (None, p.gradient))
+        problem, device = problem._obj, self.device(self._current())
+        return all(
+            choose_launch(problem.n, problem.m, problem.kind, backward, device)
+            for backward in (None, problem.gradient)
+        )
 
     def optical_cuda_forward(self, problem: Any, solution: Any, stream: int | None) -> int:
         return self._launch("forward", None, problem._obj, [solution._obj], stream)
@@ -321,43 +370,43 @@ class Kernels:
     def optical_cuda_backward(
         self, problem: Any, gradient: Any, history: int | None, stream: int | None
     ) -> int:
-        p = problem._obj
+        problem = problem._obj
+        operation = "unroll" if problem.gradient == UNROLL else "backward"
         others = [gradient._obj, ctypes.c_void_p(history)]
-        return self._launch(
-            "unroll" if p.gradient == 2 else "backward", p.gradient, p, others, stream
-        )
+        return self._launch(operation, problem.gradient, problem, others, stream)
 
     @staticmethod
-    def _in_halves(p: Any) -> bool:
-        """As in csrc/cuda/sinkhorn.cu."""
-        penalty = math.isfinite(p.rho_a) or math.isfinite(p.rho_b)
-        plain = not penalty and p.omega == 1 and not p.anneal_start > 0
-        return bool(p.fast) and p.max_iter >= 16 and plain
+    def _use_half_precision(problem: Any) -> bool:
+        """The rule of csrc/cuda/sinkhorn.cu."""
+        penalty = math.isfinite(problem.rho_a) or math.isfinite(problem.rho_b)
+        plain = not penalty and problem.omega == 1 and not problem.anneal_start > 0
+        return bool(problem.fast) and problem.max_iter >= 16 and plain
 
     def _launch(
-        self, what: str, backward: int | None, p: Any, others: list[Any], stream: int | None
+        self, operation: str, backward: int | None, problem: Any, others: list[Any], stream: Any
     ) -> int:
-        if p.batch == 0:
+        if problem.batch == 0:
             return 0
         current = self._current()
         device = self.device(current)
-        most = most_warps(p.kind, backward, device)
+        warps = max_warps(problem.kind, backward, device)
         launched = False
-        for launch in plans(p, backward, device):
+        for launch in choose_launches(problem, backward, device):
             launched = True
-            kernel, size = launch.kernel(what), launch.bytes
-            if what == "forward" and launch.number >= WARP and self._in_halves(p):
-                more = size + HALF_BYTES * launch.down * launch.across
-                if more <= device.shared:
-                    kernel, size = kernel.replace("forward", "forward_fast"), more
+            kernel, size = launch.kernel(operation), launch.bytes
+            may_be_fast = operation == "forward" and launch.number >= WARP
+            if may_be_fast and self._use_half_precision(problem):
+                fast_size = size + HALF_BYTES * launch.down * launch.across
+                if fast_size <= device.shared:
+                    kernel, size = kernel.replace("forward", "forward_fast"), fast_size
             function = self.function(kernel, current)
-            limits = _Limits(most, device.clusters, what == "forward")
-            values = [p, *others, limits, ctypes.c_int(launch.number)]
+            limits = _Limits(warps, device.clusters, operation == "forward")
+            values = [problem, *others, limits, ctypes.c_int(launch.number)]
             addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
-            cluster = _Attribute(id=4)  # the dimensions of a cluster
+            cluster = _LaunchAttribute(id=LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
             cluster.value[0], cluster.value[1], cluster.value[2] = launch.blocks, 1, 1
-            config = _Config(
-                *(-(-p.batch // launch.problems) * launch.blocks, 1, 1),
+            config = _DriverConfig(
+                *(-(-problem.batch // launch.problems) * launch.blocks, 1, 1),
                 *(32 * launch.down * launch.across, 1, 1),
                 *(size, stream, ctypes.pointer(cluster), int(launch.blocks > 1)),
             )

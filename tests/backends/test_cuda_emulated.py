@@ -1,61 +1,37 @@
-"""The CUDA kernels on the CPU: the same source, with a fiber for each thread of a block.
+"""The CUDA kernels on the CPU, under the thread emulator of ``tests/cuda_emulator``.
 
-Barriers and shuffles are where fibers change, in an order drawn from a seed, and shared memory
-starts as NaN: a value that is read before it was written, or before all have met, is wrong in some
-order, and threads that wait for ever are reported. What this cannot show, registers and speed, is
-in ``test_cuda_build.py``.
+The tests build the same sources with the C++ compiler. Emulated threads switch at barriers and
+shuffles, in an order drawn from a seed, and shared memory starts as NaN: a race gives a wrong
+result under some order, and a deadlock is reported. ``test_cuda_build.py`` checks registers and
+instructions, which the emulator cannot show.
 """
 
 import ctypes
 import itertools
 import math
-import platform
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from optical.backends import cuda, nvrtc, structs
-from optical.backends import library as native
+from optical.backends import cuda, library, nvrtc, structs
 from optical.backends.problem import GRADIENTS
 from optical.testing.cases import all_cases, packed, poisoned, random_case, random_vector_case
 from optical.testing.tolerance import FIELDS, assert_backend_correct, assert_close_to_truth, solve
+from tests.cuda_emulator.build import build, use
 
-ROOT = Path(__file__).resolve().parents[2]
 ALL = {problem.name: problem for problem in all_cases()}
-FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
-if platform.machine() in ("x86_64", "AMD64"):
-    FLAGS.append("-mfma")
-
-
-def build(folder, *flags, source=ROOT / "csrc" / "cuda" / "sinkhorn.cu"):
-    compiler = native.find_compiler()
-    if compiler is None:
-        pytest.skip(reason="no C++ compiler")
-    library = folder / "host.so"
-    include = f"-I{ROOT / 'csrc' / 'cuda'}"
-    command = [*compiler, *FLAGS, "-DOPTICAL_ON_HOST", include, *flags, str(source), "-o"]
-    subprocess.run([*command, str(library)], check=True)
-    return library
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    return native.open_library(build(tmp_path_factory.mktemp("host"), "-O1", "-Werror"), None)
-
-
-def use(library, replace_attribute):
-    replace_attribute(cuda, "load", lambda: native.Loaded(library, None))
-    replace_attribute(cuda, "DEVICE", "cpu")
-    cuda._fits.cache_clear()
+    return library.open_library(build(tmp_path_factory.mktemp("host"), "-O1", "-Werror"), None)
 
 
 @pytest.fixture
 def kernels(compiled, monkeypatch):
     use(compiled, monkeypatch.setattr)
-    compiled.optical_host_seed(1)
+    compiled.optical_emulator_seed(1)
     yield compiled
     cuda._fits.cache_clear()
 
@@ -68,7 +44,7 @@ def skip_unless_supported(problem, gradient):
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("name", ALL)
-def test_every_problem_by_the_tolerance_rule(name, gradient, kernels, poisoned_memory):
+def test_every_problem_within_tolerance(name, gradient, kernels, poisoned_memory):
     problem = ALL[name]
     if len(problem.epsilon) > 100:
         problem = replace(problem, **{k: getattr(problem, k)[:99] for k in ("x", "log_a", "log_b")})
@@ -77,7 +53,8 @@ def test_every_problem_by_the_tolerance_rule(name, gradient, kernels, poisoned_m
     assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
 
 
-# Each regime: one warp of either tile, blocks of two to eight warps, clusters of two to eight.
+# One size per regime: a warp of either tile, blocks of two to eight warps, clusters of two to eight
+# blocks.
 SHAPES = [(5, 33), (65, 7), (3, 129), (128, 100), (70, 250), (130, 200), (513, 5), (140, 400)]
 LARGE = [(1025, 3), (300, 500), (512, 512)]
 
@@ -110,37 +87,37 @@ def test_clusters_of_many_blocks(n, m, gradient, kind, kernels):
 HALVES = [torch.float16, torch.bfloat16]
 
 
-def assert_rule(problem, given, gradient):
-    """What the kernels make of ``given`` is right; gradients have the types of their vectors."""
-    out = solve("cuda", given, gradient)
-    same = solve("reference", given.to(torch.float32), gradient)
-    truth = solve("reference", given.to(torch.float64), gradient)
+def assert_within_tolerance(name, problem, gradient):
+    """Check results against the float64 reference and gradients for the types of their vectors."""
+    out = solve("cuda", problem, gradient)
+    single = solve("reference", problem.to(torch.float32), gradient)
+    truth = solve("reference", problem.to(torch.float64), gradient)
     for field in truth:
-        dtype = {"grad_x": given.x.dtype, "grad_y": given.y.dtype}.get(field, torch.float32)
+        dtype = {"grad_x": problem.x.dtype, "grad_y": problem.y.dtype}.get(field, torch.float32)
         assert out[field].dtype == dtype or field in ("n_iter", "status")
         scale = max(1.0, truth[field].abs().max().item())
-        rule = {"dtype": dtype, "scale": scale, "name": f"{problem.name} {field}"}
-        assert_close_to_truth(out[field], truth[field], same[field], **rule)
+        options = {"dtype": dtype, "scale": scale, "name": f"{name} {field}"}
+        assert_close_to_truth(out[field], truth[field], single[field], **options)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("half", HALVES, ids=str)
 @pytest.mark.parametrize("kind", ["cosine", "sqeuclidean", "dot"])
-def test_half_vectors_by_the_tolerance_rule(kind, half, gradient, kernels):
+def test_half_vectors_within_tolerance(kind, half, gradient, kernels):
     epsilon = 1.0 if kind == "cosine" else 16.0
-    # One regime each; vectors of several chunks.
+    # Three regimes, with vectors of several chunks.
     for n, m, dim in ((7, 6, 40), (40, 50, 72), (66, 40, 104)):
         clouds = random_vector_case(
             kind, kind, batch=2, n=n, m=m, dim=dim, epsilon=epsilon, max_iter=5
         )
         for problem in (clouds, packed(clouds)):
-            assert_rule(problem, problem.to(torch.float32, "cpu", half), gradient)
+            assert_within_tolerance(kind, problem.to(torch.float32, "cpu", half), gradient)
 
 
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_gradients_of_half_vectors_in_a_cluster(half, kernels):
     clouds = random_vector_case("cluster", "cosine", batch=1, n=140, m=400, dim=18, max_iter=2)
-    assert_rule(clouds, clouds.to(torch.float32, "cpu", half), "envelope")
+    assert_within_tolerance("cluster", clouds.to(torch.float32, "cpu", half), "envelope")
 
 
 SPLIT = [(9, 12), (20, 30), (70, 100)]
@@ -150,53 +127,55 @@ SPLIT = [(9, 12), (20, 30), (70, 100)]
 @pytest.mark.parametrize(("n", "m"), SPLIT)
 def test_vectors_of_two_types(n, m, gradient, kernels):
     clouds = random_vector_case("two", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
-    given = clouds.to(torch.float32, "cpu", torch.bfloat16)
-    assert_rule(clouds, replace(given, x=given.x.float()), gradient)
+    mixed = clouds.to(torch.float32, "cpu", torch.bfloat16)
+    assert_within_tolerance("two", replace(mixed, x=mixed.x.float()), gradient)
 
 
 @pytest.mark.parametrize(("n", "m"), SPLIT)
 def test_cosines_do_not_depend_on_lengths(n, m, kernels):
-    """Gradients do, and shrink as vectors grow."""
+    """Values are invariant; gradients shrink as vectors grow."""
     clouds = random_vector_case("long", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
     scales = torch.logspace(-35, 37.9, 2 * n).view(2, n, 1)
-    given = replace(clouds.to(torch.float32), x=(clouds.x * scales).float())
-    out, same = solve("cuda", given), solve("cuda", clouds.to(torch.float32))
-    torch.testing.assert_close(out["value"], same["value"], rtol=1e-6, atol=0)
-    expected = same["grad_x"].double() / scales
+    scaled = replace(clouds.to(torch.float32), x=(clouds.x * scales).float())
+    out, unscaled = solve("cuda", scaled), solve("cuda", clouds.to(torch.float32))
+    torch.testing.assert_close(out["value"], unscaled["value"], rtol=1e-6, atol=0)
+    expected = unscaled["grad_x"].double() / scales
     representable = (expected.abs() > 1e-36) & (expected.abs() < 1e37)
-    found = torch.where(representable, out["grad_x"].double() * scales, same["grad_x"].double())
-    torch.testing.assert_close(found, same["grad_x"].double(), rtol=1e-5, atol=1e-6)
+    rescaled = out["grad_x"].double() * scales
+    gradient = torch.where(representable, rescaled, unscaled["grad_x"].double())
+    torch.testing.assert_close(gradient, unscaled["grad_x"].double(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("n", "m"), SPLIT)
-def test_a_short_vector_takes_no_digits_from_the_gradients_of_long_ones(n, m, kernels):
+def test_short_vectors_do_not_reduce_the_precision_of_long_ones(n, m, kernels):
     clouds = random_vector_case("short", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
-    given = clouds.to(torch.float32, "cpu", torch.float16)
-    x, y = given.x * 256, given.y * 256
-    x[:, 1], y[:, 2] = given.x[:, 1] * 2.0**-20, given.y[:, 2] * 2.0**-20
-    given = replace(given, x=x, y=y)
-    out, truth = solve("cuda", given), solve("reference", given.to(torch.float64))
+    halves = clouds.to(torch.float32, "cpu", torch.float16)
+    x, y = halves.x * 256, halves.y * 256
+    x[:, 1], y[:, 2] = halves.x[:, 1] * 2.0**-20, halves.y[:, 2] * 2.0**-20
+    halves = replace(halves, x=x, y=y)
+    out, truth = solve("cuda", halves), solve("reference", halves.to(torch.float64))
     for name, short in (("grad_x", 1), ("grad_y", 2)):
         others = [i for i in range(out[name].shape[1]) if i != short]
-        found, expected = out[name].double()[:, others], truth[name][:, others]
-        # float16 has no numbers between 0 and 6e-8.
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * expected.abs().max() + 6e-8)
+        gradient, expected = out[name].double()[:, others], truth[name][:, others]
+        # The smallest positive float16 is 6e-8.
+        atol = 1e-3 * expected.abs().max() + 6e-8
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(("n", "m"), SPLIT)
 def test_half_vectors_whose_squares_underflow(n, m, kernels):
     clouds = random_vector_case("tiny", "cosine", batch=2, n=n, m=m, dim=37, max_iter=6)
-    given = clouds.to(torch.float32, "cpu", torch.bfloat16)
-    tiny = given.x.clone()
+    halves = clouds.to(torch.float32, "cpu", torch.bfloat16)
+    tiny = halves.x.clone()
     tiny[0, 3] *= 2.0**-70
-    out, same = solve("cuda", replace(given, x=tiny)), solve("cuda", clouds.to(torch.float32))
-    torch.testing.assert_close(out["value"], same["value"], rtol=1e-6, atol=0)
-    found = out["grad_x"].float()
-    found[0, 3] *= 2.0**-70
-    torch.testing.assert_close(found, same["grad_x"], rtol=1e-2, atol=1e-4)
+    out, unscaled = solve("cuda", replace(halves, x=tiny)), solve("cuda", clouds.to(torch.float32))
+    torch.testing.assert_close(out["value"], unscaled["value"], rtol=1e-6, atol=0)
+    gradient = out["grad_x"].float()
+    gradient[0, 3] *= 2.0**-70
+    torch.testing.assert_close(gradient, unscaled["grad_x"], rtol=1e-2, atol=1e-4)
 
 
-# Problems that iterate in half precision, one in each regime that does, and hard ones.
+# Problems for half precision: one per regime that supports it, and difficult ones.
 FAST = {
     "warp": random_case("warp", 2, 60, 50, epsilon=0.05, rows=[60, 33], max_iter=16),
     "square": random_case("square", 1, 90, 128, epsilon=0.02, max_iter=16),
@@ -216,14 +195,14 @@ FAST["masses"] = replace(
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_fast_iterations_by_the_rule_for_them(name, kernels):
+def test_fast_iterations_within_their_tolerance(name, kernels):
     fast, exact = (replace(FAST[name], precision=precision) for precision in ("fast", "exact"))
     assert_backend_correct("cuda", fast, torch.float32, gradients=("envelope",))
     out, other = (solve("cuda", problem.to(torch.float32)) for problem in (fast, exact))
-    # Such masses are out of its range: the iterations are those of float32, to the bit.
+    # Masses out of range fall back to float32, bit for bit.
     assert torch.equal(out["f"], other["f"]) == (name == "masses")
     assert_same_bits(out, solve("cuda", fast.to(torch.float32)))
-    one = solve("cuda", fast.select(0).to(torch.float32))
+    one = solve("cuda", fast.one(0).to(torch.float32))
     assert torch.equal(one["f"][0], out["f"][0])
 
 
@@ -234,7 +213,7 @@ def test_fast_costs_of_vectors_and_implicit_gradients(kernels):
         assert_backend_correct("cuda", fast, torch.float32, gradients=("implicit",))
 
 
-def test_fast_is_exact_where_potentials_are_needed_or_iterations_are_few(kernels):
+def test_fast_is_exact_for_relaxed_or_few_iterations(kernels):
     warp = FAST["warp"]
     for exact in (replace(warp, omega=1.2), replace(warp, rho_a=1.0), replace(warp, max_iter=15)):
         fast = replace(exact, precision="fast").to(torch.float32)
@@ -258,30 +237,30 @@ def test_any_order_of_threads_gives_the_same_bits(name, size, kernels):
     problem = random_vector_case(name, "cosine", batch=1, n=size[0], m=size[1], dim=9, max_iter=2)
     expected = results(problem)
     for seed in range(2, 5):
-        kernels.optical_host_seed(seed)
+        kernels.optical_emulator_seed(seed)
         assert_same_bits(expected, results(problem))
 
 
-def test_a_missing_barrier_is_noticed(tmp_path, kernels, monkeypatch):
-    """The library once more, without the barrier between warps that add column sums."""
+def test_a_missing_barrier_is_detected(tmp_path, kernels, monkeypatch):
+    """Build without the barrier between the warps that add column sums."""
     problem = random_case("barrier", 1, 100, 120, max_iter=4)
     assert_backend_correct("cuda", problem, torch.float32, gradients=("envelope",))
-    broken = native.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_BARRIER"), None)
+    broken = library.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_BARRIER"), None)
     use(broken, monkeypatch.setattr)
     with pytest.raises((AssertionError, RuntimeError)):
         assert_backend_correct("cuda", problem, torch.float32, gradients=("envelope",))
 
 
-def test_a_missing_wait_for_copies_is_noticed(tmp_path, kernels, monkeypatch):
+def test_a_missing_wait_for_copies_is_detected(tmp_path, kernels, monkeypatch):
     problem = random_vector_case("copies", "cosine", batch=1, n=20, m=30, dim=48, max_iter=2)
     problem = problem.to(torch.float32, "cpu", torch.bfloat16)
     assert solve("cuda", problem)["value"].isfinite().all()
-    broken = native.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_WAIT"), None)
+    broken = library.open_library(build(tmp_path, "-O1", "-DOPTICAL_WITHOUT_WAIT"), None)
     use(broken, monkeypatch.setattr)
     assert solve("cuda", problem)["value"].isnan().all()
 
 
-def test_threads_that_wait_for_ever_are_reported(tmp_path):
+def test_deadlocks_are_reported(tmp_path):
     source = tmp_path / "deadlock.cu"
     source.write_text(
         '#include "primitives.cuh"\n'
@@ -291,18 +270,18 @@ def test_threads_that_wait_for_ever_are_reported(tmp_path):
         "        if (all || thread_index() != 33) sync_block();\n"
         "        else sync_warp();\n"
         "    };\n"
-        "    return host::run_cluster(0, 1, 64, 0, body);\n"
+        "    return emulator::run_cluster(0, 1, 64, 0, body);\n"
         "}\n"
     )
-    library = ctypes.CDLL(str(build(tmp_path, "-O1", source=source)))
-    assert library.met(1) == 1
-    assert library.met(0) == 0
+    compiled = ctypes.CDLL(str(build(tmp_path, "-O1", source=source)))
+    assert compiled.met(1) == 1
+    assert compiled.met(0) == 0
 
 
 @pytest.mark.slow
 def test_no_undefined_behaviour(tmp_path, monkeypatch, kernels):
     flags = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-static-libubsan")
-    use(native.open_library(build(tmp_path, *flags), None), monkeypatch.setattr)
+    use(library.open_library(build(tmp_path, *flags), None), monkeypatch.setattr)
     for n, m in ((7, 5), (40, 60), (130, 70), (200, 300)):
         clouds = random_vector_case("clouds", "cosine", batch=1, n=n, m=m, dim=18, max_iter=2)
         for problem in (clouds, packed(clouds), random_case("given", 1, n, m, max_iter=2)):
@@ -318,12 +297,12 @@ SOME = ["ragged", "nan_padding", "clusters", "rho", "cosine_ragged", "dot_ragged
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("name", SOME)
-def test_is_deterministic_and_independent_of_the_batch(name, gradient, kernels):
+def test_results_are_deterministic_and_independent_of_the_batch(name, gradient, kernels):
     problem = ALL[name].to(torch.float32)
     together, again = solve("cuda", problem, gradient), solve("cuda", problem, gradient)
     assert_same_bits(together, again)
     for i in range(len(problem.epsilon)):
-        alone = solve("cuda", problem.select(i), gradient)
+        alone = solve("cuda", problem.one(i), gradient)
         for field in FIELDS:
             part = slice(i, i + 1)
             if problem.cu_a is not None and field in "fg":
@@ -332,8 +311,8 @@ def test_is_deterministic_and_independent_of_the_batch(name, gradient, kernels):
             assert torch.equal(alone[field], together[field][part]), field
 
 
-def test_packed_problems_have_the_bits_of_their_own_size_in_any_batch(kernels):
-    """Regimes follow from each problem's size, not from the longest of the batch."""
+def test_packed_problems_have_the_same_bits_in_any_batch(kernels):
+    """A problem's regime depends on its own size, not on the largest of the batch."""
     lengths = {"rows": [3, 130, 40], "columns": [9, 70, 60]}
     clouds = random_vector_case(
         "mixed", "cosine", batch=3, n=130, m=70, dim=9, max_iter=4, **lengths
@@ -342,7 +321,7 @@ def test_packed_problems_have_the_bits_of_their_own_size_in_any_batch(kernels):
     together = solve("cuda", problem)
     for i in range(3):
         rows = slice(int(problem.cu_a[i]), int(problem.cu_a[i + 1]))
-        alone = solve("cuda", problem.select(i))
+        alone = solve("cuda", problem.one(i))
         assert torch.equal(alone["value"][0], together["value"][i])
         assert torch.equal(alone["f"], together["f"][rows])
     assert_backend_correct("cuda", packed(clouds), torch.float32, gradients=("envelope",))
@@ -357,15 +336,15 @@ TEAMS = {
 @pytest.mark.parametrize("kind", ["cosine", "dot"])
 @pytest.mark.parametrize("half", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"rho_a": 0.3, "omega": 1.4}], ids=["plain", "relaxed"])
-def test_problems_that_share_a_warp_go_ways_of_their_own(options, half, kind, kernels):
-    """Four or two in a warp: some absent, some cold, which need new bases when others do not,
-    and each stops for itself."""
+def test_problems_that_share_a_warp_are_independent(options, half, kind, kernels):
+    """Two or four problems per warp: some empty, some with small epsilon, which choose new bases
+    when others do not. Each stops at its own iteration."""
     clouds = random_vector_case("teams", kind, batch=11, n=40, m=35, dim=21, max_iter=50, **TEAMS)
     clouds = replace(clouds, epsilon=torch.logspace(-2.5, 0.5, 11).double(), tol=1e-3, **options)
     problem = packed(clouds).to(torch.float32, "cpu", half)
-    expected, stopped = [problem.select(i) for i in range(11)], set()
+    expected, stopped = [problem.one(i) for i in range(11)], set()
     for seed in (1, 2):
-        kernels.optical_host_seed(seed)
+        kernels.optical_emulator_seed(seed)
         together = solve("cuda", problem, "implicit")
         stopped |= set(together["n_iter"].tolist())
         for i, one in enumerate(expected):
@@ -396,8 +375,8 @@ def test_longest_lengths_are_read_once_and_never_under_capture(kernels, monkeypa
     assert len(read) == 2
 
 
-def test_short_problems_are_served_however_many_lines_they_have_in_all(kernels):
-    """One problem of all these lines would fit when it is solved, but not when it is unrolled."""
+def test_short_packed_problems_are_supported_for_any_total_length(kernels):
+    """One problem of the total length would fit in the forward pass, but not in UNROLL."""
     many = packed(random_vector_case("many", "cosine", batch=9, n=2, m=45, dim=4, max_iter=2))
     whole = random_case("whole", 1, 18, 405).to(torch.float32)
     assert cuda.supports(whole.problem()) is None
@@ -413,9 +392,9 @@ def test_the_content_of_padding_changes_no_bit(kind, gradient, kernels):
     if kind != "given":
         problem = random_vector_case("padded", kind, batch=4, n=9, m=11, **lengths)
     problem = replace(problem, max_iter=8, rho_a=0.5, omega=1.2)
-    absent = problem.log_a == -math.inf
-    clean = replace(problem, f0=absent * 0.0, g0=torch.zeros_like(problem.log_b))
-    dirty = replace(poisoned(clean), f0=torch.where(absent, math.nan, 0.0))
+    padding = problem.log_a == -math.inf
+    clean = replace(problem, f0=padding * 0.0, g0=torch.zeros_like(problem.log_b))
+    dirty = replace(poisoned(clean), f0=torch.where(padding, math.nan, 0.0))
     assert_same_bits(results(clean, gradient), results(dirty, gradient))
 
 
@@ -425,7 +404,7 @@ BROKEN += [("epsilon", math.nan), ("epsilon", 0.0), ("epsilon", -1.0)]
 
 @pytest.mark.parametrize("kind", ["given", "cosine"])
 @pytest.mark.parametrize(("field", "value"), BROKEN)
-def test_what_is_not_a_number_spoils_its_own_problem_alone(kind, field, value, kernels):
+def test_invalid_numbers_affect_only_their_own_problem(kind, field, value, kernels):
     problem = (
         random_case("", 3, 5, 6) if kind == "given" else random_vector_case("", kind, n=5, m=6)
     )
@@ -443,7 +422,7 @@ def test_what_is_not_a_number_spoils_its_own_problem_alone(kind, field, value, k
             assert torch.equal(out[name][i], clean[name][i]), name
 
 
-def test_stops_each_problem_at_the_iteration_the_truth_stops_at(kernels):
+def test_each_problem_stops_at_the_iteration_of_the_reference(kernels):
     for name in ("epsilon_per_problem", "ragged", "one_fully_masked", "marginals"):
         problem = replace(ALL[name], max_iter=60, tol=1e-3)
         n_iter = solve("cuda", problem.to(torch.float32))["n_iter"]
@@ -459,29 +438,34 @@ def test_extreme_masses_continue_in_the_log_domain(kernels):
     assert_backend_correct("cuda", replace(problem, x=cost, log_b=log_b), torch.float32)
 
 
-def test_both_ways_to_launch_plan_alike(kernels):
-    """Without nvcc the plan is made in Python: the same regimes, the same shared memory."""
+def test_launch_configurations_agree_with_nvrtc(kernels):
+    """The library and ``optical.backends.nvrtc`` choose the same regimes and shared memory."""
     sides = (1, 16, 17, 32, 33, 64, 65, 128, 129, 320, 512, 513, 2000)
     for shared, clusters in ((227 << 10, 8), (163 << 10, 1), (99 << 10, 8)):
         device = nvrtc.Device(shared, clusters)
         for kind, backward, n, m in itertools.product((0, 1), (None, 0, 1, 2), sides, sides):
             problem = structs.ProblemStruct(batch=1, n=n, m=m, kind=kind, gradient=backward or 0)
-            found = (ctypes.c_int * 5)()
-            number = kernels.optical_cuda_plan(
-                ctypes.byref(problem), backward is not None, shared, clusters, found
+            config = (ctypes.c_int * 5)()
+            number = kernels.optical_cuda_launch_config(
+                ctypes.byref(problem), backward is not None, shared, clusters, config
             )
-            expected = None if number < 0 else (number, *found)
-            assert nvrtc.plan(n, m, kind, backward, device) == expected, (n, m, kind, backward)
+            expected = None if number < 0 else (number, *config)
+            assert nvrtc.choose_launch(n, m, kind, backward, device) == expected, (
+                n,
+                m,
+                kind,
+                backward,
+            )
 
 
-def test_refusals_are_in_words(kernels):
-    given = random_case("", 1, 2, 2)
+def test_refusals_name_their_reason(kernels):
+    double = random_case("", 1, 2, 2)
     refused = {
-        "compute in float32": given,
-        "do not support anderson": replace(given, anderson=3).to(torch.float32),
+        "compute in float32": double,
+        "do not know anderson": replace(double, anderson=3).to(torch.float32),
         "700 x 700 does not fit": random_case("", 1, 700, 700).to(torch.float32),
     }
     for reason, problem in refused.items():
         assert reason in cuda.supports(problem.problem())
-    annealed = replace(given, anneal_start=1.0).to(torch.float32)
+    annealed = replace(double, anneal_start=1.0).to(torch.float32)
     assert "does not undo annealing" in cuda.supports(annealed.problem("unroll"))

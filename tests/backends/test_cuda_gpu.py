@@ -1,4 +1,7 @@
-"""What the CUDA kernels promise on a device beside results, which ``test_backends.py`` compares."""
+"""CUDA kernels on a device: graph capture, half precision, streams and synchronisation.
+
+``test_backends.py`` compares their results.
+"""
 
 from dataclasses import replace
 
@@ -13,7 +16,7 @@ from optical.testing.tolerance import assert_backend_correct, solve
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 SIZES = [(20, 30), (64, 50), (128, 100), (100, 300), (300, 400)]
 
@@ -28,7 +31,7 @@ def on_device(problem, gradient="envelope"):
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize(("n", "m"), SIZES)
-def test_captured_in_a_graph_and_replayed_it_gives_the_same_bits(n, m, gradient):
+def test_graph_capture_and_replay_give_the_same_bits(n, m, gradient):
     problem = on_device(random_vector_case("graph", "cosine", batch=4, n=n, m=m, dim=40), gradient)
     expected = solve("cuda", problem, gradient)
     graph = torch.cuda.CUDAGraph()
@@ -44,7 +47,7 @@ def test_captured_in_a_graph_and_replayed_it_gives_the_same_bits(n, m, gradient)
 
 
 @pytest.mark.parametrize(("n", "m"), SIZES)
-def test_half_precision_by_its_rule(n, m):
+def test_half_precision_within_its_tolerance(n, m):
     problem = random_case("half", 3, n, m, epsilon=0.05, max_iter=32)
     fast = on_device(replace(problem, precision="fast"))
     assert_backend_correct("cuda", fast, torch.float32, "cuda", gradients=("envelope",))
@@ -53,7 +56,7 @@ def test_half_precision_by_its_rule(n, m):
     assert torch.equal(out["f"], solve("cuda", fast)["f"])
 
 
-def test_it_runs_on_the_current_stream():
+def test_kernels_run_on_the_current_stream():
     problem = on_device(random_case("stream", 64, 100, 100, max_iter=2000))
     arguments = problem.problem(backend="cuda")
     operator.sinkhorn(arguments)
@@ -67,7 +70,7 @@ def test_it_runs_on_the_current_stream():
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_nothing_waits_for_the_device(gradient):
+def test_no_call_synchronises_with_the_device(gradient):
     clouds = random_vector_case("sync", "cosine", batch=3, n=100, m=90, dim=32)
     for problem in (clouds, packed(clouds)):
         problem = on_device(problem, gradient)

@@ -1,18 +1,18 @@
-// The threads that solve one problem, and the sums they form together.
+// The threads that solve one problem, and the reductions and exchanges between them.
 //
 // A problem is a grid of warp tiles. The lanes of a warp form a grid of 4 x 8, and each lane holds
 // RI x RJ entries of the tile in registers: RI rows, shared with the 8 lanes of its row of the
-// grid, and RJ columns, shared with the 4 lanes of its column. Warps stand in `across` columns and
-// `down` rows; the blocks of a cluster divide the rows. Of small problems a warp holds several, each
-// in a team of 16 lanes, 4 x 4, or of 8, 2 x 4, which goes its own way where the problem asks for it.
+// grid, and RJ columns, shared with the 4 lanes of its column. The warps of a block form a grid of
+// `down` x `across`; the blocks of a cluster divide the rows. Small problems share a warp: each has
+// a team of 16 lanes (4 x 4) or of 8 lanes (2 x 4), and teams may diverge.
 //
-// The slots in which a lane holds its rows are in an order of its own, row = first + (slot ^ lane
-// bits): then a sum over lanes is a butterfly in which each lane sends its upper slots and keeps
-// its lower ones, without a single select, and ends with OI = RI / 8 rows that it owns. Spreading
-// values from their owners back to all lanes is the same butterfly in reverse. Columns likewise.
+// A lane stores its rows in permuted slots, row = first + (slot ^ lane bits). A sum over lanes is
+// then a butterfly in which every lane sends its upper slots and keeps its lower slots, without a
+// select, and ends with OI = RI / 8 rows that the lane owns. The reverse butterfly broadcasts
+// values from their owners to all lanes. Columns work alike.
 //
-// Values of owned lines are computed alike by every warp that needs them, so that between warps
-// only partial sums pass through shared memory, with one barrier each.
+// Every warp that needs the values of owned rows or columns computes them itself. Only partial sums
+// pass through shared memory, with one barrier each.
 #pragma once
 
 #include "primitives.cuh"
@@ -20,58 +20,60 @@
 namespace optical {
 namespace cuda {
 
-// Who solves a problem: one warp, one block, or a cluster of blocks.
+// The threads that solve a problem: one warp, one block, or a cluster of blocks.
 enum class Span { warp, block, cluster };
 
 struct Sum {
     static OPTICAL_DEVICE float of(float x, float y) { return x + y; }
 };
-struct Least {
+struct Minimum {
     static OPTICAL_DEVICE float of(float x, float y) { return smaller(x, y); }
 };
 
-// What a warp tells all others beside its partial sums.
-struct Note {
+// The values that a warp exchanges with the others in addition to its partial sums.
+struct Report {
     unsigned flags;
     float residual;
 };
 
 constexpr int max_warps = 8;
 
-// DOWN and ACROSS fix the grid of warps at compile time, where they are not 0. `fast`: iterations
-// use half precision, see halves.cuh. `lanes`: of a warp, for one problem.
+// Template parameters: RI_ x RJ_ entries per lane; DOWN x ACROSS, the grid of warps if it is known
+// at compile time, else 0; `fast_`, iterations in half precision (half_precision.cuh); `lanes_`,
+// the lanes of a warp that share a problem.
 template <int RI_, int RJ_, Span span_, int DOWN = 0, int ACROSS = 0, bool fast_ = false,
           int lanes_ = 32>
-struct Group {
+struct ThreadGrid {
     static constexpr int lanes = lanes_, teams = 32 / lanes;
     static constexpr int lanes_across = lanes == 32 ? 8 : 4, lanes_down = lanes / lanes_across;
     static constexpr int RI = RI_, RJ = RJ_;
     static constexpr Span span = span_;
     static constexpr bool fast = fast_;
-    // Of a warp: sixteen rows of K and two vectors.
+    // Per warp: sixteen rows of K and two vectors.
     static constexpr int half_words = fast ? 16 * 36 + 2 * 64 : 0;
     static constexpr int OI = RI / lanes_across, OJ = RJ / lanes_down;
     static constexpr int warps_at_once = DOWN * ACROSS > 0 ? DOWN * ACROSS : 1;
     static constexpr int tile_rows = lanes_down * RI, tile_columns = lanes_across * RJ;
 
     static_assert(span == Span::warp || teams == 1, "a team is a part of one warp");
-    static_assert(OI * lanes_across == RI && OJ * lanes_down == RJ, "every lane owns lines");
+    static_assert(OI * lanes_across == RI && OJ * lanes_down == RJ,
+                  "every lane owns rows and columns");
 
     int thread, threads, team, lane, lane_down, lane_across, warp, warp_down, warp_across;
-    int down, across;       // the grid of warps of this block
-    int rank, blocks;       // in the cluster
+    int down, across;  // the grid of warps of this block
+    int rank, blocks;  // in the cluster
     int first_row, first_column;  // of this lane
     int row_turn, column_turn, scalar_turn;
-    // Exchanged between warps, twice: while some still read one copy, others write the next.
+    // Exchange buffers, twice each: some warps may still read one copy while others write the next.
     float *row_parts, *column_parts;
-    Note* notes;
+    Report* reports;
     double* scalars;
     static constexpr int scalars_per_warp = 6;
 
-    static OPTICAL_ANYWHERE int exchange_bytes(int down, int across) {
+    static OPTICAL_HOST_DEVICE int exchange_bytes(int down, int across) {
         if (span == Span::warp) return 0;
         const int warps = down * across;
-        return 2 * (warps * (32 * (OI + OJ) * 4 + (int)sizeof(Note) + scalars_per_warp * 8));
+        return 2 * (warps * (32 * (OI + OJ) * 4 + (int)sizeof(Report) + scalars_per_warp * 8));
     }
 
     OPTICAL_DEVICE void start(char* memory, int warps_down, int warps_across) {
@@ -90,8 +92,8 @@ struct Group {
         row_turn = column_turn = scalar_turn = 0;
         const int warps = down * across;
         scalars = (double*)memory;
-        notes = (Note*)(scalars + 2 * warps * scalars_per_warp);
-        row_parts = (float*)(notes + 2 * warps);
+        reports = (Report*)(scalars + 2 * warps * scalars_per_warp);
+        row_parts = (float*)(reports + 2 * warps);
         column_parts = row_parts + 2 * warps * 32 * OI;
     }
 
@@ -114,69 +116,71 @@ struct Group {
         return span == Span::cluster ? remote(local, block) : local;
     }
 
-    // ---------------------------------------------------------------------------- within a warp
+    // ------------------------------------------------------------------------------- within a warp
 
-    // The sums (or minima) over the lanes across, of a lane's rows: `out` for those it owns.
+    // Reduces the rows of the lanes across. `out` receives the rows that the lane owns.
     template <typename Op>
     OPTICAL_DEVICE void fold_rows(float (&x)[RI], float (&out)[OI]) const {
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int half = RI / 2; half >= OI; half /= 2)
-            OPTICAL_EACH
+            OPTICAL_UNROLL_LOOP
             for (int s = 0; s < RI / 2; ++s)
                 if (s < half) x[s] = Op::of(x[s], shuffle_xor<lanes>(x[s + half], half / OI));
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) out[o] = x[o];
     }
     template <typename Op>
     OPTICAL_DEVICE void fold_columns(float (&x)[RJ], float (&out)[OJ]) const {
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int half = RJ / 2; half >= OJ; half /= 2)
-            OPTICAL_EACH
+            OPTICAL_UNROLL_LOOP
             for (int s = 0; s < RJ / 2; ++s)
                 if (s < half)
                     x[s] = Op::of(x[s], shuffle_xor<lanes>(x[s + half], half / OJ * lanes_across));
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) out[o] = x[o];
     }
-    OPTICAL_DEVICE void spread_rows(const float (&own)[OI], float (&x)[RI]) const {
-        OPTICAL_EACH
-        for (int o = 0; o < OI; ++o) x[o] = own[o];
-        OPTICAL_EACH
+    OPTICAL_DEVICE void spread_rows(const float (&owned)[OI], float (&x)[RI]) const {
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) x[o] = owned[o];
+        OPTICAL_UNROLL_LOOP
         for (int half = OI; half < RI; half *= 2)
-            OPTICAL_EACH
+            OPTICAL_UNROLL_LOOP
             for (int s = 0; s < RI / 2; ++s)
                 if (s < half) x[s + half] = shuffle_xor<lanes>(x[s], half / OI);
     }
-    OPTICAL_DEVICE void spread_columns(const float (&own)[OJ], float (&x)[RJ]) const {
-        OPTICAL_EACH
-        for (int o = 0; o < OJ; ++o) x[o] = own[o];
-        OPTICAL_EACH
+    OPTICAL_DEVICE void spread_columns(const float (&owned)[OJ], float (&x)[RJ]) const {
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) x[o] = owned[o];
+        OPTICAL_UNROLL_LOOP
         for (int half = OJ; half < RJ; half *= 2)
-            OPTICAL_EACH
+            OPTICAL_UNROLL_LOOP
             for (int s = 0; s < RJ / 2; ++s)
                 if (s < half) x[s + half] = shuffle_xor<lanes>(x[s], half / OJ * lanes_across);
     }
 
-    // A row at a time, in loops that are not unrolled: where speed does not count, this saves
-    // registers, code and the time to compile it. Row `q` of the lanes across is in this slot:
+    // The functions below process one row at a time, in loops that are not unrolled. Code outside
+    // the iteration uses them: they save registers, code size and compile time. slot_of(q) is the
+    // slot that holds row q of the lanes across.
     OPTICAL_DEVICE int slot_of(int q) const { return q ^ (lane_across * OI); }
-    OPTICAL_DEVICE float row_value(const float (&own)[OI], int q) const {
-        float x = own[0];
-        OPTICAL_EACH
-        for (int o = 1; o < OI; ++o) x = q % OI == o ? own[o] : x;
+    OPTICAL_DEVICE float row_value(const float (&owned)[OI], int q) const {
+        float x = owned[0];
+        OPTICAL_UNROLL_LOOP
+        for (int o = 1; o < OI; ++o) x = q % OI == o ? owned[o] : x;
         return shuffle<lanes>(x, lane_down * lanes_across + q / OI);
     }
     template <typename Op>
     OPTICAL_DEVICE void fold_row(float x, int q, float (&out)[OI]) const {
-        OPTICAL_EACH
-        for (int mask = 1; mask < lanes_across; mask *= 2) x = Op::of(x, shuffle_xor<lanes>(x, mask));
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
+        for (int mask = 1; mask < lanes_across; mask *= 2)
+            x = Op::of(x, shuffle_xor<lanes>(x, mask));
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) out[o] = q == lane_across * OI + o ? x : out[o];
     }
 
-    // ---------------------------------------------------------------------------- between warps
+    // ------------------------------------------------------------------------------- between warps
 
-    // Sums over all columns of the problem, for the rows that a lane owns.
+    // Reduces over all columns of the problem, for the rows that a lane owns.
     template <typename Op>
     OPTICAL_DEVICE void rows(float (&x)[RI], float (&out)[OI]) {
         fold_rows<Op>(x, out);
@@ -192,23 +196,23 @@ struct Group {
         add_rows<Op>(parts, out);
     }
     OPTICAL_DEVICE void put_rows(float* parts, const float (&x)[OI]) const {
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) parts[thread * OI + o] = x[o];
     }
     template <typename Op>
     OPTICAL_DEVICE void add_rows(const float* parts, float (&out)[OI]) const {
         const float* from = parts + (warp_down * across * 32 + lane) * OI;
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) out[o] = from[o];
-        OPTICAL_WARPS
+        OPTICAL_UNROLL_WARPS
         for (int w = 1; w < across; ++w) {
             from += 32 * OI;
-            OPTICAL_EACH
+            OPTICAL_UNROLL_LOOP
             for (int o = 0; o < OI; ++o) out[o] = Op::of(out[o], from[o]);
         }
     }
 
-    // Sums over all rows of the problem, for the columns that a lane owns.
+    // Reduces over all rows of the problem, for the columns that a lane owns.
     template <typename Op>
     OPTICAL_DEVICE void columns(float (&x)[RJ], float (&out)[OJ]) {
         fold_columns<Op>(x, out);
@@ -223,122 +227,123 @@ struct Group {
         return column_parts + column_turn * down * across * 32 * OJ;
     }
     OPTICAL_DEVICE void put_columns(float* parts, const float (&x)[OJ]) const {
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) parts[thread * OJ + o] = x[o];
     }
     template <typename Op>
     OPTICAL_DEVICE void add_columns(const float* parts, float (&out)[OJ]) const {
-        const float* const mine = parts + (warp_across * 32 + lane) * OJ;
-        OPTICAL_ROLLED
+        const float* const own_part = parts + (warp_across * 32 + lane) * OJ;
+        OPTICAL_KEEP_LOOP
         for (int b = 0; b < blocks; ++b) {
-            const float* const there = at_block(mine, b);
-            OPTICAL_WARPS
+            const float* const remote_part = at_block(own_part, b);
+            OPTICAL_UNROLL_WARPS
             for (int w = 0; w < down; ++w)
-                OPTICAL_EACH
+                OPTICAL_UNROLL_LOOP
                 for (int o = 0; o < OJ; ++o) {
-                    const float part = there[w * across * 32 * OJ + o];
+                    const float part = remote_part[w * across * 32 * OJ + o];
                     out[o] = b == 0 && w == 0 ? part : Op::of(out[o], part);
                 }
         }
     }
 
-    // The same for the iteration, with what the warps have to tell each other. Rows and columns
-    // take turns there, and between two exchanges of rows all threads of a block have met: one
-    // place is enough, whose address does not change. Other blocks may still read, though.
+    // The exchanges of the iteration, which add reports to the sums. Rows and columns alternate,
+    // and all threads of the block meet between two exchanges of rows, so a single buffer at a
+    // fixed address suffices. Column sums of a cluster need two buffers: other blocks may still
+    // read the last one.
     //
-    // Returns whether any thread of the block has `seen` something before.
-    OPTICAL_DEVICE bool exchange_rows(float (&out)[OI], bool seen) const {
-        if (span == Span::warp) return warp_any<lanes>(seen);
+    // Returns whether any thread of the block passed `flag`.
+    OPTICAL_DEVICE bool exchange_rows(float (&out)[OI], bool flag) const {
+        if (span == Span::warp) return warp_any<lanes>(flag);
         put_rows(row_parts, out);
-        const bool any = sync_block_or(seen);
+        const bool any = sync_block_or(flag);
         add_rows<Sum>(row_parts, out);
         return any;
     }
-    // With `measure`, notes what the rows of this warp have `missed()`, for `residual` below; of
-    // the warps of a cluster it unites the flags.
-    template <typename Missed>
-    OPTICAL_DEVICE void exchange_columns(float (&out)[OJ], Note& note, bool measure,
-                                         Missed missed) {
+    // With `measure`, stores the mismatch of the rows of this warp for residual() below. In a
+    // cluster, also unites the flags of all warps.
+    template <typename Mismatch>
+    OPTICAL_DEVICE void exchange_columns(float (&out)[OJ], Report& report, bool measure,
+                                         Mismatch mismatch) {
         float* const parts = span == Span::cluster ? next_column_parts() : column_parts;
         if (measure) {
-            note.residual = over_lanes(missed());
-            if (span != Span::warp && lane == 0) my_notes()[warp].residual = note.residual;
+            report.residual = over_lanes(mismatch());
+            if (span != Span::warp && lane == 0) own_reports()[warp].residual = report.residual;
         }
         if (span == Span::warp) return;
         put_columns(parts, out);
         if (span == Span::cluster) {
-            note.flags = warp_or<lanes>(note.flags);
-            if (lane == 0) my_notes()[warp].flags = note.flags;
+            report.flags = warp_or<lanes>(report.flags);
+            if (lane == 0) own_reports()[warp].flags = report.flags;
         }
         sync_exchange();
         add_columns<Sum>(parts, out);
         if (span == Span::cluster) {
-            OPTICAL_ROLLED
+            OPTICAL_KEEP_LOOP
             for (int b = 0; b < blocks; ++b)
-                if (lane < down * across) note.flags |= at_block(my_notes(), b)[lane].flags;
+                if (lane < down * across) report.flags |= at_block(own_reports(), b)[lane].flags;
         }
     }
-    OPTICAL_DEVICE Note* my_notes() const {
-        return span == Span::cluster ? notes + column_turn * down * across : notes;
+    OPTICAL_DEVICE Report* own_reports() const {
+        return span == Span::cluster ? reports + column_turn * down * across : reports;
     }
-    // What all rows miss, after an exchange of columns that measured it.
+    // The mismatch of all rows, after an exchange of columns that measured it.
     OPTICAL_DEVICE float residual(float of_warp) const {
         if (span == Span::warp) return of_warp;
         float sum = 0;
-        OPTICAL_ROLLED
+        OPTICAL_KEEP_LOOP
         for (int b = 0; b < blocks; ++b)
-            OPTICAL_ROLLED
-            for (int w = 0; w < down; ++w) sum += at_block(my_notes(), b)[w * across].residual;
+            OPTICAL_KEEP_LOOP
+            for (int w = 0; w < down; ++w) sum += at_block(own_reports(), b)[w * across].residual;
         return sum;
     }
-    // Whether any thread of the block has seen something.
-    OPTICAL_DEVICE bool any(bool seen) const {
-        return span == Span::warp ? warp_any<lanes>(seen) : sync_block_or(seen);
+    // Whether any thread of the block passed `flag`.
+    OPTICAL_DEVICE bool any(bool flag) const {
+        return span == Span::warp ? warp_any<lanes>(flag) : sync_block_or(flag);
     }
 
-    // The barrier of a block that the tests leave out, to see that they would notice.
+    // Tests build without this barrier to check that the emulator detects the race.
     OPTICAL_DEVICE void sync_exchange() const {
 #if !defined(OPTICAL_WITHOUT_BARRIER)
         sync();
 #endif
     }
 
-    // ----------------------------------------------------------------------------------- scalars
+    // ------------------------------------------------------------------------------------- scalars
 
     template <typename Value>
     OPTICAL_DEVICE static Value over_lanes(Value x) {
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int mask = lanes / 2; mask > 0; mask /= 2) x += shuffle_xor<lanes>(x, mask);
         return x;
     }
 
-    // Sums over all rows, or over all columns, of what every lane has of those it owns.
+    // Adds scalars over the owners of all rows, or of all columns.
     template <int N>
-    OPTICAL_DEVICE void total(double (&x)[N], bool of_rows) {
-        OPTICAL_EACH
+    OPTICAL_DEVICE void total(double (&x)[N], bool over_rows) {
+        OPTICAL_UNROLL_LOOP
         for (int k = 0; k < N; ++k) x[k] = over_lanes(x[k]);
         if (span == Span::warp) return;
         double* const all = scalars + scalar_turn * down * across * scalars_per_warp;
         scalar_turn ^= 1;
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int k = 0; k < N; ++k)
             if (lane == k) all[warp * scalars_per_warp + k] = x[k];
         sync();
-        OPTICAL_EACH
+        OPTICAL_UNROLL_LOOP
         for (int k = 0; k < N; ++k) x[k] = 0;
-        const int count = of_rows ? down : across, step = of_rows ? across : 1;
-        OPTICAL_ROLLED
-        for (int b = 0; b < (of_rows ? blocks : 1); ++b) {
+        const int count = over_rows ? down : across, step = over_rows ? across : 1;
+        OPTICAL_KEEP_LOOP
+        for (int b = 0; b < (over_rows ? blocks : 1); ++b) {
             const double* const from = at_block(all, b);
-            OPTICAL_WARPS
+            OPTICAL_UNROLL_WARPS
             for (int w = 0; w < count; ++w)
-                OPTICAL_EACH
+                OPTICAL_UNROLL_LOOP
                 for (int k = 0; k < N; ++k) x[k] += from[w * step * scalars_per_warp + k];
         }
     }
 
-    // The union of what all threads found.
-    OPTICAL_DEVICE unsigned united(unsigned bits) {
+    // The bitwise or over all threads of the problem.
+    OPTICAL_DEVICE unsigned union_of(unsigned bits) {
         bits = warp_or<lanes>(bits);
         if (span == Span::warp) return bits;
         const int warps = down * across;
@@ -346,10 +351,10 @@ struct Group {
         scalar_turn ^= 1;
         if (lane == 0) all[warp * scalars_per_warp] = (double)bits;
         sync();
-        unsigned found = 0;
+        unsigned bits_of_all = 0;
         for (int b = 0; b < blocks; ++b)
-            if (lane < warps) found |= (unsigned)at_block(all, b)[lane * scalars_per_warp];
-        return warp_or<lanes>(found);
+            if (lane < warps) bits_of_all |= (unsigned)at_block(all, b)[lane * scalars_per_warp];
+        return warp_or<lanes>(bits_of_all);
     }
 };
 

@@ -1,8 +1,9 @@
-// The primitives on the CPU, for tests: one fiber per thread, one scheduler, no second core.
+// An emulator of CUDA threads on the CPU: the functions of csrc/cuda/primitives.cuh for tests.
 //
-// A fiber runs until it meets others, at a shuffle, a vote or a barrier; then another one, chosen
-// at random by the seed, runs. Shared memory starts as NaN. A barrier that is missing shows as a
-// wrong result or NaN under some schedule, one that not all threads reach as a deadlock.
+// Every thread is a fiber, and one scheduler runs them on one core. A fiber runs until it reaches a
+// shuffle, a vote or a barrier; then the scheduler picks another one at random, from a seed. Shared
+// memory starts as NaN. A missing barrier shows as a wrong result or NaN under some schedule; a
+// barrier that some threads never reach shows as a deadlock.
 #pragma once
 
 #include <math.h>
@@ -18,19 +19,19 @@
 #endif
 
 #define OPTICAL_DEVICE inline
-#define OPTICAL_ANYWHERE inline
+#define OPTICAL_HOST_DEVICE inline
 #define OPTICAL_KERNEL(name, threads) inline void name
 #define OPTICAL_CONSTANT const
-#define OPTICAL_EACH
-#define OPTICAL_ROLLED
-#define OPTICAL_WARPS
+#define OPTICAL_UNROLL_LOOP
+#define OPTICAL_KEEP_LOOP
+#define OPTICAL_UNROLL_WARPS
 
 namespace optical {
 namespace cuda {
-namespace host {
+namespace emulator {
 
 #if defined(__x86_64__)
-// Saves the registers that a function must keep, and changes stacks.
+// Saves the callee-saved registers and switches stacks.
 extern "C" void optical_switch(void** save, void* load);
 asm(R"(
 .text
@@ -79,20 +80,20 @@ struct Context {
 
 struct Thread;
 
-// Where `expected` threads wait for one another.
+// A barrier of `expected` threads.
 struct Meeting {
     int expected = 0;
     std::vector<Thread*> waiting;
 };
 
-// Lanes that work together, and what they give each other.
+// Lanes that work together, and the values that they exchange.
 struct Team {
     Meeting meeting;
     uint64_t values[2][32];
     unsigned fragments[2][32][6];
 };
 
-// Its teams of 32, 16 and 8 lanes.
+// A warp with its teams of 32, 16 and 8 lanes.
 struct Warp {
     Team all, halves[2], quarters[4];
 
@@ -126,7 +127,7 @@ struct Thread {
     Block* block;
     Warp* warp;
     int index, block_turn = 0;
-    int turns[3] = {0, 0, 0};  // in its teams
+    int turns[3] = {0, 0, 0};  // counts exchanges in the teams of 32, 16 and 8 lanes
     std::vector<Copy> ahead;
 };
 
@@ -167,7 +168,7 @@ inline void meet(Meeting& meeting) {
     Context::change(self->context, m.scheduler);
 }
 
-// A thread that has returned is expected nowhere any more.
+// Removes a thread that has returned from a barrier.
 inline void leave(Meeting& meeting) {
     --meeting.expected;
     if (meeting.expected > 0 && (int)meeting.waiting.size() == meeting.expected) release(meeting);
@@ -182,7 +183,7 @@ inline void enter() {
     Context::change(self->context, m.scheduler);
 }
 
-// Runs one cluster of blocks. False: some threads wait for ever.
+// Runs one cluster of blocks. Returns false on a deadlock.
 inline bool run_cluster(int first, int size, int threads, size_t bytes,
                         const std::function<void()>& body) {
     Machine& m = machine();
@@ -211,16 +212,16 @@ inline bool run_cluster(int first, int size, int threads, size_t bytes,
         }
     }
     while (!m.ready.empty()) {
-        const size_t chosen = (size_t)(m.next() % m.ready.size());
-        m.self = m.ready[chosen];
-        m.ready[chosen] = m.ready.back();
+        const size_t pick = (size_t)(m.next() % m.ready.size());
+        m.self = m.ready[pick];
+        m.ready[pick] = m.ready.back();
         m.ready.pop_back();
         Context::change(m.scheduler, m.self->context);
     }
     return m.cluster.expected == 0;
 }
 
-// The team of this thread, and which of its two places for values is free.
+// The team of this thread, and the exchange slot that is free.
 template <int lanes>
 inline Team& next_turn(int& turn) {
     Thread& self = *machine().self;
@@ -240,23 +241,23 @@ inline Value exchanged(Value value, int lane) {
     return result;
 }
 
-}  // namespace host
+}  // namespace emulator
 
-inline int thread_index() { return host::machine().self->index; }
-inline int thread_count() { return host::machine().threads; }
-inline int block_index() { return host::machine().self->block->index; }
-inline int cluster_rank() { return host::machine().self->block->rank; }
-inline int cluster_size() { return host::machine().cluster_size; }
-inline char* shared_memory() { return host::machine().self->block->aligned; }
+inline int thread_index() { return emulator::machine().self->index; }
+inline int thread_count() { return emulator::machine().threads; }
+inline int block_index() { return emulator::machine().self->block->index; }
+inline int cluster_rank() { return emulator::machine().self->block->rank; }
+inline int cluster_size() { return emulator::machine().cluster_size; }
+inline char* shared_memory() { return emulator::machine().self->block->aligned; }
 
-// As late as is allowed.
-inline void copy_ahead(void* to, const void* from, bool here) {
-    host::machine().self->ahead.push_back({to, here ? from : nullptr});
+// Copies as late as the hardware may: in wait_for_copies().
+inline void copy_async(void* to, const void* from, bool predicate) {
+    emulator::machine().self->ahead.push_back({to, predicate ? from : nullptr});
 }
 inline void wait_for_copies() {
 #if !defined(OPTICAL_WITHOUT_WAIT)
-    std::vector<host::Copy>& ahead = host::machine().self->ahead;
-    for (const host::Copy& copy : ahead) {
+    std::vector<emulator::Copy>& ahead = emulator::machine().self->ahead;
+    for (const emulator::Copy& copy : ahead) {
         if (((uintptr_t)copy.to | (uintptr_t)copy.from) % 16 != 0) abort();
         if (copy.from) memcpy(copy.to, copy.from, 16);
         else memset(copy.to, 0, 16);
@@ -267,99 +268,104 @@ inline void wait_for_copies() {
 
 template <int lanes = 32, typename Value>
 inline Value shuffle_xor(Value x, int mask) {
-    return host::exchanged<lanes>(x, (thread_index() % lanes) ^ mask);
+    return emulator::exchanged<lanes>(x, (thread_index() % lanes) ^ mask);
 }
 template <int lanes = 32, typename Value>
 inline Value shuffle(Value x, int lane) {
-    return host::exchanged<lanes>(x, lane);
+    return emulator::exchanged<lanes>(x, lane);
 }
 template <int lanes = 32>
 inline unsigned warp_or(unsigned bits) {
     int turn;
-    host::Team& team = host::next_turn<lanes>(turn);
+    emulator::Team& team = emulator::next_turn<lanes>(turn);
     const int own = thread_index() % 32, first = own / lanes * lanes;
     team.values[turn][own] = bits;
-    host::meet(team.meeting);
+    emulator::meet(team.meeting);
     unsigned all = 0;
     for (int lane = first; lane < first + lanes; ++lane) all |= (unsigned)team.values[turn][lane];
     return all;
 }
 template <int lanes = 32>
-inline bool warp_any(bool here) {
-    return warp_or<lanes>(here) != 0;
+inline bool warp_any(bool predicate) {
+    return warp_or<lanes>(predicate) != 0;
 }
 template <int lanes = 32>
 inline void sync_warp() {
-    host::Thread& self = *host::machine().self;
-    host::meet(self.warp->team<lanes>(self.index % 32).meeting);
+    emulator::Thread& self = *emulator::machine().self;
+    emulator::meet(self.warp->team<lanes>(self.index % 32).meeting);
 }
-template <bool turned>
+template <bool transposed>
 inline void load_matrices(unsigned (&pairs)[4], const void* row) {
     int turn;
-    host::Team& team = host::next_turn<32>(turn);
+    emulator::Team& team = emulator::next_turn<32>(turn);
     unsigned (*const all)[6] = team.fragments[turn];
     const int lane = thread_index() % 32, first = lane / 4, second = lane % 4;
     if ((uintptr_t)row % 16 != 0) abort();
     memcpy(all[lane], row, 16);
-    host::meet(team.meeting);
+    emulator::meet(team.meeting);
     for (int i = 0; i < 4; ++i) {
         uint16_t low, high;
-        const int row_low = 8 * i + (turned ? 2 * second : first);
-        const int row_high = turned ? row_low + 1 : row_low;
-        const int column = turned ? first : 2 * second;
+        const int row_low = 8 * i + (transposed ? 2 * second : first);
+        const int row_high = transposed ? row_low + 1 : row_low;
+        const int column = transposed ? first : 2 * second;
         memcpy(&low, (const char*)all[row_low] + 2 * column, 2);
-        memcpy(&high, (const char*)all[row_high] + 2 * (turned ? column : column + 1), 2);
+        memcpy(&high, (const char*)all[row_high] + 2 * (transposed ? column : column + 1), 2);
         pairs[i] = low | (unsigned)high << 16;
     }
 }
-float from_half(unsigned bits, bool brain);
-unsigned to_half(float value, bool brain);
-inline unsigned pack_halves(float x, float y) { return to_half(x, false) | to_half(y, false) << 16; }
-inline unsigned pack_brains(float x, float y) { return to_half(x, true) | to_half(y, true) << 16; }
+float from_half(unsigned bits, bool bfloat);
+unsigned to_half(float value, bool bfloat);
+inline unsigned pack_halves(float x, float y) {
+    return to_half(x, false) | to_half(y, false) << 16;
+}
+inline unsigned pack_bfloats(float x, float y) {
+    return to_half(x, true) | to_half(y, true) << 16;
+}
 inline float low_half(unsigned pair) { return from_half(pair & 0xffffu, false); }
 inline float high_half(unsigned pair) { return from_half(pair >> 16, false); }
 inline void multiply_fragments(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
-                               bool brain) {
+                               bool bfloat) {
     int turn;
-    host::Team& team = host::next_turn<32>(turn);
+    emulator::Team& team = emulator::next_turn<32>(turn);
     unsigned (*const all)[6] = team.fragments[turn];
     const int lane = thread_index() % 32, first = lane / 4, second = lane % 4;
     memcpy(all[lane], a, sizeof a);
     memcpy(all[lane] + 4, b, sizeof b);
-    host::meet(team.meeting);
+    emulator::meet(team.meeting);
     for (int i = 0; i < 4; ++i) {
         const int low = i / 2, column = 2 * second + i % 2;  // rows g and g + 8
         for (int k = 0; k < 16; ++k) {
             const unsigned x = all[first * 4 + k % 8 / 2][low + k / 8 * 2] >> k % 2 * 16;
             const unsigned y = all[column * 4 + k % 8 / 2][4 + k / 8] >> k % 2 * 16;
-            d[i] += from_half(x & 0xffffu, brain) * from_half(y & 0xffffu, brain);
+            d[i] += from_half(x & 0xffffu, bfloat) * from_half(y & 0xffffu, bfloat);
         }
     }
 }
-inline void sync_block() { host::meet(host::machine().self->block->meeting); }
-inline bool sync_block_or(bool here) {
-    // Three votes: while some read one, others may cast the next, and the third is cleared.
-    host::Thread& self = *host::machine().self;
+inline void sync_block() { emulator::meet(emulator::machine().self->block->meeting); }
+inline bool sync_block_or(bool predicate) {
+    // Three slots: while some threads read one, others may vote in the next, and the third is
+    // cleared.
+    emulator::Thread& self = *emulator::machine().self;
     unsigned* const votes = self.block->votes;
     unsigned& vote = votes[self.block_turn % 3];
     votes[(self.block_turn + 1) % 3] = 0;
     ++self.block_turn;
-    vote |= here;
-    host::meet(self.block->meeting);
+    vote |= predicate;
+    emulator::meet(self.block->meeting);
     return vote != 0;
 }
-inline void sync_cluster() { host::meet(host::machine().cluster); }
+inline void sync_cluster() { emulator::meet(emulator::machine().cluster); }
 
 template <typename Element>
 inline const Element* remote(const Element* local, int rank) {
-    host::Thread& self = *host::machine().self;
-    // Blocks of a cluster lie one behind the other.
-    host::Block* const other = self.block - self.block->rank + rank;
+    emulator::Thread& self = *emulator::machine().self;
+    // The blocks of a cluster are consecutive.
+    emulator::Block* const other = self.block - self.block->rank + rank;
     return (const Element*)(other->aligned + ((const char*)local - self.block->aligned));
 }
 
-inline int kept(int x) { return x; }
-inline float kept(float x) { return x; }
+inline int opaque(int x) { return x; }
+inline float opaque(float x) { return x; }
 inline float exp2_fast(float x) { return x < -126 ? 0 : exp2f(x); }
 inline float log2_fast(float x) { return log2f(x); }
 inline float reciprocal(float x) { return 1 / x; }

@@ -1,0 +1,43 @@
+"""Build the CUDA kernels for the CPU and route ``optical.backends.cuda`` to the emulated library."""
+
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optical.backends import cuda, library
+
+EMULATOR = Path(__file__).resolve().parent
+SOURCES = EMULATOR.parent.parent / "csrc" / "cuda"
+FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS += ["-DOPTICAL_EMULATED", f"-I{EMULATOR}", f"-I{SOURCES}"]
+if platform.machine() in ("x86_64", "AMD64"):
+    FLAGS.append("-mfma")
+
+
+def build(folder: Path, *flags: str, source: Path = SOURCES / "sinkhorn.cu") -> Path:
+    """Compile ``source`` against the emulator into a shared library in ``folder``.
+
+    Skips the calling test where there is no C++ compiler.
+    """
+    compiler = library.find_compiler()
+    if compiler is None:
+        pytest.skip(reason="no C++ compiler")
+    target = folder / "emulated.so"
+    subprocess.run([*compiler, *FLAGS, *flags, str(source), "-o", str(target)], check=True)
+    return target
+
+
+def use(emulated: Any, replace_attribute: Callable[[Any, str, Any], None]) -> None:
+    """Make ``optical.backends.cuda`` call an ``emulated`` library with CPU tensors.
+
+    Args:
+        emulated: the result of ``library.open_library``.
+        replace_attribute: ``monkeypatch.setattr`` or ``setattr``.
+    """
+    replace_attribute(cuda, "load", lambda: library.Loaded(emulated, None))
+    replace_attribute(cuda, "DEVICE", "cpu")
+    cuda._fits.cache_clear()
