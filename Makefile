@@ -49,25 +49,24 @@ test-slow: $(STAMP)
 test-install: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow tests/test_packaging.py
 
-# Random calls, valid ones against the float64 reference, as many as the time allows.
+# Random calls against the float64 reference, and invalid ones that must be refused.
 fuzz: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --calls 100000 --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress --calls 100000 --seconds $(or $(SECONDS),300)
 
-# The same of the kernels of GPUs; without one they run on the CPU, slowly.
+# Random calls of the GPU kernels; without a GPU they run on the CPU, slowly.
 fuzz-kernels: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py cuda --seconds $(or $(SECONDS),300)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py triton --seconds $(or $(SECONDS),300)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py streamed --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels cuda --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels triton --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels streamed --seconds $(or $(SECONDS),300)
 
-# Mixed calls while memory, open files and threads must stay level.
+# Mixed calls during which memory, open files and threads must stay level.
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --minutes $(or $(MINUTES),30)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.soak --minutes $(or $(MINUTES),30)
 
-# Random calls against a library that watches its memory and its arithmetic, and one that watches
-# threads.
+# Random calls on a library built with the sanitizers of addresses, undefined behaviour and threads.
 sanitize: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py --calls 2000 --seconds $(or $(SECONDS),120)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py --threads --calls 200 --seconds $(or $(SECONDS),120)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.sanitize --calls 2000 --seconds $(or $(SECONDS),120)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.sanitize --threads --calls 200 --seconds $(or $(SECONDS),120)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -76,7 +76,7 @@ def steps(output: Path) -> list[Step]:
         Step("test-backends", (*pytest, "tests/test_backends.py", "-k", "cuda")),
     ]
     for kernels in ("cuda", "triton", "streamed"):
-        command = (python, "tests/fuzz_kernels.py", kernels, "--seconds", "20")
+        command = (python, "-m", "tests.stress.kernels", kernels, "--seconds", "20")
         made.append(Step(f"fuzz-{kernels}", command))
     if shutil.which(SANITIZER):
         for tool in ("memcheck", "racecheck", "synccheck"):
