@@ -14,7 +14,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install study test test-slow test-install check format fuzz fuzz-kernels soak sanitize docs dist bench plots gpu cuda-resources clean
+.PHONY: install study test test-slow test-install check format fuzz fuzz-kernels soak sanitize mutants docs dist bench plots gpu cuda-resources clean
 
 install: $(STAMP)
 
@@ -67,6 +67,12 @@ soak: $(STAMP)
 sanitize: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.sanitize --calls 2000 --seconds $(or $(SECONDS),120)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.sanitize --threads --calls 200 --seconds $(or $(SECONDS),120)
+
+# Small faults planted one at a time, each of which tests or random calls must notice;
+# `make mutants LANGUAGE=cpu`, `make mutants ONLY=cpu-gradient`, `make mutants RESUME=1`.
+mutants: $(STAMP)
+	$(BIN)/python -m tests.stress.mutants $(if $(RESUME),--resume) \
+		$(if $(LANGUAGE),--language $(LANGUAGE)) $(if $(ONLY),--only $(ONLY))
 
 check: $(STAMP)
 	$(BIN)/ruff check .

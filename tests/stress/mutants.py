@@ -1,0 +1,240 @@
+"""Plant small faults one at a time, and check that the tests or the random calls notice each.
+
+    python -m tests.stress.mutants
+    python -m tests.stress.mutants --language cpu
+    python -m tests.stress.mutants --only cpu-gradient triton-gradient
+    python -m tests.stress.mutants --resume
+
+Every fault of ``tests.stress.faults`` is applied to a copy of the checkout. The test files of its
+language run first and stop at the first failure; if they pass, 2,000 random calls follow. What
+failed must pass again without the fault. The table shows what noticed each fault. The exit status
+is 1 if a fault was not noticed or does not apply. Results are kept in ``build/mutants.jsonl``, so
+``--resume`` continues after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tests.stress.faults import FAULTS, LANGUAGES, Fault
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "build" / "mutants.jsonl"
+CALLS = 2000
+TIMEOUT = 3600  # seconds for one command; a fault that hangs is noticed
+TESTS = {
+    "python": ("reference", "costs", "ops", "functional", "losses"),
+    "cpu": ("backends", "functional", "ops", "properties"),
+    "cuda": ("cuda_host",),
+    "triton": (),
+}
+# The library for one instruction set, which takes a third of the time; accepted as the whole one.
+BUILD = """
+import sys
+from pathlib import Path
+from optical import native
+
+csrc, isa = Path("csrc"), sys.argv[1]
+digest, flags = native.source_hash(csrc), dict(native._variants())[isa]
+native.source_hash = lambda folder: digest
+native.FLAGS = (*(flag for flag in native.FLAGS if flag != "-O3"), "-O1")
+native._variants = lambda: [("baseline", flags)]
+native.build(csrc, Path("optical", native.LIBRARY_NAME), native.find_compiler())
+"""
+ISA = "from optical import native; print(native.load().optical_cpu_isa().decode())"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sighting:
+    """A failure in the presence of a fault.
+
+    Attributes:
+        what: test id, or the seed of a random call.
+        again: arguments of Python that repeat it.
+    """
+
+    what: str
+    again: tuple[str, ...]
+
+
+class Checkout:
+    """A copy of the checkout in which faults are planted."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+        for name in filter(None, listed.decode().split("\0")):
+            source, target = ROOT / name, root / name
+            if source.is_symlink() or source.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target, follow_symlinks=False)
+
+    def python(self, *arguments: str, language: str = "") -> subprocess.CompletedProcess[str]:
+        """Run Python in the copy."""
+        # An interpreted kernel is chosen when it is imported, so the variable is set at the start.
+        interpreted = {"TRITON_INTERPRET": "1"} if language == "triton" else {}
+        environment = os.environ | interpreted
+        environment |= {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
+        environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, *arguments]
+        options = {"capture_output": True, "text": True, "timeout": TIMEOUT}
+        return subprocess.run(command, cwd=self.root, env=environment, **options)
+
+    def build(self, language: str) -> None:
+        """Compile the CPU library of the present sources, where faults are in them."""
+        if language != "cpu":
+            return
+        for library in (self.root / "optical").glob("_cpu.*"):
+            library.unlink()
+        isa = subprocess.run(
+            [sys.executable, "-c", ISA], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        built = self.python("-c", BUILD, isa)
+        if built.returncode:
+            raise ValueError(f"the fault does not compile: {built.stderr[-300:]}")
+
+
+def steps(fault: Fault, calls: int, seconds: float) -> Iterator[tuple[str, ...]]:
+    """The commands that may notice a fault, as arguments of Python, quickest first."""
+    pytest = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu")
+    if fault.language == "triton":
+        yield (*pytest, "tests/triton_interpreter")
+    likely = fault.tests
+    if likely:
+        yield (*pytest, *likely)
+    names = (f"tests/test_{name}.py" for name in TESTS[fault.language])
+    others = [name for name in names if name not in likely]
+    if others:
+        yield (*pytest, *others)
+    kernels = {"cuda": ("cuda",), "triton": (fault.kernels,)}.get(fault.language)
+    program = ("tests.stress.kernels", *kernels) if kernels else ("tests.stress",)
+    options = ("--calls", str(calls), "--failures", "1", "--seconds", str(seconds))
+    yield ("-m", *program, *options)
+
+
+def sighting(arguments: Sequence[str], output: str) -> Sighting:
+    """What failed in a command that did not succeed, by its output."""
+    seed = re.search(r"^FAILED: python (.*) (--seed \d+) --calls 1$", output, re.MULTILINE)
+    if seed:
+        return Sighting(f"call {seed[2]}", (*seed[1].split(), *seed[2].split(), "--calls", "1"))
+    test = re.search(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", output, re.MULTILINE)
+    if not test:
+        raise ValueError(f"{' '.join(arguments)} failed without a test: {output[-500:]}")
+    options = arguments[: arguments.index("-m", 2) + 2]
+    return Sighting(test[1], (*options, test[1]))
+
+
+def look(checkout: Checkout, fault: Fault, calls: int, seconds: float) -> Sighting | None:
+    """Run the steps until one of them fails."""
+    checkout.build(fault.language)
+    for arguments in steps(fault, calls, seconds):
+        try:
+            done = checkout.python(*arguments, language=fault.language)
+        except subprocess.TimeoutExpired:
+            return Sighting(f"a hang of {' '.join(arguments)}", ())
+        if done.returncode:
+            return sighting(arguments, done.stdout + done.stderr)
+    return None
+
+
+def try_fault(checkout: Checkout, fault: Fault, calls: int, seconds: float) -> str:
+    """Plant a fault; returns what noticed it, or an empty string.
+
+    Raises:
+        ValueError: the fault does not apply or does not compile, or what failed fails without it.
+    """
+    path = checkout.root / fault.path
+    original = path.read_bytes()
+    try:
+        fault.apply(checkout.root)
+        seen = look(checkout, fault, calls, seconds)
+    finally:
+        path.write_bytes(original)
+    if seen is None:
+        return ""
+    if seen.again:
+        checkout.build(fault.language)
+        again = checkout.python(*seen.again, language=fault.language)
+        if again.returncode:
+            raise ValueError(f"{seen.what} fails without the fault: {again.stdout[-300:]}")
+    return seen.what
+
+
+def digest(fault: Fault) -> str:
+    """A hash of the fault and of the file in which it is planted."""
+    text = (ROOT / fault.path).read_bytes()
+    return hashlib.sha256(repr(fault).encode() + text).hexdigest()[:16]
+
+
+def noticed_before() -> dict[str, str]:
+    """What noticed each fault in earlier runs, by the digest of the fault."""
+    if not RESULTS.is_file():
+        return {}
+    records = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
+    return {record["digest"]: record["seen_by"] for record in records if record["seen_by"]}
+
+
+def remember(fault: Fault, seen_by: str) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    record = {"name": fault.name, "digest": digest(fault), "seen_by": seen_by}
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def main(arguments: Sequence[str], faults: Sequence[Fault] = FAULTS) -> int:
+    """Try the chosen faults and print the table; returns the exit status."""
+    options = _parse(arguments, faults)
+    chosen = [
+        fault
+        for fault in faults
+        if (not options.only or fault.name in options.only)
+        and (not options.language or fault.language == options.language)
+    ]
+    before = noticed_before() if options.resume else {}
+    failures = 0
+    with tempfile.TemporaryDirectory(prefix="optical-mutants-") as folder:
+        checkout = Checkout(Path(folder))
+        for fault in chosen:
+            start, seen_by = time.monotonic(), before.get(digest(fault), "")
+            try:
+                if not seen_by:
+                    seen_by = try_fault(checkout, fault, options.calls, options.seconds)
+                    remember(fault, seen_by)
+                verdict = f"seen by {seen_by}" if seen_by else "NOT SEEN"
+            except ValueError as error:
+                seen_by, verdict = "", f"DOES NOT APPLY: {error}"
+            failures += not seen_by
+            elapsed = time.monotonic() - start
+            print(f"{fault.name:26} {elapsed:5.0f} s  {verdict}", flush=True)
+    print(f"{len(chosen)} faults, {failures} not seen")
+    return 1 if failures else 0
+
+
+def _parse(arguments: Sequence[str], faults: Sequence[Fault]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.stress.mutants", description="Check that planted faults are noticed."
+    )
+    names = [fault.name for fault in faults]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="these faults")
+    parser.add_argument("--language", choices=LANGUAGES, help="faults of this language")
+    parser.add_argument("--calls", type=int, default=CALLS, help="number of random calls")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit of random calls")
+    parser.add_argument("--resume", action="store_true", help="skip faults noticed before")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
