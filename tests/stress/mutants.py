@@ -6,10 +6,10 @@
     python -m tests.stress.mutants --resume
 
 Every fault of ``tests.stress.faults`` is applied to a copy of the checkout. The test files of its
-language run first and stop at the first failure; if they pass, 2,000 random calls follow. What
-failed must pass again without the fault. The table shows what noticed each fault. The exit status
-is 1 if a fault was not noticed or does not apply. Results are kept in ``build/mutants.jsonl``, so
-``--resume`` continues after an interruption.
+language run first and stop at the first failure; if they pass, 2,000 random calls follow. ``--by``
+runs only the tests or only the calls. What failed must pass again without the fault. The table
+shows what noticed each fault. The exit status is 1 if a fault was not noticed or does not apply.
+Results are kept in ``build/mutants.jsonl``, so ``--resume`` continues after an interruption.
 """
 
 from __future__ import annotations
@@ -107,8 +107,33 @@ class Checkout:
             raise ValueError(f"the fault does not compile: {built.stderr[-300:]}")
 
 
-def steps(fault: Fault, calls: int, seconds: float) -> Iterator[tuple[str, ...]]:
-    """The commands that may notice a fault, as arguments of Python, quickest first."""
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """Which commands run for each fault.
+
+    Attributes:
+        by: "tests", "calls", or empty for both.
+        calls, seconds: number of random calls and their time limit.
+    """
+
+    by: str = ""
+    calls: int = CALLS
+    seconds: float = 600.0
+
+
+def steps(fault: Fault, effort: Effort) -> Iterator[tuple[str, ...]]:
+    """The commands that may notice a fault, as arguments of Python."""
+    if effort.by != "calls":
+        yield from _tests(fault)
+    if effort.by != "tests":
+        kernels = {"cuda": ("cuda",), "triton": (fault.kernels,)}.get(fault.language)
+        program = ("tests.stress.kernels", *kernels) if kernels else ("tests.stress",)
+        options = ("--calls", str(effort.calls), "--seconds", str(effort.seconds))
+        yield ("-m", *program, *options, "--failures", "1")
+
+
+def _tests(fault: Fault) -> Iterator[tuple[str, ...]]:
+    """Commands of the test files, the likeliest ones first."""
     pytest = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not gpu")
     if fault.language == "triton":
         yield (*pytest, "tests/triton_interpreter")
@@ -119,10 +144,6 @@ def steps(fault: Fault, calls: int, seconds: float) -> Iterator[tuple[str, ...]]
     others = [name for name in names if name not in likely]
     if others:
         yield (*pytest, *others)
-    kernels = {"cuda": ("cuda",), "triton": (fault.kernels,)}.get(fault.language)
-    program = ("tests.stress.kernels", *kernels) if kernels else ("tests.stress",)
-    options = ("--calls", str(calls), "--failures", "1", "--seconds", str(seconds))
-    yield ("-m", *program, *options)
 
 
 def sighting(arguments: Sequence[str], output: str) -> Sighting:
@@ -137,10 +158,10 @@ def sighting(arguments: Sequence[str], output: str) -> Sighting:
     return Sighting(test[1], (*options, test[1]))
 
 
-def look(checkout: Checkout, fault: Fault, calls: int, seconds: float) -> Sighting | None:
+def look(checkout: Checkout, fault: Fault, effort: Effort) -> Sighting | None:
     """Run the steps until one of them fails."""
     checkout.build(fault.language)
-    for arguments in steps(fault, calls, seconds):
+    for arguments in steps(fault, effort):
         try:
             done = checkout.python(*arguments, language=fault.language)
         except subprocess.TimeoutExpired:
@@ -150,7 +171,7 @@ def look(checkout: Checkout, fault: Fault, calls: int, seconds: float) -> Sighti
     return None
 
 
-def try_fault(checkout: Checkout, fault: Fault, calls: int, seconds: float) -> str:
+def try_fault(checkout: Checkout, fault: Fault, effort: Effort) -> str:
     """Plant a fault; returns what noticed it, or an empty string.
 
     Raises:
@@ -160,7 +181,7 @@ def try_fault(checkout: Checkout, fault: Fault, calls: int, seconds: float) -> s
     original = path.read_bytes()
     try:
         fault.apply(checkout.root)
-        seen = look(checkout, fault, calls, seconds)
+        seen = look(checkout, fault, effort)
     finally:
         path.write_bytes(original)
     if seen is None:
@@ -203,6 +224,7 @@ def main(arguments: Sequence[str], faults: Sequence[Fault] = FAULTS) -> int:
         if (not options.only or fault.name in options.only)
         and (not options.language or fault.language == options.language)
     ]
+    effort = Effort(options.by, options.calls, options.seconds)
     before = noticed_before() if options.resume else {}
     failures = 0
     with tempfile.TemporaryDirectory(prefix="optical-mutants-") as folder:
@@ -211,7 +233,7 @@ def main(arguments: Sequence[str], faults: Sequence[Fault] = FAULTS) -> int:
             start, seen_by = time.monotonic(), before.get(digest(fault), "")
             try:
                 if not seen_by:
-                    seen_by = try_fault(checkout, fault, options.calls, options.seconds)
+                    seen_by = try_fault(checkout, fault, effort)
                     remember(fault, seen_by)
                 verdict = f"seen by {seen_by}" if seen_by else "NOT SEEN"
             except ValueError as error:
@@ -230,6 +252,7 @@ def _parse(arguments: Sequence[str], faults: Sequence[Fault]) -> argparse.Namesp
     names = [fault.name for fault in faults]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="these faults")
     parser.add_argument("--language", choices=LANGUAGES, help="faults of this language")
+    parser.add_argument("--by", choices=("tests", "calls"), default="", help="only these")
     parser.add_argument("--calls", type=int, default=CALLS, help="number of random calls")
     parser.add_argument("--seconds", type=float, default=600, help="time limit of random calls")
     parser.add_argument("--resume", action="store_true", help="skip faults noticed before")

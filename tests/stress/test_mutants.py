@@ -9,7 +9,7 @@ import pytest
 
 from tests.stress import mutants
 from tests.stress.faults import FAULTS, LANGUAGES
-from tests.stress.mutants import Sighting, sighting, steps
+from tests.stress.mutants import Effort, Sighting, sighting, steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +44,7 @@ def test_results_are_kept_and_resumed(noticed, status, tmp_path, monkeypatch, ca
     monkeypatch.setattr(mutants, "RESULTS", tmp_path / "build" / "mutants.jsonl")
     tried = []
 
-    def try_fault(checkout, fault, calls, seconds):
+    def try_fault(checkout, fault, effort):
         tried.append(fault.name)
         return noticed
 
@@ -60,7 +60,7 @@ def test_results_are_kept_and_resumed(noticed, status, tmp_path, monkeypatch, ca
 
 def test_failures_are_read_from_the_output_of_tests_and_of_calls():
     faults = {fault.name: fault for fault in FAULTS}
-    suite, *_, calls = steps(faults["streamed-relaxation"], 2000, 60)
+    suite, *_, calls = steps(faults["streamed-relaxation"], Effort())
     output = "....F\nFAILED tests/a.py::test[x y] - AssertionError: b\n1 failed"
     assert sighting(suite, output) == Sighting(
         "tests/a.py::test[x y]", (*suite[:-1], "tests/a.py::test[x y]")
