@@ -51,7 +51,7 @@ class Allowance:
     """One entry of the table.
 
     Attributes:
-        name: what is allowed.
+        name: name of the allowance.
         stage: where the size enters the rule.
         applies: whether it applies to an ``Output`` (or an ``Ending``, or a name, by stage).
         size: its size, of the kind that the stage names.
@@ -77,18 +77,18 @@ def _has_no_digits(output: Output) -> bool:
     return output.comparison.exponents > 1e-2
 
 
-def _near_the_largest(output: Output, dtype: torch.dtype) -> float:
+def _near_the_largest(dtype: torch.dtype) -> float:
     return 1e-4 * torch.finfo(dtype).max
 
 
 def _reference_overflows(output: Output) -> Tensor:
     first = output.comparison.sample(0)[output.name]
-    return ~(first.abs() < _near_the_largest(output, output.value.dtype))
+    return ~(first.abs() < _near_the_largest(output.value.dtype))
 
 
 def _value_overflows(output: Output) -> Tensor:
     value = output.comparison.sample(0)["value"]
-    overflown = ~(value.abs() < _near_the_largest(output, output.value.dtype))
+    overflown = ~(value.abs() < _near_the_largest(output.value.dtype))
     return output.comparison.of_problems(output.name, overflown)
 
 
@@ -105,7 +105,7 @@ def _exponents_overflow(output: Output) -> bool:
 
 
 def _may_overflow_on_the_way(output: Output) -> Tensor:
-    near = _near_the_largest(output, output.call.dtype)
+    near = _near_the_largest(output.call.dtype)
     if output.name == "value":  # a temperature times a mass, which is the larger number
         near *= min(output.comparison.coldest, 1.0)
     return output.truth.isfinite() & ~(output.truth.abs() < near)
@@ -342,8 +342,8 @@ ALLOWANCES = (
         lambda ending: ending.tol > 0,
         _converged_residual,
         "Anderson acceleration amplifies rounding without bound until it converges, so two correct "
-        "runs differ. Only the residual of a converged problem, and what follows from the returned "
-        "potentials, are defined.",
+        "runs differ. Only the residual of a converged problem and the outputs that the returned "
+        "potentials determine are defined.",
     ),
     Allowance(
         "plan by PyTorch",
@@ -364,7 +364,7 @@ def applying(table: Sequence[Allowance], stage: Stage, item: Any) -> Iterator[Al
 
 
 def verdict(output: Output, table: Sequence[Allowance] = ALLOWANCES) -> str:
-    """What is wrong with an output, in a sentence; empty if nothing is."""
+    """Judge one output; returns an error message, empty if the output is right."""
     if output.value.shape != output.truth.shape:
         return f"shape {tuple(output.value.shape)}; expected {tuple(output.truth.shape)}"
     if not output.truth.numel():
@@ -438,7 +438,7 @@ def _excess(output: Output, table: Sequence[Allowance]) -> str:
 
 
 def ending_verdict(ending: Ending, table: Sequence[Allowance] = ALLOWANCES) -> str:
-    """What is wrong with a problem whose iteration count or status is not that of the truth."""
+    """Judge a problem that ends unlike the truth; returns an error message or an empty string."""
     ends = zip(ending.statuses, ending.counts, strict=True)
     message = " and the truth ".join(f"{status.name} after {count}" for status, count in ends)
     message = f"problem {ending.problem} is {message}"
@@ -456,7 +456,7 @@ def ending_verdict(ending: Ending, table: Sequence[Allowance] = ALLOWANCES) -> s
 def residual_verdict(
     ending: Ending, marginal_error: float, table: Sequence[Allowance] = ALLOWANCES
 ) -> str:
-    """What is wrong with a problem that Anderson acceleration reports as converged."""
+    """Judge a problem that Anderson acceleration reports as converged; as ``ending_verdict``."""
     limits = [entry.size(ending) for entry in applying(table, Stage.ACCELERATED, ending)]
     if not limits:
         return f"problem {ending.problem} is CONVERGED; expected none without tol"
@@ -469,7 +469,7 @@ def residual_verdict(
 def threads_verdict(
     name: str, value: Tensor, other: Tensor, table: Sequence[Allowance] = ALLOWANCES
 ) -> str:
-    """What is wrong with an output of two runs with different numbers of threads."""
+    """Judge an output of two runs with different numbers of threads; as ``ending_verdict``."""
     limits = [entry.size(name) for entry in applying(table, Stage.THREADS, name)]
     if difference(value, other) <= max(limits, default=0.0):
         return ""

@@ -18,11 +18,11 @@ class Fault:
 
     Attributes:
         name: short name, the argument of ``--only``.
-        language: "python", "cpu" (C++), "cuda" or "triton"; decides what is run.
+        language: "python", "cpu" (C++), "cuda" or "triton"; decides which commands run.
         path: file, relative to the repository root.
         before: snippet that occurs exactly once in the file.
         after: its replacement.
-        meaning: what the fault does.
+        meaning: effect of the fault.
         tests: test files most likely to notice, run first.
         kernels: for Triton, the kernel driver that reaches the file: "triton" or "streamed".
     """

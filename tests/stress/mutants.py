@@ -7,9 +7,10 @@
 
 Every fault of ``tests.stress.faults`` is applied to a copy of the checkout. The test files of its
 language run first and stop at the first failure; if they pass, 2,000 random calls follow. ``--by``
-runs only the tests or only the calls. What failed must pass again without the fault. The table
-shows what noticed each fault. The exit status is 1 if a fault was not noticed or does not apply.
-Results are kept in ``build/mutants.jsonl``, so ``--resume`` continues after an interruption.
+runs only the tests or only the calls. A failure counts only if it disappears with the fault. The
+table shows the test or the call that noticed each fault. The exit status is 1 if a fault was not
+noticed or does not apply. Results are kept in ``build/mutants.jsonl``, so ``--resume`` continues
+after an interruption.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ class Sighting:
     """A failure in the presence of a fault.
 
     Attributes:
-        what: test id, or the seed of a random call.
-        again: arguments of Python that repeat it.
+        source: test id, or the seed of a random call.
+        again: arguments of Python that repeat the failure.
     """
 
-    what: str
+    source: str
     again: tuple[str, ...]
 
 
@@ -147,7 +148,7 @@ def _tests(fault: Fault) -> Iterator[tuple[str, ...]]:
 
 
 def sighting(arguments: Sequence[str], output: str) -> Sighting:
-    """What failed in a command that did not succeed, by its output."""
+    """Find the failure in the output of a command that did not succeed."""
     seed = re.search(r"^FAILED: python (.*) (--seed \d+) --calls 1$", output, re.MULTILINE)
     if seed:
         return Sighting(f"call {seed[2]}", (*seed[1].split(), *seed[2].split(), "--calls", "1"))
@@ -172,10 +173,10 @@ def look(checkout: Checkout, fault: Fault, effort: Effort) -> Sighting | None:
 
 
 def try_fault(checkout: Checkout, fault: Fault, effort: Effort) -> str:
-    """Plant a fault; returns what noticed it, or an empty string.
+    """Plant a fault; returns the test or the call that noticed it, or an empty string.
 
     Raises:
-        ValueError: the fault does not apply or does not compile, or what failed fails without it.
+        ValueError: the fault does not apply or compile, or the failure is not due to it.
     """
     path = checkout.root / fault.path
     original = path.read_bytes()
@@ -190,8 +191,8 @@ def try_fault(checkout: Checkout, fault: Fault, effort: Effort) -> str:
         checkout.build(fault.language)
         again = checkout.python(*seen.again, language=fault.language)
         if again.returncode:
-            raise ValueError(f"{seen.what} fails without the fault: {again.stdout[-300:]}")
-    return seen.what
+            raise ValueError(f"{seen.source} fails without the fault: {again.stdout[-300:]}")
+    return seen.source
 
 
 def digest(fault: Fault) -> str:
@@ -201,7 +202,7 @@ def digest(fault: Fault) -> str:
 
 
 def noticed_before() -> dict[str, str]:
-    """What noticed each fault in earlier runs, by the digest of the fault."""
+    """The sightings of earlier runs, by the digest of the fault."""
     if not RESULTS.is_file():
         return {}
     records = map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
