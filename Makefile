@@ -14,7 +14,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install study test test-slow test-install check format fuzz fuzz-kernels soak sanitize docs dist bench plots gpu cuda-resources clean
+.PHONY: install study test test-slow test-install check format fuzz fuzz-kernels soak sanitize mutants docs dist bench plots gpu cuda-resources clean
 
 install: $(STAMP)
 
@@ -51,22 +51,28 @@ test-install: $(STAMP)
 
 # Random calls, compared with the float64 reference, until the time is up.
 fuzz: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --calls 100000 --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress --calls 100000 --seconds $(or $(SECONDS),300)
 
 # Random calls of the GPU kernels; without a GPU they run emulated on the CPU, slowly.
 fuzz-kernels: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py cuda --seconds $(or $(SECONDS),300)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py triton --seconds $(or $(SECONDS),300)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_kernels.py streamed --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels cuda --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels triton --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels streamed --seconds $(or $(SECONDS),300)
 
 # Mixed calls, with a watch on memory, open files and threads.
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --minutes $(or $(MINUTES),30)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.soak --minutes $(or $(MINUTES),30)
 
 # Random calls under the address and undefined-behaviour sanitizers, then under the thread sanitizer.
 sanitize: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py --calls 2000 --seconds $(or $(SECONDS),120)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitize.py --threads --calls 200 --seconds $(or $(SECONDS),120)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.sanitize --calls 2000 --seconds $(or $(SECONDS),120)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.sanitize --threads --calls 200 --seconds $(or $(SECONDS),120)
+
+# Small faults planted one at a time, each of which tests or random calls must notice;
+# `make mutants LANGUAGE=cpu`, `make mutants ONLY=cpu-gradient`, `make mutants RESUME=1`.
+mutants: $(STAMP)
+	$(BIN)/python -m tests.stress.mutants $(if $(RESUME),--resume) \
+		$(if $(LANGUAGE),--language $(LANGUAGE)) $(if $(ONLY),--only $(ONLY))
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -54,7 +54,7 @@ TUNED_SHAPES = ("T1", "T2", "T3")
 # Shapes for which precision="fast" may store the plan in half precision.
 FAST_SHAPES = ("T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9")
 GPU_BACKENDS = ("cuda", "triton")
-FUZZER = "tests/fuzz_kernels.py"
+FUZZER = "tests.stress.kernels"
 SANITIZER = "compute-sanitizer"
 # No step starts with less than this left.
 MIN_SECONDS = 20.0
@@ -79,7 +79,7 @@ def steps(output: Path) -> list[Step]:
         Step("test-backends", (*pytest, "tests/backends/test_registry.py", "-k", "cuda")),
     ]
     for kernels in ("cuda", "triton", "streamed"):
-        command = (python, FUZZER, kernels, "--seconds", "20")
+        command = (python, "-m", FUZZER, kernels, "--seconds", "20")
         result.append(Step(f"fuzz-{kernels}", command))
     if shutil.which(SANITIZER):
         for tool in ("memcheck", "racecheck", "synccheck"):

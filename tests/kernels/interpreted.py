@@ -1,4 +1,4 @@
-"""The interpreter patches the language anew in every nested call; once per kernel is enough."""
+"""A faster Triton interpreter: the language is patched once per kernel, not in nested calls."""
 
 import types
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 
 def patch_once(replace_attribute: Callable[[Any, str, Any], Any]) -> None:
+    """Patch ``triton.runtime.interpreter`` with ``setattr`` or a test's ``monkeypatch.setattr``."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -18,7 +18,7 @@ def test_tests_come_before_times_and_names_are_unique(tmp_path):
 def test_every_file_of_a_command_exists(tmp_path):
     commands = [step.command for step in gpu.steps(tmp_path)]
     files = {argument for command in commands for argument in command if argument.endswith(".py")}
-    assert gpu.FUZZER in files
+    assert any(gpu.FUZZER in command for command in commands)
     assert [name for name in files if not (gpu.ROOT / name).is_file()] == []
 
 

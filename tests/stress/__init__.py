@@ -1,0 +1,1 @@
+"""Long-running checks: random calls, soak test, sanitizers and planted faults."""

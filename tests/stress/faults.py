@@ -1,0 +1,408 @@
+"""Small faults that the tests and the random calls must notice, for ``tests.stress.mutants``.
+
+A fault replaces one snippet of one file. The snippet must occur there exactly once, which a test
+checks. None of the faults crashes or changes a shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+LANGUAGES = ("python", "cpu", "cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A replacement that makes the package slightly wrong.
+
+    Attributes:
+        name: short name, the argument of ``--only``.
+        language: "python", "cpu" (C++), "cuda" or "triton"; decides which commands run.
+        path: file, relative to the repository root.
+        before: snippet that occurs exactly once in the file.
+        after: its replacement.
+        meaning: effect of the fault.
+        tests: test files most likely to notice, run first.
+        kernels: for Triton, the kernel driver that reaches the file: "triton" or "streamed".
+    """
+
+    name: str
+    language: str
+    path: str
+    before: str
+    after: str
+    meaning: str
+    tests: tuple[str, ...] = ()
+    kernels: str = "triton"
+
+    def apply(self, root: Path) -> None:
+        """Replace the snippet in the file below ``root``.
+
+        Raises:
+            ValueError: the snippet does not occur exactly once.
+        """
+        path = root / self.path
+        text = path.read_text(encoding="utf-8")
+        count = text.count(self.before)
+        if count != 1:
+            raise ValueError(
+                f"{self.name}: the snippet occurs {count} times in {self.path}; expected once"
+            )
+        path.write_text(text.replace(self.before, self.after), encoding="utf-8")
+
+
+def _python(name: str, file: str, before: str, after: str, meaning: str, *tests: str) -> Fault:
+    files = tuple(f"tests/{test}.py" for test in tests)
+    return Fault(name, "python", f"optical/{file}.py", before, after, meaning, files)
+
+
+def _cpu(name: str, file: str, before: str, after: str, meaning: str) -> Fault:
+    return Fault(name, "cpu", f"csrc/cpu/{file}", before, after, meaning)
+
+
+def _cuda(name: str, file: str, before: str, after: str, meaning: str) -> Fault:
+    return Fault(name, "cuda", f"csrc/cuda/{file}", before, after, meaning)
+
+
+def _triton(
+    name: str, file: str, before: str, after: str, meaning: str, kernels: str = "triton"
+) -> Fault:
+    path = f"kernels/triton/{file}.py"
+    return Fault(name, "triton", path, before, after, meaning, kernels=kernels)
+
+
+PYTHON = (
+    _python(
+        "envelope-gradient",
+        "derivatives",
+        "return (gv + gl)[:, None, None] * p.plan(f, g)",
+        "return 1.001 * (gv + gl)[:, None, None] * p.plan(f, g)",
+        "envelope gradients of the reference are a thousandth too large",
+        "reference",
+    ),
+    _python(
+        "implicit-stiffness",
+        "derivatives",
+        "coupling.sum(1) * z * stiff_b",
+        "coupling.sum(1) * z * stiff_a",
+        "implicit gradients of log b use the penalty of the rows",
+        "reference",
+    ),
+    _python(
+        "relaxed-step",
+        "iterations",
+        "alpha * g + beta_b * minimum)",
+        "alpha * self.g0 + beta_b * minimum)",
+        "over-relaxation of the columns extrapolates from the start, not from the last iterate",
+        "reference",
+    ),
+    _python(
+        "padding-gradient",
+        "costs",
+        "torch.where(_present(log_a), grad_x, 0.0)",
+        "torch.where(_present(log_a), grad_x, 1e-6)",
+        "padding tokens get a gradient of 1e-6",
+        "costs",
+        "reference",
+    ),
+    _python(
+        "first-mass",
+        "inputs",
+        "torch.where(present, -count.log(), -math.inf)",
+        "torch.where(present, -count.log() + 1e-4 * (torch.arange(shape[1]) == 0), -math.inf)",
+        "the mass of the first token of a masked text is 1e-4 of it too large",
+        "functional",
+    ),
+    _python(
+        "packed-mass",
+        "inputs",
+        "return -offsets.diff().to(dtype).log()[problem]",
+        "return -(offsets.diff() + 1e-4).to(dtype).log()[problem]",
+        "the masses of packed tokens do not quite sum to 1",
+        "functional",
+    ),
+    _python(
+        "neighbour-epsilon",
+        "inputs",
+        "return value.to(like.dtype)\n",
+        "return value.to(like.dtype).roll(1)\n",
+        "each problem is solved at the temperature of its neighbour",
+        "functional",
+    ),
+    _python(
+        "divergence-halves",
+        "functional",
+        "_solve(within_y).value) / 2",
+        "_solve(within_y).value) / 2.0002",
+        "the divergence subtracts a ten-thousandth too little of the costs within the clouds",
+        "functional",
+    ),
+    _python(
+        "divergence-masses",
+        "functional",
+        "p.epsilon / 2 * excess**2",
+        "p.epsilon / 2.002 * excess**2",
+        "the term of unequal masses of the divergence is a thousandth too small",
+        "functional",
+    ),
+    _python(
+        "unrolled-potential",
+        "ops",
+        "(grad_f, grad_g) if ctx.unrolled",
+        "(grad_f, 1.001 * grad_g) if ctx.unrolled",
+        "gradients that arrive at g are a thousandth too large",
+        "ops",
+    ),
+    _python(
+        "maxsim-padding",
+        "maxsim",
+        "vectors[:1].expand(width - len(vectors), -1)",
+        "1e-6 * vectors[:1].expand(width - len(vectors), -1)",
+        "padding of documents scores about 0 in place of a score that the maximum ignores",
+        "search",
+    ),
+    _python(
+        "token-shares",
+        "losses",
+        "(mass / total.where(total > 0, 1.0)).log()",
+        "(mass / (total.where(total > 0, 1.0) + 1e-3)).log()",
+        "the weights of the tokens of a text sum to a little less than 1",
+        "distillation_loss",
+    ),
+    _python(
+        "judged-queries",
+        "evaluation",
+        "max(grades.values(), default=0) > 0",
+        "max(grades.values(), default=0) > 1",
+        "queries whose best document has grade 1 are left out",
+        "evaluation",
+    ),
+)
+
+CPU = (
+    _cpu(
+        "cpu-gradient",
+        "gradient.h",
+        "factor[i] = S::all(upstream);",
+        "factor[i] = S::all(upstream * (T)1.001);",
+        "envelope gradients are a thousandth too large",
+    ),
+    _cpu(
+        "cpu-padding-gradient",
+        "gradient.h",
+        "fill(a_out, a.full, 0);",
+        "fill(a_out, a.full, (T)1e-6);",
+        "padding rows get a mass gradient of 1e-6",
+    ),
+    _cpu(
+        "cpu-implicit-relief",
+        "gradient.h",
+        "adjoint_mass(s.col_mass, s.z, j, s.rho_b)",
+        "adjoint_mass(s.col_mass, s.z, j, s.rho_a)",
+        "implicit gradients of log b use the penalty of the rows",
+    ),
+    _cpu(
+        "cpu-last-column",
+        "cost.h",
+        "cost[lane] = row[col_index[j + lane] * stride_column];",
+        "cost[lane] = row[col_index[j + lane - (j + lane == m - 1 && j + lane > 0)] * "
+        "stride_column];",
+        "the last column has the costs of the one before where columns are gathered",
+    ),
+    _cpu(
+        "cpu-neighbour-epsilon",
+        "state.h",
+        "((const T*)p.epsilon)[index]",
+        "((const T*)p.epsilon)[index > 0 ? index - 1 : index]",
+        "each problem is solved at the temperature of its neighbour",
+    ),
+    _cpu(
+        "cpu-first-mass",
+        "state.h",
+        "for (int64_t i = count; i < padded; ++i) mass[i] = 0;",
+        "for (int64_t i = count; i < padded; ++i) mass[i] = 0;\n        mass[0] *= (T)1.0001;",
+        "the mass of the first row and of the first column is 1e-4 of it too large",
+    ),
+    _cpu(
+        "cpu-step-before",
+        "iteration.h",
+        "(cost - f_next[b * block + r])",
+        "(cost - f[b * block + r])",
+        "in the log domain the columns see the row potentials of the step before",
+    ),
+    _cpu(
+        "cpu-absorption",
+        "solver.h",
+        "if (scaled) absorb();\n                scaled = false;",
+        "scaled = false;",
+        "a rebuilt kernel forgets the scalings since the last one",
+    ),
+    _cpu(
+        "cpu-stop",
+        "solver.h",
+        "step.rows_trusted && step.residual <= options.tol)",
+        "step.rows_trusted && step.residual <= 1.05 * options.tol)",
+        "runs stop at a residual 5% above the tolerance",
+    ),
+    _cpu(
+        "cpu-safeguard",
+        "anderson.h",
+        "if (extrapolated && !(residual <= last_residual)) {",
+        "if (extrapolated && !(residual <= 1e6 * last_residual)) {",
+        "the safeguard of Anderson acceleration accepts mixtures that raise the residual",
+    ),
+    _cpu(
+        "cpu-unrolled-mass",
+        "unroll.h",
+        "L::store(bar_a + i, L::load(bar_a + i) - eps * received);",
+        "L::store(bar_a + i, L::load(bar_a + i) - eps * received * (T)1.001);",
+        "an unrolled half-step gives log a a thousandth too much",
+    ),
+)
+
+CUDA = (
+    _cuda(
+        "cuda-gradient",
+        "gradient.cuh",
+        "flow * (up + slope * ((w_i + z[c]) - cost_ij))",
+        "flow * (1.001f * up + slope * ((w_i + z[c]) - cost_ij))",
+        "envelope gradients are a thousandth too large",
+    ),
+    _cuda(
+        "cuda-padding-gradient",
+        "gradient.cuh",
+        "this->present_a(i) ? of_row[o] : 0.0f;",
+        "this->present_a(i) ? of_row[o] : 1e-6f;",
+        "padding rows get a mass gradient of 1e-6",
+    ),
+    _cuda(
+        "cuda-last-column",
+        "gradient.cuh",
+        "to[g.row(r) * p.m + g.column(c)] = cost(r, c);",
+        "to[g.row(r) * p.m + g.column(c)] =\n"
+        "                        cost(r, c > 0 && g.column(c) == b.count - 1 ? c - 1 : c);",
+        "the last column of the cost gradient is that of a neighbour in the registers",
+    ),
+    _cuda(
+        "cuda-neighbour-epsilon",
+        "scaling.cuh",
+        "((const float*)p.epsilon)[index]",
+        "((const float*)p.epsilon)[index > 0 ? index - 1 : index]",
+        "each problem is solved at the temperature of its neighbour",
+    ),
+    _cuda(
+        "cuda-first-mass",
+        "scaling.cuh",
+        "row(MASS, o) = mass;",
+        "row(MASS, o) = mass * (g.own_row(o) == 0 ? 1.0001f : 1.0f);",
+        "the mass of the first row is 1e-4 of it too large",
+    ),
+    _cuda(
+        "cuda-absorption",
+        "solver.cuh",
+        "column(POTENTIAL, o) = column(BASE, o) + heat_log(v[o] * unit_of_column);",
+        "if (v[o] < 1024.0f) column(POTENTIAL, o) = column(BASE, o) + "
+        "heat_log(v[o] * unit_of_column);",
+        "a large scaling of a column is not absorbed into its potential",
+    ),
+    _cuda(
+        "cuda-residual",
+        "solver.cuh",
+        "relaxed ? asked(weight, row(LOG, o), row(POTENTIAL, o), rho_a, penalty_a)",
+        "relaxed ? asked(weight, row(LOG, o), row(NEXT, o), rho_a, penalty_a)",
+        "the stopping rule takes the marginal of the step after",
+    ),
+    _cuda(
+        "cuda-implicit-shift",
+        "results.cuh",
+        "column(SOLUTION, o) = column(BEST, o) + shift;",
+        "column(SOLUTION, o) = column(BEST, o);",
+        "the solution of the adjoint system is shifted for the rows but not for the columns",
+    ),
+    _cuda(
+        "cuda-unrolled-mass",
+        "unroll.cuh",
+        "row(BAR_MASS, o) -= target * got;",
+        "row(BAR_MASS, o) -= 1.001f * target * got;",
+        "an unrolled half-step gives log a a thousandth too much",
+    ),
+)
+
+TRITON = (
+    _triton(
+        "triton-gradient",
+        "gradients",
+        "grad = plan * (upstream + upstream_linear)\n",
+        "grad = 1.001 * plan * (upstream + upstream_linear)\n",
+        "envelope gradients are a thousandth too large",
+    ),
+    _triton(
+        "triton-padding-gradient",
+        "gradients",
+        "tl.where((A != -INFINITY)[:, None], grad, 0.0)",
+        "tl.where((A != -INFINITY)[:, None], grad, 1e-6)",
+        "padding tokens get a gradient of 1e-6",
+    ),
+    _triton(
+        "triton-last-column",
+        "gradients",
+        "g = tl.load(g_ptr + problem * m + columns, mask=columns < m, other=0.0)",
+        "g = tl.load(g_ptr + problem * m + tl.where(columns == m - 1, 0, columns), "
+        "mask=columns < m, other=0.0)",
+        "the last column of the cost gradient uses the potential of the first",
+    ),
+    _triton(
+        "triton-neighbour-epsilon",
+        "resident",
+        "epsilon = tl.load(epsilon_ptr + problem)",
+        "epsilon = tl.load(epsilon_ptr + tl.maximum(problem - 1, 0))",
+        "each problem is solved at the temperature of its neighbour",
+    ),
+    _triton(
+        "triton-absorption",
+        "resident",
+        "G += tl.where(v > 0, tl.log2(v), 0.0)\n",
+        "G += 0.0\n",
+        "a rebuilt kernel forgets the scalings of the columns",
+    ),
+    _triton(
+        "triton-penalty-series",
+        "resident",
+        "tl.where(tl.abs(x) < 0.125, near, apart)",
+        "tl.where(tl.abs(x) < 0.9, near, apart)",
+        "the series of the penalty is used beyond the range where it converges fast",
+    ),
+    _triton(
+        "triton-implicit-bracket",
+        "gradients",
+        "w[:, None] + z[None, :] - cost, 0.0)",
+        "w[:, None] + z[None, :] - 1.001 * cost, 0.0)",
+        "implicit gradients subtract a thousandth too much of the cost",
+    ),
+    _triton(
+        "triton-unrolled-mass",
+        "unrolled",
+        "bar_a -= temperature * by_row",
+        "bar_a -= 1.001 * temperature * by_row",
+        "an unrolled half-step gives log a a thousandth too much",
+    ),
+    _triton(
+        "streamed-relaxation",
+        "walks",
+        "(1 - relaxation) * origin + beta * found)",
+        "(1.001 - relaxation) * origin + beta * found)",
+        "a streamed update keeps a thousandth of the potential of the step before",
+        "streamed",
+    ),
+    _triton(
+        "streamed-segments",
+        "walks",
+        "total += tl.sum(tl.exp2(score - anchor[:, None]), 1)",
+        "total += 1.0001 * tl.sum(tl.exp2(score - anchor[:, None]), 1)",
+        "streamed sums are 1e-4 too large",
+        "streamed",
+    ),
+)
+
+FAULTS = PYTHON + CPU + CUDA + TRITON
