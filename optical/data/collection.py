@@ -186,8 +186,8 @@ def _require_known(
         return
     unknown: dict[str, dict[str, int]] = {"queries": {}, "documents": {}}  # id -> first line
     for number, qid, docid, _ in iter_qrels(path):
-        for part, key, known in (("queries", qid, queries), ("documents", docid, documents)):
-            if key not in known:
+        for part, key, texts in (("queries", qid, queries), ("documents", docid, documents)):
+            if key not in texts:
                 unknown[part].setdefault(key, number)
     for part, lines in unknown.items():
         if lines:
@@ -236,8 +236,8 @@ def _load_dataset(source: str, *, queries: bool, documents: bool, qrels: bool) -
     dataset = _find_dataset(source)
     requested = (("queries", "queries", queries), ("docs", "documents", documents),
                  ("qrels", "qrels", qrels))  # fmt: skip
-    for ir_datasets_name, part, wanted in requested:
-        if wanted and not getattr(dataset, f"has_{ir_datasets_name}")():
+    for ir_datasets_name, part, needed in requested:
+        if needed and not getattr(dataset, f"has_{ir_datasets_name}")():
             raise ValueError(
                 f"{source!r} has no {part} in ir_datasets; choose an id that has them, "
                 f"or provide a file with {part}="

@@ -166,16 +166,16 @@ def bitext(language: str, *, pairs: int | None = None, seed: int = 0) -> list[tu
 @lru_cache(maxsize=8)  # the lexicon reads the same bitext
 def _bitext(language: str, count: int, seed: int) -> tuple[tuple[str, str], ...]:
     draw = random.Random(f"bitext {language} {seed}")
-    made = _distinct_sentences("train", ("en", language), count, draw, skewed=True)
-    return tuple((english, foreign) for english, foreign in made)
+    drawn = _distinct_sentences("train", ("en", language), count, draw, skewed=True)
+    return tuple((english, foreign) for english, foreign in drawn)
 
 
 def validation_bitext(language: str, *, pairs: int = 100, seed: int = 0) -> list[tuple[str, str]]:
     """Return sentence pairs disjoint from every training bitext and from the test collection."""
     _check_language(language)
     draw = random.Random(f"validation {language} {seed}")
-    made = _distinct_sentences("validation", ("en", language), pairs, draw, skewed=False)
-    return [(english, foreign) for english, foreign in made]
+    drawn = _distinct_sentences("validation", ("en", language), pairs, draw, skewed=False)
+    return [(english, foreign) for english, foreign in drawn]
 
 
 def sentences(language: str, *, count: int | None = None, seed: int = 0) -> list[str]:

@@ -92,7 +92,7 @@ def test_index_command_writes_a_database(capsys, world, tiny_models, tmp_path):
 def test_export_for_pylate(capsys, tiny_models, tmp_path):
     argv = ["export", tiny_models.teacher, "--format", "pylate", "--output", tmp_path / "pylate"]
     assert run_json(capsys, argv) == {"output": str(tmp_path / "pylate")}
-    fails(capsys, argv, "pylate: holds something already; choose another folder")
+    fails(capsys, argv, "pylate: not empty; choose another folder")
     fails(capsys, [*argv, "--passage-length", 8], "passage_length: given with --format pylate")
 
 

@@ -235,11 +235,13 @@ for arguments in json.load(sys.stdin):
     log = io.StringIO()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=log, force=True)
     try:
-        made = load_collection(**arguments)
-        result = [made.queries, made.documents, made.qrels, made.queries_without_relevant]
+        loaded = load_collection(**arguments)
+        result = [
+            loaded.queries, loaded.documents, loaded.qrels, loaded.queries_without_relevant
+        ]
     except Exception as error:
         result = f"{type(error).__name__}: {error}"
-    print(json.dumps([made.name, result, log.getvalue()]))
+    print(json.dumps([loaded.name, result, log.getvalue()]))
 """
 
 
@@ -254,9 +256,9 @@ def item(path):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """Load real ids from files as WikiCLIR, CLIRMatrix and mMARCO have them, in their places.
+    """Load real ids from tiny files in the formats of WikiCLIR, CLIRMatrix and mMARCO.
 
-    In one process of its own, because ir_datasets fixes the place of its files on import.
+    This runs in a separate process, because ir_datasets fixes its folder on import.
     """
     pytest.importorskip("ir_datasets")
     home = tmp_path_factory.mktemp("ir_datasets")
@@ -293,7 +295,7 @@ def loaded(tmp_path_factory):
     (mmarco / "v2").mkdir(parents=True)
     (mmarco / "v2" / "french_collection.tsv").write_text("0\tla mer\n1\tle pain\n2\tune lampe\n")
     (mmarco / "v2" / "french.queries.dev.tsv").write_text("5\tdu pain\n6\tla mer ?\n")
-    # The small set is a part of the whole one.
+    # The small judgements are a subset of the full ones.
     (mmarco / "qrels.dev.small.tsv").write_text("5\t0\t1\t1\n")
     (home / "english.tsv").write_text("5\tbread\n")
 
@@ -340,7 +342,7 @@ def test_mmarco_id(loaded):
     assert name == "mmarco/v2/fr/dev/small"
     documents = {"0": "la mer", "1": "le pain", "2": "une lampe"}
     assert parts == [{"5": "du pain"}, documents, {"5": {"1": 1}}, []]
-    # English queries for French documents, by a file.
+    # English queries from a file for French documents.
     assert loaded["mmarco in English"][1] == [{"5": "bread"}, documents, {"5": {"1": 1}}, []]
 
 
@@ -350,7 +352,7 @@ def test_translated_queries_replace_those_of_an_id(loaded):
     assert "judgements name 1 unknown queries ('39'), which are ignored" in log
 
 
-def test_a_damaged_copy_of_an_id_is_named(loaded):
+def test_errors_of_a_damaged_download_name_the_id(loaded):
     _, error, _ = loaded["damaged"]
     assert "OSError: ir_datasets could not provide 'wikiclir/tl': expected 3 fields, got 2" in error
 

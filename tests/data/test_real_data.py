@@ -1,4 +1,4 @@
-"""The study on real text: the shipped example, cut to a few steps. Needs the data pack."""
+"""The example studies on real text, reduced to a few steps. Needs the data pack."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def needs_weights(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["clir_pack", "clir_cpu", "clir_further", "clir_heldout", "clir_queries"]
 )
-def test_example_fits_the_data(tmp_path: Path, name: str):
+def test_the_inputs_of_an_example_exist(tmp_path: Path, name: str):
     from optical.study.config import read_config
     from optical.study.study import Study
 
@@ -38,29 +38,33 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines(keepends=True)
 
 
-def keep(path: Path, kept: list[str]) -> None:
-    path.write_text("".join(kept), encoding="utf-8")
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(lines), encoding="utf-8")
 
 
-def cut(source: Path, target: Path, lines: int) -> None:
-    """The first lines of the data pack, and of its collections what belongs together."""
+def copy_start(source: Path, target: Path, lines: int) -> None:
+    """Copy the first lines of the data pack, with consistent queries, documents and judgements."""
     for path in sorted(source.rglob("*.*")):
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        found = lines_of(path)
-        keep(place, found if "qrels" in path.name or "queries" in path.name else found[:lines])
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        all_lines = lines_of(path)
+        write_lines(
+            copy, all_lines if "qrels" in path.name or "queries" in path.name else all_lines[:lines]
+        )
     passages = {json.loads(line)["id"] for line in lines_of(target / "english/passages.jsonl")}
     queries = target / "english/queries.train.tsv"
-    keep(queries, [line for line in lines_of(queries) if line.split("\t")[1] in passages][:lines])
+    write_lines(
+        queries, [line for line in lines_of(queries) if line.split("\t")[1] in passages][:lines]
+    )
     for qrels in target.glob("clir/*/qrels*.tsv"):
         kind = qrels.name.removeprefix("qrels").removesuffix(".tsv")
         (first, *_) = qrels.parent.glob(f"docs{kind}.*.jsonl")
         documents = {json.loads(line)["id"] for line in lines_of(first)}
         judged = [line for line in lines_of(qrels) if line.split()[2] in documents][:lines]
-        keep(qrels, judged)
+        write_lines(qrels, judged)
         asked = {line.split()[0] for line in judged}
         for path in qrels.parent.glob(f"queries{kind}.*.tsv"):
-            keep(path, [line for line in lines_of(path) if line.split("\t")[0] in asked])
+            write_lines(path, [line for line in lines_of(path) if line.split("\t")[0] in asked])
 
 
 @pytest.mark.slow
@@ -68,12 +72,12 @@ def cut(source: Path, target: Path, lines: int) -> None:
     "name", ["clir_cpu", "clir_further", "clir_gpu", "clir_heldout", "clir_queries"]
 )
 def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
-    """The whole table in miniature: the pack's first lines, two languages, two steps an arm."""
+    """Run all arms on the pack's first lines, in two languages, for two steps each."""
     from optical.study.config import read_config
     from optical.study.study import Study
 
     needs_weights(name)
-    cut(Path(os.environ["OPTICAL_DATA"]), tmp_path / "pack", 40)
+    copy_start(Path(os.environ["OPTICAL_DATA"]), tmp_path / "pack", 40)
     monkeypatch.setenv("OPTICAL_DATA", str(tmp_path / "pack"))
     config = read_config(EXAMPLES / f"{name}.yaml", tmp_path / "out")
     few = {"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_num_workers": 0}
@@ -85,9 +89,9 @@ def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
         arm.trainer_args |= few
         if arm.recipe == "transfer":
             arm.options["vocabulary_size"] = 3000
-    for made in config.lexicons.values():
-        # Plans of models that learnt nothing are even.
-        made.least_count, made.least_probability = 1, 0.0
+    for lexicon in config.lexicons.values():
+        # Plans of untrained models are nearly uniform.
+        lexicon.least_count, lexicon.least_probability = 1, 0.0
     if config.word_alignment:
         config.word_alignment["max_pairs"] = 5
     study = Study(config)
@@ -96,13 +100,13 @@ def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
     assert all(f"| {arm.name} |" in report or arm.name in report for arm in config.arms)
     rows = (tmp_path / "out" / config.report / "results.csv").read_text(encoding="utf-8")
     assert {line.split(",")[0] for line in rows.splitlines()} >= {"measure", "difference"}
-    # Numbers, names of arms and languages, and nothing of the pack's text.
+    # The table contains no text of the pack.
     text = (tmp_path / "pack/clir/flores-dev/queries.title.en.tsv").read_text(encoding="utf-8")
     assert not [line for line in text.splitlines() if line.split("\t")[1] in rows]
 
 
 @pytest.mark.slow
-def test_example_reads_all_its_inputs_and_reports(tmp_path: Path):
+def test_the_first_example_runs_to_its_report(tmp_path: Path):
     from optical.study.study import run_study
 
     raw = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
@@ -127,5 +131,5 @@ def test_example_reads_all_its_inputs_and_reports(tmp_path: Path):
         for collection in ("first-sentence", "title")
         for arm, language in [*arms, ("English documents", "en")]
     }
-    assert all(one["queries"] in (107, 281) for one in numbers["comparisons"])
+    assert all(row["queries"] in (107, 281) for row in numbers["comparisons"])
     assert "Swahili" in report.read_text(encoding="utf-8")

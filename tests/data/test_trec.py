@@ -1,4 +1,4 @@
-"""Runs and judgements survive a round trip, keep their order in trec_eval; bad files are named."""
+"""TREC runs and judgements: round trips, order in trec_eval, and errors of malformed files."""
 
 import gzip
 import os
@@ -15,22 +15,22 @@ def write(path, text):
     return path
 
 
-def test_order_is_score_then_id_from_high_to_low():
+def test_order_is_descending_score_then_descending_id():
     assert ranked({"a": 1.0, "b": 2.0, "c": 1.0}) == [("b", 2.0), ("c", 1.0), ("a", 1.0)]
 
 
 @pytest.mark.parametrize("name", ["a.run", "a.run.gz"])
-def test_run_survives_the_round_trip_with_every_digit(tmp_path, name):
+def test_a_run_is_read_back_with_every_digit(tmp_path, name):
     generator = random.Random(0)
     run = {f"q{q}": {f"d{d}": generator.gauss(0, 10) for d in range(50)} for q in range(3)}
     run["q0"]["d7"] = run["q0"]["d8"]
     write_run(run, tmp_path / name, tag="runs/sw")
-    again = read_run(tmp_path / name)
-    assert again == run
-    assert [list(again[q]) for q in run] == [[d for d, _ in ranked(run[q])] for q in run]
+    reread = read_run(tmp_path / name)
+    assert reread == run
+    assert [list(reread[q]) for q in run] == [[d for d, _ in ranked(run[q])] for q in run]
 
 
-def test_written_lines(tmp_path):
+def test_lines_of_a_written_run(tmp_path):
     write_run({"q": {"b": 0.5, "a": 2.0}, "empty": {}}, tmp_path / "x" / "a.run", tag="t")
     assert (tmp_path / "x" / "a.run").read_text() == "q Q0 a 1 2.0 t\nq Q0 b 2 0.5 t\n"
 
@@ -41,7 +41,7 @@ def test_equal_runs_give_equal_compressed_bytes(tmp_path):
     assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
 
 
-def test_gzip_is_recognised_by_content_and_a_byte_order_mark_is_dropped(tmp_path):
+def test_gzip_is_detected_and_a_byte_order_mark_dropped(tmp_path):
     path = tmp_path / "a.run"
     path.write_bytes(gzip.compress("\ufeffq Q0 a 1 1.5 t\r\n\n".encode()))
     assert read_run(path) == {"q": {"a": 1.5}}
@@ -57,30 +57,30 @@ def test_gzip_is_recognised_by_content_and_a_byte_order_mark_is_dropped(tmp_path
         [3.0, 2.0, 1.0],
     ],
 )
-def test_trec_eval_sees_the_order_that_was_written(tmp_path, scores):
-    """trec_eval compares float32 scores and breaks ties by id: both must not change the ranking."""
+def test_trec_eval_ranks_documents_in_the_written_order(tmp_path, scores):
+    """trec_eval compares float32 scores and breaks ties by id, which must not change the order."""
     pytrec_eval = pytest.importorskip("pytrec_eval")
     for seed in range(5):
         ids = [f"d{i}" for i in range(len(scores))]
         random.Random(seed).shuffle(ids)
         run = {"q": dict(zip(ids, scores, strict=True))}
         write_run(run, tmp_path / "a.run", tag="t")
-        again = read_run(tmp_path / "a.run")
+        reread = read_run(tmp_path / "a.run")
         order = [docid for docid, _ in ranked(run["q"])]
-        assert list(again["q"]) == order
+        assert list(reread["q"]) == order
         for rank, docid in enumerate(order, start=1):
             evaluator = pytrec_eval.RelevanceEvaluator({"q": {docid: 1}}, {"recip_rank"})
-            assert evaluator.evaluate(again)["q"]["recip_rank"] == pytest.approx(1 / rank)
+            assert evaluator.evaluate(reread)["q"]["recip_rank"] == pytest.approx(1 / rank)
 
 
 def test_only_colliding_scores_are_changed(tmp_path):
     write_run({"q": {"a": 0.1, "b": 0.1 - 1e-12, "c": 0.05}}, tmp_path / "a.run", tag="t")
-    again = read_run(tmp_path / "a.run")["q"]
-    assert (again["a"], again["c"]) == (0.1, 0.05)
-    assert 0.1 - 1e-7 < again["b"] < 0.1
+    reread = read_run(tmp_path / "a.run")["q"]
+    assert (reread["a"], reread["c"]) == (0.1, 0.05)
+    assert 0.1 - 1e-7 < reread["b"] < 0.1
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "a.run"
     write_run({"q": {"a": 1.0}}, path, tag="t")
     before = path.read_bytes()
@@ -127,14 +127,14 @@ def test_a_run_that_the_format_cannot_hold_is_refused(tmp_path, run, tag, messag
         ("\n", "a.run:1: the file has no lines"),
     ],
 )
-def test_a_bad_run_is_refused_with_file_and_line(tmp_path, text, message):
+def test_errors_of_a_malformed_run_name_file_and_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_run(write(tmp_path / "a.run", text))
     assert str(caught.value).startswith(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-def test_bytes_that_are_no_text_are_refused_with_file_and_line(tmp_path):
+def test_errors_of_undecodable_files_name_file_and_line(tmp_path):
     path = tmp_path / "a.run"
     path.write_bytes(b"q Q0 a 1 1.0 t\nq Q0 caf\xe9 2 0.5 t\n")
     with pytest.raises(ValueError, match=r"a\.run:2: not UTF-8"):
@@ -156,7 +156,7 @@ def test_bytes_that_are_no_text_are_refused_with_file_and_line(tmp_path):
     ],
     ids=["trec", "tabs", "wikiclir", "beir"],
 )
-def test_judgements_in_all_forms(tmp_path, text):
+def test_judgements_in_every_format(tmp_path, text):
     expected = {"q1": {"d1": 2, "d2": 0}, "q2": {"d1": -1}}
     assert read_qrels(write(tmp_path / "qrels", text)) == expected
     write_qrels(expected, tmp_path / "again.gz")
@@ -175,11 +175,11 @@ def test_judgements_in_all_forms(tmp_path, text):
         ("query-id\tcorpus-id\tscore\n", "qrels:1: the file has no judgements"),
     ],
 )
-def test_bad_judgements_are_refused_with_file_and_line(tmp_path, text, message):
+def test_errors_of_malformed_judgements_name_file_and_line(tmp_path, text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read_qrels(write(tmp_path / "qrels", text))
 
 
-def test_judgements_with_spaces_in_ids_are_not_written(tmp_path):
+def test_writing_judgements_with_spaces_in_ids_is_refused(tmp_path):
     with pytest.raises(ValueError, match="document id 'd 1' must be one word"):
         write_qrels({"q": {"d 1": 1}}, tmp_path / "qrels")
