@@ -160,7 +160,7 @@ def fast(name, **changes):
 )
 def test_fast_problems_by_their_own_rule(name, way, monkeypatch, poisoned_memory):
     stream_everything(monkeypatch, way)
-    problem = fast(name).one(0)
+    problem = fast(name).select(0)
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
     found = solve("triton", problem.to(torch.float32))
     exact = solve("triton", replace(problem, precision="exact").to(torch.float32))
@@ -174,7 +174,7 @@ def test_a_kept_plan_is_written_again_where_potentials_drift(monkeypatch):
     written = []
     keep = loop.keep.rewrite()
     monkeypatch.setattr(loop, "keep", lambda *given: written.append(keep(*given)))
-    problem = fast("epsilon_0.01", max_iter=24).one(0)
+    problem = fast("epsilon_0.01", max_iter=24).select(0)
     for drift, least, most in ((6.0, 1, 1), (0.6, 2, 8), (1e-4, 0, 0)):
         monkeypatch.setattr(kept, "DRIFT", type(kept.DRIFT)(drift))
         written.clear()
@@ -215,7 +215,7 @@ def test_what_half_precision_does_not_serve():
 
 def test_light_rows_have_the_bits_of_exact_problems(monkeypatch):
     stream_everything(monkeypatch, "loop")
-    problem = fast("mass_1e-30").one(0).to(torch.float32)
+    problem = fast("mass_1e-30").select(0).to(torch.float32)
     found, exact = (solve("triton", replace(problem, precision=p)) for p in ("fast", "exact"))
     for field in FIELDS:
         assert torch.equal(found[field], exact[field]), field
