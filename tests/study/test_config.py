@@ -12,7 +12,7 @@ pytest.importorskip("yaml", reason="needs the extra `study`")
 pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
 
 import yaml
-from optical.io.options import nearest, parse_yaml
+from optical.io.settings import nearest, parse_yaml
 from transformers import HfArgumentParser
 
 from optical.study.config import read_config

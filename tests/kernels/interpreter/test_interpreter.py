@@ -164,7 +164,7 @@ def fast(name, **changes):
 )
 def test_fast_problems_by_their_own_rule(name, way, monkeypatch, poisoned_memory):
     stream_everything(monkeypatch, way)
-    problem = fast(name).one(0)
+    problem = fast(name).select(0)
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
     fast_result = solve("triton", problem.to(torch.float32))
     exact = solve("triton", replace(problem, precision="exact").to(torch.float32))
