@@ -123,12 +123,12 @@ def check(name: str, results: Results, truth: Truth, task: Task) -> dict[str, fl
     Raises:
         AssertionError: the results are wrong.
     """
-    found = errors(results, truth.exact, task.case)
+    result_errors = errors(results, truth.exact, task.case)
     if truth.limit_only:
-        _check_limit(name, results, truth.exact, task, found["marginal_error"])
+        _check_limit(name, results, truth.exact, task, result_errors["marginal_error"])
     else:
         _check_iterate(name, results, truth, task)
-    return found
+    return result_errors
 
 
 def _check_iterate(name: str, results: Results, truth: Truth, task: Task) -> None:
@@ -182,7 +182,7 @@ def _check_limit(
         tolerance = share * expected.norm().item()
         if not difference <= tolerance:
             raise AssertionError(
-                f"{name} {case.name} gradient is {difference:.3g} away from that of its own plan; "
+                f"{name} {case.name} gradient is {difference:.3g} away from that of its plan; "
                 f"expected at most {tolerance:.3g}"
             )
 

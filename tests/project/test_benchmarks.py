@@ -31,7 +31,7 @@ from optical.report.table import read_rows
 
 CASE = cases.parse_shape("3x6x5x4x12")
 RAGGED = cases.parse_shape("3x20x24x4x12:ragged")
-# OTT-JAX runs in a worker process and has a test of its own.
+# OTT-JAX runs in a worker process and has a separate test.
 IN_PROCESS = [name for name in providers.PROVIDERS if name != "ott"]
 
 
