@@ -88,7 +88,7 @@ bool is_valid(const optical_problem& problem) {
 enum class Operation { forward, backward };
 
 // Half precision serves iterations that need no potentials. Below 16 iterations its set-up costs more
-// than it saves. optical/nvrtc.py repeats this rule.
+// than it saves. optical/backends/nvrtc.py repeats this rule.
 bool use_half_precision(const optical_problem& problem) {
     const bool penalty = problem.rho_a <= DBL_MAX || problem.rho_b <= DBL_MAX;
     return problem.fast && problem.max_iter >= 16 && !penalty && problem.omega == 1 &&
@@ -230,7 +230,7 @@ OPTICAL_API int optical_cuda_backward(const optical_problem* pointer,
 
 // The launch configuration of a padded problem on a device with `shared` bytes per block and clusters
 // of `clusters` blocks. Writes down, across, blocks, bytes of shared memory and problems per warp;
-// returns the regime. A test compares this with optical/nvrtc.py.
+// returns the regime. A test compares this with optical/backends/nvrtc.py.
 OPTICAL_API int optical_cuda_launch_config(const optical_problem* pointer, int is_backward,
                                            int shared, int clusters, int* config) {
     const optical_problem& problem = *pointer;

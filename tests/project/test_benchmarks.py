@@ -452,8 +452,8 @@ def test_make_plots_regenerates_every_page_byte_for_byte(tmp_path, monkeypatch):
         )
         copies[page].write_text(empty)
         monkeypatch.setattr(module, name, copies[page])
-    for module, name in ((operator_tables, "FIGURES"), (study_tables, "FIGURES"), (study_tables, "CURVES"),
-                         (study_tables, "OVERVIEW")):  # fmt: skip
+    figure_folders = [(study_tables, name) for name in ("FIGURES", "CURVES", "OVERVIEW")]
+    for module, name in [(operator_tables, "FIGURES"), *figure_folders]:
         path = getattr(module, name)
         monkeypatch.setattr(module, name, tmp_path / path.relative_to(jobs.ROOT))
     assert main(["report"]) == 0

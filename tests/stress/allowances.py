@@ -1,7 +1,7 @@
 """The tolerance rule for random calls: one table of allowances, and how they combine.
 
-``optical.testing.tolerance`` allows the error of the same-dtype reference plus ``TOLERANCE`` of the size of
-an output. Random calls reach corners where that is too strict for any implementation. Each corner
+``optical.testing.tolerance`` allows the error of the same-dtype reference plus ``TOLERANCE`` of the
+size of an output. Random calls reach corners where that is too strict for any implementation. Each corner
 is an entry of ``ALLOWANCES``: when it applies, how much it allows, and why. ``verdict`` applies the
 table to one output, ``ending_verdict`` to iteration counts and statuses.
 """
@@ -293,8 +293,8 @@ ALLOWANCES = (
         Stage.REFERENCE,
         lambda output: True,
         lambda output: 4.0,
-        "The rule of optical.testing.tolerance allows the error of the same-dtype reference. One run is one "
-        "sample of that error, which is small by luck in some of many calls, so the largest error "
+        "The tolerance rule allows the error of the same-dtype reference. One run is one sample of "
+        "that error, which is small by luck in some of many calls, so the largest error "
         f"of up to {SAMPLES} runs on nudged inputs counts. In float64 the truth is such a sample.",
     ),
     Allowance(

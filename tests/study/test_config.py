@@ -12,9 +12,9 @@ pytest.importorskip("yaml", reason="needs the extra `study`")
 pytest.importorskip("sentence_transformers", reason="needs the extra `study`")
 
 import yaml
-from optical.io.settings import nearest, parse_yaml
 from transformers import HfArgumentParser
 
+from optical.io.settings import nearest, parse_yaml
 from optical.study.config import read_config
 from optical.training.options import CodeswitchOptions, DistillOptions
 from optical.training.recipes import CommandLineTrainerArguments
