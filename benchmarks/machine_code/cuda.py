@@ -1,8 +1,8 @@
 """Registers, spills and hot loops of the compiled CUDA kernels, without a GPU.
 
-``python -m benchmarks.machine_code.cuda`` compiles the kernels for every architecture and writes the
-rows of ``benchmarks/results/cuda_resources.csv``. ``--predict`` prints the run times on an H200
-that these rows imply, which ``docs/dev/cuda.md`` quotes.
+``python -m benchmarks.machine_code.cuda`` compiles the kernels for every architecture and writes
+the rows of ``benchmarks/results/cuda_resources.csv``. ``--predict`` prints the run times on an
+H200 that these rows imply, which ``docs/dev/cuda.md`` quotes.
 
 The hot loop of a kernel is its innermost loop with a multiply-add for each entry of the tile and
 half-step, or, in half precision, a product of fragments for each 256 of them. The column "loop"

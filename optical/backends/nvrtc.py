@@ -2,8 +2,8 @@
 
 NVRTC ships with the CUDA builds of PyTorch. Each kernel is compiled at its first use, in a few
 seconds, and stored in the user's cache. ``Kernels`` has the interface of the library that nvcc
-builds, so ``optical.backends.cuda`` uses either. ctypes calls NVRTC and the driver directly: a dozen calls
-do not justify a dependency on cuda-python.
+builds, so ``optical.backends.cuda`` uses either. ctypes calls NVRTC and the driver directly: a
+dozen calls do not justify a dependency on cuda-python.
 """
 
 from __future__ import annotations

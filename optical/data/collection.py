@@ -89,7 +89,7 @@ def load_collection(
         ImportError: ``source`` is an id and ``ir_datasets`` is not installed (extra ``eval``).
         OSError: a file is missing, or ``ir_datasets`` could not download.
 
-    Example:
+    Examples:
         >>> collection = load_collection("wikiclir/sw")                           # doctest: +SKIP
         >>> collection = load_collection(queries="queries.tsv", documents="docs.jsonl.gz",
         ...                              qrels="qrels.tsv")                       # doctest: +SKIP

@@ -38,7 +38,7 @@ def tokenize_words(text: str) -> list[str]:
     Combining marks belong to words, unlike in regular expressions' ``\\w``: vowel signs in the
     middle of a Hindi or Marathi word are combining marks.
 
-    Example:
+    Examples:
         >>> tokenize_words("Don't panic: 42 किताबें!")
         ['don', 't', 'panic', '42', 'किताबें']
     """
@@ -111,7 +111,7 @@ def translate(text: str, lexicon: Lexicon, *, senses: int = 1) -> str:
     Words outside the lexicon are kept, since most of them are names, which lexical search matches
     across languages.
 
-    Example:
+    Examples:
         >>> translate("Cold water, Nairobi", {"cold": ["baridi"], "water": ["maji", "mvua"]})
         'baridi maji nairobi'
     """
@@ -142,7 +142,7 @@ def induce_lexicon(
 
     Source: Brown et al., "The Mathematics of Statistical Machine Translation" (1993), section 4.2.
 
-    Example:
+    Examples:
         >>> bitext = [("red book", "kitabu nyekundu"), ("red", "nyekundu"), ("book", "kitabu")] * 3
         >>> [(e, f) for e, f, _ in induce_lexicon(bitext)]
         [('book', 'kitabu'), ('red', 'nyekundu')]
@@ -225,7 +225,7 @@ def lexicon_from_links(
     The probability of a foreign word is its share of the weight of the English word's links.
     English words whose links weigh less than `least_count` in total are left out.
 
-    Example:
+    Examples:
         >>> lexicon_from_links([("book", "kitabu", 3.0), ("book", "cha", 1.0)])
         [('book', 'kitabu', 0.75)]
     """
@@ -277,7 +277,7 @@ class CodeSwitcher:
         seed: together with the key of a text, determines every draw, on any machine and Python
             version.
 
-    Example:
+    Examples:
         >>> switch = CodeSwitcher({"sw": {"water": ["maji"]}}, probability=1.0, seed=0)
         >>> switch("Cold Water, please", key=7)
         'Cold maji, please'

@@ -35,7 +35,7 @@ def ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
 
     Scores descend; documents with equal scores are in descending order of their ids.
 
-    Example:
+    Examples:
         >>> ranked({"a": 1.0, "b": 2.0, "c": 1.0})
         [('b', 2.0), ('c', 1.0), ('a', 1.0)]
     """

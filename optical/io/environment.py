@@ -33,7 +33,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     Raises:
         ImportError: the module cannot be imported.
 
-    Example:
+    Examples:
         >>> require("json", "eval", "this example").__name__
         'json'
     """

@@ -39,7 +39,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         ValueError: the file is not UTF-8, or its gzip data is damaged; the message names file and
             line.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "words.txt"
         >>> _ = path.write_text("habari\\nmaji\\n", encoding="utf-8")
@@ -200,7 +200,7 @@ def folder_lock(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
     except ImportError:
         yield
         return
-    # A child that outlives its killed parent would keep a flock, but lockf does not exclude threads.
+    # A child that outlives its killed parent would keep a flock; lockf does not exclude threads.
     lock, mode = (fcntl.flock, 0) if wait else (fcntl.lockf, fcntl.LOCK_NB)
     path = Path(folder) / ".lock"
     while True:

@@ -210,7 +210,7 @@ class OTDistillationLoss(DistillationLoss):
     eprint={2301.12566},
     archivePrefix={arXiv},
 }
-"""
+"""  # noqa: E501
 
 
 def _tokens(output: dict[str, Any], token_mass: Tensor | None) -> Tokens:

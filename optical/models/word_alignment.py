@@ -137,7 +137,7 @@ def align_words(
 def format_pharaoh(links: Iterable[tuple[int, int, float]]) -> str:
     """Format the links of a sentence pair in Pharaoh format: English index, foreign index.
 
-    Example:
+    Examples:
         >>> format_pharaoh([(0, 1, 0.9), (1, 0, 0.7)])
         '0-1 1-0'
     """

@@ -153,7 +153,7 @@ def bitext(language: str, *, pairs: int | None = None, seed: int = 0) -> list[tu
     Raises:
         ValueError: an unknown language, or more pairs than the phrasebook has.
 
-    Example:
+    Examples:
         >>> from optical import phrasebook
         >>> len(phrasebook.bitext("so"))
         300
@@ -329,7 +329,7 @@ def collection(language: str) -> tuple[dict[str, str], dict[str, str], Qrels]:
     Raises:
         ValueError: an unknown language.
 
-    Example:
+    Examples:
         >>> from optical import phrasebook
         >>> queries, documents, qrels = phrasebook.collection("sw")
         >>> len(queries), len(documents)

@@ -115,7 +115,7 @@ def evaluate(
         ValueError: a measure is unknown or lacks its cutoff, or no query can be evaluated.
         ImportError: ``ir_measures`` is not installed.
 
-    Example:
+    Examples:
         >>> result = evaluate({"q": {"d1": 0.5, "d2": 0.9}}, {"q": {"d1": 1}}, "AP RR@10")
         >>> result.mean
         {'AP': 0.5, 'RR@10': 0.5}

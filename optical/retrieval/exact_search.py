@@ -77,7 +77,7 @@ def search(
             ``chunk_elements`` is not positive, or the model returns values that are not finite.
         TypeError: a model does not return token vectors.
 
-    Example:
+    Examples:
         >>> from sentence_transformers import MultiVectorEncoder                  # doctest: +SKIP
         >>> model = MultiVectorEncoder("runs/sw/final")                           # doctest: +SKIP
         >>> run = search(model, load_collection("wikiclir/sw"), depth=100)        # doctest: +SKIP
@@ -149,7 +149,7 @@ def search_vectors(
     Raises:
         ValueError: as in :func:`search`, or ids and vectors differ in number.
 
-    Example:
+    Examples:
         >>> import torch
         >>> run = search_vectors({"q": torch.eye(2)}, {"a": torch.eye(2), "b": torch.eye(2)[:1]})
         >>> run["q"]

@@ -88,7 +88,7 @@ def paired_test(
             argument out of range.
         ImportError: numpy, or scipy for ``"t"``, is not installed.
 
-    Example:
+    Examples:
         >>> paired_test({"q1": 0.5, "q2": 0.9, "q3": 0.7}, {"q1": 0.1, "q2": 0.3, "q3": 0.2}).p
         0.25
     """
@@ -127,7 +127,7 @@ def interval(
         ValueError: no values, values that are not finite, or an argument out of range.
         ImportError: numpy is not installed.
 
-    Example:
+    Examples:
         >>> interval([0.0, 0.5, 1.0, 0.5]).mean
         0.5
     """
@@ -177,7 +177,7 @@ def correct(p: Sequence[float], correction: str = "holm") -> list[float]:
     Raises:
         ValueError: the correction is unknown, or a value is not between 0 and 1.
 
-    Example:
+    Examples:
         >>> correct([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
     """

@@ -5,35 +5,56 @@ Transformers.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_MODULES = {
-    "options": (
-        "AverageOptions",
-        "CodeswitchOptions",
-        "DistillOptions",
-        "EncoderOptions",
-        "TeacherOptions",
-        "TransferOptions",
-    ),
-    "pretraining": ("encoder_trainer",),
-    "recipes": (
-        "BitextCollator",
-        "average",
-        "codeswitch",
-        "distill",
-        "teacher",
-        "trainer_arguments",
-    ),
-    "runner": ("run", "save"),
-    "vocabulary_transfer": ("transfer",),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+if TYPE_CHECKING:
+    from optical.training.options import (
+        AverageOptions,
+        CodeswitchOptions,
+        DistillOptions,
+        EncoderOptions,
+        TeacherOptions,
+        TransferOptions,
+    )
+    from optical.training.pretraining import encoder_trainer
+    from optical.training.recipes import (
+        BitextCollator,
+        average,
+        codeswitch,
+        distill,
+        teacher,
+        trainer_arguments,
+    )
+    from optical.training.runner import run, save
+    from optical.training.vocabulary_transfer import transfer
 
-__all__ = sorted(_MODULE_OF)
+__all__ = [
+    "AverageOptions",
+    "BitextCollator",
+    "CodeswitchOptions",
+    "DistillOptions",
+    "EncoderOptions",
+    "TeacherOptions",
+    "TransferOptions",
+    "average",
+    "codeswitch",
+    "distill",
+    "encoder_trainer",
+    "run",
+    "save",
+    "teacher",
+    "trainer_arguments",
+    "transfer",
+]
+
+# The light module comes first, so that options never load the recipes.
+_MODULES = ("options", "recipes", "runner", "pretraining", "vocabulary_transfer")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in __all__:
+        for module in _MODULES:
+            namespace = vars(importlib.import_module(f"{__name__}.{module}"))
+            if name in namespace:
+                return namespace[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Build the CUDA kernels for the CPU and route ``optical.backends.cuda`` to the emulated library."""
+"""Build the CUDA kernels for the CPU and route ``optical.backends.cuda`` to that library."""
 
 import platform
 import subprocess

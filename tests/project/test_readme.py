@@ -238,18 +238,18 @@ def test_every_option_of_every_recipe_is_described():
     parts = re.split(r"^## (\w+)\n", text, flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     kinds = {
-        "teacher": recipes.TeacherOptions,
-        "distill": recipes.DistillOptions,
-        "codeswitch": recipes.CodeswitchOptions,
-        "transfer": recipes.TransferOptions,
-        "average": recipes.AverageOptions,
+        "teacher": options.TeacherOptions,
+        "distill": options.DistillOptions,
+        "codeswitch": options.CodeswitchOptions,
+        "transfer": options.TransferOptions,
+        "average": options.AverageOptions,
         "encoder": options.EncoderOptions,
     }
     assert set(sections) == set(kinds)
     for recipe, kind in kinds.items():
         rows = re.findall(r"^\| (`.*?) \|", sections[recipe], re.MULTILINE)
         described = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-        inherited = {entry.name for entry in dataclasses.fields(recipes.TeacherOptions)}
+        inherited = {entry.name for entry in dataclasses.fields(options.TeacherOptions)}
         own = {entry.name for entry in dataclasses.fields(kind)}
         assert described == (own - inherited if recipe == "codeswitch" else own), recipe
 

@@ -1,9 +1,9 @@
 """The tolerance rule for random calls: one table of allowances, and how they combine.
 
 ``optical.testing.tolerance`` allows the error of the same-dtype reference plus ``TOLERANCE`` of the
-size of an output. Random calls reach corners where that is too strict for any implementation. Each corner
-is an entry of ``ALLOWANCES``: when it applies, how much it allows, and why. ``verdict`` applies the
-table to one output, ``ending_verdict`` to iteration counts and statuses.
+size of an output. Random calls reach corners where that is too strict for any implementation. Each
+corner is an entry of ``ALLOWANCES``: when it applies, how much it allows, and why. ``verdict``
+applies the table to one output, ``ending_verdict`` to iteration counts and statuses.
 """
 
 from __future__ import annotations
