@@ -232,7 +232,7 @@ def test_every_command_and_recipe_is_shown():
 
 
 def test_every_option_of_every_recipe_is_described():
-    from optical.training import options, recipes
+    from optical.training import options
 
     text = (DOCS / "recipes.md").read_text()
     parts = re.split(r"^## (\w+)\n", text, flags=re.MULTILINE)
