@@ -243,9 +243,9 @@ WRONG = [
     ("arguments.max_step", 1, "unknown key `max_step` in arguments; did you mean `max_steps`"),
     ("teacher.arguments.lr", 1, "unknown key `lr` in teacher.arguments"),
     (
-        "arms.ot.trainer_args",
+        "arms.ot.arguments",
         {"output_dir": "x"},
-        "unknown key `output_dir` in arms.ot.trainer_args",
+        "unknown key `output_dir` in arms.ot.arguments",
     ),
     ("collections.news.query", "q", "unknown key `query` in collections.news; did you mean `quer"),
     ("collections.news", "wikiclir/sw", "collections.news: expected keys and values"),
@@ -256,7 +256,7 @@ WRONG = [
     ("arms", None, "no key `arms`; it is required"),
     ("arms", ["ot"], "arms: expected keys and values"),
     ("arms.ot", ["distill"], "arms.ot: expected keys and values"),
-    ("arms.ot.trainer_args", "fast", "arms.ot.trainer_args: expected keys and values"),
+    ("arms.ot.arguments", "fast", "arms.ot.arguments: expected keys and values"),
     ("collections", None, "no key `collections`; it is required"),
     ("encoder", None, "no key `encoder` for the teacher to start from"),
     ("output", None, "no key `output`, and no --output given"),
@@ -322,9 +322,9 @@ WRONG = [
     ),
     ("arguments.max_length", 2.5, "arguments.max_length: 2.5, expected int or dict[str, int]"),
     (
-        "arms.ot.trainer_args",
+        "arms.ot.arguments",
         {"save_strategy": False},  # the `no` of YAML 1.1 without quotes
-        "arms.ot.trainer_args.save_strategy: False, expected 'no' or 'steps' or 'epoch' or 'best'",
+        "arms.ot.arguments.save_strategy: False, expected 'no' or 'steps' or 'epoch' or 'best'",
     ),
     ("teacher.arguments.optim", "adam", "teacher.arguments.optim: 'adam', expected 'adamw_torch'"),
 ]
