@@ -170,6 +170,7 @@ PYTHON = (
         "(mass / total.where(total > 0, 1.0)).log()",
         "(mass / (total.where(total > 0, 1.0) + 1e-3)).log()",
         "the weights of the tokens of a text sum to a little less than 1",
+        "losses/test_objectives",
         "losses/test_distillation",
     ),
     _python(

@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from optical.native import LIBRARY_NAME
 from tests.stress.faults import FAULTS, LANGUAGES, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,12 +59,12 @@ import sys
 from pathlib import Path
 from optical.backends import library
 
-csrc, isa = Path("csrc"), sys.argv[1]
+csrc, target, isa = Path("csrc"), Path(sys.argv[1]), sys.argv[2]
 digest, flags = library.cpu_source_hash(csrc), dict(library.cpu_variants())[isa]
 library.cpu_source_hash = lambda folder: digest
 library.CPU_FLAGS = (*(flag for flag in library.CPU_FLAGS if flag != "-O3"), "-O1")
 library.cpu_variants = lambda: [("baseline", flags)]
-library.build_cpu(csrc, Path("optical", library.CPU_LIBRARY), library.find_compiler())
+library.build_cpu(csrc, target, library.find_compiler())
 """
 ISA = (
     "from optical.backends import library;"
@@ -109,15 +110,22 @@ class Checkout:
         return subprocess.run(command, cwd=self.root, env=environment, **options)
 
     def build(self, language: str) -> None:
-        """Compile the CPU library of the present sources, where faults are in them."""
+        """Put the CPU library of the present sources into the copy, for faults in C++."""
         if language != "cpu":
             return
-        for library in (self.root / "optical").glob("_cpu.*"):
-            library.unlink()
+        digest = hashlib.sha256()
+        for path in sorted((self.root / "csrc").rglob("*.*")):
+            digest.update(path.read_bytes())
+        stored = self.root / "build" / digest.hexdigest() / "library"
+        if not stored.is_file():
+            self._compile(stored)
+        shutil.copy2(stored, self.root / "optical" / LIBRARY_NAME)
+
+    def _compile(self, target: Path) -> None:
         isa = subprocess.run(
             [sys.executable, "-c", ISA], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
-        built = self.python("-c", BUILD, isa)
+        built = self.python("-c", BUILD, str(target), isa)
         if built.returncode:
             raise ValueError(f"the fault does not compile: {built.stderr[-300:]}")
 
