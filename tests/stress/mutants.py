@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from optical.native import LIBRARY_NAME
+from optical.backends.library import CPU_LIBRARY
 from tests.stress.faults import FAULTS, LANGUAGES, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ class Checkout:
         stored = self.root / "build" / digest.hexdigest() / "library"
         if not stored.is_file():
             self._compile(stored)
-        shutil.copy2(stored, self.root / "optical" / LIBRARY_NAME)
+        shutil.copy2(stored, self.root / "optical" / CPU_LIBRARY)
 
     def _compile(self, target: Path) -> None:
         isa = subprocess.run(
