@@ -285,7 +285,7 @@ def test_unwritable_output_folder_is_refused(distill, tmp_path):
         ({"epsilon": 0.0}, "epsilon is 0.0; expected a finite number > 0"),
         ({"epsilon": "small"}, "epsilon is a str; expected a float"),
         ({"max_iter": -1}, "max_iter is -1"),
-        ({"gradient": "none"}, "gradient is 'none'"),
+        ({"gradient": "none"}, "gradient: 'none', expected envelope or"),
         ({"backend": "gpu"}, "backend is 'gpu'"),
         ({"max_pairs": 0}, "max_pairs: 0, expected 1 or more"),
     ],
