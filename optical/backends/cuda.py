@@ -104,8 +104,8 @@ def supports(problem: Problem) -> str | None:
         return loaded.reason
     if _needs_lengths(problem) and _capturing():
         return (
-            "the lengths of the packed problems must be read, since their total exceeds the largest "
-            "problem that fits, and a CUDA graph is being captured"
+            "the lengths of the packed problems must be read, since their total exceeds the "
+            "largest problem that fits, and a CUDA graph is being captured"
         )
     n, m = _size_bounds(problem)
     if not _fits(n, m, problem.kind, problem.gradient, device.index):

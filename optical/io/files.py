@@ -187,7 +187,7 @@ def locked(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
     except ImportError:
         yield
         return
-    # A child that outlives its killed parent would keep a flock, but lockf does not exclude threads.
+    # A child that outlives its killed parent would keep a flock, and lockf excludes no threads.
     lock, mode = (fcntl.flock, 0) if wait else (fcntl.lockf, fcntl.LOCK_NB)
     path = Path(folder) / ".lock"
     while True:
