@@ -1,7 +1,9 @@
-"""Batched, masked optimal transport for token vectors: a Sinkhorn operator and a loss built on it.
+"""Batched, masked Sinkhorn for token vectors, and a loss and a retrieval package built on it.
 
-The names below are the whole public interface. Importing the package needs PyTorch only: it
-queries no device, compiles nothing and loads neither Triton nor the native library.
+The names below, and those that the wings ``backends``, ``data``, ``losses``, ``models``,
+``retrieval``, ``study``, ``testing`` and ``training`` export, are public. Importing the package
+needs PyTorch only. It queries no device, compiles nothing, and loads neither Triton nor the
+compiled libraries.
 """
 
 from optical.backends.problem import Status
