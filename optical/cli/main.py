@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from optical import __version__
 from optical.cli import models, retrieval
@@ -33,6 +33,13 @@ EXAMPLES = """examples:
   optical evaluate sw.run --qrels wikiclir/sw
   optical compare zeroshot.run sw.run --qrels wikiclir/sw
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,7 +101,7 @@ def _after_interrupt(arguments: list[str]) -> str:
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the parser of the command line, and the parser of each command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="optical",
         description="Cross-lingual retrieval by optimal-transport distillation.",
         epilog=EXAMPLES,
@@ -107,7 +114,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         version=f"optical {__version__}",
         help="Print the version and exit.",
     )
-    parser_class: Any = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
+    parser_class: Any = functools.partial(_Parser, allow_abbrev=False)
     subparsers = parser.add_subparsers(metavar="command", parser_class=parser_class)
     recipes = ", ".join(RECIPES)
     subparsers.add_parser("train", help=f"Train a model: {recipes}.", add_help=False)

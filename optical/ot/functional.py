@@ -114,8 +114,8 @@ def sinkhorn(
         precision: "exact" computes in float32 (float64 for float64 inputs). "fast" allows a
             backend to store the plan of the iterations in float16, which changes the result like
             errors of the cost of up to ``epsilon / 2048``; the last iteration, values and
-            gradients use the exact costs. docs/kernels.md and docs/cuda.md state which problems
-            the Triton and CUDA backends solve this way; all others are solved exactly.
+            gradients use the exact costs. docs/dev/kernels.md and docs/dev/cuda.md state which
+            problems the Triton and CUDA backends solve this way; all others are solved exactly.
         backend: "auto", "cuda", "triton", "cpu" or "reference". The environment variable
             OPTICAL_BACKEND replaces "auto". ``optical.backends.explain`` reports the choice.
 

@@ -525,3 +525,19 @@ def test_missing_packages_are_named_with_their_extra(argv, package, extra):
     last = err.splitlines()[-1]
     assert code == 2, err
     assert f'needs {package}; install it with `pip install "optical-ot[{extra}]"`' in last
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["compare", "a", "b", "--qrels", "q", "--test", "foo"], "argument --test: invalid choice"),
+        (["search"], "the following arguments are required: model, --output"),
+        (["search", "m", "--output", "o", "--depht", "3"], "unrecognized arguments: --depht"),
+    ],
+)
+def test_errors_of_the_parser_are_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    assert err.startswith(f"optical {argv[0]}: error: {message}") and err.count("\n") == 1

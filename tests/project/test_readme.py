@@ -330,3 +330,26 @@ def test_numbers_of_the_readme_are_in_its_tables_or_on_the_pages():
     tables = [*generated, (DOCS / "benchmarks.md").read_text(encoding="utf-8")]
     for number in re.findall(r"(?<![\w.])\.\d{3}|[\d.]+ ms|\d+ of \d+(?= comparisons)", prose):
         assert any(number in table for table in tables), number
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "CONTRIBUTING.md",
+        "README.md",
+        "csrc/README.md",
+        "kernels/triton/README.md",
+        "benchmarks/README.md",
+    ],
+)
+def test_every_path_in_a_guide_exists(page):
+    """Guides name files by their path in the repository, or within their own folder."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names = set(re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|h|cpp|cuh|cu|md|csv))`", text))
+    assert names or page == "README.md"
+    missing = [
+        name
+        for name in sorted(names)
+        if not ((ROOT / name).exists() or (ROOT / page).parent.joinpath(name).exists())
+    ]
+    assert not missing
