@@ -165,7 +165,7 @@ def test_cpu_tensors_are_refused_before_a_build(monkeypatch):
     def fail():
         raise AssertionError("looked for the library")
 
-    monkeypatch.setattr(cuda, "_state", fail)
+    monkeypatch.setattr(cuda, "load", fail)
     reason = registry.BACKENDS["cuda"].supports(example_problem(torch.zeros(1, 2, 2)))
     assert reason == "the tensors are on cpu; the CUDA kernels need a CUDA device"
 

@@ -202,7 +202,7 @@ def test_fast_iterations_within_their_tolerance(name, kernels):
     # Masses out of range fall back to float32, bit for bit.
     assert torch.equal(out["f"], other["f"]) == (name == "masses")
     assert_same_bits(out, solve("cuda", fast.to(torch.float32)))
-    one = solve("cuda", fast.one(0).to(torch.float32))
+    one = solve("cuda", fast.select(0).to(torch.float32))
     assert torch.equal(one["f"][0], out["f"][0])
 
 
@@ -302,7 +302,7 @@ def test_results_are_deterministic_and_independent_of_the_batch(name, gradient, 
     together, again = solve("cuda", problem, gradient), solve("cuda", problem, gradient)
     assert_same_bits(together, again)
     for i in range(len(problem.epsilon)):
-        alone = solve("cuda", problem.one(i), gradient)
+        alone = solve("cuda", problem.select(i), gradient)
         for field in FIELDS:
             part = slice(i, i + 1)
             if problem.cu_a is not None and field in "fg":
@@ -321,7 +321,7 @@ def test_packed_problems_have_the_same_bits_in_any_batch(kernels):
     together = solve("cuda", problem)
     for i in range(3):
         rows = slice(int(problem.cu_a[i]), int(problem.cu_a[i + 1]))
-        alone = solve("cuda", problem.one(i))
+        alone = solve("cuda", problem.select(i))
         assert torch.equal(alone["value"][0], together["value"][i])
         assert torch.equal(alone["f"], together["f"][rows])
     assert_backend_correct("cuda", packed(clouds), torch.float32, gradients=("envelope",))
@@ -342,7 +342,7 @@ def test_problems_that_share_a_warp_are_independent(options, half, kind, kernels
     clouds = random_vector_case("teams", kind, batch=11, n=40, m=35, dim=21, max_iter=50, **TEAMS)
     clouds = replace(clouds, epsilon=torch.logspace(-2.5, 0.5, 11).double(), tol=1e-3, **options)
     problem = packed(clouds).to(torch.float32, "cpu", half)
-    expected, stopped = [problem.one(i) for i in range(11)], set()
+    expected, stopped = [problem.select(i) for i in range(11)], set()
     for seed in (1, 2):
         kernels.optical_emulator_seed(seed)
         together = solve("cuda", problem, "implicit")

@@ -46,15 +46,15 @@ class Call:
     device: str = "cpu"
 
     def __str__(self) -> str:
-        arguments = ", ".join(f"{name}={_describe(x)}" for name, x in self.problem.items())
+        arguments = ", ".join(f"{name}={_describe(x)}" for name, x in self.arguments.items())
         return f"optical.{self.function}({arguments})  # {self.threads} threads"
 
     def option(self, name: str, default: Any = None) -> Any:
-        return self.problem.get(name, default)
+        return self.arguments.get(name, default)
 
     def but(self, **changes: Any) -> Call:
         """The same call with some arguments replaced."""
-        return replace(self, arguments=self.problem | changes)
+        return replace(self, arguments=self.arguments | changes)
 
     @property
     def batch(self) -> int:
@@ -72,12 +72,12 @@ class Call:
         return plain and self.option("precision") == "fast" and self.on_kernels
 
     def temperature(self, problem: int) -> float:
-        epsilon = self.problem["epsilon"]
+        epsilon = self.arguments["epsilon"]
         return float(epsilon[problem]) if isinstance(epsilon, Tensor) else epsilon
 
     def run(self) -> Any:
         """Call the function."""
-        arguments = self.problem
+        arguments = self.arguments
         if self.device != "cpu":
             arguments = {name: self.placed(value) for name, value in arguments.items()}
         return getattr(optical, self.function)(**arguments)
@@ -108,8 +108,8 @@ class Call:
             return moved.requires_grad_(value.requires_grad)
 
         # Rounded to the dtype of the call first, in the float64 truth too.
-        epsilon = torch.as_tensor(self.problem["epsilon"], dtype=self.dtype)
-        arguments = self.problem | {"epsilon": epsilon.expand(self.batch)}
+        epsilon = torch.as_tensor(self.arguments["epsilon"], dtype=self.dtype)
+        arguments = self.arguments | {"epsilon": epsilon.expand(self.batch)}
         arguments = {name: convert(value) for name, value in arguments.items()}
         arguments["backend"] = "reference"
         return replace(self, arguments=arguments, vectors=convert(self.vectors), device="cpu")
@@ -117,7 +117,7 @@ class Call:
     def transport_problems(self) -> list[Call]:
         """The problems that the call solves, as calls that return a ``SinkhornResult``."""
         names = {"student": "x", "teacher": "y", "student_mask": "mask_a", "teacher_mask": "mask_b"}
-        arguments = {names.get(name, name): value for name, value in self.problem.items()}
+        arguments = {names.get(name, name): value for name, value in self.arguments.items()}
         if self.function == "sinkhorn":
             return [self]
         problems = [replace(self, function="sinkhorn_vectors", arguments=arguments)]
@@ -146,7 +146,7 @@ def outputs(call: Call) -> dict[str, Tensor]:
         results["apply_plan_transposed"] = result.apply_plan(w, transpose=True)
         product = results["apply_plan"].sum() + 2 * results["apply_plan_transposed"].sum()
         results["grad_v"], results["grad_w"] = torch.autograd.grad(product, (v, w))
-    leaves = {k: x for k, x in call.problem.items() if isinstance(x, Tensor) and x.requires_grad}
+    leaves = {k: x for k, x in call.arguments.items() if isinstance(x, Tensor) and x.requires_grad}
     if leaves:
         differentiated = [results[name] for name in call.cotangents]
         upstream = [x.to(results["value"]) for x in call.cotangents.values()]

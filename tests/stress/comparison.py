@@ -73,10 +73,10 @@ class Comparison:
     @property
     def hot_potential(self) -> float:
         """With annealing, the temperature of the last iteration, which scales its potentials."""
-        iterations = self.call.problem["max_iter"]
+        iterations = self.call.arguments["max_iter"]
         if self.call.option("anneal") is None or iterations == 0:
             return 0.0
-        start, ratio = self.call.problem["anneal"]
+        start, ratio = self.call.arguments["anneal"]
         return start * ratio ** (iterations - 1)
 
     @property
@@ -86,9 +86,9 @@ class Comparison:
         A potential is a temperature times the logarithm of a sum, which is rounded to a share of 1
         however small it is.
         """
-        if self.call.option("anneal") is None or self.call.problem["max_iter"] == 0:
+        if self.call.option("anneal") is None or self.call.arguments["max_iter"] == 0:
             return 0.0
-        start, ratio = self.call.problem["anneal"]
+        start, ratio = self.call.arguments["anneal"]
         return torch.finfo(self.call.dtype).eps * start / (1 - ratio)
 
     @functools.cached_property
@@ -156,7 +156,7 @@ class Comparison:
     def unit(self, name: str) -> float:
         """The size of an output, which relative errors are shares of."""
         call, truth = self.call, self.truth[name].nan_to_num(0.0, 0.0, 0.0)
-        epsilon = torch.as_tensor(call.problem["epsilon"]).nan_to_num(0.0, 0.0, 0.0)
+        epsilon = torch.as_tensor(call.arguments["epsilon"]).nan_to_num(0.0, 0.0, 0.0)
         if name == "value":  # it contains epsilon times the product of both masses
             floor = 1.0
             if epsilon.numel():
@@ -277,7 +277,7 @@ def implicit_uncertainty(call: Call) -> float:
         return INF
     plan = truth.plan().detach()
     rows, columns = plan.sum(2), plan.sum(1)
-    epsilon = torch.as_tensor(call.problem["epsilon"]).double().expand(len(plan))
+    epsilon = torch.as_tensor(call.arguments["epsilon"]).double().expand(len(plan))
     stiff = [1 + epsilon[:, None] / rho for rho in (truth.problem.rho_a, truth.problem.rho_b)]
     share_a, share_b = ((x * y).rsqrt() for x, y in zip((rows, columns), stiff, strict=True))
     scaled = share_a.nan_to_num(0, 0)[:, :, None] * plan * share_b.nan_to_num(0, 0)[:, None, :]

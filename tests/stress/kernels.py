@@ -74,7 +74,7 @@ def draw(name: str, seed: int) -> Call:
     backend = "cuda" if name == "cuda" else "triton"
     while True:
         call = replace(valid.draw_valid(dice).but(backend=backend), threads=1, device=DEVICE)
-        long = call.batch > 3 or call.problem["max_iter"] > 12
+        long = call.batch > 3 or call.arguments["max_iter"] > 12
         if call.dtype == torch.float32 and not (interpreted and long):
             return call
 

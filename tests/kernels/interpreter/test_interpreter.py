@@ -43,7 +43,7 @@ def test_every_problem_by_the_tolerance_rule(name, poisoned_memory):
     assert_backend_correct("triton", ALL[name], torch.float32, gradients=MODES)
 
 
-ENVELOPE = ["ragged", "forbidden_lines", "nan_padding", "marginals", "everything", "cosine_ragged"]
+ENVELOPE = ["ragged", "no_allowed_pair", "nan_padding", "marginals", "everything", "cosine_ragged"]
 ENVELOPE += ["sqeuclidean_ragged", "dot_ragged_packed"]
 
 
@@ -53,7 +53,7 @@ def test_envelope_gradients_by_the_tolerance_rule(name, poisoned_memory):
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
 
 
-UNROLLED = ["ragged", "rho_forbidden_lines", "nan_padding", "init", "anneal_unfinished", "rho"]
+UNROLLED = ["ragged", "rho_no_allowed_pair", "nan_padding", "init", "anneal_unfinished", "rho"]
 UNROLLED += ["rho_mass_0", "rho_no_iteration"]
 UNROLLED += ["everything", "omega_1.8_forbidden", "no_iteration", "cosine_all", "zero_vectors"]
 UNROLLED += ["cosine_ragged_packed", "sqeuclidean_ragged", "dot_ragged", "epsilon_0.001"]
@@ -113,7 +113,7 @@ def stream_everything(monkeypatch, way):
     monkeypatch.setattr(tuning, "PROGRAMS", {"loop": 0, "steps": 10**6}[way])
 
 
-STREAMED = ["ragged", "forbidden_lines", "nan_padding", "init", "rho_forbidden_lines", "anneal"]
+STREAMED = ["ragged", "no_allowed_pair", "nan_padding", "init", "rho_no_allowed_pair", "anneal"]
 STREAMED += ["everything", "one_fully_masked", "no_iteration", "cosine_all", "zero_vectors"]
 STREAMED += ["far_from_the_origin", "rho_strong", "omega_1.8_forbidden", "tiny_mass"]
 
@@ -126,7 +126,7 @@ def test_streamed_problems_by_the_tolerance_rule(name, way, monkeypatch, poisone
     assert_backend_correct("triton", problem, torch.float32, gradients=("envelope",))
 
 
-@pytest.mark.parametrize("name", ["ragged", "rho_forbidden_lines", "cosine_ragged_packed"])
+@pytest.mark.parametrize("name", ["ragged", "rho_no_allowed_pair", "cosine_ragged_packed"])
 def test_implicit_gradients_of_streamed_problems(name, monkeypatch, poisoned_memory):
     stream_everything(monkeypatch, "loop")
     problem = replace(ALL[name], max_iter=min(5, ALL[name].max_iter))
@@ -160,7 +160,7 @@ def fast(name, **changes):
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("7x5", "loop"), ("forbidden_lines", "steps"), ("cosine_ragged", "steps")],
+    [("7x5", "loop"), ("no_allowed_pair", "steps"), ("cosine_ragged", "steps")],
 )
 def test_fast_problems_by_their_own_rule(name, way, monkeypatch, poisoned_memory):
     stream_everything(monkeypatch, way)
@@ -180,7 +180,7 @@ def test_a_stored_plan_is_replaced_when_potentials_drift(monkeypatch):
     monkeypatch.setattr(
         single_launch, "store_plan", lambda *arguments: stored.append(store_plan(*arguments))
     )
-    problem = fast("epsilon_0.01", max_iter=24).one(0)
+    problem = fast("epsilon_0.01", max_iter=24).select(0)
     for drift, least, most in ((6.0, 1, 1), (0.6, 2, 8), (1e-4, 0, 0)):
         monkeypatch.setattr(half_precision, "DRIFT", type(half_precision.DRIFT)(drift))
         stored.clear()
@@ -221,7 +221,7 @@ def test_where_half_precision_does_not_apply():
 
 def test_light_rows_have_the_bits_of_exact_problems(monkeypatch):
     stream_everything(monkeypatch, "loop")
-    problem = fast("mass_1e-30").one(0).to(torch.float32)
+    problem = fast("mass_1e-30").select(0).to(torch.float32)
     fast_result, exact = (solve("triton", replace(problem, precision=p)) for p in ("fast", "exact"))
     for field in FIELDS:
         assert torch.equal(fast_result[field], exact[field]), field
@@ -321,7 +321,7 @@ def test_results_do_not_depend_on_the_batch(name):
     problem = ALL[name].to(torch.float32)
     together = solve("triton", problem, "implicit")
     for i in (0, 3):
-        alone = solve("triton", problem.one(i), "implicit")
+        alone = solve("triton", problem.select(i), "implicit")
         for field in FIELDS:
             part = slice(i, i + 1)
             if problem.cu_a is not None and field in "fg":
@@ -330,7 +330,7 @@ def test_results_do_not_depend_on_the_batch(name):
             assert torch.equal(alone[field], together[field][part]), field
 
 
-@pytest.mark.parametrize("name", ["ragged", "forbidden_lines", "cosine_ragged_packed"])
+@pytest.mark.parametrize("name", ["ragged", "no_allowed_pair", "cosine_ragged_packed"])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_products_with_the_plan(name, transpose, poisoned_memory):
     problem = ALL[name].to(torch.float32)
