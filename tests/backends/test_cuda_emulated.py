@@ -462,7 +462,7 @@ def test_refusals_name_their_reason(kernels):
     double = random_case("", 1, 2, 2)
     refused = {
         "compute in float32": double,
-        "do not know anderson": replace(double, anderson=3).to(torch.float32),
+        "do not support anderson": replace(double, anderson=3).to(torch.float32),
         "700 x 700 does not fit": random_case("", 1, 700, 700).to(torch.float32),
     }
     for reason, problem in refused.items():
