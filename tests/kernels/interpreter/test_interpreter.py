@@ -211,7 +211,7 @@ REFUSED |= {"low_memory": {"low_memory": True}, "exact": {"precision": "exact"}}
 
 def test_where_half_precision_does_not_apply():
     def served(problem):
-        return FORWARD.allocate_plan(LaunchProblem(problem.to(torch.float32).arguments())).fast
+        return FORWARD.allocate_plan(LaunchProblem(problem.to(torch.float32).problem())).fast
 
     assert served(fast("7x5"))
     assert not served(packed(fast("cosine_ragged")))
@@ -334,7 +334,7 @@ def test_results_do_not_depend_on_the_batch(name):
 @pytest.mark.parametrize("transpose", [False, True])
 def test_products_with_the_plan(name, transpose, poisoned_memory):
     problem = ALL[name].to(torch.float32)
-    ours, reference = (problem.arguments("envelope", name) for name in ("triton", "reference"))
+    ours, reference = (problem.problem("envelope", name) for name in ("triton", "reference"))
     solved = operator.sinkhorn(reference)
     lines = ours.log_a if transpose else ours.log_b
     v = torch.randn(*lines.shape, 5).masked_fill((lines == -math.inf)[..., None], math.nan)
