@@ -62,7 +62,6 @@ from optical.backends import library
 csrc, target, isa = Path("csrc"), Path(sys.argv[1]), sys.argv[2]
 digest, flags = library.cpu_source_hash(csrc), dict(library.cpu_variants())[isa]
 library.cpu_source_hash = lambda folder: digest
-library.CPU_FLAGS = (*(flag for flag in library.CPU_FLAGS if flag != "-O3"), "-O1")
 library.cpu_variants = lambda: [("baseline", flags)]
 library.build_cpu(csrc, target, library.find_compiler())
 """
