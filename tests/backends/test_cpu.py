@@ -17,7 +17,7 @@ from optical.backends import cpu, reference, registry
 from optical.backends import library as native
 from optical.backends.problem import GRADIENTS, Status
 from optical.testing.cases import all_cases, random_case
-from optical.testing.tolerance import assert_backend_correct, assert_close_to_truth
+from optical.testing.tolerance import assert_backend_correct, assert_close_to_truth, solve
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = {problem.name: problem for problem in all_cases()}
@@ -331,6 +331,17 @@ def test_a_large_problem_by_the_tolerance_rule(kind):
     assert_backend_correct("cpu", problem, torch.float32, gradients=["envelope", "unroll"])
     low = replace(problem, low_memory=True)
     assert_backend_correct("cpu", low, torch.float32, gradients=["envelope"])
+
+
+@needs_library
+@pytest.mark.parametrize(("memory", "seed", "iterations"), [(1, 2, 5), (2, 0, 6), (5, 3, 8)])
+def test_anderson_rejects_a_mixture_that_raises_the_residual(memory, seed, iterations):
+    """The first rejection of a run, before rounding is amplified; without it f is off by 0.01."""
+    costs = random_case("rejected", 3, 12, 15, epsilon=0.02, rows=[12, 12, 5], seed=seed)
+    case = replace(costs, anderson=memory, max_iter=iterations)
+    truth, out = solve("reference", case), solve("cpu", case)
+    for name in ("f", "g", "value"):
+        torch.testing.assert_close(out[name], truth[name], rtol=0, atol=1e-9)
 
 
 @needs_library

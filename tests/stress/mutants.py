@@ -49,6 +49,7 @@ TESTS = {
         "ot/test_functional",
         "ot/test_operator",
         "backends/test_properties",
+        "backends/test_cpu",
     ),
     "cuda": ("backends/test_cuda_emulated",),
     "triton": (),
