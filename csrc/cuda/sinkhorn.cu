@@ -1,7 +1,7 @@
 // The C interface of the CUDA kernels: device pointers in, kernels queued on a stream.
 //
-// nvcc compiles this file for GPUs. With OPTICAL_EMULATED the C++ compiler builds it for the CPU, as
-// the tests do.
+// nvcc compiles this file for GPUs. With OPTICAL_EMULATED the C++ compiler builds it for the CPU,
+// as the tests do.
 #include "kernels.cuh"
 
 #include <cfloat>
@@ -87,8 +87,8 @@ bool is_valid(const optical_problem& problem) {
 
 enum class Operation { forward, backward };
 
-// Half precision serves iterations that need no potentials. Below 16 iterations its set-up costs more
-// than it saves. optical/backends/nvrtc.py repeats this rule.
+// Half precision serves iterations that need no potentials. Below 16 iterations its set-up costs
+// more than it saves. optical/backends/nvrtc.py repeats this rule.
 bool use_half_precision(const optical_problem& problem) {
     const bool penalty = problem.rho_a <= DBL_MAX || problem.rho_b <= DBL_MAX;
     return problem.fast && problem.max_iter >= 16 && !penalty && problem.omega == 1 &&
@@ -97,7 +97,8 @@ bool use_half_precision(const optical_problem& problem) {
 
 template <typename G>
 int shared_bytes(const optical_problem& problem, Operation operation, int down, int across) {
-    // A packed problem may use any grid with this number of warps; a grid of one row needs the most.
+    // A packed problem may use any grid with this number of warps; a grid of one row needs the
+    // most.
     if (problem.offset_a && G::warps_at_once == 1) across *= down, down = 1;
     return operation == Operation::forward
                ? Problem<G>::shared_bytes(down, across, problem.kind)
@@ -116,8 +117,8 @@ Limits limits_of(const optical_problem& problem, Operation operation) {
     return limits_of(problem, operation, shared_memory_of_device(), blocks_of_cluster());
 }
 
-// Calls queue(regime, limits) once for padded problems. For packed problems, n and m are upper bounds,
-// and queue is called for every regime that a problem of the batch may belong to.
+// Calls queue(regime, limits) once for padded problems. For packed problems, n and m are upper
+// bounds, and queue is called for every regime that a problem of the batch may belong to.
 template <typename Queue>
 int for_regimes(const optical_problem& problem, Operation operation, Queue queue) {
     if (!is_valid(problem)) return OPTICAL_INVALID_ARGUMENT;
@@ -228,9 +229,9 @@ OPTICAL_API int optical_cuda_backward(const optical_problem* pointer,
     });
 }
 
-// The launch configuration of a padded problem on a device with `shared` bytes per block and clusters
-// of `clusters` blocks. Writes down, across, blocks, bytes of shared memory and problems per warp;
-// returns the regime. A test compares this with optical/backends/nvrtc.py.
+// The launch configuration of a padded problem on a device with `shared` bytes per block and
+// clusters of `clusters` blocks. Writes down, across, blocks, bytes of shared memory and problems
+// per warp; returns the regime. A test compares this with optical/backends/nvrtc.py.
 OPTICAL_API int optical_cuda_launch_config(const optical_problem* pointer, int is_backward,
                                            int shared, int clusters, int* config) {
     const optical_problem& problem = *pointer;

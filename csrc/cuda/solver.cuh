@@ -35,10 +35,10 @@ OPTICAL_DEVICE unsigned loss_flag(float x, unsigned lost_sums) {
 
 // The solver of one problem, which owns all of its state.
 //
-// Everything must stay in registers, and the compiler keeps an object there only if no pointer to it
-// is stored before its loops are unrolled. Therefore the members below hold no references to each
-// other and pass each other as arguments. Objective, Adjoint, Gradient and Unrolled hold references
-// to the solver, and no arrays.
+// Everything must stay in registers, and the compiler keeps an object there only if no pointer to
+// it is stored before its loops are unrolled. Therefore the members below hold no references to
+// each other and pass each other as arguments. Objective, Adjoint, Gradient and Unrolled hold
+// references to the solver, and no arrays.
 template <typename G>
 struct Solver {
     static constexpr int RI = G::RI, RJ = G::RJ, OI = G::OI, OJ = G::OJ;

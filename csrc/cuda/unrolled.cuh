@@ -6,7 +6,8 @@
 //     pi_ij    = a_i exp((f_i + g_j - C_ij) / epsilon)
 //     sigma_ij = b_j exp((f_i + g_j - C_ij) / epsilon)
 //
-// all products are with K, and a step adds K times a matrix of rank two to the gradient of the cost.
+// all products are with K, and a step adds K times a matrix of rank two to the gradient of the
+// cost.
 #pragma once
 
 #include "objective.cuh"
