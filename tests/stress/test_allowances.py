@@ -138,7 +138,7 @@ def infinite_sum_of_a_kernel():
 
 @case_of("no digits")
 def costs_longer_than_their_digits():
-    # Five units of the largest cost over epsilon are 1.01 and 0.99 hundredths.
+    # The rounding of four units of the largest cost is 1.01 and 0.99 hundredths of epsilon.
     def call(share):
         cost = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(0))
         epsilon = 4 * torch.finfo(torch.float32).eps * float(cost.max()) / share
