@@ -371,7 +371,8 @@ class _TransformedProduct(torch.autograd.Function):
         if grad is None:
             return (None,) * (_COUNT + 4)
         *fields, f, g = _saved(ctx)
-        grad_v = apply_plan(Problem(*fields), f, g, grad, not ctx.transpose)
+        # Not by the plain route: what was saved may be the wrapper of a transform that has ended.
+        grad_v = _TransformedProduct.apply(*fields, f, g, grad, not ctx.transpose)
         return *[None] * (_COUNT + 2), grad_v, None
 
     @staticmethod
@@ -381,7 +382,8 @@ class _TransformedProduct(torch.autograd.Function):
         _refuse_tangents(dict(zip((*Problem._fields, "f", "g"), others, strict=True)), ())
         if tangent is None:
             return None
-        return apply_plan(Problem(*fields), f, g, tangent, ctx.transpose)
+        product: Tensor = _TransformedProduct.apply(*fields, f, g, tangent, ctx.transpose)
+        return product
 
 
 class _TransformedPlan(torch.autograd.Function):

@@ -111,8 +111,9 @@ def sinkhorn(
         anderson: number of past iterates in Anderson acceleration, 1 to 16; 0 is none. With
             ``tol``, it saves many iterations on slow problems.
         anneal: (start, ratio); iteration k runs at temperature
-            ``max(epsilon, start * ratio ** k)``, which must be ``epsilon`` for the last one. With GeomLoss's ``SamplesLoss(p=2)``,
-            ``(2 * diameter ** 2, scaling ** 2)``; OTT: an ``Epsilon`` schedule.
+            ``max(epsilon, start * ratio ** k)``, which must be ``epsilon`` for the last one. With
+            GeomLoss's ``SamplesLoss(p=2)``, ``(2 * diameter ** 2, scaling ** 2)``; OTT: an
+            ``Epsilon`` schedule.
         gradient: derivative of ``value`` and ``value_linear`` with respect to cost, log_a and
             log_b:
 
@@ -396,7 +397,7 @@ def sinkhorn_divergence(
     rows = Masses(masses.X, log_a, mask_a, lengths_a, cu_seqlens_a)
     columns = Masses(masses.Y, log_b, mask_b, lengths_b, cu_seqlens_b)
     cost = options.get("cost", "cosine")
-    across, lead, learnt = validation.problem_of_vectors(
+    across, _lead, learnt = validation.problem_of_vectors(
         x, y, rows, columns, cost, epsilon, None, checked
     )
     assert across.y is not None

@@ -47,9 +47,9 @@ for _definition in (
     " -> (Tensor grad_x, Tensor grad_y, Tensor grad_log_a, Tensor grad_log_b)",
     f"apply_plan({_PROBLEM}, Tensor f, Tensor g, Tensor v, bool transpose) -> Tensor",
     f"plan({_PROBLEM}, Tensor f, Tensor g, bool log) -> Tensor",
-    f"plan_backward(Tensor grad, {_PROBLEM}, Tensor f, Tensor g, bool log, bool need_x, bool need_y)"
-    " -> (Tensor grad_x, Tensor grad_y, Tensor grad_log_a, Tensor grad_log_b, Tensor grad_f,"
-    " Tensor grad_g)",
+    f"plan_backward(Tensor grad, {_PROBLEM}, Tensor f, Tensor g, bool log, bool need_x,"
+    " bool need_y) -> (Tensor grad_x, Tensor grad_y, Tensor grad_log_a, Tensor grad_log_b,"
+    " Tensor grad_f, Tensor grad_g)",
 ):
     _library.define(_definition, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -237,7 +237,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _plan_fake(*arguments: Any) -> Tensor:
-    problem, (f, g, _log) = _split(arguments)
+    _problem, (f, g, _log) = _split(arguments)
     return f.new_empty(*f.shape, g.shape[-1])
 
 
