@@ -35,14 +35,14 @@ def solve(problem: Problem) -> Solution:
             return operator.forward(problem)
         outputs: list[Solution] = []
         x, y, log_a, log_b = problem.x, problem.y, problem.log_a, problem.log_b
-        differentiable = _Solve.apply(x, y, log_a, log_b, problem, outputs)
+        differentiable = _apply(_Solve, x, y, log_a, log_b, problem, outputs)
         value, value_linear, *potentials = differentiable
         solution = outputs[0]._replace(value=value, value_linear=value_linear)
         if potentials:
             solution = solution._replace(f=potentials[0], g=potentials[1])
         return solution
     if _transformed():
-        return Solution(*_TransformedSolve.apply(*problem))
+        return Solution(*_apply(_TransformedSolve, *problem))
     return Solution(*_OPS.sinkhorn.default(*problem))
 
 
@@ -50,11 +50,11 @@ def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: boo
     """Multiply the plan with v; only v receives a gradient. See ``operator.apply_plan``."""
     if _plain(problem, f, g, v):
         if v.requires_grad and torch.is_grad_enabled():
-            product: Tensor = _Product.apply(v, problem, f, g, transpose)
+            product: Tensor = _apply(_Product, v, problem, f, g, transpose)
             return product
         return operator.apply_plan(problem, f, g, v, transpose)
     if _transformed():
-        product = _TransformedProduct.apply(*problem, f, g, v, transpose)
+        product = _apply(_TransformedProduct, *problem, f, g, v, transpose)
         return product
     product = _OPS.apply_plan.default(*problem, f, g, v, transpose)
     return product
@@ -69,14 +69,19 @@ def plan(problem: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
     if _plain(problem, f, g):
         leaves = problem.x, problem.y, problem.log_a, problem.log_b, f, g
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
-            coupling: Tensor = _Plan.apply(*leaves, problem, log)
+            coupling: Tensor = _apply(_Plan, *leaves, problem, log)
             return coupling
         return operator.plan(problem, f, g, log)
     if _transformed():
-        coupling = _TransformedPlan.apply(*problem, f, g, log)
+        coupling = _apply(_TransformedPlan, *problem, f, g, log)
         return coupling
     coupling = _OPS.plan.default(*problem, f, g, log)
     return coupling
+
+
+def _apply(function: Any, *arguments: Any) -> Any:
+    """Call ``function.apply``, which PyTorch does not annotate."""
+    return function.apply(*arguments)
 
 
 def needs_gradient(problem: Problem) -> bool:
@@ -118,7 +123,8 @@ def _rebuild(ctx: Any, x: Any, y: Any, log_a: Any, log_b: Any, rest: Any) -> Pro
 def _keep(ctx: Any, problem: Problem) -> tuple[Tensor | None, ...]:
     """Keep the options of a problem, and return its tensors, to be saved."""
     ctx.kind, ctx.options = problem.kind, problem[_FIRST_OPTION:]
-    return tuple(problem[position] for position in _POSITIONS)
+    fields: tuple[Any, ...] = problem
+    return tuple(fields[position] for position in _POSITIONS)
 
 
 class _Solve(torch.autograd.Function):
@@ -157,7 +163,7 @@ class _Solve(torch.autograd.Function):
         saved = (f, g, w, z, n_iter, need_x, need_y)
         if torch.is_grad_enabled():
             leaves = (*arguments, x, y, log_a, log_b)
-            gradients = _SolveGradient.apply(*leaves, problem, saved)
+            gradients = _apply(_SolveGradient, *leaves, problem, saved)
         else:
             gradients = operator.backward(*arguments, problem, *saved)
         grad_x, grad_y, grad_log_a, grad_log_b = gradients
@@ -185,7 +191,8 @@ class _SolveGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
         *leaves, problem, saved = arguments
-        return operator.backward(*leaves[:4], problem, *saved)
+        gradients: tuple[Tensor | None, ...] = operator.backward(*leaves[:4], problem, *saved)
+        return gradients
 
     backward = staticmethod(operator.no_second_derivative)
 
@@ -234,7 +241,7 @@ class _Plan(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
             leaves = (grad, x, y, log_a, log_b, f, g)
-            gradients = _PlanGradient.apply(*leaves, problem, ctx.log, *needs)
+            gradients = _apply(_PlanGradient, *leaves, problem, ctx.log, *needs)
         else:
             gradients = operator.plan_backward(grad, problem, f, g, ctx.log, *needs)
         return *gradients, None, None
@@ -298,8 +305,8 @@ class _TransformedSolve(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         values = _filled(upstream[:2], fields[_EPSILON], always=True)
         potentials = _filled(upstream[2:4], *fields[_COUNT : _COUNT + 2], always=False)
-        grad_x, grad_y, grad_log_a, grad_log_b = _TransformedGradient.apply(
-            *values, *potentials, *fields, *needs
+        grad_x, grad_y, grad_log_a, grad_log_b = _apply(
+            _TransformedGradient, *values, *potentials, *fields, *needs
         )
         gradients: dict[str, Tensor | None] = {"log_a": grad_log_a, "log_b": grad_log_b}
         gradients["x"], gradients["y"] = grad_x if needs[0] else None, grad_y if needs[1] else None
@@ -323,7 +330,7 @@ class _TransformedSolve(torch.autograd.Function):
         ones, zeros = torch.ones_like(problem.epsilon), torch.zeros_like(problem.epsilon)
         needs = moved[0] is not None, moved[1] is not None
         for upstream in ((ones, zeros), (zeros, ones)):
-            gradients = _TransformedGradient.apply(*upstream, None, None, *fields, *needs)
+            gradients = _apply(_TransformedGradient, *upstream, None, None, *fields, *needs)
             total = zeros
             for grad, tangent in zip(gradients, moved, strict=True):
                 if tangent is not None:
@@ -372,7 +379,7 @@ class _TransformedProduct(torch.autograd.Function):
             return (None,) * (_COUNT + 4)
         *fields, f, g = _saved(ctx)
         # Not by the plain route: what was saved may be the wrapper of a transform that has ended.
-        grad_v = _TransformedProduct.apply(*fields, f, g, grad, not ctx.transpose)
+        grad_v = _apply(_TransformedProduct, *fields, f, g, grad, not ctx.transpose)
         return *[None] * (_COUNT + 2), grad_v, None
 
     @staticmethod
@@ -382,7 +389,7 @@ class _TransformedProduct(torch.autograd.Function):
         _refuse_tangents(dict(zip((*Problem._fields, "f", "g"), others, strict=True)), ())
         if tangent is None:
             return None
-        product: Tensor = _TransformedProduct.apply(*fields, f, g, tangent, ctx.transpose)
+        product: Tensor = _apply(_TransformedProduct, *fields, f, g, tangent, ctx.transpose)
         return product
 
 
@@ -404,8 +411,8 @@ class _TransformedPlan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *fields, f, g, log = _saved(ctx)
         needs = ctx.needs_input_grad[:2]
-        grad_x, grad_y, grad_log_a, grad_log_b, *potentials = _TransformedPlanGradient.apply(
-            grad, *fields, f, g, log, *needs
+        grad_x, grad_y, grad_log_a, grad_log_b, *potentials = _apply(
+            _TransformedPlanGradient, grad, *fields, f, g, log, *needs
         )
         gradients: dict[str, Tensor | None] = {"log_a": grad_log_a, "log_b": grad_log_b}
         gradients["x"], gradients["y"] = grad_x if needs[0] else None, grad_y if needs[1] else None

@@ -81,7 +81,7 @@ class Masses(NamedTuple):
             if not isinstance(value, Tensor):
                 return value
             if tuple(value.shape) == (*own, *trailing):
-                value = value.expand(*lead, *trailing)
+                value = value.expand((*lead, *trailing))
             check_shape(name, value, (*lead, *trailing), f"as in {names.source}")
             return value.flatten(0, len(lead) - 1) if lead else value.unsqueeze(0)
 

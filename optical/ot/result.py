@@ -71,7 +71,7 @@ class SinkhornResult:
         if constant:
             # The result must not keep the graph of the inputs alive.
             problem = detached(problem)
-        outputs = (*solution[:7], solution.residual)
+        outputs: tuple[Tensor, ...] = (*solution[:7], solution.residual)
         if lead is not None:
             outputs = tuple(unfold(x, lead) for x in outputs)
         return cls(*outputs, problem, lead, constant, versions)

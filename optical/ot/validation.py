@@ -58,10 +58,8 @@ def problem_of_cost(
     log_b = columns.log_masses(cost, (batch, m), dtype, balanced)
     temperatures, learnt = _temperatures(epsilon, batch, log_a, "cost", options)
     f0, g0 = _initial_potentials(init, log_a, log_b)
-    problem = Problem(
-        *(cost, None, "given", None, None, log_a, log_b, temperatures, f0, g0), *options
-    )
-    return Posed(problem, lead, learnt)
+    fields = (cost, None, "given", None, None, log_a, log_b, temperatures, f0, g0)
+    return Posed(_problem(fields, options), lead, learnt)
 
 
 def problem_of_vectors(
@@ -86,7 +84,7 @@ def problem_of_vectors(
         rows = rows.fold(tuple(x.shape[:-2]), lead, n)
         columns = columns.fold(tuple(y.shape[:-2]), lead, m)
         epsilon, init = _fold_epsilon(epsilon, lead), _fold_init(init, lead, n, m)
-        x, y = (fold(v.expand(*lead, *v.shape[-2:]), lead) for v in (x, y))
+        x, y = (fold(v.expand((*lead, *v.shape[-2:])), lead) for v in (x, y))
     dtype = _compute_dtype(torch.promote_types(x.dtype, y.dtype))
     cu_a, cu_b = offsets_of(rows, x), offsets_of(columns, y)
     batch = x.shape[0]
@@ -100,10 +98,14 @@ def problem_of_vectors(
         x, y = x.to(dtype), y.to(dtype)
     temperatures, learnt = _temperatures(epsilon, batch, log_a, rows.names.source, options)
     f0, g0 = _initial_potentials(init, log_a, log_b)
-    fields = (x, y, kind, cu_a, cu_b, log_a, log_b, temperatures, f0, g0)
+    fields: tuple[Any, ...] = (x, y, kind, cu_a, cu_b, log_a, log_b, temperatures, f0, g0)
     if kind == "euclidean":
         fields = (_distances(x, y, log_a, log_b, packed, options), None, "given", *fields[3:])
-    return Posed(Problem(*fields, *options), lead, learnt)
+    return Posed(_problem(fields, options), lead, learnt)
+
+
+def _problem(fields: tuple[Any, ...], options: tuple[Any, ...]) -> Problem:
+    return Problem(*fields, *options)
 
 
 def fold(tensor: Tensor, lead: Lead) -> Tensor:
@@ -159,7 +161,7 @@ def _check_vectors(
         return own
     if broadcast:
         try:
-            return tuple(torch.broadcast_shapes(own, other))
+            return tuple(torch.broadcast_shapes(own, other))  # type: ignore[no-untyped-call]
         except RuntimeError:
             pass
     lead = f"batch={own[0]}" if len(own) == 1 else ", ".join(map(str, own))
