@@ -159,7 +159,7 @@ class _Solve(torch.autograd.Function):
         values = _filled(upstream[:2], problem.epsilon, always=True)
         potentials = _filled(upstream[2:], f, g, always=False)
         need_x, need_y, need_a, need_b = ctx.needs_input_grad[:4]
-        arguments = (*values, *potentials)
+        arguments: tuple[Any, ...] = (*values, *potentials)
         saved = (f, g, w, z, n_iter, need_x, need_y)
         if torch.is_grad_enabled():
             leaves = (*arguments, x, y, log_a, log_b)
@@ -190,8 +190,9 @@ class _SolveGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
-        *leaves, problem, saved = arguments
-        gradients: tuple[Tensor | None, ...] = operator.backward(*leaves[:4], problem, *saved)
+        leaves: tuple[Any, ...] = arguments[:4]
+        problem, saved = arguments[-2:]
+        gradients: tuple[Tensor | None, ...] = operator.backward(*leaves, problem, *saved)
         return gradients
 
     backward = staticmethod(operator.no_second_derivative)

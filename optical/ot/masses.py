@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,10 +152,11 @@ class Masses(NamedTuple):
     ) -> Tensor:
         """Log-masses of equal masses for a mask or lengths whose values are at hand."""
         batch, size = shape
-        if self.mask is not None:
-            self._check_mask(self.mask, source, shape)
+        lengths, mask = self.lengths, self.mask
+        if mask is not None:
+            self._check_mask(mask, source, shape)
         else:
-            self._check_lengths(self.lengths, source, shape)
+            self._check_lengths(lengths, source, shape)
         if (
             hasattr(cpu, "equal_masses")
             and library.load_cpu().reason is None
@@ -165,10 +166,10 @@ class Masses(NamedTuple):
                 return cpu.equal_masses(batch, size, dtype, mask=self.mask, lengths=self.lengths)
             except cpu.NotBinary:
                 _check_binary(self.names.mask, self.mask)
-        if self.mask is not None:
-            _check_binary(self.names.mask, self.mask)
-            return _uniform_where(self.mask != 0, dtype)
-        return _uniform_where(_before(self.lengths, size), dtype)
+        if mask is not None:
+            _check_binary(self.names.mask, mask)
+            return _uniform_where(mask != 0, dtype)
+        return _uniform_where(_before(lengths, size), dtype)
 
     def _valid_by_mask(self, source: Tensor, shape: tuple[int, ...]) -> Tensor:
         mask = self.mask
@@ -195,7 +196,7 @@ class Masses(NamedTuple):
         self._check_lengths(self.lengths, source, shape)
         return _before(self.lengths, shape[1])
 
-    def _check_lengths(self, lengths: Tensor, source: Tensor, shape: tuple[int, ...]) -> None:
+    def _check_lengths(self, lengths: Any, source: Tensor, shape: tuple[int, ...]) -> None:
         name = self.names.lengths
         check_integers(name, lengths, f"({shape[0]},)")
         check_shape(name, lengths, shape[:1], f"(batch,) of {self.names.source}")
@@ -205,7 +206,7 @@ class Masses(NamedTuple):
                 if not 0 <= length <= shape[1]:
                     raise ValueError(f"{name} is {length} at {i}; expected 0 to {shape[1]}")
 
-    def _check_values(self, name: str, value: Tensor, source: Tensor, shape: tuple) -> None:
+    def _check_values(self, name: str, value: Any, source: Tensor, shape: tuple[int, ...]) -> None:
         names = self.names
         layout = f"(batch, {names.size})" if self.offsets is None else f"({names.size.upper()},)"
         check_floating(name, value, layout, len(shape))
@@ -288,7 +289,7 @@ def _uniform_where(valid: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(valid, -count.log(), -math.inf)
 
 
-def _before(lengths: Tensor, size: int) -> Tensor:
+def _before(lengths: Any, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 

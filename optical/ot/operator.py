@@ -80,7 +80,8 @@ def _choose(problem: Problem, gradient: bool = False) -> tuple[registry.Backend,
     else:
         return backend, problem
     fields = problem[free:]
-    return backend, Problem(*problem[:free], *map(_contiguous, fields))
+    contiguous: tuple[Any, ...] = (*problem[:free], *map(_contiguous, fields))
+    return backend, Problem(*contiguous)
 
 
 def _contiguous(value: Any) -> Any:
@@ -175,13 +176,15 @@ def plan_backward(
     with _without_autocast(problem.x.device.type):
         dense = PaddedProblem(problem).with_cost
         grad_cost, *others = reference.plan_gradients(dense, f, g, grad, log)
-        grad_x, grad_y = (grad_cost if need_x else None), None
+        grad_x: Tensor | None = grad_cost if need_x else None
+        grad_y: Tensor | None = None
         if problem.y is not None:
             masses = problem.log_a, problem.log_b
             grad_x, grad_y = cost_backward(
                 grad_cost, problem.x, problem.y, *masses, problem.kind, need_x, need_y
             )
-    return grad_x, grad_y, *others
+    grad_log_a, grad_log_b, grad_f, grad_g = others
+    return grad_x, grad_y, grad_log_a, grad_log_b, grad_f, grad_g
 
 
 def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
@@ -191,7 +194,8 @@ def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
     problem, rest = _split(arguments[_UPSTREAM_COUNT:])
-    gradients = backward(*arguments[:_UPSTREAM_COUNT], problem, *rest)
+    upstream: tuple[Any, ...] = arguments[:_UPSTREAM_COUNT]
+    gradients = backward(*upstream, problem, *rest)
     return _tensors(problem, gradients)
 
 
@@ -217,7 +221,7 @@ def _tensors(problem: Problem, gradients: tuple[Tensor | None, ...]) -> tuple[Te
         grad_x = problem.x.new_zeros(0)
     if grad_y is None:
         grad_y = (problem.x if problem.y is None else problem.y).new_zeros(0)
-    return tuple(x.contiguous() for x in (grad_x, grad_y, *others))
+    return tuple(x.contiguous() for x in (grad_x, grad_y, *others) if x is not None)
 
 
 # ----------------------------------------------------------------------------------------- shapes
@@ -238,7 +242,8 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _plan_fake(*arguments: Any) -> Tensor:
     _problem, (f, g, _log) = _split(arguments)
-    return f.new_empty(*f.shape, g.shape[-1])
+    coupling: Tensor = f.new_empty(*f.shape, g.shape[-1])
+    return coupling
 
 
 def _plan_backward_fake(_grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -384,7 +389,7 @@ _apply_plan_rules = (
     *(_apply_plan_op, _apply_plan_fake, _setup_apply_plan, _differentiate_apply_plan),
     0,
 )
-for _name, (_implementation, _fake, _setup, _differentiate, _before) in {
+_rules: dict[str, tuple[Any, ...]] = {
     "sinkhorn": _sinkhorn_rules,
     "sinkhorn_backward": (
         *(_backward_op, _backward_fake, _setup_backward, no_second_derivative, _UPSTREAM_COUNT),
@@ -394,7 +399,8 @@ for _name, (_implementation, _fake, _setup, _differentiate, _before) in {
     "plan_backward": (
         *(_plan_backward_op, _plan_backward_fake, _setup_backward, no_second_derivative, 1),
     ),
-}.items():
+}
+for _name, (_implementation, _fake, _setup, _differentiate, _before) in _rules.items():
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"optical::{_name}", _fake, lib=_library)
     torch.library.register_autograd(

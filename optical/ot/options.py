@@ -7,7 +7,7 @@ import functools
 import math
 import numbers
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def check_options(
             raise TypeError(f"epsilon is a {found}; expected a float or a tensor (batch,)")
         if not 0 < epsilon < math.inf:
             raise ValueError(f"epsilon is {epsilon}; expected a finite number > 0")
-    values = (max_iter, tol, rho, omega, anderson, anneal)
+    values: tuple[Any, ...] = (max_iter, tol, rho, omega, anderson, anneal)
     values += (gradient, backend, low_memory, precision, cost)
     # The cache distinguishes 1 from True, but not inside of a tuple.
     simple = anneal is None and not isinstance(rho, (tuple, list, dict, set))
@@ -179,6 +179,7 @@ def _penalties(rho: Any) -> tuple[float, float]:
         if isinstance(strength, bool) or not isinstance(strength, (float, numbers.Real)):
             expected = "None, a number > 0, or a pair of these"
             raise TypeError(f"rho holds a {type(strength).__name__}; expected {expected}")
+        strength = cast(float, strength)
         if not strength > 0:
             raise ValueError(f"rho is {rho}; expected numbers > 0 (None or inf: a fixed marginal)")
         strengths.append(float(strength))
@@ -216,6 +217,7 @@ def _integer(name: str, value: Any, least: int, most: int) -> int:
     expected = f"an int >= {least}" if most == MAX_ITERATIONS else f"an int from {least} to {most}"
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} is a {type(value).__name__}; expected {expected}")
+    value = cast(int, value)
     if value < least or (value > most and most != MAX_ITERATIONS):
         raise ValueError(f"{name} is {value}; expected {expected}")
     if value > most:

@@ -74,7 +74,8 @@ class SinkhornResult:
         outputs: tuple[Tensor, ...] = (*solution[:7], solution.residual)
         if lead is not None:
             outputs = tuple(unfold(x, lead) for x in outputs)
-        return cls(*outputs, problem, lead, constant, versions)
+        *tensors, residual = outputs
+        return cls(*tensors, residual, problem, lead, constant, versions)  # type: ignore[call-arg]
 
     def plan(self) -> Tensor:
         """Compute the plan (batch, n, m) from the potentials; it is not stored.

@@ -21,7 +21,7 @@ FIELDS = ("value", "value_linear", "f", "g", "marginal_error", "n_iter", "status
 
 
 def random(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_same_result(actual, expected, lead):

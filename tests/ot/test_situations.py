@@ -309,7 +309,7 @@ def test_second_derivatives_by_transforms_are_refused():
             hessian(torch.rand(2, 3, 4))
 
 
-# ---------------------------------------------------------------------------------- in-place changes
+# -------------------------------------------------------------------------------- in-place changes
 
 
 def changed_cost(c, x, result):
