@@ -12,6 +12,7 @@ Three routes compute the same numbers with the same backends:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,8 +24,6 @@ from optical.ot import operator
 from optical.ot.checks import CONCRETE, tracing
 
 _OPS: Any = torch.ops.optical
-_TENSORS = ("x", "y", "log_a", "log_b", "epsilon", "cu_a", "cu_b", "f0", "g0")
-_POSITIONS = tuple(Problem._fields.index(name) for name in _TENSORS)
 _FIRST_OPTION = Problem._fields.index("g0") + 1
 
 
@@ -114,17 +113,47 @@ def _transformed() -> bool:
 # ------------------------------------------------------------------------------------------- plain
 
 
-def _rebuild(ctx: Any, x: Any, y: Any, log_a: Any, log_b: Any, rest: Any) -> Problem:
-    epsilon, cu_a, cu_b, f0, g0 = rest
+def _keep(
+    ctx: Any,
+    problem: Problem,
+    kept: tuple[Tensor | None, ...],
+    saved: tuple[Tensor | None, ...] = (),
+) -> None:
+    """Keep a problem for backward, with tensors that are (``saved``) or are not in the graph.
+
+    Saving and unpacking a tensor costs microseconds. What cannot require a gradient is therefore
+    kept with its version counters, which are compared as autograd would do.
+    """
+    x, y, kind, cu_a, cu_b, log_a, log_b, epsilon, f0, g0 = problem[:_FIRST_OPTION]
+    ctx.kind, ctx.options = kind, problem[_FIRST_OPTION:]
+    ctx.kept = (cu_a, cu_b, epsilon, f0, g0, *kept)
+    ctx.versions = versions(ctx.kept)
+    ctx.save_for_backward(x, y, log_a, log_b, *saved)
+
+
+def _restore(ctx: Any) -> tuple[Any, ...]:
+    """Return the problem, and the ``saved`` and the ``kept`` tensors of ``_keep``."""
+    # Read once: checkpointing unpacks a saved tensor only once.
+    x, y, log_a, log_b, *saved = ctx.saved_tensors
+    if versions(ctx.kept) != ctx.versions:
+        raise RuntimeError(
+            "a tensor needed for the gradient of optical.sinkhorn (offsets, epsilon, init, or f or "
+            "g of its result) has been modified by an inplace operation"
+        )
+    cu_a, cu_b, epsilon, f0, g0, *kept = ctx.kept
     fields = (x, y, ctx.kind, cu_a, cu_b, log_a, log_b, epsilon, f0, g0)
-    return Problem(*fields, *ctx.options)
+    return Problem(*fields, *ctx.options), *saved, *kept
 
 
-def _keep(ctx: Any, problem: Problem) -> tuple[Tensor | None, ...]:
-    """Keep the options of a problem, and return its tensors, to be saved."""
-    ctx.kind, ctx.options = problem.kind, problem[_FIRST_OPTION:]
-    fields: tuple[Any, ...] = problem
-    return tuple(fields[position] for position in _POSITIONS)
+def versions(tensors: Iterable[Tensor | None]) -> list[int] | None:
+    """Return the version counters of tensors, which count in-place changes.
+
+    None if a tensor has none (inference mode).
+    """
+    try:
+        return [-1 if tensor is None else tensor._version for tensor in tensors]
+    except RuntimeError:
+        return None
 
 
 class _Solve(torch.autograd.Function):
@@ -144,25 +173,26 @@ class _Solve(torch.autograd.Function):
         solution = operator.forward(problem)
         outputs.append(solution)
         f, g = solution.f, solution.g
-        ctx.save_for_backward(*_keep(ctx, problem), f, g, solution.w, solution.z, solution.n_iter)
+        potentials, others = (f, g), (solution.w, solution.z, solution.n_iter)
         if problem.gradient == "unroll":
+            _keep(ctx, problem, others, potentials)
             return solution.value, solution.value_linear, f, g
+        # f and g are no outputs of the graph, so keeping them makes no cycle.
+        _keep(ctx, problem, (*potentials, *others))
         return solution.value, solution.value_linear
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in upstream):
             return (None,) * 6
-        # Read once: checkpointing unpacks a saved tensor only once.
-        x, y, log_a, log_b, *rest, f, g, w, z, n_iter = ctx.saved_tensors
-        problem = _rebuild(ctx, x, y, log_a, log_b, rest)
+        problem, f, g, w, z, n_iter = _restore(ctx)
         values = _filled(upstream[:2], problem.epsilon, always=True)
         potentials = _filled(upstream[2:], f, g, always=False)
         need_x, need_y, need_a, need_b = ctx.needs_input_grad[:4]
         arguments: tuple[Any, ...] = (*values, *potentials)
         saved = (f, g, w, z, n_iter, need_x, need_y)
         if torch.is_grad_enabled():
-            leaves = (*arguments, x, y, log_a, log_b)
+            leaves = (*arguments, problem.x, problem.y, problem.log_a, problem.log_b)
             gradients = _apply(_SolveGradient, *leaves, problem, saved)
         else:
             gradients = operator.backward(*arguments, problem, *saved)
@@ -206,13 +236,12 @@ class _Product(torch.autograd.Function):
         ctx: Any, v: Tensor, problem: Problem, f: Tensor, g: Tensor, transpose: bool
     ) -> Tensor:
         ctx.transpose = transpose
-        ctx.save_for_backward(*_keep(ctx, problem), f, g)
+        _keep(ctx, problem, (f, g))
         return operator.apply_plan(problem, f, g, v, transpose)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, log_a, log_b, *rest, f, g = ctx.saved_tensors
-        problem = _rebuild(ctx, x, y, log_a, log_b, rest)
+        problem, f, g = _restore(ctx)
         return apply_plan(problem, f, g, grad, not ctx.transpose), None, None, None, None
 
 
@@ -232,16 +261,16 @@ class _Plan(torch.autograd.Function):
         log: bool,
     ) -> Tensor:
         ctx.log = log
-        ctx.save_for_backward(*_keep(ctx, problem), f, g)
+        _keep(ctx, problem, (), (f, g))
         return operator.plan(problem, f, g, log)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, log_a, log_b, *rest, f, g = ctx.saved_tensors
-        problem = _rebuild(ctx, x, y, log_a, log_b, rest)
+        problem, f, g = _restore(ctx)
         needs = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
-            leaves = (grad, x, y, log_a, log_b, f, g)
+            masses = problem.log_a, problem.log_b
+            leaves = (grad, problem.x, problem.y, *masses, f, g)
             gradients = _apply(_PlanGradient, *leaves, problem, ctx.log, *needs)
         else:
             gradients = operator.plan_backward(grad, problem, f, g, ctx.log, *needs)

@@ -61,7 +61,7 @@ class SinkhornResult:
     problem: Problem = field(repr=False)
     lead: Lead | None = field(default=None, repr=False)
     constant: bool = field(default=False, repr=False)
-    versions: tuple[int, ...] | None = field(default=None, repr=False)
+    versions: list[int] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, problem: Problem, solution: Solution, lead: Lead | None) -> SinkhornResult:
@@ -292,21 +292,18 @@ def detached(problem: Problem) -> Problem:
     return Problem(*fields)
 
 
-_READ = ("x", "y", "cu_a", "cu_b", "log_a", "log_b", "epsilon")
-
-
-def _versions(problem: Problem, f: Tensor, g: Tensor) -> tuple[int, ...] | None:
-    """Return the version counters of what a plan is computed from; None if there are none."""
-    try:
-        return tuple(
-            x._version for x in (*(getattr(problem, name) for name in _READ), f, g) if x is not None
+def _versions(problem: Problem, f: Tensor, g: Tensor) -> list[int] | None:
+    """Return the version counters of what a plan is computed from."""
+    return autograd.versions(
+        (
+            *(problem.x, problem.y, problem.cu_a, problem.cu_b),
+            *(problem.log_a, problem.log_b, problem.epsilon, f, g),
         )
-    except RuntimeError:  # inference tensors
-        return None
+    )
 
 
-def _changed(problem: Problem, before: tuple[int, ...], after: tuple[int, ...]) -> str:
-    names = [name for name in (*_READ, "f", "g") if getattr(problem, name, 0) is not None]
+def _changed(problem: Problem, before: list[int], after: list[int]) -> str:
+    names = "x", "y", "cu_a", "cu_b", "log_a", "log_b", "epsilon", "f", "g"
     public = {"x": "cost" if problem.y is None else "x", "cu_a": "cu_seqlens_a"}
     public["cu_b"] = "cu_seqlens_b"
     changed = [n for n, a, b in zip(names, before, after, strict=True) if a != b]
