@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optical.backends.iterations import MaskedProblem, plan
+from optical.backends import iterations
+from optical.backends.iterations import MaskedProblem
 from optical.backends.problem import Gradients, Problem, Solution, Status, cost_problem
 
 
@@ -153,10 +154,30 @@ def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: boo
 
     Vectors of padding are not used.
     """
-    coupling = plan(problem.x, problem.log_a, problem.log_b, problem.epsilon, f, g)
+    coupling = iterations.plan(problem.x, problem.log_a, problem.log_b, problem.epsilon, f, g)
     log_mass = problem.log_a if transpose else problem.log_b
     v = torch.where((log_mass != -math.inf)[:, :, None], v, 0.0)
     return (coupling.mT if transpose else coupling) @ v
+
+
+def plan(problem: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
+    """Compute the plan (B, n, m) of the potentials, or its exponent; differentiable by autograd.
+
+    Padding and forbidden pairs are exactly 0 (the exponent: -inf), the valid entries of a malformed
+    problem NaN. All is computed in float64 and returned in the dtype of f: in float32, the exponent
+    would lose more digits than the potentials have lost.
+
+    Args:
+        problem: padded problems of a given cost.
+        f, g: potentials (B, n) and (B, m).
+        log: return the exponent.
+    """
+    masked = MaskedProblem(problem)
+    factors = (problem.x, problem.log_a, problem.log_b, problem.epsilon, f, g)
+    exponent = iterations.log_plan(*(x.double() for x in factors))
+    entries = exponent if log else exponent.exp()
+    malformed = masked.malformed[:, None, None] & masked.pairs
+    return entries.masked_fill(malformed, math.nan).to(f.dtype)
 
 
 # Blocks of the plan that exchange less than this fraction of their mass count as disconnected.
