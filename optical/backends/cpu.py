@@ -147,7 +147,8 @@ def equal_masses(
         InvalidMask: an entry of the mask is neither 0 nor 1.
     """
     log_mass = torch.empty((batch, n), dtype=dtype)
-    of_mask, of_lengths = (None, 0, 0, 0), (None, 0, 0)
+    of_mask: tuple[int | None, ...] = (None, 0, 0, 0)
+    of_lengths: tuple[int | None, ...] = (None, 0, 0)
     if mask is not None:
         if mask.shape != log_mass.shape or not mask.is_cpu:
             raise ValueError(f"mask is {(*mask.shape,)} on {mask.device}; expected {(batch, n)}")

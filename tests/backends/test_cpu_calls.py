@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from optical.backends import cpu, library
-from optical.backends.problem import Problem
+from optical.backends.problem import GRADIENTS, Problem
+from optical.testing.cases import random_case
 
 MISSING = library.load_cpu().reason
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"CPU library: {MISSING}")
@@ -42,7 +43,8 @@ def test_wrong_offsets_are_errors_and_no_fault(call):
     script = f"""
 import torch
 from optical.backends import cpu
-from optical.backends.problem import Problem
+from optical.backends.problem import GRADIENTS, Problem
+from optical.testing.cases import random_case
 
 x, y, log_a, log_b = torch.randn(9, 8), torch.randn(7, 8), torch.zeros(9), torch.zeros(7)
 good = {{"cu_a": torch.tensor([0, 4, 9]), "cu_b": torch.tensor([0, 3, 7])}}
@@ -97,3 +99,62 @@ def test_a_packed_batch_of_no_problems():
     assert cpu.forward(empty).value.shape == (0,)
     with pytest.raises(ValueError, match=r"cu_seqlens_a\[0\] is 3; expected 0"):
         cpu.forward(empty._replace(cu_a=none + 3))
+
+
+# ------------------------------------------------------------------------------- interruption
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("call", ["forward", "team", "implicit", "unroll"])
+def test_an_interrupt_ends_a_long_call(call, threads):
+    script = f"""
+import os, signal, threading, time, torch
+from optical import sinkhorn
+
+torch.set_num_threads({threads})
+shape = (1, 1100, 1100) if {call!r} == "team" else (4, 200, 200)
+cost, options = torch.rand(*shape), dict(epsilon=0.01, tol=1e-12, max_iter=10**6)
+if {call!r} == "implicit":
+    options["gradient"] = "implicit"
+if {call!r} == "unroll":
+    options = dict(epsilon=0.01, max_iter=10_000, gradient="unroll")
+    result = sinkhorn(cost.requires_grad_(), **options)
+    start = result.value.sum().backward
+else:
+    sinkhorn(cost, epsilon=0.01, max_iter=1)
+    start = lambda: sinkhorn(cost, **options)
+
+def interrupt():
+    global sent
+    sent = time.monotonic()
+    os.kill(os.getpid(), signal.SIGINT)
+
+timer = threading.Timer(0.3, interrupt)
+timer.start()
+try:
+    start()
+except KeyboardInterrupt:
+    assert time.monotonic() - sent < 1
+    assert sinkhorn(cost.detach(), epsilon=0.01, max_iter=2).value.isfinite().all()
+    print("interrupted")
+"""
+    result = run_script(script)
+    assert result.stdout == "interrupted\n", (result.returncode, result.stderr)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_long_calls_in_another_thread_give_the_same_bits(gradient, monkeypatch):
+    problem = random_case("long", 3, 20, 30).to(torch.float32).problem(gradient)
+    one = torch.ones(3)
+
+    def both():
+        s = cpu.forward(problem)
+        saved = (s.f, s.g, s.w, s.z, s.n_iter)
+        return *s, *cpu.backward(one, one, None, None, problem, *saved, True, False)[::2]
+
+    expected = both()
+    monkeypatch.setattr(cpu, "LONG", 0.0)
+    for x, y in zip(both(), expected, strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(ValueError, match="refused"):
+        cpu.forward(problem._replace(omega=3.0))
