@@ -161,18 +161,23 @@ def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: boo
 
 
 def plan(problem: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
-    """TEMPORARY."""
-    args = (problem.x, problem.log_a, problem.log_b, problem.epsilon, f, g)
-    p = iterations.plan(*(x.double() for x in args))
-    if log:
-        x, la, lb, e, f_, g_ = (t.double() for t in args)
-        l = (
-            (f_[:, :, None] + g_[:, None, :] - x) / e[:, None, None]
-            + la[:, :, None]
-            + lb[:, None, :]
-        )
-        return torch.where((x == math.inf) | l.isnan(), -math.inf, l).to(f.dtype)
-    return p.to(f.dtype)
+    """Compute the plan (B, n, m) of the potentials, or its exponent; differentiable by autograd.
+
+    Padding and forbidden pairs are exactly 0 (the exponent: -inf), the valid entries of a malformed
+    problem NaN. All is computed in float64 and returned in the dtype of f: in float32, the exponent
+    would lose more digits than the potentials have lost.
+
+    Args:
+        problem: padded problems of a given cost.
+        f, g: potentials (B, n) and (B, m).
+        log: return the exponent.
+    """
+    masked = MaskedProblem(problem)
+    factors = (problem.x, problem.log_a, problem.log_b, problem.epsilon, f, g)
+    exponent = iterations.log_plan(*(x.double() for x in factors))
+    entries = exponent if log else exponent.exp()
+    malformed = masked.malformed[:, None, None] & masked.pairs
+    return entries.masked_fill(malformed, math.nan).to(f.dtype)
 
 
 # Blocks of the plan that exchange less than this fraction of their mass count as disconnected.

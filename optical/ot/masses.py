@@ -6,6 +6,7 @@ a mask entry that is neither 0 nor 1 makes the outputs of its problem NaN.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optical.backends import cpu, library
+from optical.backends import cpu, library, registry, structs
 from optical.ot.checks import (
     check_device,
     check_floating,
@@ -95,7 +96,12 @@ class Masses(NamedTuple):
         )
 
     def log_masses(
-        self, source: Tensor, shape: tuple[int, ...], dtype: torch.dtype, balanced: bool
+        self,
+        source: Tensor,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        balanced: bool,
+        backend: str = "auto",
     ) -> Tensor:
         """Return the log-masses, (batch, n) or packed (N,), -inf for padding.
 
@@ -107,13 +113,14 @@ class Masses(NamedTuple):
             shape: that of the result.
             dtype: that of the result.
             balanced: whether both marginals are fixed.
+            backend: the name of the backend that the caller asked for.
         """
         _, log_mass, mask, lengths, offsets, mass = self
         if mask is None and lengths is None and log_mass is None and mass is None:
             return _uniform(source, shape, dtype, offsets)
         self._check_combination()
         if log_mass is None and mass is None and values_available(source):
-            return self._uniform_of_valid(source, shape, dtype)
+            return self._uniform_of_valid(source, shape, dtype, backend)
         valid = None
         if mask is not None:
             valid = self._valid_by_mask(source, shape)
@@ -148,7 +155,7 @@ class Masses(NamedTuple):
                 raise ValueError(f"{first} is given together with {second}; expected one of them")
 
     def _uniform_of_valid(
-        self, source: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+        self, source: Tensor, shape: tuple[int, ...], dtype: torch.dtype, backend: str
     ) -> Tensor:
         """Log-masses of equal masses for a mask or lengths whose values are at hand."""
         batch, size = shape
@@ -157,15 +164,12 @@ class Masses(NamedTuple):
             self._check_mask(mask, source, shape)
         else:
             self._check_lengths(lengths, source, shape)
-        if (
-            hasattr(cpu, "equal_masses")
-            and library.load_cpu().reason is None
-            and (self.mask is None or self.mask.dtype in cpu.MASK_TYPES)
-        ):
-            try:
-                return cpu.equal_masses(batch, size, dtype, mask=self.mask, lengths=self.lengths)
-            except cpu.NotBinary:
-                _check_binary(self.names.mask, self.mask)
+        if registry.requested(backend) in ("auto", "cpu") and library.load_cpu().reason is None:
+            if mask is None:
+                return cpu.equal_masses(batch, size, dtype, lengths=lengths.to(torch.int64))
+            if mask.dtype in structs.MASK_CODES:
+                with contextlib.suppress(cpu.InvalidMask):
+                    return cpu.equal_masses(batch, size, dtype, mask=mask)
         if mask is not None:
             _check_binary(self.names.mask, mask)
             return _uniform_where(mask != 0, dtype)

@@ -54,8 +54,8 @@ def problem_of_cost(
         cost = cost.to(dtype)
     batch, n, m = cost.shape
     balanced = options.rho_a == options.rho_b == float("inf")
-    log_a = rows.log_masses(cost, (batch, n), dtype, balanced)
-    log_b = columns.log_masses(cost, (batch, m), dtype, balanced)
+    log_a = rows.log_masses(cost, (batch, n), dtype, balanced, options.backend)
+    log_b = columns.log_masses(cost, (batch, m), dtype, balanced, options.backend)
     temperatures, learnt = _temperatures(epsilon, batch, log_a, "cost", options)
     f0, g0 = _initial_potentials(init, log_a, log_b)
     fields = (cost, None, "given", None, None, log_a, log_b, temperatures, f0, g0)
@@ -92,8 +92,8 @@ def problem_of_vectors(
         batch = cu_a.shape[0] - 1
         check_shape(columns.names.offsets, cu_b, (batch + 1,), f"as {rows.names.offsets}")
     balanced = options.rho_a == options.rho_b == float("inf")
-    log_a = rows.log_masses(x, x.shape[:-1], dtype, balanced)
-    log_b = columns.log_masses(y, y.shape[:-1], dtype, balanced)
+    log_a = rows.log_masses(x, x.shape[:-1], dtype, balanced, options.backend)
+    log_b = columns.log_masses(y, y.shape[:-1], dtype, balanced, options.backend)
     if dtype == torch.float64:
         x, y = x.to(dtype), y.to(dtype)
     temperatures, learnt = _temperatures(epsilon, batch, log_a, rows.names.source, options)
