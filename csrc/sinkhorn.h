@@ -106,7 +106,8 @@ typedef struct {
     const int32_t* cancelled;
 } optical_problem;
 
-// Output arrays of the forward pass.
+// Output arrays of the forward pass. On a CPU, marginal_error, n_iter, status and residual may be
+// null.
 typedef struct {
     void *value, *value_linear, *marginal_error;  // (batch)
     void *f, *g;                                  // by row, by column
@@ -125,7 +126,7 @@ OPTICAL_API int optical_sinkhorn_forward(const optical_problem* problem,
 // ENVELOPE holds the plan fixed, IMPLICIT differentiates the fixed point, and UNROLL reruns the
 // n_iter iterations of the forward pass and differentiates them. Null outputs are not computed.
 typedef struct {
-    const void *grad_value, *grad_value_linear;  // (batch)
+    const void *grad_value, *grad_value_linear;  // (batch); null, on a CPU: zeros
     const void *grad_f, *grad_g;                 // by row, by column, or null; UNROLL only
     const void *f, *g, *w, *z;                   // of the solution; w and z with IMPLICIT
     const int32_t* n_iter;                       // of the solution; UNROLL only

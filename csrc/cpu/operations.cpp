@@ -54,9 +54,10 @@ void forward(const optical_problem& batch, const optical_solution& out, int64_t 
     if (team.rank != 0) return;
     ((T*)out.value)[index] = (T)value;
     ((T*)out.value_linear)[index] = (T)linear;
-    ((T*)out.marginal_error)[index] = (T)error;
-    ((T*)out.residual)[index] = (T)residual;
-    out.n_iter[index] = iterations, out.status[index] = status;
+    if (out.marginal_error) ((T*)out.marginal_error)[index] = (T)error;
+    if (out.residual) ((T*)out.residual)[index] = (T)residual;
+    if (out.n_iter) out.n_iter[index] = iterations;
+    if (out.status) out.status[index] = status;
     const Problem<T>& problem = solver.problem;
     const Workspace<T>& work = solver.work;
     const bool empty = status == OPTICAL_EMPTY;

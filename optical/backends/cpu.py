@@ -39,22 +39,24 @@ def supports(problem: Problem) -> str | None:
     return library.load_cpu().reason
 
 
-def forward(problem: Problem) -> Solution:
+def forward(problem: Problem, values_only: bool = False) -> Solution:
     """Solve a batch of problems whose tensors are on the CPU.
+
+    With ``values_only``, what only describes the run is left out; see ``Solution.allocate``.
 
     Allocates the outputs and a workspace of one problem per thread, and no (B, n, m) tensor if the
     cost is computed from vectors.
     """
     problem = _prepare(problem)
-    solution = Solution.allocate(problem)
+    solution = Solution.allocate(problem, values_only)
     pointers = structs.SolutionStruct(*map(structs.address, _SOLUTION_OF_STRUCT(solution)))
     _call("optical_sinkhorn_forward", problem, solution, problem.max_iter, ctypes.byref(pointers))
     return solution
 
 
 def backward(
-    grad_value: Tensor,
-    grad_value_linear: Tensor,
+    grad_value: Tensor | None,
+    grad_value_linear: Tensor | None,
     grad_f: Tensor | None,
     grad_g: Tensor | None,
     problem: Problem,
@@ -65,13 +67,20 @@ def backward(
     n_iter: Tensor,
     need_x: bool,
     need_y: bool,
+    need_masses: bool = True,
 ) -> Gradients:
-    """Compute the gradients that ``problem.gradient`` names; f to n_iter are of its solution."""
+    """Compute the gradients that ``problem.gradient`` names; f to n_iter are of its solution.
+
+    An upstream gradient of None is 0. Without ``need_masses``, the gradients of the log-masses are
+    None.
+    """
     problem = _prepare(problem)
     x, y, dtype = problem.x, problem.y, problem.epsilon.dtype
     grad_x = _empty(x, dtype) if need_x else None
     grad_y = _empty(y, dtype) if need_y and y is not None else None
-    grad_log_a, grad_log_b = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
+    grad_log_a = grad_log_b = None
+    if need_masses:
+        grad_log_a, grad_log_b = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
     floating = (grad_value, grad_value_linear, grad_f, grad_g, f, g, w, z)
     _check(dtype, *floating)
     inputs = [_contiguous(x) for x in (*floating, n_iter)]

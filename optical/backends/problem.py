@@ -116,30 +116,23 @@ class Solution(NamedTuple):
     residual: Tensor
 
     @classmethod
-    def allocate(cls, problem: Problem) -> Solution:
+    def allocate(cls, problem: Problem, values_only: bool = False) -> Solution:
         """Allocate uninitialised outputs for ``problem``, whose masses are contiguous.
 
-        Outputs that were not asked for are one shared empty tensor.
+        Outputs that were not asked for are one shared empty tensor: w and z unless the gradient is
+        implicit, and with ``values_only`` those that only describe the run.
         """
         log_a, log_b, epsilon = problem.log_a, problem.log_b, problem.epsilon
         like = torch.empty_like
-        f, g = like(log_a), like(log_b)
+        value, value_linear, f, g = like(epsilon), like(epsilon), like(log_a), like(log_b)
+        w = z = error = n_iter = status = residual = _nothing(epsilon.dtype, epsilon.device)
         if problem.gradient == "implicit":
             w, z = like(log_a), like(log_b)
-        else:
-            w = z = _nothing(epsilon.dtype, epsilon.device)
-        return cls(
-            like(epsilon),
-            like(epsilon),
-            f,
-            g,
-            like(epsilon),
-            like(epsilon, dtype=torch.int32),
-            like(epsilon, dtype=torch.int32),
-            w,
-            z,
-            like(epsilon),
-        )
+        if problem.gradient == "unroll" or not values_only:
+            n_iter = like(epsilon, dtype=torch.int32)
+        if not values_only:
+            error, status, residual = like(epsilon), like(n_iter), like(epsilon)
+        return cls(value, value_linear, f, g, error, n_iter, status, w, z, residual)
 
 
 @functools.lru_cache(maxsize=16)

@@ -27,14 +27,17 @@ _OPS: Any = torch.ops.optical
 _FIRST_OPTION = Problem._fields.index("g0") + 1
 
 
-def solve(problem: Problem) -> Solution:
-    """Solve a batch; x, y, log_a and log_b receive the gradient that ``problem.gradient`` names."""
+def solve(problem: Problem, values_only: bool = False) -> Solution:
+    """Solve a batch; x, y, log_a and log_b receive the gradient that ``problem.gradient`` names.
+
+    With ``values_only``, the caller reads nothing but the two values.
+    """
     if _plain(problem):
         if not needs_gradient(problem):
-            return operator.forward(problem)
+            return operator.forward(problem, values_only)
         outputs: list[Solution] = []
         x, y, log_a, log_b = problem.x, problem.y, problem.log_a, problem.log_b
-        differentiable = _apply_plain(_Solve, x, y, log_a, log_b, problem, outputs)
+        differentiable = _apply_plain(_Solve, x, y, log_a, log_b, problem, outputs, values_only)
         value, value_linear, *potentials = differentiable
         solution = outputs[0]._replace(value=value, value_linear=value_linear)
         if potentials:
@@ -173,9 +176,10 @@ class _Solve(torch.autograd.Function):
         log_b: Tensor,
         problem: Problem,
         outputs: list[Solution],
+        values_only: bool,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        solution = operator.forward(problem)
+        solution = operator.forward(problem, values_only)
         outputs.append(solution)
         f, g = solution.f, solution.g
         potentials, others = (f, g), (solution.w, solution.z, solution.n_iter)
@@ -189,13 +193,13 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in upstream):
-            return (None,) * 6
+            return (None,) * 7
         problem, f, g, w, z, n_iter = _restore(ctx)
-        values = _filled(upstream[:2], problem.epsilon, always=True)
-        potentials = _filled(upstream[2:], f, g, always=False)
+        grad_value, grad_value_linear, *rest = upstream
+        potentials = _filled(rest, f, g) if rest else (None, None)
         need_x, need_y, need_a, need_b = ctx.needs_input_grad[:4]
-        arguments: tuple[Any, ...] = (*values, *potentials)
-        saved = (f, g, w, z, n_iter, need_x, need_y)
+        arguments: tuple[Any, ...] = (grad_value, grad_value_linear, *potentials)
+        saved = (f, g, w, z, n_iter, need_x, need_y, need_a or need_b)
         if torch.is_grad_enabled():
             leaves = (*arguments, problem.x, problem.y, problem.log_a, problem.log_b)
             gradients = _apply(_SolveGradient, *leaves, problem, saved)
@@ -205,18 +209,18 @@ class _Solve(torch.autograd.Function):
         return (
             *(grad_x if need_x else None, grad_y if need_y else None),
             *(grad_log_a if need_a else None, grad_log_b if need_b else None),
-            *(None, None),
+            *(None, None, None),
         )
 
 
-def _filled(grads: Any, *like: Tensor, always: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Replace None in a pair of upstream gradients by zeros; (None, None) only ``always``."""
-    if not grads or (grads[0] is None and grads[1] is None and not always):
-        return None, None
+def _filled(grads: Any, *like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Replace None in a pair of upstream gradients by zeros, unless both are None."""
     first, second = grads
+    if first is None and second is None:
+        return None, None
     return (
         torch.zeros_like(like[0]) if first is None else first,
-        torch.zeros_like(like[-1]) if second is None else second,
+        torch.zeros_like(like[1]) if second is None else second,
     )
 
 
@@ -338,8 +342,8 @@ class _TransformedSolve(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         fields = _saved(ctx)
         needs = ctx.needs_input_grad[:2]
-        values = _filled(upstream[:2], fields[_EPSILON], always=True)
-        potentials = _filled(upstream[2:4], *fields[_COUNT : _COUNT + 2], always=False)
+        values = [torch.zeros_like(fields[_EPSILON]) if x is None else x for x in upstream[:2]]
+        potentials = _filled(upstream[2:4], *fields[_COUNT : _COUNT + 2])
         grad_x, grad_y, grad_log_a, grad_log_b = _apply(
             _TransformedGradient, *values, *potentials, *fields, *needs
         )

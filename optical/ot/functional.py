@@ -340,7 +340,7 @@ def ot_alignment(
             "epsilon requires grad, which the transport cost does not give; expected "
             "epsilon.detach(), or the value of sinkhorn_vectors"
         )
-    return validation.unfold(autograd.solve(problem).value_linear, lead)
+    return validation.unfold(autograd.solve(problem, values_only=True).value_linear, lead)
 
 
 def sinkhorn_divergence(

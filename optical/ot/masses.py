@@ -122,8 +122,10 @@ class Masses(NamedTuple):
         if mask is None and lengths is None and log_mass is None and mass is None:
             return _uniform(source, shape, dtype, offsets)
         self._check_combination()
-        if log_mass is None and mass is None and values_available(source):
-            return self._uniform_of_valid(source, shape, dtype, backend)
+        given = lengths if mask is None else mask
+        if log_mass is None and mass is None and isinstance(given, Tensor):
+            if values_available(source) and values_available(given):
+                return self._uniform_of_valid(source, shape, dtype, backend)
         valid = None
         if mask is not None:
             valid = self._valid_by_mask(source, shape)

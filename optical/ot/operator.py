@@ -90,12 +90,15 @@ def _without_autocast(device: str) -> Any:
     return contextlib.nullcontext()
 
 
-def forward(problem: Problem) -> Solution:
-    """Solve a batch by the backend it asks for, outside of autograd."""
+def forward(problem: Problem, values_only: bool = False) -> Solution:
+    """Solve a batch by the backend it asks for, outside of autograd.
+
+    With ``values_only``, what only describes the run may be left out; see ``Solution.allocate``.
+    """
     backend, problem = _choose(problem)
     solve = backend.load().forward
     if backend.native:
-        native: Solution = solve(problem)
+        native: Solution = solve(problem, values_only)
         return native
     with _without_autocast(problem.x.device.type):
         solution: Solution = (
@@ -105,8 +108,8 @@ def forward(problem: Problem) -> Solution:
 
 
 def backward(
-    grad_value: Tensor,
-    grad_value_linear: Tensor,
+    grad_value: Tensor | None,
+    grad_value_linear: Tensor | None,
     grad_f: Tensor | None,
     grad_g: Tensor | None,
     problem: Problem,
@@ -117,15 +120,26 @@ def backward(
     n_iter: Tensor,
     need_x: bool,
     need_y: bool,
+    need_masses: bool = True,
 ) -> Gradients:
-    """Compute the gradients that ``problem.gradient`` names, outside of autograd."""
+    """Compute the gradients that ``problem.gradient`` names, outside of autograd.
+
+    An upstream gradient of None is 0. Without ``need_masses``, those of the log-masses may be None.
+    """
     backend, problem = _choose(problem, gradient=True)
     differentiate = backend.load().backward
     upstream: tuple[Tensor | None, ...] = (grad_value, grad_value_linear, grad_f, grad_g)
     saved = (f, g, w, z, n_iter)
     if backend.native:
-        gradients: Gradients = differentiate(*upstream, problem, *saved, need_x, need_y)
+        gradients: Gradients = differentiate(
+            *upstream, problem, *saved, need_x, need_y, need_masses
+        )
         return gradients
+    if grad_value is None or grad_value_linear is None:
+        zeros = torch.zeros_like(problem.epsilon)
+        grad_value = zeros if grad_value is None else grad_value
+        grad_value_linear = zeros if grad_value_linear is None else grad_value_linear
+        upstream = (grad_value, grad_value_linear, grad_f, grad_g)
     upstream, saved = tuple(map(_contiguous, upstream)), tuple(map(_contiguous, saved))
     with _without_autocast(problem.x.device.type):
         if backend.dense:
