@@ -302,6 +302,8 @@ def _total_mass(side: _Side) -> Tensor | float:
         return 1.0  # or 0 for a problem without valid vectors, whose divergence is 0
     mass = side.mass if side.log_mass is None else side.log_mass.exp()
     assert mass is not None
+    # The gradient of padding is 0, also where that of the sum is NaN.
+    mass = torch.where(mass > 0, mass, 0.0)
     if side.offsets is not None:
         return torch.segment_reduce(mass, "sum", offsets=side.offsets)
     if side.mask is not None:
