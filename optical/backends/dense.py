@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optical.backends import iterations
+from optical.backends import reference
 from optical.backends.problem import Gradients, Problem, Solution
 
 
@@ -104,16 +104,24 @@ class PaddedProblem:
         product = apply(self.with_cost, self.a.pad(f), self.b.pad(g), source.pad(v), transpose)
         return target.pack(product)
 
-    def plan(self, f: Tensor, g: Tensor) -> Tensor:
-        """Compute the plan (B, n, m), 0 for padding; differentiable by autograd.
+    def plan(
+        self,
+        f: Tensor,
+        g: Tensor,
+        log: bool = False,
+        compute: Callable[..., Tensor] = reference.plan,
+        dense: bool = True,
+    ) -> Tensor:
+        """Compute the plan (B, n, m), 0 for padding, or its exponent, -inf for padding.
 
-        It is computed in float64 and returned in the dtype of f: in float32, the exponent would
-        lose more digits than the potentials have lost.
+        Args:
+            f, g: potentials, shaped like the log-masses of the original problem.
+            log: return the exponent.
+            compute: the function ``plan`` of a backend; the default is differentiable by autograd.
+            dense: ``compute`` accepts a given cost only.
         """
-        problem = self.with_cost
-        factors = (problem.x, problem.log_a, problem.log_b, problem.epsilon)
-        potentials = self.a.pad(f), self.b.pad(g)
-        return iterations.plan(*(x.double() for x in (*factors, *potentials))).to(f.dtype)
+        problem = self.with_cost if dense else self.padded
+        return compute(problem, self.a.pad(f), self.b.pad(g), log)
 
 
 class Packing:

@@ -118,15 +118,24 @@ class Solution(NamedTuple):
     def allocate(cls, problem: Problem) -> Solution:
         """Allocate uninitialised, contiguous outputs for ``problem``."""
         log_a, log_b, epsilon = problem.log_a, problem.log_b, problem.epsilon
-        value, value_linear, marginal_error, residual = (
-            epsilon.new_empty(epsilon.shape) for _ in range(4)
-        )
-        n_iter, status = (epsilon.new_empty(epsilon.shape, dtype=torch.int32) for _ in range(2))
-        f, g = log_a.new_empty(log_a.shape), log_b.new_empty(log_b.shape)
+        dtype, device, batch = epsilon.dtype, epsilon.device, epsilon.shape
+        shape_a, shape_b = log_a.shape, log_b.shape
+        floating = {"dtype": dtype, "device": device}
+        counting = {"dtype": torch.int32, "device": device}
+        empty = torch.empty
         implicit = problem.gradient == "implicit"
-        w = log_a.new_empty(log_a.shape if implicit else 0)
-        z = log_b.new_empty(log_b.shape if implicit else 0)
-        return cls(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
+        return cls(
+            empty(batch, **floating),
+            empty(batch, **floating),
+            empty(shape_a, **floating),
+            empty(shape_b, **floating),
+            empty(batch, **floating),
+            empty(batch, **counting),
+            empty(batch, **counting),
+            empty(shape_a if implicit else 0, **floating),
+            empty(shape_b if implicit else 0, **floating),
+            empty(batch, **floating),
+        )
 
 
 # Gradients with respect to x, y, log_a and log_b; x and y are None if they were not requested.

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,14 @@ def _check_known(source: str, name: str) -> None:
         raise ValueError(f"{source} is {name!r}; expected one of {expected}")
 
 
+def _candidates(problem: Problem, gradient: bool) -> Iterable[Backend]:
+    """Return the backends in the order in which "auto" asks them."""
+    # Only the backends of CUDA devices compete; sorting costs as much as a small solve.
+    if problem.x.device.type != "cuda":
+        return BACKENDS.values()
+    return _ordered(problem, gradient)[1]
+
+
 def _ordered(problem: Problem, gradient: bool) -> tuple[Order, list[Backend]]:
     order = next(order for order in ORDERS if order.applies(problem, gradient))
     rank = {name: i for i, name in enumerate(order.names)}
@@ -183,8 +191,9 @@ def choose(name: str, problem: Problem, gradient: bool = False) -> Backend:
         return backend
 
     refusals: list[str] = []
-    for backend in _ordered(problem, gradient)[1]:
-        if backend.automatic_on and problem.x.device.type not in backend.automatic_on:
+    device = problem.x.device.type
+    for backend in _candidates(problem, gradient):
+        if backend.automatic_on and device not in backend.automatic_on:
             continue
         reason = backend.supports(problem)
         if reason is None:

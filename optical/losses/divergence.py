@@ -73,7 +73,7 @@ class SinkhornDivergence(nn.Module):
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {"epsilon": epsilon, "cost": cost, **options}
-        check_divergence_options(epsilon, {"cost": cost, **options})
+        check_divergence_options("SinkhornDivergence", epsilon, {"cost": cost, **options})
         if reduction not in get_args(Reduction):
             expected = ", ".join(repr(name) for name in get_args(Reduction))
             raise ValueError(f"reduction is {reduction!r}; expected one of {expected}")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from optical.backends.problem import Status
-from optical.ot import validation
+from optical.ot.checks import values_available
 from optical.ot.functional import AlignmentOptions, Cost, sinkhorn_vectors
+from optical.ot.options import check_options
 from optical.ot.result import SinkhornResult
-from optical.ot.validation import check_options
 
 if TYPE_CHECKING:
     from typing_extensions import Required, Unpack
@@ -198,7 +198,7 @@ def sinkhorn_divergence(
         if not isinstance(vectors, Tensor):
             found = type(vectors).__name__
             raise TypeError(f"{name} is a {found}; expected a tensor (batch, n, dim)")
-    check_divergence_options(epsilon, options)
+    check_divergence_options("sinkhorn_divergence", epsilon, options)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     wide = x.device.type == "cpu" and options.get("backend", "auto") in ("auto", "cpu", "reference")
     if wide:
@@ -213,21 +213,25 @@ def sinkhorn_divergence(
         excess = _total_mass(rows) - _total_mass(columns)
         value = value + epsilon / 2 * excess**2
     result = _combine(value, solved, dtype, solver.tol)
-    if solver.tol > 0 and validation._values_available(result.status):
+    if solver.tol > 0 and values_available(result.status):
         _warn_of_failures(result, solver.options, solver.tol)
     return result if return_result else result.value
 
 
 def check_divergence_options(
-    epsilon: float | Tensor, options: DivergenceOptions | dict[str, Any]
+    function: str, epsilon: float | Tensor, options: DivergenceOptions | dict[str, Any]
 ) -> None:
     """Validate the options that can be checked without tensors.
+
+    Args:
+        function: the public function or class, for the message about an unknown option.
+        epsilon, options: see ``sinkhorn_divergence``.
 
     Raises:
         TypeError, ValueError: an option has a wrong type or value.
     """
-    checked = check_options(epsilon=epsilon, **{"max_iter": MAX_ITER, **options})
-    if checked["rho_a"] != checked["rho_b"]:
+    checked = check_options(function, epsilon=epsilon, **{"max_iter": MAX_ITER, **options})
+    if checked.rho_a != checked.rho_b:
         raise ValueError(f"rho is {options['rho']}; expected one strength for both sides")
 
 
