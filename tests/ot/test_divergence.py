@@ -193,6 +193,52 @@ def test_the_default_agrees_with_geomloss(blur, reach):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["20 and 20 points", "30 points and 100 copies"])
+def test_the_schedule_converges_without_acceleration(name):
+    """Other devices compute in float32 and do not accelerate."""
+    x, y, epsilon = HARD[name]
+    solver = divergence._Solver(epsilon, SQUARED, accelerated=False)
+    sides = [divergence._Side(t, *[None] * 5) for t in (x, y)]
+    pairs = ((0, 1), (0, 0), (1, 1))
+    results = [solver.solve(sides[i], sides[j])[0] for i, j in pairs]
+    assert all((result.marginal_error <= 1e-4).all() for result in results)
+    values = [result.value for result in results]
+    value = values[0] - (values[1] + values[2]) / 2
+    torch.testing.assert_close(value.double(), truth(x, y, epsilon), rtol=5e-3, atol=0)
+
+
+def test_one_set_meets_many():
+    x, y = torch.randn(6, 2), torch.randn(4, 8, 2)
+    expected = sinkhorn_divergence(x.expand(4, 6, 2), y, epsilon=0.2, **SQUARED)
+    torch.testing.assert_close(sinkhorn_divergence(x, y, epsilon=0.2, **SQUARED), expected)
+    assert sinkhorn_divergence(x, y[0], epsilon=0.2, **SQUARED).shape == ()
+
+
+def test_masses_may_be_probabilities():
+    x, y = scattered(2, 6, 5)
+    a, b = torch.rand(2, 6).softmax(1), torch.rand(2, 5).softmax(1)
+    a[0, 2] = 0
+    a[0] /= a[0].sum()
+    for rho in (None, 2.0):
+        actual = sinkhorn_divergence(x, y, a=a, b=b, epsilon=0.5, rho=rho, **SQUARED)
+        expected = sinkhorn_divergence(x, y, a.log(), b.log(), epsilon=0.5, rho=rho, **SQUARED)
+        torch.testing.assert_close(actual, expected)
+    scaled = sinkhorn_divergence(x, y, a=3 * a, b=2 * b, epsilon=0.5, rho=2.0, **SQUARED)
+    logarithms = (3 * a).log(), (2 * b).log()
+    expected = sinkhorn_divergence(x, y, *logarithms, epsilon=0.5, rho=2.0, **SQUARED)
+    torch.testing.assert_close(scaled, expected)
+
+
+def test_the_temperature_is_differentiable():
+    x, y = (t.double() for t in scattered(2, 6, 5))
+    epsilon = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def loss(epsilon):
+        return sinkhorn_divergence(x, y, epsilon=epsilon, tol=1e-10, **SQUARED)
+
+    assert torch.autograd.gradcheck(loss, (epsilon,), eps=1e-5, atol=1e-6)
+
+
 def test_large_sets_converge():
     g = generator()
     x, y = torch.rand(1, 1000, 3, generator=g), torch.rand(1, 1200, 3, generator=g) + 0.3
