@@ -17,9 +17,10 @@
 //     marginal_error = sum_i |(P 1)_i - a_i exp(-f_i / rho_a)| + the same for the columns
 //
 // Rows and columns with log-mass -inf are padding: their costs are never used, their potentials are
-// 0 and their gradients are exactly 0. A cost of +inf forbids a pair. A problem yields NaN if a
-// valid input is NaN, a valid cost is -inf, or epsilon is not a positive finite number; the other
-// problems of the batch are unaffected.
+// 0 and their gradients are exactly 0. A given cost of +inf forbids a pair. A problem is malformed if
+// a valid input is NaN, a valid cost is -inf, or epsilon is not a positive finite number. Its outputs
+// are NaN, and so are the gradients of its valid entries, unless all its upstream gradients are 0:
+// then they are 0. The other problems of the batch are unaffected.
 //
 // The order of every sum depends only on the shape of its problem. Results are therefore bitwise
 // identical alone, in any batch, and for any number of threads.

@@ -96,10 +96,11 @@ struct Solver {
         bool valid = finite & (epsilon > 0) & (epsilon < C::infinity) &
                      (kernel.inverse_epsilon < C::infinity);
         valid &= problem.read_masses(log_a, log_b);
-        if (batch.init_f && !swapped) {
-            const T *f = (const T*)batch.init_f + a.first, *g = (const T*)batch.init_g + b.first;
-            valid &= problem.finite_at(f, problem.row_index, problem.n);
-            valid &= problem.finite_at(g, problem.col_index, problem.m);
+        if (batch.init_f) {
+            const T *f = (const T*)batch.init_f, *g = (const T*)batch.init_g;
+            if (swapped) exchange(f, g);
+            valid &= problem.finite_at(f + a.first, problem.row_index, problem.n);
+            valid &= problem.finite_at(g + b.first, problem.col_index, problem.m);
         }
         status = valid ? OPTICAL_MAX_ITER : OPTICAL_INFEASIBLE;
         return valid;

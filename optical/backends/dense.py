@@ -183,18 +183,21 @@ def cost_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients of x and y, each in its own dtype; None if it is not needed.
 
-    ``grad_cost`` (B, n, m) is exactly 0 for padding, and so are the gradients.
+    ``grad_cost`` (B, n, m) is exactly 0 for padding, and so are the gradients; those of a problem
+    whose ``grad_cost`` is 0 are 0, whatever its vectors.
     """
     rows, columns = _without_padding(x, log_a), _without_padding(y, log_b)
     if kind == "sqeuclidean":
         rows, columns = _centred(rows, columns, log_a, log_b)
     grad_x = grad_y = None
+    # A product of 0 and a vector that is not finite is NaN, also where the problem is not used.
+    used = (grad_cost != 0).flatten(1).any(1)[:, None, None]
     if need_x:
         grad_x = _cost_gradient(grad_cost, rows, columns, kind)
-        grad_x = torch.where(_valid(log_a), grad_x, 0.0).to(x.dtype)
+        grad_x = torch.where(_valid(log_a) & used, grad_x, 0.0).to(x.dtype)
     if need_y:
         grad_y = _cost_gradient(grad_cost.mT, columns, rows, kind)
-        grad_y = torch.where(_valid(log_b), grad_y, 0.0).to(y.dtype)
+        grad_y = torch.where(_valid(log_b) & used, grad_y, 0.0).to(y.dtype)
     return grad_x, grad_y
 
 

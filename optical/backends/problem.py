@@ -6,6 +6,7 @@ Every backend takes a ``Problem`` and returns a ``Solution``, so a new option is
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -116,26 +117,34 @@ class Solution(NamedTuple):
 
     @classmethod
     def allocate(cls, problem: Problem) -> Solution:
-        """Allocate uninitialised, contiguous outputs for ``problem``."""
+        """Allocate uninitialised outputs for ``problem``, whose masses are contiguous.
+
+        Outputs that were not asked for are one shared empty tensor.
+        """
         log_a, log_b, epsilon = problem.log_a, problem.log_b, problem.epsilon
-        dtype, device, batch = epsilon.dtype, epsilon.device, epsilon.shape
-        shape_a, shape_b = log_a.shape, log_b.shape
-        floating = {"dtype": dtype, "device": device}
-        counting = {"dtype": torch.int32, "device": device}
-        empty = torch.empty
-        implicit = problem.gradient == "implicit"
+        like = torch.empty_like
+        f, g = like(log_a), like(log_b)
+        if problem.gradient == "implicit":
+            w, z = like(log_a), like(log_b)
+        else:
+            w = z = _nothing(epsilon.dtype, epsilon.device)
         return cls(
-            empty(batch, **floating),
-            empty(batch, **floating),
-            empty(shape_a, **floating),
-            empty(shape_b, **floating),
-            empty(batch, **floating),
-            empty(batch, **counting),
-            empty(batch, **counting),
-            empty(shape_a if implicit else 0, **floating),
-            empty(shape_b if implicit else 0, **floating),
-            empty(batch, **floating),
+            like(epsilon),
+            like(epsilon),
+            f,
+            g,
+            like(epsilon),
+            like(epsilon, dtype=torch.int32),
+            like(epsilon, dtype=torch.int32),
+            w,
+            z,
+            like(epsilon),
         )
+
+
+@functools.lru_cache(maxsize=16)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 # Gradients with respect to x, y, log_a and log_b; x and y are None if they were not requested.

@@ -34,7 +34,7 @@ def solve(problem: Problem) -> Solution:
             return operator.forward(problem)
         outputs: list[Solution] = []
         x, y, log_a, log_b = problem.x, problem.y, problem.log_a, problem.log_b
-        differentiable = _apply(_Solve, x, y, log_a, log_b, problem, outputs)
+        differentiable = _apply_plain(_Solve, x, y, log_a, log_b, problem, outputs)
         value, value_linear, *potentials = differentiable
         solution = outputs[0]._replace(value=value, value_linear=value_linear)
         if potentials:
@@ -81,6 +81,11 @@ def plan(problem: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
 def _apply(function: Any, *arguments: Any) -> Any:
     """Call ``function.apply``, which PyTorch does not annotate."""
     return function.apply(*arguments)
+
+
+def _apply_plain(function: Any, *arguments: Any) -> Any:
+    """Call ``apply`` without its support of transforms, which takes microseconds."""
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 def needs_gradient(problem: Problem) -> bool:

@@ -21,6 +21,13 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
+def dispatched() -> bool:
+    """Whether a dispatch mode or a transform of ``torch.func`` sees every operation."""
+    return bool(torch._C._len_torch_dispatch_stack()) or (
+        torch._C._are_functorch_transforms_active()
+    )
+
+
 def values_available(tensor: Tensor) -> bool:
     """Whether the values can be read without a device sync and outside tracing."""
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():

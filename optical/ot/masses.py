@@ -7,6 +7,7 @@ a mask entry that is neither 0 nor 1 makes the outputs of its problem NaN.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from optical.backends import cpu, library, registry, structs
 from optical.ot.checks import (
+    CONCRETE,
     check_device,
     check_floating,
     check_integers,
     check_shape,
+    dispatched,
     tracing,
     values_available,
 )
@@ -285,7 +288,23 @@ def _uniform(
     if tracing():
         # Arithmetic on the size in Python would fix it in the graph.
         return _uniform_where(torch.ones(shape, dtype=torch.bool, device=source.device), dtype)
-    return source.new_full(shape, -math.log(max(shape[1], 1)), dtype=dtype)
+    return constant(source, shape, -math.log(max(shape[1], 1)), dtype)
+
+
+def constant(like: Tensor, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+    """Return a tensor filled with a value on the device of ``like``, which nobody writes to.
+
+    Small ones on a CPU are kept: filling a tensor takes as long as solving a small problem.
+    """
+    kept = type(like) in CONCRETE and like.is_cpu and math.prod(shape) <= 1024
+    if not kept or tracing() or torch.is_inference_mode_enabled() or dispatched():
+        return like.new_full(shape, value, dtype=dtype)
+    return _constant(tuple(shape), value, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, value, dtype=dtype, device="cpu")
 
 
 def _uniform_where(valid: Tensor, dtype: torch.dtype) -> Tensor:

@@ -68,7 +68,7 @@ class SinkhornResult:
         """Wrap the solution of a problem whose leading dimensions ``lead`` were merged."""
         constant = problem.gradient == "envelope" and autograd.needs_gradient(problem)
         versions = None if tracing() else _versions(problem, solution.f, solution.g)
-        if constant:
+        if constant and not _leaves(problem):
             # The result must not keep the graph of the inputs alive.
             problem = detached(problem)
         outputs: tuple[Tensor, ...] = (*solution[:7], solution.residual)
@@ -257,8 +257,10 @@ class SinkhornResult:
 
     def _plan(self, name: str, log: bool) -> Tensor:
         problem, f, g = self._inputs(name)
-        if self.constant and torch.is_grad_enabled() and not tracing():
-            _warn_constant()
+        if self.constant:
+            problem = detached(problem)
+            if torch.is_grad_enabled() and not tracing():
+                _warn_constant()
         padded = PaddedProblem(problem)
         plan = autograd.plan(padded.padded, padded.a.pad(f), padded.b.pad(g), log)
         return plan if self.lead is None else plan.reshape((*self.lead, *plan.shape[1:]))
@@ -284,6 +286,12 @@ class SinkhornResult:
         transformed = torch._C._are_functorch_transforms_active()
         recorded = autograd.needs_gradient(problem) or f.requires_grad or g.requires_grad
         return recorded or (transformed and torch.is_grad_enabled())
+
+
+def _leaves(problem: Problem) -> bool:
+    """Whether no tensor has a graph behind it."""
+    x, y, log_a, log_b = problem.x, problem.y, problem.log_a, problem.log_b
+    return x.is_leaf and (y is None or y.is_leaf) and log_a.is_leaf and log_b.is_leaf
 
 
 def detached(problem: Problem) -> Problem:

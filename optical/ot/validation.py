@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optical.backends.problem import Problem
 from optical.ot.checks import check_device, check_floating, check_shape, values_available
-from optical.ot.masses import Masses, offsets_of
+from optical.ot.masses import Masses, constant, offsets_of
 from optical.ot.options import Options, check_pair, last_temperature
 
 Lead = tuple[int, ...]  # leading dimensions of the caller's tensors
@@ -197,7 +197,7 @@ def _temperatures(
     whose device ``like`` shares.
     """
     if not isinstance(epsilon, Tensor):
-        return like.new_full((batch,), float(epsilon)), None
+        return constant(like, (batch,), float(epsilon), like.dtype), None
     check_floating("epsilon", epsilon, f"({batch},)", epsilon.dim())
     if epsilon.dim() == 0:
         epsilon = epsilon.expand(batch)
