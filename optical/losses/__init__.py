@@ -1,7 +1,8 @@
-"""Losses on token vectors: optimal transport alignment, and distillation objectives."""
+"""Losses on token vectors: alignment, Sinkhorn divergence, and distillation objectives."""
 
 from optical.losses.alignment import OTAlignmentLoss
 from optical.losses.distillation import DistillationLoss, OTDistillationLoss, Tokens
+from optical.losses.divergence import SinkhornDivergence
 from optical.losses.objectives import (
     ContrastiveBitextLoss,
     GreedyDistillationLoss,
@@ -17,5 +18,6 @@ __all__ = [
     "OTDistillationLoss",
     "PooledDistillationLoss",
     "PositionDistillationLoss",
+    "SinkhornDivergence",
     "Tokens",
 ]
