@@ -236,7 +236,7 @@ class StepwiseSolve:
         self.starts = initial_potentials(problem)
         n_iter = outputs[3]
         self.stopped, self.state = torch.empty_like(n_iter), torch.empty_like(n_iter)
-        self.change = torch.empty_like(problem.epsilon)
+        self.change, self.column_error = problem.epsilon.new_empty(2, launch.size)
         self.tile = tile_options(launch, tuning.STREAM)
         self.options = {
             "PACKED": launch.packed,
@@ -338,6 +338,7 @@ class StepwiseSolve:
             (self.stored.base_a, self.stored.base_b)[side],
             self.state,
             self.change,
+            self.column_error,
             self.stopped,
             self.outputs[3],
             (launch.n, launch.m)[side],
@@ -383,10 +384,10 @@ class StepwiseSolve:
             *self.results,
             *self.cost_sums,
             *self.outputs,
-            self.stopped,
             launch.n,
             launch.m,
             problem.max_iter,
+            problem.tol,
             1 / problem.rho_a,
             1 / problem.rho_b,
             **self.options,

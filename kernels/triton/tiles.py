@@ -323,3 +323,17 @@ def log_ratio(sums, log_mass):
     """Compute log(sums / mass), and 0 where the sum is 0; the mass may underflow float32."""
     positive = sums > 0
     return (tl.log2(tl.where(positive, sums, 1.0)) - tl.where(positive, log_mass, 0.0)) / LOG2_E
+
+
+@triton.jit
+def overflows(value, transported, error):
+    """Return whether an output of a problem is NaN or infinite."""
+    finite = (tl.abs(value) < INFINITY) & (tl.abs(transported) < INFINITY) & (error < INFINITY)
+    return finite == 0
+
+
+@triton.jit
+def final_status(error, tol, infeasible):
+    """Return the status of a problem that is not empty, from the error of its reported plan."""
+    status = tl.where((tol > 0) & (error <= tol), CONVERGED, MAX_ITER)
+    return tl.where(infeasible, INFEASIBLE, status)

@@ -125,6 +125,7 @@ def loop_kernel(
     stop = False
     at_epsilon = False
     annealing = anneal_start
+    column_error = 0.0
     running = max_iter > 0
     state = 0
     if FAST:
@@ -144,7 +145,7 @@ def loop_kernel(
         tl.debug_barrier()
         if (tol > 0) & at_epsilon:
             error = marginal_error(rows, n, ratio, epsilon * inverse_rho_a, BLOCK)
-            stop = error <= tol
+            stop = error + column_error <= tol
             if FAST:
                 # Half precision never decides convergence; exact iterations follow.
                 undecided = stop & (state > STATE_EXACT)
@@ -174,6 +175,10 @@ def loop_kernel(
             tl.debug_barrier()
             beta = relaxation / (1 + temperature * inverse_rho_b)
             change_b = update_potential(columns, m, relaxation, beta, state, FAST, BLOCK)
+            if (tol > 0) & (omega != 1):
+                # Over-relaxation leaves the columns inexact, too.
+                tl.debug_barrier()
+                column_error = marginal_error(columns, m, ratio, epsilon * inverse_rho_b, BLOCK)
             iteration += 1
             if FAST:
                 change = tl.maximum(change, change_b)
@@ -194,7 +199,7 @@ def loop_kernel(
         n,
         m,
         iteration,
-        stop,
+        tol,
         max_iter,
         inverse_rho_a,
         inverse_rho_b,
