@@ -46,7 +46,7 @@ def cost_gradient_tile(
         grad = plan * (upstream + upstream_linear * (1 + implicit_term / epsilon))
     else:
         grad = plan * (upstream + upstream_linear)
-    return tl.where(plan > 0, grad, 0.0)
+    return tl.where(plan != 0, grad, 0.0)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def vector_weight_tile(
     cost = cost_tile(costs, row_start, column_start, SPEC, TILE)
     plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
     dot_weight = cost_gradient_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT)
-    dot_weight, self_weight = vector_weights(dot_weight, cost, plan > 0, costs, columns, SPEC)
+    dot_weight, self_weight = vector_weights(dot_weight, cost, plan != 0, costs, columns, SPEC)
     return dot_weight, self_weight, B != -INFINITY
 
 

@@ -111,8 +111,9 @@ def mass_gradient_kernel(
         if IMPLICIT:
             w = tl.load(w_ptr + offset_a + rows, mask=rows < n, other=0.0)
             grad += upstream_linear * row_sum * w * (1 + epsilon * inverse_rho)
-        # Potentials are NaN where the inputs of a problem were not finite.
-        grad = tl.where((A != -INFINITY) & (f == f) & (empty == 0), grad, 0.0)
+        # The potentials of a malformed problem are NaN, which a penalty would hide.
+        grad = tl.where(tl.abs(f) < INFINITY, grad, float("nan"))
+        grad = tl.where((A != -INFINITY) & (empty == 0), grad, 0.0)
         tl.store(grad_ptr + offset_a + rows, grad, mask=rows < n)
 
 

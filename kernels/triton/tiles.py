@@ -278,11 +278,13 @@ def times_log2(x, NVIDIA: tl.constexpr):
 
 @triton.jit
 def plan_tile(cost, A, B, f, g, scale):
-    """Compute a tile of the plan from log2 masses and potentials; 0 where it is NaN or +inf."""
+    """Compute a tile of the plan from log2 masses and potentials, 0 for padding.
+
+    It is NaN where a potential is, as those of a malformed problem are.
+    """
     valid = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
     score = (f[:, None] + g[None, :] - cost) * scale + (A[:, None] + B[None, :])
-    score = tl.where(valid, score, -INFINITY)
-    return tl.where(score < INFINITY, tl.exp2(score), 0.0)
+    return tl.exp2(tl.where(valid, score, -INFINITY))
 
 
 @triton.jit

@@ -9,8 +9,17 @@ import torch
 
 from optical.backends.problem import Status
 from optical.kernels import tuning
-from optical.testing.cases import random_case
+from optical.testing.cases import packed, random_case
 from optical.testing.tolerance import solve
+from tests.kernels.failing import (
+    MALFORMED,
+    RELAXED,
+    errors_of_iterates,
+    malformed,
+    mixed,
+    overflowing,
+    own_entries,
+)
 
 # import_module, because the package re-exports functions of the same names.
 FORWARD = importlib.import_module("optical.kernels.forward")
@@ -28,29 +37,6 @@ def take(way, monkeypatch):
         for module in (FORWARD, BACKWARD_UNROLLED):
             monkeypatch.setattr(module, "choose_tiles", lambda launch, table: [])
         monkeypatch.setattr(tuning, "PROGRAMS", {"loop": 0, "steps": 10**6}[way])
-
-
-def errors_of_iterates(case, count):
-    """(count, batch) L1 errors of both marginals of the iterates 1 to ``count``, in float64."""
-    cost, epsilon = case.x, case.epsilon[:, None]
-    f, g = torch.zeros_like(case.log_a), torch.zeros_like(case.log_b)
-    a, b, errors = case.log_a.exp(), case.log_b.exp(), []
-    for k in range(count):
-        omega = case.omega if k else 1.0
-        scores = case.log_b[:, None] + (g[:, None] - cost) / epsilon[:, :, None]
-        step = 1 / (1 + epsilon / case.rho_a)
-        f = (1 - omega) * f - omega * step * epsilon * scores.logsumexp(2)
-        scores = case.log_a[:, :, None] + (f[:, :, None] - cost) / epsilon[:, :, None]
-        step = 1 / (1 + epsilon / case.rho_b)
-        g = (1 - omega) * g - omega * step * epsilon * scores.logsumexp(1)
-        plan = (scores + case.log_b[:, None] + g[:, None] / epsilon[:, :, None]).exp()
-        rows = (plan.sum(2) - a * (-f / case.rho_a).exp()).abs().sum(1)
-        errors.append(rows + (plan.sum(1) - b * (-g / case.rho_b).exp()).abs().sum(1))
-    return torch.stack(errors)
-
-
-RELAXED = replace(random_case("relaxed", 3, 9, 7, epsilon=0.2, max_iter=60), omega=1.6, tol=1e-3)
-RELAXED = replace(RELAXED, epsilon=torch.tensor([0.05, 0.2, 1.0]).double())
 
 
 @pytest.mark.parametrize("rho", [math.inf, 0.7])
@@ -99,11 +85,51 @@ def test_outputs_that_overflow_are_infeasible(way, tol, monkeypatch):
 def test_potentials_that_overflow_are_infeasible(way, monkeypatch):
     """Their marginals, and with them all other outputs, are small and finite."""
     take(way, monkeypatch)
-    case = random_case("large", 2, 5, 4, max_iter=1)
-    scale = torch.tensor([1.0, 1e37]).double()
-    masses = {"log_a": case.log_a - 50, "log_b": case.log_b - 50}
-    case = replace(case, x=case.x * scale[:, None, None], epsilon=scale, **masses)
+    case = overflowing()
     out = solve("triton", case.to(torch.float32))
     assert out["value"].isfinite().all() and out["marginal_error"].isfinite().all()
     assert not out["f"][1].isfinite().any()
     assert out["status"].tolist() == [Status.MAX_ITER, Status.INFEASIBLE]
+
+
+GRADIENTS = [
+    ("resident", "given", "implicit"),
+    ("resident", "given", "unroll"),
+    ("resident", "cosine", "envelope"),
+    ("resident", "cosine", "unroll"),
+    ("resident", "sqeuclidean", "envelope"),
+    ("resident", "packed dot", "implicit"),
+    ("resident", "packed dot", "unroll"),
+    ("loop", "given", "implicit"),
+    ("loop", "given", "unroll"),
+    ("loop", "cosine", "unroll"),
+    ("loop", "packed dot", "envelope"),
+]
+
+
+@pytest.mark.parametrize(("way", "kind", "gradient"), GRADIENTS)
+def test_gradients_of_malformed_problems_are_nan(way, kind, gradient, monkeypatch, poisoned_memory):
+    take(way, monkeypatch)
+    clean = mixed(kind.removeprefix("packed ")).to(torch.float32)
+    if kind == "packed dot":
+        clean = packed(clean)
+    clean = replace(clean, rho_a=0.5, max_iter=2)
+    expected = solve("triton", clean, gradient)
+    for field, value in MALFORMED:
+        out = solve("triton", malformed(clean, field, value), gradient)
+        assert out["status"][1] == Status.INFEASIBLE and out["status"][3] == Status.EMPTY
+        for name, (own, padding) in own_entries(clean).items():
+            grad, other = out[f"grad_{name}"], expected[f"grad_{name}"]
+            assert grad[own].isnan().all(), (field, name)
+            assert not grad[padding].any(), (field, name)
+            assert torch.equal(grad[~own], other[~own]) and grad[~own].isfinite().all()
+
+
+@pytest.mark.parametrize("gradient", ["envelope", "unroll"])
+@pytest.mark.parametrize("way", ["resident", "loop"])
+def test_gradients_of_overflowed_problems_are_not_finite(way, gradient, monkeypatch):
+    take(way, monkeypatch)
+    case = overflowing()
+    out = solve("triton", case.to(torch.float32), gradient)
+    for name in ("grad_x", "grad_log_a"):
+        assert out[name][0].isfinite().all() and not out[name][1].isfinite().any(), name
