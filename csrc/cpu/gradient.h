@@ -100,6 +100,8 @@ private:
         int32_t status;
         const bool valid = solver.read(batch, index, swapped, status);
         clear(batch, at, valid, twice);
+        if (status == OPTICAL_INFEASIBLE && problem.team.rank == 0)
+            spoil(batch, out, index, at, twice);
         sync(problem.team);
         if (!valid) return;
         if (at.grad_x && !from_matrix) vectors.pack_y();
@@ -123,7 +125,7 @@ private:
             });
     }
 
-    // Zeros the gradients of padding and of invalid problems, which no later step writes.
+    // Zeros the gradients of padding and of malformed problems, which no later step writes.
     void clear(const optical_problem& batch, const Arrays& at, bool valid, bool twice) const {
         if (problem.team.rank != 0) return;
         const int64_t width_x = batch.kind == OPTICAL_GIVEN ? batch.m : batch.dim;
@@ -132,6 +134,37 @@ private:
         if (at.grad_y && !full && !twice) fill(at.grad_y, at.b.count * batch.dim, 0);
         fill(at.grad_a, at.a.count, 0);
         if (!twice) fill(at.grad_b, at.b.count, 0);
+    }
+
+    // The gradients of a malformed problem: NaN for its valid entries, as its outputs are, so that
+    // the caller notices. Without an upstream gradient its outputs were not used: 0.
+    void spoil(const optical_problem& batch, const optical_gradient& out, int64_t index,
+               const Arrays& at, bool twice) const {
+        const T nan = (T)__builtin_nan("");
+        const int64_t n = problem.n, m = problem.m, dim = batch.dim;
+        const int64_t *const rows = problem.row_index, *const columns = problem.col_index;
+        if (!is_used(batch, out, index)) return;
+        const bool given = batch.kind == OPTICAL_GIVEN;
+        for (int64_t i = 0; at.grad_x && i < n; ++i) {
+            if (!given) fill(at.grad_x + rows[i] * dim, dim, nan);
+            else
+                for (int64_t j = 0; j < m; ++j) at.grad_x[rows[i] * batch.m + columns[j]] = nan;
+        }
+        for (int64_t i = 0; i < n; ++i) at.grad_a[rows[i]] = nan;
+        if (twice) return;
+        for (int64_t j = 0; at.grad_y && j < m; ++j) fill(at.grad_y + columns[j] * dim, dim, nan);
+        for (int64_t j = 0; j < m; ++j) at.grad_b[columns[j]] = nan;
+    }
+
+    // Whether any upstream gradient of a problem differs from 0.
+    static bool is_used(const optical_problem& batch, const optical_gradient& out, int64_t index) {
+        const Side a = rows_of(batch, index), b = columns_of(batch, index);
+        bool used = ((const T*)out.grad_value)[index] != 0;
+        used |= ((const T*)out.grad_value_linear)[index] != 0;
+        const T *const f = (const T*)out.grad_f, *const g = (const T*)out.grad_g;
+        for (int64_t i = a.first; f && i < a.first + a.count; ++i) used |= f[i] != 0;
+        for (int64_t j = b.first; g && j < b.first + b.count; ++j) used |= g[j] != 0;
+        return used;
     }
 
     static void fill(T* to, int64_t count, T value) {

@@ -4,6 +4,7 @@
 
 #include "adjoint.h"
 #include "gradient.h"
+#include "plan.h"
 
 namespace optical {
 namespace OPTICAL_ISA {
@@ -158,6 +159,16 @@ void apply(const optical_problem& batch, const PlanProduct& product, int64_t ind
 }
 
 template <typename T>
+void plan(const optical_problem& batch, const PlanOutput& output, int64_t index, void* shared,
+          void* own, const Team& team) {
+    const FlushDenormals mode;
+    Solver<T> solver(team);
+    Arena of_team = {(uintptr_t)shared}, of_thread = {(uintptr_t)own};
+    solver.lay_out(of_team, of_thread, batch, false, false, false);
+    Plan<T>(solver).write(batch, output, index);
+}
+
+template <typename T>
 Scratch scratch(const optical_problem& batch, Operation operation, int64_t size) {
     const Team alone = {0, 1, nullptr, nullptr};
     Arena shared = {0}, own = {0};
@@ -170,6 +181,8 @@ Scratch scratch(const optical_problem& batch, Operation operation, int64_t size)
         Gradient<T>(alone).lay_out(shared_again, own_again, batch, true);
         if (shared_again.next > shared.next) shared = shared_again;
         if (own_again.next > own.next) own = own_again;
+    } else if (operation == Operation::plan) {
+        Solver<T>(alone).lay_out(shared, own, batch, false, false, false);
     } else {
         Solver<T>(alone).lay_out(shared, own, batch, size < 0, false, false);
         lay_out_vectors<T>(shared, batch, size < 0, size < 0 ? -size : size);
@@ -188,8 +201,8 @@ Scratch scratch(const optical_problem& batch, Operation operation, int64_t size)
 extern const InstructionSet OPTICAL_NAME(OPTICAL_ISA) = {
     OPTICAL_TEXT(OPTICAL_ISA),
     {OPTICAL_ISA::scratch<float>, OPTICAL_ISA::forward<float>, OPTICAL_ISA::backward<float>,
-     OPTICAL_ISA::apply<float>},
+     OPTICAL_ISA::apply<float>, OPTICAL_ISA::plan<float>},
     {OPTICAL_ISA::scratch<double>, OPTICAL_ISA::forward<double>, OPTICAL_ISA::backward<double>,
-     OPTICAL_ISA::apply<double>}};
+     OPTICAL_ISA::apply<double>, OPTICAL_ISA::plan<double>}};
 
 }  // namespace optical

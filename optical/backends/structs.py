@@ -16,6 +16,15 @@ from optical.backends.problem import Problem
 KIND_CODES = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
 GRADIENT_CODES = {"envelope": 0, "implicit": 1, "unroll": 2}
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+# Of masks and lengths.
+MASK_CODES = DTYPE_CODES | {
+    torch.bool: 4,
+    torch.uint8: 4,
+    torch.int8: 5,
+    torch.int16: 6,
+    torch.int32: 7,
+    torch.int64: 8,
+}
 
 
 def _fields(ctype: Any, names: str) -> list[tuple[str, Any]]:
@@ -38,6 +47,8 @@ class ProblemStruct(ctypes.Structure):
         *_fields(ctypes.c_int32, "anderson"),
         *_fields(ctypes.c_double, "anneal_start anneal_ratio"),
         *_fields(ctypes.c_int32, "gradient low_memory num_threads fast"),
+        *_fields(ctypes.c_int64, "total_a total_b"),
+        *_fields(ctypes.c_void_p, "cancelled"),
     ]
 
 
@@ -67,7 +78,8 @@ def problem_struct(problem: Problem, n: int, m: int, num_threads: int = 1) -> Pr
     Args:
         problem: a given cost may have any strides, and vectors any strides except in the last
             dimension, whose entries are adjacent. All other tensors are contiguous.
-        n, m: upper bounds of the number of rows and columns of a problem.
+        n, m: upper bounds of the number of rows and columns of a problem; for packed problems, the
+            CPU library finds them itself.
         num_threads: threads of the CPU library; unused by CUDA.
     """
     x, y, packed = problem.x, problem.y, problem.packed
@@ -107,6 +119,8 @@ def problem_struct(problem: Problem, n: int, m: int, num_threads: int = 1) -> Pr
         low_memory=problem.low_memory,
         num_threads=num_threads,
         fast=problem.precision == "fast",
+        total_a=problem.log_a.numel(),
+        total_b=problem.log_b.numel(),
     )
 
 
@@ -130,6 +144,12 @@ ARGUMENT_TYPES: dict[str, list[Any]] = {
     "optical_sinkhorn_backward": [_PROBLEM, _GRADIENT],
     "optical_apply_plan": [
         *(_PROBLEM, _POINTER, _POINTER, _POINTER, ctypes.c_int64, ctypes.c_int32, _POINTER)
+    ],
+    "optical_plan": [_PROBLEM, _POINTER, _POINTER, ctypes.c_int32, _POINTER],
+    "optical_equal_masses": [
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
+        *(_POINTER, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64),
+        *(_POINTER, ctypes.c_int32, ctypes.c_int64, _POINTER),
     ],
     "optical_cuda_reach": [_PROBLEM],
     "optical_cuda_forward": [_PROBLEM, _SOLUTION, _POINTER],
