@@ -44,18 +44,18 @@ struct Gradient {
     // ENVELOPE and IMPLICIT: differentiates at the solution.
     OPTICAL_DEVICE void differentiate() {
         int32_t status;
+        read_upstream();
         if (!work.read(problem, status)) return clear(status == OPTICAL_INFEASIBLE);
         if (!solution_is_finite()) return clear(true);
-        read_upstream();
         at_solution();
         write();
     }
     // UNROLL: differentiates the iterations.
     OPTICAL_DEVICE void differentiate(float* history) {
         int32_t status;
+        read_upstream();
         if (!work.read(problem, status)) return clear(status == OPTICAL_INFEASIBLE);
         if (!solution_is_finite()) return clear(true);
-        read_upstream();
         Unrolled<G> unrolled(solver, out, up, history);
         unrolled.differentiate();
         float of_row[OI], of_column[OJ];
@@ -248,10 +248,28 @@ struct Gradient {
                     to[grid.row(r) * problem.batch.m + grid.column(c)] = problem.cost(r, c);
     }
 
+    // Whether an upstream gradient is not 0.
+    OPTICAL_DEVICE bool is_used() {
+        bool used = up.value != 0 || up.linear != 0;
+        const float* const from_f = (const float*)out.grad_f;
+        const float* const from_g = (const float*)out.grad_g;
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) {
+            const int i = grid.own_row(o);
+            used |= from_f && i < problem.a.count && from_f[problem.a.first + i] != 0;
+        }
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            const int j = grid.own_column(o);
+            used |= from_g && j < problem.b.count && from_g[problem.b.first + j] != 0;
+        }
+        return grid.union_of(used ? 1u : 0u) != 0;
+    }
+
     // Writes the gradients of a problem without a solution: NaN for valid entries if it is
-    // malformed, 0 if it is empty and for padding.
+    // malformed and its outputs were used, otherwise 0.
     OPTICAL_DEVICE void clear(bool malformed) {
-        const float x = malformed ? not_a_number() : 0.0f;
+        const float x = malformed && is_used() ? not_a_number() : 0.0f;
         float of_row[OI], of_column[OJ];
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) of_row[o] = x;

@@ -68,6 +68,16 @@ def load_log_mass(log_mass_ptr, index, size):
 
 
 @triton.jit
+def load_used_mass(log_mass_ptr, index, size, upstream, upstream_linear):
+    """Load log2 masses for a gradient: -inf, as for padding, if both upstream gradients are 0.
+
+    The gradients are then 0 even if the problem is malformed.
+    """
+    A = load_log_mass(log_mass_ptr, index, size)
+    return tl.where((upstream != 0) | (upstream_linear != 0), A, -INFINITY)
+
+
+@triton.jit
 def load_vectors(tokens, centre_ptr, index, d, dim, SPEC: tl.constexpr):
     """Load a tile of token vectors as an operand of a dot, zero outside the problem."""
     vectors_ptr, _, scale_ptr, _, size = tokens

@@ -22,6 +22,7 @@ from tests.cuda_emulator.build import build, use
 from tests.kernels.failing import (
     MALFORMED,
     RELAXED,
+    assert_unused_is_zero,
     errors_of_iterates,
     malformed,
     mixed,
@@ -564,3 +565,9 @@ def test_gradients_of_malformed_problems_in_blocks_and_clusters(n, m, kernels):
                 if name == "x" and case.y is None:
                     valid = (case.log_a > -math.inf)[:, :, None] & (case.log_b > -math.inf)[:, None]
                 assert torch.equal(grad.isnan(), valid) and not grad[~valid].any(), name
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kind", ["given", "cosine", "packed dot"])
+def test_gradients_of_unused_problems_are_zero(kind, gradient, kernels, poisoned_memory):
+    assert_unused_is_zero("cuda", kind, gradient)

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from optical.testing.cases import random_case, random_vector_case
+from optical.ot import operator
+from optical.testing.cases import packed, random_case, random_vector_case
 
 RELAXED = replace(random_case("relaxed", 3, 9, 7, epsilon=0.2, max_iter=60), omega=1.6, tol=1e-3)
 RELAXED = replace(RELAXED, epsilon=torch.tensor([0.05, 0.2, 1.0]).double())
@@ -77,3 +78,25 @@ def own_entries(case):
         return sides | {"x": sides["log_a"], "y": sides["log_b"]}
     own = own_a[:, :, None] & own_b[:, None, :]
     return sides | {"x": (own, padding_a[:, :, None] | padding_b[:, None, :])}
+
+
+def gradients_of_unused(backend, kind, gradient):
+    """Gradients where problem 1 is malformed, and its upstream gradients are 0."""
+    name = kind.removeprefix("packed ")
+    case = malformed(mixed(name), "x", math.nan).to(torch.float32)
+    case = packed(case) if kind != name else case
+    problem = case.problem(gradient, backend)
+    names = [name for name in ("x", "y", "log_a", "log_b") if getattr(problem, name) is not None]
+    inputs = {name: getattr(problem, name).detach().requires_grad_() for name in names}
+    solution = operator.sinkhorn(problem._replace(**inputs))
+    loss = solution.value[[0, 2, 3]].sum()
+    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    return case, dict(zip(names, gradients, strict=True))
+
+
+def assert_unused_is_zero(backend, kind, gradient):
+    """The gradients of a malformed problem whose outputs are not used are 0."""
+    case, gradients = gradients_of_unused(backend, kind, gradient)
+    for name, (own, _) in own_entries(case).items():
+        assert gradients[name].isfinite().all(), name
+        assert not gradients[name][own].any() and gradients[name].any(), name

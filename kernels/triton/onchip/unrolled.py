@@ -149,7 +149,17 @@ def unrolled_kernel(
     final_f = tl.load(f_ptr + offset_a + rows, mask=mask_a, other=0.0)
     # The potentials of a malformed problem are NaN; its gradients are, too.
     invalid = tl.max(tl.where(tl.abs(final_f) < INFINITY, 0, 1), 0) > 0
+    upstream = tl.load(grad_value_ptr + problem)
+    upstream_linear = tl.load(grad_value_linear_ptr + problem)
+    unused = (upstream == 0) & (upstream_linear == 0)
+    if POTENTIALS:
+        upstream_f = tl.load(grad_f_ptr + offset_a + rows, mask=mask_a, other=0.0)
+        upstream_g = tl.load(grad_g_ptr + offset_b + columns, mask=mask_b, other=0.0)
+        unused = unused & (tl.max((upstream_f != 0).to(tl.int32), 0) == 0)
+        unused = unused & (tl.max((upstream_g != 0).to(tl.int32), 0) == 0)
+    # All gradients of such a problem are 0.
     empty = tl.max(valid_a.to(tl.int32), 0) * tl.max(valid_b.to(tl.int32), 0) == 0
+    empty = empty | unused
     skip = invalid | empty
     skipped = tl.where(empty, 0.0, float("nan"))
     steps = tl.where(skip, 0, tl.load(n_iter_ptr + problem))
@@ -177,8 +187,6 @@ def unrolled_kernel(
         tl.store(path_f_ptr + (k + 1) * n, f, mask=mask_a)
         tl.store(path_g_ptr + (k + 1) * m, g, mask=mask_b)
 
-    upstream = tl.load(grad_value_ptr + problem)
-    upstream_linear = tl.load(grad_value_linear_ptr + problem)
     upstream = tl.where(skip, 0.0, upstream)
     upstream_linear = tl.where(skip, 0.0, upstream_linear)
     plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)

@@ -338,9 +338,7 @@ def unrolled_gradient_kernel(
                 target = rows[:, None].to(tl.int64) * m + columns[None, :]
                 tl.store(grad_ptr + target, grad, mask=row_mask[:, None] & column_mask[None, :])
             else:
-                dot_weight, tile_self_weight = vector_weights(
-                    grad, cost, grad != 0, costs, columns, SPEC
-                )
+                dot_weight, tile_self_weight = vector_weights(grad, cost, costs, columns, SPEC)
                 self_weight += tile_self_weight
                 y = load_vectors(costs[1], costs[2], columns, d, dim, SPEC)
                 y = tl.where(valid_columns[:, None], y, 0.0).to(DOT_DTYPE)

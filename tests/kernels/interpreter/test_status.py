@@ -14,6 +14,7 @@ from optical.testing.tolerance import solve
 from tests.kernels.failing import (
     MALFORMED,
     RELAXED,
+    assert_unused_is_zero,
     errors_of_iterates,
     malformed,
     mixed,
@@ -133,3 +134,13 @@ def test_gradients_of_overflowed_problems_are_not_finite(way, gradient, monkeypa
     out = solve("triton", case.to(torch.float32), gradient)
     for name in ("grad_x", "grad_log_a"):
         assert out[name][0].isfinite().all() and not out[name][1].isfinite().any(), name
+
+
+UNUSED = [("resident", "given", "implicit"), ("resident", "cosine", "envelope")]
+UNUSED += [("resident", "packed dot", "unroll"), ("loop", "cosine", "unroll")]
+
+
+@pytest.mark.parametrize(("way", "kind", "gradient"), UNUSED)
+def test_gradients_of_unused_problems_are_zero(way, kind, gradient, monkeypatch, poisoned_memory):
+    take(way, monkeypatch)
+    assert_unused_is_zero("triton", kind, gradient)
