@@ -1,4 +1,4 @@
-"""Backward pass of the operator: gradients and plan products of a finished run.
+"""Backward pass of the operator: gradients of a finished run, its plan, and products with it.
 
 Kernels are launched without synchronising with the device.
 """
@@ -14,7 +14,7 @@ from optical.kernels import tuning
 from optical.kernels.backward_unrolled import Upstream, unroll
 from optical.kernels.batch import LaunchProblem, cost_options
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
-from optical.kernels.plan_products import mass_gradient_kernel, product_kernel
+from optical.kernels.plan_products import mass_gradient_kernel, plan_kernel, product_kernel
 
 
 def backward(
@@ -179,3 +179,32 @@ def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: boo
             num_stages=tile.stages,
         )
     return product
+
+
+def plan(problem: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
+    """Return the plan (B, n, m) of padded problems, or with ``log`` its logarithm.
+
+    Padding and forbidden pairs are exactly 0 (-inf); malformed problems are NaN where valid.
+    """
+    tile = tuning.PLAN
+    with torch.cuda.device_of(problem.x):
+        launch = LaunchProblem(problem)
+        out = f.new_empty(launch.size, launch.n, launch.m)
+        if not out.numel():
+            return out
+        blocks = triton.cdiv(launch.n, tile.rows), triton.cdiv(launch.m, tile.columns)
+        plan_kernel[(launch.size, *blocks)](
+            *launch.pointers(),
+            f,
+            g,
+            out,
+            *launch.sizes(),
+            LOG=log,
+            BLOCK_N=tile.rows,
+            BLOCK_M=tile.columns,
+            BLOCK_D=tile.depth,
+            **cost_options(launch),
+            num_warps=launch.warps(tile.warps),
+            num_stages=tile.stages,
+        )
+    return out
