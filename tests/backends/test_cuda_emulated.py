@@ -22,6 +22,7 @@ from tests.cuda_emulator.build import build, use
 from tests.kernels.failing import (
     MALFORMED,
     RELAXED,
+    assert_masses_are_optional,
     assert_unused_is_zero,
     errors_of_iterates,
     malformed,
@@ -571,3 +572,8 @@ def test_gradients_of_malformed_problems_in_blocks_and_clusters(n, m, kernels):
 @pytest.mark.parametrize("kind", ["given", "cosine", "packed dot"])
 def test_gradients_of_unused_problems_are_zero(kind, gradient, kernels, poisoned_memory):
     assert_unused_is_zero("cuda", kind, gradient)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_of_masses_are_optional(gradient, kernels, poisoned_memory):
+    assert_masses_are_optional(cuda, gradient)

@@ -100,3 +100,28 @@ def assert_unused_is_zero(backend, kind, gradient):
     for name, (own, _) in own_entries(case).items():
         assert gradients[name].isfinite().all(), name
         assert not gradients[name][own].any() and gradients[name].any(), name
+
+
+def gradients_with_and_without_masses(module, case, gradient):
+    """The gradients of a module of a backend, with all of them and without those of the masses."""
+    problem = case.to(torch.float32).problem(gradient)
+    solution = module.forward(problem)
+    assert gradient == "implicit" or not solution.residual.any()
+    saved = solution.f, solution.g, solution.w, solution.z, solution.n_iter
+    upstream = torch.ones_like(solution.value), 2 * torch.ones_like(solution.value)
+    if gradient == "unroll":
+        upstream += torch.ones_like(solution.f), torch.ones_like(solution.g)
+    else:
+        upstream += None, None
+    arguments = *upstream, problem, *saved, True, problem.y is not None
+    return module.backward(*arguments), module.backward(*arguments, need_masses=False)
+
+
+def assert_masses_are_optional(module, gradient):
+    """Gradients of masses that are not needed are None, and the others the same."""
+    for kind in ("given", "cosine"):
+        full, partial = gradients_with_and_without_masses(module, mixed(kind), gradient)
+        assert partial[2:] == (None, None) and None not in full[2:]
+        for expected, found in zip(full[:2], partial[:2], strict=True):
+            assert (expected is None) == (found is None)
+            assert found is None or torch.equal(found.nan_to_num(7), expected.nan_to_num(7))

@@ -82,6 +82,7 @@ def resident_kernel(
     marginal_error_ptr,
     n_iter_ptr,
     status_ptr,
+    residual_ptr,
     stride_batch,
     stride_n,
     stride_m,
@@ -388,6 +389,7 @@ def resident_kernel(
     )
     tl.store(n_iter_ptr + problem, iteration)
     tl.store(status_ptr + problem, status)
+    tl.store(residual_ptr + problem, 0.0)
     F = tl.where(
         A == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(invalid, float("nan"), F / scale))
     )

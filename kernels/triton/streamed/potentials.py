@@ -173,7 +173,7 @@ def write_outputs(
     ``rows`` and ``columns`` are sides with marginals and cost sums. The status follows from the
     marginal error of the returned potentials, whatever ended the run.
     """
-    value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr = outputs
+    value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr, residual_ptr = outputs
     strength_a = epsilon * inverse_rho_a
     strength_b = epsilon * inverse_rho_b
     scale = LOG2_E / epsilon
@@ -207,6 +207,7 @@ def write_outputs(
     )
     tl.store(n_iter_ptr + problem, iteration)
     tl.store(status_ptr + problem, status)
+    tl.store(residual_ptr + problem, 0.0)
     rescale_potential(rows[1], rows[0], n, scale, empty, invalid, BLOCK)
     rescale_potential(columns[1], columns[0], m, scale, empty, invalid, BLOCK)
 

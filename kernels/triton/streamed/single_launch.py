@@ -55,6 +55,7 @@ def loop_kernel(
     marginal_error_ptr,
     n_iter_ptr,
     status_ptr,
+    residual_ptr,
     stride_batch,
     stride_n,
     stride_m,
@@ -109,7 +110,14 @@ def loop_kernel(
     stored = (plan_ptr + problem * plane, width)
     row_bases = (rows[0], rows[4])
     column_bases = (columns[0], columns[4])
-    outputs = (value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr)
+    outputs = (
+        value_ptr,
+        value_linear_ptr,
+        marginal_error_ptr,
+        n_iter_ptr,
+        status_ptr,
+        residual_ptr,
+    )
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
     costs = locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND)

@@ -373,6 +373,7 @@ def finish_kernel(
     marginal_error_ptr,
     n_iter_ptr,
     status_ptr,
+    residual_ptr,
     n,
     m,
     max_iter,
@@ -403,7 +404,14 @@ def finish_kernel(
         result_b_ptr + offset_b,
         cost_sum_b_ptr + offset_b,
     )
-    outputs = (value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr)
+    outputs = (
+        value_ptr,
+        value_linear_ptr,
+        marginal_error_ptr,
+        n_iter_ptr,
+        status_ptr,
+        residual_ptr,
+    )
     iteration = tl.load(n_iter_ptr + problem)
     write_outputs(
         problem,

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from optical import kernels
 from optical.backends.problem import Status
 from optical.kernels import tuning
 from optical.testing.cases import packed, random_case
@@ -14,6 +15,7 @@ from optical.testing.tolerance import solve
 from tests.kernels.failing import (
     MALFORMED,
     RELAXED,
+    assert_masses_are_optional,
     assert_unused_is_zero,
     errors_of_iterates,
     malformed,
@@ -144,3 +146,14 @@ UNUSED += [("resident", "packed dot", "unroll"), ("loop", "cosine", "unroll")]
 def test_gradients_of_unused_problems_are_zero(way, kind, gradient, monkeypatch, poisoned_memory):
     take(way, monkeypatch)
     assert_unused_is_zero("triton", kind, gradient)
+
+
+@pytest.mark.parametrize("gradient", ["envelope", "implicit", "unroll"])
+def test_gradients_of_masses_are_optional(gradient, poisoned_memory):
+    assert_masses_are_optional(kernels, gradient)
+
+
+@pytest.mark.parametrize("way", ["loop", "steps"])
+def test_streamed_runs_have_no_residual_of_gradients(way, monkeypatch, poisoned_memory):
+    take(way, monkeypatch)
+    assert not solve("triton", mixed("given").to(torch.float32))["residual"].any()
