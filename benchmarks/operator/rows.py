@@ -106,13 +106,13 @@ def row_of(benchmark: str, name: str, task: Task) -> Row:
         max_iter=case.max_iter,
         tol=case.tol,
         visits=case.visits(),
-        device=_device_name(case.device),
+        device=device_name(case.device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         version=_version(name),
         triton=_installed("triton") if name == "triton" else "",
         cuda=(torch.version.cuda or "") if case.device == "cuda" else "",
-        commit=_commit(),
+        commit=current_commit(),
         date=datetime.date.today().isoformat(),
     )
 
@@ -138,7 +138,7 @@ def _installed(package: str) -> str:
         return ""
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
     try:
@@ -149,7 +149,7 @@ def _device_name(device: str) -> str:
 
 
 @functools.lru_cache
-def _commit() -> str:
+def current_commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         result = subprocess.run(command, capture_output=True, text=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import operator
 import threading
 from concurrent.futures import Future
 from typing import Any
@@ -45,7 +47,7 @@ def forward(problem: Problem) -> Solution:
     """
     problem = _prepare(problem)
     solution = Solution.allocate(problem)
-    pointers = structs.address_struct(structs.SolutionStruct, solution._asdict())
+    pointers = structs.SolutionStruct(*map(structs.address, _SOLUTION_OF_STRUCT(solution)))
     _call("optical_sinkhorn_forward", problem, solution, problem.max_iter, ctypes.byref(pointers))
     return solution
 
@@ -67,30 +69,14 @@ def backward(
     """Compute the gradients that ``problem.gradient`` names; f to n_iter are of its solution."""
     problem = _prepare(problem)
     x, y, dtype = problem.x, problem.y, problem.epsilon.dtype
-    grad_x = torch.empty(x.shape, dtype=dtype) if need_x else None
-    grad_y = torch.empty(y.shape, dtype=dtype) if need_y and y is not None else None
+    grad_x = _empty(x, dtype) if need_x else None
+    grad_y = _empty(y, dtype) if need_y and y is not None else None
     grad_log_a, grad_log_b = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
-    floating = {
-        "grad_value": grad_value,
-        "grad_value_linear": grad_value_linear,
-        "grad_f": grad_f,
-        "grad_g": grad_g,
-        "f": f,
-        "g": g,
-        "w": w,
-        "z": z,
-    }
-    inputs = {name: None if t is None else t.contiguous() for name, t in floating.items()}
-    _check(dtype, *inputs.values())
-    inputs["n_iter"] = n_iter.contiguous()
-    outputs = {
-        "grad_x": grad_x,
-        "grad_y": grad_y,
-        "grad_log_a": grad_log_a,
-        "grad_log_b": grad_log_b,
-    }
-    tensors = inputs | outputs
-    pointers = structs.address_struct(structs.GradientStruct, tensors)
+    floating = (grad_value, grad_value_linear, grad_f, grad_g, f, g, w, z)
+    _check(dtype, *floating)
+    inputs = [_contiguous(x) for x in (*floating, n_iter)]
+    tensors = (*inputs, grad_x, grad_y, grad_log_a, grad_log_b)
+    pointers = structs.GradientStruct(*map(structs.address, tensors))
     visits = 3 * problem.max_iter if problem.gradient == "unroll" else 2
     _call("optical_sinkhorn_backward", problem, tensors, visits, ctypes.byref(pointers))
     return (
@@ -163,7 +149,7 @@ def equal_masses(
             lengths.stride(0),
         )
     precision = structs.DTYPE_CODES[dtype]
-    fill = structs.with_argument_types(library.load_cpu().require()).optical_equal_masses
+    fill = _function(library.load_cpu(), "optical_equal_masses")
     status = fill(batch, n, precision, *of_mask, *of_lengths, log_mass.data_ptr())
     if status == INVALID_MASK:
         raise InvalidMask
@@ -174,28 +160,43 @@ def equal_masses(
 
 def _prepare(problem: Problem) -> Problem:
     """Check dtypes and devices, and make contiguous the tensors that the library reads so."""
-    x, y, cu_a, cu_b = problem.x, problem.y, problem.cu_a, problem.cu_b
-    dtype = problem.epsilon.dtype
+    x, y, dtype = problem.x, problem.y, problem.epsilon.dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"epsilon is {dtype}; expected torch.float32 or torch.float64")
     if y is None:
         _check(dtype, x)
     else:
         x, y = _adjacent("x", x), _adjacent("y", y)
-    f0, g0 = problem.f0, problem.g0
-    prepared = problem._replace(
-        x=x,
-        y=y,
-        cu_a=None if cu_a is None else cu_a.to(torch.int64).contiguous(),
-        cu_b=None if cu_b is None else cu_b.to(torch.int64).contiguous(),
-        log_a=problem.log_a.contiguous(),
-        log_b=problem.log_b.contiguous(),
-        epsilon=problem.epsilon.contiguous(),
-        f0=None if f0 is None else f0.contiguous(),
-        g0=None if g0 is None else g0.contiguous(),
+    _check(dtype, problem.log_a, problem.log_b, problem.f0, problem.g0)
+    if problem.cu_a is not None and problem.cu_b is not None:
+        problem = problem._replace(
+            cu_a=problem.cu_a.to(torch.int64), cu_b=problem.cu_b.to(torch.int64)
+        )
+    tensors = problem.cu_a, problem.cu_b, *problem[_MASSES]
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            break
+    else:
+        if x is problem.x and y is problem.y:
+            return problem
+    cu_a, cu_b, log_a, log_b, epsilon, f0, g0 = map(_contiguous, tensors)
+    return problem._replace(
+        x=x, y=y, cu_a=cu_a, cu_b=cu_b, log_a=log_a, log_b=log_b, epsilon=epsilon, f0=f0, g0=g0
     )
-    _check(dtype, prepared.log_a, prepared.log_b, prepared.f0, prepared.g0)
-    return prepared
+
+
+_MASSES = slice(Problem._fields.index("log_a"), Problem._fields.index("g0") + 1)
+_SOLUTION_OF_STRUCT = operator.attrgetter(*(name for name, _ in structs.SolutionStruct._fields_))
+
+
+def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
+    if like.dtype is dtype and like.is_contiguous():
+        return torch.empty_like(like)
+    return torch.empty(like.shape, dtype=dtype)
+
+
+def _contiguous(tensor: Any) -> Any:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 def _adjacent(name: str, vectors: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ def _adjacent(name: str, vectors: Tensor) -> Tensor:
 
 def _check(dtype: torch.dtype, *tensors: Tensor | None) -> None:
     for tensor in tensors:
-        if tensor is not None and (tensor.dtype != dtype or tensor.device.type != "cpu"):
+        if tensor is not None and (tensor.dtype is not dtype or not tensor.is_cpu):
             found = f"{tensor.dtype} on {tensor.device}"
             raise TypeError(f"a tensor is {found}; expected {dtype} on cpu, like epsilon")
 
@@ -229,7 +230,7 @@ def _call(name: str, problem: Problem, tensors: Any, visits: int, *arguments: ob
     # The library finds the largest sizes of packed problems itself.
     n, m = (0, 0) if problem.packed else (problem.log_a.shape[1], problem.log_b.shape[1])
     struct = structs.problem_struct(problem, n, m, torch.get_num_threads())
-    function = getattr(structs.with_argument_types(library.load_cpu().require()), name)
+    function = _function(library.load_cpu(), name)
     work = (visits + struct.dim / 8) * struct.total_a * struct.total_b / max(batch, 1)
     if work > LONG and threading.current_thread() is threading.main_thread():
         status = _interruptible(function, struct, arguments, (problem, tensors))
@@ -247,6 +248,11 @@ def _call(name: str, problem: Problem, tensors: Any, visits: int, *arguments: ob
     if status == OUT_OF_MEMORY:
         raise MemoryError(f"no memory for the workspace of the CPU Sinkhorn ({sizes})")
     raise ValueError(f"the CPU Sinkhorn refused its arguments ({sizes})")
+
+
+@functools.cache
+def _function(loaded: library.Loaded, name: str) -> Any:
+    return getattr(structs.with_argument_types(loaded.require()), name)
 
 
 def _interruptible(

@@ -6,6 +6,7 @@ Every backend takes a ``Problem`` and returns a ``Solution``, so a new option is
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -116,17 +117,34 @@ class Solution(NamedTuple):
 
     @classmethod
     def allocate(cls, problem: Problem) -> Solution:
-        """Allocate uninitialised, contiguous outputs for ``problem``."""
+        """Allocate uninitialised outputs for ``problem``, whose masses are contiguous.
+
+        Outputs that were not asked for are one shared empty tensor.
+        """
         log_a, log_b, epsilon = problem.log_a, problem.log_b, problem.epsilon
-        value, value_linear, marginal_error, residual = (
-            epsilon.new_empty(epsilon.shape) for _ in range(4)
+        like = torch.empty_like
+        f, g = like(log_a), like(log_b)
+        if problem.gradient == "implicit":
+            w, z = like(log_a), like(log_b)
+        else:
+            w = z = _nothing(epsilon.dtype, epsilon.device)
+        return cls(
+            like(epsilon),
+            like(epsilon),
+            f,
+            g,
+            like(epsilon),
+            like(epsilon, dtype=torch.int32),
+            like(epsilon, dtype=torch.int32),
+            w,
+            z,
+            like(epsilon),
         )
-        n_iter, status = (epsilon.new_empty(epsilon.shape, dtype=torch.int32) for _ in range(2))
-        f, g = log_a.new_empty(log_a.shape), log_b.new_empty(log_b.shape)
-        implicit = problem.gradient == "implicit"
-        w = log_a.new_empty(log_a.shape if implicit else 0)
-        z = log_b.new_empty(log_b.shape if implicit else 0)
-        return cls(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
+
+
+@functools.lru_cache(maxsize=16)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 # Gradients with respect to x, y, log_a and log_b; x and y are None if they were not requested.

@@ -238,8 +238,49 @@ def implicit_terms(
     )
 
 
-def solve_adjoint(masked: MaskedProblem, coupling: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve [[diag(r'), P], [P', diag(c')]] [w; z] = [(P * C) 1; (P * C)' 1] for w and z.
+def plan_gradients(
+    problem: Problem, f: Tensor, g: Tensor, grad: Tensor, log: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of cost, log_a, log_b, f and g from the gradient of the plan, or of its logarithm.
+
+    The logarithm of the plan is ``(f + g - C) / epsilon + log a + log b``. With
+    ``gradient="implicit"``, f and g are functions of the others at the fixed point: the first three
+    gradients are total derivatives, and those of f and g are 0. Computed in float64.
+    """
+    dtype = f.dtype
+    floating = {
+        name: value.double()
+        for name, value in problem._asdict().items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    masked = MaskedProblem(problem._replace(**floating))
+    coupling = masked.plan(f.double(), g.double())
+    moved = torch.where(masked.allowed, grad.double(), 0.0) * (1.0 if log else coupling)
+    epsilon, rows, columns = masked.epsilon[:, None], moved.sum(2), moved.sum(1)
+    grad_cost, grad_f, grad_g = -moved / epsilon[:, :, None], rows / epsilon, columns / epsilon
+    if problem.gradient == "implicit":
+        w, z, _ = solve_adjoint(masked, coupling, moved)
+        grad_cost = grad_cost + coupling * (w[:, :, None] + z[:, None, :]) / epsilon[:, :, None]
+        rows = coupling.sum(2) * w * (1 + epsilon / problem.rho_a)
+        columns = coupling.sum(1) * z * (1 + epsilon / problem.rho_b)
+        grad_f, grad_g = torch.zeros_like(f), torch.zeros_like(g)
+    spoilt = masked.malformed[:, None]
+    valid_a, valid_b = problem.log_a != -math.inf, problem.log_b != -math.inf
+    grad_cost = grad_cost.masked_fill(
+        spoilt[:, :, None] & valid_a[:, :, None] & valid_b[:, None, :], math.nan
+    )
+    rows = rows.masked_fill(spoilt & valid_a, math.nan)
+    columns = columns.masked_fill(spoilt & valid_b, math.nan)
+    gradients = (grad_cost, rows, columns, grad_f, grad_g)
+    return tuple(x.to(dtype) for x in gradients)  # type: ignore[return-value]
+
+
+def solve_adjoint(
+    masked: MaskedProblem, coupling: Tensor, transported: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve [[diag(r'), P], [P', diag(c')]] [w; z] = [T 1; T' 1] for w and z, where T = P * C.
+
+    ``transported`` replaces T: any matrix that is 0 where a pair is not allowed.
 
     r' and c' are the row and column sums times 1 + epsilon / rho of their side. w is eliminated and
     the rest is solved densely, scaled by c' ** -1/2 on both sides, which bounds its eigenvalues by
@@ -256,7 +297,7 @@ def solve_adjoint(masked: MaskedProblem, coupling: Tensor) -> tuple[Tensor, Tens
     epsilon = masked.epsilon[:, None].double()
     stiff_rows = rows * (1 + epsilon / rho_a)
     stiff_columns = columns * (1 + epsilon / rho_b)
-    transported = coupling * masked.cost
+    transported = coupling * masked.cost if transported is None else transported.double()
     by_row, by_column = (_inverse_root(x) for x in (stiff_rows, stiff_columns))
     scaled = by_row[:, :, None] * coupling * by_column[:, None, :]
     system = (by_column > 0).to(scaled).diag_embed() - scaled.mT @ scaled

@@ -82,46 +82,47 @@ def problem_struct(problem: Problem, n: int, m: int, num_threads: int = 1) -> Pr
             CPU library finds them itself.
         num_threads: threads of the CPU library; unused by CUDA.
     """
-    x, y, packed = problem.x, problem.y, problem.packed
-    x_type = DTYPE_CODES[x.dtype]
-    return ProblemStruct(
-        batch=len(problem.epsilon),
-        n=n,
-        m=m,
-        dim=0 if y is None else x.shape[-1],
-        kind=KIND_CODES[problem.kind],
-        precision=DTYPE_CODES[problem.epsilon.dtype],
-        x=x.data_ptr(),
-        y=address(y),
-        x_type=x_type,
-        y_type=x_type if y is None else DTYPE_CODES[y.dtype],
-        x_stride_batch=0 if packed else x.stride(0),
-        x_stride_row=x.stride(-2),
-        x_stride_entry=x.stride(-1),
-        y_stride_batch=0 if packed or y is None else y.stride(0),
-        y_stride_column=0 if y is None else y.stride(-2),
-        offset_a=address(problem.cu_a),
-        offset_b=address(problem.cu_b),
-        log_a=problem.log_a.data_ptr(),
-        log_b=problem.log_b.data_ptr(),
-        epsilon=problem.epsilon.data_ptr(),
-        init_f=address(problem.f0),
-        init_g=address(problem.g0),
-        max_iter=problem.max_iter,
-        tol=problem.tol,
-        rho_a=problem.rho_a,
-        rho_b=problem.rho_b,
-        omega=problem.omega,
-        anderson=problem.anderson,
-        anneal_start=problem.anneal_start,
-        anneal_ratio=problem.anneal_ratio,
-        gradient=GRADIENT_CODES[problem.gradient],
-        low_memory=problem.low_memory,
-        num_threads=num_threads,
-        fast=problem.precision == "fast",
-        total_a=problem.log_a.numel(),
-        total_b=problem.log_b.numel(),
+    x, y, epsilon, log_a, log_b = (
+        problem.x,
+        problem.y,
+        problem.epsilon,
+        problem.log_a,
+        problem.log_b,
     )
+    struct = ProblemStruct.from_buffer_copy(_options_struct(problem[_OPTIONS]))
+    struct.batch, struct.n, struct.m = epsilon.shape[0], n, m
+    struct.kind, struct.precision = KIND_CODES[problem.kind], DTYPE_CODES[epsilon.dtype]
+    struct.x, struct.x_type = x.data_ptr(), DTYPE_CODES[x.dtype]
+    *strides, struct.x_stride_row, struct.x_stride_entry = x.stride()
+    if strides:
+        struct.x_stride_batch = strides[0]
+    if y is not None:
+        struct.dim, struct.y, struct.y_type = x.shape[-1], y.data_ptr(), DTYPE_CODES[y.dtype]
+        *strides, struct.y_stride_column, _ = y.stride()
+        if strides:
+            struct.y_stride_batch = strides[0]
+    struct.log_a, struct.log_b = log_a.data_ptr(), log_b.data_ptr()
+    struct.epsilon = epsilon.data_ptr()
+    if problem.cu_a is not None:
+        struct.offset_a, struct.offset_b = address(problem.cu_a), address(problem.cu_b)
+    if problem.f0 is not None:
+        struct.init_f, struct.init_g = address(problem.f0), address(problem.g0)
+    struct.num_threads = num_threads
+    struct.total_a, struct.total_b = log_a.numel(), log_b.numel()
+    return struct
+
+
+_OPTIONS = slice(Problem._fields.index("max_iter"), Problem._fields.index("backend") + 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _options_struct(options: tuple[Any, ...]) -> ProblemStruct:
+    """A structure with the options of a problem only; setting 13 fields costs microseconds."""
+    named = dict(zip(Problem._fields[_OPTIONS], options, strict=True))
+    del named["backend"]
+    named["gradient"] = GRADIENT_CODES[named["gradient"]]
+    named["fast"] = named.pop("precision") == "fast"
+    return ProblemStruct(**named)
 
 
 Addresses = TypeVar("Addresses", SolutionStruct, GradientStruct)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor, nn
 
 from optical.ot.functional import AlignmentOptions, Cost, ot_alignment
-from optical.ot.validation import check_options
+from optical.ot.options import check_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,7 +52,9 @@ class OTAlignmentLoss(nn.Module):
         **options: Unpack[AlignmentOptions],
     ) -> None:
         super().__init__()
-        check_options(epsilon=epsilon, max_iter=max_iter, tol=tol, cost=cost, **options)
+        check_options(
+            "OTAlignmentLoss", epsilon=epsilon, max_iter=max_iter, tol=tol, cost=cost, **options
+        )
         if reduction not in get_args(Reduction):
             expected = ", ".join(repr(name) for name in get_args(Reduction))
             raise ValueError(f"reduction is {reduction!r}; expected one of {expected}")

@@ -59,11 +59,15 @@ class DistillationLoss(nn.Module):
             parameters are trained.
         teacher: a model of either kind, with token vectors of the same size. It is frozen and stays
             in evaluation mode. It is not run on a column that already has token vectors.
-        student_mass, teacher_mass: (vocabulary size,) weight of each token of the two tokenizers;
-            tokens of weight 0 are left out. None: equal weights.
+        student_mass, teacher_mass: (vocabulary size,) weight of each token of the two tokenizers,
+            finite and not negative; tokens of weight 0 are left out. None: equal weights.
+
+    ``state_dict()`` holds both models; checkpoints of the trainers hold the student alone.
 
     Raises:
-        ValueError: the token vectors of teacher and student differ in size.
+        TypeError, ValueError: the weights are no such table.
+        ValueError: the token vectors of teacher and student differ in size, or the teacher is the
+            student, which freezing it would keep from training.
     """
 
     name = ""
@@ -83,6 +87,15 @@ class DistillationLoss(nn.Module):
                 f"teacher has token vectors of size {sizes[1]}, the student of size {sizes[0]}; "
                 "give the student a Dense module with the teacher's size (option `dimension`)"
             )
+        frozen = {id(parameter) for parameter in teacher.parameters()}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if trained and all(id(parameter) in frozen for parameter in trained):
+            raise ValueError(
+                "teacher has all parameters of model, and is frozen; expected another model, or "
+                "copy.deepcopy(model)"
+            )
+        _check_mass("student_mass", student_mass, model)
+        _check_mass("teacher_mass", teacher_mass, teacher)
         self.model = model
         self.teacher = teacher.requires_grad_(False).eval()
         # Buffers follow the loss to its device, but are not part of checkpoints.
@@ -213,6 +226,25 @@ class OTDistillationLoss(DistillationLoss):
 """  # noqa: E501
 
 
+def _check_mass(name: str, mass: Any, model: nn.Module) -> None:
+    """Raise unless ``mass`` is None or a table with a weight for each token of the model."""
+    if mass is None:
+        return
+    if not isinstance(mass, Tensor) or not mass.is_floating_point():
+        found = f"dtype {mass.dtype}" if isinstance(mass, Tensor) else type(mass).__name__
+        raise TypeError(f"{name} has {found}; expected a floating-point tensor (vocabulary size,)")
+    if mass.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(mass.shape)}; expected (vocabulary size,)")
+    wrong = ~(mass >= 0) | ~mass.isfinite()
+    if bool(wrong.any()):
+        index = int(wrong.nonzero()[0])
+        raise ValueError(f"{name} is {mass[index].item()} at {index}; expected finite weights >= 0")
+    tokenizer = getattr(model, "tokenizer", None)
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    if size is not None and len(mass) < size:
+        raise ValueError(f"{name} has {len(mass)} entries; expected {size}, one per token")
+
+
 def _tokens(output: dict[str, Any], token_mass: Tensor | None) -> Tokens:
     """Return the scored tokens of a model's output, with weights from (vocabulary size,) masses."""
     mask = output["attention_mask"].bool()
@@ -225,6 +257,9 @@ def _tokens(output: dict[str, Any], token_mass: Tensor | None) -> Tokens:
 def _log_masses(tokens: Tokens) -> Tensor:
     """(batch, n) log-masses that sum to 1 per text; -inf for tokens that are left out."""
     mass = tokens.mask.float() if tokens.mass is None else tokens.mass
+    # Weights of any finite size: the largest becomes 1 before they are summed.
+    largest = mass.amax(1, keepdim=True)
+    mass = mass / largest.where(largest > 0, 1.0)
     total = mass.sum(1, keepdim=True)
     # The masses of a text without tokens stay 0, which makes an empty problem.
     return (mass / total.where(total > 0, 1.0)).log()

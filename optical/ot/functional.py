@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict
+import math
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-from optical.backends.problem import Problem, Status
-from optical.ot import operator, validation
-from optical.ot.result import SinkhornResult, detached
-from optical.ot.validation import Masses, check_options
+from optical.backends.problem import Problem, Solution, Status
+from optical.ot import autograd, masses, validation
+from optical.ot.masses import Masses
+from optical.ot.options import check_options, refuse_unknown
+from optical.ot.result import SinkhornResult
+from optical.ot.validation import Posed
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Never, Unpack
 
 
-Cost = Literal["cosine", "sqeuclidean", "dot"]
+Cost = Literal["cosine", "sqeuclidean", "dot", "euclidean"]
 Gradient = Literal["envelope", "implicit", "unroll"]
 Precision = Literal["exact", "fast"]
 Rho = float | tuple[float | None, float | None] | None
@@ -49,6 +52,8 @@ def sinkhorn(
     log_b: Tensor | None = None,
     *,
     epsilon: float | Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
     mask_a: Tensor | None = None,
     mask_b: Tensor | None = None,
     lengths_a: Tensor | None = None,
@@ -63,6 +68,7 @@ def sinkhorn(
     gradient: Gradient = "envelope",
     precision: Precision = "exact",
     backend: str = "auto",
+    **unknown: Never,
 ) -> SinkhornResult:
     """Solve a batch of entropy-regularised optimal transport problems.
 
@@ -71,21 +77,28 @@ def sinkhorn(
     ``optical/backends/reference.py`` defines the iterations in plain PyTorch.
 
     Args:
-        cost: (batch, n, m), float64, float32, float16 or bfloat16. Half precision is converted to
-            float32. +inf forbids a pair. Entries of padding are never used.
+        cost: (batch, n, m), or with any leading dimensions, or (n, m); the leading dimensions of
+            all other arguments are the same. float64, float32, float16 or bfloat16. Half precision
+            is converted to float32. +inf forbids a pair. Entries of padding are never used. A cost
+            that is expanded (stride 0) or transposed is not copied on a CPU.
         log_a: (batch, n) logarithm of the row masses, -inf for padding. If None, the valid rows of
             a problem have equal masses that sum to 1.
         log_b: (batch, m) logarithm of the column masses, like ``log_a``.
-        epsilon: temperature > 0, a float or a tensor (batch,). Receives no gradient. The values of
-            a tensor are not validated; ``status`` reports those that are not positive and finite.
+        epsilon: temperature > 0, a float or a tensor (batch,) or (). The gradient of ``value`` with
+            respect to it is ``KL(plan || a b)``; everything else is constant in it. The values of a
+            tensor are not validated; ``status`` reports those that are not positive and finite.
             Called ``reg`` in POT and ``epsilon`` in OTT; with GeomLoss's ``SamplesLoss(p=2)`` and
             the cost ``|x - y| ** 2`` it is ``2 * blur ** 2``.
-        mask_a, mask_b: (batch, n) and (batch, m), bool or 0/1 numbers; 0 marks padding.
+        a, b: (batch, n) and (batch, m), the masses themselves instead of ``log_a`` and ``log_b``.
+            They are differentiable; the gradient of a mass of 0 is 0.
+        mask_a, mask_b: (batch, n) and (batch, m), bool or 0/1 numbers; 0 marks padding. Another
+            number is an error on a CPU, and makes the problem INFEASIBLE elsewhere. For an additive
+            mask (0 and -inf), pass ``mask == 0``.
         lengths_a, lengths_b: (batch,) integers; rows (columns) from this index on are padding.
         max_iter: number of iterations (POT: ``numItermax``; OTT: ``max_iterations``).
-        tol: a problem stops after the first iteration whose row sums differ by at most ``tol`` in
-            L1 from those of the optimal plan, a or its relaxed value (POT: ``stopThr``; OTT:
-            ``threshold``). 0 runs exactly ``max_iter`` iterations.
+        tol: a problem stops after the first iteration whose row and column sums differ by at most
+            ``tol`` in L1 from those of the optimal plan, a and b or their relaxed values (POT:
+            ``stopThr``; OTT: ``threshold``). 0 runs exactly ``max_iter`` iterations.
         init: (f, g), initial potentials shaped like ``log_a`` and ``log_b``; zeros if None. They
             receive no gradient.
         rho: None fixes both marginals. A number > 0 replaces them by the penalties
@@ -98,8 +111,9 @@ def sinkhorn(
         anderson: number of past iterates in Anderson acceleration, 1 to 16; 0 is none. With
             ``tol``, it saves many iterations on slow problems.
         anneal: (start, ratio); iteration k runs at temperature
-            ``max(epsilon, start * ratio ** k)``. With GeomLoss's ``SamplesLoss(p=2)``,
-            ``(2 * diameter ** 2, scaling ** 2)``; OTT: an ``Epsilon`` schedule.
+            ``max(epsilon, start * ratio ** k)``, which must be ``epsilon`` for the last one. With
+            GeomLoss's ``SamplesLoss(p=2)``, ``(2 * diameter ** 2, scaling ** 2)``; OTT: an
+            ``Epsilon`` schedule.
         gradient: derivative of ``value`` and ``value_linear`` with respect to cost, log_a and
             log_b:
 
@@ -109,8 +123,11 @@ def sinkhorn(
             - "implicit" is the total derivative at the fixed point, exact for both at convergence.
               With two fixed marginals, it applies to changes of the masses that keep their sums
               equal.
-            - "unroll" is the total derivative of the iterations run, converged or not; f, g and
-              the plan are differentiable too. It cannot be combined with ``anderson``.
+            - "unroll" is the total derivative of the iterations run, converged or not; f and g are
+              differentiable too. It cannot be combined with ``anderson``.
+
+            The plan, its logarithm and its products carry the same derivative with "implicit" and
+            "unroll", and are constants with "envelope".
         precision: "exact" computes in float32 (float64 for float64 inputs). "fast" allows a
             backend to store the plan of the iterations in float16, which changes the result like
             errors of the cost of up to ``epsilon / 2048``; the last iteration, values and
@@ -121,7 +138,8 @@ def sinkhorn(
 
     Returns:
         A SinkhornResult. Problems in which all rows or all columns are padding have value 0 and
-        gradient 0.
+        gradient 0. A problem with an input that is NaN or out of range has NaN outputs and NaN
+        gradients of its own inputs; the rest of the batch is unaffected.
 
         Packages define the entropy differently. At convergence with fixed marginals that sum to 1,
         POT's ``reg_type="entropy"`` value is this value minus ``epsilon * (H(a) + H(b))``, where
@@ -148,7 +166,10 @@ def sinkhorn(
         tensor([[[0.5000, 0.0000],
                  [0.0000, 0.5000]]])
     """
+    if unknown:
+        refuse_unknown("sinkhorn", unknown, _arguments(sinkhorn))
     options = check_options(
+        "sinkhorn",
         epsilon=epsilon,
         max_iter=max_iter,
         tol=tol,
@@ -160,8 +181,8 @@ def sinkhorn(
         precision=precision,
         backend=backend,
     )
-    rows = Masses(validation.COST_ROWS, log_a, mask_a, lengths_a)
-    columns = Masses(validation.COST_COLUMNS, log_b, mask_b, lengths_b)
+    rows = Masses(masses.COST_ROWS, log_a, mask_a, lengths_a, None, a)
+    columns = Masses(masses.COST_COLUMNS, log_b, mask_b, lengths_b, None, b)
     return _solve(validation.problem_of_cost(cost, rows, columns, epsilon, init, options))
 
 
@@ -173,6 +194,8 @@ def sinkhorn_vectors(
     *,
     cost: Cost = "cosine",
     epsilon: float | Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
     mask_a: Tensor | None = None,
     mask_b: Tensor | None = None,
     lengths_a: Tensor | None = None,
@@ -190,23 +213,26 @@ def sinkhorn_vectors(
     precision: Precision = "exact",
     backend: str = "auto",
     low_memory: bool = False,
+    **unknown: Never,
 ) -> SinkhornResult:
     """Solve a batch of transport problems between sets of vectors, whose cost is computed inside.
 
     Args:
         x: (batch, n, dim), float64, float32, float16 or bfloat16, one vector per row; x and y may
             differ in dtype. Half precision is converted exactly to float32 before any computation.
-            Vectors of padding are never used.
+            Vectors of padding are never used. Any leading dimensions, or none, may stand for
+            (batch); those of x and y are broadcast, so that one set of vectors may meet many.
         y: (batch, m, dim), one vector per column.
         log_a, log_b: log-masses as in ``sinkhorn``; (N,) and (M,) for packed problems.
         cost: "cosine" is ``1 - x.y / (|x| |y|)``, and 1 if a vector is zero; "sqeuclidean" is
-            ``|x - y| ** 2``; "dot" is ``-x.y``.
+            ``|x - y| ** 2``; "dot" is ``-x.y``; "euclidean" is ``|x - y|``, for padded problems
+            only, whose matrix is stored.
         cu_seqlens_a, cu_seqlens_b: (batch + 1,) int32 or int64 offsets of packed problems, both or
             neither, instead of masks and lengths. x is then (N, dim), y is (M, dim), and rows
             ``cu_seqlens_a[i]`` to ``cu_seqlens_a[i + 1]`` belong to problem i. Offsets on a GPU are
             not validated.
         low_memory: allow a slower run that stores no (n, m) matrix; results agree to rounding.
-        mask_a, mask_b, lengths_a, lengths_b: see ``sinkhorn``.
+        a, b, mask_a, mask_b, lengths_a, lengths_b: see ``sinkhorn``.
         init: see ``sinkhorn``; shaped like the masses.
         epsilon, max_iter, tol, rho, omega, anderson, anneal: see ``sinkhorn``.
         gradient, precision, backend: see ``sinkhorn``.
@@ -228,7 +254,10 @@ def sinkhorn_vectors(
         >>> result.value_linear.round(decimals=2)
         tensor([0.1700])
     """
+    if unknown:
+        refuse_unknown("sinkhorn_vectors", unknown, _arguments(sinkhorn_vectors))
     options = check_options(
+        "sinkhorn_vectors",
         epsilon=epsilon,
         max_iter=max_iter,
         tol=tol,
@@ -242,9 +271,12 @@ def sinkhorn_vectors(
         low_memory=low_memory,
         cost=cost,
     )
-    rows = Masses(validation.X, log_a, mask_a, lengths_a, cu_seqlens_a)
-    columns = Masses(validation.Y, log_b, mask_b, lengths_b, cu_seqlens_b)
-    return _solve(validation.problem_of_vectors(x, y, rows, columns, cost, epsilon, init, options))
+    rows = Masses(masses.X, log_a, mask_a, lengths_a, cu_seqlens_a, a)
+    columns = Masses(masses.Y, log_b, mask_b, lengths_b, cu_seqlens_b, b)
+    posed = validation.problem_of_vectors(
+        x, y, rows, columns, cost, epsilon, init, options, broadcast=True
+    )
+    return _solve(posed)
 
 
 def ot_alignment(
@@ -265,7 +297,8 @@ def ot_alignment(
     the two sets of tokens with equal masses. The texts may differ in length and word order.
 
     Args:
-        student: (batch, n, dim) token vectors, float64, float32, float16 or bfloat16.
+        student: (batch, n, dim) token vectors, float64, float32, float16 or bfloat16; any leading
+            dimensions, or none, may stand for (batch).
         teacher: (batch, m, dim) token vectors. They receive a gradient if they require one.
         student_mask: (batch, n), bool or 0/1 numbers, such as an attention mask; 0 marks padding.
             All tokens are valid if None. Vectors of padding are never used, and their gradient is
@@ -294,13 +327,20 @@ def ot_alignment(
         >>> ot_alignment(teacher.flip(1), teacher).round(decimals=3)   # the order of tokens is free
         tensor([0.])
     """
-    checked = check_options(epsilon=epsilon, max_iter=max_iter, tol=tol, cost=cost, **options)
-    rows = Masses(validation.STUDENT, mask=student_mask)
-    columns = Masses(validation.TEACHER, mask=teacher_mask)
-    problem = validation.problem_of_vectors(
+    checked = check_options(
+        "ot_alignment", epsilon=epsilon, max_iter=max_iter, tol=tol, cost=cost, **options
+    )
+    rows = Masses(masses.STUDENT, None, student_mask)
+    columns = Masses(masses.TEACHER, None, teacher_mask)
+    problem, lead, learnt = validation.problem_of_vectors(
         student, teacher, rows, columns, cost, epsilon, None, checked
     )
-    return _solve(problem).value_linear
+    if learnt is not None:
+        raise ValueError(
+            "epsilon requires grad, which the transport cost does not give; expected "
+            "epsilon.detach(), or the value of sinkhorn_vectors"
+        )
+    return validation.unfold(autograd.solve(problem).value_linear, lead)
 
 
 def sinkhorn_divergence(
@@ -351,30 +391,65 @@ def sinkhorn_divergence(
         >>> sinkhorn_divergence(x, x.flip(1), epsilon=0.1, cost="sqeuclidean").abs() < 1e-6
         tensor([True])
     """
-    checked = check_options(epsilon=epsilon, **options)
-    if checked["rho_a"] != checked["rho_b"]:
+    checked = check_options("sinkhorn_divergence", epsilon=epsilon, **options)
+    if checked.rho_a != checked.rho_b:
         raise ValueError(f"rho is {options['rho']}; expected one strength for both sides")
-    rows = Masses(validation.X, log_a, mask_a, lengths_a, cu_seqlens_a)
-    columns = Masses(validation.Y, log_b, mask_b, lengths_b, cu_seqlens_b)
+    rows = Masses(masses.X, log_a, mask_a, lengths_a, cu_seqlens_a)
+    columns = Masses(masses.Y, log_b, mask_b, lengths_b, cu_seqlens_b)
     cost = options.get("cost", "cosine")
-    across = validation.problem_of_vectors(x, y, rows, columns, cost, epsilon, None, checked)
+    across, _lead, learnt = validation.problem_of_vectors(
+        x, y, rows, columns, cost, epsilon, None, checked
+    )
     assert across.y is not None
     within_x = across._replace(y=across.x, cu_b=across.cu_a, log_b=across.log_a)
     within_y = across._replace(x=across.y, cu_a=across.cu_b, log_a=across.log_b)
-    excess = _total_mass(across.log_a, across.cu_a) - _total_mass(across.log_b, across.cu_b)
-    result = _solve(across)
-    self_terms = (_solve(within_x).value + _solve(within_y).value) / 2
+    excess = _per_problem(across.log_a.exp(), across.cu_a)
+    excess = excess - _per_problem(across.log_b.exp(), across.cu_b)
+    result = _solve(Posed(across, None, learnt))
+    self_terms = (
+        _solve(Posed(within_x, None, learnt)).value + _solve(Posed(within_y, None, learnt)).value
+    ) / 2
     divergence = result.value - self_terms + across.epsilon / 2 * excess**2
     return divergence.masked_fill(result.status == int(Status.EMPTY), 0.0)
 
 
-def _solve(problem: Problem) -> SinkhornResult:
-    solution = operator.sinkhorn(problem)
-    kept = problem if problem.gradient == "unroll" else detached(problem)
-    return SinkhornResult(*solution[:7], solution.residual, kept)
+def _solve(posed: Posed) -> SinkhornResult:
+    problem, lead, epsilon = posed
+    solution = autograd.solve(problem)
+    if epsilon is not None:
+        # d value / d epsilon = KL(plan || a b) at convergence, by the envelope theorem.
+        divergence = _divergence_of_plan(problem, solution)
+        value = solution.value + divergence * (epsilon - epsilon.detach())
+        solution = solution._replace(value=value)
+    return SinkhornResult.of(problem, solution, lead)
 
 
-def _total_mass(log_mass: Tensor, offsets: Tensor | None) -> Tensor:
-    """(batch,) total mass of one side of each problem."""
-    mass = log_mass.exp()
-    return mass.sum(1) if offsets is None else torch.segment_reduce(mass, "sum", offsets=offsets)
+def _divergence_of_plan(problem: Problem, solution: Solution) -> Tensor:
+    """(batch,) KL(plan || a b) of converged problems, without gradient; 0 if they are not finite.
+
+    It is what the value has beside the transport cost and the penalties, divided by epsilon.
+    """
+    rest = (solution.value - solution.value_linear).detach()
+    for rho, log_mass, potential, offsets in (
+        (problem.rho_a, problem.log_a, solution.f, problem.cu_a),
+        (problem.rho_b, problem.log_b, solution.g, problem.cu_b),
+    ):
+        if rho != math.inf:
+            # rho KL(sums || masses), where the sums are masses * exp(-potential / rho).
+            exponent, mass = -potential.detach() / rho, log_mass.detach().exp()
+            terms = rho * mass * (exponent.exp() * exponent - torch.expm1(exponent))
+            rest = rest - _per_problem(terms, offsets)
+    divergence = rest / problem.epsilon
+    return torch.where(divergence.isfinite(), divergence, 0.0)
+
+
+def _arguments(function: Any) -> list[str]:
+    code = function.__code__
+    return list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+
+def _per_problem(values: Tensor, offsets: Tensor | None) -> Tensor:
+    """(batch,) sum over the rows (columns) of each problem."""
+    if offsets is None:
+        return values.sum(1)
+    return torch.segment_reduce(values, "sum", offsets=offsets)

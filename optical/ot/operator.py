@@ -1,19 +1,21 @@
-"""Registration of the operator with PyTorch: schemas, shapes, derivatives and batching.
+"""The operator without autograd, and its registration with PyTorch for compiled graphs.
 
 The only file that uses ``torch.library``. The backend's name is an argument of the ops, so a
 compiled graph keeps the choice, and all backends share the same shape rules and derivatives.
+``optical.ot.autograd`` decides which calls go through the registered ops.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from optical.backends import registry
-from optical.backends.dense import PaddedProblem
-from optical.backends.problem import Problem, Solution
+from optical.backends import reference, registry
+from optical.backends.dense import PaddedProblem, cost_backward
+from optical.backends.problem import Gradients, Problem, Solution
 
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -43,23 +45,12 @@ for _definition in (
     f"sinkhorn_backward({_UPSTREAM}, {_PROBLEM}, {_SAVED}, bool need_x, bool need_y)"
     " -> (Tensor grad_x, Tensor grad_y, Tensor grad_log_a, Tensor grad_log_b)",
     f"apply_plan({_PROBLEM}, Tensor f, Tensor g, Tensor v, bool transpose) -> Tensor",
+    f"plan({_PROBLEM}, Tensor f, Tensor g, bool log) -> Tensor",
+    f"plan_backward(Tensor grad, {_PROBLEM}, Tensor f, Tensor g, bool log, bool need_x,"
+    " bool need_y) -> (Tensor grad_x, Tensor grad_y, Tensor grad_log_a, Tensor grad_log_b,"
+    " Tensor grad_f, Tensor grad_g)",
 ):
     _library.define(_definition, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def sinkhorn(problem: Problem) -> Solution:
-    """Solve a batch through the registered op; supports autograd as set by ``problem.gradient``."""
-    return Solution(*torch.ops.optical.sinkhorn.default(*problem))
-
-
-def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
-    """Multiply the plan with v through the registered op; only v receives a gradient.
-
-    v is (B, m, k) and the result (B, n, k), or packed (M, k) and (N, k); with ``transpose``, v has
-    rows and the result columns. v has the computing dtype.
-    """
-    product: Tensor = torch.ops.optical.apply_plan.default(*problem, f, g, v, transpose)
-    return product
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
@@ -71,76 +62,185 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
 
 
 def _choose(problem: Problem, gradient: bool = False) -> tuple[registry.Backend, Problem]:
-    """Choose a backend, and make the problem contiguous, except for the strides of a given cost."""
+    """Choose a backend, and make the problem contiguous for one that needs it.
+
+    The strides of a given cost are left to the backend: a cost that is shared by the batch is not
+    copied.
+    """
     backend = registry.choose(problem.backend, problem, gradient)
     if not (problem.x.numel() and problem.log_a.numel() and problem.log_b.numel()):
         # Kernels need not handle launches without entries.
         backend = registry.BACKENDS["reference"]
-    contiguous: list[Any] = [x.contiguous() if isinstance(x, Tensor) else x for x in problem]
+    if backend.native:
+        return backend, problem
+    contiguous: list[Any] = [_contiguous(field) for field in problem]
     if problem.y is None:
         contiguous[0] = problem.x
     return backend, Problem(*contiguous)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    backend, problem = _choose(Problem(*arguments))
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+def _without_autocast(device: str) -> Any:
+    """Disable autocast where it is enabled; entering a context costs as much as a small solve."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def forward(problem: Problem) -> Solution:
+    """Solve a batch by the backend it asks for, outside of autograd."""
+    backend, problem = _choose(problem)
     solve = backend.load().forward
-    with torch.autocast(problem.x.device.type, enabled=False):
-        solution = PaddedProblem(problem).forward(solve) if backend.dense else solve(problem)
-    # The fake below promises contiguous outputs, whatever the strides of the inputs.
-    return tuple(x.contiguous() for x in solution)
+    if backend.native:
+        native: Solution = solve(problem)
+        return native
+    with _without_autocast(problem.x.device.type):
+        solution: Solution = (
+            PaddedProblem(problem).forward(solve) if backend.dense else solve(problem)
+        )
+    return solution
 
 
-def _backward(
+def backward(
     grad_value: Tensor,
     grad_value_linear: Tensor,
     grad_f: Tensor | None,
     grad_g: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    problem, (f, g, w, z, n_iter, need_x, need_y) = _split(arguments)
+    problem: Problem,
+    f: Tensor,
+    g: Tensor,
+    w: Tensor,
+    z: Tensor,
+    n_iter: Tensor,
+    need_x: bool,
+    need_y: bool,
+) -> Gradients:
+    """Compute the gradients that ``problem.gradient`` names, outside of autograd."""
     backend, problem = _choose(problem, gradient=True)
-    upstream, saved = (
-        tuple(x if x is None else x.contiguous() for x in tensors)
-        for tensors in ((grad_value, grad_value_linear, grad_f, grad_g), (f, g, w, z, n_iter))
-    )
     differentiate = backend.load().backward
-    with torch.autocast(problem.x.device.type, enabled=False):
+    upstream: tuple[Tensor | None, ...] = (grad_value, grad_value_linear, grad_f, grad_g)
+    saved = (f, g, w, z, n_iter)
+    if backend.native:
+        gradients: Gradients = differentiate(*upstream, problem, *saved, need_x, need_y)
+        return gradients
+    upstream, saved = tuple(map(_contiguous, upstream)), tuple(map(_contiguous, saved))
+    with _without_autocast(problem.x.device.type):
         if backend.dense:
             gradients = PaddedProblem(problem).backward(
                 differentiate, *upstream, *saved, need_x, need_y
             )
         else:
             gradients = differentiate(*upstream, problem, *saved, need_x, need_y)
-    grad_x, grad_y, grad_log_a, grad_log_b = gradients
-    if grad_x is None:
-        grad_x = problem.x.new_zeros(0)
-    if grad_y is None:
-        grad_y = (problem.x if problem.y is None else problem.y).new_zeros(0)
-    return tuple(x.contiguous() for x in (grad_x, grad_y, grad_log_a, grad_log_b))
+    return gradients
 
 
-def _apply_plan(*arguments: Any) -> Tensor:
-    problem, (f, g, v, transpose) = _split(arguments)
+def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
+    """Multiply the plan with v, outside of autograd.
+
+    v is (B, m, k) and the result (B, n, k), or packed (M, k) and (N, k); with ``transpose``, v has
+    rows and the result columns. v has the computing dtype.
+    """
     backend, problem = _choose(problem)
     if not backend.applies_plan:
         backend = registry.BACKENDS["reference"]
     f, g, v = f.contiguous(), g.contiguous(), v.contiguous()
     multiply = backend.load().apply_plan
-    with torch.autocast(problem.x.device.type, enabled=False):
+    with _without_autocast(problem.x.device.type):
         if backend.dense:
             product = PaddedProblem(problem).apply_plan(multiply, f, g, v, transpose)
         else:
             product = multiply(problem, f, g, v, transpose)
-    contiguous: Tensor = product.contiguous()
-    return contiguous
+    return product
+
+
+def plan(problem: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
+    """Compute the plan (B, n, m) of padded problems, or its logarithm, outside of autograd."""
+    backend, problem = _choose(problem)
+    module = backend.load()
+    with _without_autocast(problem.x.device.type):
+        if backend.dense or not hasattr(module, "plan"):
+            problem, module = PaddedProblem(problem).with_cost, reference
+        coupling: Tensor = module.plan(problem, f.contiguous(), g.contiguous(), log)
+    return coupling
+
+
+def plan_backward(
+    grad: Tensor, problem: Problem, f: Tensor, g: Tensor, log: bool, need_x: bool, need_y: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of x, y, the log-masses, f and g from that of the plan (B, n, m).
+
+    With ``gradient="implicit"`` the first four are total derivatives, and those of f and g are 0.
+    """
+    with _without_autocast(problem.x.device.type):
+        dense = PaddedProblem(problem).with_cost
+        grad_cost, *others = reference.plan_gradients(dense, f, g, grad, log)
+        grad_x: Tensor | None = grad_cost if need_x else None
+        grad_y: Tensor | None = None
+        if problem.y is not None:
+            masses = problem.log_a, problem.log_b
+            grad_x, grad_y = cost_backward(
+                grad_cost, problem.x, problem.y, *masses, problem.kind, need_x, need_y
+            )
+    grad_log_a, grad_log_b, grad_f, grad_g = others
+    return grad_x, grad_y, grad_log_a, grad_log_b, grad_f, grad_g
+
+
+def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    solution = forward(Problem(*arguments))
+    if Problem(*arguments).gradient != "implicit":
+        # Outputs of an op share nothing, not even what is empty.
+        solution = solution._replace(w=solution.f.new_empty(0), z=solution.g.new_empty(0))
+    # The fake below promises contiguous outputs, whatever the strides of the inputs.
+    return tuple(x.contiguous() for x in solution)
+
+
+def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, rest = _split(arguments[_UPSTREAM_COUNT:])
+    upstream: tuple[Any, ...] = arguments[:_UPSTREAM_COUNT]
+    gradients = backward(*upstream, problem, *rest)
+    return _tensors(problem, gradients)
+
+
+def _apply_plan_op(*arguments: Any) -> Tensor:
+    problem, rest = _split(arguments)
+    return apply_plan(problem, *rest).contiguous()
+
+
+def _plan_op(*arguments: Any) -> Tensor:
+    problem, rest = _split(arguments)
+    return plan(problem, *rest).contiguous()
+
+
+def _plan_backward_op(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    problem, rest = _split(arguments)
+    return _tensors(problem, plan_backward(grad, problem, *rest))
+
+
+def _tensors(problem: Problem, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Replace gradients of x and y that were not requested by empty tensors."""
+    grad_x, grad_y, *others = gradients
+    if grad_x is None:
+        grad_x = problem.x.new_zeros(0)
+    if grad_y is None:
+        grad_y = (problem.x if problem.y is None else problem.y).new_zeros(0)
+    return tuple(x.contiguous() for x in (grad_x, grad_y, *others) if x is not None)
 
 
 # ----------------------------------------------------------------------------------------- shapes
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(Solution.allocate(Problem(*arguments)))
+    problem = Problem(*arguments)
+    log_a, log_b, epsilon = problem.log_a, problem.log_b, problem.epsilon
+    implicit = problem.gradient == "implicit"
+    shapes = epsilon.shape, epsilon.shape, log_a.shape, log_b.shape, epsilon.shape
+    more = (log_a.shape if implicit else 0, log_b.shape if implicit else 0, epsilon.shape)
+    n_iter, status = (epsilon.new_empty(epsilon.shape, dtype=torch.int32) for _ in range(2))
+    first, last = ([epsilon.new_empty(shape) for shape in group] for group in (shapes, more))
+    return *first, n_iter, status, *last
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -150,6 +250,20 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     grad_x = x.new_empty(x.shape if need_x else 0)
     grad_y = y.new_empty(y.shape if need_y else 0)
     return grad_x, grad_y, log_a.new_empty(log_a.shape), log_b.new_empty(log_b.shape)
+
+
+def _plan_fake(*arguments: Any) -> Tensor:
+    _problem, (f, g, _log) = _split(arguments)
+    coupling: Tensor = f.new_empty(*f.shape, g.shape[-1])
+    return coupling
+
+
+def _plan_backward_fake(_grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    problem, (f, g, _log, need_x, need_y) = _split(arguments)
+    x, y = problem.x, problem.x if problem.y is None else problem.y
+    grad_x = x.new_empty(x.shape if need_x else 0)
+    grad_y = y.new_empty(y.shape if need_y else 0)
+    return grad_x, grad_y, *(x.new_empty(x.shape) for x in (problem.log_a, problem.log_b, f, g))
 
 
 def _apply_plan_fake(*arguments: Any) -> Tensor:
@@ -171,10 +285,12 @@ def _save_problem(ctx: Any, fields: tuple[Any, ...], *tensors: Tensor) -> None:
 
 def _saved_problem(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
     """Return the fields and tensors of ``_save_problem``."""
-    fields, count = list(ctx.other_fields), len(ctx.positions)
-    for position, tensor in zip(ctx.positions, ctx.saved_tensors[:count], strict=True):
+    # Read once: checkpointing unpacks a saved tensor only once.
+    saved, count = ctx.saved_tensors, len(ctx.positions)
+    fields = list(ctx.other_fields)
+    for position, tensor in zip(ctx.positions, saved[:count], strict=True):
         fields[position] = tensor
-    return fields, ctx.saved_tensors[count:]
+    return fields, saved[count:]
 
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -208,7 +324,8 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     return None
 
 
-def _differentiate_backward(ctx: Any, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def no_second_derivative(ctx: Any, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Raise: the backward of the gradients."""
     raise RuntimeError(
         "optical.sinkhorn has no second derivative; differentiate "
         "optical.backends.reference.sinkhorn, which is plain PyTorch, with autograd instead"
@@ -222,8 +339,24 @@ def _setup_apply_plan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _differentiate_apply_plan(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     fields, (f, g) = _saved_problem(ctx)
-    grad_v = apply_plan(Problem(*fields), f, g, grad, not ctx.transpose)
+    grad_v = torch.ops.optical.apply_plan.default(*fields, f, g, grad, not ctx.transpose)
     return *[None] * (_PROBLEM_COUNT + 2), grad_v, None
+
+
+def _setup_plan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    problem, (f, g, ctx.log) = _split(inputs)
+    _save_problem(ctx, problem, f, g)
+
+
+def _differentiate_plan(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    fields, (f, g) = _saved_problem(ctx)
+    needs = ctx.needs_input_grad[:2]
+    grad_x, grad_y, grad_log_a, grad_log_b, *potentials = torch.ops.optical.plan_backward.default(
+        grad, *fields, f, g, ctx.log, *needs
+    )
+    gradients: dict[str, Tensor | None] = {"log_a": grad_log_a, "log_b": grad_log_b}
+    gradients["x"], gradients["y"] = grad_x if needs[0] else None, grad_y if needs[1] else None
+    return *(gradients.get(name) for name in Problem._fields), *potentials, None
 
 
 # ---------------------------------------------------------------------------------------- batching
@@ -263,14 +396,23 @@ def _vmap_rule(op: Any, before: int) -> Any:
     return rule
 
 
-for _name, _implementation, _fake, _setup, _differentiate, _before in (
-    ("sinkhorn", _forward, _forward_fake, _setup_forward, _differentiate_forward, 0),
-    (
-        *("sinkhorn_backward", _backward, _backward_fake, _setup_backward),
-        *(_differentiate_backward, _UPSTREAM_COUNT),
+_sinkhorn_rules = _forward_op, _forward_fake, _setup_forward, _differentiate_forward, 0
+_apply_plan_rules = (
+    *(_apply_plan_op, _apply_plan_fake, _setup_apply_plan, _differentiate_apply_plan),
+    0,
+)
+_rules: dict[str, tuple[Any, ...]] = {
+    "sinkhorn": _sinkhorn_rules,
+    "sinkhorn_backward": (
+        *(_backward_op, _backward_fake, _setup_backward, no_second_derivative, _UPSTREAM_COUNT),
     ),
-    ("apply_plan", _apply_plan, _apply_plan_fake, _setup_apply_plan, _differentiate_apply_plan, 0),
-):
+    "apply_plan": _apply_plan_rules,
+    "plan": (_plan_op, _plan_fake, _setup_plan, _differentiate_plan, 0),
+    "plan_backward": (
+        *(_plan_backward_op, _plan_backward_fake, _setup_backward, no_second_derivative, 1),
+    ),
+}
+for _name, (_implementation, _fake, _setup, _differentiate, _before) in _rules.items():
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"optical::{_name}", _fake, lib=_library)
     torch.library.register_autograd(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from optical.ot.functional import Gradient
-from optical.ot.validation import check_options
+from optical.ot.options import check_options
 
 Role = Literal["query", "document"]
 Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
@@ -203,6 +203,7 @@ class DistillOptions:
         if self.stream:
             self._check_streamable()
         check_options(
+            "distill",
             epsilon=self.epsilon,
             max_iter=self.max_iter,
             tol=self.tol,

@@ -10,7 +10,7 @@ import torch
 
 from optical.backends import registry
 from optical.backends.problem import GRADIENTS
-from optical.ot import operator
+from optical.ot import autograd
 from optical.testing.cases import packed, random_case, random_vector_case
 from optical.testing.tolerance import assert_backend_correct, solve
 
@@ -59,11 +59,11 @@ def test_half_precision_within_its_tolerance(n, m):
 def test_kernels_run_on_the_current_stream():
     problem = on_device(random_case("stream", 64, 100, 100, max_iter=2000))
     arguments = problem.problem(backend="cuda")
-    operator.sinkhorn(arguments)
+    autograd.solve(arguments)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        operator.sinkhorn(arguments)
+        autograd.solve(arguments)
         done = side.record_event()
     assert not done.query(), "the work was not queued on this stream"
     done.synchronize()
@@ -78,6 +78,6 @@ def test_no_call_synchronises_with_the_device(gradient):
         torch.cuda.set_sync_debug_mode("error")
         try:
             arguments = problem.problem(gradient, "cuda")
-            operator.sinkhorn(arguments)
+            autograd.solve(arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")

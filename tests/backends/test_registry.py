@@ -11,7 +11,7 @@ import torch
 from optical import BackendUnsupported, Status, sinkhorn
 from optical.backends import reference, registry
 from optical.backends.problem import GRADIENTS, cost_problem, example_problem
-from optical.ot import operator
+from optical.ot import autograd
 from optical.testing.cases import all_cases, packed, poisoned, random_case, random_vector_case
 from optical.testing.tolerance import (
     FIELDS,
@@ -438,7 +438,7 @@ def test_empty_batches_are_solved_by_the_reference(table):
 def test_the_registered_op_checks_the_name_of_the_backend():
     masses = torch.zeros(2, 3), torch.zeros(2, 4)
     with pytest.raises(ValueError, match="nowhere"):
-        operator.sinkhorn(cost_problem(COST, *masses, torch.ones(2), 1, backend="nowhere"))
+        autograd.solve(cost_problem(COST, *masses, torch.ones(2), 1, backend="nowhere"))
 
 
 def test_a_backend_that_is_not_dense_receives_vectors_and_offsets(table):
@@ -451,6 +451,6 @@ def test_a_backend_that_is_not_dense_receives_vectors_and_offsets(table):
     table(stub("fast", ("cpu",), forward=forward, dense=False))
     case = ALL["dot_ragged_packed"]
     with pytest.raises(ZeroDivisionError):
-        operator.sinkhorn(case.problem())
+        autograd.solve(case.problem())
     (actual,) = seen
     assert actual.kind == "dot" and actual.x.dim() == 2 and actual.cu_a is not None

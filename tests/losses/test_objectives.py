@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from optical.losses import objectives
+from optical.losses import distillation, objectives
 from optical.losses.distillation import OTDistillationLoss, Tokens
 
 KINDS = {
@@ -170,3 +170,40 @@ def test_unbalanced_plans_may_leave_tokens_unmatched():
     plain = loss("ot").compare(student, teacher, "document")
     free = loss("ot", rho=0.1).compare(student, teacher, "document")
     assert free < plain
+
+
+@pytest.mark.parametrize(
+    ("mass", "error", "message"),
+    [
+        (torch.tensor([1.0, -1.0]), ValueError, "student_mass is -1.0 at 1; expected finite"),
+        (torch.tensor([1.0, float("nan")]), ValueError, "student_mass is nan at 1"),
+        (torch.tensor([float("inf"), 1.0]), ValueError, "student_mass is inf at 0"),
+        (torch.ones(5, 1), ValueError, r"student_mass has shape \(5, 1\); expected \(voc"),
+        (torch.ones(5).long(), TypeError, "student_mass has dtype torch.int64"),
+        ([1.0], TypeError, "student_mass has list"),
+    ],
+)
+def test_a_wrong_table_of_weights_is_refused(mass, error, message):
+    with pytest.raises(error, match=message):
+        loss("ot", student_mass=mass)
+
+
+def test_a_table_that_is_shorter_than_the_vocabulary_is_refused():
+    student = Fixed()
+    student.tokenizer = range(7)
+    with pytest.raises(ValueError, match="student_mass has 5 entries; expected 7"):
+        OTDistillationLoss(student, Fixed(), student_mass=torch.ones(5))
+
+
+def test_weights_of_any_size_are_normalised():
+    mass = torch.tensor([[3e38, 1.5e38, 0.0]])
+    tokens = Tokens(torch.zeros(1, 3, 2), mass > 0, mass)
+    expected = torch.tensor([[2 / 3, 1 / 3, 0.0]])
+    torch.testing.assert_close(distillation._log_masses(tokens).exp(), expected)
+
+
+def test_a_teacher_that_is_the_student_is_refused():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="teacher has all parameters of model"):
+        OTDistillationLoss(model, model)
+    assert model.weight.requires_grad

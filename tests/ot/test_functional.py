@@ -382,13 +382,18 @@ def test_the_divergence_requires_equal_penalties():
 
 COST = torch.zeros(2, 3, 4)
 MASS_A, MASS_B = torch.zeros(2, 3), torch.zeros(2, 4)
+NESTED = torch.nested.nested_tensor([torch.zeros(2, 4), torch.zeros(3, 4)], layout=torch.jagged)
 BAD_CALLS = [
-    (ValueError, r"cost has shape \(3, 4\).*add the batch dimension", {"cost": COST[0]}),
+    (ValueError, r"log_a has shape \(2, 3\); expected \(3,\), as in cost", {"cost": COST[0]}),
+    (ValueError, r"cost has shape \(4,\); expected \(..., n, m\)", {"cost": COST[0, 0]}),
     (
         ValueError,
-        r"cost has shape \(2, 3, 4, 1\); expected \(batch, n, m\)",
+        r"log_a has shape \(2, 3\); expected \(2, 3, 4\), as in cost",
         {"cost": COST[..., None]},
     ),
+    (TypeError, "cost is a numpy array; expected a tensor", {"cost": COST.numpy()}),
+    (TypeError, "cost is a sparse_coo tensor; expected a dense", {"cost": COST.to_sparse()}),
+    (TypeError, "cost is a nested tensor; expected a dense .*pad it", {"cost": NESTED}),
     (TypeError, "cost is a list; expected a tensor", {"cost": [[0.0]]}),
     (TypeError, "cost has dtype torch.int64; expected float64", {"cost": COST.long()}),
     (TypeError, "cost has dtype torch.complex64", {"cost": COST.to(torch.complex64)}),
@@ -411,8 +416,13 @@ BAD_CALLS = [
         {"epsilon": torch.ones(3)},
     ),
     (ValueError, "epsilon is on meta", {"epsilon": torch.ones(2, device="meta")}),
-    (ValueError, "epsilon requires grad", {"epsilon": torch.ones(2, requires_grad=True)}),
+    (
+        ValueError,
+        "epsilon requires grad, which gradient='unroll' does not give",
+        {"epsilon": torch.ones(2, requires_grad=True), "gradient": "unroll"},
+    ),
     (ValueError, "max_iter is -1; expected an int >= 0", {"max_iter": -1}),
+    (ValueError, r"max_iter is 4294967297; expected an int < 2\*\*31", {"max_iter": 2**32 + 1}),
     (TypeError, "max_iter is a float", {"max_iter": 10.0}),
     (TypeError, "max_iter is a bool", {"max_iter": True}),
     (ValueError, "tol is -0.5; expected a finite number >= 0", {"tol": -0.5}),
@@ -488,7 +498,7 @@ STUDENT, TEACHER = torch.zeros(2, 3, 8), torch.zeros(2, 4, 8)
 BAD_CLOUDS = [
     (
         ValueError,
-        r"student has shape \(3, 8\); expected \(batch, n, dim\)",
+        r"teacher has shape \(2, 4, 8\); expected \(m, dim=8\) as in student",
         {"student": STUDENT[0]},
     ),
     (

@@ -273,8 +273,10 @@ def test_which_outputs_are_differentiable(gradient):
     assert result.value.requires_grad and result.value_linear.requires_grad
     for tensor in (result.marginal_error, result.n_iter, result.status, result.gradient_residual):
         assert not tensor.requires_grad
-    for tensor in (result.f, result.g, result.plan()):
+    for tensor in (result.f, result.g):
         assert tensor.requires_grad == (gradient == "unroll")
+    for tensor in (result.plan(), result.log_plan(), result.apply_plan(torch.rand(2, 4, 1))):
+        assert tensor.requires_grad == (gradient != "envelope")
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

@@ -16,7 +16,7 @@ from optical.backends import registry
 from optical.backends.problem import example_problem
 from optical.kernels import tuning
 from optical.kernels.batch import LaunchProblem
-from optical.ot import operator
+from optical.ot import autograd
 from optical.testing.cases import all_cases, packed, random_case, random_vector_case
 from optical.testing.tolerance import FIELDS, assert_backend_correct, assert_close_to_truth, solve
 
@@ -335,10 +335,10 @@ def test_results_do_not_depend_on_the_batch(name):
 def test_products_with_the_plan(name, transpose, poisoned_memory):
     problem = ALL[name].to(torch.float32)
     ours, reference = (problem.problem("envelope", name) for name in ("triton", "reference"))
-    solved = operator.sinkhorn(reference)
+    solved = autograd.solve(reference)
     lines = ours.log_a if transpose else ours.log_b
     v = torch.randn(*lines.shape, 5).masked_fill((lines == -math.inf)[..., None], math.nan)
-    products = [operator.apply_plan(x, solved.f, solved.g, v, transpose) for x in (ours, reference)]
+    products = [autograd.apply_plan(x, solved.f, solved.g, v, transpose) for x in (ours, reference)]
     torch.testing.assert_close(*products, rtol=1e-5, atol=1e-6)
 
 
