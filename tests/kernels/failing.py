@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from optical.ot import operator
+from optical.ot import autograd
 from optical.testing.cases import packed, random_case, random_vector_case
 
 RELAXED = replace(random_case("relaxed", 3, 9, 7, epsilon=0.2, max_iter=60), omega=1.6, tol=1e-3)
@@ -88,7 +88,7 @@ def gradients_of_unused(backend, kind, gradient):
     problem = case.problem(gradient, backend)
     names = [name for name in ("x", "y", "log_a", "log_b") if getattr(problem, name) is not None]
     inputs = {name: getattr(problem, name).detach().requires_grad_() for name in names}
-    solution = operator.sinkhorn(problem._replace(**inputs))
+    solution = autograd.solve(problem._replace(**inputs))
     loss = solution.value[[0, 2, 3]].sum()
     gradients = torch.autograd.grad(loss, list(inputs.values()))
     return case, dict(zip(names, gradients, strict=True))
