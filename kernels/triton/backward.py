@@ -196,8 +196,8 @@ def plan(problem: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
         out = f.new_empty(launch.size, launch.n, launch.m)
         if not out.numel():
             return out
-        blocks = triton.cdiv(launch.n, tile.rows), triton.cdiv(launch.m, tile.columns)
-        plan_kernel[(launch.size, *blocks)](
+        grid = launch.size, triton.cdiv(launch.n, tile.rows), triton.cdiv(launch.m, tile.columns)
+        plan_kernel[grid](
             *launch.pointers(),
             f,
             g,

@@ -181,7 +181,8 @@ def _prepare(problem: Problem) -> Problem:
         problem = problem._replace(
             cu_a=problem.cu_a.to(torch.int64), cu_b=problem.cu_b.to(torch.int64)
         )
-    tensors = problem.cu_a, problem.cu_b, *problem[_MASSES]
+    fields: tuple[Any, ...] = tuple(problem)
+    tensors = problem.cu_a, problem.cu_b, *fields[_MASSES]
     for tensor in tensors:
         if tensor is not None and not tensor.is_contiguous():
             break

@@ -94,7 +94,9 @@ class PaddedProblem:
             )
         grad_x = None if grad_x is None else self.a.pack(grad_x)
         grad_y = None if grad_y is None else self.b.pack(grad_y)
-        return grad_x, grad_y, self.a.pack(grad_log_a), self.b.pack(grad_log_b)
+        grad_log_a = None if grad_log_a is None else self.a.pack(grad_log_a)
+        grad_log_b = None if grad_log_b is None else self.b.pack(grad_log_b)
+        return grad_x, grad_y, grad_log_a, grad_log_b
 
     def apply_plan(
         self, apply: Callable[..., Tensor], f: Tensor, g: Tensor, v: Tensor, transpose: bool

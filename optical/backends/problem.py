@@ -140,8 +140,8 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=dtype, device=device)
 
 
-# Gradients with respect to x, y, log_a and log_b; x and y are None if they were not requested.
-Gradients = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
+# Gradients with respect to x, y, log_a and log_b; None if they were not requested.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def cost_problem(

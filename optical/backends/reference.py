@@ -158,7 +158,7 @@ def backward(
 
 def _is_used(*upstream: Tensor | None) -> Tensor:
     """(B,) whether any upstream gradient of a problem differs from 0."""
-    given = [x.reshape(len(x), -1) for x in upstream if x is not None]
+    given = [x[:, None] if x.dim() == 1 else x for x in upstream if x is not None]
     return (torch.cat(given, dim=1) != 0).any(1)
 
 
@@ -248,7 +248,7 @@ def plan_gradients(
     gradients are total derivatives, and those of f and g are 0. Computed in float64.
     """
     dtype = f.dtype
-    floating = {
+    floating: dict[str, Any] = {
         name: value.double()
         for name, value in problem._asdict().items()
         if isinstance(value, Tensor) and value.is_floating_point()

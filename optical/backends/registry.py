@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +67,20 @@ def _module(path: str) -> Callable[[], Any]:
     return functools.cache(functools.partial(importlib.import_module, path))
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether Triton kernels can run where a tensor is, or in Triton's interpreter."""
+    return _has_triton() and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
 def _triton_obstacle(problem: Problem) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "the package triton is not installed"
-    if not problem.x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not runs_triton(problem.x):
         device = problem.x.device.type
         return f"the tensors are on {device}; the Triton kernels need a CUDA device"
     return None
@@ -159,14 +169,6 @@ def _check_known(source: str, name: str) -> None:
         raise ValueError(f"{source} is {name!r}; expected one of {expected}")
 
 
-def _candidates(problem: Problem, gradient: bool) -> Iterable[Backend]:
-    """Return the backends in the order in which "auto" asks them."""
-    # Only the backends of CUDA devices compete; sorting costs as much as a small solve.
-    if problem.x.device.type != "cuda":
-        return BACKENDS.values()
-    return _ordered(problem, gradient)[1]
-
-
 def _ordered(problem: Problem, gradient: bool) -> tuple[Order, list[Backend]]:
     order = next(order for order in ORDERS if order.applies(problem, gradient))
     rank = {name: i for i, name in enumerate(order.names)}
@@ -208,7 +210,7 @@ def choose(name: str, problem: Problem, gradient: bool = False) -> Backend:
         return backend
 
     refusals: list[str] = []
-    for backend in _candidates(problem, gradient):
+    for backend in _ordered(problem, gradient)[1]:
         if backend.automatic_on and device not in backend.automatic_on:
             continue
         reason = backend.supports(problem)

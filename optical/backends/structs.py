@@ -103,10 +103,8 @@ def problem_struct(problem: Problem, n: int, m: int, num_threads: int = 1) -> Pr
             struct.y_stride_batch = strides[0]
     struct.log_a, struct.log_b = log_a.data_ptr(), log_b.data_ptr()
     struct.epsilon = epsilon.data_ptr()
-    if problem.cu_a is not None:
-        struct.offset_a, struct.offset_b = address(problem.cu_a), address(problem.cu_b)
-    if problem.f0 is not None:
-        struct.init_f, struct.init_g = address(problem.f0), address(problem.g0)
+    struct.offset_a, struct.offset_b = address(problem.cu_a), address(problem.cu_b)
+    struct.init_f, struct.init_g = address(problem.f0), address(problem.g0)
     struct.num_threads = num_threads
     struct.total_a, struct.total_b = log_a.numel(), log_b.numel()
     return struct

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from optical.backends.problem import Status
-from optical.ot.checks import values_available
+from optical.ot.checks import check_options, values_available
 from optical.ot.functional import AlignmentOptions, Cost, sinkhorn_vectors
-from optical.ot.options import check_options
 from optical.ot.result import SinkhornResult
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from optical.backends.problem import Problem, Solution
 from optical.ot import autograd, masses, validation
+from optical.ot.checks import check_options, refuse_unknown
 from optical.ot.masses import Masses
-from optical.ot.options import check_options, refuse_unknown
 from optical.ot.result import SinkhornResult
 from optical.ot.validation import Posed
 

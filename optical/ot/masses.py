@@ -123,9 +123,9 @@ class Masses(NamedTuple):
             return _uniform(source, shape, dtype, offsets)
         self._check_combination()
         given = lengths if mask is None else mask
-        if log_mass is None and mass is None and isinstance(given, Tensor):
-            if values_available(source) and values_available(given):
-                return self._uniform_of_valid(source, shape, dtype, backend)
+        at_hand = isinstance(given, Tensor) and values_available(given)
+        if log_mass is None and mass is None and at_hand and values_available(source):
+            return self._uniform_of_valid(source, shape, dtype, backend)
         valid = None
         if mask is not None:
             valid = self._valid_by_mask(source, shape)
@@ -170,9 +170,9 @@ class Masses(NamedTuple):
         else:
             self._check_lengths(lengths, source, shape)
         if registry.requested(backend) in ("auto", "cpu") and library.load_cpu().reason is None:
-            if mask is None:
+            if mask is None and lengths is not None:
                 return cpu.equal_masses(batch, size, dtype, lengths=lengths.to(torch.int64))
-            if mask.dtype in structs.MASK_CODES:
+            if mask is not None and mask.dtype in structs.MASK_CODES:
                 with contextlib.suppress(cpu.InvalidMask):
                     return cpu.equal_masses(batch, size, dtype, mask=mask)
         if mask is not None:
@@ -254,6 +254,55 @@ class Masses(NamedTuple):
         return torch.where(mass == 0, -math.inf, torch.where(mass == 0, 1.0, mass).log())
 
 
+def in_one_launch(
+    rows: Masses,
+    columns: Masses,
+    source: Tensor,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    epsilon: float | Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the log-masses of both sides and the temperatures, from one launch on a device.
+
+    None if masses or temperatures are given as tensors, or no Triton kernel can run: then each is
+    made by operations of PyTorch. ``shape`` is (batch, n, m).
+    """
+    given = (rows.mask, columns.mask, rows.lengths, columns.lengths)
+    if source.is_cpu and backend != "triton":
+        return None
+    if isinstance(epsilon, Tensor) or any(
+        x is not None for side in (rows, columns) for x in (side.log_mass, side.mass, side.offsets)
+    ):
+        return None
+    if (
+        tracing()
+        or dispatched()
+        or any(
+            x is not None and (type(x) not in CONCRETE or x.dtype not in structs.MASK_CODES)
+            for x in (source, *given)
+        )
+    ):
+        return None
+    if registry.requested(backend) == "reference" or not registry.runs_triton(source):
+        return None
+    batch, n, m = shape
+    for side, size in ((rows, n), (columns, m)):
+        side._check_combination()
+        if side.mask is not None:
+            side._check_mask(side.mask, source, (batch, size))
+            if values_available(side.mask):
+                _check_binary(side.names.mask, side.mask)
+        elif side.lengths is not None:
+            side._check_lengths(side.lengths, source, (batch, size))
+    from optical.kernels.masses import equal_masses
+
+    made: tuple[Tensor, Tensor, Tensor] = equal_masses(
+        batch, n, m, dtype, float(epsilon), *given, device=source.device
+    )
+    return made
+
+
 def offsets_of(side: Masses, vectors: Tensor) -> Tensor | None:
     """Return (batch + 1,) int64: the offset of each packed problem, and their total length."""
     name, offsets = side.names.offsets, side.offsets
@@ -311,11 +360,13 @@ def _constant(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tenso
 
 def _uniform_where(valid: Tensor, dtype: torch.dtype) -> Tensor:
     count = valid.sum(1, keepdim=True).clamp(min=1).to(dtype)
-    return torch.where(valid, -count.log(), -math.inf)
+    log_mass: Tensor = torch.where(valid, -count.log(), -math.inf)
+    return log_mass
 
 
 def _before(lengths: Any, size: int) -> Tensor:
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
+    before: Tensor = torch.arange(size, device=lengths.device) < lengths[:, None]
+    return before
 
 
 def _spoilt(mask: Tensor, dtype: torch.dtype) -> Tensor | float:

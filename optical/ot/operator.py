@@ -129,7 +129,7 @@ def backward(
     backend, problem = _choose(problem, gradient=True)
     differentiate = backend.load().backward
     upstream: tuple[Tensor | None, ...] = (grad_value, grad_value_linear, grad_f, grad_g)
-    saved = (f, g, w, z, n_iter)
+    saved: tuple[Any, ...] = (f, g, w, z, n_iter)
     if backend.native:
         gradients: Gradients = differentiate(
             *upstream, problem, *saved, need_x, need_y, need_masses
@@ -147,7 +147,7 @@ def backward(
                 differentiate, *upstream, *saved, need_x, need_y
             )
         else:
-            gradients = differentiate(*upstream, problem, *saved, need_x, need_y)
+            gradients = differentiate(*upstream, problem, *saved, need_x, need_y, need_masses)
     return gradients
 
 
@@ -214,7 +214,7 @@ def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
     problem, rest = _split(arguments[_UPSTREAM_COUNT:])
     upstream: tuple[Any, ...] = arguments[:_UPSTREAM_COUNT]
-    gradients = backward(*upstream, problem, *rest)
+    gradients = backward(*upstream, problem, *rest)  # type: ignore[call-arg]
     return _tensors(problem, gradients)
 
 

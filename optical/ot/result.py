@@ -74,8 +74,8 @@ class SinkhornResult:
         outputs: tuple[Tensor, ...] = (*solution[:7], solution.residual)
         if lead is not None:
             outputs = tuple(unfold(x, lead) for x in outputs)
-        *tensors, residual = outputs
-        return cls(*tensors, residual, problem, lead, constant, versions)  # type: ignore[call-arg]
+        fields: tuple[Any, ...] = (*outputs, problem, lead, constant, versions)
+        return cls(*fields)
 
     def plan(self) -> Tensor:
         """Compute the plan (batch, n, m) from the potentials; it is not stored.
