@@ -288,7 +288,7 @@ int optical_doubly_stochastic(int64_t batch, int64_t n, int32_t precision, int32
     if (batch == 0) return OPTICAL_OK;
     const Matrices matrices = {batch, n, iterations, temperature, logits, grad, out};
     const InstructionSet& isa = instruction_set();
-    const auto run = precision == OPTICAL_F64 ? isa.f64.doubly_stochastic : isa.f32.doubly_stochastic;
+    const auto run = (precision == OPTICAL_F64 ? isa.f64 : isa.f32).doubly_stochastic;
     const MatrixBlocks blocks = run(matrices, 0, nullptr);
     // One lane of a block does the work of a problem.
     optical_problem share = {};

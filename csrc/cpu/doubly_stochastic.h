@@ -291,12 +291,14 @@ struct DoublyStochastic {
         start(first);
         iterate();
         start_gradient(first);
+        const Mask all = S::all(0) == S::all(0);
         int pending = 0;
         for (int k = iterations; k >= 1; --k) {
-            const bool rebasing = any(rebased[k]);
             reverse(k, pending++, rebased[k]);
-            if (rebasing || pending == window) add_pending(k, pending), pending = 0;
-            if (rebasing) undo(k, rebased[k]);
+            if (pending == window) add_pending(k, pending, all), pending = 0;
+            if (!any(rebased[k])) continue;
+            if (pending > 0) add_pending(k, pending, rebased[k]);
+            undo(k, rebased[k]);
         }
         const Vector temperature = S::all((T)batch.temperature);
         write((T*)batch.out, first, [&](int e) {
@@ -352,8 +354,10 @@ struct DoublyStochastic {
         for (int j = 0; j < n; ++j) grad_v[j] = -before[j] * sums[j];
     }
 
-    // Adds the outer products of iterations k to k + pending - 1, the last of which is in slot 0.
-    void add_pending(int k, int pending) {
+    // Adds the outer products of iterations k to k + pending - 1, the last of which is in slot 0,
+    // and clears them. The other lanes keep theirs, because the order of a sum must not depend on
+    // neighbours.
+    void add_pending(int k, int pending, Mask lanes) {
         by_tiles(n, [&](int i, auto rows) {
             by_tiles(n, [&](int j, auto columns) {
                 constexpr int height = decltype(rows)::value, length = decltype(columns)::value;
@@ -363,7 +367,8 @@ struct DoublyStochastic {
                 for (int slot = 0; slot < pending; ++slot) {
                     const int of = k + pending - 1 - slot;
                     const Vector *const u_now = u(of) + i, *const u_grad = u_grads + slot * n + i;
-                    const Vector *const v_old = v(of - 1) + j, *const v_grad = v_grads + slot * n + j;
+                    const Vector* const v_old = v(of - 1) + j;
+                    const Vector* const v_grad = v_grads + slot * n + j;
                     for (int c = 0; c < length; ++c)
                         for (int r = 0; r < height; ++r)
                             sum[r][c] += u_now[r] * v_grad[c] + u_grad[r] * v_old[c];
@@ -371,10 +376,15 @@ struct DoublyStochastic {
                 for (int r = 0; r < height; ++r)
                     for (int c = 0; c < length; ++c) {
                         const int e = (i + r) * n + j + c;
-                        gradient[e] = gradient[e] - kernel[e] * sum[r][c];
+                        const Vector change = kernel[e] * sum[r][c];
+                        gradient[e] = gradient[e] - S::select(lanes, change, S::all(0));
                     }
             });
         });
+        for (int e = 0; e < pending * n; ++e) {
+            u_grads[e] = S::select(lanes, S::all(0), u_grads[e]);
+            v_grads[e] = S::select(lanes, S::all(0), v_grads[e]);
+        }
     }
 
     // The row sums of a rebased iteration, whose matrix is exp(l + f + log v') with the old g in

@@ -8,17 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from optical.backends import library, registry, structs
+from optical.backends import registry
 from optical.backends.problem import BACKEND_NAMES, Status
-from optical.ot.checks import CONCRETE, check_floating, check_shape, tracing, values_available
+from optical.ot import matrix_scaling
+from optical.ot.checks import check_floating, check_shape, tracing, values_available
 from optical.ot.functional import Gradient, sinkhorn
 from optical.ot.masses import COST_COLUMNS, COST_ROWS, Masses
+from optical.ot.matrix_scaling import logsumexp
 from optical.ot.options import MAX_ITERATIONS, check_options, check_pair
 from optical.ot.validation import fold, unfold
-
-NATIVE_SIZE = 64  # largest matrices of the native kernel, which keeps several of them in cache
 
 
 def doubly_stochastic(
@@ -71,11 +70,10 @@ def doubly_stochastic(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     x = logits if logits.dtype == dtype else logits.to(dtype)
     name = registry.requested(backend)
-    native = x.device.type == "cpu" and 0 < x.shape[-1] <= NATIVE_SIZE
-    if native and name in ("auto", "cpu") and library.load_cpu().library is not None:
-        result = _scale(x, int(iterations), float(temperature))
-    elif name == "reference" or (name == "auto" and native) or not x.numel():
-        result = _scaled_by_loop(x / temperature, iterations)
+    if name in ("auto", "cpu") and matrix_scaling.supports(x):
+        result = matrix_scaling.scale(x, int(iterations), float(temperature))
+    elif name == "reference" or not x.numel():
+        result = matrix_scaling.scale_by_loop(x / temperature, iterations)
     else:
         masses = x.new_zeros(x.shape[:-1])
         result = sinkhorn(
@@ -91,203 +89,15 @@ def doubly_stochastic(
 def _check_iterations(iterations: Any) -> None:
     if isinstance(iterations, bool) or not isinstance(iterations, (int, numbers.Integral)):
         raise TypeError(f"iterations is a {type(iterations).__name__}; expected an int >= 1")
-    if not 1 <= iterations <= MAX_ITERATIONS:
+    if not 1 <= int(iterations) <= MAX_ITERATIONS:
         raise ValueError(f"iterations is {iterations}; expected an int >= 1 and < 2**31")
 
 
 def _check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (float, numbers.Real)):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a float > 0")
-    if not 0 < value < math.inf:
+    if not 0 < float(value) < math.inf:
         raise ValueError(f"{name} is {value}; expected a finite number > 0")
-
-
-def _logsumexp(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """``logsumexp`` that keeps the dimensions, and whose gradient is 0, not NaN, where it is -inf.
-
-    The two terms of ``where`` are separate, since the gradient of a skipped one must be finite.
-    """
-    none = (x == -math.inf).all(dim, keepdim=True) if isinstance(dim, int) else x.amax(dim, True)
-    none = none if none.dtype == torch.bool else none == -math.inf
-    return torch.where(none, 0.0, x).logsumexp(dim, keepdim=True).masked_fill(none, -math.inf)
-
-
-def _scaled_by_loop(x: Tensor, iterations: int) -> Tensor:
-    """``doubly_stochastic`` in plain PyTorch, in the log domain."""
-    with torch.autocast(x.device.type, enabled=False):
-        for _ in range(iterations):
-            for dim in (-1, -2):
-                total = _logsumexp(x, dim)
-                x = x - torch.where(total == -math.inf, 0.0, total)
-        return x.exp()
-
-
-# ---------------------------------------------------------------------------- the native kernel
-
-_library: Any = torch.library.Library("optical", "FRAGMENT")  # type: ignore[no-untyped-call]
-_OPTIONS = "int iterations, float temperature"
-for _definition in (
-    f"doubly_stochastic(Tensor logits, {_OPTIONS}) -> Tensor",
-    f"doubly_stochastic_backward(Tensor logits, Tensor grad, {_OPTIONS}) -> Tensor",
-):
-    _library.define(_definition, tags=(torch.Tag.pt2_compliant_tag,))
-_OPS: Any = torch.ops.optical
-
-
-def _scale(x: Tensor, iterations: int, temperature: float) -> Tensor:
-    """Scale matrices by the route that the situation needs; see ``optical.ot.autograd``."""
-    options = iterations, temperature
-    if not tracing():
-        transformed = torch._C._are_functorch_transforms_active()
-        if transformed or forward_ad._current_level >= 0:
-            return _apply(_TransformedScale, x, *options)
-        if type(x) in CONCRETE and not torch._C._len_torch_dispatch_stack():
-            if x.requires_grad and torch.is_grad_enabled():
-                return _apply(_Scale, x, *options)
-            return _call(x, None, *options)
-    result: Tensor = _OPS.doubly_stochastic.default(x, *options)
-    return result
-
-
-def _apply(function: Any, *arguments: Any) -> Tensor:
-    result: Tensor = function.apply(*arguments)
-    return result
-
-
-def _call(logits: Tensor, grad: Tensor | None, iterations: int, temperature: float) -> Tensor:
-    """Call the library: the matrices, or the gradient of their logits given that of the matrices.
-
-    Raises:
-        TypeError, ValueError, MemoryError: the library cannot read the arguments, or refuses them.
-    """
-    dtype, shape = logits.dtype, logits.shape
-    for x in (logits, logits if grad is None else grad):
-        if x.dtype not in (torch.float32, torch.float64) or x.dtype != dtype or not x.is_cpu:
-            raise TypeError(f"a tensor is {x.dtype} on {x.device}; expected float32 or float64")
-        if x.dim() < 2 or x.shape != shape or shape[-1] != shape[-2] or not 0 < shape[-1] <= 1024:
-            raise ValueError(f"a tensor has shape {tuple(x.shape)}; expected (..., n, n)")
-    logits = logits.contiguous()
-    grad = None if grad is None else grad.contiguous()
-    out = torch.empty(shape, dtype=dtype)
-    functions = structs.with_argument_types(library.load_cpu().require())
-    n = shape[-1]
-    status = functions.optical_doubly_stochastic(
-        *(logits.numel() // (n * n), n, structs.DTYPE_CODES[dtype], iterations, temperature),
-        *(torch.get_num_threads(), logits.data_ptr(), structs.address(grad), out.data_ptr()),
-    )
-    if status:
-        error = MemoryError if status == 2 else ValueError
-        raise error(f"the CPU library refused matrices of shape {tuple(shape)} (status {status})")
-    return out
-
-
-def _no_second_derivative(ctx: Any, *_grads: Any) -> Any:
-    raise RuntimeError(
-        "optical.ot.matching.doubly_stochastic has no second and no forward-mode derivative; "
-        "with backend='reference' it is plain PyTorch, which has both"
-    )
-
-
-class _Scale(torch.autograd.Function):
-    """The plain route."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *options: Any) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.options = options
-        ctx.save_for_backward(x)
-        return _call(x, None, *options)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None
-        (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _apply(_ScaleGradient, x, grad, *ctx.options), None, None
-        return _call(x, grad, *ctx.options), None, None
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, grad: Tensor, *options: Any) -> Tensor:
-        return _call(x, grad, *options)
-
-    backward = staticmethod(_no_second_derivative)
-
-
-class _TransformedScale(torch.autograd.Function):
-    """The route of ``torch.func`` and forward-mode derivatives."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, iterations: int, temperature: float) -> Tensor:
-        result: Tensor = _OPS.doubly_stochastic.default(x, iterations, temperature)
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *ctx.options = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return _apply(_TransformedScaleGradient, x, grad, *ctx.options), None, None
-
-    jvp = staticmethod(_no_second_derivative)
-
-
-class _TransformedScaleGradient(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, grad: Tensor, iterations: int, temperature: float) -> Tensor:
-        result: Tensor = _OPS.doubly_stochastic_backward.default(x, grad, iterations, temperature)
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        return None
-
-    backward = jvp = staticmethod(_no_second_derivative)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *ctx.options = inputs
-    ctx.save_for_backward(x)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (x,) = ctx.saved_tensors
-    return _OPS.doubly_stochastic_backward.default(x, grad, *ctx.options), None, None
-
-
-def _vmap_rule(op: Any) -> Any:
-    """The ops accept any leading dimensions, so a mapped one becomes the first."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *values: Any) -> tuple[Tensor, int]:
-        *tensors, iterations, temperature = values
-        moved = [
-            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(tensors, in_dims, strict=False)
-        ]
-        return op(*moved, iterations, temperature), 0
-
-    return rule
-
-
-_rules: dict[str, tuple[Any, ...]] = {
-    "doubly_stochastic": (lambda x, *options: _call(x, None, *options), _setup, _differentiate),
-    "doubly_stochastic_backward": (_call, lambda *_: None, _no_second_derivative),
-}
-for _name, (_implementation, _setup_context, _derivative) in _rules.items():
-    _op = f"optical::{_name}"
-    _library.impl(_name, _implementation, "CPU")
-    torch.library.register_fake(_op, lambda x, *_: x.new_empty(x.shape), lib=_library)
-    torch.library.register_autograd(_op, _derivative, setup_context=_setup_context, lib=_library)
-    torch.library.register_vmap(_op, _vmap_rule(getattr(_OPS, _name).default), lib=_library)
 
 
 # -------------------------------------------------------------------------------------- dustbins
@@ -348,7 +158,11 @@ def dustbin_matching(
     scores = fold(scores if scores.dtype == torch.float64 else scores.float(), lead)
     last_column, last_row = (
         _dustbin(score, scores, lead)
-        for score in (dustbin if isinstance(dustbin, (tuple, list)) else (dustbin, dustbin))
+        for score in (
+            check_pair("dustbin", dustbin, "(rows, columns)")
+            if isinstance(dustbin, (tuple, list))
+            else (dustbin, dustbin)
+        )
     )
     batch, dtype = scores.shape[0], scores.dtype
     corner = (last_column + last_row) / 2
@@ -360,7 +174,9 @@ def dustbin_matching(
         .log_masses(scores, (batch, size), dtype, True)
         for names, mask, size in ((COST_ROWS, mask_a, n), (COST_COLUMNS, mask_b, m))
     )
-    count_a, count_b = ((x != -math.inf).sum(1, keepdim=True).to(dtype) for x in (uniform_a, uniform_b))
+    count_a, count_b = (
+        (x != -math.inf).sum(1, keepdim=True).to(dtype) for x in (uniform_a, uniform_b)
+    )
     norm = -(count_a + count_b).clamp(min=1).log()
     log_a, log_b = (
         # A uniform mass is NaN if the mask is neither 0 nor 1.
@@ -391,3 +207,182 @@ def _dustbin(score: Any, scores: Tensor, lead: tuple[int, ...]) -> Tensor:
         check_shape("dustbin", score, lead, "the leading dimensions of scores, or ()")
     flat = score.to(scores).reshape(-1, 1, 1)
     return flat.expand(scores.shape[0], 1, 1)
+
+
+# ------------------------------------------------------------------------------ partial transport
+
+
+class PartialPlan(NamedTuple):
+    """Solution of ``partial_transport``; (...) are the leading dimensions of the cost.
+
+    Attributes:
+        plan: (..., n, m), whose entries sum to ``mass``.
+        value_linear: (...) transport cost ``<plan, cost>``.
+        slack_a: (..., n) mass of each row that stays, ``a`` minus the row sum.
+        slack_b: (..., m) the same for the columns.
+        marginal_error: (...) L1 distance of the marginals from optimal ones: what they exceed a and
+            b by, and what is missing from rows and columns that the dual holds to be full.
+        status: (...) int32 ``optical.Status``: CONVERGED, MAX_ITER, or INFEASIBLE where an output
+            is not finite.
+    """
+
+    plan: Tensor
+    value_linear: Tensor
+    slack_a: Tensor
+    slack_b: Tensor
+    marginal_error: Tensor
+    status: Tensor
+
+
+def partial_transport(
+    cost: Tensor,
+    mass: float | Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    epsilon: float,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+) -> PartialPlan:
+    """Transport a part of the mass: rows send at most a, columns receive at most b.
+
+    The plan minimises ``<P, cost> + epsilon * sum P (log P - 1)`` subject to ``P 1 <= a``,
+    ``P' 1 <= b`` and a total of ``mass``. It is ``exp((f_i + g_j + t - cost_ij) / epsilon)`` with
+    ``f <= 0`` and ``g <= 0``; each iteration maximises the dual exactly by f, then g, then t, in
+    plain PyTorch. Autograd differentiates the iterations run, by cost, mass, a and b.
+
+    Args:
+        cost: (..., n, m), float64, float32, float16 or bfloat16 (half precision is computed in
+            float32). +inf forbids a pair.
+        mass: total mass to transport, a number or a tensor (...), positive and at most the smaller
+            total of a and b. Values on a GPU are not validated.
+        a, b: (..., n) and (..., m) masses; 0 marks padding. If None, equal masses that sum to 1.
+        epsilon: temperature > 0 (POT: ``reg``).
+        mask_a, mask_b: (..., n) and (..., m), bool or 0/1 numbers; 0 marks padding.
+        max_iter: largest number of iterations (POT: ``numItermax``).
+        tol: a problem stops at the first tenth iteration whose ``marginal_error`` is at most
+            ``tol``. 0 runs exactly ``max_iter`` iterations.
+
+    Returns:
+        A PartialPlan.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+
+    Source: Benamou et al., "Iterative Bregman Projections for Regularized Transportation Problems"
+    (arXiv 1412.5154), section 5, whose solution POT's ``ot.partial.entropic_partial_wasserstein``
+    computes.
+
+    Examples:
+        >>> import torch
+        >>> from optical.ot.matching import partial_transport
+        >>> cost = torch.tensor([[0.0, 9.0], [9.0, 5.0]])
+        >>> partial_transport(cost, 0.5, epsilon=0.1).plan.round(decimals=3)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.0000]])
+    """
+    check_floating("cost", cost, "(..., n, m)", 2, least=True)
+    _check_positive("epsilon", epsilon)
+    check_options("partial_transport", epsilon=epsilon, max_iter=max_iter, tol=tol)
+    lead, (n, m) = tuple(cost.shape[:-2]), cost.shape[-2:]
+    cost = fold(cost if cost.dtype == torch.float64 else cost.float(), lead)
+    batch, dtype = cost.shape[0], cost.dtype
+    log_a, log_b = (
+        Masses(names, mask=mask, mass=masses)
+        .fold(lead, lead, size)
+        .log_masses(cost, (batch, size), dtype, False)
+        for names, mask, masses, size in (
+            (COST_ROWS, mask_a, a, n),
+            (COST_COLUMNS, mask_b, b, m),
+        )
+    )
+    log_mass = _log_mass(mass, log_a, log_b, lead)
+    with torch.autocast(cost.device.type, enabled=False):
+        outputs = _PartialProblem(cost, log_a, log_b, log_mass, epsilon).solve(max_iter, tol)
+    return PartialPlan(*(unfold(x, lead) for x in outputs))
+
+
+def _log_mass(mass: Any, log_a: Tensor, log_b: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """Return the logarithm (batch, 1, 1) of the mass to transport, checked where values are."""
+    if isinstance(mass, Tensor):
+        if mass.numel() != 1:
+            check_shape("mass", mass, lead, "the leading dimensions of cost, or ()")
+        mass = mass.to(log_a).reshape(-1, 1, 1).expand(log_a.shape[0], 1, 1)
+    else:
+        _check_positive("mass", mass)
+        mass = log_a.new_full((log_a.shape[0], 1, 1), float(mass))
+    if values_available(mass) and values_available(log_a) and values_available(log_b):
+        total = torch.minimum(*(x.detach().exp().sum(1) for x in (log_a, log_b)))
+        found = mass.detach().view(-1)
+        wrong = ~((found > 0) & (found <= total * (1 + 1e-5)))
+        if bool(wrong.any()):
+            worst = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"mass is {found[worst].item():.6g}; expected a number > 0 and at most "
+                f"{total[worst].item():.6g}, the smaller total of a and b"
+            )
+    log_mass: Tensor = mass.log()
+    return log_mass
+
+
+class _PartialProblem:
+    """Block-coordinate ascent on the dual, in units of epsilon; a batch of problems (B, n, m)."""
+
+    def __init__(
+        self, cost: Tensor, log_a: Tensor, log_b: Tensor, log_mass: Tensor, epsilon: float
+    ) -> None:
+        self.log_a, self.log_b = log_a[:, :, None], log_b[:, None, :]
+        padding = (self.log_a == -math.inf) | (self.log_b == -math.inf)
+        self.cost, self.log_mass = torch.where(padding, math.inf, cost), log_mass
+        self.exponent = -self.cost / epsilon
+
+    def solve(self, max_iter: int, tol: float) -> tuple[Tensor, ...]:
+        """Return the fields of a PartialPlan."""
+        f, g = torch.zeros_like(self.log_a), torch.zeros_like(self.log_b)
+        t = self._offset(self.exponent)
+        done = torch.zeros_like(t, dtype=torch.bool)
+        for k in range(1, max_iter + 1):
+            new_f = self._fill(self.log_a, self.exponent + g + t, 2)
+            new_g = self._fill(self.log_b, self.exponent + new_f + t, 1)
+            new_t = self._offset(self.exponent + new_f + new_g)
+            f, g, t = (
+                torch.where(done, old, new) for old, new in ((f, new_f), (g, new_g), (t, new_t))
+            )
+            if tol > 0 and k % 10 == 0 and not tracing():
+                # A NaN does not keep the other problems going.
+                done = ~(self._error((self.exponent + f + g + t).exp(), f, g) > tol)
+                if bool(done.all()):
+                    break
+        plan = (self.exponent + f + g + t).exp()
+        value = (plan * torch.where(plan == 0, 0.0, self.cost)).sum((1, 2))
+        error = self._error(plan, f, g).view(-1)
+        converged = (error <= tol) & (tol > 0)
+        status = torch.where(converged, int(Status.CONVERGED), int(Status.MAX_ITER))
+        status = torch.where((error + value).isfinite(), status, int(Status.INFEASIBLE))
+        slack_a = self.log_a.exp().squeeze(2) - plan.sum(2)
+        slack_b = self.log_b.exp().squeeze(1) - plan.sum(1)
+        return plan, value, slack_a, slack_b, error, status.to(torch.int32)
+
+    def _offset(self, exponent: Tensor) -> Tensor:
+        """The potential t that makes the total of the plan ``mass``."""
+        return self.log_mass - logsumexp(exponent.flatten(1), 1)[:, :, None]
+
+    @staticmethod
+    def _fill(log_mass: Tensor, exponent: Tensor, dim: int) -> Tensor:
+        """The potential <= 0 that lowers the sums of rows or columns to their mass."""
+        total = logsumexp(exponent, dim)
+        unused = (total == -math.inf) | (log_mass == -math.inf)
+        difference = torch.where(unused, 0.0, log_mass) - torch.where(unused, 0.0, total)
+        return difference.clamp(max=0)
+
+    @torch.no_grad()
+    def _error(self, plan: Tensor, f: Tensor, g: Tensor) -> Tensor:
+        """L1 distance (B, 1, 1) from marginals that are feasible and complementary to f and g."""
+        total = torch.zeros_like(self.log_mass)
+        for potential, log_mass, dim in ((f, self.log_a, 2), (g, self.log_b, 1)):
+            excess = plan.sum(dim, keepdim=True) - log_mass.exp()
+            wrong = torch.where(potential < 0, excess.abs(), excess.clamp(min=0))
+            total = total + wrong.sum((1, 2), keepdim=True)
+        return total
