@@ -166,6 +166,16 @@ OPTICAL_API int optical_abi_version(void);
 // Hash of the sources this library was built from, set by the build.
 OPTICAL_API const char* optical_source_hash(void);
 
+// Scales exp(logits / temperature), `batch` contiguous matrices of n x n entries in `precision`,
+// until their columns sum to 1: each of the `iterations` divides by the row sums, then by the
+// column sums. out: the matrices; or, if `grad` is not null, the gradient of the logits given
+// `grad`, that of the matrices. A logit of -inf forbids an entry; rows and columns without allowed
+// entries stay 0. A matrix with NaN or +inf becomes NaN. n is at most 1024.
+OPTICAL_API int optical_doubly_stochastic(int64_t batch, int64_t n, int32_t precision,
+                                          int32_t iterations, double temperature,
+                                          int32_t num_threads, const void* logits, const void* grad,
+                                          void* out);
+
 #ifdef __cplusplus
 }
 #endif

@@ -332,3 +332,25 @@ const char* optical_cpu_isa(void) { return instruction_set().name; }
 int optical_abi_version(void) { return OPTICAL_ABI_VERSION; }
 
 const char* optical_source_hash(void) { return OPTICAL_SOURCE_HASH; }
+
+int optical_doubly_stochastic(int64_t batch, int64_t n, int32_t precision, int32_t iterations,
+                              double temperature, int32_t num_threads, const void* logits,
+                              const void* grad, void* out) {
+    const bool sizes = batch >= 0 && n >= 1 && n <= 1024 && iterations >= 1;
+    if (!sizes || !one_of(precision, OPTICAL_F64) || !(temperature > 0) || num_threads < 1)
+        return OPTICAL_INVALID_ARGUMENT;
+    if (batch == 0) return OPTICAL_OK;
+    const Matrices matrices = {batch, n, iterations, temperature, logits, grad, out};
+    const InstructionSet& isa = instruction_set();
+    const auto run = (precision == OPTICAL_F64 ? isa.f64 : isa.f32).doubly_stochastic;
+    const MatrixBlocks blocks = run(matrices, 0, nullptr);
+    // One lane of a block does the work of a problem.
+    optical_problem share = {};
+    share.batch = batch, share.n = n, share.m = n, share.num_threads = num_threads;
+    const int64_t threads = useful_threads(share, (grad ? 3.0 : 1.0) * iterations);
+    share.batch = blocks.count;
+    return solve_by_problem(share, {0, blocks.bytes}, threads,
+                            [&](int64_t block, void*, void* scratch, const Team&) {
+                                run(matrices, block, scratch);
+                            });
+}

@@ -3,6 +3,7 @@
 #include "operations.h"
 
 #include "adjoint.h"
+#include "doubly_stochastic.h"
 #include "gradient.h"
 #include "plan.h"
 
@@ -202,8 +203,9 @@ Scratch scratch(const optical_problem& batch, Operation operation, int64_t size)
 extern const InstructionSet OPTICAL_NAME(OPTICAL_ISA) = {
     OPTICAL_TEXT(OPTICAL_ISA),
     {OPTICAL_ISA::scratch<float>, OPTICAL_ISA::forward<float>, OPTICAL_ISA::backward<float>,
-     OPTICAL_ISA::apply<float>, OPTICAL_ISA::plan<float>},
+     OPTICAL_ISA::apply<float>, OPTICAL_ISA::plan<float>, OPTICAL_ISA::doubly_stochastic<float>},
     {OPTICAL_ISA::scratch<double>, OPTICAL_ISA::forward<double>, OPTICAL_ISA::backward<double>,
-     OPTICAL_ISA::apply<double>, OPTICAL_ISA::plan<double>}};
+     OPTICAL_ISA::apply<double>, OPTICAL_ISA::plan<double>,
+     OPTICAL_ISA::doubly_stochastic<double>}};
 
 }  // namespace optical

@@ -37,6 +37,20 @@ struct PlanOutput {
     void* out;
 };
 
+// Arguments of optical_doubly_stochastic but its precision and number of threads.
+struct Matrices {
+    int64_t batch, n;
+    int32_t iterations;
+    double temperature;
+    const void *logits, *grad;
+    void* out;
+};
+
+// Bytes of scratch memory for a block of matrices, and the number of blocks of a batch.
+struct MatrixBlocks {
+    int64_t bytes, count;
+};
+
 // Bytes of scratch memory for one problem: shared by its team, and private to each thread.
 struct Scratch {
     int64_t shared, own;
@@ -55,6 +69,8 @@ struct Operations {
                   void* shared, void* own, const Team& team);
     void (*plan)(const optical_problem& batch, const PlanOutput& output, int64_t index,
                  void* shared, void* own, const Team& team);
+    // Scales the matrices of a block; without scratch memory, returns what it needs.
+    MatrixBlocks (*doubly_stochastic)(const Matrices& batch, int64_t block, void* scratch);
 };
 
 struct InstructionSet {

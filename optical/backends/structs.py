@@ -153,6 +153,10 @@ ARGUMENT_TYPES: dict[str, list[Any]] = {
     "optical_cuda_reach": [_PROBLEM],
     "optical_cuda_forward": [_PROBLEM, _SOLUTION, _POINTER],
     "optical_cuda_backward": [_PROBLEM, _GRADIENT, _POINTER, _POINTER],
+    "optical_doubly_stochastic": [
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32),
+        *(ctypes.c_double, ctypes.c_int32, _POINTER, _POINTER, _POINTER),
+    ],
 }
 
 
