@@ -28,7 +28,7 @@ STAGES, STAGE_TOL, STAGE_MAX_ITER = (4.0**3, 4.0**2, 4.0), 1e-3, 1000
 HOTTEST, HOT_STAGES = 4.0**10, (4.0**10, 4.0**8, 4.0**6, 4.0**4)
 # Options that replace the schedule by one run.
 OVERRIDES = ("anderson", "anneal", "omega")
-# Fewer iterations than this are run as they are.
+# Shorter runs are plain: without warm start, acceleration or early stopping.
 SHORT = 100
 
 
@@ -163,7 +163,7 @@ def sinkhorn_divergence(
 
             - ``tol``: 1e-5 on a CPU, 1e-4 on other devices, which do not accelerate. Its unit is
               that of the masses, which sum to 1 by default. 0 runs ``max_iter`` plain iterations.
-            - ``max_iter``: 5000, at ``epsilon``. Values below 100 run exactly so many plain
+            - ``max_iter``: 5000, at ``epsilon``. Values below 100 run exactly that many plain
               iterations from the potentials 0, unless ``tol`` is given.
             - ``anderson``, ``anneal``, ``omega``: one run from the potentials 0 with these options
               replaces the default described above.
