@@ -381,6 +381,14 @@ def _objective_gradients(
     return bar_cost, bar_log_a + moved.sum(2), bar_log_b + moved.sum(1), bar_f, bar_g
 
 
+def no_second_derivative(ctx: Any, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Raise: the backward, and the forward mode, of the gradients of every backend."""
+    raise RuntimeError(
+        "optical.sinkhorn has no second derivative; differentiate "
+        "optical.backends.reference.sinkhorn, which is plain PyTorch, with autograd instead"
+    )
+
+
 def log_ratio(sums: Tensor, log_mass: Tensor) -> Tensor:
     """Compute log(sums / mass), 0 where the sum is 0; the mass itself may underflow."""
     positive = sums > 0

@@ -2,7 +2,11 @@
 
 from optical.losses.alignment import OTAlignmentLoss
 from optical.losses.distillation import DistillationLoss, OTDistillationLoss, Tokens
-from optical.losses.divergence import SinkhornDivergence
+from optical.losses.divergence import (
+    DivergenceResult,
+    SinkhornDivergence,
+    sinkhorn_divergence,
+)
 from optical.losses.objectives import (
     ContrastiveBitextLoss,
     GreedyDistillationLoss,
@@ -13,6 +17,7 @@ from optical.losses.objectives import (
 __all__ = [
     "ContrastiveBitextLoss",
     "DistillationLoss",
+    "DivergenceResult",
     "GreedyDistillationLoss",
     "OTAlignmentLoss",
     "OTDistillationLoss",
@@ -20,4 +25,5 @@ __all__ = [
     "PositionDistillationLoss",
     "SinkhornDivergence",
     "Tokens",
+    "sinkhorn_divergence",
 ]

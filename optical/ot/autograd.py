@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from optical.backends import reference
 from optical.backends.problem import Problem, Solution
 from optical.ot import operator, transforms
 from optical.ot.checks import CONCRETE, tracing
@@ -217,7 +218,7 @@ class _SolveGradient(torch.autograd.Function):
         problem, saved = arguments[-2:]
         return operator.backward(*leaves, problem, *saved)  # type: ignore[call-arg]
 
-    backward = staticmethod(operator.no_second_derivative)
+    backward = staticmethod(reference.no_second_derivative)
 
 
 class _Product(torch.autograd.Function):
@@ -277,4 +278,4 @@ class _PlanGradient(torch.autograd.Function):
         grad, _x, _y, _log_a, _log_b, f, g, problem, log, need_x, need_y = arguments
         return operator.plan_backward(grad, problem, f, g, log, need_x, need_y)
 
-    backward = staticmethod(operator.no_second_derivative)
+    backward = staticmethod(reference.no_second_derivative)

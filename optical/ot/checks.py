@@ -313,3 +313,16 @@ def check_integers(name: str, value: Any, layout: str) -> None:
 def _type_name(value: Any) -> str:
     kind = type(value)
     return "numpy array" if kind.__module__ == "numpy" else kind.__name__
+
+
+Lead = tuple[int, ...]  # leading dimensions of the caller's tensors
+
+
+def fold(tensor: Tensor, lead: Lead) -> Tensor:
+    """Merge the leading dimensions ``lead`` of a tensor into one."""
+    return tensor.unsqueeze(0) if not lead else tensor.flatten(0, len(lead) - 1)
+
+
+def unfold(tensor: Tensor, lead: Lead | None) -> Tensor:
+    """Undo ``fold``; ``lead`` is None if nothing was folded."""
+    return tensor if lead is None else tensor.reshape((*lead, *tensor.shape[1:]))

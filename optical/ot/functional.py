@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optical.backends.problem import Problem, Solution
 from optical.ot import autograd, masses, validation
-from optical.ot.checks import check_options, refuse_unknown
+from optical.ot.checks import check_options, refuse_unknown, unfold
 from optical.ot.masses import Masses
 from optical.ot.result import SinkhornResult
 from optical.ot.validation import Posed
@@ -332,7 +332,7 @@ def ot_alignment(
             "epsilon requires grad, which the transport cost does not give; expected "
             "epsilon.detach(), or the value of sinkhorn_vectors"
         )
-    return validation.unfold(autograd.solve(problem, values_only=True).value_linear, lead)
+    return unfold(autograd.solve(problem, values_only=True).value_linear, lead)
 
 
 def _solve(posed: Posed) -> SinkhornResult:

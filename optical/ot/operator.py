@@ -338,14 +338,6 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     return None
 
 
-def no_second_derivative(ctx: Any, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Raise: the backward of the gradients."""
-    raise RuntimeError(
-        "optical.sinkhorn has no second derivative; differentiate "
-        "optical.backends.reference.sinkhorn, which is plain PyTorch, with autograd instead"
-    )
-
-
 def _setup_apply_plan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     problem, (f, g, _v, ctx.transpose) = _split(inputs)
     _save_problem(ctx, problem, f, g)
@@ -418,12 +410,24 @@ _apply_plan_rules = (
 _rules: dict[str, tuple[Any, ...]] = {
     "sinkhorn": _sinkhorn_rules,
     "sinkhorn_backward": (
-        *(_backward_op, _backward_fake, _setup_backward, no_second_derivative, _UPSTREAM_COUNT),
+        *(
+            _backward_op,
+            _backward_fake,
+            _setup_backward,
+            reference.no_second_derivative,
+            _UPSTREAM_COUNT,
+        ),
     ),
     "apply_plan": _apply_plan_rules,
     "plan": (_plan_op, _plan_fake, _setup_plan, _differentiate_plan, 0),
     "plan_backward": (
-        *(_plan_backward_op, _plan_backward_fake, _setup_backward, no_second_derivative, 1),
+        *(
+            _plan_backward_op,
+            _plan_backward_fake,
+            _setup_backward,
+            reference.no_second_derivative,
+            1,
+        ),
     ),
 }
 for _name, (_implementation, _fake, _setup, _differentiate, _before) in _rules.items():

@@ -14,8 +14,15 @@ from torch import Tensor
 from optical.backends.dense import PaddedProblem
 from optical.backends.problem import Problem, Solution
 from optical.ot import autograd
-from optical.ot.checks import check_device, check_floating, check_shape, tracing
-from optical.ot.validation import Lead, fold, unfold
+from optical.ot.checks import (
+    Lead,
+    check_device,
+    check_floating,
+    check_shape,
+    fold,
+    tracing,
+    unfold,
+)
 
 
 @dataclass(frozen=True)

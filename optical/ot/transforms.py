@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optical.backends import reference
 from optical.backends.problem import Problem, Solution
-from optical.ot import operator
 
 _OPS: Any = torch.ops.optical
 
@@ -125,8 +125,8 @@ class SolveGradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         return None
 
-    backward = staticmethod(operator.no_second_derivative)
-    jvp = staticmethod(operator.no_second_derivative)
+    backward = staticmethod(reference.no_second_derivative)
+    jvp = staticmethod(reference.no_second_derivative)
 
 
 class Product(torch.autograd.Function):
@@ -209,8 +209,8 @@ class PlanGradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         return None
 
-    backward = staticmethod(operator.no_second_derivative)
-    jvp = staticmethod(operator.no_second_derivative)
+    backward = staticmethod(reference.no_second_derivative)
+    jvp = staticmethod(reference.no_second_derivative)
 
 
 def _refuse_tangents(tangents: dict[str, Tensor | None], allowed: tuple[str, ...]) -> None:

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from optical.backends.problem import Problem
 from optical.ot.checks import (
+    Lead,
     Options,
     check_device,
     check_floating,
     check_pair,
     check_shape,
+    fold,
     last_temperature,
     values_available,
 )
 from optical.ot.masses import Masses, constant, in_one_launch, offsets_of
-
-Lead = tuple[int, ...]  # leading dimensions of the caller's tensors
 
 
 class Posed(NamedTuple):
@@ -113,16 +113,6 @@ def problem_of_vectors(
 
 def _problem(fields: tuple[Any, ...], options: tuple[Any, ...]) -> Problem:
     return Problem(*fields, *options)
-
-
-def fold(tensor: Tensor, lead: Lead) -> Tensor:
-    """Merge the leading dimensions ``lead`` of a tensor into one."""
-    return tensor.unsqueeze(0) if not lead else tensor.flatten(0, len(lead) - 1)
-
-
-def unfold(tensor: Tensor, lead: Lead | None) -> Tensor:
-    """Undo ``fold``; ``lead`` is None if nothing was folded."""
-    return tensor if lead is None else tensor.reshape((*lead, *tensor.shape[1:]))
 
 
 def _fold_epsilon(epsilon: float | Tensor, lead: Lead) -> float | Tensor:
