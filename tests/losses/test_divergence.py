@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from optical import Status, sinkhorn_divergence, sinkhorn_vectors
-from optical.losses.divergence import DivergenceResult
 from optical.losses import divergence
+from optical.losses.divergence import DivergenceResult
 from optical.testing.cases import packed, random_vector_case
 
 INF = math.inf

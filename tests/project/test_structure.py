@@ -17,6 +17,7 @@ PLAIN_WINGS = [wing for wing in WINGS if wing != "kernels"]
 PUBLIC = [
     "BackendUnsupported",
     "OTAlignmentLoss",
+    "SinkhornDivergence",
     "SinkhornResult",
     "Status",
     "__version__",
