@@ -17,9 +17,10 @@
 //     marginal_error = sum_i |(P 1)_i - a_i exp(-f_i / rho_a)| + the same for the columns
 //
 // Rows and columns with log-mass -inf are padding: their costs are never used, their potentials are
-// 0 and their gradients are exactly 0. A cost of +inf forbids a pair. A problem yields NaN if a
-// valid input is NaN, a valid cost is -inf, or epsilon is not a positive finite number; the other
-// problems of the batch are unaffected.
+// 0 and their gradients are exactly 0. A given cost of +inf forbids a pair. A problem is malformed if
+// a valid input is NaN, a valid cost is -inf, or epsilon is not a positive finite number. Its outputs
+// are NaN, and so are the gradients of its valid entries, unless all its upstream gradients are 0:
+// then they are 0. The other problems of the batch are unaffected.
 //
 // The order of every sum depends only on the shape of its problem. Results are therefore bitwise
 // identical alone, in any batch, and for any number of threads.
@@ -34,15 +35,25 @@
 #endif
 
 // Incremented whenever the meaning or the layout of this interface changes.
-#define OPTICAL_ABI_VERSION 3
+#define OPTICAL_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum { OPTICAL_OK = 0, OPTICAL_INVALID_ARGUMENT = 1, OPTICAL_OUT_OF_MEMORY = 2 };
+enum {
+    OPTICAL_OK = 0,
+    OPTICAL_INVALID_ARGUMENT = 1,
+    OPTICAL_OUT_OF_MEMORY = 2,
+    OPTICAL_INVALID_OFFSETS = 3,  // offset_a or offset_b do not divide an array into problems
+    OPTICAL_INTERRUPTED = 4,      // `cancelled` was set; the outputs are undefined
+    OPTICAL_INVALID_MASK = 5,     // an entry of a mask is neither 0 nor 1
+};
 
 enum { OPTICAL_F32 = 0, OPTICAL_F64 = 1, OPTICAL_F16 = 2, OPTICAL_BF16 = 3 };
+
+// Further types of masks and lengths. A boolean is a U8.
+enum { OPTICAL_U8 = 4, OPTICAL_I8 = 5, OPTICAL_I16 = 6, OPTICAL_I32 = 7, OPTICAL_I64 = 8 };
 
 // Kind of cost. given: the matrix C. cosine: 1 - x.y / (|x| |y|), and 1 for a zero vector.
 // sqeuclidean: |x - y|^2. dot: -x.y.
@@ -61,7 +72,8 @@ enum {
 // otherwise. An array "by row" has n entries per problem, one "by column" m; packed batches (with
 // offsets) concatenate their problems, and rows offset_a[b] to offset_a[b + 1] belong to problem b.
 typedef struct {
-    int64_t batch, n, m, dim;  // with offsets, n and m are the largest sizes of the batch
+    // With offsets, n and m are the largest sizes of the batch; the CPU library finds them itself.
+    int64_t batch, n, m, dim;
     int32_t kind, precision;
     // kind GIVEN: x is the cost (batch, n, m) in `precision` with arbitrary strides; y is unused.
     // Otherwise: x and y hold one vector of `dim` contiguous elements per row and per column.
@@ -70,7 +82,8 @@ typedef struct {
     // Strides in elements. x_stride_batch and y_stride_batch are unused with offsets.
     int64_t x_stride_batch, x_stride_row, x_stride_entry;
     int64_t y_stride_batch, y_stride_column;
-    const int64_t *offset_a, *offset_b;  // (batch + 1), or null
+    // (batch + 1), or null. The CPU library checks that they rise from 0 to total_a and total_b.
+    const int64_t *offset_a, *offset_b;
     const void *log_a, *log_b;           // by row, by column
     const void* epsilon;                 // (batch)
     const void *init_f, *init_g;         // by row, by column; null starts from zero
@@ -86,9 +99,15 @@ typedef struct {
     int32_t low_memory;  // vectors only: store no n x m array, recompute the cost instead
     int32_t num_threads;
     int32_t fast;  // all iterations but the last may use half precision
+    // The rest is for the CPU library alone. Lengths of the arrays by row and by column: with
+    // offsets the sums of all sizes, otherwise batch n and batch m.
+    int64_t total_a, total_b;
+    // Null, or a flag that another thread may set to a nonzero value to end the call early.
+    const int32_t* cancelled;
 } optical_problem;
 
-// Output arrays of the forward pass.
+// Output arrays of the forward pass. On a CPU, marginal_error, n_iter, status and residual may be
+// null.
 typedef struct {
     void *value, *value_linear, *marginal_error;  // (batch)
     void *f, *g;                                  // by row, by column
@@ -107,7 +126,7 @@ OPTICAL_API int optical_sinkhorn_forward(const optical_problem* problem,
 // ENVELOPE holds the plan fixed, IMPLICIT differentiates the fixed point, and UNROLL reruns the
 // n_iter iterations of the forward pass and differentiates them. Null outputs are not computed.
 typedef struct {
-    const void *grad_value, *grad_value_linear;  // (batch)
+    const void *grad_value, *grad_value_linear;  // (batch); null, on a CPU: zeros
     const void *grad_f, *grad_g;                 // by row, by column, or null; UNROLL only
     const void *f, *g, *w, *z;                   // of the solution; w and z with IMPLICIT
     const int32_t* n_iter;                       // of the solution; UNROLL only
@@ -122,6 +141,22 @@ OPTICAL_API int optical_sinkhorn_backward(const optical_problem* problem,
 // out = P' v for v by row and out by column. P is the plan of the potentials f and g.
 OPTICAL_API int optical_apply_plan(const optical_problem* problem, const void* f, const void* g,
                                    const void* v, int64_t width, int32_t transpose, void* out);
+
+// out = the plan P (batch, n, m) of the potentials f and g, or with `log` its exponent: exactly 0
+// (-inf) for padding and forbidden pairs, NaN for the valid entries of a malformed problem. The
+// exponent is computed in double precision and the result rounded once. Padded problems only.
+OPTICAL_API int optical_plan(const optical_problem* problem, const void* f, const void* g,
+                             int32_t log, void* out);
+
+// Log-masses of one side, (batch, size) in `precision`: -log(count) for the valid entries of a
+// problem, where `count` is their number, and -inf for padding. Valid are the entries of a mask
+// that are 1, with strides in elements; or the first lengths[b], of type I32 or I64; or, if both
+// are null, all.
+OPTICAL_API int optical_equal_masses(int64_t batch, int64_t size, int32_t precision,
+                                     const void* mask, int32_t mask_type,
+                                     int64_t mask_stride_batch, int64_t mask_stride_entry,
+                                     const void* lengths, int32_t lengths_type,
+                                     int64_t lengths_stride, void* log_mass);
 
 // Instruction set selected for this machine: "avx512", "avx2" or "baseline".
 OPTICAL_API const char* optical_cpu_isa(void);

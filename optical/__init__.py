@@ -9,7 +9,8 @@ compiled libraries.
 from optical.backends.problem import Status
 from optical.backends.registry import BackendUnsupported
 from optical.losses.alignment import OTAlignmentLoss
-from optical.ot.functional import ot_alignment, sinkhorn, sinkhorn_divergence, sinkhorn_vectors
+from optical.losses.divergence import SinkhornDivergence, sinkhorn_divergence
+from optical.ot.functional import ot_alignment, sinkhorn, sinkhorn_vectors
 from optical.ot.result import SinkhornResult
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnsupported",
     "OTAlignmentLoss",
+    "SinkhornDivergence",
     "SinkhornResult",
     "Status",
     "__version__",

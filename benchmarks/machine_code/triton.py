@@ -46,10 +46,12 @@ INTEGERS = {
     *("n", "m", "dim", "max_iter", "least", "most", "width", "is_first"),
     *("plane", "remaining", "k", "row_count", "total_rows", "total_columns"),
     *("stride_batch", "stride_n", "stride_m"),
+    *("stride_a_batch", "stride_a_entry", "stride_b_batch", "stride_b_entry", "epsilon_bits"),
 }
 POINTERS = {"cu_ptr": "*i64", "cu_a_ptr": "*i64", "cu_b_ptr": "*i64"}
 POINTERS |= dict.fromkeys(("n_iter_ptr", "status_ptr", "stopped_ptr", "state_ptr"), "*i32")
 POINTERS |= {"steps_ptr": "*i32"}
+POINTERS |= {"mask_a_ptr": "*u8", "mask_b_ptr": "*u8", "lengths_b_ptr": "*i64"}
 POINTERS |= {"plan_ptr": "*fp16"}
 INSTRUCTION = r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9.]*)(.*?);"
 UNITS = ("FFMA", "SHFL", "MUFU", "BAR")

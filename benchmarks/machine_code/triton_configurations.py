@@ -8,7 +8,7 @@ from typing import Any
 
 import triton.language as tl
 
-from optical.kernels import batch, gradients, plan_products, tuning
+from optical.kernels import batch, gradients, masses, plan_products, tuning
 from optical.kernels.onchip import adjoint, solve, unrolled
 from optical.kernels.streamed import adjoint as streamed_adjoint
 from optical.kernels.streamed import (
@@ -127,6 +127,9 @@ def _streamed(kind: str, dtype: str) -> Iterator[Configuration]:
     yield _tiled(plan_products.mass_gradient_kernel, "64x64", tile, kind, dtype, **options)
     options = stream | {"DOT_PRECISION": "exact", "BLOCK_G": 64}
     yield _tiled(plan_products.product_kernel, "64x64", tile, kind, dtype, **options)
+    tile = tuning.PLAN
+    name, options = f"{tile.rows}x{tile.columns}", stream | {"LOG": False}
+    yield _tiled(plan_products.plan_kernel, name, tile, kind, dtype, **options)
 
 
 def _streamed_unrolled(kind: str, dtype: str) -> Iterator[Configuration]:
@@ -174,14 +177,17 @@ def _vector_kernels() -> Iterator[Configuration]:
     cost = {"IMPLICIT": True, "BLOCK_N": 32, "BLOCK_M": 64, "stride_m": 1}
     norms = {"KIND": 1, "PACKED": False, "SCALED": False, "BLOCK_T": 16, "BLOCK_D": 128}
     centre = {"PACKED": False, "BLOCK_T": 32, "BLOCK_D": 64}
+    equal = {"MASK_A": True, "MASK_B": False, "LENGTHS_A": False, "LENGTHS_B": True}
+    equal |= {"BLOCK": tuning.VECTOR_BLOCK}
     for kernel, tile, kind, dtype, constants in (
         (stepwise.finish_kernel, "lines", "", "fp32", finish),
         (stepwise.gather_kernel, "lines", "", "fp32", block),
         (stepwise.turn_kernel, "lines", "", "fp32", turn),
         (gradients.cost_gradient_kernel, "32x64", "given", "fp32", cost),
-        (unrolled_replay.survey_kernel, "lines", "", "fp32", block),
+        (unrolled_replay.survey_kernel, "lines", "", "fp32", block | {"POTENTIALS": True}),
         (batch.norm_kernel, "16x128", "cosine", "bf16", norms),
         (batch.centre_kernel, "32x64", "sqeuclidean", "bf16", centre),
+        (masses.equal_masses_kernel, "lines", "", "fp32", equal),
     ):
         yield Configuration(kernel, tile, kind, dtype, constants, 4, 3)
 

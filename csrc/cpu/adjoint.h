@@ -89,7 +89,9 @@ private:
         double rho = start, best = start;
         for (int64_t step = 0, stale = 0; rho > noise && stale < patience; ++step) {
             if (step == 4 * problem.m + 100) break;
+            problem.ask(step);
             apply_matrix();
+            if (problem.stopped(step)) break;
             const double curvature = dot(work.cg_p, work.cg_q);
             // Near the solution rounding may dominate: take no step along such a direction.
             const double length = rho / curvature;

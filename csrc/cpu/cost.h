@@ -71,14 +71,14 @@ struct Cost {
         minimum = kind == OPTICAL_SQEUCLIDEAN ? 0 : -C::infinity;
     }
 
-    // Reads the vectors of both sides. False: a valid one is not finite.
+    // Reads the vectors of both sides. False: a valid one, or its squared length, is not finite.
     bool read_vectors(const Side& a, const Side& b) {
         set_kind();
         bool finite = read_side(a, problem.row_index, problem.n, problem.row_count, x, base_a,
                                 length_a, 0);
         finite &= read_side(b, problem.col_index, problem.m, round_up(problem.m, block), y, base_b,
                             length_b, kind == OPTICAL_COSINE ? 1 : 0);
-        if (kind == OPTICAL_SQEUCLIDEAN) centre_clouds();
+        if (kind == OPTICAL_SQEUCLIDEAN) finite &= centre_clouds();
         pack();
         return finite;
     }
@@ -94,7 +94,8 @@ struct Cost {
         return panel;
     }
 
-    // Computes tiles `from` to `end`, one after another. False: a cost is NaN or -inf.
+    // Computes tiles `from` to `end`, one after another. False: a given cost is NaN or -inf, or one
+    // of vectors is not finite.
     bool fill(int64_t from, int64_t end, T* to) const {
         if (kind != OPTICAL_GIVEN) return fill_product(from, end, to);
         bool valid = true;
@@ -191,14 +192,23 @@ private:
     }
 
     // Moves both clouds to their common mean, and sets the bases to the squared lengths.
-    void centre_clouds() {
+    // False: a squared length overflows.
+    bool centre_clouds() {
         const int64_t n = problem.n, m = problem.m;
         for (int64_t k = 0; k < dim_padded; ++k) centre[k] = 0;
         for (int64_t i = 0; i < n; ++i) add_to_centre(x + i * dim_padded);
         for (int64_t j = 0; j < m; ++j) add_to_centre(y + j * dim_padded);
         for (int64_t k = 0; k < dim; ++k) centre[k] /= (double)(n + m);
-        for (int64_t i = 0; i < n; ++i) base_a[i] = centred(x + i * dim_padded);
-        for (int64_t j = 0; j < m; ++j) base_b[j] = centred(y + j * dim_padded);
+        bool finite = true;
+        for (int64_t i = 0; i < n; ++i) {
+            base_a[i] = centred(x + i * dim_padded);
+            finite &= base_a[i] < C::infinity;
+        }
+        for (int64_t j = 0; j < m; ++j) {
+            base_b[j] = centred(y + j * dim_padded);
+            finite &= base_b[j] < C::infinity;
+        }
+        return finite;
     }
     void add_to_centre(const T* vector) {
         for (int64_t k = 0; k < dim; ++k) centre[k] += (double)vector[k];
@@ -300,7 +310,9 @@ private:
                 for (int r = 0; r < block; ++r, to += width) {
                     const Vector base = of_row[row + r] + S::load(of_column + j);
                     const Vector cost = base - scale * S::load(to);
-                    valid &= cost > -C::infinity;
+                    // The base of padding is +inf; elsewhere an infinite cost has overflowed.
+                    valid &= (cost > -C::infinity) &
+                             ((cost < C::infinity) | (base == C::infinity));
                     S::store(to, S::select(cost < lowest, lowest, cost));
                 }
         return S::every(valid);

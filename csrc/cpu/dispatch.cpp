@@ -18,6 +18,7 @@
 #include <pthread.h>
 #endif
 
+#include "masses.h"
 #include "operations.h"
 
 #ifndef OPTICAL_SOURCE_HASH
@@ -158,13 +159,16 @@ int solve_by_team(const optical_problem& batch, const Scratch& scratch, int64_t 
     if (!memory.start) return OPTICAL_OUT_OF_MEMORY;
     Barrier barrier;
     std::once_flag counted;
+    bool stop[2];  // thread 0 answers before the barrier, for this problem or the next one
     on_threads((int)threads, [&](int rank, int size) {
         std::call_once(counted, [&] { barrier.size = size; });
         char* const own = (char*)memory.start + scratch.shared + rank * scratch.own;
         const Team team = {rank, size, &barrier, Barrier::wait};
         for (int64_t b = 0; b < batch.batch; ++b) {
             solve(b, memory.start, own, team);
+            if (rank == 0) stop[b % 2] = is_cancelled(batch.cancelled);
             if (size > 1) Barrier::wait(&barrier);
+            if (stop[b % 2]) break;
         }
     });
     return OPTICAL_OK;
@@ -187,8 +191,10 @@ int solve_by_problem(const optical_problem& batch, const Scratch& scratch, int64
         }
         const Team team = {0, 1, nullptr, nullptr};
         for (int64_t start; (start = next.fetch_add(share)) < batch.batch;)
-            for (int64_t b = start; b < start + share && b < batch.batch; ++b)
+            for (int64_t b = start; b < start + share && b < batch.batch; ++b) {
+                if (is_cancelled(batch.cancelled)) return;
                 solve(b, memory.start, (char*)memory.start + scratch.shared, team);
+            }
     });
     return status;
 }
@@ -200,9 +206,10 @@ int for_each_problem(const optical_problem& batch, const Scratch& scratch, doubl
                      Solve solve) {
     const int64_t threads = useful_threads(batch, visits);
     const bool large = (double)batch.n * (double)batch.m >= least_entries;
-    if (threads > 1 && batch.n > team_rows && (large || batch.batch < threads))
-        return solve_by_team(batch, scratch, threads, solve);
-    return solve_by_problem(batch, scratch, threads, solve);
+    const bool team = threads > 1 && batch.n > team_rows && (large || batch.batch < threads);
+    const int status = team ? solve_by_team(batch, scratch, threads, solve)
+                            : solve_by_problem(batch, scratch, threads, solve);
+    return status == OPTICAL_OK && is_cancelled(batch.cancelled) ? OPTICAL_INTERRUPTED : status;
 }
 
 bool one_of(int32_t value, int32_t last) { return value >= 0 && value <= last; }
@@ -215,7 +222,28 @@ bool valid(const optical_problem& p) {
     const bool numbers = p.rho_a > 0 && p.rho_b > 0 && p.omega > 0 && p.omega < 2 &&
                          p.anderson >= 0 && p.anderson <= 16;
     const bool pairs = !p.offset_a == !p.offset_b && !p.init_f == !p.init_g;
-    return sizes && choices && numbers && pairs && p.num_threads >= 1;
+    return sizes && choices && numbers && pairs && p.total_a >= 0 && p.total_b >= 0 &&
+           p.num_threads >= 1;
+}
+
+// The largest difference of `count` + 1 offsets, or -1 if they do not rise from 0 to `total`.
+int64_t largest_size(const int64_t* offset, int64_t count, int64_t total) {
+    int64_t largest = offset[0] == 0 && offset[count] == total ? 0 : -1;
+    for (int64_t b = 0; b < count && largest >= 0; ++b) {
+        const bool rises = offset[b + 1] >= offset[b] && offset[b + 1] <= total;
+        const int64_t size = rises ? offset[b + 1] - offset[b] : -1;
+        largest = size < 0 || size > largest ? size : largest;
+    }
+    return largest;
+}
+
+// Checks a batch, since its pointers are about to be followed, and finds its largest sizes.
+int check(optical_problem& batch) {
+    if (!valid(batch)) return OPTICAL_INVALID_ARGUMENT;
+    if (!batch.offset_a) return OPTICAL_OK;
+    batch.n = largest_size(batch.offset_a, batch.batch, batch.total_a);
+    batch.m = largest_size(batch.offset_b, batch.batch, batch.total_b);
+    return batch.n < 0 || batch.m < 0 ? OPTICAL_INVALID_OFFSETS : OPTICAL_OK;
 }
 
 const Operations& operations(const optical_problem& batch) {
@@ -228,8 +256,8 @@ const Operations& operations(const optical_problem& batch) {
 using namespace optical;
 
 int optical_sinkhorn_forward(const optical_problem* problem, const optical_solution* solution) {
-    const optical_problem& batch = *problem;
-    if (!valid(batch)) return OPTICAL_INVALID_ARGUMENT;
+    optical_problem batch = *problem;
+    if (const int error = check(batch)) return error;
     if (batch.batch == 0) return OPTICAL_OK;
     const Operations& run = operations(batch);
     return for_each_problem(batch, run.scratch(batch, Operation::forward, 0), batch.max_iter,
@@ -239,18 +267,16 @@ int optical_sinkhorn_forward(const optical_problem* problem, const optical_solut
 }
 
 int optical_sinkhorn_backward(const optical_problem* problem, const optical_gradient* gradient) {
-    const optical_problem& batch = *problem;
+    optical_problem batch = *problem;
     const bool unroll = batch.gradient == OPTICAL_UNROLL;
-    if (!valid(batch) || (unroll && (batch.anderson > 0 || batch.anneal_start > 0)))
-        return OPTICAL_INVALID_ARGUMENT;
+    if (const int error = check(batch)) return error;
+    if (unroll && (batch.anderson > 0 || batch.anneal_start > 0)) return OPTICAL_INVALID_ARGUMENT;
     if (batch.batch == 0) return OPTICAL_OK;
     // The gradients are the largest arrays, and every training step allocates new ones.
     const int64_t bytes = batch.precision == OPTICAL_F64 ? 8 : 4;
-    const int64_t rows = batch.offset_a ? batch.offset_a[batch.batch] : batch.batch * batch.n;
-    const int64_t columns = batch.offset_b ? batch.offset_b[batch.batch] : batch.batch * batch.m;
     const int64_t width = batch.kind == OPTICAL_GIVEN ? batch.m : batch.dim;
-    ask_for_large_pages(gradient->grad_x, rows * width * bytes);
-    ask_for_large_pages(gradient->grad_y, columns * batch.dim * bytes);
+    ask_for_large_pages(gradient->grad_x, batch.total_a * width * bytes);
+    ask_for_large_pages(gradient->grad_y, batch.total_b * batch.dim * bytes);
     const Operations& run = operations(batch);
     return for_each_problem(batch, run.scratch(batch, Operation::backward, 0),
                             unroll ? 3.0 * batch.max_iter : 1,
@@ -261,8 +287,9 @@ int optical_sinkhorn_backward(const optical_problem* problem, const optical_grad
 
 int optical_apply_plan(const optical_problem* problem, const void* f, const void* g, const void* v,
                        int64_t width, int32_t transpose, void* out) {
-    const optical_problem& batch = *problem;
-    if (!valid(batch) || width < 0) return OPTICAL_INVALID_ARGUMENT;
+    optical_problem batch = *problem;
+    if (const int error = check(batch)) return error;
+    if (width < 0) return OPTICAL_INVALID_ARGUMENT;
     if (batch.batch == 0 || width == 0) return OPTICAL_OK;
     const Operations& run = operations(batch);
     const PlanProduct product = {f, g, v, width, transpose, out};
@@ -271,6 +298,33 @@ int optical_apply_plan(const optical_problem* problem, const void* f, const void
                             [&](int64_t b, void* shared, void* own, const Team& team) {
                                 run.apply(batch, product, b, shared, own, team);
                             });
+}
+
+int optical_plan(const optical_problem* problem, const void* f, const void* g, int32_t log,
+                 void* out) {
+    const optical_problem& batch = *problem;
+    if (!valid(batch) || batch.offset_a) return OPTICAL_INVALID_ARGUMENT;
+    if (batch.batch == 0 || batch.n == 0 || batch.m == 0) return OPTICAL_OK;
+    const int64_t bytes = batch.precision == OPTICAL_F64 ? 8 : 4;
+    ask_for_large_pages(out, batch.batch * batch.n * batch.m * bytes);
+    const Operations& run = operations(batch);
+    const PlanOutput output = {f, g, log, out};
+    return for_each_problem(batch, run.scratch(batch, Operation::plan, 0), 4,
+                            [&](int64_t b, void* shared, void* own, const Team& team) {
+                                run.plan(batch, output, b, shared, own, team);
+                            });
+}
+
+int optical_equal_masses(int64_t batch, int64_t size, int32_t precision, const void* mask,
+                         int32_t mask_type, int64_t mask_stride_batch, int64_t mask_stride_entry,
+                         const void* lengths, int32_t lengths_type, int64_t lengths_stride,
+                         void* log_mass) {
+    if (batch < 0 || size < 0 || !one_of(precision, OPTICAL_F64)) return OPTICAL_INVALID_ARGUMENT;
+    const MassShape shape = {batch, size, mask_stride_batch, mask_stride_entry};
+    const auto fill = [&](auto* to) {
+        return equal_masses(shape, mask, mask_type, lengths, lengths_type, lengths_stride, to);
+    };
+    return precision == OPTICAL_F64 ? fill((double*)log_mass) : fill((float*)log_mass);
 }
 
 const char* optical_cpu_isa(void) { return instruction_set().name; }

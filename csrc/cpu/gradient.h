@@ -77,7 +77,8 @@ private:
                 grad_x += batch.kind == OPTICAL_GIVEN ? index * batch.n * batch.m
                                                       : a.first * batch.dim;
             if (grad_y) grad_y += b.first * batch.dim;
-            grad_a = (T*)out.grad_log_a + a.first, grad_b = (T*)out.grad_log_b + b.first;
+            grad_a = out.grad_log_a ? (T*)out.grad_log_a + a.first : nullptr;
+            grad_b = out.grad_log_b ? (T*)out.grad_log_b + b.first : nullptr;
             f = (const T*)out.f + a.first, g = (const T*)out.g + b.first;
             w = implicit ? (const T*)out.w + a.first : nullptr;
             z = implicit ? (const T*)out.z + b.first : nullptr;
@@ -100,14 +101,15 @@ private:
         int32_t status;
         const bool valid = solver.read(batch, index, swapped, status);
         clear(batch, at, valid, twice);
+        if (status == OPTICAL_INFEASIBLE && problem.team.rank == 0)
+            spoil(batch, out, index, at, twice);
         sync(problem.team);
         if (!valid) return;
         if (at.grad_x && !from_matrix) vectors.pack_y();
         if (at.grad_y && !from_matrix && !twice) vectors.pack_x();
         sync(problem.team);
 
-        up.value = ((const T*)out.grad_value)[index];
-        up.linear = ((const T*)out.grad_value_linear)[index];
+        up.value = entry(out.grad_value, index), up.linear = entry(out.grad_value_linear, index);
         up.total = up.value + up.linear;
         if (batch.gradient == OPTICAL_UNROLL) unroll(batch, out, index, at);
         else of_solution(batch, at, twice);
@@ -123,7 +125,7 @@ private:
             });
     }
 
-    // Zeros the gradients of padding and of invalid problems, which no later step writes.
+    // Zeros the gradients of padding and of malformed problems, which no later step writes.
     void clear(const optical_problem& batch, const Arrays& at, bool valid, bool twice) const {
         if (problem.team.rank != 0) return;
         const int64_t width_x = batch.kind == OPTICAL_GIVEN ? batch.m : batch.dim;
@@ -134,12 +136,49 @@ private:
         if (!twice) fill(at.grad_b, at.b.count, 0);
     }
 
+    // The gradients of a malformed problem: NaN for its valid entries, as its outputs are, so that
+    // the caller notices. Without an upstream gradient its outputs were not used: 0.
+    void spoil(const optical_problem& batch, const optical_gradient& out, int64_t index,
+               const Arrays& at, bool twice) const {
+        const T nan = (T)__builtin_nan("");
+        const int64_t n = problem.n, m = problem.m, dim = batch.dim;
+        const int64_t *const rows = problem.row_index, *const columns = problem.col_index;
+        if (!is_used(batch, out, index)) return;
+        const bool given = batch.kind == OPTICAL_GIVEN;
+        for (int64_t i = 0; at.grad_x && i < n; ++i) {
+            if (!given) fill(at.grad_x + rows[i] * dim, dim, nan);
+            else
+                for (int64_t j = 0; j < m; ++j) at.grad_x[rows[i] * batch.m + columns[j]] = nan;
+        }
+        for (int64_t i = 0; at.grad_a && i < n; ++i) at.grad_a[rows[i]] = nan;
+        if (twice) return;
+        for (int64_t j = 0; at.grad_y && j < m; ++j) fill(at.grad_y + columns[j] * dim, dim, nan);
+        for (int64_t j = 0; at.grad_b && j < m; ++j) at.grad_b[columns[j]] = nan;
+    }
+
+    // Whether any upstream gradient of a problem differs from 0.
+    static bool is_used(const optical_problem& batch, const optical_gradient& out, int64_t index) {
+        const Side a = rows_of(batch, index), b = columns_of(batch, index);
+        bool used = entry(out.grad_value, index) != 0;
+        used |= entry(out.grad_value_linear, index) != 0;
+        const T *const f = (const T*)out.grad_f, *const g = (const T*)out.grad_g;
+        for (int64_t i = a.first; f && i < a.first + a.count; ++i) used |= f[i] != 0;
+        for (int64_t j = b.first; g && j < b.first + b.count; ++j) used |= g[j] != 0;
+        return used;
+    }
+
+    // An entry of an array that may be null, for zeros.
+    static T entry(const void* array, int64_t index) {
+        return array ? ((const T*)array)[index] : (T)0;
+    }
+
+    // Null arrays are left out here and in `scatter`.
     static void fill(T* to, int64_t count, T value) {
-        for (int64_t i = 0; i < count; ++i) to[i] = value;
+        for (int64_t i = 0; to && i < count; ++i) to[i] = value;
     }
 
     static void scatter(T* to, const int64_t* index, int64_t at, int64_t count, Vector values) {
-        for (int lane = 0; lane < width && at + lane < count; ++lane)
+        for (int lane = 0; to && lane < width && at + lane < count; ++lane)
             to[index[at + lane]] = values[lane];
     }
 

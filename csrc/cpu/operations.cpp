@@ -5,6 +5,7 @@
 #include "adjoint.h"
 #include "doubly_stochastic.h"
 #include "gradient.h"
+#include "plan.h"
 
 namespace optical {
 namespace OPTICAL_ISA {
@@ -54,9 +55,10 @@ void forward(const optical_problem& batch, const optical_solution& out, int64_t 
     if (team.rank != 0) return;
     ((T*)out.value)[index] = (T)value;
     ((T*)out.value_linear)[index] = (T)linear;
-    ((T*)out.marginal_error)[index] = (T)error;
-    ((T*)out.residual)[index] = (T)residual;
-    out.n_iter[index] = iterations, out.status[index] = status;
+    if (out.marginal_error) ((T*)out.marginal_error)[index] = (T)error;
+    if (out.residual) ((T*)out.residual)[index] = (T)residual;
+    if (out.n_iter) out.n_iter[index] = iterations;
+    if (out.status) out.status[index] = status;
     const Problem<T>& problem = solver.problem;
     const Workspace<T>& work = solver.work;
     const bool empty = status == OPTICAL_EMPTY;
@@ -159,6 +161,16 @@ void apply(const optical_problem& batch, const PlanProduct& product, int64_t ind
 }
 
 template <typename T>
+void plan(const optical_problem& batch, const PlanOutput& output, int64_t index, void* shared,
+          void* own, const Team& team) {
+    const FlushDenormals mode;
+    Solver<T> solver(team);
+    Arena of_team = {(uintptr_t)shared}, of_thread = {(uintptr_t)own};
+    solver.lay_out(of_team, of_thread, batch, false, false, false);
+    Plan<T>(solver).write(batch, output, index);
+}
+
+template <typename T>
 Scratch scratch(const optical_problem& batch, Operation operation, int64_t size) {
     const Team alone = {0, 1, nullptr, nullptr};
     Arena shared = {0}, own = {0};
@@ -171,6 +183,8 @@ Scratch scratch(const optical_problem& batch, Operation operation, int64_t size)
         Gradient<T>(alone).lay_out(shared_again, own_again, batch, true);
         if (shared_again.next > shared.next) shared = shared_again;
         if (own_again.next > own.next) own = own_again;
+    } else if (operation == Operation::plan) {
+        Solver<T>(alone).lay_out(shared, own, batch, false, false, false);
     } else {
         Solver<T>(alone).lay_out(shared, own, batch, size < 0, false, false);
         lay_out_vectors<T>(shared, batch, size < 0, size < 0 ? -size : size);
@@ -189,8 +203,9 @@ Scratch scratch(const optical_problem& batch, Operation operation, int64_t size)
 extern const InstructionSet OPTICAL_NAME(OPTICAL_ISA) = {
     OPTICAL_TEXT(OPTICAL_ISA),
     {OPTICAL_ISA::scratch<float>, OPTICAL_ISA::forward<float>, OPTICAL_ISA::backward<float>,
-     OPTICAL_ISA::apply<float>, OPTICAL_ISA::doubly_stochastic<float>},
+     OPTICAL_ISA::apply<float>, OPTICAL_ISA::plan<float>, OPTICAL_ISA::doubly_stochastic<float>},
     {OPTICAL_ISA::scratch<double>, OPTICAL_ISA::forward<double>, OPTICAL_ISA::backward<double>,
-     OPTICAL_ISA::apply<double>, OPTICAL_ISA::doubly_stochastic<double>}};
+     OPTICAL_ISA::apply<double>, OPTICAL_ISA::plan<double>,
+     OPTICAL_ISA::doubly_stochastic<double>}};
 
 }  // namespace optical

@@ -15,13 +15,25 @@ struct Team {
     void (*wait)(void* barrier);
 };
 
-enum class Operation { forward, backward, apply };
+// Whether the caller wants the call to end early. Another thread sets the flag.
+static inline __attribute__((always_inline)) bool is_cancelled(const int32_t* flag) {
+    return flag && __atomic_load_n(flag, __ATOMIC_RELAXED) != 0;
+}
+
+enum class Operation { forward, backward, apply, plan };
 
 // Arguments of optical_apply_plan beside the problem.
 struct PlanProduct {
     const void *f, *g, *v;
     int64_t width;
     int32_t transpose;
+    void* out;
+};
+
+// Arguments of optical_plan beside the problem.
+struct PlanOutput {
+    const void *f, *g;
+    int32_t log;
     void* out;
 };
 
@@ -55,6 +67,8 @@ struct Operations {
                      void* shared, void* own, const Team& team);
     void (*apply)(const optical_problem& batch, const PlanProduct& product, int64_t index,
                   void* shared, void* own, const Team& team);
+    void (*plan)(const optical_problem& batch, const PlanOutput& output, int64_t index,
+                 void* shared, void* own, const Team& team);
     // Scales the matrices of a block; without scratch memory, returns what it needs.
     MatrixBlocks (*doubly_stochastic)(const Matrices& batch, int64_t block, void* scratch);
 };

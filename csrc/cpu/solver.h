@@ -49,6 +49,7 @@ struct Solver {
                  bool keep_history) {
         const int64_t max_n = swapped ? batch.m : batch.n, max_m = swapped ? batch.n : batch.m;
         problem.lay_out(shared, max_n, max_m);
+        problem.cancelled = batch.cancelled;
         cost.lay_out(shared, batch, max_n, max_m, keep);
         const bool keep_kernel = !batch.low_memory || batch.kind == OPTICAL_GIVEN || cost.stored;
         kernel.lay_out(shared, max_n, max_m, keep && keep_kernel);
@@ -57,6 +58,16 @@ struct Solver {
 
     // Reads problem `index`. False: a side is empty or an input is not a number, as `status` says.
     bool read(const optical_problem& batch, int64_t index, bool swapped, int32_t& status) {
+        const bool valid = read_but_costs(batch, index, swapped, status);
+        if (status == OPTICAL_EMPTY) return false;
+        if (work.all_valid(valid & cost.fill_own(work.panel(0)))) return true;
+        status = OPTICAL_INFEASIBLE;
+        return false;
+    }
+
+    // The same, without a look at the costs.
+    bool read_but_costs(const optical_problem& batch, int64_t index, bool swapped,
+                        int32_t& status) {
         const bool from_matrix = batch.kind == OPTICAL_GIVEN;
         Side a = rows_of(batch, index), b = columns_of(batch, index);
         const T *log_a = (const T*)batch.log_a, *log_b = (const T*)batch.log_b;
@@ -85,12 +96,12 @@ struct Solver {
         bool valid = finite & (epsilon > 0) & (epsilon < C::infinity) &
                      (kernel.inverse_epsilon < C::infinity);
         valid &= problem.read_masses(log_a, log_b);
-        if (batch.init_f && !swapped) {
-            const T *f = (const T*)batch.init_f + a.first, *g = (const T*)batch.init_g + b.first;
-            valid &= problem.finite_at(f, problem.row_index, problem.n);
-            valid &= problem.finite_at(g, problem.col_index, problem.m);
+        if (batch.init_f) {
+            const T *f = (const T*)batch.init_f, *g = (const T*)batch.init_g;
+            if (swapped) exchange(f, g);
+            valid &= problem.finite_at(f + a.first, problem.row_index, problem.n);
+            valid &= problem.finite_at(g + b.first, problem.col_index, problem.m);
         }
-        valid &= work.all_valid(cost.fill_own(work.panel(0)));
         status = valid ? OPTICAL_MAX_ITER : OPTICAL_INFEASIBLE;
         return valid;
     }
@@ -125,7 +136,12 @@ struct Solver {
             const bool test = options.tol > 0 && done > 0 && at_target && temperature == target;
             const bool measure_input = test && !anderson.active();
             const double tol = measure_input ? options.tol : -1;
+            problem.ask(done);
             const Taken taken = iterate(anderson.active(), measure_input, tol);
+            if (problem.stopped(done)) {
+                current = false;
+                break;
+            }
             if (measure_input && taken.step.rows_trusted && taken.step.error <= tol) {
                 converged = true;
                 current = false;  // the input has converged: the iteration is dropped

@@ -70,6 +70,7 @@ struct Unrolled {
             const T *f = after, *g = after + problem.row_count;
             const T* old_g = before + problem.row_count;
             iteration.set_step(k == 0 ? (T)1 : omega);
+            problem.ask(k);
             if (!based || !replay(f, old_g)) {
                 flush(used);
                 used = 0;
@@ -84,6 +85,7 @@ struct Unrolled {
                 replay_half(before, f, old_g, g, true), reverse(0, true, false), flush(2);
                 replay_half(before, f, old_g, g, false), reverse(0, false, true), flush(2);
             }
+            if (problem.stopped(k)) break;
             if (k == steps - 1) add_deferred();
             if (used == rank) {
                 flush(used);

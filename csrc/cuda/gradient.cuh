@@ -44,16 +44,18 @@ struct Gradient {
     // ENVELOPE and IMPLICIT: differentiates at the solution.
     OPTICAL_DEVICE void differentiate() {
         int32_t status;
-        if (!work.read(problem, status)) return clear();
         read_upstream();
+        if (!work.read(problem, status)) return clear(status == OPTICAL_INFEASIBLE);
+        if (!solution_is_finite()) return clear(true);
         at_solution();
         write();
     }
     // UNROLL: differentiates the iterations.
     OPTICAL_DEVICE void differentiate(float* history) {
         int32_t status;
-        if (!work.read(problem, status)) return clear();
         read_upstream();
+        if (!work.read(problem, status)) return clear(status == OPTICAL_INFEASIBLE);
+        if (!solution_is_finite()) return clear(true);
         Unrolled<G> unrolled(solver, out, up, history);
         unrolled.differentiate();
         float of_row[OI], of_column[OJ];
@@ -73,6 +75,22 @@ struct Gradient {
             vectors.end_row(self_term, q);
         }
         write();
+    }
+
+    // Whether all potentials of the solution are finite; otherwise the outputs overflowed.
+    OPTICAL_DEVICE bool solution_is_finite() {
+        bool finite = true;
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) {
+            const int i = grid.own_row(o);
+            finite &= i >= problem.a.count || is_finite(((const float*)out.f)[problem.a.first + i]);
+        }
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            const int j = grid.own_column(o);
+            finite &= j >= problem.b.count || is_finite(((const float*)out.g)[problem.b.first + j]);
+        }
+        return grid.union_of(finite ? 0u : 1u) == 0;
     }
 
     OPTICAL_DEVICE void read_upstream() {
@@ -208,14 +226,14 @@ struct Gradient {
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
             const int i = grid.own_row(o);
-            if (grid.warp_across == 0 && i < problem.a.count)
+            if (out.grad_log_a && grid.warp_across == 0 && i < problem.a.count)
                 ((float*)out.grad_log_a)[problem.a.first + i] =
                     problem.valid_row(i) ? of_row[o] : 0.0f;
         }
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
             const int j = grid.own_column(o);
-            if (grid.warp_down == 0 && grid.rank == 0 && j < problem.b.count)
+            if (out.grad_log_b && grid.warp_down == 0 && grid.rank == 0 && j < problem.b.count)
                 ((float*)out.grad_log_b)[problem.b.first + j] =
                     problem.valid_column(j) ? of_column[o] : 0.0f;
         }
@@ -230,26 +248,51 @@ struct Gradient {
                     to[grid.row(r) * problem.batch.m + grid.column(c)] = problem.cost(r, c);
     }
 
-    // Writes zero gradients, for an unreadable problem or a team without a problem.
-    OPTICAL_DEVICE void clear() {
+    // Whether an upstream gradient is not 0.
+    OPTICAL_DEVICE bool is_used() {
+        bool used = up.value != 0 || up.linear != 0;
+        const float* const from_f = (const float*)out.grad_f;
+        const float* const from_g = (const float*)out.grad_g;
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) {
+            const int i = grid.own_row(o);
+            used |= from_f && i < problem.a.count && from_f[problem.a.first + i] != 0;
+        }
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            const int j = grid.own_column(o);
+            used |= from_g && j < problem.b.count && from_g[problem.b.first + j] != 0;
+        }
+        return grid.union_of(used ? 1u : 0u) != 0;
+    }
+
+    // Writes the gradients of a problem without a solution: NaN for valid entries if it is
+    // malformed and its outputs were used, otherwise 0.
+    OPTICAL_DEVICE void clear(bool malformed) {
+        const float x = malformed && is_used() ? not_a_number() : 0.0f;
         float of_row[OI], of_column[OJ];
         OPTICAL_UNROLL_LOOP
-        for (int o = 0; o < OI; ++o) of_row[o] = 0;
+        for (int o = 0; o < OI; ++o) of_row[o] = x;
         OPTICAL_UNROLL_LOOP
-        for (int o = 0; o < OJ; ++o) of_column[o] = 0;
+        for (int o = 0; o < OJ; ++o) of_column[o] = x;
         write_masses(of_row, of_column);
         const int64_t blocks = grid.blocks, start = grid.rank * grid.threads + grid.thread;
         const int64_t step = blocks * grid.threads;
-        const bool cost_given = problem.batch.kind == OPTICAL_GIVEN;
-        const int64_t first = cost_given ? problem.index * problem.batch.n * problem.batch.m
-                                         : problem.a.first * problem.batch.dim;
-        const int64_t count =
-            cost_given ? problem.batch.n * problem.batch.m : problem.a.count * problem.batch.dim;
-        const int32_t type = cost_given ? OPTICAL_F32 : problem.batch.x_type;
-        for (int64_t k = start; out.grad_x && k < count; k += step)
-            store(out.grad_x, type, first + k, 0);
-        for (int64_t k = start; out.grad_y && k < problem.b.count * problem.batch.dim; k += step)
-            store(out.grad_y, problem.batch.y_type, problem.b.first * problem.batch.dim + k, 0);
+        const int64_t dim = problem.batch.dim, m = problem.batch.m;
+        if (problem.batch.kind == OPTICAL_GIVEN) {
+            const int64_t first = problem.index * problem.batch.n * m;
+            for (int64_t k = start; out.grad_x && k < problem.batch.n * m; k += step)
+                ((float*)out.grad_x)[first + k] =
+                    problem.valid_row((int)(k / m)) && problem.valid_column((int)(k % m)) ? x
+                                                                                          : 0.0f;
+            return;
+        }
+        for (int64_t k = start; out.grad_x && k < problem.a.count * dim; k += step)
+            store(out.grad_x, problem.batch.x_type, problem.a.first * dim + k,
+                  problem.valid_row((int)(k / dim)) ? x : 0.0f);
+        for (int64_t k = start; out.grad_y && k < problem.b.count * dim; k += step)
+            store(out.grad_y, problem.batch.y_type, problem.b.first * dim + k,
+                  problem.valid_column((int)(k / dim)) ? x : 0.0f);
     }
 };
 

@@ -74,15 +74,17 @@ OPTICAL_DEVICE void forward(const optical_problem& batch, const optical_solution
     const bool solvable = solver.work.read(problem, status);
     float value = 0, linear = 0, error = 0, residual = 0;
     if (solvable) {
-        bool converged;
-        n_iter = solver.solve(batch.max_iter, (float)batch.tol, converged, nullptr);
+        n_iter = solver.solve(batch.max_iter, (float)batch.tol, nullptr);
         Objective<G> objective(solver);
         objective.evaluate();
         value = (float)objective.value, linear = (float)objective.linear;
         error = (float)objective.error;
-        status = !objective.feasible() ? OPTICAL_INFEASIBLE
-                 : converged           ? OPTICAL_CONVERGED
-                                       : OPTICAL_MAX_ITER;
+        // A potential that is not finite makes the value not finite. Otherwise the error of the
+        // returned potentials decides, whatever ended the run.
+        const bool usable = is_finite(value) && is_finite(linear) && is_finite(error);
+        status = !usable || !objective.feasible()                ? OPTICAL_INFEASIBLE
+                 : batch.tol > 0 && error <= (float)batch.tol ? OPTICAL_CONVERGED
+                                                                 : OPTICAL_MAX_ITER;
         if (implicit) residual = Adjoint<G>(solver).solve();
     } else if (status == OPTICAL_INFEASIBLE) {
         value = linear = error = not_a_number();

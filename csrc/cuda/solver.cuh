@@ -67,9 +67,11 @@ struct Solver {
     }
 
     // One scaling iteration into u_next and v_next, or into the next potentials, given the row
-    // sums. With `measure`, the report receives the residual of the rows of the current iterate.
+    // sums. With `measure`, the report receives the residual of the rows of the current iterate;
+    // with `relaxed_tol`, the error of the columns of the next iterate is computed.
     template <Mode mode>
-    OPTICAL_DEVICE void scaling_step(const float (&total_row)[OI], bool measure, Report& report) {
+    OPTICAL_DEVICE void scaling_step(const float (&total_row)[OI], bool measure, bool relaxed_tol,
+                                     Report& report) {
         G& grid = problem.grid;
         constexpr bool uses_potentials = mode == Mode::relaxed, halves = mode == Mode::halves;
         float total_column[OJ];
@@ -122,6 +124,27 @@ struct Solver {
             work.bv[o] = (halves ? half.weight_b[o] : work.weight_b[o]) * work.v_next[o];
         }
         if (!halves) grid.spread_columns(work.bv, work.bv_all);
+        if (uses_potentials && relaxed_tol) {
+            float sums[OJ];
+            OPTICAL_UNROLL_LOOP
+            for (int o = 0; o < OJ; ++o)
+                sums[o] = work.weight_b[o] * work.v_next[o] * total_column[o];
+            work.next_column_error = column_mismatch(sums);
+        }
+    }
+    // The L1 error of the columns, given their sums, at the next potentials.
+    OPTICAL_DEVICE float column_mismatch(const float (&sums)[OJ]) {
+        double mismatch[1] = {0};
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            const float required =
+                work.penalty_b ? required_mass(work.weight_b[o], problem.column(LOG, o),
+                                               problem.column(NEXT, o), work.rho_b, true)
+                               : problem.column(MASS, o);
+            mismatch[0] += absolute(sums[o] - required);
+        }
+        problem.grid.total(mismatch, false);
+        return (float)mismatch[0];
     }
     // The contributions of this warp to the sums of its rows, and of its columns.
     template <Mode mode>
@@ -184,7 +207,7 @@ struct Solver {
     }
 
     // The same iteration in the log domain, from the current potentials to the next.
-    OPTICAL_DEVICE float log_domain_step() {
+    OPTICAL_DEVICE float log_domain_step(bool relaxed_tol) {
         G& grid = problem.grid;
         float of_column[RJ], log_column[RJ], low[OI] = {}, total[OI] = {};
         problem.columns_of(POTENTIAL, of_column);
@@ -258,14 +281,17 @@ struct Solver {
             }
         }
         grid.template columns<Sum>(sum_column, total_column);
+        float sums[OJ];
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
             const float softmin =
                 work.epsilon * (bottom[o] - OPTICAL_LN2 * log2_fast(total_column[o] +
                                                                      problem.column(UNMATCHED, o)));
-            problem.column(NEXT, o) =
-                work.alpha * problem.column(POTENTIAL, o) + work.share_b * softmin;
+            const float next = work.alpha * problem.column(POTENTIAL, o) + work.share_b * softmin;
+            problem.column(NEXT, o) = next;
+            sums[o] = work.column_share(problem, o, next, softmin);
         }
+        if (relaxed_tol) work.next_column_error = column_mismatch(sums);
         grid.total(mismatch, true);
         return (float)mismatch[0] + (work.penalty_a ? 0.0f : work.unmatched_mass);
     }
@@ -273,13 +299,14 @@ struct Solver {
     // Iterates from the current potentials and returns the number of iterations. With `history`,
     // stores the potentials after every iteration there. Only the inner loop uses K, so that no
     // registers hold it elsewhere.
-    OPTICAL_DEVICE int32_t solve(int32_t max_iter, float tol, bool& converged, float* history) {
+    OPTICAL_DEVICE int32_t solve(int32_t max_iter, float tol, float* history) {
         bool in_half_precision = G::fast;
         bool last_at_target = false;  // the previous iteration ran at the target epsilon
         int failures = 0;  // of scaling; after four, every iteration runs in the log domain
         double temperature = problem.batch.anneal_start;
         int32_t done = 0;
-        converged = false;
+        bool converged = false;
+        work.column_error = work.next_column_error = 0;
         record(history, 0, false);
         while (done < max_iter && !converged) {
             work.set_epsilon(temperature > (double)work.target ? (float)temperature
@@ -315,7 +342,8 @@ struct Solver {
                                                                       : (float)problem.batch.omega);
             const bool test_residual =
                 tol > 0 && done > 0 && last_at_target && work.epsilon == work.target;
-            converged = log_domain_step() <= tol && test_residual;
+            const bool relaxed_tol = tol > 0 && problem.batch.omega != 1;
+            converged = log_domain_step(relaxed_tol) + work.column_error <= tol && test_residual;
             if (converged) break;
             take_next_potentials();
             record(history, ++done, false);
@@ -355,6 +383,7 @@ struct Solver {
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) work.v_next[o] = work.v[o];
         if (uses_potentials) keep_potentials();
+        const bool relaxed_tol = uses_potentials && tol > 0 && problem.batch.omega != 1;
         while (true) {
             float total_row[OI];
             sum_rows<mode>(total_row);
@@ -372,9 +401,9 @@ struct Solver {
             }
             accept<uses_potentials>(done, done < before ? nullptr : history);
             if (uses_potentials) work.set_step(done == 0 ? 1.0f : omega);
-            scaling_step<mode>(total_row, measure_residual, report);
+            scaling_step<mode>(total_row, measure_residual, relaxed_tol, report);
             // If an iteration lost a row sum, its residual belongs to no iterate.
-            if (measure_residual && grid.residual(report.residual) <= residual_limit &&
+            if (measure_residual && residual_of<mode>(report) <= residual_limit &&
                 !(lost_sums<mode>(report.flags) & ROWS_LOST)) {
                 outcome = Outcome::converged;
                 break;
@@ -396,6 +425,12 @@ struct Solver {
         }
         return outcome;
     }
+    // The marginal error of the current iterate.
+    template <Mode mode>
+    OPTICAL_DEVICE float residual_of(const Report& report) const {
+        const float rows = problem.grid.residual(report.residual);
+        return mode == Mode::relaxed ? rows + work.column_error : rows;
+    }
     // Accepts the pending iteration.
     template <bool uses_potentials>
     OPTICAL_DEVICE void accept(int32_t& done, float* history) {
@@ -410,12 +445,14 @@ struct Solver {
         for (int o = 0; o < OJ; ++o) work.v[o] = work.v_next[o];
     }
     OPTICAL_DEVICE void keep_potentials() {
+        work.next_column_error = work.column_error;
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) problem.row(NEXT, o) = problem.row(POTENTIAL, o);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) problem.column(NEXT, o) = problem.column(POTENTIAL, o);
     }
     OPTICAL_DEVICE void take_next_potentials() {
+        work.column_error = work.next_column_error;
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) problem.row(POTENTIAL, o) = problem.row(NEXT, o);
         OPTICAL_UNROLL_LOOP

@@ -51,8 +51,7 @@ struct Unrolled {
     OPTICAL_DEVICE void differentiate() {
         const int32_t n_iter = out.n_iter[problem.index], limit = problem.batch.max_iter;
         const int32_t count = n_iter < 0 ? 0 : n_iter < limit ? n_iter : limit;
-        bool converged;
-        const int32_t steps = solver.solve(count, 0.0f, converged, history);
+        const int32_t steps = solver.solve(count, 0.0f, history);
         Objective<G>(solver).evaluate();
         begin_sweep();
         bool base_usable = false;

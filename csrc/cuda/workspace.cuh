@@ -15,6 +15,9 @@ struct Workspace {
     bool relaxed, penalty_a, penalty_b;
     double total_a, total_b;
     float unmatched_mass;
+    // With over-relaxation and `tol`, the error of the columns of the current iterate, and of the
+    // next one.
+    float column_error, next_column_error;
     bool unmatched_rows, unmatched_columns;
     // Of owned rows and columns; bv_all is b v of all columns of this lane.
     float u[OI], v[OJ], u_next[OI], v_next[OJ], au[OI], bv[OJ], bv_all[RJ];
@@ -165,6 +168,12 @@ struct Workspace {
                                    float origin) const {
         const float exponent = (potential - origin) * scale + problem.row(LOG, o) * OPTICAL_LOG2E;
         return problem.row(UNMATCHED, o) > 0 ? 0.0f : exp2_fast(exponent);
+    }
+    OPTICAL_DEVICE float column_share(const Problem<G>& problem, int o, float potential,
+                                      float origin) const {
+        const float exponent =
+            (potential - origin) * scale + problem.column(LOG, o) * OPTICAL_LOG2E;
+        return problem.column(UNMATCHED, o) > 0 ? 0.0f : exp2_fast(exponent);
     }
 };
 

@@ -1,4 +1,4 @@
-"""Backward pass of the operator: gradients and plan products of a finished run.
+"""Backward pass of the operator: gradients of a finished run, its plan, and products with it.
 
 Kernels are launched without synchronising with the device.
 """
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import triton
-from optical.backends.problem import Gradients, Problem
+from optical.backends.problem import Problem
 from optical.kernels import tuning
 from optical.kernels.backward_unrolled import Upstream, unroll
 from optical.kernels.batch import LaunchProblem, cost_options
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
-from optical.kernels.plan_products import mass_gradient_kernel, product_kernel
+from optical.kernels.plan_products import mass_gradient_kernel, plan_kernel, product_kernel
 
 
 def backward(
@@ -30,22 +30,25 @@ def backward(
     n_iter: Tensor,
     need_x: bool = True,
     need_y: bool = False,
-) -> Gradients:
+    need_masses: bool = True,
+) -> tuple[Tensor | None, ...]:
     """Compute the gradients of a run, as the ``backward`` of every backend does.
 
     For token vectors these are the gradients of the vectors; the cost is not materialised.
+    Gradients that are not needed are None.
     """
     with torch.cuda.device_of(problem.x):
         launch = LaunchProblem(problem)
         if problem.gradient == "unroll":
             upstream = Upstream(grad_value, grad_value_linear, grad_f, grad_g)
-            return unroll(launch, upstream, f, n_iter, need_x, need_y)
+            grad_x, grad_y, *masses = unroll(launch, upstream, f, n_iter, need_x, need_y)
+            return grad_x, grad_y, *(masses if need_masses else (None, None))
         implicit = problem.gradient == "implicit"
         if not implicit:
             w, z = f, g
         values = grad_value, grad_value_linear
         rows, columns = (f, g, w, z), (g, f, z, w)
-        grad_x = grad_y = None
+        grad_x = grad_y = grad_log_a = grad_log_b = None
         if problem.y is None and need_x:
             grad_x = _cost_gradient(launch, rows, values, implicit)
         elif problem.y is not None:
@@ -53,8 +56,9 @@ def backward(
                 grad_x = _vector_gradient(launch, problem.x, False, rows, values, implicit)
             if need_y:
                 grad_y = _vector_gradient(launch, problem.y, True, columns, values, implicit)
-        grad_log_a = _mass_gradient(launch, False, rows[:3], values, implicit)
-        grad_log_b = _mass_gradient(launch, True, columns[:3], values, implicit)
+        if need_masses:
+            grad_log_a = _mass_gradient(launch, False, rows[:3], values, implicit)
+            grad_log_b = _mass_gradient(launch, True, columns[:3], values, implicit)
     return grad_x, grad_y, grad_log_a, grad_log_b
 
 
@@ -179,3 +183,32 @@ def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: boo
             num_stages=tile.stages,
         )
     return product
+
+
+def plan(problem: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
+    """Return the plan (B, n, m) of padded problems, or with ``log`` its logarithm.
+
+    Padding and forbidden pairs are exactly 0 (-inf); malformed problems are NaN where valid.
+    """
+    tile = tuning.PLAN
+    with torch.cuda.device_of(problem.x):
+        launch = LaunchProblem(problem)
+        out = f.new_empty(launch.size, launch.n, launch.m)
+        if not out.numel():
+            return out
+        grid = launch.size, triton.cdiv(launch.n, tile.rows), triton.cdiv(launch.m, tile.columns)
+        plan_kernel[grid](
+            *launch.pointers(),
+            f,
+            g,
+            out,
+            *launch.sizes(),
+            LOG=log,
+            BLOCK_N=tile.rows,
+            BLOCK_M=tile.columns,
+            BLOCK_D=tile.depth,
+            **cost_options(launch),
+            num_warps=launch.warps(tile.warps),
+            num_stages=tile.stages,
+        )
+    return out

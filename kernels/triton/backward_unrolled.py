@@ -195,12 +195,17 @@ class StreamedUnroll:
             problem.log_b,
             f,
             n_iter,
+            upstream.value,
+            upstream.value_linear,
+            f if upstream.f is None else upstream.f,
+            f if upstream.g is None else upstream.g,
             self.state,
             self.steps,
             launch.n,
             launch.m,
             tuning.RESIDENT if launch.packed else 0,
             PACKED=launch.packed,
+            POTENTIALS=upstream.f is not None and upstream.g is not None,
             BLOCK=tuning.VECTOR_BLOCK,
         )
 

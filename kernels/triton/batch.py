@@ -191,7 +191,8 @@ class LaunchProblem:
         return centre
 
     def _norms(self, vectors: Tensor, offsets: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
-        norm, scale = torch.empty_like(log_mass), torch.empty_like(log_mass)
+        norm = torch.empty_like(log_mass)
+        scale = torch.empty_like(log_mass) if self.scaled else norm
         tokens, block = log_mass.shape[-1], 16
         # The host does not know the lengths of packed problems, so programs stride over tokens.
         splits = min(triton.cdiv(tokens, block), max(1, 4096 // self.size))

@@ -49,9 +49,9 @@ def forward(problem: Problem) -> Solution:
     """Solve the problems, which must be supported, as the ``forward`` of every backend does."""
     with torch.cuda.device_of(problem.x):
         launch, like = LaunchProblem(problem), problem.epsilon
-        value, value_linear, marginal_error = (torch.empty_like(like) for _ in range(3))
+        value, value_linear, marginal_error, residual = (torch.empty_like(like) for _ in range(4))
         n_iter, status = (torch.empty_like(like, dtype=torch.int32) for _ in range(2))
-        outputs = value, value_linear, marginal_error, n_iter, status
+        outputs = value, value_linear, marginal_error, n_iter, status, residual
         f, g = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
         general = problem.omega != 1 or min(problem.rho_a, problem.rho_b) < math.inf
         roomy = general or problem.anneal_start > 0 or launch.precision != "ieee"
@@ -64,7 +64,7 @@ def forward(problem: Problem) -> Solution:
                 StepwiseSolve(launch, f, g, outputs).run()
         for side, tile in tiles:
             _solve_onchip(launch, side, tile, general, (f, g, *outputs))
-        w, z, residual = _solve_adjoint(launch, f, g)
+        w, z = _solve_adjoint(launch, f, g, residual)
     return Solution(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
 
 
@@ -96,12 +96,16 @@ def _solve_onchip(
     )
 
 
-def _solve_adjoint(launch: LaunchProblem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve the linear systems behind implicit gradients; return w, z and their residuals."""
+def _solve_adjoint(
+    launch: LaunchProblem, f: Tensor, g: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Solve the linear systems behind implicit gradients, if any; return w and z.
+
+    ``residual``, 0 after the run, receives their residuals.
+    """
     problem = launch.problem
-    residual = torch.zeros_like(problem.epsilon)
     if problem.gradient != "implicit":
-        return f.new_zeros(0), g.new_zeros(0), residual
+        return f.new_empty(0), g.new_empty(0)
     w, z = torch.empty_like(f), torch.empty_like(g)
     if max(launch.n, launch.m) > tuning.RESIDENT:
         tile = tuning.ADJOINT_STREAM[launch.kind != KINDS["given"] and launch.precision != "ieee"]
@@ -143,7 +147,7 @@ def _solve_adjoint(launch: LaunchProblem, f: Tensor, g: Tensor) -> tuple[Tensor,
             PART=tile.part,
             **tile_options(launch, tile),
         )
-    return w, z, residual
+    return w, z
 
 
 class StoredPlan(NamedTuple):
@@ -236,7 +240,7 @@ class StepwiseSolve:
         self.starts = initial_potentials(problem)
         n_iter = outputs[3]
         self.stopped, self.state = torch.empty_like(n_iter), torch.empty_like(n_iter)
-        self.change = torch.empty_like(problem.epsilon)
+        self.change, self.column_error = problem.epsilon.new_empty(2, launch.size)
         self.tile = tile_options(launch, tuning.STREAM)
         self.options = {
             "PACKED": launch.packed,
@@ -338,6 +342,7 @@ class StepwiseSolve:
             (self.stored.base_a, self.stored.base_b)[side],
             self.state,
             self.change,
+            self.column_error,
             self.stopped,
             self.outputs[3],
             (launch.n, launch.m)[side],
@@ -383,10 +388,10 @@ class StepwiseSolve:
             *self.results,
             *self.cost_sums,
             *self.outputs,
-            self.stopped,
             launch.n,
             launch.m,
             problem.max_iter,
+            problem.tol,
             1 / problem.rho_a,
             1 / problem.rho_b,
             **self.options,

@@ -26,6 +26,7 @@ from optical.kernels.tiles import (
     cost_tile,
     extent,
     load_log_mass,
+    load_used_mass,
     load_vectors,
     locate_cost,
     plan_tile,
@@ -46,19 +47,20 @@ def cost_gradient_tile(
         grad = plan * (upstream + upstream_linear * (1 + implicit_term / epsilon))
     else:
         grad = plan * (upstream + upstream_linear)
-    return tl.where(plan > 0, grad, 0.0)
+    return tl.where(plan != 0, grad, 0.0)
 
 
 @triton.jit
-def vector_weights(grad, cost, allowed, costs, columns, SPEC: tl.constexpr):
+def vector_weights(grad, cost, costs, columns, SPEC: tl.constexpr):
     """From a tile of G, return the weight of each column's vector and of each row's own vector.
 
-    Where not ``allowed`` the gradient is 0, and cost and norms may be NaN.
+    Where G is 0, cost and norms may be NaN.
     """
     _, norm_y_ptr, _, _, m = costs[1]
     KIND: tl.constexpr = SPEC[0]
     self_weight = tl.sum(grad, 1)
     if KIND == COSINE:
+        allowed = grad != 0
         self_weight = tl.sum(tl.where(allowed, grad * (1 - cost), 0.0), 1)
         grad *= tl.load(norm_y_ptr + columns, mask=columns < m, other=0.0)[None, :]
         grad = tl.where(allowed, grad, 0.0)
@@ -94,7 +96,7 @@ def vector_weight_tile(
     cost = cost_tile(costs, row_start, column_start, SPEC, TILE)
     plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
     dot_weight = cost_gradient_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT)
-    dot_weight, self_weight = vector_weights(dot_weight, cost, plan > 0, costs, columns, SPEC)
+    dot_weight, self_weight = vector_weights(dot_weight, cost, costs, columns, SPEC)
     return dot_weight, self_weight, B != -INFINITY
 
 
@@ -163,7 +165,7 @@ def vector_gradient_kernel(
     upstream_linear = tl.load(grad_value_linear_ptr + problem)
     for row_start in range(tl.program_id(1) * BLOCK_N, n, tl.num_programs(1) * BLOCK_N):
         rows = row_start + tl.arange(0, BLOCK_N)
-        A = load_log_mass(log_a_ptr + offset_a, rows, n)
+        A = load_used_mass(log_a_ptr + offset_a, rows, n, upstream, upstream_linear)
         f = tl.load(f_ptr + offset_a + rows, mask=rows < n, other=0.0)
         w = f
         if IMPLICIT:
@@ -276,7 +278,9 @@ def cost_gradient_kernel(
     rows = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     epsilon = tl.load(epsilon_ptr + problem)
-    A = load_log_mass(log_a_ptr + problem * n, rows, n)
+    upstream = tl.load(grad_value_ptr + problem)
+    upstream_linear = tl.load(grad_value_linear_ptr + problem)
+    A = load_used_mass(log_a_ptr + problem * n, rows, n, upstream, upstream_linear)
     B = load_log_mass(log_b_ptr + problem * m, columns, m)
     f = tl.load(f_ptr + problem * n + rows, mask=rows < n, other=0.0)
     g = tl.load(g_ptr + problem * m + columns, mask=columns < m, other=0.0)
@@ -289,7 +293,5 @@ def cost_gradient_kernel(
     mask = (rows < n)[:, None] & (columns < m)[None, :]
     cost = tl.load(cost_ptr + offsets, mask=mask, other=INFINITY)
     plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
-    upstream = tl.load(grad_value_ptr + problem)
-    upstream_linear = tl.load(grad_value_linear_ptr + problem)
     grad = cost_gradient_tile(plan, cost, upstream, upstream_linear, w, z, epsilon, IMPLICIT)
     tl.store(grad_ptr + problem * n * m + rows[:, None] * m + columns[None, :], grad, mask=mask)

@@ -68,6 +68,16 @@ def load_log_mass(log_mass_ptr, index, size):
 
 
 @triton.jit
+def load_used_mass(log_mass_ptr, index, size, upstream, upstream_linear):
+    """Load log2 masses for a gradient: -inf, as for padding, if both upstream gradients are 0.
+
+    The gradients are then 0 even if the problem is malformed.
+    """
+    A = load_log_mass(log_mass_ptr, index, size)
+    return tl.where((upstream != 0) | (upstream_linear != 0), A, -INFINITY)
+
+
+@triton.jit
 def load_vectors(tokens, centre_ptr, index, d, dim, SPEC: tl.constexpr):
     """Load a tile of token vectors as an operand of a dot, zero outside the problem."""
     vectors_ptr, _, scale_ptr, _, size = tokens
@@ -278,11 +288,13 @@ def times_log2(x, NVIDIA: tl.constexpr):
 
 @triton.jit
 def plan_tile(cost, A, B, f, g, scale):
-    """Compute a tile of the plan from log2 masses and potentials; 0 where it is NaN or +inf."""
+    """Compute a tile of the plan from log2 masses and potentials, 0 for padding.
+
+    It is NaN where a potential is, as those of a malformed problem are.
+    """
     valid = (A != -INFINITY)[:, None] & (B != -INFINITY)[None, :]
     score = (f[:, None] + g[None, :] - cost) * scale + (A[:, None] + B[None, :])
-    score = tl.where(valid, score, -INFINITY)
-    return tl.where(score < INFINITY, tl.exp2(score), 0.0)
+    return tl.exp2(tl.where(valid, score, -INFINITY))
 
 
 @triton.jit
@@ -323,3 +335,17 @@ def log_ratio(sums, log_mass):
     """Compute log(sums / mass), and 0 where the sum is 0; the mass may underflow float32."""
     positive = sums > 0
     return (tl.log2(tl.where(positive, sums, 1.0)) - tl.where(positive, log_mass, 0.0)) / LOG2_E
+
+
+@triton.jit
+def overflows(value, transported, error):
+    """Return whether an output of a problem is NaN or infinite."""
+    finite = (tl.abs(value) < INFINITY) & (tl.abs(transported) < INFINITY) & (error < INFINITY)
+    return finite == 0
+
+
+@triton.jit
+def final_status(error, tol, infeasible):
+    """Return the status of a problem that is not empty, from the error of its reported plan."""
+    status = tl.where((tol > 0) & (error <= tol), CONVERGED, MAX_ITER)
+    return tl.where(infeasible, INFEASIBLE, status)

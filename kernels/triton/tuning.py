@@ -110,6 +110,8 @@ SINGLE = {
 SINGLE_PARTIAL = GradientTile(32, 64, 16, 64, False, 8, 2)
 # Tile of the kernels that sum over the columns of a plan.
 PLAN_PRODUCT = Tile(64, 64, 32, 64, 2, 2, 2)
+# Tile of a plan that is written to memory.
+PLAN = Tile(32, 64, 32, 32, 2, 2, 2)
 # Tile of streamed problems.
 STREAM = Tile(64, 64, 32, 64, 2, 2, 2)
 # Tiles of their linear systems behind implicit gradients; True: products of float32 vectors.

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from optical.backends import library, nvrtc, structs
 from optical.backends.library import BuildError, Loaded
-from optical.backends.problem import Gradients, Problem, Solution, dtype_name
+from optical.backends.problem import Problem, Solution, dtype_name
 
 # Device type the kernels accept; tests set it to "cpu" to run the emulated build.
 DEVICE = "cuda"
@@ -193,15 +193,21 @@ def backward(
     n_iter: Tensor,
     need_x: bool,
     need_y: bool,
-) -> Gradients:
-    """Compute the gradients that ``problem.gradient`` names; f to n_iter are of its solution."""
+    need_masses: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients that ``problem.gradient`` names; f to n_iter are of its solution.
+
+    Gradients that are not needed are None.
+    """
     problem = _contiguous(problem)
     x, y, log_a, log_b = problem.x, problem.y, problem.log_a, problem.log_b
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
     grad_y = torch.empty_like(y) if need_y and y is not None else None
-    grad_log_a, grad_log_b = torch.empty_like(log_a), torch.empty_like(log_b)
-    stored = (problem.max_iter + 1) * (log_a.numel() + log_b.numel())
-    history = log_a.new_empty(stored if problem.gradient == "unroll" else 0)
+    grad_log_a = torch.empty_like(log_a) if need_masses else None
+    grad_log_b = torch.empty_like(log_b) if need_masses else None
+    history = None
+    if problem.gradient == "unroll":
+        history = log_a.new_empty((problem.max_iter + 1) * (log_a.numel() + log_b.numel()))
     tensors = {
         "grad_value": grad_value,
         "grad_value_linear": grad_value_linear,
@@ -218,7 +224,7 @@ def backward(
         "grad_log_b": grad_log_b,
     }
     pointers = structs.address_struct(structs.GradientStruct, tensors)
-    _call("optical_cuda_backward", problem, ctypes.byref(pointers), history.data_ptr())
+    _call("optical_cuda_backward", problem, ctypes.byref(pointers), structs.address(history))
     return grad_x, grad_y, grad_log_a, grad_log_b
 
 
@@ -226,10 +232,12 @@ def _contiguous(problem: Problem) -> Problem:
     """Make every tensor contiguous but a given cost, which may have any strides."""
     tensors: dict[str, Any] = {
         name: value.contiguous()
-        for name, value in problem._asdict().items()
-        if isinstance(value, Tensor) and (name != "x" or problem.kind != "given")
+        for name, value in zip(Problem._fields, problem, strict=True)
+        if isinstance(value, Tensor)
+        and not value.is_contiguous()
+        and (name != "x" or problem.kind != "given")
     }
-    return problem._replace(**tensors)
+    return problem._replace(**tensors) if tensors else problem
 
 
 def _call(name: str, problem: Problem, *arguments: object) -> None:

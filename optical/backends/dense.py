@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optical.backends import iterations
+from optical.backends import reference
 from optical.backends.problem import Gradients, Problem, Solution
 
 
@@ -94,7 +94,9 @@ class PaddedProblem:
             )
         grad_x = None if grad_x is None else self.a.pack(grad_x)
         grad_y = None if grad_y is None else self.b.pack(grad_y)
-        return grad_x, grad_y, self.a.pack(grad_log_a), self.b.pack(grad_log_b)
+        grad_log_a = None if grad_log_a is None else self.a.pack(grad_log_a)
+        grad_log_b = None if grad_log_b is None else self.b.pack(grad_log_b)
+        return grad_x, grad_y, grad_log_a, grad_log_b
 
     def apply_plan(
         self, apply: Callable[..., Tensor], f: Tensor, g: Tensor, v: Tensor, transpose: bool
@@ -104,16 +106,24 @@ class PaddedProblem:
         product = apply(self.with_cost, self.a.pad(f), self.b.pad(g), source.pad(v), transpose)
         return target.pack(product)
 
-    def plan(self, f: Tensor, g: Tensor) -> Tensor:
-        """Compute the plan (B, n, m), 0 for padding; differentiable by autograd.
+    def plan(
+        self,
+        f: Tensor,
+        g: Tensor,
+        log: bool = False,
+        compute: Callable[..., Tensor] = reference.plan,
+        dense: bool = True,
+    ) -> Tensor:
+        """Compute the plan (B, n, m), 0 for padding, or its exponent, -inf for padding.
 
-        It is computed in float64 and returned in the dtype of f: in float32, the exponent would
-        lose more digits than the potentials have lost.
+        Args:
+            f, g: potentials, shaped like the log-masses of the original problem.
+            log: return the exponent.
+            compute: the function ``plan`` of a backend; the default is differentiable by autograd.
+            dense: ``compute`` accepts a given cost only.
         """
-        problem = self.with_cost
-        factors = (problem.x, problem.log_a, problem.log_b, problem.epsilon)
-        potentials = self.a.pad(f), self.b.pad(g)
-        return iterations.plan(*(x.double() for x in (*factors, *potentials))).to(f.dtype)
+        problem = self.with_cost if dense else self.padded
+        return compute(problem, self.a.pad(f), self.b.pad(g), log)
 
 
 class Packing:
@@ -175,18 +185,21 @@ def cost_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients of x and y, each in its own dtype; None if it is not needed.
 
-    ``grad_cost`` (B, n, m) is exactly 0 for padding, and so are the gradients.
+    ``grad_cost`` (B, n, m) is exactly 0 for padding, and so are the gradients; those of a problem
+    whose ``grad_cost`` is 0 are 0, whatever its vectors.
     """
     rows, columns = _without_padding(x, log_a), _without_padding(y, log_b)
     if kind == "sqeuclidean":
         rows, columns = _centred(rows, columns, log_a, log_b)
     grad_x = grad_y = None
+    # A product of 0 and a vector that is not finite is NaN, also where the problem is not used.
+    used = (grad_cost != 0).flatten(1).any(1)[:, None, None]
     if need_x:
         grad_x = _cost_gradient(grad_cost, rows, columns, kind)
-        grad_x = torch.where(_valid(log_a), grad_x, 0.0).to(x.dtype)
+        grad_x = torch.where(_valid(log_a) & used, grad_x, 0.0).to(x.dtype)
     if need_y:
         grad_y = _cost_gradient(grad_cost.mT, columns, rows, kind)
-        grad_y = torch.where(_valid(log_b), grad_y, 0.0).to(y.dtype)
+        grad_y = torch.where(_valid(log_b) & used, grad_y, 0.0).to(y.dtype)
     return grad_x, grad_y
 
 

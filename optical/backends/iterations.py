@@ -21,12 +21,19 @@ def plan(
     cost: Tensor, log_a: Tensor, log_b: Tensor, epsilon: Tensor, f: Tensor, g: Tensor
 ) -> Tensor:
     """Compute the plan (B, n, m) of the potentials, exactly 0 for padding and forbidden pairs."""
+    return log_plan(cost, log_a, log_b, epsilon, f, g).exp()
+
+
+def log_plan(
+    cost: Tensor, log_a: Tensor, log_b: Tensor, epsilon: Tensor, f: Tensor, g: Tensor
+) -> Tensor:
+    """Compute the exponent (B, n, m) of the plan, -inf for padding and forbidden pairs."""
     valid = (log_a != -math.inf)[:, :, None] & (log_b != -math.inf)[:, None, :]
     allowed = valid & (cost != math.inf)
     cost = torch.where(allowed, cost, 0.0)
     exponent = (f[:, :, None] + g[:, None, :] - cost) / epsilon[:, None, None]
     exponent = exponent + log_a[:, :, None] + log_b[:, None, :]
-    return exponent.masked_fill(~allowed, -math.inf).exp()
+    return exponent.masked_fill(~allowed, -math.inf)
 
 
 def times_exp(log_mass: Tensor, exponent: Tensor) -> Tensor:
@@ -51,7 +58,8 @@ class MaskedProblem:
         log_a, log_b, a, b: log-masses and masses, -inf and 0 for padding and inactive problems.
         epsilon: (B,) temperatures, 1 for inactive problems.
         cost: (B, n, m), 0 where a pair is not allowed.
-        allowed: (B, n, m) whether row and column are valid and the cost is not +inf.
+        pairs: (B, n, m) whether row and column are valid.
+        allowed: (B, n, m) whether they are and the cost is not +inf.
         has_pair_a, has_pair_b: (B, n) and (B, m), whether a row or column has an allowed pair.
         f0, g0: initial potentials, 0 for rows and columns without an allowed pair.
     """
@@ -71,6 +79,7 @@ class MaskedProblem:
 
         self.problem = problem
         self.empty = ~(valid_a.any(1) & valid_b.any(1))
+        self.pairs = pairs
         self.malformed = ~well_formed & ~self.empty
         self.active = well_formed & ~self.empty
         self.log_a = torch.where(self.active[:, None], log_a, -math.inf)

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ABI_VERSION = 3  # OPTICAL_ABI_VERSION of sinkhorn.h
+ABI_VERSION = 4  # OPTICAL_ABI_VERSION of sinkhorn.h
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 CPU_LIBRARY, CUDA_LIBRARY = f"_cpu{SUFFIX}", "_cuda.so"
 COMPILERS = ("c++", "g++", "clang++")

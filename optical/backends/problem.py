@@ -6,6 +6,7 @@ Every backend takes a ``Problem`` and returns a ``Solution``, so a new option is
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -115,31 +116,32 @@ class Solution(NamedTuple):
     residual: Tensor
 
     @classmethod
-    def allocate(cls, problem: Problem) -> Solution:
-        """Allocate uninitialised, contiguous outputs for ``problem``."""
+    def allocate(cls, problem: Problem, values_only: bool = False) -> Solution:
+        """Allocate uninitialised outputs for ``problem``, whose masses are contiguous.
+
+        Outputs that were not asked for are one shared empty tensor: w and z unless the gradient is
+        implicit, and with ``values_only`` those that only describe the run.
+        """
         log_a, log_b, epsilon = problem.log_a, problem.log_b, problem.epsilon
-        dtype, device, batch = epsilon.dtype, epsilon.device, epsilon.shape
-        shape_a, shape_b = log_a.shape, log_b.shape
-        floating = {"dtype": dtype, "device": device}
-        counting = {"dtype": torch.int32, "device": device}
-        empty = torch.empty
-        implicit = problem.gradient == "implicit"
-        return cls(
-            empty(batch, **floating),
-            empty(batch, **floating),
-            empty(shape_a, **floating),
-            empty(shape_b, **floating),
-            empty(batch, **floating),
-            empty(batch, **counting),
-            empty(batch, **counting),
-            empty(shape_a if implicit else 0, **floating),
-            empty(shape_b if implicit else 0, **floating),
-            empty(batch, **floating),
-        )
+        like = torch.empty_like
+        value, value_linear, f, g = like(epsilon), like(epsilon), like(log_a), like(log_b)
+        w = z = error = n_iter = status = residual = _nothing(epsilon.dtype, epsilon.device)
+        if problem.gradient == "implicit":
+            w, z = like(log_a), like(log_b)
+        if problem.gradient == "unroll" or not values_only:
+            n_iter = like(epsilon, dtype=torch.int32)
+        if not values_only:
+            error, status, residual = like(epsilon), like(n_iter), like(epsilon)
+        return cls(value, value_linear, f, g, error, n_iter, status, w, z, residual)
 
 
-# Gradients with respect to x, y, log_a and log_b; x and y are None if they were not requested.
-Gradients = tuple[Tensor | None, Tensor | None, Tensor, Tensor]
+@functools.lru_cache(maxsize=16)
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+# Gradients with respect to x, y, log_a and log_b; None if they were not requested.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def cost_problem(

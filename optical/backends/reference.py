@@ -126,7 +126,8 @@ def backward(
 ) -> Gradients:
     """Compute the gradients of a given cost, log_a and log_b by explicit formulas.
 
-    Malformed problems, whose outputs are NaN, have gradient 0.
+    The gradient of a malformed problem, whose outputs are NaN, is NaN for its valid entries. It is
+    0 if all its upstream gradients are 0, since then its outputs were not used.
 
     Args:
         grad_value, grad_value_linear: (B,) upstream gradients.
@@ -146,33 +147,56 @@ def backward(
         terms = implicit_terms(masked, gl, f, g, w, z)
         grad_cost = grad_cost + terms[0]
         grad_log_a, grad_log_b = grad_log_a + terms[1], grad_log_b + terms[2]
+    spoiled = masked.malformed & _is_used(grad_value, grad_value_linear, grad_f, grad_g)
+    grad_cost = grad_cost.masked_fill(spoiled[:, None, None] & masked.pairs, math.nan)
+    grad_log_a, grad_log_b = (
+        grad.masked_fill(spoiled[:, None] & (log_mass != -math.inf), math.nan)
+        for grad, log_mass in ((grad_log_a, problem.log_a), (grad_log_b, problem.log_b))
+    )
     return (grad_cost if need_x else None), None, grad_log_a, grad_log_b
+
+
+def _is_used(*upstream: Tensor | None) -> Tensor:
+    """(B,) whether any upstream gradient of a problem differs from 0."""
+    given = [x[:, None] if x.dim() == 1 else x for x in upstream if x is not None]
+    return (torch.cat(given, dim=1) != 0).any(1)
 
 
 def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: bool) -> Tensor:
     """Multiply the plan P with v (B, m, k), or its transpose with v (B, n, k).
 
-    Vectors of padding are not used.
+    Vectors of padding are not used, and products of padding are 0. Those of a malformed problem are
+    NaN.
     """
+    masked = MaskedProblem(problem)
     coupling = iterations.plan(problem.x, problem.log_a, problem.log_b, problem.epsilon, f, g)
-    log_mass = problem.log_a if transpose else problem.log_b
+    coupling = coupling.masked_fill(masked.malformed[:, None, None] & masked.pairs, math.nan)
+    target, log_mass = problem.log_a, problem.log_b
+    if transpose:
+        target, log_mass = log_mass, target
     v = torch.where((log_mass != -math.inf)[:, :, None], v, 0.0)
-    return (coupling.mT if transpose else coupling) @ v
+    product = (coupling.mT if transpose else coupling) @ v
+    return torch.where((target != -math.inf)[:, :, None], product, 0.0)
 
 
 def plan(problem: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
-    """TEMPORARY."""
-    args = (problem.x, problem.log_a, problem.log_b, problem.epsilon, f, g)
-    p = iterations.plan(*(x.double() for x in args))
-    if log:
-        x, la, lb, e, f_, g_ = (t.double() for t in args)
-        l = (
-            (f_[:, :, None] + g_[:, None, :] - x) / e[:, None, None]
-            + la[:, :, None]
-            + lb[:, None, :]
-        )
-        return torch.where((x == math.inf) | l.isnan(), -math.inf, l).to(f.dtype)
-    return p.to(f.dtype)
+    """Compute the plan (B, n, m) of the potentials, or its exponent; differentiable by autograd.
+
+    Padding and forbidden pairs are exactly 0 (the exponent: -inf), the valid entries of a malformed
+    problem NaN. All is computed in float64 and returned in the dtype of f: in float32, the exponent
+    would lose more digits than the potentials have lost.
+
+    Args:
+        problem: padded problems of a given cost.
+        f, g: potentials (B, n) and (B, m).
+        log: return the exponent.
+    """
+    masked = MaskedProblem(problem)
+    factors = (problem.x, problem.log_a, problem.log_b, problem.epsilon, f, g)
+    exponent = iterations.log_plan(*(x.double() for x in factors))
+    entries = exponent if log else exponent.exp()
+    malformed = masked.malformed[:, None, None] & masked.pairs
+    return entries.masked_fill(malformed, math.nan).to(f.dtype)
 
 
 # Blocks of the plan that exchange less than this fraction of their mass count as disconnected.
@@ -224,7 +248,7 @@ def plan_gradients(
     gradients are total derivatives, and those of f and g are 0. Computed in float64.
     """
     dtype = f.dtype
-    floating = {
+    floating: dict[str, Any] = {
         name: value.double()
         for name, value in problem._asdict().items()
         if isinstance(value, Tensor) and value.is_floating_point()
@@ -355,6 +379,14 @@ def _objective_gradients(
     bar_cost = (gv + gl)[:, None, None] * coupling - moved / epsilon[:, :, None]
     bar_f, bar_g = moved.sum(2) / epsilon, moved.sum(1) / epsilon
     return bar_cost, bar_log_a + moved.sum(2), bar_log_b + moved.sum(1), bar_f, bar_g
+
+
+def no_second_derivative(ctx: Any, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Raise: the backward, and the forward mode, of the gradients of every backend."""
+    raise RuntimeError(
+        "optical.sinkhorn has no second derivative; differentiate "
+        "optical.backends.reference.sinkhorn, which is plain PyTorch, with autograd instead"
+    )
 
 
 def log_ratio(sums: Tensor, log_mass: Tensor) -> Tensor:

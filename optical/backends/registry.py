@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ class Backend:
             ``forward`` and ``backward`` with the signatures of ``optical.backends.reference``.
         automatic_on: device types on which "auto" considers it; empty means all devices.
         dense: accepts only padded problems of a given cost, which ``optical.backends.dense`` makes.
+        native: reads tensors of any strides, and computes by no operation of PyTorch, which
+            autocast could change.
         applies_plan: the module has ``apply_plan``; otherwise the reference computes products.
         obstacle: returns the reason a problem cannot be solved, or None, before ``load`` imports
             anything.
@@ -48,6 +50,7 @@ class Backend:
     load: Callable[[], Any]
     automatic_on: tuple[str, ...] = ()
     dense: bool = False
+    native: bool = False
     applies_plan: bool = True
     obstacle: Callable[[Problem], str | None] = lambda problem: None
     remark: str = ""
@@ -61,13 +64,23 @@ class Backend:
 
 
 def _module(path: str) -> Callable[[], Any]:
-    return functools.partial(importlib.import_module, path)
+    return functools.cache(functools.partial(importlib.import_module, path))
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether Triton kernels can run where a tensor is, or in Triton's interpreter."""
+    return _has_triton() and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _triton_obstacle(problem: Problem) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "the package triton is not installed"
-    if not problem.x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not runs_triton(problem.x):
         device = problem.x.device.type
         return f"the tensors are on {device}; the Triton kernels need a CUDA device"
     return None
@@ -90,7 +103,7 @@ BACKENDS: dict[str, Backend] = {
             automatic_on=("cuda",),
             obstacle=_triton_obstacle,
         ),
-        Backend("cpu", _module("optical.backends.cpu"), automatic_on=("cpu",)),
+        Backend("cpu", _module("optical.backends.cpu"), automatic_on=("cpu",), native=True),
         Backend("reference", _module("optical.backends.reference"), dense=True),
     )
 }
@@ -156,18 +169,13 @@ def _check_known(source: str, name: str) -> None:
         raise ValueError(f"{source} is {name!r}; expected one of {expected}")
 
 
-def _candidates(problem: Problem, gradient: bool) -> Iterable[Backend]:
-    """Return the backends in the order in which "auto" asks them."""
-    # Only the backends of CUDA devices compete; sorting costs as much as a small solve.
-    if problem.x.device.type != "cuda":
-        return BACKENDS.values()
-    return _ordered(problem, gradient)[1]
-
-
 def _ordered(problem: Problem, gradient: bool) -> tuple[Order, list[Backend]]:
     order = next(order for order in ORDERS if order.applies(problem, gradient))
     rank = {name: i for i, name in enumerate(order.names)}
     return order, sorted(BACKENDS.values(), key=lambda backend: rank.get(backend.name, len(rank)))
+
+
+_served_by_cpu: set[tuple[Any, ...]] = set()
 
 
 def choose(name: str, problem: Problem, gradient: bool = False) -> Backend:
@@ -183,6 +191,17 @@ def choose(name: str, problem: Problem, gradient: bool = False) -> Backend:
         BackendUnsupported: the backend of this name cannot solve the problems.
     """
     name = requested(name)
+    device = problem.x.device.type
+    cpu = BACKENDS.get("cpu")
+    if device == "cpu" and cpu is not None and name in ("auto", "cpu"):
+        # Asking takes as long as a small solve. On a CPU, the answer depends on little.
+        supports = cpu.load().supports
+        key = (supports, problem.log_a.dtype, problem.gradient, problem.anneal_start > 0)
+        if key in _served_by_cpu:
+            return cpu
+        if cpu.supports(problem) is None:
+            _served_by_cpu.add(key)
+            return cpu
     if name != "auto":
         backend = BACKENDS[name]
         reason = backend.supports(problem)
@@ -191,8 +210,7 @@ def choose(name: str, problem: Problem, gradient: bool = False) -> Backend:
         return backend
 
     refusals: list[str] = []
-    device = problem.x.device.type
-    for backend in _candidates(problem, gradient):
+    for backend in _ordered(problem, gradient)[1]:
         if backend.automatic_on and device not in backend.automatic_on:
             continue
         reason = backend.supports(problem)

@@ -16,6 +16,15 @@ from optical.backends.problem import Problem
 KIND_CODES = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
 GRADIENT_CODES = {"envelope": 0, "implicit": 1, "unroll": 2}
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+# Of masks and lengths.
+MASK_CODES = DTYPE_CODES | {
+    torch.bool: 4,
+    torch.uint8: 4,
+    torch.int8: 5,
+    torch.int16: 6,
+    torch.int32: 7,
+    torch.int64: 8,
+}
 
 
 def _fields(ctype: Any, names: str) -> list[tuple[str, Any]]:
@@ -38,6 +47,8 @@ class ProblemStruct(ctypes.Structure):
         *_fields(ctypes.c_int32, "anderson"),
         *_fields(ctypes.c_double, "anneal_start anneal_ratio"),
         *_fields(ctypes.c_int32, "gradient low_memory num_threads fast"),
+        *_fields(ctypes.c_int64, "total_a total_b"),
+        *_fields(ctypes.c_void_p, "cancelled"),
     ]
 
 
@@ -67,47 +78,49 @@ def problem_struct(problem: Problem, n: int, m: int, num_threads: int = 1) -> Pr
     Args:
         problem: a given cost may have any strides, and vectors any strides except in the last
             dimension, whose entries are adjacent. All other tensors are contiguous.
-        n, m: upper bounds of the number of rows and columns of a problem.
+        n, m: upper bounds of the number of rows and columns of a problem; for packed problems, the
+            CPU library finds them itself.
         num_threads: threads of the CPU library; unused by CUDA.
     """
-    x, y, packed = problem.x, problem.y, problem.packed
-    x_type = DTYPE_CODES[x.dtype]
-    return ProblemStruct(
-        batch=len(problem.epsilon),
-        n=n,
-        m=m,
-        dim=0 if y is None else x.shape[-1],
-        kind=KIND_CODES[problem.kind],
-        precision=DTYPE_CODES[problem.epsilon.dtype],
-        x=x.data_ptr(),
-        y=address(y),
-        x_type=x_type,
-        y_type=x_type if y is None else DTYPE_CODES[y.dtype],
-        x_stride_batch=0 if packed else x.stride(0),
-        x_stride_row=x.stride(-2),
-        x_stride_entry=x.stride(-1),
-        y_stride_batch=0 if packed or y is None else y.stride(0),
-        y_stride_column=0 if y is None else y.stride(-2),
-        offset_a=address(problem.cu_a),
-        offset_b=address(problem.cu_b),
-        log_a=problem.log_a.data_ptr(),
-        log_b=problem.log_b.data_ptr(),
-        epsilon=problem.epsilon.data_ptr(),
-        init_f=address(problem.f0),
-        init_g=address(problem.g0),
-        max_iter=problem.max_iter,
-        tol=problem.tol,
-        rho_a=problem.rho_a,
-        rho_b=problem.rho_b,
-        omega=problem.omega,
-        anderson=problem.anderson,
-        anneal_start=problem.anneal_start,
-        anneal_ratio=problem.anneal_ratio,
-        gradient=GRADIENT_CODES[problem.gradient],
-        low_memory=problem.low_memory,
-        num_threads=num_threads,
-        fast=problem.precision == "fast",
+    x, y, epsilon, log_a, log_b = (
+        problem.x,
+        problem.y,
+        problem.epsilon,
+        problem.log_a,
+        problem.log_b,
     )
+    struct = ProblemStruct.from_buffer_copy(_options_struct(problem[_OPTIONS]))
+    struct.batch, struct.n, struct.m = epsilon.shape[0], n, m
+    struct.kind, struct.precision = KIND_CODES[problem.kind], DTYPE_CODES[epsilon.dtype]
+    struct.x, struct.x_type = x.data_ptr(), DTYPE_CODES[x.dtype]
+    *strides, struct.x_stride_row, struct.x_stride_entry = x.stride()
+    if strides:
+        struct.x_stride_batch = strides[0]
+    if y is not None:
+        struct.dim, struct.y, struct.y_type = x.shape[-1], y.data_ptr(), DTYPE_CODES[y.dtype]
+        *strides, struct.y_stride_column, _ = y.stride()
+        if strides:
+            struct.y_stride_batch = strides[0]
+    struct.log_a, struct.log_b = log_a.data_ptr(), log_b.data_ptr()
+    struct.epsilon = epsilon.data_ptr()
+    struct.offset_a, struct.offset_b = address(problem.cu_a), address(problem.cu_b)
+    struct.init_f, struct.init_g = address(problem.f0), address(problem.g0)
+    struct.num_threads = num_threads
+    struct.total_a, struct.total_b = log_a.numel(), log_b.numel()
+    return struct
+
+
+_OPTIONS = slice(Problem._fields.index("max_iter"), Problem._fields.index("backend") + 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _options_struct(options: tuple[Any, ...]) -> ProblemStruct:
+    """A structure with the options of a problem only; setting 13 fields costs microseconds."""
+    named = dict(zip(Problem._fields[_OPTIONS], options, strict=True))
+    del named["backend"]
+    named["gradient"] = GRADIENT_CODES[named["gradient"]]
+    named["fast"] = named.pop("precision") == "fast"
+    return ProblemStruct(**named)
 
 
 Addresses = TypeVar("Addresses", SolutionStruct, GradientStruct)
@@ -130,6 +143,12 @@ ARGUMENT_TYPES: dict[str, list[Any]] = {
     "optical_sinkhorn_backward": [_PROBLEM, _GRADIENT],
     "optical_apply_plan": [
         *(_PROBLEM, _POINTER, _POINTER, _POINTER, ctypes.c_int64, ctypes.c_int32, _POINTER)
+    ],
+    "optical_plan": [_PROBLEM, _POINTER, _POINTER, ctypes.c_int32, _POINTER],
+    "optical_equal_masses": [
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
+        *(_POINTER, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64),
+        *(_POINTER, ctypes.c_int32, ctypes.c_int64, _POINTER),
     ],
     "optical_cuda_reach": [_PROBLEM],
     "optical_cuda_forward": [_PROBLEM, _SOLUTION, _POINTER],

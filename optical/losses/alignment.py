@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from optical.ot.checks import check_options
 from optical.ot.functional import AlignmentOptions, Cost, ot_alignment
-from optical.ot.options import check_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

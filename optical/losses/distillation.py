@@ -238,10 +238,8 @@ def _check_mass(name: str, mass: Any, model: nn.Module) -> None:
     wrong = ~(mass >= 0) | ~mass.isfinite()
     if bool(wrong.any()):
         index = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{name} is {mass[index].item()} at {index}; expected finite weights >= 0"
-        )
-    tokenizer = getattr(model, "tokenizer", None)
+        raise ValueError(f"{name} is {mass[index].item()} at {index}; expected finite weights >= 0")
+    tokenizer: Any = getattr(model, "tokenizer", None)
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
     if size is not None and len(mass) < size:
         raise ValueError(f"{name} has {len(mass)} entries; expected {size}, one per token")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from optical.backends.problem import Problem, Solution, Status
+from optical.backends.problem import Problem, Solution
 from optical.ot import autograd, masses, validation
+from optical.ot.checks import check_options, refuse_unknown, unfold
 from optical.ot.masses import Masses
-from optical.ot.options import check_options, refuse_unknown
 from optical.ot.result import SinkhornResult
 from optical.ot.validation import Posed
 
@@ -36,14 +36,6 @@ class AlignmentOptions(TypedDict, total=False):
     precision: Precision
     backend: str
     low_memory: bool
-
-
-class DivergenceOptions(AlignmentOptions, total=False):
-    """Options of ``sinkhorn_divergence``."""
-
-    cost: Cost
-    max_iter: int
-    tol: float
 
 
 def sinkhorn(
@@ -340,77 +332,7 @@ def ot_alignment(
             "epsilon requires grad, which the transport cost does not give; expected "
             "epsilon.detach(), or the value of sinkhorn_vectors"
         )
-    return validation.unfold(autograd.solve(problem).value_linear, lead)
-
-
-def sinkhorn_divergence(
-    x: Tensor,
-    y: Tensor,
-    log_a: Tensor | None = None,
-    log_b: Tensor | None = None,
-    *,
-    epsilon: float | Tensor,
-    mask_a: Tensor | None = None,
-    mask_b: Tensor | None = None,
-    lengths_a: Tensor | None = None,
-    lengths_b: Tensor | None = None,
-    cu_seqlens_a: Tensor | None = None,
-    cu_seqlens_b: Tensor | None = None,
-    **options: Unpack[DivergenceOptions],
-) -> Tensor:
-    """Compute the Sinkhorn divergence of sets of vectors, which is 0 for equal sets.
-
-    It is ``value(x, y) - value(x, x) / 2 - value(y, y) / 2 + epsilon / 2 * (sum a - sum b) ** 2``,
-    with the value of ``sinkhorn_vectors``. At convergence it is >= 0 for costs such as
-    "sqeuclidean", for which ``exp(-cost / epsilon)`` is a positive definite kernel. GeomLoss's
-    debiased ``SamplesLoss("sinkhorn", p=2, blur=blur)`` is half of this divergence with
-    ``cost="sqeuclidean"`` and ``epsilon=2 * blur ** 2``.
-
-    Args:
-        x, y, log_a, log_b, epsilon: see ``sinkhorn_vectors``.
-        mask_a, mask_b, lengths_a, lengths_b, cu_seqlens_a, cu_seqlens_b: see ``sinkhorn_vectors``.
-        **options: cost, max_iter, tol, rho (equal for both sides), omega, anderson, anneal,
-            gradient, precision, backend and low_memory; see ``sinkhorn_vectors``.
-
-    Returns:
-        (batch,), differentiable with respect to x, y, log_a and log_b; 0 if all rows or all columns
-        of a problem are padding.
-
-    Raises:
-        TypeError, ValueError, BackendUnsupported, RuntimeError: see ``sinkhorn``. ValueError if
-            rho differs between the sides, for which no divergence is defined.
-
-    Source: Feydy et al., "Interpolating between Optimal Transport and MMD using Sinkhorn
-    Divergences" (arXiv 1810.08278); unequal masses: Séjourné, Feydy, Vialard, Trouvé, Peyré,
-    "Sinkhorn Divergences for Unbalanced Optimal Transport" (arXiv 1910.12958), definition 5.
-
-    Examples:
-        >>> import torch
-        >>> from optical import sinkhorn_divergence
-        >>> x = torch.eye(3)[None]
-        >>> sinkhorn_divergence(x, x.flip(1), epsilon=0.1, cost="sqeuclidean").abs() < 1e-6
-        tensor([True])
-    """
-    checked = check_options("sinkhorn_divergence", epsilon=epsilon, **options)
-    if checked.rho_a != checked.rho_b:
-        raise ValueError(f"rho is {options['rho']}; expected one strength for both sides")
-    rows = Masses(masses.X, log_a, mask_a, lengths_a, cu_seqlens_a)
-    columns = Masses(masses.Y, log_b, mask_b, lengths_b, cu_seqlens_b)
-    cost = options.get("cost", "cosine")
-    across, _lead, learnt = validation.problem_of_vectors(
-        x, y, rows, columns, cost, epsilon, None, checked
-    )
-    assert across.y is not None
-    within_x = across._replace(y=across.x, cu_b=across.cu_a, log_b=across.log_a)
-    within_y = across._replace(x=across.y, cu_a=across.cu_b, log_a=across.log_b)
-    excess = _per_problem(across.log_a.exp(), across.cu_a)
-    excess = excess - _per_problem(across.log_b.exp(), across.cu_b)
-    result = _solve(Posed(across, None, learnt))
-    self_terms = (
-        _solve(Posed(within_x, None, learnt)).value + _solve(Posed(within_y, None, learnt)).value
-    ) / 2
-    divergence = result.value - self_terms + across.epsilon / 2 * excess**2
-    return divergence.masked_fill(result.status == int(Status.EMPTY), 0.0)
+    return unfold(autograd.solve(problem, values_only=True).value_linear, lead)
 
 
 def _solve(posed: Posed) -> SinkhornResult:

@@ -6,6 +6,8 @@ a mask entry that is neither 0 nor 1 makes the outputs of its problem NaN.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -13,12 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optical.backends import cpu, library
+from optical.backends import cpu, library, registry, structs
 from optical.ot.checks import (
+    CONCRETE,
     check_device,
     check_floating,
     check_integers,
     check_shape,
+    dispatched,
     tracing,
     values_available,
 )
@@ -95,7 +99,12 @@ class Masses(NamedTuple):
         )
 
     def log_masses(
-        self, source: Tensor, shape: tuple[int, ...], dtype: torch.dtype, balanced: bool
+        self,
+        source: Tensor,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        balanced: bool,
+        backend: str = "auto",
     ) -> Tensor:
         """Return the log-masses, (batch, n) or packed (N,), -inf for padding.
 
@@ -107,13 +116,16 @@ class Masses(NamedTuple):
             shape: that of the result.
             dtype: that of the result.
             balanced: whether both marginals are fixed.
+            backend: the name of the backend that the caller asked for.
         """
         _, log_mass, mask, lengths, offsets, mass = self
         if mask is None and lengths is None and log_mass is None and mass is None:
             return _uniform(source, shape, dtype, offsets)
         self._check_combination()
-        if log_mass is None and mass is None and values_available(source):
-            return self._uniform_of_valid(source, shape, dtype)
+        given = lengths if mask is None else mask
+        at_hand = isinstance(given, Tensor) and values_available(given)
+        if log_mass is None and mass is None and at_hand and values_available(source):
+            return self._uniform_of_valid(source, shape, dtype, backend)
         valid = None
         if mask is not None:
             valid = self._valid_by_mask(source, shape)
@@ -148,7 +160,7 @@ class Masses(NamedTuple):
                 raise ValueError(f"{first} is given together with {second}; expected one of them")
 
     def _uniform_of_valid(
-        self, source: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+        self, source: Tensor, shape: tuple[int, ...], dtype: torch.dtype, backend: str
     ) -> Tensor:
         """Log-masses of equal masses for a mask or lengths whose values are at hand."""
         batch, size = shape
@@ -157,15 +169,12 @@ class Masses(NamedTuple):
             self._check_mask(mask, source, shape)
         else:
             self._check_lengths(lengths, source, shape)
-        if (
-            hasattr(cpu, "equal_masses")
-            and library.load_cpu().reason is None
-            and (self.mask is None or self.mask.dtype in cpu.MASK_TYPES)
-        ):
-            try:
-                return cpu.equal_masses(batch, size, dtype, mask=self.mask, lengths=self.lengths)
-            except cpu.NotBinary:
-                _check_binary(self.names.mask, self.mask)
+        if registry.requested(backend) in ("auto", "cpu") and library.load_cpu().reason is None:
+            if mask is None and lengths is not None:
+                return cpu.equal_masses(batch, size, dtype, lengths=lengths.to(torch.int64))
+            if mask is not None and mask.dtype in structs.MASK_CODES:
+                with contextlib.suppress(cpu.InvalidMask):
+                    return cpu.equal_masses(batch, size, dtype, mask=mask)
         if mask is not None:
             _check_binary(self.names.mask, mask)
             return _uniform_where(mask != 0, dtype)
@@ -245,6 +254,55 @@ class Masses(NamedTuple):
         return torch.where(mass == 0, -math.inf, torch.where(mass == 0, 1.0, mass).log())
 
 
+def in_one_launch(
+    rows: Masses,
+    columns: Masses,
+    source: Tensor,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    epsilon: float | Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the log-masses of both sides and the temperatures, from one launch on a device.
+
+    None if masses or temperatures are given as tensors, or no Triton kernel can run: then each is
+    made by operations of PyTorch. ``shape`` is (batch, n, m).
+    """
+    given = (rows.mask, columns.mask, rows.lengths, columns.lengths)
+    if source.is_cpu and backend != "triton":
+        return None
+    if isinstance(epsilon, Tensor) or any(
+        x is not None for side in (rows, columns) for x in (side.log_mass, side.mass, side.offsets)
+    ):
+        return None
+    if (
+        tracing()
+        or dispatched()
+        or any(
+            x is not None and (type(x) not in CONCRETE or x.dtype not in structs.MASK_CODES)
+            for x in (source, *given)
+        )
+    ):
+        return None
+    if registry.requested(backend) == "reference" or not registry.runs_triton(source):
+        return None
+    batch, n, m = shape
+    for side, size in ((rows, n), (columns, m)):
+        side._check_combination()
+        if side.mask is not None:
+            side._check_mask(side.mask, source, (batch, size))
+            if values_available(side.mask):
+                _check_binary(side.names.mask, side.mask)
+        elif side.lengths is not None:
+            side._check_lengths(side.lengths, source, (batch, size))
+    from optical.kernels.masses import equal_masses
+
+    made: tuple[Tensor, Tensor, Tensor] = equal_masses(
+        batch, n, m, dtype, float(epsilon), *given, device=source.device
+    )
+    return made
+
+
 def offsets_of(side: Masses, vectors: Tensor) -> Tensor | None:
     """Return (batch + 1,) int64: the offset of each packed problem, and their total length."""
     name, offsets = side.names.offsets, side.offsets
@@ -281,16 +339,34 @@ def _uniform(
     if tracing():
         # Arithmetic on the size in Python would fix it in the graph.
         return _uniform_where(torch.ones(shape, dtype=torch.bool, device=source.device), dtype)
-    return source.new_full(shape, -math.log(max(shape[1], 1)), dtype=dtype)
+    return constant(source, shape, -math.log(max(shape[1], 1)), dtype)
+
+
+def constant(like: Tensor, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+    """Return a tensor filled with a value on the device of ``like``, which nobody writes to.
+
+    Small ones on a CPU are kept: filling a tensor takes as long as solving a small problem.
+    """
+    kept = type(like) in CONCRETE and like.is_cpu and math.prod(shape) <= 1024
+    if not kept or tracing() or torch.is_inference_mode_enabled() or dispatched():
+        return like.new_full(shape, value, dtype=dtype)
+    return _constant(tuple(shape), value, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, value, dtype=dtype, device="cpu")
 
 
 def _uniform_where(valid: Tensor, dtype: torch.dtype) -> Tensor:
     count = valid.sum(1, keepdim=True).clamp(min=1).to(dtype)
-    return torch.where(valid, -count.log(), -math.inf)
+    log_mass: Tensor = torch.where(valid, -count.log(), -math.inf)
+    return log_mass
 
 
 def _before(lengths: Any, size: int) -> Tensor:
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
+    before: Tensor = torch.arange(size, device=lengths.device) < lengths[:, None]
+    return before
 
 
 def _spoilt(mask: Tensor, dtype: torch.dtype) -> Tensor | float:

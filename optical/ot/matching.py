@@ -12,12 +12,20 @@ from torch import Tensor
 from optical.backends import registry
 from optical.backends.problem import BACKEND_NAMES, Status
 from optical.ot import matrix_scaling
-from optical.ot.checks import check_floating, check_shape, tracing, values_available
+from optical.ot.checks import (
+    MAX_ITERATIONS,
+    check_floating,
+    check_options,
+    check_pair,
+    check_shape,
+    fold,
+    tracing,
+    unfold,
+    values_available,
+)
 from optical.ot.functional import Gradient, sinkhorn
 from optical.ot.masses import COST_COLUMNS, COST_ROWS, Masses
 from optical.ot.matrix_scaling import logsumexp
-from optical.ot.options import MAX_ITERATIONS, check_options, check_pair
-from optical.ot.validation import fold, unfold
 
 
 def doubly_stochastic(

@@ -38,7 +38,6 @@ def _schema(fields: type[Problem] | type[Solution]) -> str:
 _UPSTREAM = "Tensor grad_value, Tensor grad_value_linear, Tensor? grad_f, Tensor? grad_g"
 _UPSTREAM_COUNT = 4
 _PROBLEM, _PROBLEM_COUNT = _schema(Problem), len(Problem._fields)
-_FIRST_OPTION = Problem._fields.index("max_iter")
 _SAVED = "Tensor f, Tensor g, Tensor w, Tensor z, Tensor n_iter"
 _library: Any = torch.library.Library("optical", "DEF")  # type: ignore[no-untyped-call]
 for _definition in (
@@ -63,24 +62,20 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
 
 
 def _choose(problem: Problem, gradient: bool = False) -> tuple[registry.Backend, Problem]:
-    """Choose a backend, and make the problem contiguous, except for x and y on a CPU.
+    """Choose a backend, and make the problem contiguous for one that needs it.
 
-    The strides of a given cost, and those of vectors on a CPU, are left to the backend: a tensor
-    that is shared by the batch is not copied.
+    The strides of a given cost are left to the backend: a cost that is shared by the batch is not
+    copied.
     """
     backend = registry.choose(problem.backend, problem, gradient)
     if not (problem.x.numel() and problem.log_a.numel() and problem.log_b.numel()):
         # Kernels need not handle launches without entries.
         backend = registry.BACKENDS["reference"]
-    free = 1 if problem.y is None else 2 if problem.x.device.type == "cpu" else 0
-    fields = problem[free:_FIRST_OPTION]
-    for field in fields:
-        if isinstance(field, Tensor) and not field.is_contiguous():
-            break
-    else:
+    if backend.native:
         return backend, problem
-    fields = problem[free:]
-    contiguous: tuple[Any, ...] = (*problem[:free], *map(_contiguous, fields))
+    contiguous: list[Any] = [_contiguous(field) for field in problem]
+    if problem.y is None:
+        contiguous[0] = problem.x
     return backend, Problem(*contiguous)
 
 
@@ -95,10 +90,16 @@ def _without_autocast(device: str) -> Any:
     return contextlib.nullcontext()
 
 
-def forward(problem: Problem) -> Solution:
-    """Solve a batch by the backend it asks for, outside of autograd."""
+def forward(problem: Problem, values_only: bool = False) -> Solution:
+    """Solve a batch by the backend it asks for, outside of autograd.
+
+    With ``values_only``, what only describes the run may be left out; see ``Solution.allocate``.
+    """
     backend, problem = _choose(problem)
     solve = backend.load().forward
+    if backend.native:
+        native: Solution = solve(problem, values_only)
+        return native
     with _without_autocast(problem.x.device.type):
         solution: Solution = (
             PaddedProblem(problem).forward(solve) if backend.dense else solve(problem)
@@ -107,8 +108,8 @@ def forward(problem: Problem) -> Solution:
 
 
 def backward(
-    grad_value: Tensor,
-    grad_value_linear: Tensor,
+    grad_value: Tensor | None,
+    grad_value_linear: Tensor | None,
     grad_f: Tensor | None,
     grad_g: Tensor | None,
     problem: Problem,
@@ -119,20 +120,34 @@ def backward(
     n_iter: Tensor,
     need_x: bool,
     need_y: bool,
+    need_masses: bool = True,
 ) -> Gradients:
-    """Compute the gradients that ``problem.gradient`` names, outside of autograd."""
+    """Compute the gradients that ``problem.gradient`` names, outside of autograd.
+
+    An upstream gradient of None is 0. Without ``need_masses``, those of the log-masses may be None.
+    """
     backend, problem = _choose(problem, gradient=True)
-    grad_value, grad_value_linear = grad_value.contiguous(), grad_value_linear.contiguous()
-    upstream = grad_value, grad_value_linear, _contiguous(grad_f), _contiguous(grad_g)
-    saved = tuple(x.contiguous() for x in (f, g, w, z, n_iter))
     differentiate = backend.load().backward
+    upstream: tuple[Tensor | None, ...] = (grad_value, grad_value_linear, grad_f, grad_g)
+    saved: tuple[Any, ...] = (f, g, w, z, n_iter)
+    if backend.native:
+        gradients: Gradients = differentiate(
+            *upstream, problem, *saved, need_x, need_y, need_masses
+        )
+        return gradients
+    if grad_value is None or grad_value_linear is None:
+        zeros = torch.zeros_like(problem.epsilon)
+        grad_value = zeros if grad_value is None else grad_value
+        grad_value_linear = zeros if grad_value_linear is None else grad_value_linear
+        upstream = (grad_value, grad_value_linear, grad_f, grad_g)
+    upstream, saved = tuple(map(_contiguous, upstream)), tuple(map(_contiguous, saved))
     with _without_autocast(problem.x.device.type):
         if backend.dense:
-            gradients: Gradients = PaddedProblem(problem).backward(
+            gradients = PaddedProblem(problem).backward(
                 differentiate, *upstream, *saved, need_x, need_y
             )
         else:
-            gradients = differentiate(*upstream, problem, *saved, need_x, need_y)
+            gradients = differentiate(*upstream, problem, *saved, need_x, need_y, need_masses)
     return gradients
 
 
@@ -188,14 +203,18 @@ def plan_backward(
 
 
 def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    solution = forward(Problem(*arguments))
+    if Problem(*arguments).gradient != "implicit":
+        # Outputs of an op share nothing, not even what is empty.
+        solution = solution._replace(w=solution.f.new_empty(0), z=solution.g.new_empty(0))
     # The fake below promises contiguous outputs, whatever the strides of the inputs.
-    return tuple(x.contiguous() for x in forward(Problem(*arguments)))
+    return tuple(x.contiguous() for x in solution)
 
 
 def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
     problem, rest = _split(arguments[_UPSTREAM_COUNT:])
     upstream: tuple[Any, ...] = arguments[:_UPSTREAM_COUNT]
-    gradients = backward(*upstream, problem, *rest)
+    gradients = backward(*upstream, problem, *rest)  # type: ignore[call-arg]
     return _tensors(problem, gradients)
 
 
@@ -228,7 +247,14 @@ def _tensors(problem: Problem, gradients: tuple[Tensor | None, ...]) -> tuple[Te
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(Solution.allocate(Problem(*arguments)))
+    problem = Problem(*arguments)
+    log_a, log_b, epsilon = problem.log_a, problem.log_b, problem.epsilon
+    implicit = problem.gradient == "implicit"
+    shapes = epsilon.shape, epsilon.shape, log_a.shape, log_b.shape, epsilon.shape
+    more = (log_a.shape if implicit else 0, log_b.shape if implicit else 0, epsilon.shape)
+    n_iter, status = (epsilon.new_empty(epsilon.shape, dtype=torch.int32) for _ in range(2))
+    first, last = ([epsilon.new_empty(shape) for shape in group] for group in (shapes, more))
+    return *first, n_iter, status, *last
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -312,14 +338,6 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     return None
 
 
-def no_second_derivative(ctx: Any, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Raise: the backward of the gradients."""
-    raise RuntimeError(
-        "optical.sinkhorn has no second derivative; differentiate "
-        "optical.backends.reference.sinkhorn, which is plain PyTorch, with autograd instead"
-    )
-
-
 def _setup_apply_plan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     problem, (f, g, _v, ctx.transpose) = _split(inputs)
     _save_problem(ctx, problem, f, g)
@@ -392,12 +410,24 @@ _apply_plan_rules = (
 _rules: dict[str, tuple[Any, ...]] = {
     "sinkhorn": _sinkhorn_rules,
     "sinkhorn_backward": (
-        *(_backward_op, _backward_fake, _setup_backward, no_second_derivative, _UPSTREAM_COUNT),
+        *(
+            _backward_op,
+            _backward_fake,
+            _setup_backward,
+            reference.no_second_derivative,
+            _UPSTREAM_COUNT,
+        ),
     ),
     "apply_plan": _apply_plan_rules,
     "plan": (_plan_op, _plan_fake, _setup_plan, _differentiate_plan, 0),
     "plan_backward": (
-        *(_plan_backward_op, _plan_backward_fake, _setup_backward, no_second_derivative, 1),
+        *(
+            _plan_backward_op,
+            _plan_backward_fake,
+            _setup_backward,
+            reference.no_second_derivative,
+            1,
+        ),
     ),
 }
 for _name, (_implementation, _fake, _setup, _differentiate, _before) in _rules.items():

@@ -14,8 +14,15 @@ from torch import Tensor
 from optical.backends.dense import PaddedProblem
 from optical.backends.problem import Problem, Solution
 from optical.ot import autograd
-from optical.ot.checks import check_device, check_floating, check_shape, tracing
-from optical.ot.validation import Lead, fold, unfold
+from optical.ot.checks import (
+    Lead,
+    check_device,
+    check_floating,
+    check_shape,
+    fold,
+    tracing,
+    unfold,
+)
 
 
 @dataclass(frozen=True)
@@ -61,21 +68,21 @@ class SinkhornResult:
     problem: Problem = field(repr=False)
     lead: Lead | None = field(default=None, repr=False)
     constant: bool = field(default=False, repr=False)
-    versions: tuple[int, ...] | None = field(default=None, repr=False)
+    versions: list[int] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, problem: Problem, solution: Solution, lead: Lead | None) -> SinkhornResult:
         """Wrap the solution of a problem whose leading dimensions ``lead`` were merged."""
         constant = problem.gradient == "envelope" and autograd.needs_gradient(problem)
         versions = None if tracing() else _versions(problem, solution.f, solution.g)
-        if constant:
+        if constant and not _leaves(problem):
             # The result must not keep the graph of the inputs alive.
             problem = detached(problem)
         outputs: tuple[Tensor, ...] = (*solution[:7], solution.residual)
         if lead is not None:
             outputs = tuple(unfold(x, lead) for x in outputs)
-        *tensors, residual = outputs
-        return cls(*tensors, residual, problem, lead, constant, versions)  # type: ignore[call-arg]
+        fields: tuple[Any, ...] = (*outputs, problem, lead, constant, versions)
+        return cls(*fields)
 
     def plan(self) -> Tensor:
         """Compute the plan (batch, n, m) from the potentials; it is not stored.
@@ -257,8 +264,10 @@ class SinkhornResult:
 
     def _plan(self, name: str, log: bool) -> Tensor:
         problem, f, g = self._inputs(name)
-        if self.constant and torch.is_grad_enabled() and not tracing():
-            _warn_constant()
+        if self.constant:
+            problem = detached(problem)
+            if torch.is_grad_enabled() and not tracing():
+                _warn_constant()
         padded = PaddedProblem(problem)
         plan = autograd.plan(padded.padded, padded.a.pad(f), padded.b.pad(g), log)
         return plan if self.lead is None else plan.reshape((*self.lead, *plan.shape[1:]))
@@ -286,27 +295,30 @@ class SinkhornResult:
         return recorded or (transformed and torch.is_grad_enabled())
 
 
+def _leaves(problem: Problem) -> bool:
+    """Whether no tensor has a graph behind it."""
+    x, y, log_a, log_b = problem.x, problem.y, problem.log_a, problem.log_b
+    return x.is_leaf and (y is None or y.is_leaf) and log_a.is_leaf and log_b.is_leaf
+
+
 def detached(problem: Problem) -> Problem:
     """Return the problem with its tensors detached from the autograd graph."""
     fields: list[Any] = [x.detach() if isinstance(x, Tensor) else x for x in problem]
     return Problem(*fields)
 
 
-_READ = ("x", "y", "cu_a", "cu_b", "log_a", "log_b", "epsilon")
-
-
-def _versions(problem: Problem, f: Tensor, g: Tensor) -> tuple[int, ...] | None:
-    """Return the version counters of what a plan is computed from; None if there are none."""
-    try:
-        return tuple(
-            x._version for x in (*(getattr(problem, name) for name in _READ), f, g) if x is not None
+def _versions(problem: Problem, f: Tensor, g: Tensor) -> list[int] | None:
+    """Return the version counters of what a plan is computed from."""
+    return autograd.versions(
+        (
+            *(problem.x, problem.y, problem.cu_a, problem.cu_b),
+            *(problem.log_a, problem.log_b, problem.epsilon, f, g),
         )
-    except RuntimeError:  # inference tensors
-        return None
+    )
 
 
-def _changed(problem: Problem, before: tuple[int, ...], after: tuple[int, ...]) -> str:
-    names = [name for name in (*_READ, "f", "g") if getattr(problem, name, 0) is not None]
+def _changed(problem: Problem, before: list[int], after: list[int]) -> str:
+    names = "x", "y", "cu_a", "cu_b", "log_a", "log_b", "epsilon", "f", "g"
     public = {"x": "cost" if problem.y is None else "x", "cu_a": "cu_seqlens_a"}
     public["cu_b"] = "cu_seqlens_b"
     changed = [n for n, a, b in zip(names, before, after, strict=True) if a != b]

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 
 from optical.backends.problem import Problem
-from optical.ot.checks import check_device, check_floating, check_shape, values_available
-from optical.ot.masses import Masses, offsets_of
-from optical.ot.options import Options, check_pair, last_temperature
-
-Lead = tuple[int, ...]  # leading dimensions of the caller's tensors
+from optical.ot.checks import (
+    Lead,
+    Options,
+    check_device,
+    check_floating,
+    check_pair,
+    check_shape,
+    fold,
+    last_temperature,
+    values_available,
+)
+from optical.ot.masses import Masses, constant, in_one_launch, offsets_of
 
 
 class Posed(NamedTuple):
@@ -53,10 +60,10 @@ def problem_of_cost(
     if cost.dtype != dtype:
         cost = cost.to(dtype)
     batch, n, m = cost.shape
-    balanced = options.rho_a == options.rho_b == float("inf")
-    log_a = rows.log_masses(cost, (batch, n), dtype, balanced)
-    log_b = columns.log_masses(cost, (batch, m), dtype, balanced)
-    temperatures, learnt = _temperatures(epsilon, batch, log_a, "cost", options)
+    shapes = (batch, n), (batch, m)
+    log_a, log_b, temperatures, learnt = _masses(
+        rows, columns, cost, cost, shapes, dtype, batch, epsilon, options
+    )
     f0, g0 = _initial_potentials(init, log_a, log_b)
     fields = (cost, None, "given", None, None, log_a, log_b, temperatures, f0, g0)
     return Posed(_problem(fields, options), lead, learnt)
@@ -91,12 +98,12 @@ def problem_of_vectors(
     if cu_a is not None and cu_b is not None:
         batch = cu_a.shape[0] - 1
         check_shape(columns.names.offsets, cu_b, (batch + 1,), f"as {rows.names.offsets}")
-    balanced = options.rho_a == options.rho_b == float("inf")
-    log_a = rows.log_masses(x, x.shape[:-1], dtype, balanced)
-    log_b = columns.log_masses(y, y.shape[:-1], dtype, balanced)
+    shapes = tuple(x.shape[:-1]), tuple(y.shape[:-1])
+    log_a, log_b, temperatures, learnt = _masses(
+        rows, columns, x, y, shapes, dtype, batch, epsilon, options
+    )
     if dtype == torch.float64:
         x, y = x.to(dtype), y.to(dtype)
-    temperatures, learnt = _temperatures(epsilon, batch, log_a, rows.names.source, options)
     f0, g0 = _initial_potentials(init, log_a, log_b)
     fields: tuple[Any, ...] = (x, y, kind, cu_a, cu_b, log_a, log_b, temperatures, f0, g0)
     if kind == "euclidean":
@@ -106,16 +113,6 @@ def problem_of_vectors(
 
 def _problem(fields: tuple[Any, ...], options: tuple[Any, ...]) -> Problem:
     return Problem(*fields, *options)
-
-
-def fold(tensor: Tensor, lead: Lead) -> Tensor:
-    """Merge the leading dimensions ``lead`` of a tensor into one."""
-    return tensor.unsqueeze(0) if not lead else tensor.flatten(0, len(lead) - 1)
-
-
-def unfold(tensor: Tensor, lead: Lead | None) -> Tensor:
-    """Undo ``fold``; ``lead`` is None if nothing was folded."""
-    return tensor if lead is None else tensor.reshape((*lead, *tensor.shape[1:]))
 
 
 def _fold_epsilon(epsilon: float | Tensor, lead: Lead) -> float | Tensor:
@@ -169,6 +166,29 @@ def _check_vectors(
     raise ValueError(f"{y_name} has shape {tuple(y.shape)}; expected {expected}")
 
 
+def _masses(
+    rows: Masses,
+    columns: Masses,
+    x: Tensor,
+    y: Tensor,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    dtype: torch.dtype,
+    batch: int,
+    epsilon: float | Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the log-masses of both sides, the temperatures, and those that require a gradient."""
+    if not x.is_cpu or options.backend == "triton":
+        sizes = batch, shapes[0][-1], shapes[1][-1]
+        made = in_one_launch(rows, columns, x, sizes, dtype, epsilon, options.backend)
+        if made is not None:
+            return *made, None
+    balanced = options.rho_a == options.rho_b == float("inf")
+    log_a = rows.log_masses(x, shapes[0], dtype, balanced, options.backend)
+    log_b = columns.log_masses(y, shapes[1], dtype, balanced, options.backend)
+    return log_a, log_b, *_temperatures(epsilon, batch, log_a, rows.names.source, options)
+
+
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -197,7 +217,7 @@ def _temperatures(
     whose device ``like`` shares.
     """
     if not isinstance(epsilon, Tensor):
-        return like.new_full((batch,), float(epsilon)), None
+        return constant(like, (batch,), float(epsilon), like.dtype), None
     check_floating("epsilon", epsilon, f"({batch},)", epsilon.dim())
     if epsilon.dim() == 0:
         epsilon = epsilon.expand(batch)

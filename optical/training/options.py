@@ -7,8 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from optical.ot.checks import check_options
 from optical.ot.functional import Gradient
-from optical.ot.options import check_options
 
 Role = Literal["query", "document"]
 Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]

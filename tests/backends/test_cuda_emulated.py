@@ -15,10 +15,21 @@ import pytest
 import torch
 
 from optical.backends import cuda, library, nvrtc, structs
-from optical.backends.problem import GRADIENTS
+from optical.backends.problem import GRADIENTS, Status
 from optical.testing.cases import all_cases, packed, poisoned, random_case, random_vector_case
 from optical.testing.tolerance import FIELDS, assert_backend_correct, assert_close_to_truth, solve
 from tests.cuda_emulator.build import build, use
+from tests.kernels.failing import (
+    MALFORMED,
+    RELAXED,
+    assert_masses_are_optional,
+    assert_unused_is_zero,
+    errors_of_iterates,
+    malformed,
+    mixed,
+    overflowing,
+    own_entries,
+)
 
 ALL = {problem.name: problem for problem in all_cases()}
 
@@ -469,3 +480,100 @@ def test_refusals_name_their_reason(kernels):
         assert reason in cuda.supports(problem.problem())
     annealed = replace(double, anneal_start=1.0).to(torch.float32)
     assert "does not undo annealing" in cuda.supports(annealed.problem("unroll"))
+
+
+# In a team of lanes, one warp, a block and a cluster; the last with penalties.
+STATUS = {(9, 7): math.inf, (40, 50): math.inf, (100, 70): 0.7, (140, 400): math.inf}
+
+
+@pytest.mark.parametrize(("size", "rho"), STATUS.items())
+def test_relaxed_runs_stop_by_both_marginals(size, rho, kernels):
+    case = replace(random_case("relaxed", 2, *size), omega=1.6, tol=1e-3, max_iter=40, rho_b=rho)
+    case = replace(case, epsilon=torch.tensor([0.5, 0.1]).double())
+    out, errors = solve("cuda", case.to(torch.float32)), errors_of_iterates(case, 40)
+    reached = errors <= case.tol
+    expected = torch.where(reached.any(0), reached.int().argmax(0) + 1, 40)
+    assert (out["n_iter"] - expected).abs().max() <= 1 and expected.min() < 40
+    for i, k in enumerate(out["n_iter"].tolist()):
+        assert math.isclose(out["marginal_error"][i], errors[k - 1, i], rel_tol=1e-2, abs_tol=1e-6)
+    assert torch.equal(out["status"] == Status.CONVERGED, out["marginal_error"] <= case.tol)
+
+
+def test_relaxed_runs_in_the_log_domain_stop_by_both_marginals(kernels):
+    case = random_case("masses", 2, 19, 23, epsilon=0.05, max_iter=80)
+    log_b = torch.linspace(0, -150, 23).double().expand(2, 23).log_softmax(1)
+    case = replace(case, x=case.x + torch.linspace(3, 0, 23).double(), log_b=log_b)
+    case = replace(case, omega=1.3, tol=1e-3)
+    out, errors = solve("cuda", case.to(torch.float32)), errors_of_iterates(case, 80)
+    expected = (errors <= case.tol).int().argmax(0) + 1
+    assert (out["n_iter"] - expected).abs().max() <= 1 and (out["status"] == 0).all()
+
+
+@pytest.mark.parametrize("omega", [1.0, 1.6])
+def test_the_last_iterate_is_tested(omega, kernels):
+    case = replace(RELAXED, omega=omega).select(1)
+    first = int(solve("cuda", case.to(torch.float32))["n_iter"])
+    for count, status in ((first - 1, Status.MAX_ITER), (first, Status.CONVERGED)):
+        out = solve("cuda", replace(case, max_iter=count).to(torch.float32))
+        assert out["n_iter"].tolist() == [count] and out["status"].tolist() == [status]
+    unlimited = solve("cuda", replace(case, max_iter=first, tol=0.0).to(torch.float32))
+    assert unlimited["status"].tolist() == [Status.MAX_ITER]
+
+
+@pytest.mark.parametrize("gradient", ["envelope", "unroll"])
+def test_outputs_that_overflow_are_infeasible(gradient, kernels):
+    for tol in (0.0, 1e-3):
+        out = solve("cuda", replace(overflowing(), tol=tol).to(torch.float32), gradient)
+        # Errors of marginals of e^-50 are below any tolerance.
+        first = Status.CONVERGED if tol > 0 else Status.MAX_ITER
+        assert out["status"].tolist() == [first, Status.INFEASIBLE]
+        for name in ("grad_x", "grad_log_a", "grad_log_b"):
+            assert out[name][0].isfinite().all() and not out[name][1].isfinite().any(), name
+    case = replace(random_case("plan", 2, 5, 4, max_iter=0), tol=1e-3)
+    case = replace(case, x=case.x - torch.tensor([0.0, 1e4])[:, None, None])
+    out = solve("cuda", case.to(torch.float32), gradient)
+    assert out["status"].tolist() == [Status.MAX_ITER, Status.INFEASIBLE]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "packed dot"])
+def test_gradients_of_malformed_problems_are_nan(kind, gradient, kernels, poisoned_memory):
+    clean = mixed(kind.removeprefix("packed ")).to(torch.float32)
+    if kind == "packed dot":
+        clean = packed(clean)
+    for rho_a, (field, value) in zip((math.inf, 0.5, math.inf, 0.5), MALFORMED, strict=True):
+        clean = replace(clean, rho_a=rho_a)
+        broken = malformed(clean, field, value)
+        out, expected = (solve("cuda", case, gradient) for case in (broken, clean))
+        assert out["status"][1] == Status.INFEASIBLE and out["status"][3] == Status.EMPTY
+        for name, (own, padding) in own_entries(clean).items():
+            grad, other = out[f"grad_{name}"], expected[f"grad_{name}"]
+            assert grad[own].isnan().all(), (field, name)
+            assert not grad[padding].any(), (field, name)
+            assert torch.equal(grad[~own], other[~own]) and grad[~own].isfinite().all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(100, 70), (140, 400)])
+def test_gradients_of_malformed_problems_in_blocks_and_clusters(n, m, kernels):
+    given = random_case("large", 1, n, m, rows=[n - 3], columns=[m - 5], max_iter=1)
+    vectors = random_vector_case("large", "cosine", batch=1, n=n, m=m, dim=5, max_iter=1)
+    for case in (given, vectors):
+        out = solve("cuda", replace(case, epsilon=-case.epsilon).to(torch.float32))
+        for name in ("x", "y", "log_a", "log_b"):
+            if f"grad_{name}" in out:
+                grad = out[f"grad_{name}"]
+                valid = getattr(case, name) > -math.inf
+                if name == "x" and case.y is None:
+                    valid = (case.log_a > -math.inf)[:, :, None] & (case.log_b > -math.inf)[:, None]
+                assert torch.equal(grad.isnan(), valid) and not grad[~valid].any(), name
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kind", ["given", "cosine", "packed dot"])
+def test_gradients_of_unused_problems_are_zero(kind, gradient, kernels, poisoned_memory):
+    assert_unused_is_zero("cuda", kind, gradient)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_of_masses_are_optional(gradient, kernels, poisoned_memory):
+    assert_masses_are_optional(cuda, gradient)

@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from optical import Status
 from optical.backends import reference
 from optical.backends.dense import PaddedProblem
+from optical.backends.iterations import plan as padded_plan
 from optical.backends.problem import GRADIENTS
 from optical.testing.cases import all_cases, option_cases, plain_cases, random_case
 
@@ -29,7 +30,7 @@ def run(case, gradient="envelope", **changes):
 
 def plan_of(case, out):
     padded = PaddedProblem(case.problem()).with_cost
-    return reference.plan(padded.x, padded.log_a, padded.log_b, padded.epsilon, out["f"], out["g"])
+    return padded_plan(padded.x, padded.log_a, padded.log_b, padded.epsilon, out["f"], out["g"])
 
 
 def scalar_sinkhorn(case, index, max_iter):
@@ -165,7 +166,7 @@ def test_closed_forms():
     _, linear, f, g, *_ = reference.sinkhorn(two, half, half, epsilon, 50)
     odds = math.exp(-1 / 0.3)
     assert linear.item() == pytest.approx(odds / (1 + odds))
-    plan = reference.plan(two, half, half, epsilon, f, g)
+    plan = padded_plan(two, half, half, epsilon, f, g)
     assert plan[0, 0, 0].item() == pytest.approx(0.5 / (1 + odds))
 
     diracs = run(ALL["1x9"])
@@ -539,7 +540,7 @@ def test_gradcheck_of_every_output_and_input(name, options):
         fixed = torch.where(allowed, free_cost, cost)
         a, b = torch.where(masses[0], free_a, log_a), torch.where(masses[1], free_b, log_b)
         value, linear, f, g, *_ = reference.sinkhorn(fixed, a, b, epsilon, 4, **options)
-        return value, linear, f, g, reference.plan(fixed, a, b, epsilon, f, g)
+        return value, linear, f, g, padded_plan(fixed, a, b, epsilon, f, g)
 
     inputs = [x.nan_to_num(0, 0, 0).requires_grad_() for x in (cost, log_a, log_b)]
     epsilon = torch.full((len(cost),), 0.3, dtype=torch.float64, requires_grad=True)

@@ -8,14 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import optical
-from optical import (
-    SinkhornResult,
-    Status,
-    ot_alignment,
-    sinkhorn,
-    sinkhorn_divergence,
-    sinkhorn_vectors,
-)
+from optical import SinkhornResult, Status, ot_alignment, sinkhorn, sinkhorn_vectors
 from optical.backends import registry
 from optical.backends.dense import PaddedProblem
 from optical.losses import alignment
@@ -299,82 +292,6 @@ def test_apply_plan_multiplies_the_plan():
             result.apply_plan(v)
     with pytest.raises(TypeError, match="v has dtype"):
         result.apply_plan(y.long())
-
-
-# --------------------------------------------------------------------------------- the divergence
-
-
-def test_the_divergence_combines_three_values():
-    case = random_vector_case("", "sqeuclidean", rows=[9, 4, 1], columns=[12, 12, 5])
-    log_a = (case.log_a + 0.4).requires_grad_()
-    options = {"epsilon": 2.0, "rho": 1.5, "max_iter": 60, "cost": "sqeuclidean"}
-    actual = sinkhorn_divergence(case.x, case.y, log_a, case.log_b, **options)
-    pairs = [
-        sinkhorn_vectors(x, y, a, b, **options).value
-        for x, y, a, b in (
-            (case.x, case.y, log_a, case.log_b),
-            (case.x, case.x, log_a, log_a),
-            (case.y, case.y, case.log_b, case.log_b),
-        )
-    ]
-    excess = log_a.exp().sum(1) - case.log_b.exp().sum(1)
-    expected = pairs[0] - pairs[1] / 2 - pairs[2] / 2 + 2.0 / 2 * excess**2
-    torch.testing.assert_close(actual, expected)
-    grads = [torch.autograd.grad(x.sum(), log_a, retain_graph=True)[0] for x in (actual, expected)]
-    torch.testing.assert_close(*grads)
-    assert not grads[0][case.log_a == -INF].any()
-
-
-def test_the_divergence_of_packed_problems_agrees_with_padded_ones():
-    case = random_vector_case("", "sqeuclidean", rows=[9, 0, 3], columns=[12, 7, 5], epsilon=2.0)
-    flat = packed(case)
-    options = {"epsilon": 2.0, "cost": "sqeuclidean", "rho": 3.0}
-    expected = sinkhorn_divergence(case.x, case.y, case.log_a + 0.2, case.log_b, **options)
-    actual = sinkhorn_divergence(
-        flat.x,
-        flat.y,
-        flat.log_a + 0.2,
-        flat.log_b,
-        cu_seqlens_a=flat.cu_a,
-        cu_seqlens_b=flat.cu_b,
-        **options,
-    )
-    torch.testing.assert_close(actual, expected)
-    assert actual[1] == 0
-
-
-def test_the_divergence_is_zero_for_equal_sets_and_otherwise_positive():
-    x, y = torch.randn(3, 6, 4).double(), torch.randn(3, 5, 4).double()
-    options = {"epsilon": 0.5, "cost": "sqeuclidean", "max_iter": 500}
-    equal = sinkhorn_divergence(x, x.flip(1), **options)
-    assert equal.abs().max() < 1e-9
-    assert (sinkhorn_divergence(x, y, **options) > 0.1).all()
-    leaf = x.clone().requires_grad_()
-    gradient = torch.autograd.grad(sinkhorn_divergence(leaf, x, **options).sum(), leaf)[0]
-    assert gradient.abs().max() < 1e-3
-
-
-@pytest.mark.parametrize("reach", [None, 0.8])
-def test_the_divergence_agrees_with_geomloss(reach):
-    geomloss = pytest.importorskip("geomloss")
-    x, y = torch.rand(2, 7, 3).double(), torch.rand(2, 6, 3).double() + 0.3
-    blur = 0.4
-    loss = geomloss.SamplesLoss(
-        "sinkhorn", p=2, blur=blur, reach=reach, scaling=0.99, debias=True, backend="tensorized"
-    )
-    # For p = 2, the cost of GeomLoss is half the squared distance.
-    expected = 2 * loss(x, y)
-    rho = None if reach is None else 2 * reach**2
-    options = {"cost": "sqeuclidean", "max_iter": 2000, "rho": rho}
-    actual = sinkhorn_divergence(x, y, epsilon=2 * blur**2, **options)
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
-
-
-def test_the_divergence_requires_equal_penalties():
-    x = torch.randn(1, 3, 2)
-    with pytest.raises(ValueError, match=r"rho is \(1.0, 2.0\); expected one strength for both"):
-        sinkhorn_divergence(x, x, epsilon=0.1, rho=(1.0, 2.0))
-    assert sinkhorn_divergence(x, x, epsilon=0.1, rho=(1.0, 1.0)).abs() < 1e-5
 
 
 # ------------------------------------------------------------------------------------------ errors

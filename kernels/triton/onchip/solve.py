@@ -22,19 +22,18 @@ more each time K is rebuilt.
 import triton
 import triton.language as tl
 from optical.kernels.tiles import (
-    CONVERGED,
     EMPTY,
-    INFEASIBLE,
     INFINITY,
     LOG2_E,
     MASS_TOLERANCE,
-    MAX_ITER,
     cost_tile,
     extent,
+    final_status,
     kl_penalty,
     load_log_mass,
     locate_cost,
     log_sum_exp2,
+    overflows,
     quotient,
     swap_sides,
     target_marginal,
@@ -83,6 +82,7 @@ def resident_kernel(
     marginal_error_ptr,
     n_iter_ptr,
     status_ptr,
+    residual_ptr,
     stride_batch,
     stride_n,
     stride_m,
@@ -166,6 +166,10 @@ def resident_kernel(
     isolated_b = False
     iteration = 0
     stop = False
+    # Over-relaxation leaves the columns inexact, too: their error at the current iterate, and at
+    # the one at which K was computed.
+    column_error = 0.0
+    rebuilt_column_error = 0.0
     at_epsilon = False
     running = True
     annealing = anneal_start
@@ -214,7 +218,7 @@ def resident_kernel(
         F = tl.where(row_has_pair, F + tl.where(u > 0, tl.log2(u), 0.0), 0.0)
         row_sum = tl.where(row_has_pair, tl.exp2(A + (F - softmin) * ratio), 0.0)
         error = tl.sum(tl.abs(row_sum - target_marginal(A, row_has_pair, F, strength_a)), 0)
-        stop = at_epsilon & (tol > 0) & (error <= tol)
+        stop = at_epsilon & (tol > 0) & (error + column_error <= tol)
         at_epsilon = temperature == epsilon
         halt = stop | empty | invalid | (iteration >= max_iter)
         F = tl.where(halt, F, (1 - relaxation) * F + beta_a * softmin)
@@ -224,6 +228,11 @@ def resident_kernel(
         softmin = tl.where(column_has_pair, G + (B - total) / ratio, 0.0)
         G_next = tl.where(halt, G, (1 - relaxation) * G + beta_b * softmin)
         G_next = tl.where(column_has_pair, G_next, 0.0)
+        if GENERAL and (tol > 0) & (omega != 1):
+            excess = tl.where(column_has_pair, tl.exp2(B + (G_next - softmin) * ratio), 0.0)
+            excess -= target_marginal(B, column_has_pair, G_next, strength_b)
+            column_error = tl.sum(tl.abs(excess), 0)
+            rebuilt_column_error = column_error
         if ANNEAL:
             # log2 of the plan at the final temperature: S = (A + B + (F + G) ratio - T) / ratio.
             T = tl.where(T > -INFINITY, T - (A + F * ratio)[:, None], -INFINITY)
@@ -282,7 +291,8 @@ def resident_kernel(
                         target = target_marginal(log_mass, u > 0, F, strength_a)
                     else:
                         target = tl.exp2(log_mass)
-                    stop = (tol > 0) & (tl.sum(tl.abs(u * Kv - target), 0) <= tol)
+                    error = tl.sum(tl.abs(u * Kv - target), 0) + column_error
+                    stop = (tol > 0) & (error <= tol)
                 if GENERAL:
                     start = tl.where(u > 0, (1 - omega) * tl.log2(u), 0.0)
                     u_next = tl.exp2(start + a - beta_a * tl.log2(Kv))
@@ -294,6 +304,11 @@ def resident_kernel(
                     v_next = tl.exp2(start + b - beta_b * tl.log2(Ku))
                 else:
                     v_next = quotient(b, Ku, NVIDIA)
+                if GENERAL and (tol > 0) & (omega != 1):
+                    log_b = load_log_mass(log_b_ptr, columns, m)
+                    g = tl.load(g_ptr + columns, mask=columns < m, other=0.0) + tl.log2(v_next)
+                    excess_b = v_next * Ku - target_marginal(log_b, v_next > 0, g, strength_b)
+                    column_error = tl.sum(tl.abs(excess_b), 0)
                 if STEPS == 1:
                     u = tl.where(stop, u, u_next)
                     v = tl.where(stop, v, v_next)
@@ -310,6 +325,7 @@ def resident_kernel(
                 # Digits may be lost: return to the iterate of K and repeat with exact iterations.
                 exact_until = iteration
                 iteration = rebuilt_at
+                column_error = rebuilt_column_error
                 stop = False
                 running = True
                 scaling = False
@@ -356,18 +372,24 @@ def resident_kernel(
     unbalanced = tl.abs(mass_a - mass_b) > tl.maximum(mass_a, mass_b) * MASS_TOLERANCE
     infeasible = (fixed_a & isolated_a) | (fixed_b & isolated_b) | (fixed_a & fixed_b & unbalanced)
     invalid = invalid & (empty == 0)
-    status = tl.where(stop, CONVERGED, MAX_ITER)
-    status = tl.where(invalid | infeasible, INFEASIBLE, status)
+    transported /= scale
+    diverged = overflows(value, transported, error)
+    finite = tl.where(tl.abs(F / scale) < INFINITY, 1, 0)
+    diverged = diverged | (tl.min(tl.where(A != -INFINITY, finite, 1), 0) == 0)
+    finite = tl.where(tl.abs(G / scale) < INFINITY, 1, 0)
+    diverged = diverged | (tl.min(tl.where(B != -INFINITY, finite, 1), 0) == 0)
+    status = final_status(error, tol, invalid | infeasible | diverged)
     status = tl.where(empty, EMPTY, status)
     iteration = tl.where(empty, 0, tl.where(invalid, max_iter, tl.minimum(iteration, max_iter)))
     tl.store(value_ptr + problem, tl.where(empty, 0.0, tl.where(invalid, float("nan"), value)))
-    transported = tl.where(empty, 0.0, tl.where(invalid, float("nan"), transported / scale))
+    transported = tl.where(empty, 0.0, tl.where(invalid, float("nan"), transported))
     tl.store(value_linear_ptr + problem, transported)
     tl.store(
         marginal_error_ptr + problem, tl.where(empty, 0.0, tl.where(invalid, float("nan"), error))
     )
     tl.store(n_iter_ptr + problem, iteration)
     tl.store(status_ptr + problem, status)
+    tl.store(residual_ptr + problem, 0.0)
     F = tl.where(
         A == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(invalid, float("nan"), F / scale))
     )

@@ -147,10 +147,21 @@ def unrolled_kernel(
     valid_a = A != -INFINITY
     valid_b = B != -INFINITY
     final_f = tl.load(f_ptr + offset_a + rows, mask=mask_a, other=0.0)
-    # Potentials are NaN where the inputs of a problem were not finite.
-    invalid = tl.max(tl.where(final_f == final_f, 0, 1), 0) > 0
+    # The potentials of a malformed problem are NaN; its gradients are, too.
+    invalid = tl.max(tl.where(tl.abs(final_f) < INFINITY, 0, 1), 0) > 0
+    upstream = tl.load(grad_value_ptr + problem)
+    upstream_linear = tl.load(grad_value_linear_ptr + problem)
+    unused = (upstream == 0) & (upstream_linear == 0)
+    if POTENTIALS:
+        upstream_f = tl.load(grad_f_ptr + offset_a + rows, mask=mask_a, other=0.0)
+        upstream_g = tl.load(grad_g_ptr + offset_b + columns, mask=mask_b, other=0.0)
+        unused = unused & (tl.max((upstream_f != 0).to(tl.int32), 0) == 0)
+        unused = unused & (tl.max((upstream_g != 0).to(tl.int32), 0) == 0)
+    # All gradients of such a problem are 0.
     empty = tl.max(valid_a.to(tl.int32), 0) * tl.max(valid_b.to(tl.int32), 0) == 0
+    empty = empty | unused
     skip = invalid | empty
+    skipped = tl.where(empty, 0.0, float("nan"))
     steps = tl.where(skip, 0, tl.load(n_iter_ptr + problem))
     epsilon = load_epsilon(epsilon_ptr, problem)
     cost = cost_tile(costs, 0, 0, SPEC, (BLOCK_N, BLOCK_M, BLOCK_D, PART, WARPS_N, WARPS_M))
@@ -176,8 +187,6 @@ def unrolled_kernel(
         tl.store(path_f_ptr + (k + 1) * n, f, mask=mask_a)
         tl.store(path_g_ptr + (k + 1) * m, g, mask=mask_b)
 
-    upstream = tl.load(grad_value_ptr + problem)
-    upstream_linear = tl.load(grad_value_linear_ptr + problem)
     upstream = tl.where(skip, 0.0, upstream)
     upstream_linear = tl.where(skip, 0.0, upstream_linear)
     plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
@@ -233,11 +242,12 @@ def unrolled_kernel(
         bar_b -= temperature * by_column
         bar += flow
 
-    bar_a = tl.where(valid_a & (skip == 0), bar_a, 0.0)
-    bar_b = tl.where(valid_b & (skip == 0), bar_b, 0.0)
+    bar_a = tl.where(valid_a, tl.where(skip, skipped, bar_a), 0.0)
+    bar_b = tl.where(valid_b, tl.where(skip, skipped, bar_b), 0.0)
     tl.store(grad_log_a_ptr + offset_a + rows, bar_a, mask=mask_a)
     tl.store(grad_log_b_ptr + offset_b + columns, bar_b, mask=mask_b)
-    bar = tl.where((cost < INFINITY) & (skip == 0), bar, 0.0)
+    bar = tl.where(skip, skipped, tl.where(cost < INFINITY, bar, 0.0))
+    bar = tl.where(valid_a[:, None] & valid_b[None, :], bar, 0.0)
     if KIND == GIVEN:
         if NEED_X:
             target = rows[:, None].to(tl.int64) * m + columns[None, :]
@@ -248,14 +258,14 @@ def unrolled_kernel(
         dot_weight_a = bar
         dot_weight_b = bar
         if KIND == COSINE:
-            inner = tl.where(cost < INFINITY, bar * (1 - cost), 0.0)
+            inner = tl.where(bar != 0, bar * (1 - cost), 0.0)
             self_weight_a = tl.sum(inner, 1)
             self_weight_b = tl.sum(inner, 0)
             dot_weight_a *= tl.load(costs[1][1] + columns, mask=mask_b, other=0.0)[None, :]
             dot_weight_b *= tl.load(costs[0][1] + rows, mask=mask_a, other=0.0)[:, None]
             # Norms of padding may be NaN.
-            dot_weight_a = tl.where((cost < INFINITY) & (skip == 0), dot_weight_a, 0.0)
-            dot_weight_b = tl.where((cost < INFINITY) & (skip == 0), dot_weight_b, 0.0)
+            dot_weight_a = tl.where(bar != 0, dot_weight_a, 0.0)
+            dot_weight_b = tl.where(bar != 0, dot_weight_b, 0.0)
         elif KIND == SQEUCLIDEAN:
             self_weight_a = tl.sum(bar, 1)
             self_weight_b = tl.sum(bar, 0)
@@ -263,13 +273,13 @@ def unrolled_kernel(
             d = d0 + tl.arange(0, BLOCK_G)
             if NEED_X:
                 y = load_vectors(costs[1], costs[2], columns, d, dim, SPEC)
-                y = tl.where(valid_b[:, None] & (skip == 0), y, 0.0).to(DOT_DTYPE)
+                y = tl.where(valid_b[:, None] & (empty == 0), y, 0.0).to(DOT_DTYPE)
                 dot_sum = tl.dot(dot_weight_a.to(DOT_DTYPE), y, input_precision=DOT_PRECISION)
                 store_gradient(
                     grad_x_ptr,
                     costs,
                     rows,
-                    tl.where(skip, -INFINITY, A),
+                    tl.where(empty, -INFINITY, A),
                     d,
                     self_weight_a,
                     dot_sum,
@@ -277,7 +287,7 @@ def unrolled_kernel(
                 )
             if NEED_Y:
                 x = load_vectors(costs[0], costs[2], rows, d, dim, SPEC)
-                x = tl.where(valid_a[:, None] & (skip == 0), x, 0.0).to(DOT_DTYPE)
+                x = tl.where(valid_a[:, None] & (empty == 0), x, 0.0).to(DOT_DTYPE)
                 dot_sum = tl.dot(
                     tl.trans(dot_weight_b).to(DOT_DTYPE), x, input_precision=DOT_PRECISION
                 )
@@ -285,7 +295,7 @@ def unrolled_kernel(
                     grad_y_ptr,
                     swap_sides(costs),
                     columns,
-                    tl.where(skip, -INFINITY, B),
+                    tl.where(empty, -INFINITY, B),
                     d,
                     self_weight_b,
                     dot_sum,

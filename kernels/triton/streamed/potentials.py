@@ -7,16 +7,15 @@ base potentials of the rows or columns of one problem.
 import triton
 import triton.language as tl
 from optical.kernels.tiles import (
-    CONVERGED,
     EMPTY,
-    INFEASIBLE,
     INFINITY,
     LOG2_E,
     MASS_TOLERANCE,
-    MAX_ITER,
     NO_PAIR,
+    final_status,
     kl_penalty,
     load_log_mass,
+    overflows,
     target_marginal,
 )
 
@@ -97,11 +96,12 @@ def check_inputs(start_ptr, log_mass_ptr, n, START: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def side_objective(side, n, inverse_rho, strength, BLOCK: tl.constexpr):
+def side_objective(side, n, scale, inverse_rho, strength, BLOCK: tl.constexpr):
     """Return the contribution of one side to the outputs, from the marginal of its plan.
 
     In order: dual value, penalty, L1 error of the marginal, total mass, transport cost, whether a
-    valid row or column has no allowed pair, and whether a cost is not finite.
+    valid row or column has no allowed pair, whether a cost is not finite, and whether a potential
+    in the units of the cost is not.
     """
     log_mass_ptr = side[0]
     F_ptr = side[1]
@@ -114,6 +114,7 @@ def side_objective(side, n, inverse_rho, strength, BLOCK: tl.constexpr):
     transported = tl.zeros((BLOCK,), tl.float32)
     isolated = tl.zeros((BLOCK,), tl.float32)
     not_finite = tl.zeros((BLOCK,), tl.float32)
+    diverged = tl.zeros((BLOCK,), tl.float32)
     for block_start in range(0, n, BLOCK):
         index = block_start + tl.arange(0, BLOCK)
         A = load_log_mass(log_mass_ptr, index, n)
@@ -133,6 +134,7 @@ def side_objective(side, n, inverse_rho, strength, BLOCK: tl.constexpr):
             isolated, tl.where((A != -INFINITY) & (marginal == NO_PAIR), 1.0, 0.0)
         )
         not_finite = tl.maximum(not_finite, tl.where(marginal == marginal, 0.0, 1.0))
+        diverged = tl.maximum(diverged, tl.where(tl.abs(F / scale) < INFINITY, 0.0, 1.0))
         if inverse_rho > 0:
             penalty += kl_penalty(sums, A, a) / inverse_rho
     return (
@@ -143,6 +145,7 @@ def side_objective(side, n, inverse_rho, strength, BLOCK: tl.constexpr):
         tl.sum(transported, 0),
         tl.max(isolated, 0) > 0,
         tl.max(not_finite, 0) > 0,
+        tl.max(diverged, 0) > 0,
     )
 
 
@@ -158,7 +161,7 @@ def write_outputs(
     n,
     m,
     iteration,
-    stop,
+    tol,
     max_iter,
     inverse_rho_a,
     inverse_rho_b,
@@ -167,21 +170,22 @@ def write_outputs(
 ):
     """Write the outputs of one problem after the sums of both sides have been reduced.
 
-    ``rows`` and ``columns`` are sides with marginals and cost sums.
+    ``rows`` and ``columns`` are sides with marginals and cost sums. The status follows from the
+    marginal error of the returned potentials, whatever ended the run.
     """
-    value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr = outputs
+    value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr, residual_ptr = outputs
     strength_a = epsilon * inverse_rho_a
     strength_b = epsilon * inverse_rho_b
     scale = LOG2_E / epsilon
     not_finite_a, any_valid_a, mass_a = check_inputs(starts[0], rows[0], n, START, BLOCK)
     not_finite_b, any_valid_b, mass_b = check_inputs(starts[1], columns[0], m, START, BLOCK)
     empty = (any_valid_a == 0) | (any_valid_b == 0)
-    dual, penalty, error, total, transported, isolated_a, not_finite = side_objective(
-        rows, n, inverse_rho_a, strength_a, BLOCK
+    dual, penalty, error, total, transported, isolated_a, not_finite, diverged_a = side_objective(
+        rows, n, scale, inverse_rho_a, strength_a, BLOCK
     )
     value = dual / scale + penalty + epsilon * (mass_a * mass_b - total)
-    dual, penalty, error_b, total, _, isolated_b, _ = side_objective(
-        columns, m, inverse_rho_b, strength_b, BLOCK
+    dual, penalty, error_b, total, _, isolated_b, _, diverged_b = side_objective(
+        columns, m, scale, inverse_rho_b, strength_b, BLOCK
     )
     value += dual / scale + penalty
     error += error_b
@@ -191,8 +195,8 @@ def write_outputs(
     infeasible = (fixed_a & isolated_a) | (fixed_b & isolated_b) | (fixed_a & fixed_b & unbalanced)
     invalid = (valid_epsilon == 0) | not_finite | not_finite_a | not_finite_b
     invalid = invalid & (empty == 0)
-    status = tl.where(stop, CONVERGED, MAX_ITER)
-    status = tl.where(invalid | infeasible, INFEASIBLE, status)
+    diverged = diverged_a | diverged_b | overflows(value, transported, error)
+    status = final_status(error, tol, invalid | infeasible | diverged)
     status = tl.where(empty, EMPTY, status)
     iteration = tl.where(empty, 0, tl.where(invalid, max_iter, iteration))
     tl.store(value_ptr + problem, tl.where(empty, 0.0, tl.where(invalid, float("nan"), value)))
@@ -203,6 +207,7 @@ def write_outputs(
     )
     tl.store(n_iter_ptr + problem, iteration)
     tl.store(status_ptr + problem, status)
+    tl.store(residual_ptr + problem, 0.0)
     rescale_potential(rows[1], rows[0], n, scale, empty, invalid, BLOCK)
     rescale_potential(columns[1], columns[0], m, scale, empty, invalid, BLOCK)
 

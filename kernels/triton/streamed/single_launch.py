@@ -55,6 +55,7 @@ def loop_kernel(
     marginal_error_ptr,
     n_iter_ptr,
     status_ptr,
+    residual_ptr,
     stride_batch,
     stride_n,
     stride_m,
@@ -109,7 +110,14 @@ def loop_kernel(
     stored = (plan_ptr + problem * plane, width)
     row_bases = (rows[0], rows[4])
     column_bases = (columns[0], columns[4])
-    outputs = (value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr)
+    outputs = (
+        value_ptr,
+        value_linear_ptr,
+        marginal_error_ptr,
+        n_iter_ptr,
+        status_ptr,
+        residual_ptr,
+    )
     tokens = (x_ptr, y_ptr, norm_x_ptr, norm_y_ptr, scale_x_ptr, scale_y_ptr, centre_ptr)
     sizes = (stride_batch, stride_n, stride_m, n, m, dim)
     costs = locate_cost(tokens, sizes, problem, offset_a, offset_b, KIND)
@@ -125,6 +133,7 @@ def loop_kernel(
     stop = False
     at_epsilon = False
     annealing = anneal_start
+    column_error = 0.0
     running = max_iter > 0
     state = 0
     if FAST:
@@ -144,7 +153,7 @@ def loop_kernel(
         tl.debug_barrier()
         if (tol > 0) & at_epsilon:
             error = marginal_error(rows, n, ratio, epsilon * inverse_rho_a, BLOCK)
-            stop = error <= tol
+            stop = error + column_error <= tol
             if FAST:
                 # Half precision never decides convergence; exact iterations follow.
                 undecided = stop & (state > STATE_EXACT)
@@ -174,6 +183,10 @@ def loop_kernel(
             tl.debug_barrier()
             beta = relaxation / (1 + temperature * inverse_rho_b)
             change_b = update_potential(columns, m, relaxation, beta, state, FAST, BLOCK)
+            if (tol > 0) & (omega != 1):
+                # Over-relaxation leaves the columns inexact, too.
+                tl.debug_barrier()
+                column_error = marginal_error(columns, m, ratio, epsilon * inverse_rho_b, BLOCK)
             iteration += 1
             if FAST:
                 change = tl.maximum(change, change_b)
@@ -194,7 +207,7 @@ def loop_kernel(
         n,
         m,
         iteration,
-        stop,
+        tol,
         max_iter,
         inverse_rho_a,
         inverse_rho_b,

@@ -272,6 +272,7 @@ def turn_kernel(
     base_ptr,
     state_ptr,
     change_ptr,
+    column_error_ptr,
     stopped_ptr,
     n_iter_ptr,
     n,
@@ -302,6 +303,7 @@ def turn_kernel(
         init_potential(f_ptr + offset, start_ptr + offset, n, LOG2_E / epsilon, START, BLOCK)
         tl.store(stopped_ptr + problem, 0)
         tl.store(n_iter_ptr + problem, 0)
+        tl.store(column_error_ptr + problem, 0.0)
         if FAST and ROWS:
             tl.store(state_ptr + problem, initial_state(log_mass_ptr + offset, n, BLOCK))
         return
@@ -321,6 +323,7 @@ def turn_kernel(
     stop = False
     if ROWS and tol > 0:
         error = marginal_error(side, n, epsilon / temperature, epsilon * inverse_rho, BLOCK)
+        error += tl.load(column_error_ptr + problem)
         stop = (error <= tol) & (tl.maximum(epsilon, previous_annealing) == epsilon)
         if FAST:
             # Half precision never decides convergence; exact iterations follow.
@@ -343,6 +346,11 @@ def turn_kernel(
             tl.store(state_ptr + problem, state)
         if not ROWS:
             tl.store(n_iter_ptr + problem, tl.load(n_iter_ptr + problem) + 1)
+            if (tol > 0) & (omega != 1):
+                # Over-relaxation leaves the columns inexact, too.
+                tl.debug_barrier()
+                error = marginal_error(side, n, epsilon / temperature, epsilon * inverse_rho, BLOCK)
+                tl.store(column_error_ptr + problem, error)
 
 
 @triton.jit(do_not_specialize=["n", "m", "max_iter"])
@@ -365,10 +373,11 @@ def finish_kernel(
     marginal_error_ptr,
     n_iter_ptr,
     status_ptr,
-    stopped_ptr,
+    residual_ptr,
     n,
     m,
     max_iter,
+    tol,
     inverse_rho_a,
     inverse_rho_b,
     PACKED: tl.constexpr,
@@ -395,9 +404,15 @@ def finish_kernel(
         result_b_ptr + offset_b,
         cost_sum_b_ptr + offset_b,
     )
-    outputs = (value_ptr, value_linear_ptr, marginal_error_ptr, n_iter_ptr, status_ptr)
+    outputs = (
+        value_ptr,
+        value_linear_ptr,
+        marginal_error_ptr,
+        n_iter_ptr,
+        status_ptr,
+        residual_ptr,
+    )
     iteration = tl.load(n_iter_ptr + problem)
-    stop = tl.load(stopped_ptr + problem) != 0
     write_outputs(
         problem,
         epsilon,
@@ -409,7 +424,7 @@ def finish_kernel(
         n,
         m,
         iteration,
-        stop,
+        tol,
         max_iter,
         inverse_rho_a,
         inverse_rho_b,

@@ -11,6 +11,8 @@ import triton.language as tl
 from optical.kernels.gradients import store_gradient, vector_weights
 from optical.kernels.streamed.unrolled_replay import (
     STATE_ACTIVE,
+    STATE_EMPTY,
+    STATE_INVALID,
     STATE_ONCHIP,
     plan_scores,
     relaxation_factors,
@@ -36,7 +38,7 @@ def final_plan(cost, A, B, f, g, epsilon, weights, upstream, upstream_linear):
     plan = plan_tile(cost, A, B, f, g, LOG2_E / epsilon)
     weight = upstream * (weight_a[:, None] + weight_b[None, :])
     flow = plan * (weight + upstream_linear * tl.where(plan > 0, cost, 0.0))
-    return plan, tl.where(plan > 0, flow, 0.0)
+    return plan, tl.where(plan != 0, flow, 0.0)
 
 
 @triton.jit(
@@ -103,9 +105,8 @@ def back_kernel(
     iteration.
     """
     problem = tl.program_id(0).to(tl.int64)
-    state = tl.load(state_ptr + problem)
     steps = tl.load(steps_ptr + problem)
-    if state == STATE_ONCHIP:
+    if tl.load(state_ptr + problem) != STATE_ACTIVE:
         return
     if INIT:
         k = steps
@@ -143,7 +144,7 @@ def back_kernel(
         rows = row_start + tl.arange(0, BLOCK_N)
         row_mask = rows < n
         A = load_log_mass(log_a_ptr + offset_a, rows, n)
-        valid_rows = (A != -INFINITY) & (state == STATE_ACTIVE)
+        valid_rows = A != -INFINITY
         f = tl.load(path_ptr + rows, mask=row_mask, other=0.0)
         row_weight = f
         if INIT:
@@ -281,7 +282,7 @@ def unrolled_gradient_kernel(
         rows = row_start + tl.arange(0, BLOCK_N)
         row_mask = rows < n
         A = load_log_mass(log_a_ptr + offset_a, rows, n)
-        valid_rows = (A != -INFINITY) & (state == STATE_ACTIVE)
+        valid_rows = (A != -INFINITY) & (state != STATE_EMPTY)
         row_weight = tl.load(weight_ptr + offset_a + rows, mask=row_mask, other=0.0)
         self_weight = tl.zeros((BLOCK_N,), tl.float32)
         dot_sum = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
@@ -289,9 +290,10 @@ def unrolled_gradient_kernel(
             columns = column_start + tl.arange(0, BLOCK_M)
             column_mask = columns < m
             B = load_log_mass(log_b_ptr + offset_b, columns, m)
-            valid_columns = (B != -INFINITY) & (state == STATE_ACTIVE)
+            valid_columns = (B != -INFINITY) & (state != STATE_EMPTY)
             cost = cost_tile(costs, row_start, column_start, SPEC, TILE)
-            allowed = valid_rows[:, None] & valid_columns[None, :] & (cost < INFINITY)
+            valid = valid_rows[:, None] & valid_columns[None, :]
+            allowed = valid & (cost < INFINITY)
             f = tl.load(path_ptr + steps * wide_a + rows, mask=row_mask, other=0.0)
             g = tl.load(other_path_ptr + steps * wide_b + columns, mask=column_mask, other=0.0)
             weight = tl.load(other_weight_ptr + offset_b + columns, mask=column_mask, other=0.0)
@@ -331,13 +333,12 @@ def unrolled_gradient_kernel(
                 )
                 grad += tl.exp2(score) * v_a[:, None]
             grad = tl.where(allowed, grad, 0.0)
+            grad = tl.where(valid & (state == STATE_INVALID), float("nan"), grad)
             if KIND == GIVEN:
                 target = rows[:, None].to(tl.int64) * m + columns[None, :]
                 tl.store(grad_ptr + target, grad, mask=row_mask[:, None] & column_mask[None, :])
             else:
-                dot_weight, tile_self_weight = vector_weights(
-                    grad, cost, allowed, costs, columns, SPEC
-                )
+                dot_weight, tile_self_weight = vector_weights(grad, cost, costs, columns, SPEC)
                 self_weight += tile_self_weight
                 y = load_vectors(costs[1], costs[2], columns, d, dim, SPEC)
                 y = tl.where(valid_columns[:, None], y, 0.0).to(DOT_DTYPE)

@@ -13,7 +13,8 @@ iteration, and a correction, log2 of the sum relative to the anchor.
 State of a problem:
 
     STATE_ACTIVE    replayed and differentiated
-    STATE_EMPTY     a side has no valid entry, or an input is not finite; all gradients are 0
+    STATE_EMPTY     a side has no valid entry, or the upstream gradients are 0; so are all others
+    STATE_INVALID   a potential is not finite, as in malformed problems; all gradients are NaN
     STATE_ONCHIP    small enough for ``onchip.unrolled``, ignored here
 """
 
@@ -35,6 +36,7 @@ from optical.kernels.tiles import (
 STATE_ACTIVE = tl.constexpr(0)
 STATE_EMPTY = tl.constexpr(1)
 STATE_ONCHIP = tl.constexpr(2)
+STATE_INVALID = tl.constexpr(3)
 
 
 @triton.jit(do_not_specialize=["n", "m", "least"])
@@ -45,12 +47,17 @@ def survey_kernel(
     log_b_ptr,
     f_ptr,
     n_iter_ptr,
+    grad_value_ptr,
+    grad_value_linear_ptr,
+    grad_f_ptr,
+    grad_g_ptr,
     state_ptr,
     steps_ptr,
     n,
     m,
     least,
     PACKED: tl.constexpr,
+    POTENTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Set the state of each problem and the number of iterations to replay."""
@@ -60,20 +67,28 @@ def survey_kernel(
     any_valid_a = tl.zeros((BLOCK,), tl.int32)
     any_valid_b = tl.zeros((BLOCK,), tl.int32)
     not_finite = tl.zeros((BLOCK,), tl.int32)
+    used = tl.zeros((BLOCK,), tl.int32)
     for block_start in range(0, n, BLOCK):
         index = block_start + tl.arange(0, BLOCK)
         A = load_log_mass(log_a_ptr + offset_a, index, n)
         f = tl.load(f_ptr + offset_a + index, mask=index < n, other=0.0)
         any_valid_a = tl.maximum(any_valid_a, (A != -INFINITY).to(tl.int32))
-        # Potentials are NaN where the inputs of a problem were not finite.
-        not_finite = tl.maximum(not_finite, (f != f).to(tl.int32))
+        not_finite = tl.maximum(not_finite, tl.where(tl.abs(f) < INFINITY, 0, 1))
+        if POTENTIALS:
+            upstream = tl.load(grad_f_ptr + offset_a + index, mask=index < n, other=0.0)
+            used = tl.maximum(used, (upstream != 0).to(tl.int32))
     for block_start in range(0, m, BLOCK):
-        B = load_log_mass(log_b_ptr + offset_b, block_start + tl.arange(0, BLOCK), m)
+        index = block_start + tl.arange(0, BLOCK)
+        B = load_log_mass(log_b_ptr + offset_b, index, m)
         any_valid_b = tl.maximum(any_valid_b, (B != -INFINITY).to(tl.int32))
-    active = (
-        (tl.max(any_valid_a, 0) > 0) & (tl.max(any_valid_b, 0) > 0) & (tl.max(not_finite, 0) == 0)
-    )
-    state = tl.where(active, STATE_ACTIVE, STATE_EMPTY)
+        if POTENTIALS:
+            upstream = tl.load(grad_g_ptr + offset_b + index, mask=index < m, other=0.0)
+            used = tl.maximum(used, (upstream != 0).to(tl.int32))
+    state = tl.where(tl.max(not_finite, 0) > 0, STATE_INVALID, STATE_ACTIVE)
+    empty = (tl.max(any_valid_a, 0) == 0) | (tl.max(any_valid_b, 0) == 0)
+    unused = (tl.load(grad_value_ptr + problem) == 0) & (tl.max(used, 0) == 0)
+    empty = empty | (unused & (tl.load(grad_value_linear_ptr + problem) == 0))
+    state = tl.where(empty, STATE_EMPTY, state)
     state = tl.where(tl.maximum(n, m) <= least, STATE_ONCHIP, state)
     tl.store(state_ptr + problem, state)
     steps = tl.where(state == STATE_ACTIVE, tl.load(n_iter_ptr + problem), 0)
@@ -269,6 +284,9 @@ def weight_kernel(
         if inverse_rho > 0:
             weight += log_ratio(sums, A) / inverse_rho
             grad += upstream * (a - sums) / inverse_rho
-        active = (A != -INFINITY) & (state == STATE_ACTIVE)
+        valid = A != -INFINITY
+        active = valid & (state == STATE_ACTIVE)
+        grad = tl.where(active, grad, 0.0)
+        grad = tl.where(valid & (state == STATE_INVALID), float("nan"), grad)
         tl.store(weight_ptr + offset_a + rows, tl.where(active, weight, 0.0), mask=rows < n)
-        tl.store(grad_log_ptr + offset_a + rows, tl.where(active, grad, 0.0), mask=rows < n)
+        tl.store(grad_log_ptr + offset_a + rows, grad, mask=rows < n)
