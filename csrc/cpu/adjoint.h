@@ -75,7 +75,7 @@ private:
             S::store(work.w + i, S::load(work.au + i) * S::load(work.row_cost + i) *
                                      S::load(inverse_r + i));
         });
-        multiply_transposed(work.w, [&](int64_t j, Vector sum) {
+        kernel.multiply_transposed(work.w, [&](int64_t j, Vector sum) {
             const Vector c = S::load(diagonal + j);
             const Vector q = S::load(work.col_cost + j) - S::load(work.bv + j) * sum;
             S::store(work.cg_r + j, S::select(c > 0, q, S::all(0)));
@@ -89,9 +89,9 @@ private:
         double rho = start, best = start;
         for (int64_t step = 0, stale = 0; rho > noise && stale < patience; ++step) {
             if (step == 4 * problem.m + 100) break;
-            problem.ask(step);
+            work.ask(step);
             apply_matrix();
-            if (problem.stopped(step)) break;
+            if (work.stopped(step)) break;
             const double curvature = dot(work.cg_p, work.cg_q);
             // Near the solution rounding may dominate: take no step along such a direction.
             const double length = rho / curvature;
@@ -191,19 +191,6 @@ private:
             });
         sync(problem.team);
         return energy(work.cg_r);
-    }
-
-    // column(j, sum) with the column sums of K, its rows weighted.
-    template <typename Column>
-    void multiply_transposed(const T* row_weights, Column column) {
-        problem.own_chunks([&](int64_t chunk, int64_t from, int64_t to) {
-            T* sums = work.partial + chunk * problem.col_count;
-            for (int64_t j = 0; j < problem.col_count; j += width) S::store(sums + j, S::all(0));
-            for (int64_t b = from; b < to; ++b)
-                kernel.add_rows(kernel.tile(b), row_weights + b * block, problem.col_count, sums);
-        });
-        sync(problem.team);
-        problem.own_columns([&](int64_t j) { column(j, kernel.column_sum(j)); });
     }
 
     double dot(const T* x, const T* y) const {

@@ -30,11 +30,13 @@ struct Iteration {
     Workspace<T>& work;
     const ScalingKernel<T>& kernel;
 
-    // Which marginal error an iteration measures; Anderson acceleration uses that of the columns.
-    enum class Measure { nothing, rows, columns };
+    // Which marginal error an iteration measures: that of the rows of its input; of the columns
+    // between its half-steps, for Anderson acceleration; or, since over-relaxed columns are not
+    // exact, that of the rows of its input and of the columns of its result.
+    enum class Measure { nothing, rows, columns, relaxed };
 
     // Whether the sums of the rows, and all sums, can be trusted; whether u and v need no new base
-    // yet ("calm"); and the marginal error of the input of the iteration.
+    // yet ("calm"); and the marginal error. Small enough to be returned in registers.
     struct Step {
         bool rows_trusted, trusted, calm;
         double error;
@@ -44,6 +46,7 @@ struct Iteration {
         : problem(p), cost(c), work(w), kernel(k) {}
 
     T alpha, share_a, share_b;  // potential <- alpha potential + share softmin
+    double result_error;        // with Measure::relaxed: of the columns of the result
 
     // At the temperature of the kernel.
     void set_step(T omega) {
@@ -55,9 +58,8 @@ struct Iteration {
 
     // ------------------------------------------------------------------- in the log domain
 
-    // One iteration from f and g into f_next and g_next. Returns the marginal error of the rows, or
-    // of the columns.
-    double iterate_log_domain(bool measure_columns) {
+    // One iteration from f and g into f_next and g_next. Sums in the log domain can be trusted.
+    Step iterate_log_domain(Measure measure) {
         const int64_t cols = problem.col_count;
         problem.own_chunks([&](int64_t chunk, int64_t from, int64_t to) {
             T* lowest = work.partial + chunk * cols;
@@ -80,11 +82,13 @@ struct Iteration {
             for (int64_t b = from; b < to; ++b) add_exponentials(b, sums);
         });
         sync(problem.team);
-        problem.own_columns([&](int64_t j) { softmin_columns(j); });
+        const bool of_result = measure == Measure::relaxed;
+        problem.own_columns([&](int64_t j) { softmin_columns(j, of_result); });
         sync(problem.team);
-        const double error = measure_columns ? column_error() : total_row_error();
+        if (of_result) result_error = column_error();
+        const double error = measure == Measure::columns ? column_error() : total_row_error();
         work.parity ^= 1;
-        return error;
+        return {true, true, false, error};
     }
 
     // -------------------------------------------------------------------------- by scaling
@@ -113,7 +117,7 @@ struct Iteration {
                 typedef decltype(lanes) L;
                 const auto total = sum + L::load(unmatched_a + i), mass = L::load(weight_a + i);
                 rows.template add_lanes<L>(total);
-                if constexpr (measure == Measure::rows) {
+                if constexpr (measure == Measure::rows || measure == Measure::relaxed) {
                     auto target = mass;
                     if constexpr (potentials)
                         target = target_mass<L>(log_a + i, weight_a + i, L::load(f + i), rho_a);
@@ -148,6 +152,10 @@ struct Iteration {
                     scaling = S::exp((next - base) * scale);
                     all.add(scaling);
                     S::store(new_b + j, next);
+                    if constexpr (measure == Measure::relaxed)
+                        S::store(error_b + j,
+                                 S::absolute(mass * scaling * total -
+                                             target_mass(log_b + j, weight_b + j, next, rho_b)));
                 } else {
                     S::store(new_b + j, scaling);
                 }
@@ -160,8 +168,9 @@ struct Iteration {
             step.rows_trusted = rows.within(Bounds<T>::trusted);
             step.trusted = all.within(Bounds<T>::trusted);
         }
-        if (measure == Measure::rows) step.error = total_row_error();
         if (measure == Measure::columns) step.error = column_error();
+        else if (measure != Measure::nothing) step.error = total_row_error();
+        if (measure == Measure::relaxed) result_error = column_error();
         work.parity ^= 1;
         return step;
     }
@@ -172,6 +181,44 @@ struct Iteration {
         problem.own_rows([&](int64_t i) { S::store(work.f + i, row_potential(i)); });
         problem.own_columns([&](int64_t j) { S::store(work.g + j, column_potential(j)); });
         sync(problem.team);
+    }
+    // f and g of u and v, which end the run. Rounding moves the scalings of f and g away from u and
+    // v: a u and b v become those of f and g, so that they belong to the potentials that are
+    // returned. True: the change exceeds Bounds::rounding, which would show in the values. Then au
+    // and bv are those of u and v, and those of f and g are in u_next and v_next.
+    bool round_potentials() {
+        typename S::Mask close = S::all(0) == S::all(0);
+        const auto round = [&](T* potential, T* to, const T* mass, const T* base, Vector scaling)
+            __attribute__((always_inline)) {
+                const Vector rounded = S::load(base) + kernel.epsilon * S::log(scaling);
+                const Vector moved = S::exp((rounded - S::load(base)) * kernel.inverse_epsilon);
+                close &= S::absolute(moved - scaling) <= Bounds<T>::rounding * scaling;
+                S::store(potential, rounded);
+                S::store(to, S::load(mass) * moved);
+            };
+        problem.own_rows([&](int64_t i) __attribute__((always_inline)) {
+            round(work.f + i, work.au + i, work.weight_a + i, kernel.base_f + i,
+                  S::load(work.u + i));
+        });
+        problem.own_columns([&](int64_t j) __attribute__((always_inline)) {
+            round(work.g + j, work.bv + j, work.weight_b + j, kernel.base_g + j,
+                  S::load(work.v + j));
+        });
+        const bool moved = !work.all_valid(S::every(close));
+        if (moved) {
+            const auto keep = [&](T* weights, T* copy, const T* mass, const T* scaling) {
+                S::store(copy, S::load(weights));
+                S::store(weights, S::load(mass) * S::load(scaling));
+            };
+            problem.own_rows([&](int64_t i) {
+                keep(work.au + i, work.u_next + i, work.weight_a + i, work.u + i);
+            });
+            problem.own_columns([&](int64_t j) {
+                keep(work.bv + j, work.v_next + j, work.weight_b + j, work.v + j);
+            });
+        }
+        sync(problem.team);
+        return moved;
     }
     Vector row_potential(int64_t i) const {
         return S::load(kernel.base_f + i) + kernel.epsilon * S::log(S::load(work.u + i));
@@ -268,17 +315,18 @@ private:
         }
     }
 
-    // Log-domain half-step of a vector of columns: g_next and the errors.
-    void softmin_columns(int64_t j) {
+    // Log-domain half-step of a vector of columns: g_next, and the errors of g or of g_next.
+    void softmin_columns(int64_t j, bool of_result) {
         Vector total = S::load(work.unmatched_b + j);
         for (int64_t c = 0; c < problem.chunks; ++c)
             total += S::load(work.partial + c * problem.col_count + j);
         const Vector softmin = kernel.epsilon * (S::load(work.g_next + j) - S::log(total));
-        const Vector g = S::load(work.g + j);
+        const Vector g = S::load(work.g + j), next = alpha * g + share_b * softmin;
+        const Vector of = of_result ? next : g;
         S::store(col_error() + j,
-                 S::absolute(kernel.share_of_columns(j, g, softmin) -
-                             target_mass(problem.log_b + j, work.weight_b + j, g, problem.rho_b)));
-        S::store(work.g_next + j, alpha * g + share_b * softmin);
+                 S::absolute(kernel.share_of_columns(j, of, softmin) -
+                             target_mass(problem.log_b + j, work.weight_b + j, of, problem.rho_b)));
+        S::store(work.g_next + j, next);
     }
 
     OPTICAL_INLINE_MEMBER Vector row_exponent(const T* c, int r, int64_t j) const {

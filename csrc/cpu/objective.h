@@ -53,6 +53,31 @@ struct Objective {
         return all;
     }
 
+    // The marginal error of the plan of f and g, where the sums are those of u and v.
+    double error_of_potentials() {
+        T *const rows = work.f_next, *const columns = work.g_next, *const au = work.u_next;
+        const T* const bv = work.v_next;
+        kernel.sweep(
+            bv, work.w,
+            [&](auto lanes, int64_t i, auto sum) {
+                typedef decltype(lanes) L;
+                const auto share = L::load(au + i);
+                L::store(rows + i, share * sum);
+                return share;
+            },
+            [&](int64_t j, Vector sum) { S::store(columns + j, S::load(bv + j) * sum); });
+        sync(problem.team);
+        double error = 0;
+        for (int64_t i = 0; i < problem.n; ++i)
+            error += marginal_error((double)rows[i], problem.mass_a[i], problem.log_a[i],
+                                    work.unmatched_a[i], work.f[i], problem.rho_a);
+        for (int64_t j = 0; j < problem.m; ++j)
+            error += marginal_error((double)columns[j], problem.mass_b[j], problem.log_b[j],
+                                    work.unmatched_b[j], work.g[j], problem.rho_b);
+        sync(problem.team);
+        return error;
+    }
+
     double value(const Totals& t) const {
         const double excess = problem.total_a * problem.total_b - t.mass;
         return t.dual + (double)problem.epsilon * excess + t.divergence;
@@ -154,16 +179,19 @@ private:
         to.error += t.error, to.divergence += t.divergence;
     }
 
-    // Adds the error of one marginal `sum`, against the mass its potential asks for (none for
-    // unmatched entries), and its penalty. In double precision no float32 mass underflows here.
+    // Error of one marginal `sum`, against the mass its potential asks for (none for unmatched
+    // entries). In double precision no float32 mass underflows here.
+    static double marginal_error(double sum, T mass, T log_mass, T unmatched, T potential, T rho) {
+        if (!(rho < C::infinity)) return __builtin_fabs(sum - (double)mass);
+        const double exponent = (double)log_mass - (double)potential / (double)rho;
+        return __builtin_fabs(sum - (unmatched > 0 ? 0 : __builtin_exp(exponent)));
+    }
+
+    // Adds the error of one marginal and its penalty.
     static void add_marginal(Totals& t, double sum, T mass, T log_mass, T unmatched, T potential,
                              T rho) {
-        if (!(rho < C::infinity)) {
-            t.error += __builtin_fabs(sum - (double)mass);
-            return;
-        }
-        const double exponent = (double)log_mass - (double)potential / (double)rho;
-        t.error += __builtin_fabs(sum - (unmatched > 0 ? 0 : __builtin_exp(exponent)));
+        t.error += marginal_error(sum, mass, log_mass, unmatched, potential, rho);
+        if (!(rho < C::infinity)) return;
         const double logs = sum > 0 ? sum * log_ratio(sum, mass, log_mass) : 0;
         t.divergence += (double)rho * (logs - sum + (double)mass);
     }

@@ -20,6 +20,20 @@ void write_entries(void* array, const Side& side, const int64_t* index, int64_t 
     for (int64_t i = 0; i < count; ++i) to[index[i]] = values ? values[i] : (T)__builtin_nan("");
 }
 
+// Whether the results are numbers: on overflow no status but INFEASIBLE is true.
+template <typename T>
+bool all_finite(const Solver<T>& solver, T value, T linear, T error) {
+    typedef Simd<T> S;
+    const Problem<T>& problem = solver.problem;
+    typename S::Mask finite = S::all((value - value) + (linear - linear) + (error - error)) == 0;
+    const auto add = [&](const T* potential) __attribute__((always_inline)) {
+        finite &= S::load(potential) - S::load(potential) == 0;
+    };
+    for (int64_t i = 0; i < problem.row_count; i += S::width) add(solver.work.f + i);
+    for (int64_t j = 0; j < problem.col_count; j += S::width) add(solver.work.g + j);
+    return S::every(finite);
+}
+
 template <typename T>
 void forward(const optical_problem& batch, const optical_solution& out, int64_t index,
              void* shared, void* own, const Team& team) {
@@ -35,13 +49,13 @@ void forward(const optical_problem& batch, const optical_solution& out, int64_t 
     double value = 0, linear = 0, error = 0, residual = 0;
     if (valid) {
         solver.start(batch, a, b);
-        bool converged;
         iterations = solver.solve({batch.max_iter, batch.tol, (T)batch.omega, batch.anderson,
-                                   batch.anneal_start, batch.anneal_ratio},
-                                  converged);
+                                   batch.anneal_start, batch.anneal_ratio});
         Objective<T> objective(solver);
         const Totals totals = objective.sum_up(implicit);
-        value = objective.value(totals), linear = totals.linear, error = totals.error;
+        value = objective.value(totals), linear = totals.linear;
+        error = solver.moved ? objective.error_of_potentials() : totals.error;
+        const bool converged = batch.tol > 0 && (double)(T)error <= batch.tol;
         status = !objective.feasible() ? OPTICAL_INFEASIBLE
                  : converged           ? OPTICAL_CONVERGED
                                        : OPTICAL_MAX_ITER;
@@ -53,6 +67,7 @@ void forward(const optical_problem& batch, const optical_solution& out, int64_t 
     }
     sync(team);
     if (team.rank != 0) return;
+    if (valid && !all_finite(solver, (T)value, (T)linear, (T)error)) status = OPTICAL_INFEASIBLE;
     ((T*)out.value)[index] = (T)value;
     ((T*)out.value_linear)[index] = (T)linear;
     if (out.marginal_error) ((T*)out.marginal_error)[index] = (T)error;

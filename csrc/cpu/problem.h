@@ -109,8 +109,7 @@ struct Problem {
     T *mass_a, *log_a, *mass_b, *log_b;
     double total_a, total_b;  // masses of the two sides
     T epsilon, rho_a, rho_b;
-    int64_t* broadcast;        // from thread 0 to the team
-    const int32_t* cancelled;  // the caller's flag, or null
+    int64_t* broadcast;  // from thread 0 to the team
 
     void lay_out(Arena& shared, int64_t max_n, int64_t max_m) {
         const int64_t rows = round_up(max_n, block), cols = round_up(max_m, block);
@@ -118,7 +117,6 @@ struct Problem {
         mass_a = shared.take<T>(rows), log_a = shared.take<T>(rows);
         mass_b = shared.take<T>(cols), log_b = shared.take<T>(cols);
         broadcast = shared.take<int64_t>(3);
-        answers = shared.take<bool>(2);
     }
 
     bool penalty_a() const { return rho_a < C::infinity; }
@@ -168,16 +166,6 @@ struct Problem {
         return total;
     }
 
-    // ------------------------------------------------------------------------- cancellation
-
-    // Thread 0 reads the caller's flag before the barriers of a step, and the team follows its
-    // answer after them: all leave a loop in the same step. Two answers suffice, because a thread
-    // is at most one step ahead.
-    void ask(int64_t step) const {
-        if (team.rank == 0) answers[step % 2] = is_cancelled(cancelled);
-    }
-    bool stopped(int64_t step) const { return answers[step % 2]; }
-
     // ------------------------------------------------------------- dividing work in the team
 
     // work(chunk, first block, end block) for the chunks of this thread.
@@ -221,8 +209,6 @@ struct Problem {
     }
 
 private:
-    bool* answers;
-
     static int64_t list_valid(const T* log_mass, int64_t count, int64_t* index) {
         int64_t valid = 0;
         for (int64_t i = 0; i < count; ++i) {

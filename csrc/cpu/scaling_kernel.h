@@ -218,6 +218,20 @@ struct ScalingKernel {
         });
     }
 
+    // column(j, sum) with the column sums of K, its rows weighted.
+    template <typename Column>
+    void multiply_transposed(const T* row_weights, Column column) const {
+        const int64_t cols = problem.col_count;
+        problem.own_chunks([&](int64_t chunk, int64_t from, int64_t to) {
+            T* sums = work.partial + chunk * cols;
+            for (int64_t j = 0; j < cols; j += width) S::store(sums + j, S::all(0));
+            for (int64_t b = from; b < to; ++b)
+                add_rows(tile(b), row_weights + b * block, cols, sums);
+        });
+        sync(problem.team);
+        problem.own_columns([&](int64_t j) { column(j, column_sum(j)); });
+    }
+
     // The column sums of all chunks.
     OPTICAL_INLINE_MEMBER Vector column_sum(int64_t j) const {
         Vector sum = S::load(work.partial + j);

@@ -31,6 +31,7 @@ struct Solver {
     Workspace<T> work{problem};
     ScalingKernel<T> kernel{problem, cost, work};
     Iteration<T> iteration{problem, cost, work, kernel};
+    bool moved = false;  // f and g have lost digits of u and v: see Iteration::round_potentials
 
     struct Options {
         int32_t max_iter;
@@ -49,7 +50,6 @@ struct Solver {
                  bool keep_history) {
         const int64_t max_n = swapped ? batch.m : batch.n, max_m = swapped ? batch.n : batch.m;
         problem.lay_out(shared, max_n, max_m);
-        problem.cancelled = batch.cancelled;
         cost.lay_out(shared, batch, max_n, max_m, keep);
         const bool keep_kernel = !batch.low_memory || batch.kind == OPTICAL_GIVEN || cost.stored;
         kernel.lay_out(shared, max_n, max_m, keep && keep_kernel);
@@ -112,17 +112,18 @@ struct Solver {
                             batch.init_g ? (const T*)batch.init_g + b.first : nullptr);
     }
 
-    // Iterates from f and g. Returns the number of iterations, and whether `tol` was reached.
-    int32_t solve(const Options& options, bool& converged) {
+    // Iterates from f and g. Returns the number of iterations.
+    int32_t solve(const Options& options) {
         const T target = problem.epsilon;
         work.relaxed = options.omega != 1 || problem.penalty_a() || problem.penalty_b() ||
                        options.anderson > 0;
         Anderson<T> anderson(problem, work, options.anderson);
         scaled = current = false, first = true, failures = 0;
+        over_relaxed = options.omega != 1 && !anderson.active() && options.tol > 0;
+        column_error = 0;
         bool at_target = false;  // the last iteration was at the temperature of the problem
         double annealed = options.anneal_start;
         int32_t done = 0;
-        converged = false;
         record(0);
         while (done < options.max_iter) {
             const T temperature = annealed > (double)target ? (T)annealed : target;
@@ -136,14 +137,13 @@ struct Solver {
             const bool test = options.tol > 0 && done > 0 && at_target && temperature == target;
             const bool measure_input = test && !anderson.active();
             const double tol = measure_input ? options.tol : -1;
-            problem.ask(done);
+            work.ask(done);
             const Taken taken = iterate(anderson.active(), measure_input, tol);
-            if (problem.stopped(done)) {
+            if (work.stopped(done)) {
                 current = false;
                 break;
             }
             if (measure_input && taken.step.rows_trusted && taken.step.error <= tol) {
-                converged = true;
                 current = false;  // the input has converged: the iteration is dropped
                 break;
             }
@@ -154,10 +154,7 @@ struct Solver {
                 const bool met = options.tol > 0 && !plain && error <= options.tol;
                 if (anderson.next(plain, error, kernel.epsilon) && !met && done < options.max_iter)
                     enter_extrapolated();
-                if (met) {
-                    converged = true;
-                    break;
-                }
+                if (met) break;
             }
             at_target = temperature == target;
             annealed *= options.anneal_ratio;
@@ -177,6 +174,9 @@ private:
     bool current;  // base, a u and b v belong to the state
     bool first;    // no base was built yet
     int failures;  // of scaling right after a rebuild
+    // Whether the stopping rule needs the errors of over-relaxed columns, and that of the state.
+    bool over_relaxed;
+    double column_error;
 
     struct Taken {
         Step step;
@@ -199,19 +199,25 @@ private:
                 current = true, first = false;
             }
             if (failures < max_failures) {
-                const Step step = iterate_scaling(accelerated, test);
+                Step step = iterate_scaling(accelerated, test);
+                if (over_relaxed) step.error += column_error;
                 const bool dropped = test && step.rows_trusted && step.error <= tol;
                 if (step.trusted || dropped) return {step, false, fresh};
                 current = false;  // a u and b v belong to no state
                 if (!fresh) continue;
                 ++failures;
             }
-            return {{true, true, false, iteration.iterate_log_domain(accelerated)}, true, fresh};
+            Step step = iteration.iterate_log_domain(accelerated    ? Measure::columns
+                                                     : over_relaxed ? Measure::relaxed
+                                                                    : Measure::rows);
+            if (over_relaxed) step.error += column_error;
+            return {step, true, fresh};
         }
     }
 
     Step iterate_scaling(bool accelerated, bool test) {
         if (accelerated) return iteration.template iterate<Measure::columns, true>();
+        if (over_relaxed) return iteration.template iterate<Measure::relaxed, true>();
         if (work.relaxed && test) return iteration.template iterate<Measure::rows, true>();
         if (work.relaxed) return iteration.template iterate<Measure::nothing, true>();
         if (test) return iteration.template iterate<Measure::rows, false>();
@@ -220,6 +226,7 @@ private:
 
     // Makes the result of an iteration the state.
     void accept(const Taken& taken) {
+        if (over_relaxed) column_error = iteration.result_error;
         if (work.relaxed || taken.log_domain) {
             exchange(work.f, work.f_next);
             exchange(work.g, work.g_next);
@@ -246,16 +253,7 @@ private:
     // Leaves f and g at the temperature of the problem, and K with its a u and b v; or, if these
     // are not current, the plan in the place of K with weights 1.
     void finish() {
-        if (scaled) {
-            // Recomputed, because a dropped iteration has overwritten them.
-            problem.own_rows([&](int64_t i) {
-                S::store(work.au + i, S::load(work.weight_a + i) * S::load(work.u + i));
-            });
-            problem.own_columns([&](int64_t j) {
-                S::store(work.bv + j, S::load(work.weight_b + j) * S::load(work.v + j));
-            });
-            iteration.absorb();
-        }
+        moved = scaled && iteration.round_potentials();
         const bool at_target = kernel.epsilon == problem.epsilon;
         if (at_target && (scaled || current)) return;
         if (first) kernel.rebase(true);  // finds the unmatched entries

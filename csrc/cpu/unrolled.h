@@ -70,7 +70,7 @@ struct Unrolled {
             const T *f = after, *g = after + problem.row_count;
             const T* old_g = before + problem.row_count;
             iteration.set_step(k == 0 ? (T)1 : omega);
-            problem.ask(k);
+            work.ask(k);
             if (!based || !replay(f, old_g)) {
                 flush(used);
                 used = 0;
@@ -85,7 +85,7 @@ struct Unrolled {
                 replay_half(before, f, old_g, g, true), reverse(0, true, false), flush(2);
                 replay_half(before, f, old_g, g, false), reverse(0, false, true), flush(2);
             }
-            if (problem.stopped(k)) break;
+            if (work.stopped(k)) break;
             if (k == steps - 1) add_deferred();
             if (used == rank) {
                 flush(used);
@@ -109,8 +109,7 @@ private:
         solver.start(batch, a, b);
         typename Solver<T>::Options options = {0, 0, (T)batch.omega, 0, 0, 1};
         options.max_iter = ran < 0 ? 0 : ran < batch.max_iter ? ran : batch.max_iter;
-        bool converged;
-        const int32_t steps = solver.solve(options, converged);
+        const int32_t steps = solver.solve(options);
         Objective<T>(solver).sum_up(false);
         return steps;
     }

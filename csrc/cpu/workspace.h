@@ -17,6 +17,7 @@ template <>
 struct Bounds<float> {
     static constexpr float drift = 0x1p30f, trusted = 0x1p46f;
     static constexpr float exponent = 80;          // exp is far from 0 and +inf up to this size
+    static constexpr float rounding = 0x1p-18f;     // relative change of u and v; see iteration.h
     static constexpr float least_divisor = 1e-30f;  // masses above this may be divided by
     static constexpr double ridge = 1e-6;           // of the Anderson least squares, relative
     static constexpr double adjoint_noise = 1e-7;   // relative residual below rounding
@@ -26,6 +27,7 @@ template <>
 struct Bounds<double> {
     static constexpr double drift = 0x1p300, trusted = 0x1p470;
     static constexpr double exponent = 700;
+    static constexpr double rounding = 0x1p-42;
     static constexpr double least_divisor = 1e-280;
     static constexpr double ridge = 1e-10;
     static constexpr double adjoint_noise = 1e-14;
@@ -117,6 +119,7 @@ struct Workspace {
         partial = shared.take<T>(round_up(blocks, chunk_blocks) / chunk_blocks * cols);
         if (batch.anderson > 0) anderson = shared.take<T>((2 * batch.anderson + 3) * cols);
         reports = shared.take<Report>(2 * (int64_t)batch.num_threads);
+        cancelled = batch.cancelled, answers = shared.take<bool>(2);
         row_totals = shared.take<Totals>(blocks / chunk_blocks + 1);
         col_totals = shared.take<Totals>(cols / Tiling<T>::segment + 1);
         history = nullptr;
@@ -147,6 +150,16 @@ struct Workspace {
                 to[j + lane] = from && j + lane < p.m ? from[p.col_index[j + lane]] : 0;
         });
     }
+
+    // ------------------------------------------------------------------------- cancellation
+
+    // Thread 0 reads the caller's flag before the barriers of a step, and the team follows its
+    // answer after them: all leave a loop in the same step. Two answers suffice, because a thread
+    // is at most one step ahead.
+    void ask(int64_t step) const {
+        if (cancelled && problem.team.rank == 0) answers[step % 2] = is_cancelled(cancelled);
+    }
+    bool stopped(int64_t step) const { return cancelled && answers[step % 2]; }
 
     // -------------------------------------------------------------- results of all threads
 
@@ -185,6 +198,8 @@ struct Workspace {
     }
 
 private:
+    const int32_t* cancelled;  // the caller's flag, or null
+    bool* answers;
     struct Report {
         Range rows, all;
         bool valid;

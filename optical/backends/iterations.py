@@ -171,6 +171,7 @@ class MaskedProblem:
     def _relaxed(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         tol = self.problem.tol
         f, g, stopped = self.f0, self.g0, ~self.active
+        column_error = torch.zeros_like(self.epsilon)
         for iteration in range(self.problem.max_iter):
             epsilon = self.temperature(iteration)
             alpha, beta_a, beta_b = self.factors(iteration)
@@ -179,12 +180,15 @@ class MaskedProblem:
                 # The half-step of f also gives the row sums of the iterate it starts from.
                 rows = times_exp(self.log_a, (f - softmin) / epsilon[:, None])
                 rows = torch.where(self.has_pair_a, rows, 0.0)
-                error = (rows - self.optimal_sums(f, g)[0]).abs().sum(1)
+                error = (rows - self.optimal_sums(f, g)[0]).abs().sum(1) + column_error
                 annealed = self.temperature(iteration - 1) == self.epsilon
                 stopped = stopped | (annealed & (error <= tol))
             f = torch.where(stopped[:, None], f, alpha * f + beta_a * softmin)
             softmin = self.column_softmin(f, epsilon)
             g = torch.where(stopped[:, None], g, alpha * g + beta_b * softmin)
+            if tol > 0 and self.problem.omega != 1:
+                # Over-relaxed columns are not exact.
+                column_error = self._column_error(f, g, softmin, epsilon)
             yield f, g, ~stopped, stopped
             if self._all_stopped(stopped):
                 return
@@ -211,9 +215,7 @@ class MaskedProblem:
             softmin = self.column_softmin(f, epsilon)
             image = torch.where(stopped[:, None], image, beta_b * softmin)
             update = image - g
-            columns = times_exp(self.log_b, (g - softmin) / epsilon[:, None])
-            columns = torch.where(self.has_pair_b, columns, 0.0)
-            error = (columns - self.optimal_sums(f, g)[1]).abs().sum(1)
+            error = self._column_error(f, g, softmin, epsilon)
             if tol > 0:
                 stopped = stopped | (~plain & (error <= tol))
             rejected = ~plain & extrapolated & ~(error <= last_error)
@@ -242,6 +244,12 @@ class MaskedProblem:
             yield f, image, counted, stopped
             if self._all_stopped(stopped):
                 return
+
+    def _column_error(self, f: Tensor, g: Tensor, softmin: Tensor, epsilon: Tensor) -> Tensor:
+        """(B,) error of the columns of f and g, given the soft-min of f."""
+        columns = times_exp(self.log_b, (g - softmin) / epsilon[:, None])
+        columns = torch.where(self.has_pair_b, columns, 0.0)
+        return (columns - self.optimal_sums(f, g)[1]).abs().sum(1)
 
     def _correction(
         self, g_steps: Tensor, update_steps: Tensor, filled: Tensor, update: Tensor
