@@ -245,10 +245,12 @@ def _reached(epsilon: Tensor, options: Options) -> Tensor:
     Where the values are not at hand they become NaN, so that the problem is INFEASIBLE.
     """
     last = last_temperature(options)
+    # Temperatures that are not positive are reported by the status.
+    missed = (epsilon > 0) & (epsilon < last)
     if not values_available(epsilon):
-        return torch.where(epsilon < last, float("nan"), epsilon)
-    if bool((epsilon < last).any()):
-        lowest = epsilon.min().item()
+        return torch.where(missed, float("nan"), epsilon)
+    if bool(missed.any()):
+        lowest = epsilon[missed].min().item()
         raise ValueError(
             f"anneal is {(options.anneal_start, options.anneal_ratio)}, whose temperature is still "
             f"{last:.3g} at the last of {options.max_iter} iterations; expected at most "

@@ -242,8 +242,7 @@ ALLOWANCES = (
         Stage.SHARE,
         lambda output: True,
         lambda output: output.comparison.exponents,
-        "Costs and potentials are rounded to their dtype before they are divided by epsilon, and "
-        "after an unfinished annealing the potentials are those of a higher temperature.",
+        "Costs and potentials are rounded to their dtype before they are divided by epsilon.",
     ),
     Allowance(
         "penalty of rounded costs",

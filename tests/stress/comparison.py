@@ -63,21 +63,12 @@ class Comparison:
     def exponents(self) -> float:
         """Rounding of the exponents of the plan: a few units of the largest cost over epsilon."""
         call = self.call
-        amplified = max(call.scale, *self.potentials, self.hot_potential) / self.coldest
+        amplified = max(call.scale, *self.potentials) / self.coldest
         # Kernels, and the library for vectors, sum the costs of the final plan in another order.
         same_order = call.function == "sinkhorn" and not call.on_kernels
         vectors = call.option("x", call.option("student"))
         units = (4 if same_order else 8) + (0 if vectors is None else math.sqrt(vectors.shape[-1]))
         return units * torch.finfo(call.dtype).eps * amplified
-
-    @property
-    def hot_potential(self) -> float:
-        """With annealing, the temperature of the last iteration, which scales its potentials."""
-        iterations = self.call.arguments["max_iter"]
-        if self.call.option("anneal") is None or iterations == 0:
-            return 0.0
-        start, ratio = self.call.arguments["anneal"]
-        return start * ratio ** (iterations - 1)
 
     @property
     def hot_rounding(self) -> float:

@@ -252,6 +252,14 @@ def _options(
     if d.chance(0.3):
         options["tol"] = call.mass * d.power(-8 if call.dtype == torch.float64 else -3, -1)
         options["max_iter"] = d.pick(0, 1, 5, 20, 60)
+    if "anneal" in options and options["max_iter"]:
+        # Annealing that does not reach epsilon is refused.
+        start, ratio = options["anneal"]
+        epsilon = options["epsilon"]
+        values = epsilon.tolist() if isinstance(epsilon, Tensor) else [epsilon]
+        coldest = min((value for value in values if value > 0), default=start)
+        while start * ratio ** (options["max_iter"] - 1) > coldest * (1 - 1e-6):
+            options["max_iter"] += 1
     if call.function.startswith("sinkhorn") and not one_rho and d.chance(0.2):
         options["init"] = tuple(
             d.layout(_poison(d, d.normal(*entries.shape) * call.scale, ~entries)).to(call.dtype)

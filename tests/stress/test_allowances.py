@@ -257,11 +257,6 @@ def cold_plan():
     return by_limit(random_call(epsilon=0.002), "plan")
 
 
-@case_of("rounding of the costs")
-def unfinished_annealing():
-    return by_limit(random_call(epsilon=0.01, max_iter=3, anneal=(100.0, 0.9)), "plan")
-
-
 @case_of("penalty of rounded costs")
 def steep_penalty_of_a_kernel():
     return by_limit(random_call(epsilon=0.05, max_iter=1, rho=100.0, backend="cuda"), "value")
