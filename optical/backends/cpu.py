@@ -173,13 +173,18 @@ def equal_masses(
 
 
 def _prepare(problem: Problem) -> Problem:
-    """Check dtypes and devices, and make contiguous the tensors that the library reads so."""
+    """Check dtypes and devices, and make contiguous the tensors that the library reads so.
+
+    A given cost is read with any strides, and vectors with any but that of their entries, so
+    neither is copied.
+    """
     x, y, cu_a, cu_b = problem.x, problem.y, problem.cu_a, problem.cu_b
     dtype = problem.epsilon.dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"epsilon is {dtype}; expected torch.float32 or torch.float64")
     if y is None:
         _check(dtype, x)
+        x = x.resolve_neg()
     else:
         x, y = _adjacent("x", x), _adjacent("y", y)
     f0, g0 = problem.f0, problem.g0
@@ -205,7 +210,8 @@ def _adjacent(name: str, vectors: Tensor) -> Tensor:
         raise TypeError(
             f"{name} is {vectors.dtype} on {vectors.device}; expected {expected} on cpu"
         )
-    return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+    adjacent = vectors.stride(-1) == 1 or vectors.shape[-1] == 1
+    return vectors.resolve_neg() if adjacent else vectors.contiguous()
 
 
 def _check(dtype: torch.dtype, *tensors: Tensor | None) -> None:
