@@ -246,6 +246,30 @@ int check(optical_problem& batch) {
     return batch.n < 0 || batch.m < 0 ? OPTICAL_INVALID_OFFSETS : OPTICAL_OK;
 }
 
+template <typename T>
+bool any_nan(const void* array, int64_t from, int64_t end) {
+    bool nan = false;
+    for (int64_t i = from; i < end; ++i) nan |= ((const T*)array)[i] != ((const T*)array)[i];
+    return nan;
+}
+
+// The most iterations that a problem of the batch ran. Problems with potentials that are NaN, which
+// report max_iter and whose iterations are not run again, do not count.
+int32_t most_iterations(const optical_problem& batch, const optical_gradient& gradient) {
+    int32_t most = 0;
+    for (int64_t b = 0; b < batch.batch; ++b) {
+        const int32_t ran = gradient.n_iter[b] < batch.max_iter ? gradient.n_iter[b]
+                                                                : batch.max_iter;
+        if (ran <= most) continue;
+        const int64_t from = batch.offset_a ? batch.offset_a[b] : b * batch.n;
+        const int64_t end = batch.offset_a ? batch.offset_a[b + 1] : from + batch.n;
+        const bool nan = batch.precision == OPTICAL_F64 ? any_nan<double>(gradient.f, from, end)
+                                                        : any_nan<float>(gradient.f, from, end);
+        if (!nan) most = ran;
+    }
+    return most;
+}
+
 const Operations& operations(const optical_problem& batch) {
     return batch.precision == OPTICAL_F64 ? instruction_set().f64 : instruction_set().f32;
 }
@@ -272,6 +296,8 @@ int optical_sinkhorn_backward(const optical_problem* problem, const optical_grad
     if (const int error = check(batch)) return error;
     if (unroll && (batch.anderson > 0 || batch.anneal_start > 0)) return OPTICAL_INVALID_ARGUMENT;
     if (batch.batch == 0) return OPTICAL_OK;
+    // Memory for the potentials of the iterations that ran: max_iter may be any number.
+    if (unroll) batch.max_iter = most_iterations(batch, *gradient);
     // The gradients are the largest arrays, and every training step allocates new ones.
     const int64_t bytes = batch.precision == OPTICAL_F64 ? 8 : 4;
     const int64_t width = batch.kind == OPTICAL_GIVEN ? batch.m : batch.dim;

@@ -99,7 +99,11 @@ private:
         const Arrays at(batch, out, index, swapped);
         const bool from_matrix = batch.kind == OPTICAL_GIVEN;
         int32_t status;
-        const bool valid = solver.read(batch, index, swapped, status);
+        bool valid = solver.read(batch, index, swapped, status);
+        if (valid && batch.gradient == OPTICAL_UNROLL && has_nan(at.f)) {
+            // Its iterations overflowed: dispatch.cpp has left no memory to run them again.
+            valid = false, status = OPTICAL_INFEASIBLE;
+        }
         clear(batch, at, valid, twice);
         if (status == OPTICAL_INFEASIBLE && problem.team.rank == 0)
             spoil(batch, out, index, at, twice);
@@ -154,6 +158,13 @@ private:
         if (twice) return;
         for (int64_t j = 0; at.grad_y && j < m; ++j) fill(at.grad_y + columns[j] * dim, dim, nan);
         for (int64_t j = 0; at.grad_b && j < m; ++j) at.grad_b[columns[j]] = nan;
+    }
+
+    bool has_nan(const T* f) const {
+        bool nan = false;
+        for (int64_t i = 0; i < problem.n; ++i)
+            nan |= f[problem.row_index[i]] != f[problem.row_index[i]];
+        return nan;
     }
 
     // Whether any upstream gradient of a problem differs from 0.

@@ -168,12 +168,17 @@ def equal_masses(
 
 
 def _prepare(problem: Problem) -> Problem:
-    """Check dtypes and devices, and make contiguous the tensors that the library reads so."""
+    """Check dtypes and devices, and make contiguous the tensors that the library reads so.
+
+    A given cost is read with any strides, and vectors with any but that of their entries, so
+    neither is copied.
+    """
     x, y, dtype = problem.x, problem.y, problem.epsilon.dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"epsilon is {dtype}; expected torch.float32 or torch.float64")
     if y is None:
         _check(dtype, x)
+        x = x.resolve_neg()
     else:
         x, y = _adjacent("x", x), _adjacent("y", y)
     _check(dtype, problem.log_a, problem.log_b, problem.f0, problem.g0)
@@ -184,7 +189,7 @@ def _prepare(problem: Problem) -> Problem:
     fields: tuple[Any, ...] = tuple(problem)
     tensors = problem.cu_a, problem.cu_b, *fields[_MASSES]
     for tensor in tensors:
-        if tensor is not None and not tensor.is_contiguous():
+        if tensor is not None and (tensor.is_neg() or not tensor.is_contiguous()):
             break
     else:
         if x is problem.x and y is problem.y:
@@ -206,7 +211,7 @@ def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _contiguous(tensor: Any) -> Any:
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+    return None if tensor is None else tensor.resolve_neg().contiguous()
 
 
 def _adjacent(name: str, vectors: Tensor) -> Tensor:
@@ -216,7 +221,8 @@ def _adjacent(name: str, vectors: Tensor) -> Tensor:
         raise TypeError(
             f"{name} is {vectors.dtype} on {vectors.device}; expected {expected} on cpu"
         )
-    return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
+    adjacent = vectors.stride(-1) == 1 or vectors.shape[-1] == 1
+    return vectors.resolve_neg() if adjacent else vectors.contiguous()
 
 
 def _check(dtype: torch.dtype, *tensors: Tensor | None) -> None:

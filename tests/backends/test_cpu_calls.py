@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import optical
 from optical.backends import cpu, library
 from optical.backends.problem import GRADIENTS, Problem
 from optical.testing.cases import random_case
@@ -158,3 +159,77 @@ def test_long_calls_in_another_thread_give_the_same_bits(gradient, monkeypatch):
         assert torch.equal(x, y)
     with pytest.raises(ValueError, match="refused"):
         cpu.forward(problem._replace(omega=3.0))
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("malformed", [False, True])
+def test_unrolled_gradients_need_memory_for_the_iterations_that_ran(backend, malformed):
+    """Not for max_iter: a malformed problem, which reports max_iter, needs none either."""
+    cost = torch.rand(3, 30, 20, generator=torch.Generator().manual_seed(0))
+    if malformed:
+        cost[1, 2, 3] = torch.nan
+    gradients = []
+    for max_iter in (1000, 10**9):
+        leaf = cost.clone().requires_grad_()
+        result = optical.sinkhorn(
+            leaf, epsilon=0.1, tol=1e-3, max_iter=max_iter, gradient="unroll", backend=backend
+        )
+        assert (result.n_iter[::2] < 1000).all()
+        gradients += torch.autograd.grad(result.value.sum() + result.f[:, 1].sum(), leaf)
+    assert torch.equal(gradients[0].nan_to_num(), gradients[1].nan_to_num())
+    assert gradients[1][::2].isfinite().all() and gradients[1][::2].any()
+    assert gradients[1][1].isnan().all() == malformed
+
+
+@pytest.mark.parametrize("layout", ["batch", "rows", "transposed", "vectors"])
+@pytest.mark.parametrize("call", ["forward", "backward", "apply_plan", "plan"])
+def test_strided_inputs_are_not_copied(call, layout):
+    """16 kB of costs or vectors, seen 20,000 times; a copy would take 328 MB or 164 MB."""
+    script = f"""
+import resource, sys, torch
+from optical.backends import cpu
+from optical.backends.problem import Problem, cost_problem
+
+torch.set_num_threads(1)
+B, n, layout, call = 20_000, 64, {layout!r}, {call!r}
+log_a = torch.zeros(B, n)
+y = None
+if layout == "vectors":
+    x = y = torch.rand(1, n, 32).expand(B, n, 32)
+elif layout == "batch":
+    x = torch.rand(1, n, n).expand(B, n, n)
+elif layout == "rows":
+    x = torch.rand(B, 1, n).expand(B, n, n)
+else:
+    x = torch.rand(1, n, n).mT.expand(B, n, n)
+kind = "given" if y is None else "dot"
+problem = Problem(x, y, kind, None, None, log_a, log_a, torch.ones(B), max_iter=2)
+small = Problem(x[:8], y if y is None else y[:8], kind, None, None, log_a[:8], log_a[:8],
+                torch.ones(8), max_iter=2)
+
+def run(p, s):
+    if call == "forward":
+        return cpu.forward(p)
+    if call == "apply_plan":
+        return cpu.apply_plan(p, s.f, s.g, torch.ones(len(p.epsilon), n, 1), False)
+    if call == "plan":
+        return cpu.plan(p, s.f, s.g, False)
+    one = torch.ones(len(p.epsilon))
+    return cpu.backward(one, one, None, None, p, s.f, s.g, s.w, s.z, s.n_iter, True, False)
+
+run(small, cpu.forward(small))
+solution = cpu.forward(problem) if call != "forward" else None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+result = run(problem, solution)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    result = run_script(script)
+    grown = int(result.stdout) * (1 if sys.platform == "darwin" else 1024)
+    if call == "plan" or (call == "backward" and layout != "vectors"):
+        grown -= 20_000 * 64 * 64 * 4  # the result
+    elif call == "backward":
+        grown -= 20_000 * 64 * 32 * 4
+    assert grown < 60e6, result.stderr
