@@ -153,12 +153,12 @@ def dustbin_matching(
     Examples:
         >>> import torch
         >>> from optical.ot.matching import dustbin_matching
-        >>> scores = torch.tensor([[9.0, 0.0], [0.0, -9.0], [0.0, 0.0]])
-        >>> dustbin_matching(scores, dustbin=3.0).exp().round(decimals=1)
-        tensor([[1.0000, 0.0000, 0.0000],
-                [0.0000, 0.0000, 1.0000],
-                [0.0000, 0.0000, 0.9000],
-                [0.0000, 0.9000, 1.1000]])
+        >>> scores = torch.tensor([[20.0, 0.0], [0.0, -9.0], [0.0, 0.0]])
+        >>> dustbin_matching(scores, dustbin=5.0).exp().round(decimals=1)
+        tensor([[1., 0., 0.],
+                [0., 0., 1.],
+                [0., 0., 1.],
+                [0., 1., 1.]])
     """
     check_floating("scores", scores, "(..., n, m)", 2, least=True)
     _check_iterations(iterations)

@@ -17,6 +17,9 @@ from optical.backends import library, structs
 from optical.ot.checks import CONCRETE, tracing
 
 LARGEST = 64  # rows of the matrices for which the kernel is meant: several of them stay in cache
+# Entries times iterations of one call of the library, a fraction of a second: Ctrl-C takes effect
+# between two calls.
+WORK_PER_CALL = 2**27
 
 
 def supports(x: Tensor) -> bool:
@@ -74,15 +77,22 @@ def _call(logits: Tensor, grad: Tensor | None, iterations: int, temperature: flo
     logits = logits.contiguous()
     grad = None if grad is None else grad.contiguous()
     out = torch.empty(shape, dtype=dtype)
-    functions = structs.with_argument_types(library.load_cpu().require())
+    scale_matrices = structs.with_argument_types(
+        library.load_cpu().require()
+    ).optical_doubly_stochastic
     n = shape[-1]
-    status = functions.optical_doubly_stochastic(
-        *(logits.numel() // (n * n), n, structs.DTYPE_CODES[dtype], iterations, temperature),
-        *(torch.get_num_threads(), logits.data_ptr(), structs.address(grad), out.data_ptr()),
-    )
-    if status:
-        error = MemoryError if status == 2 else ValueError
-        raise error(f"the CPU library refused matrices of shape {tuple(shape)} (status {status})")
+    batch, bytes_each = logits.numel() // (n * n), n * n * logits.element_size()
+    pointers = logits.data_ptr(), structs.address(grad), out.data_ptr()
+    count = max(1, WORK_PER_CALL // (n * n * max(iterations, 1)))
+    for start in range(0, batch, count):
+        status = scale_matrices(
+            *(min(count, batch - start), n, structs.DTYPE_CODES[dtype], iterations, temperature),
+            torch.get_num_threads(),
+            *(pointer and pointer + start * bytes_each for pointer in pointers),
+        )
+        if status:
+            error = MemoryError if status == 2 else ValueError
+            raise error(f"the CPU library refused matrices of shape {tuple(shape)}")
     return out
 
 

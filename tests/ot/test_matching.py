@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from optical.backends import library
 from optical.backends.problem import Status
+from optical.ot import matrix_scaling
 from optical.ot.matching import doubly_stochastic, dustbin_matching, partial_transport
 from optical.testing.tolerance import assert_close_to_truth
 
@@ -181,6 +182,14 @@ def test_no_permutation_is_allowed():
     out = with_gradient(lambda x: doubly_stochastic(x, iterations=200), logits, upstream)
     truth = with_gradient(lambda x: log_loop(x, 200), logits.double(), upstream)
     torch.testing.assert_close([x.double() for x in out], list(truth), rtol=1e-5, atol=1e-5)
+
+
+def test_long_work_is_divided_into_calls(monkeypatch):
+    logits, upstream = torch.randn(3, 17, 5, 5), torch.randn(3, 17, 5, 5)
+    expected = with_gradient(doubly_stochastic, logits, upstream)
+    monkeypatch.setattr(matrix_scaling, "WORK_PER_CALL", 20 * 25 * 7)
+    actual = with_gradient(doubly_stochastic, logits, upstream)
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("n", [2, 4, 5])
