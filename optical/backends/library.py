@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -21,6 +22,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +50,9 @@ AVX512 = (
 NVCC_FLAGS = ("-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden")
 # Compute capabilities that one binary for all supported devices contains.
 CUDA_ARCHITECTURES = ("80", "90a", "100f", "120")
+
+
+_logger = logging.getLogger("optical")
 
 
 class BuildError(RuntimeError):
@@ -86,11 +92,19 @@ def source_folder() -> Path | None:
 def find_compiler() -> list[str] | None:
     """Return the command of a working C++ compiler: ``$CXX`` if set, else a common name."""
     from_environment = os.environ.get("CXX")
-    candidates = [shlex.split(from_environment)] if from_environment else [[c] for c in COMPILERS]
+    candidates = [_words(from_environment)] if from_environment else [[c] for c in COMPILERS]
     for command in candidates:
         if command and shutil.which(command[0]) and _compiles(command):
             return command
     return None
+
+
+def _words(command: str) -> list[str]:
+    """Split a command of the shell, or return [] if it has an open quote."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
 
 
 def _compiles(compiler: list[str]) -> bool:
@@ -107,7 +121,7 @@ def find_nvcc() -> list[str] | None:
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     candidates = [["nvcc"], [f"{home}/bin/nvcc"]]
     if from_environment is not None:
-        candidates = [shlex.split(from_environment)]
+        candidates = [_words(from_environment)]
     for command in candidates:
         if command and shutil.which(command[0]):
             return command
@@ -271,6 +285,10 @@ def _find_or_build_cpu() -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         tried = os.environ.get("CXX") or ", ".join(COMPILERS)
+        if not _words(tried):
+            raise BuildError(
+                f"{reason} and CXX is {tried!r}; expected a command without open quotes"
+            )
         raise BuildError(f"{reason} and no C++ compiler was found (looked for {tried})")
     return open_cached_cpu(folder, compiler)
 
@@ -326,6 +344,7 @@ def open_cached_cpu(folder: Path, compiler: list[str]) -> ctypes.CDLL:
         f"cpu-{_short_hash((source_hash + identity).encode())}",
         lambda target: build_cpu(folder, target, compiler),
         source_hash,
+        "its CPU kernels once, about half a minute",
     )
 
 
@@ -338,27 +357,47 @@ def open_cached_cuda(folder: Path, nvcc: list[str], architectures: tuple[str, ..
         f"cuda-{_short_hash(identity.encode())}",
         lambda target: build_cuda(folder, target, nvcc, architectures),
         source_hash,
+        "its CUDA kernels once, some minutes",
     )
 
 
-def _open_cached(stem: str, build: Callable[[Path], None], source_hash: str) -> ctypes.CDLL:
+def _open_cached(
+    stem: str, build: Callable[[Path], None], source_hash: str, what: str
+) -> ctypes.CDLL:
     """Open a library of the cache, or build it if it is missing, damaged or refused.
 
-    Its file name ends in a hash of its contents, since loading a truncated library would crash the
-    process.
+    A build says so, since it takes long: ``what`` completes "optical compiles". The file name ends
+    in a hash of its contents, since loading a truncated library would crash the process.
     """
     cache = cache_folder()
-    with build_lock(cache):
+    with contextlib.ExitStack() as stack:
+        with _said_if_long(f"optical waits for another process that compiles in {cache}"):
+            stack.enter_context(build_lock(cache))
         for path in cache.glob(f"{stem}-*{SUFFIX}"):
             if path.stem.endswith(_short_hash(path.read_bytes())):
                 with contextlib.suppress(BuildError):
                     return open_library(path, source_hash)
             path.unlink(missing_ok=True)
         fresh = cache / f"{stem}{SUFFIX}"
+        _logger.warning("optical compiles %s, into %s", what, cache)
+        start = time.monotonic()
         build(fresh)
+        _logger.warning("optical has compiled in %.0f s", time.monotonic() - start)
         path = cache / f"{stem}-{_short_hash(fresh.read_bytes())}{SUFFIX}"
         os.replace(fresh, path)
     return open_library(path, source_hash)
+
+
+@contextlib.contextmanager
+def _said_if_long(message: str, seconds: float = 1.0) -> Iterator[None]:
+    """Log a message if the block takes longer than some seconds."""
+    timer = threading.Timer(seconds, _logger.warning, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _short_hash(data: bytes) -> str:
