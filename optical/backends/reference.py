@@ -243,14 +243,31 @@ def implicit_terms(
     )
 
 
-def plan_gradients(
+def partial_plan_gradients(
+    entries: Tensor, epsilon: Tensor, grad: Tensor, log: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of cost, log_a, log_b, f and g, each with the others held fixed.
+
+    ``grad`` is the gradient of ``entries``, the plan or its logarithm.
+
+    The logarithm is ``(f + g - C) / epsilon + log a + log b``, and -inf where nothing can move.
+    """
+    if log:
+        moved = torch.where(entries == -math.inf, 0.0, grad)
+    else:
+        moved = torch.where(entries == 0, 0.0, grad * entries)
+    rows, columns, inverse = moved.sum(2), moved.sum(1), epsilon.reciprocal()[:, None]
+    return -moved * inverse[:, :, None], rows, columns, rows * inverse, columns * inverse
+
+
+def implicit_plan_gradients(
     problem: Problem, f: Tensor, g: Tensor, grad: Tensor, log: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of cost, log_a, log_b, f and g from the gradient of the plan, or of its logarithm.
+    """Gradients of cost, log_a, log_b, f and g from that of the plan at the fixed point.
 
-    The logarithm of the plan is ``(f + g - C) / epsilon + log a + log b``. With
-    ``gradient="implicit"``, f and g are functions of the others at the fixed point: the first three
-    gradients are total derivatives, and those of f and g are 0. Computed in float64.
+    f and g are functions of the others there: the first three are total derivatives, and those of f
+    and g are 0. ``grad`` is the gradient of the plan, or with ``log`` of its logarithm. Computed in
+    float64.
     """
     dtype = f.dtype
     floating: dict[str, Any] = {
@@ -261,14 +278,12 @@ def plan_gradients(
     masked = MaskedProblem(problem._replace(**floating))
     coupling = masked.plan(f.double(), g.double())
     moved = torch.where(masked.allowed, grad.double(), 0.0) * (1.0 if log else coupling)
-    epsilon, rows, columns = masked.epsilon[:, None], moved.sum(2), moved.sum(1)
-    grad_cost, grad_f, grad_g = -moved / epsilon[:, :, None], rows / epsilon, columns / epsilon
-    if problem.gradient == "implicit":
-        w, z, _ = solve_adjoint(masked, coupling, moved)
-        grad_cost = grad_cost + coupling * (w[:, :, None] + z[:, None, :]) / epsilon[:, :, None]
-        rows = coupling.sum(2) * w * (1 + epsilon / problem.rho_a)
-        columns = coupling.sum(1) * z * (1 + epsilon / problem.rho_b)
-        grad_f, grad_g = torch.zeros_like(f), torch.zeros_like(g)
+    epsilon = masked.epsilon[:, None]
+    w, z, _ = solve_adjoint(masked, coupling, moved)
+    scores = coupling * (w[:, :, None] + z[:, None, :]) - moved
+    grad_cost = scores / epsilon[:, :, None]
+    rows = coupling.sum(2) * w * (1 + epsilon / problem.rho_a)
+    columns = coupling.sum(1) * z * (1 + epsilon / problem.rho_b)
     spoilt = masked.malformed[:, None]
     valid_a, valid_b = problem.log_a != -math.inf, problem.log_b != -math.inf
     grad_cost = grad_cost.masked_fill(
@@ -276,8 +291,8 @@ def plan_gradients(
     )
     rows = rows.masked_fill(spoilt & valid_a, math.nan)
     columns = columns.masked_fill(spoilt & valid_b, math.nan)
-    gradients = (grad_cost, rows, columns, grad_f, grad_g)
-    return tuple(x.to(dtype) for x in gradients)  # type: ignore[return-value]
+    moved_by = grad_cost.to(dtype), rows.to(dtype), columns.to(dtype)
+    return *moved_by, torch.zeros_like(f), torch.zeros_like(g)
 
 
 def solve_adjoint(

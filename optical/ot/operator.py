@@ -1,7 +1,7 @@
 """The operator without autograd, and its registration with PyTorch for compiled graphs.
 
-The only file that uses ``torch.library``. The backend's name is an argument of the ops, so a
-compiled graph keeps the choice, and all backends share the same shape rules and derivatives.
+The backend's name is an argument of the ops, so a compiled graph keeps the choice, and all backends
+share the same shape rules and derivatives.
 ``optical.ot.autograd`` decides which calls go through the registered ops.
 """
 
@@ -189,8 +189,13 @@ def plan_backward(
     With ``gradient="implicit"`` the first four are total derivatives, and those of f and g are 0.
     """
     with _without_autocast(problem.x.device.type):
-        dense = PaddedProblem(problem).with_cost
-        grad_cost, *others = reference.plan_gradients(dense, f, g, grad, log)
+        if problem.gradient == "implicit":
+            dense = PaddedProblem(problem).with_cost
+            gradients = reference.implicit_plan_gradients(dense, f, g, grad, log)
+        else:
+            entries = plan(problem, f, g, log)
+            gradients = reference.partial_plan_gradients(entries, problem.epsilon, grad, log)
+        grad_cost, *others = gradients
         grad_x: Tensor | None = grad_cost if need_x else None
         grad_y: Tensor | None = None
         if problem.y is not None:
