@@ -52,7 +52,7 @@ def check_options(
     epsilon: float | Tensor,
     max_iter: int = 100,
     tol: float = 0.0,
-    rho: float | tuple[float | None, float | None] | None = None,
+    rho: Any = None,
     omega: float = 1.0,
     anderson: int = 0,
     anneal: tuple[float, float] | None = None,
@@ -195,6 +195,20 @@ def _penalties(rho: Any) -> tuple[float, float]:
             raise ValueError(f"rho is {rho}; expected numbers > 0 (None or inf: a fixed marginal)")
         strengths.append(float(strength))
     return strengths[0], strengths[1]
+
+
+def split_penalties(rho: Any) -> tuple[Any, Tensor | None]:
+    """Split rho into numbers and (batch,) strengths, by which a number of 1 is to be replaced."""
+    pair = tuple(rho) if isinstance(rho, (tuple, list)) and len(rho) == 2 else (rho, rho)
+    tensors = [strength for strength in pair if isinstance(strength, Tensor)]
+    if not tensors:
+        return rho, None
+    if any(strength is not tensors[0] and strength is not None for strength in pair):
+        raise ValueError(
+            "rho holds a tensor and another strength; expected one tensor (batch,) for both sides, "
+            "or a pair of it and None"
+        )
+    return tuple(None if strength is None else 1.0 for strength in pair), tensors[0]
 
 
 def _annealing(anneal: Any) -> tuple[float, float]:

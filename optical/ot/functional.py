@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optical.backends.problem import Problem, Solution
 from optical.ot import autograd, masses, validation
-from optical.ot.checks import check_options, refuse_unknown, unfold
+from optical.ot.checks import check_options, refuse_unknown, split_penalties, unfold
 from optical.ot.masses import Masses
 from optical.ot.result import SinkhornResult
 from optical.ot.validation import Posed
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Cost = Literal["cosine", "sqeuclidean", "dot", "euclidean"]
 Gradient = Literal["envelope", "implicit", "unroll"]
 Precision = Literal["exact", "fast"]
-Rho = float | tuple[float | None, float | None] | None
+Rho = float | Tensor | tuple[float | Tensor | None, float | Tensor | None] | None
 
 
 class AlignmentOptions(TypedDict, total=False):
@@ -95,9 +95,10 @@ def sinkhorn(
             receive no gradient.
         rho: None fixes both marginals. A number > 0 replaces them by the penalties
             ``rho * KL(row sums || a)`` and ``rho * KL(column sums || b)``. A pair has one strength
-            per side, where None or inf fixes the marginal. Called ``reg_m`` in POT; OTT's
-            ``tau_a`` is ``rho_a / (rho_a + epsilon)``; with GeomLoss's ``SamplesLoss(p=2)`` and
-            the cost ``|x - y| ** 2`` it is ``2 * reach ** 2``.
+            per side, where None or inf fixes the marginal. A tensor (batch,) has one strength per
+            problem, for both sides or in a pair with None; it receives no gradient. Called
+            ``reg_m`` in POT; OTT's ``tau_a`` is ``rho_a / (rho_a + epsilon)``; with GeomLoss's
+            ``SamplesLoss(p=2)`` and the cost ``|x - y| ** 2`` it is ``2 * reach ** 2``.
         omega: over-relaxation in (0, 2); 1 is none. 1.5 to 1.9 accelerates slow problems (OTT:
             ``momentum``).
         anderson: number of past iterates in Anderson acceleration, 1 to 16; 0 is none. With
@@ -135,7 +136,7 @@ def sinkhorn(
 
         Packages define the entropy differently. At convergence with fixed marginals that sum to 1,
         POT's ``reg_type="entropy"`` value is this value minus ``epsilon * (H(a) + H(b))``, where
-        ``H(a) = -sum a log a``. POT's ``reg_type="KL"`` and OTT's ``ent_reg_cost`` agree with this
+        ``H(a) = -sum a log a``. POT's ``reg_type="KL"`` and OTT's ``reg_ot_cost`` agree with this
         value; ``SamplesLoss(p=2)`` returns half of it, because its cost is ``|x - y| ** 2 / 2``.
 
     Raises:
@@ -160,6 +161,7 @@ def sinkhorn(
     """
     if unknown:
         refuse_unknown("sinkhorn", unknown, _arguments(sinkhorn))
+    rho, strengths = split_penalties(rho)
     options = check_options(
         "sinkhorn",
         epsilon=epsilon,
@@ -175,7 +177,8 @@ def sinkhorn(
     )
     rows = Masses(masses.COST_ROWS, log_a, mask_a, lengths_a, None, a)
     columns = Masses(masses.COST_COLUMNS, log_b, mask_b, lengths_b, None, b)
-    return _solve(validation.problem_of_cost(cost, rows, columns, epsilon, init, options))
+    posed = validation.problem_of_cost(cost, rows, columns, epsilon, init, options)
+    return _solve(posed.with_penalties(strengths))
 
 
 def sinkhorn_vectors(
@@ -248,6 +251,7 @@ def sinkhorn_vectors(
     """
     if unknown:
         refuse_unknown("sinkhorn_vectors", unknown, _arguments(sinkhorn_vectors))
+    rho, strengths = split_penalties(rho)
     options = check_options(
         "sinkhorn_vectors",
         epsilon=epsilon,
@@ -268,7 +272,7 @@ def sinkhorn_vectors(
     posed = validation.problem_of_vectors(
         x, y, rows, columns, cost, epsilon, init, options, broadcast=True
     )
-    return _solve(posed)
+    return _solve(posed.with_penalties(strengths))
 
 
 def ot_alignment(
@@ -324,7 +328,7 @@ def ot_alignment(
     )
     rows = Masses(masses.STUDENT, None, student_mask)
     columns = Masses(masses.TEACHER, None, teacher_mask)
-    problem, lead, learnt = validation.problem_of_vectors(
+    problem, lead, learnt, _ = validation.problem_of_vectors(
         student, teacher, rows, columns, cost, epsilon, None, checked
     )
     if learnt is not None:
@@ -336,14 +340,21 @@ def ot_alignment(
 
 
 def _solve(posed: Posed) -> SinkhornResult:
-    problem, lead, epsilon = posed
-    solution = autograd.solve(problem)
+    problem, lead, epsilon, rho = posed
+    solved = solution = autograd.solve(problem)
+    if rho is not None:
+        solution = solution._replace(
+            value=solved.value * rho,
+            value_linear=solved.value_linear * rho,
+            f=solved.f * rho[:, None],
+            g=solved.g * rho[:, None],
+        )
     if epsilon is not None:
         # d value / d epsilon = KL(plan || a b) at convergence, by the envelope theorem.
-        divergence = _divergence_of_plan(problem, solution)
+        divergence = _divergence_of_plan(problem, solved)
         value = solution.value + divergence * (epsilon - epsilon.detach())
         solution = solution._replace(value=value)
-    return SinkhornResult.of(problem, solution, lead)
+    return SinkhornResult.of(problem, solution, lead, (solved.f, solved.g))
 
 
 def _divergence_of_plan(problem: Problem, solution: Solution) -> Tensor:

@@ -69,19 +69,30 @@ class SinkhornResult:
     lead: Lead | None = field(default=None, repr=False)
     constant: bool = field(default=False, repr=False)
     versions: list[int] | None = field(default=None, repr=False)
+    potentials: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, problem: Problem, solution: Solution, lead: Lead | None) -> SinkhornResult:
-        """Wrap the solution of a problem whose leading dimensions ``lead`` were merged."""
+    def of(
+        cls,
+        problem: Problem,
+        solution: Solution,
+        lead: Lead | None,
+        potentials: tuple[Tensor, Tensor],
+    ) -> SinkhornResult:
+        """Wrap the solution of a problem whose leading dimensions ``lead`` were merged.
+
+        ``potentials`` are those of ``problem``; they are f and g unless it was divided by rho.
+        """
         constant = problem.gradient == "envelope" and autograd.needs_gradient(problem)
-        versions = None if tracing() else _versions(problem, solution.f, solution.g)
+        versions = None if tracing() else _versions(problem, *potentials)
         if constant and not _leaves(problem):
             # The result must not keep the graph of the inputs alive.
             problem = detached(problem)
         outputs: tuple[Tensor, ...] = (*solution[:7], solution.residual)
         if lead is not None:
             outputs = tuple(unfold(x, lead) for x in outputs)
-        fields: tuple[Any, ...] = (*outputs, problem, lead, constant, versions)
+        kept = None if potentials[0] is solution.f else potentials
+        fields: tuple[Any, ...] = (*outputs, problem, lead, constant, versions, kept)
         return cls(*fields)
 
     def plan(self) -> Tensor:
@@ -274,7 +285,7 @@ class SinkhornResult:
 
     def _inputs(self, name: str) -> tuple[Problem, Tensor, Tensor]:
         """Return the problem and its potentials, if they are those of the solve."""
-        f, g = self.f, self.g
+        f, g = (self.f, self.g) if self.potentials is None else self.potentials
         if self.versions is not None and not tracing():
             found = _versions(self.problem, f, g)
             if found is not None and found != self.versions:
@@ -283,7 +294,7 @@ class SinkhornResult:
                     f"been modified in place since the solve; call {name}() before, or solve a "
                     "clone"
                 )
-        if self.lead is not None:
+        if self.lead is not None and self.potentials is None:
             f, g = fold(f, self.lead), fold(g, self.lead)
         return self.problem, f, g
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optical.backends.dense import cost_matrix
 from optical.backends.problem import Problem
 from optical.ot.checks import (
     Lead,
@@ -32,11 +33,55 @@ class Posed(NamedTuple):
         problem: the problem, with one batch dimension.
         lead: the leading dimensions that were merged; None if there was one, or none to merge.
         epsilon: (batch,) temperatures that require a gradient, or None.
+        rho: (batch,) strengths of the penalties, by which the problem was divided, or None.
     """
 
     problem: Problem
     lead: Lead | None
     epsilon: Tensor | None
+    rho: Tensor | None = None
+
+    def with_penalties(self, rho: Tensor | None) -> Posed:
+        """Give each problem its own strength of the penalties, which are 1 so far.
+
+        Dividing cost, temperature and penalty of a problem by a number divides its value and its
+        potentials and leaves its plan: the penalty is 1 after division by itself.
+        """
+        if rho is None:
+            return self
+        problem = self.problem
+        if problem.packed or problem.anneal_start > 0:
+            other = "cu_seqlens" if problem.packed else "anneal"
+            raise ValueError(
+                f"rho is a tensor with {other}; expected a number or a pair of numbers"
+            )
+        batch = problem.epsilon.shape[0]
+        shape = (batch,) if self.lead is None else self.lead
+        check_floating("rho", rho, str(shape), rho.dim())
+        check_shape("rho", rho, shape, "one strength per problem")
+        check_device("rho", rho, "the cost", problem.epsilon)
+        if rho.requires_grad:
+            raise ValueError("rho requires grad; it receives none, so pass rho.detach()")
+        rho = rho if self.lead is None else fold(rho, self.lead)
+        wrong = ~((rho > 0) & rho.isfinite())
+        if values_available(rho) and bool(wrong.any()):
+            found = rho[wrong][0].item()
+            raise ValueError(f"rho holds {found}; expected finite strengths > 0")
+        rho = torch.where(wrong, float("nan"), rho).to(problem.epsilon.dtype)
+        x, y = problem.x, problem.y
+        if y is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                x = cost_matrix(x, y, problem.log_a, problem.log_b, problem.kind)
+        f0, g0 = (None if v is None else v / rho[:, None] for v in (problem.f0, problem.g0))
+        divided = problem._replace(
+            x=x / rho[:, None, None],
+            y=None,
+            kind="given",
+            epsilon=problem.epsilon / rho,
+            f0=f0,
+            g0=g0,
+        )
+        return self._replace(problem=divided, rho=rho)
 
 
 def problem_of_cost(

@@ -469,3 +469,59 @@ def test_samples_follow_the_plan():
     for wrong, error in ((-1, ValueError), (2.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match="k is"):
             result.sample(wrong)
+
+
+# ------------------------------------------------------------------------------ one rho per problem
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+@pytest.mark.parametrize("kind", ["given", "cosine", "sqeuclidean", "euclidean"])
+def test_one_strength_per_problem_agrees_with_one_problem_at_a_time(kind, one_sided):
+    strengths = torch.tensor([0.3, 2.0, 50.0]).double()
+    x, y = random(3, 4, 5).double(), random(3, 6, 5, seed=1).double()
+    init = random(3, 4).double(), random(3, 6 if kind != "given" else 5).double()
+    options = {"max_iter": 30, "gradient": "implicit", "tol": 1e-6}
+
+    def solve(x, y, rho, epsilon, init):
+        rho = (rho, None) if one_sided else rho
+        if kind == "given":
+            return sinkhorn(x, epsilon=epsilon, rho=rho, init=init, **options)
+        return sinkhorn_vectors(x, y, cost=kind, epsilon=epsilon, rho=rho, init=init, **options)
+
+    def outputs(result):
+        return (result.value, result.value_linear, result.f, result.g, result.plan(), result.n_iter)
+
+    x.requires_grad_()
+    epsilon = torch.tensor([0.1, 0.2, 0.3]).double().requires_grad_()
+    together = solve(x, y, strengths, epsilon, init)
+    weights = random(3, 4, together.g.shape[1], seed=2)
+    loss = together.value.sum() + (together.plan() * weights).sum()
+    gradients = torch.autograd.grad(loss, (x, epsilon))
+    for i, rho in enumerate(strengths.tolist()):
+        own, temperature = x.detach()[i : i + 1].requires_grad_(), epsilon.detach()[i : i + 1]
+        temperature.requires_grad_()
+        start = tuple(v[i : i + 1] for v in init)
+        alone = solve(own, y[i : i + 1], rho, temperature, start)
+        for actual, expected in zip(outputs(together), outputs(alone), strict=True):
+            torch.testing.assert_close(actual[i : i + 1], expected)
+        loss = alone.value.sum() + (alone.plan() * weights[i]).sum()
+        for actual, expected in zip(
+            gradients, torch.autograd.grad(loss, (own, temperature)), strict=True
+        ):
+            torch.testing.assert_close(actual[i : i + 1], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rho": torch.ones(2)}, r"rho has shape \(2,\); expected \(1,\)"),
+        ({"rho": torch.tensor([-1.0])}, "rho holds -1.0; expected finite strengths > 0"),
+        ({"rho": torch.tensor([INF])}, "rho holds inf; expected finite"),
+        ({"rho": torch.ones(1, requires_grad=True)}, "rho requires grad"),
+        ({"rho": (torch.ones(1), 2.0)}, "rho holds a tensor and another strength"),
+        ({"rho": torch.ones(1), "anneal": (2.0, 0.5)}, "rho is a tensor with anneal"),
+    ],
+)
+def test_wrong_strengths_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sinkhorn(random(1, 3, 4), epsilon=0.1, **arguments)

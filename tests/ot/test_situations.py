@@ -353,3 +353,78 @@ def test_inference_tensors_have_plans():
         result = sinkhorn(torch.rand(2, 3, 4), epsilon=0.1)
         assert result.plan().shape == (2, 3, 4)
     assert math.isclose(float(result.plan().sum()), 2, rel_tol=1e-5)
+
+
+# ------------------------------------------------------------------------------ offsets and memory
+
+BAD_OFFSETS = [[0, 4, 2_000_000], [0, 4, 12], [-100_000, 4, 9], [0, 10, 9], [2, 4, 9], [0, 4, 8]]
+BAD_OFFSETS += [[0, 2**62, 9], [0, -(2**62), 9]]
+PACKED = torch.randn(9, 8), torch.randn(7, 8)
+
+
+def packed(offsets_a, offsets_b):
+    return sinkhorn_vectors(*PACKED, epsilon=0.1, cu_seqlens_a=offsets_a, cu_seqlens_b=offsets_b).f
+
+
+@pytest.mark.parametrize("values", BAD_OFFSETS, ids=str)
+@pytest.mark.parametrize("seen", ["eager", "parameter", "compiled", "exported"])
+def test_wrong_offsets_never_reach_the_kernels(seen, values):
+    good, bad, other = torch.tensor([0, 4, 9]), torch.tensor(values), torch.tensor([0, 3, 7])
+    call = packed
+    if seen == "parameter":
+        bad = torch.nn.Parameter(bad, requires_grad=False)
+    elif seen == "compiled":
+        call = torch.compile(packed, backend="eager", fullgraph=True)
+    elif seen == "exported":
+
+        class Packed(torch.nn.Module):
+            def forward(self, a, b):
+                return packed(a, b)
+
+        call = export(Packed(), (good, other)).module()
+    assert call(good, other).isfinite().all()
+    with pytest.raises(ValueError, match="cu_seqlens_a"):
+        call(bad, other)
+
+
+@pytest.mark.parametrize("read", ["plan", "apply_plan", "backward"])
+def test_offsets_that_change_after_the_solve_are_noticed(read):
+    offsets, x = torch.tensor([0, 4, 9]), PACKED[0].clone().requires_grad_()
+    result = sinkhorn_vectors(
+        x, PACKED[1], epsilon=0.1, cu_seqlens_a=offsets, cu_seqlens_b=torch.tensor([0, 3, 7])
+    )
+    offsets[2] = 2_000_000
+    with pytest.raises(RuntimeError, match=r"modified (in place|by an inplace operation)"):
+        if read == "backward":
+            result.value.sum().backward()
+        else:
+            getattr(result, read)(*([PACKED[1]] if read == "apply_plan" else []))
+
+
+# --------------------------------------------------------------------------------- mixed precision
+
+
+def found_inf(gradient, kind):
+    """Whether GradScaler would skip the step of a batch in which one pair is not finite."""
+    weight = torch.nn.Parameter(torch.eye(8))
+    student, teacher = torch.randn(3, 5, 8), torch.randn(3, 6, 8)
+    student[1, 2, 3] = kind
+    tokens = student @ weight
+    tokens.retain_grad()
+    loss = OTAlignmentLoss(gradient=gradient)(tokens, teacher)
+    loss.backward()
+    assert loss.isnan()
+    assert tokens.grad[1].isnan().all() and tokens.grad[[0, 2]].isfinite().all()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))  # initialises the scale
+    before = weight.detach().clone()
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.equal(weight, before) and scaler.get_scale() == 4.0
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kind", [math.nan, math.inf])
+def test_the_scaler_skips_the_step_of_a_batch_with_an_overflow(kind, gradient):
+    assert found_inf(gradient, kind)
