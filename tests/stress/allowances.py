@@ -209,13 +209,6 @@ ALLOWANCES = (
         "Where float64 overflows there is no truth to compare gradients and plans with.",
     ),
     Allowance(
-        "unreadable problem",
-        Stage.UNKNOWN,
-        lambda output: not output.is_plain,
-        _unreadable,
-        "A problem with an input that is not a number may have any gradient and any plan.",
-    ),
-    Allowance(
         "overflow on the way",
         Stage.UNKNOWN,
         lambda output: True,
@@ -370,6 +363,9 @@ def verdict(output: Output, table: Sequence[Allowance] = ALLOWANCES) -> str:
         return ""
     for entry in applying(table, Stage.EQUAL, output):
         output = output.equal_where(entry.size(output))
+    spoiled = _unreadable(output) & (output.value.isnan() != output.truth.isnan())
+    if spoiled.any():
+        return f"{output.value[spoiled][0].item()} where the truth of a malformed problem is not"
     if any(applying(table, Stage.NO_DIGITS, output)):
         return _overflow(output, table)
     return _excess(output, table)

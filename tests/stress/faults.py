@@ -102,8 +102,8 @@ PYTHON = (
     _python(
         "padding-gradient",
         "backends/dense",
-        "torch.where(_valid(log_a), grad_x, 0.0)",
-        "torch.where(_valid(log_a), grad_x, 1e-6)",
+        "torch.where(_valid(log_a) & used, grad_x, 0.0)",
+        "torch.where(_valid(log_a) & used, grad_x, 1e-6)",
         "padding tokens get a gradient of 1e-6",
         "backends/test_dense",
         "backends/test_reference",

@@ -60,6 +60,15 @@ def test_just_inside_passes_and_just_outside_is_reported(entry):
         assert case.outside(ALLOWANCES), f"{make.__name__} is allowed too much"
 
 
+@pytest.mark.parametrize("name", ["grad_cost", "plan"])
+def test_entries_of_a_malformed_problem_are_nan(name):
+    cost = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    cost[0, 1, 1] = NAN
+    call = random_call(cost=cost)
+    for problem, value in ((0, 1.0), (0, 0.0), (1, NAN)):
+        assert with_entry(call, name, problem, value)(ALLOWANCES)
+
+
 def test_every_case_belongs_to_an_entry_with_a_reason():
     assert CASES.keys() == BY_NAME.keys() and len(BY_NAME) == len(ALLOWANCES)
     assert all(len(entry.reason) > 20 for entry in ALLOWANCES)
@@ -211,14 +220,6 @@ def potentials_keep_their_order_of_magnitude():
 def plan_beyond_float64():
     call = call_of_plans(800.0, 1.0, cost=-4000.0, epsilon=2.0, g=-1.0)
     return Case(with_entry(call, "plan", 0, 1e38), with_entry(call, "plan", 1, 1e38))
-
-
-@case_of("unreadable problem")
-def gradient_of_a_problem_with_nan():
-    cost = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    cost[0, 1, 1] = NAN
-    call = random_call(cost=cost)
-    return Case(with_entry(call, "grad_cost", 0, 1.0), with_entry(call, "grad_cost", 1, 1.0))
 
 
 @case_of("overflow on the way")
