@@ -158,6 +158,10 @@ def backward(
         grad.masked_fill(spoiled[:, None] & (log_mass != -math.inf), math.nan)
         for grad, log_mass in ((grad_log_a, problem.log_a), (grad_log_b, problem.log_b))
     )
+    # Where a problem overflows, the formulas make NaN of padding as well.
+    grad_cost = torch.where(masked.pairs, grad_cost, 0.0)
+    grad_log_a = torch.where(problem.log_a != -math.inf, grad_log_a, 0.0)
+    grad_log_b = torch.where(problem.log_b != -math.inf, grad_log_b, 0.0)
     return (grad_cost if need_x else None), None, grad_log_a, grad_log_b
 
 

@@ -169,17 +169,18 @@ class SinkhornResult:
         if self.lead is not None:
             v = fold(v, self.lead)
         problem, f, g = self._inputs("apply_plan")
+        constant = detached(problem)
+        product = autograd.apply_plan(constant, f.detach(), g.detach(), v, transpose)
         if not self.constant and self._differentiable(problem, f, g):
             padded = PaddedProblem(problem)
             source, target = (padded.a, padded.b) if transpose else (padded.b, padded.a)
             plan = autograd.plan(padded.padded, padded.a.pad(f), padded.b.pad(g), False)
             log_mass = padded.padded.log_a if transpose else padded.padded.log_b
-            v = torch.where((log_mass != -math.inf)[:, :, None], source.pad(v), 0.0)
+            v = torch.where((log_mass != -math.inf)[:, :, None], source.pad(v.detach()), 0.0)
             with torch.autocast(v.device.type, enabled=False):
-                product = target.pack((plan.mT if transpose else plan) @ v)
-        else:
-            problem = detached(problem)
-            product = autograd.apply_plan(problem, f.detach(), g.detach(), v, transpose)
+                by_plan = target.pack((plan.mT if transpose else plan) @ v)
+            # The value and the gradient of v are the backend's, whose bits no thread changes.
+            product = product + (by_plan - by_plan.detach())
         return unfold(product, self.lead)
 
     def assignment(self, one_to_one: bool = False) -> Tensor:

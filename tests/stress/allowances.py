@@ -115,6 +115,10 @@ def _unreadable(output: Output) -> Tensor:
     return output.comparison.of_problems(output.name, output.comparison.truth["value"].isnan())
 
 
+def _malformed(output: Output) -> Tensor:
+    return output.comparison.of_problems(output.name, output.comparison.malformed)
+
+
 def _penalty_error(output: Output) -> float:
     comparison = output.comparison
     slope = comparison.penalty[0]
@@ -207,6 +211,14 @@ ALLOWANCES = (
         lambda output: not output.is_plain,
         lambda output: ~output.truth.isfinite(),
         "Where float64 overflows there is no truth to compare gradients and plans with.",
+    ),
+    Allowance(
+        "unreadable problem",
+        Stage.UNKNOWN,
+        lambda output: not output.is_plain,
+        _unreadable,
+        "A problem whose value is not a number may have any gradient and any plan; NaN if an input "
+        "is not a number.",
     ),
     Allowance(
         "overflow on the way",
@@ -363,8 +375,8 @@ def verdict(output: Output, table: Sequence[Allowance] = ALLOWANCES) -> str:
         return ""
     for entry in applying(table, Stage.EQUAL, output):
         output = output.equal_where(entry.size(output))
-    spoiled = _unreadable(output) & (output.value.isnan() != output.truth.isnan())
-    if spoiled.any():
+    spoiled = output.value.isnan() != output.truth.isnan()
+    if spoiled.any() and (spoiled := spoiled & _malformed(output)).any():
         return f"{output.value[spoiled][0].item()} where the truth of a malformed problem is not"
     if any(applying(table, Stage.NO_DIGITS, output)):
         return _overflow(output, table)

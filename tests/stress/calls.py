@@ -110,7 +110,9 @@ class Call:
         # Rounded to the dtype of the call first, in the float64 truth too.
         epsilon = torch.as_tensor(self.arguments["epsilon"], dtype=self.dtype)
         arguments = self.arguments | {"epsilon": epsilon.expand(self.batch)}
-        arguments = {name: convert(value) for name, value in arguments.items()}
+        arguments = {
+            name: value if "mask" in name else convert(value) for name, value in arguments.items()
+        }
         arguments["backend"] = "reference"
         return replace(self, arguments=arguments, vectors=convert(self.vectors), device="cpu")
 

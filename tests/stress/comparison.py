@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optical.backends.dense import PaddedProblem
+from optical.backends.iterations import MaskedProblem
 from optical.backends.problem import Status
 from optical.backends.reference import log_ratio
 from tests.stress.calls import OUTPUTS, Call, largest, reference_outputs
@@ -57,6 +58,15 @@ class Comparison:
         if ends is not None and name not in OF_PROBLEMS:
             chosen = chosen.repeat_interleave(ends.diff())
         return chosen.view(-1, *[1] * (self.truth[name].dim() - 1))
+
+    @functools.cached_property
+    def malformed(self) -> Tensor:
+        """(B,) whether an input of a problem is NaN or out of range."""
+        problems = [
+            call.rounded(torch.float64).run().problem for call in self.call.transport_problems()
+        ]
+        flags = [MaskedProblem(PaddedProblem(x).with_cost).malformed for x in problems]
+        return torch.stack(flags).any(0)
 
     @property
     def exponents(self) -> float:

@@ -29,7 +29,7 @@ WRONG_VALUES: dict[str, tuple[Any, ...]] = {
     "backend": ("gpu", None, 1, "triton"),
     "low_memory": (1, None, "yes"),
     "precision": ("half", None, 1, torch.float16),
-    "cost": ("euclidean", None, 2),
+    "cost": ("manhattan", None, 2),
     "surprise": (1,),
 }
 
@@ -42,11 +42,19 @@ def _elsewhere(x: Tensor) -> Tensor:
     return x.to("meta")
 
 
-# Changes that make any tensor argument invalid: another type, dtype, shape or device.
+def _deeper(x: Tensor) -> Tensor:
+    return x.unsqueeze(0)
+
+
+def _total(x: Tensor) -> Tensor:
+    return x.sum()
+
+
+# Changes that make a tensor argument invalid: another type, dtype, shape or device.
 WRONG_TENSORS: tuple[Callable[[Tensor], Any], ...] = (
     lambda x: x.tolist() or [0.0],
-    lambda x: x.unsqueeze(0),
-    lambda x: x.sum(),
+    _deeper,
+    _total,
     lambda x: x.to(torch.complex64),
     _longer,
     _elsewhere,
@@ -79,8 +87,11 @@ def _wrong_tensor(d: Dice, call: Call) -> Call | None:
     tensors = [name for name, value in call.arguments.items() if isinstance(value, Tensor)]
     name = d.pick(*tensors)
     change = d.pick(*WRONG_TENSORS)
-    if name in ("cost", "x", "y", "student", "teacher") and change in (_longer, _elsewhere):
+    shared = name in ("cost", "x", "y", "student", "teacher")
+    if shared and change in (_longer, _elsewhere, _deeper):
         return None  # another argument might be reported as the one that does not match
+    if name == "epsilon" and change is _total:
+        return None  # one temperature for all problems
     return _wrong(call, name, change(call.arguments[name].detach()))
 
 
@@ -95,7 +106,8 @@ def _contradiction(d: Dice, call: Call) -> Call | None:
     if way == "unroll":
         return _wrong(call, "gradient", "unroll", anderson=3, omega=1.0)
     if way == "epsilon":
-        return _wrong(call, "epsilon", torch.ones(call.batch, requires_grad=True))
+        learnt = torch.ones(call.batch, requires_grad=True)
+        return _wrong(call, "epsilon", learnt, gradient="unroll", anderson=0)
     if way == "rho" and call.function == "sinkhorn_divergence":
         return _wrong(call, "rho", (1.0, 2.0))
     if way == "dim" and tokens is not None:
