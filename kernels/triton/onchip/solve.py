@@ -373,11 +373,11 @@ def resident_kernel(
     infeasible = (fixed_a & isolated_a) | (fixed_b & isolated_b) | (fixed_a & fixed_b & unbalanced)
     invalid = invalid & (empty == 0)
     transported /= scale
-    diverged = overflows(value, transported, error)
-    finite = tl.where(tl.abs(F / scale) < INFINITY, 1, 0)
-    diverged = diverged | (tl.min(tl.where(A != -INFINITY, finite, 1), 0) == 0)
-    finite = tl.where(tl.abs(G / scale) < INFINITY, 1, 0)
-    diverged = diverged | (tl.min(tl.where(B != -INFINITY, finite, 1), 0) == 0)
+    F = tl.where(A == -INFINITY, 0.0, F / scale)
+    G = tl.where(B == -INFINITY, 0.0, G / scale)
+    diverged = tl.max(tl.where(tl.abs(F) < INFINITY, 0, 1), 0) > 0
+    diverged = diverged | (tl.max(tl.where(tl.abs(G) < INFINITY, 0, 1), 0) > 0)
+    diverged = diverged | overflows(value, transported, error)
     status = final_status(error, tol, invalid | infeasible | diverged)
     status = tl.where(empty, EMPTY, status)
     iteration = tl.where(empty, 0, tl.where(invalid, max_iter, tl.minimum(iteration, max_iter)))
@@ -390,12 +390,8 @@ def resident_kernel(
     tl.store(n_iter_ptr + problem, iteration)
     tl.store(status_ptr + problem, status)
     tl.store(residual_ptr + problem, 0.0)
-    F = tl.where(
-        A == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(invalid, float("nan"), F / scale))
-    )
-    G = tl.where(
-        B == -INFINITY, 0.0, tl.where(empty, 0.0, tl.where(invalid, float("nan"), G / scale))
-    )
+    F = tl.where((A == -INFINITY) | empty, 0.0, tl.where(invalid, float("nan"), F))
+    G = tl.where((B == -INFINITY) | empty, 0.0, tl.where(invalid, float("nan"), G))
     tl.debug_barrier()
     tl.store(f_ptr + rows, F, mask=rows < n)
     tl.store(g_ptr + columns, G, mask=columns < m)
