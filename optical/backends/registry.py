@@ -195,8 +195,10 @@ def choose(name: str, problem: Problem, gradient: bool = False) -> Backend:
     cpu = BACKENDS.get("cpu")
     if device == "cpu" and cpu is not None and name in ("auto", "cpu"):
         # Asking takes as long as a small solve. On a CPU, the answer depends on little.
-        supports = cpu.load().supports
-        key = (supports, problem.log_a.dtype, problem.gradient, problem.anneal_start > 0)
+        module = cpu.load()
+        loader = getattr(module, "library", None) and module.library.load_cpu
+        question = problem.log_a.dtype, problem.gradient, problem.anneal_start > 0
+        key = (module.supports, loader, *question)
         if key in _served_by_cpu:
             return cpu
         if cpu.supports(problem) is None:
