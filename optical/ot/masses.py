@@ -124,7 +124,7 @@ class Masses(NamedTuple):
         self._check_combination()
         given = lengths if mask is None else mask
         at_hand = isinstance(given, Tensor) and values_available(given)
-        if log_mass is None and mass is None and at_hand and values_available(source):
+        if log_mass is None and mass is None and at_hand:
             return self._uniform_of_valid(source, shape, dtype, backend)
         valid = None
         if mask is not None:

@@ -137,7 +137,7 @@ def problem_of_vectors(
         columns = columns.fold(tuple(y.shape[:-2]), lead, m)
         epsilon, init = _fold_epsilon(epsilon, lead), _fold_init(init, lead, n, m)
         x, y = (fold(v.expand((*lead, *v.shape[-2:])), lead) for v in (x, y))
-    dtype = _compute_dtype(torch.promote_types(x.dtype, y.dtype))
+    dtype = _compute_dtype(x.dtype, y.dtype)
     cu_a, cu_b = offsets_of(rows, x), offsets_of(columns, y)
     batch = x.shape[0]
     if cu_a is not None and cu_b is not None:
@@ -234,8 +234,8 @@ def _masses(
     return log_a, log_b, *_temperatures(epsilon, batch, log_a, rows.names.source, options)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _distances(

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from benchmarks import overhead
 from benchmarks.__main__ import main
 from benchmarks.operator import (
     accuracy,
@@ -517,3 +518,13 @@ def test_study_tables_mark_significant_differences():
 
 def test_results_have_the_fields_that_the_gate_compares():
     assert set(Results._fields) == {"value", "f", "g", "plan", "gradients"}
+
+
+def test_overhead_rows_pass_the_gate_and_count_kernels():
+    """No bar is tested: times are noisy. The count of PyTorch's kernels is exact."""
+    rows = {(row.call, row.mode): row for row in overhead.measure(0.0, per_turn=1)}
+    assert rows.keys() == overhead.calls().keys()
+    assert rows["bare function", "both"].ratio == 1
+    assert rows["ot_alignment", "forward"].kernels == 0
+    assert rows["ot_alignment", "both"].kernels <= 3
+    assert rows["bare function", "both"].kernels >= 2
