@@ -29,17 +29,53 @@ from optical import OTAlignmentLoss, ot_alignment, sinkhorn
 SHAPE = (1, 4, 4)
 ONE = torch.ones(1)
 # Operations that launch no kernel on a device: allocations and views.
-NO_KERNEL = set(
-    """
-    empty empty_like empty_strided new_empty detach view reshape alias as_strided expand unsqueeze
-    squeeze select slice t transpose permute flatten unflatten resolve_conj resolve_neg narrow
-    _reshape_alias to _unsafe_view split unbind lift_fresh result_type promote_types contiguous
-    """.split()
-)
+NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "detach",
+    "view",
+    "reshape",
+    "alias",
+    "as_strided",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "select",
+    "slice",
+    "t",
+    "transpose",
+    "permute",
+    "flatten",
+    "unflatten",
+    "resolve_conj",
+    "resolve_neg",
+    "narrow",
+    "_reshape_alias",
+    "to",
+    "_unsafe_view",
+    "split",
+    "unbind",
+    "lift_fresh",
+    "result_type",
+    "promote_types",
+    "contiguous",
+}
 # Operations that call others, which are counted.
-NO_KERNEL |= set(
-    "zeros ones full new_full new_zeros new_ones zeros_like ones_like full_like clone _to_copy".split()
-)
+NO_KERNEL |= {
+    "zeros",
+    "ones",
+    "full",
+    "new_full",
+    "new_zeros",
+    "new_ones",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "clone",
+    "_to_copy",
+}
 
 
 @dataclass(frozen=True)
