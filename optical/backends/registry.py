@@ -196,9 +196,9 @@ def choose(name: str, problem: Problem, gradient: bool = False) -> Backend:
     if device == "cpu" and cpu is not None and name in ("auto", "cpu"):
         # Asking takes as long as a small solve. On a CPU, the answer depends on little.
         module = cpu.load()
-        loader = getattr(module, "library", None) and module.library.load_cpu
+        loaded = module.library.load_cpu() if hasattr(module, "library") else None
         question = problem.log_a.dtype, problem.gradient, problem.anneal_start > 0
-        key = (module.supports, loader, *question)
+        key = (module.supports, loaded, *question)
         if key in _served_by_cpu:
             return cpu
         if cpu.supports(problem) is None:

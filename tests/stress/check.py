@@ -74,7 +74,9 @@ def _ends_alike(
         return True
     truth = comparison.truth
     # A result that overflows in its dtype is INFEASIBLE; whether it may overflow is judged later.
-    overflowed = sum(~results[x].isfinite() for x in ("value_linear", "marginal_error")) > 0
+    overflowed = (
+        sum(~results[x].isfinite() for x in ("value", "value_linear", "marginal_error")) > 0
+    )
     expected = truth["status"].masked_fill(overflowed, int(Status.INFEASIBLE))
     agreed = (results["n_iter"] == truth["n_iter"]) & (results["status"] == expected)
     # Such a problem never meets its tolerance, so that it runs to the end.
