@@ -155,10 +155,12 @@ def requested(name: str) -> str:
     Raises:
         ValueError: ``name``, or the value of the environment variable, is unknown.
     """
-    _check_known("backend", name)
     if name != "auto":
+        _check_known("backend", name)
         return name
-    from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not from_environment:
+        return "auto"
     _check_known(f"environment variable {ENVIRONMENT_VARIABLE}", from_environment)
     return from_environment
 

@@ -38,12 +38,10 @@ def solve(problem: Problem, values_only: bool = False) -> Solution:
             return operator.forward(problem, values_only)
         outputs: list[Solution] = []
         x, y, log_a, log_b = problem.x, problem.y, problem.log_a, problem.log_b
-        differentiable = _apply_plain(_Solve, x, y, log_a, log_b, problem, outputs, values_only)
-        value, value_linear, *potentials = differentiable
-        solution = outputs[0]._replace(value=value, value_linear=value_linear)
-        if potentials:
-            solution = solution._replace(f=potentials[0], g=potentials[1])
-        return solution
+        # PyTorch records the graph on the tensors that the function returns, which are the
+        # solution's own.
+        _apply_plain(_Solve, x, y, log_a, log_b, problem, outputs, values_only)
+        return outputs[0]
     if _transformed():
         return Solution(*transforms.apply(transforms.Solve, *problem))
     return Solution(*_OPS.sinkhorn.default(*problem))
@@ -103,8 +101,11 @@ def _plain(problem: Problem, *others: Tensor) -> bool:
         and forward_ad._current_level < 0
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
-        and all(type(x) in CONCRETE for x in (problem.x, problem.log_a, problem.log_b, *others))
+        and type(problem.x) in CONCRETE
         and (problem.y is None or type(problem.y) in CONCRETE)
+        and type(problem.log_a) in CONCRETE
+        and type(problem.log_b) in CONCRETE
+        and (not others or all(type(x) in CONCRETE for x in others))
     )
 
 

@@ -199,6 +199,8 @@ def _penalties(rho: Any) -> tuple[float, float]:
 
 def split_penalties(rho: Any) -> tuple[Any, Tensor | None]:
     """Split rho into numbers and (batch,) strengths, by which a number of 1 is to be replaced."""
+    if rho is None:
+        return None, None
     pair = tuple(rho) if isinstance(rho, (tuple, list)) and len(rho) == 2 else (rho, rho)
     tensors = [strength for strength in pair if isinstance(strength, Tensor)]
     if not tensors:

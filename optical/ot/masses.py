@@ -347,7 +347,7 @@ def constant(like: Tensor, shape: tuple[int, ...], value: float, dtype: torch.dt
 
     Small ones on a CPU are kept: filling a tensor takes as long as solving a small problem.
     """
-    kept = type(like) in CONCRETE and like.is_cpu and math.prod(shape) <= 1024
+    kept = like.is_cpu and type(like) in CONCRETE and math.prod(shape) <= 1024
     if not kept or tracing() or torch.is_inference_mode_enabled() or dispatched():
         return like.new_full(shape, value, dtype=dtype)
     return _constant(tuple(shape), value, dtype)

@@ -173,11 +173,13 @@ def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: boo
 def plan(problem: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
     """Compute the plan (B, n, m) of padded problems, or its logarithm, outside of autograd."""
     backend, problem = _choose(problem)
-    module = backend.load()
     with _without_autocast(problem.x.device.type):
-        if backend.dense or not hasattr(module, "plan"):
-            problem, module = PaddedProblem(problem).with_cost, reference
-        coupling: Tensor = module.plan(problem, f.contiguous(), g.contiguous(), log)
+        if not hasattr(backend.load(), "plan"):
+            triton = registry.BACKENDS["triton"]
+            backend = triton if triton.supports(problem) is None else registry.BACKENDS["reference"]
+        if backend.dense:
+            problem = PaddedProblem(problem).with_cost
+        coupling: Tensor = backend.load().plan(problem, f.contiguous(), g.contiguous(), log)
     return coupling
 
 

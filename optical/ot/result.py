@@ -92,8 +92,11 @@ class SinkhornResult:
         if lead is not None:
             outputs = tuple(unfold(x, lead) for x in outputs)
         kept = None if potentials[0] is solution.f else potentials
-        fields: tuple[Any, ...] = (*outputs, problem, lead, constant, versions, kept)
-        return cls(*fields)
+        fields = (*outputs, problem, lead, constant, versions, kept)
+        # The constructor of a frozen class sets every field by a call.
+        result = object.__new__(cls)
+        result.__dict__.update(zip(_FIELDS, fields, strict=True))
+        return result
 
     def plan(self) -> Tensor:
         """Compute the plan (batch, n, m) from the potentials; it is not stored.
@@ -305,6 +308,9 @@ class SinkhornResult:
         transformed = torch._C._are_functorch_transforms_active()
         recorded = autograd.needs_gradient(problem) or f.requires_grad or g.requires_grad
         return recorded or (transformed and torch.is_grad_enabled())
+
+
+_FIELDS = tuple(SinkhornResult.__dataclass_fields__)
 
 
 def _leaves(problem: Problem) -> bool:
