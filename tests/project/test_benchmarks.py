@@ -1,6 +1,7 @@
 """The benchmark harness: inputs, accuracy gate, rounds, CSV files and tables; no timings."""
 
 import contextlib
+import csv
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from benchmarks.operator import (
     providers,
     rows,
 )
-from benchmarks.operator.jobs import MODES, Results, Task
+from benchmarks.operator.jobs import MODES, ROOT, Results, Task
 from benchmarks.tables import operator as operator_tables
 from benchmarks.tables import study as study_tables
 from optical.report.table import read_rows
@@ -528,3 +529,23 @@ def test_overhead_rows_pass_the_gate_and_count_kernels():
     assert rows["ot_alignment", "forward"].kernels == 0
     assert rows["ot_alignment", "both"].kernels <= 3
     assert rows["bare function", "both"].kernels >= 2
+
+
+def test_the_page_states_the_committed_overhead_and_scaling():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    names = {"sinkhorn": "`sinkhorn`, cost given", "ot_alignment": "`ot_alignment`, two masks"}
+    modes = {"forward": "forward", "both": "forward + backward"}
+    for row in csv.DictReader(
+        (ROOT / "benchmarks" / "results" / "overhead.csv").open(encoding="utf-8")
+    ):
+        if row["call"] in names:
+            time, ratio = float(row["us_p50"]), float(row["ratio"])
+            cells = (names[row["call"]], modes[row["mode"]], f"{time:.3g}", f"{ratio:.2f}")
+            assert f"| {' | '.join((*cells, row['kernels']))} |" in page
+    rows = csv.DictReader((ROOT / "benchmarks" / "results" / "matching.csv").open(encoding="utf-8"))
+    both = {(int(r["n"]), r["provider"]): r for r in rows if r["mode"] == "both"}
+    for n in (4, 8, 16):
+        ours = float(both[n, "optical"]["ms_p50"])
+        ratios = [float(both[n, name]["ratio"]) for name in ("division", "logsumexp")]
+        cells = f"{ours:.3g} ms | {ratios[0]:.0f}× | {ratios[1]:.0f}×"
+        assert f"| 8192 × {n} × {n} | {cells} |" in page
