@@ -85,7 +85,7 @@ def _contiguous(value: Any) -> Any:
 
 def _without_autocast(device: str) -> Any:
     """Disable autocast where it is enabled; entering a context costs as much as a small solve."""
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

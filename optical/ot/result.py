@@ -98,6 +98,12 @@ class SinkhornResult:
         result.__dict__.update(zip(_FIELDS, fields, strict=True))
         return result
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, whose tensors have version counters of their own."""
+        self.__dict__.update(state)
+        potentials = (self.f, self.g) if self.potentials is None else self.potentials
+        self.__dict__["versions"] = _versions(self.problem, *potentials)
+
     def plan(self) -> Tensor:
         """Compute the plan (batch, n, m) from the potentials; it is not stored.
 

@@ -1,6 +1,8 @@
 """Ordinary situations of PyTorch: checkpointing, compilation, transforms, in-place changes."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -428,3 +430,31 @@ def found_inf(gradient, kind):
 @pytest.mark.parametrize("kind", [math.nan, math.inf])
 def test_the_scaler_skips_the_step_of_a_batch_with_an_overflow(kind, gradient):
     assert found_inf(gradient, kind)
+
+
+# ------------------------------------------------------------------------------- other situations
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_result_has_the_plan_and_notices_changes(copied):
+    result = sinkhorn(torch.rand(2, 3, 4), epsilon=0.1)
+    other = copied(result)
+    assert torch.equal(other.plan(), result.plan())
+    other.problem.x.add_(1)
+    with pytest.raises(RuntimeError, match="reads cost"):
+        other.plan()
+    result.plan()
+
+
+def test_meta_tensors_have_shapes():
+    cost = torch.rand(2, 3, 4, device="meta")
+    result = sinkhorn(cost, epsilon=0.1)
+    assert result.value.shape == (2,) and result.f.device.type == "meta"
+    assert ot_alignment(torch.rand(2, 3, 8, device="meta"), TEACHER.to("meta")).shape == (2,)
+
+
+def test_values_may_be_changed_in_place():
+    cost = torch.rand(2, 3, 4, requires_grad=True)
+    result = sinkhorn(cost, epsilon=0.1)
+    result.value.mul_(2).sum().backward()
+    torch.testing.assert_close(cost.grad, 2 * result.plan())
