@@ -111,10 +111,6 @@ def _may_overflow_on_the_way(output: Output) -> Tensor:
     return output.truth.isfinite() & ~(output.truth.abs() < near)
 
 
-def _unreadable(output: Output) -> Tensor:
-    return output.comparison.of_problems(output.name, output.comparison.truth["value"].isnan())
-
-
 def _malformed(output: Output) -> Tensor:
     return output.comparison.of_problems(output.name, output.comparison.malformed)
 
@@ -211,14 +207,6 @@ ALLOWANCES = (
         lambda output: not output.is_plain,
         lambda output: ~output.truth.isfinite(),
         "Where float64 overflows there is no truth to compare gradients and plans with.",
-    ),
-    Allowance(
-        "unreadable problem",
-        Stage.UNKNOWN,
-        lambda output: not output.is_plain,
-        _unreadable,
-        "A problem whose value is not a number may have any gradient and any plan; NaN if an input "
-        "is not a number.",
     ),
     Allowance(
         "overflow on the way",

@@ -222,14 +222,6 @@ def plan_beyond_float64():
     return Case(with_entry(call, "plan", 0, 1e38), with_entry(call, "plan", 1, 1e38))
 
 
-@case_of("unreadable problem")
-def gradient_of_a_problem_that_overflows():
-    cost = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    cost[0] *= 1e308
-    call = random_call(cost=cost, dtype=torch.float64, epsilon=0.1)
-    return Case(with_entry(call, "grad_cost", 0, 1.0), with_entry(call, "grad_cost", 1, 1.0))
-
-
 @case_of("overflow on the way")
 def plan_of_1e34():
     call = call_of_plans(79.6, 79.4)
