@@ -1,4 +1,4 @@
-"""What a call costs beside the solve: process time of tiny problems, and PyTorch kernels of a call.
+"""Time of a call beside the solve, and PyTorch kernels of a call.
 
 The unit is a bare ``torch.autograd.Function`` (sum of the cost out, ones back) in the same rounds,
 forward and backward, on one thread. Every call passes the accuracy gate first: its value must

@@ -1,4 +1,4 @@
-"""What the public functions accept: shapes, masks, masses, options; and what a result offers."""
+"""Shapes, masks, masses and options that the public functions accept; methods of a result."""
 
 import math
 
