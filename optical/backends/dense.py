@@ -106,24 +106,13 @@ class PaddedProblem:
         product = apply(self.with_cost, self.a.pad(f), self.b.pad(g), source.pad(v), transpose)
         return target.pack(product)
 
-    def plan(
-        self,
-        f: Tensor,
-        g: Tensor,
-        log: bool = False,
-        compute: Callable[..., Tensor] = reference.plan,
-        dense: bool = True,
-    ) -> Tensor:
-        """Compute the plan (B, n, m), 0 for padding, or its exponent, -inf for padding.
+    def plan(self, f: Tensor, g: Tensor, log: bool = False) -> Tensor:
+        """Compute the plan (B, n, m) by the reference; differentiable by autograd.
 
-        Args:
-            f, g: potentials, shaped like the log-masses of the original problem.
-            log: return the exponent.
-            compute: the function ``plan`` of a backend; the default is differentiable by autograd.
-            dense: ``compute`` accepts a given cost only.
+        It is 0 for padding; with ``log``, its exponent, -inf for padding. f and g are shaped like
+        the log-masses of the original problem.
         """
-        problem = self.with_cost if dense else self.padded
-        return compute(problem, self.a.pad(f), self.b.pad(g), log)
+        return reference.plan(self.with_cost, self.a.pad(f), self.b.pad(g), log)
 
 
 class Packing:

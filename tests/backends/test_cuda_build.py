@@ -21,9 +21,7 @@ STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wno-unused-pa
 
 needs_nvcc = pytest.mark.skipif(library.find_nvcc() is None, reason="nvcc was not found")
 DISASSEMBLER = cuda_resources.disassembler()
-needs_nvdisasm = pytest.mark.skipif(
-    DISASSEMBLER is None, reason="nvdisasm, part of Triton, was not found"
-)
+needs_nvdisasm = pytest.mark.skipif(DISASSEMBLER is None, reason="Triton has no nvdisasm")
 
 
 def committed():

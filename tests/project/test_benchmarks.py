@@ -229,9 +229,10 @@ def test_ratios_pair_times_of_the_same_round():
     assert measure.with_times(row, [1.0], None).ratio == ""
 
 
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/clear_refs"), reason="peak memory is available on Linux only"
-)
+LINUX = os.path.exists("/proc/self/clear_refs")
+
+
+@pytest.mark.skipif(not LINUX, reason="peak memory is available on Linux only")
 def test_peak_memory_is_that_of_the_call():
     peak_mb = meter.peak_megabytes(lambda: torch.ones(20 * 2**18))
     assert peak_mb == pytest.approx(20, abs=3)
