@@ -343,14 +343,19 @@ def _uniform(
 
 
 def constant(like: Tensor, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
-    """Return a tensor filled with a value on the device of ``like``, which nobody writes to.
+    """Return a tensor filled with a value on the device of ``like``.
 
-    Small ones on a CPU are kept: filling a tensor takes as long as solving a small problem.
+    Small ones on a CPU are kept: filling a tensor takes as long as solving a small problem. One
+    that has been written to in place, as a field of ``SinkhornResult.problem``, is replaced.
     """
     kept = like.is_cpu and type(like) in CONCRETE and math.prod(shape) <= 1024
     if not kept or tracing() or torch.is_inference_mode_enabled() or dispatched():
         return like.new_full(shape, value, dtype=dtype)
-    return _constant(tuple(shape), value, dtype)
+    filled = _constant(tuple(shape), value, dtype)
+    if filled._version:
+        _constant.cache_clear()
+        filled = _constant(tuple(shape), value, dtype)
+    return filled
 
 
 @functools.lru_cache(maxsize=256)

@@ -113,12 +113,12 @@ import os, signal, threading, time, torch
 from optical import sinkhorn
 
 torch.set_num_threads({threads})
-shape = (1, 1100, 1100) if {call!r} == "team" else (4, 200, 200)
+shape = dict(team=(1, 1100, 1100), unroll=(4, 400, 400)).get({call!r}, (4, 200, 200))
 cost, options = torch.rand(*shape), dict(epsilon=0.01, tol=1e-12, max_iter=10**6)
 if {call!r} == "implicit":
     options["gradient"] = "implicit"
 if {call!r} == "unroll":
-    options = dict(epsilon=0.01, max_iter=10_000, gradient="unroll")
+    options = dict(epsilon=0.01, max_iter=20_000, gradient="unroll")
     result = sinkhorn(cost.requires_grad_(), **options)
     start = result.value.sum().backward
 else:
@@ -130,7 +130,7 @@ def interrupt():
     sent = time.monotonic()
     os.kill(os.getpid(), signal.SIGINT)
 
-timer = threading.Timer(0.3, interrupt)
+timer = threading.Timer(0.2, interrupt)
 timer.start()
 try:
     start()

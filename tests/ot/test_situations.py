@@ -314,6 +314,16 @@ def test_second_derivatives_by_transforms_are_refused():
 # -------------------------------------------------------------------------------- in-place changes
 
 
+@pytest.mark.parametrize("name", ["epsilon", "log_a", "log_b"])
+def test_an_in_place_change_of_one_problem_reaches_no_other(name):
+    cost = torch.rand(2, 3, 4)
+    expected = sinkhorn(cost, epsilon=0.1)
+    getattr(sinkhorn(cost, epsilon=0.1).problem, name).add_(1)
+    found = sinkhorn(cost, epsilon=0.1)
+    assert torch.equal(found.f, expected.f)
+    assert torch.equal(found.value, expected.value)
+
+
 def changed_cost(c, x, result):
     c.add_(1)
 
