@@ -37,9 +37,12 @@ test test-slow: export TOKENIZERS_PARALLELISM := false
 test test-slow: export OMP_NUM_THREADS := 1
 
 # Triton reads TRITON_INTERPRET when the kernels are imported, so the interpreter needs its own process.
+# Two processes share the tests; WORKERS=0 runs them in one.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow" tests/kernels/interpreter
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(PARALLEL) -m "not slow" tests/kernels/interpreter
+
+PARALLEL = -n $(or $(WORKERS),2) --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"

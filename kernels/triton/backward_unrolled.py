@@ -10,10 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import triton
 from optical.backends.problem import Gradients
 from optical.kernels import tuning
-from optical.kernels.batch import LaunchProblem, choose_tiles, initial_potentials, tile_options
+from optical.kernels.batch import (
+    LaunchProblem,
+    ceil_div,
+    choose_tiles,
+    initial_potentials,
+    tile_options,
+)
+from optical.kernels.launch import launch_kernel
 from optical.kernels.onchip.unrolled import unrolled_kernel
 from optical.kernels.streamed.unrolled_backward import back_kernel, unrolled_gradient_kernel
 from optical.kernels.streamed.unrolled_replay import forth_kernel, survey_kernel, weight_kernel
@@ -75,7 +81,9 @@ def _unroll_onchip(
     steps = problem.max_iter + 1 if tiles else 0
     path_f, path_g = (x.new_empty(steps * x.numel()) for x in (problem.log_a, problem.log_b))
     for side, tile in tiles:
-        unrolled_kernel[(launch.size,)](
+        launch_kernel(
+            unrolled_kernel,
+            (launch.size,),
             *launch.pointers(),
             *initial_potentials(problem),
             f,
@@ -188,7 +196,9 @@ class StreamedUnroll:
             ),
         )
         self.state, self.steps = torch.empty_like(n_iter), torch.empty_like(n_iter)
-        survey_kernel[(launch.size,)](
+        launch_kernel(
+            survey_kernel,
+            (launch.size,),
             launch.cu_a,
             launch.cu_b,
             problem.log_a,
@@ -241,7 +251,9 @@ class StreamedUnroll:
     def _replay(self, swapped: bool, k: int) -> None:
         """Repeat a half-step of iteration k and record its soft-mins and potentials."""
         rows, columns = self._pair(swapped)
-        forth_kernel[self._grid(swapped, tuning.STREAM.rows)](
+        launch_kernel(
+            forth_kernel,
+            self._grid(swapped, tuning.STREAM.rows),
             *self.launch.pointers(swapped),
             self.steps,
             self.annealing,
@@ -262,7 +274,9 @@ class StreamedUnroll:
     def _weigh(self, swapped: bool) -> None:
         """Compute the derivative of the value with respect to the last plan, and to the masses."""
         rows, columns = self._pair(swapped)
-        weight_kernel[self._grid(swapped, tuning.STREAM.rows)](
+        launch_kernel(
+            weight_kernel,
+            self._grid(swapped, tuning.STREAM.rows),
             *self.launch.pointers(swapped),
             self.state,
             self.steps,
@@ -281,7 +295,9 @@ class StreamedUnroll:
     def _reverse(self, swapped: bool, k: int, init: bool = False) -> None:
         """Propagate gradients through a half-step of iteration k, or into the run with ``init``."""
         rows, columns = self._pair(swapped)
-        back_kernel[self._grid(swapped, tuning.STREAM.rows)](
+        launch_kernel(
+            back_kernel,
+            self._grid(swapped, tuning.STREAM.rows),
             *self.launch.pointers(swapped),
             self.state,
             self.steps,
@@ -317,7 +333,7 @@ class StreamedUnroll:
         if self.problem.y is None:
             options, parts = tile_options(self.launch, tuning.ADJOINT_STREAM[False]), 1
         else:
-            parts = triton.cdiv(self.launch.dim, tile.entries)
+            parts = ceil_div(self.launch.dim, tile.entries)
             options = self.tile | {
                 "BLOCK_N": tile.rows,
                 "BLOCK_M": tile.columns,
@@ -332,7 +348,9 @@ class StreamedUnroll:
         rows, columns = self._pair(swapped)
         options, parts = self._gradient_options()
         grid = (*self._grid(swapped, options["BLOCK_N"]), parts)
-        unrolled_gradient_kernel[grid](
+        launch_kernel(
+            unrolled_gradient_kernel,
+            grid,
             *self.launch.pointers(swapped),
             self.state,
             self.steps,

@@ -1,7 +1,7 @@
 """The batch of problems in the form the kernels take, the norms of its tokens, and its tiles."""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from optical.backends.problem import Problem
 from optical.kernels import tuning
+from optical.kernels.launch import launch_kernel
 from optical.kernels.tiles import COSINE, INFINITY, SQEUCLIDEAN, extent
 
 KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
@@ -55,13 +56,16 @@ def centre_kernel(
     tl.store(centre_ptr + problem * dim + d, centre, mask=d < dim)
 
 
-@triton.jit(do_not_specialize=["n", "dim"])
-def norm_kernel(
+@triton.jit
+def store_norms(
     vectors_ptr,
     cu_ptr,
     centre_ptr,
     norm_ptr,
     scale_ptr,
+    problem,
+    part,
+    parts,
     n,
     dim,
     KIND: tl.constexpr,
@@ -70,38 +74,41 @@ def norm_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Compute 1 / |x| of each token (0 for the zero vector), or |x - centre|^2.
+    """Store the norms of every ``parts``-th block of tokens of one side of a problem.
 
-    SCALED: kernels multiply the vector by a power of two, stored as well, before they use it, and
-    the norm is that of the scaled vector. No square and no product of two tokens then overflows.
+    Sums stay one per entry of a tile until the end: reducing each tile would cost more shuffles
+    than loads.
     """
-    problem = tl.program_id(0).to(tl.int64)
     offset, n = extent(cu_ptr, problem, n, PACKED)
-    for t0 in range(tl.program_id(1) * BLOCK_T, n, tl.num_programs(1) * BLOCK_T):
+    for t0 in range(part * BLOCK_T, n, parts * BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         row_ptr = vectors_ptr + (offset + t).to(tl.int64)[:, None] * dim
         factor = tl.zeros((BLOCK_T,), tl.float32) + 1.0
-        if KIND == COSINE:
-            peak = tl.zeros((BLOCK_T,), tl.float32)
+        # Squares of float16 neither overflow nor vanish in float32.
+        if KIND == COSINE and (SCALED or vectors_ptr.dtype.element_ty != tl.float16):
+            peaks = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
             for d0 in range(0, dim, BLOCK_D):
                 d = d0 + tl.arange(0, BLOCK_D)
                 mask = (t < n)[:, None] & (d < dim)[None, :]
                 x = tl.load(row_ptr + d[None, :], mask=mask, other=0.0).to(tl.float32)
-                peak = tl.maximum(peak, tl.max(tl.abs(x), 1))
+                peaks = tl.maximum(peaks, tl.abs(x))
+            peak = tl.max(peaks, 1)
             # exp2 of an integer is exact. Non-finite vectors are not scaled and stay non-finite.
             normal = (peak > 0) & (peak < INFINITY)
             power = tl.floor(tl.log2(tl.where(normal, peak, 1.0)))
             factor = tl.exp2(-tl.minimum(tl.maximum(power, -120.0), 120.0))
-        square = tl.zeros((BLOCK_T,), tl.float32)
+        squares = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         for d0 in range(0, dim, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
             mask = (t < n)[:, None] & (d < dim)[None, :]
             x = tl.load(row_ptr + d[None, :], mask=mask, other=0.0).to(tl.float32)
             if KIND == SQEUCLIDEAN:
-                x -= tl.load(centre_ptr + problem * dim + d, mask=d < dim, other=0.0)[None, :]
+                centre = tl.load(centre_ptr + problem * dim + d, mask=d < dim, other=0.0)[None, :]
+                x -= centre
             else:
                 x = x * factor[:, None]
-            square += tl.sum(x * x, 1)
+            squares += x * x
+        square = tl.sum(squares, 1)
         if KIND == COSINE:
             # Padding may hold any value, zero included, by which nothing may be divided.
             nonzero = square != 0
@@ -113,6 +120,100 @@ def norm_kernel(
         else:
             norm = square
         tl.store(norm_ptr + offset + t, norm, mask=t < n)
+
+
+@triton.jit(do_not_specialize=["n", "m", "parts"])
+def norm_kernel(
+    x_ptr,
+    y_ptr,
+    cu_a_ptr,
+    cu_b_ptr,
+    centre_ptr,
+    norm_x_ptr,
+    norm_y_ptr,
+    scale_x_ptr,
+    scale_y_ptr,
+    n,
+    m,
+    dim,
+    parts,
+    KIND: tl.constexpr,
+    PACKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute 1 / |x| of each token of both sides (0 for the zero vector), or |x - centre|^2.
+
+    The first ``parts`` programs of a problem serve its rows, the others its columns.
+
+    SCALED: kernels multiply the vector by a power of two, stored as well, before they use it, and
+    the norm is that of the scaled vector. No square and no product of two tokens then overflows.
+    """
+    problem = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    if part < parts:
+        store_norms(
+            x_ptr,
+            cu_a_ptr,
+            centre_ptr,
+            norm_x_ptr,
+            scale_x_ptr,
+            problem,
+            part,
+            parts,
+            n,
+            dim,
+            KIND,
+            PACKED,
+            SCALED,
+            BLOCK_T,
+            BLOCK_D,
+        )
+    else:
+        store_norms(
+            y_ptr,
+            cu_b_ptr,
+            centre_ptr,
+            norm_y_ptr,
+            scale_y_ptr,
+            problem,
+            part - parts,
+            tl.num_programs(1) - parts,
+            m,
+            dim,
+            KIND,
+            PACKED,
+            SCALED,
+            BLOCK_T,
+            BLOCK_D,
+        )
+
+
+class Norms(NamedTuple):
+    """What the kernels need to know of each token; placeholders where the cost does not need it.
+
+    Attributes:
+        centre: (B, dim), the mean of a problem's valid tokens, for squared distances.
+        norm_a, norm_b: float32, one per token; see ``norm_kernel``.
+        scale_a, scale_b: the powers of two by which vectors are multiplied, one per token.
+    """
+
+    centre: Tensor
+    norm_a: Tensor
+    norm_b: Tensor
+    scale_a: Tensor
+    scale_b: Tensor
+
+
+def ceil_div(size: int, block: int) -> int:
+    """The number of blocks that cover ``size``. (``triton.cdiv`` takes microseconds.)"""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is at least ``size``."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 class LaunchProblem:
@@ -129,9 +230,10 @@ class LaunchProblem:
         dot_dtype, dot_precision: dtype and ``input_precision`` of the dots of a vector gradient.
         scaled: vectors are multiplied by a power of two before they are used.
         wide: offsets within a problem need 64 bits.
+        norms: those of the tokens; computed, unless an earlier launch problem's are given.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, norms: Norms | None = None) -> None:
         self.problem = problem
         self.size = len(problem.epsilon)
         self.packed = problem.packed
@@ -163,17 +265,16 @@ class LaunchProblem:
         unused = problem.epsilon
         self.y = unused if problem.y is None else problem.y
         self.cu_a, self.cu_b = (unused if x is None else x for x in (problem.cu_a, problem.cu_b))
-        self.norm_a = self.norm_b = self.scale_a = self.scale_b = self.centre = unused
-        if problem.kind == "sqeuclidean":
-            self.centre = self._centre()
-        if problem.kind in ("cosine", "sqeuclidean"):
-            self.norm_a, self.scale_a = self._norms(problem.x, self.cu_a, problem.log_a)
-            self.norm_b, self.scale_b = self._norms(self.y, self.cu_b, problem.log_b)
+        self.norms = Norms(*[unused] * 5) if norms is None else norms
+        if norms is None and problem.kind in ("cosine", "sqeuclidean"):
+            self.norms = self._norms(self._centre() if problem.kind == "sqeuclidean" else unused)
 
     def _centre(self) -> Tensor:
         problem = self.problem
         centre, block = torch.empty(self.size, self.dim, device=problem.x.device), 64
-        centre_kernel[(self.size, triton.cdiv(self.dim, block))](
+        launch_kernel(
+            centre_kernel,
+            (self.size, ceil_div(self.dim, block)),
             problem.x,
             self.y,
             self.cu_a,
@@ -190,41 +291,49 @@ class LaunchProblem:
         )
         return centre
 
-    def _norms(self, vectors: Tensor, offsets: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
-        norm = torch.empty_like(log_mass)
-        scale = torch.empty_like(log_mass) if self.scaled else norm
-        tokens, block = log_mass.shape[-1], 16
+    def _norms(self, centre: Tensor) -> Norms:
+        problem, block = self.problem, 16
+        log_masses = problem.log_a, problem.log_b
+        norms = norm_a, norm_b = [torch.empty_like(x) for x in log_masses]
+        scales = [torch.empty_like(x) for x in log_masses] if self.scaled else norms
         # The host does not know the lengths of packed problems, so programs stride over tokens.
-        splits = min(triton.cdiv(tokens, block), max(1, 4096 // self.size))
-        norm_kernel[(self.size, splits)](
-            vectors,
-            offsets,
-            self.centre,
-            norm,
-            scale,
-            tokens,
+        most = max(1, 4096 // self.size)
+        parts, parts_y = (min(ceil_div(size, block), most) for size in (self.n, self.m))
+        launch_kernel(
+            norm_kernel,
+            (self.size, parts + parts_y),
+            problem.x,
+            self.y,
+            self.cu_a,
+            self.cu_b,
+            centre,
+            *norms,
+            *scales,
+            self.n,
+            self.m,
             self.dim,
+            parts,
             KIND=self.kind,
             PACKED=self.packed,
             SCALED=self.scaled,
             BLOCK_T=block,
-            BLOCK_D=max(16, min(128, triton.next_power_of_2(self.dim))),
+            BLOCK_D=max(16, min(128, next_power_of_2(self.dim))),
         )
-        return norm, scale
+        return Norms(centre, norm_a, norm_b, *scales)
 
     def pointers(self, swapped: bool = False) -> tuple[Tensor, ...]:
         """The tensors from which cost tiles are computed, in the order of the kernels' parameters.
 
         ``swapped`` exchanges rows and columns.
         """
-        problem = self.problem
-        x, y = (problem.x, self.y) if problem.y is not None else (problem.x, problem.x)
-        per_token = [(x, y), (self.norm_a, self.norm_b), (self.scale_a, self.scale_b)]
-        per_side = [(self.cu_a, self.cu_b), (problem.log_a, problem.log_b)]
-        order = (1, 0) if swapped else (0, 1)
-        tokens = [pair[i] for pair in per_token for i in order]
-        sides = [pair[i] for pair in per_side for i in order]
-        return *tokens, self.centre, *sides, problem.epsilon
+        problem, (centre, norm_a, norm_b, scale_a, scale_b) = self.problem, self.norms
+        x, y = problem.x, problem.x if problem.y is None else problem.y
+        log_a, log_b, last = problem.log_a, problem.log_b, problem.epsilon
+        if swapped:
+            tokens = y, x, norm_b, norm_a, scale_b, scale_a
+            return *tokens, centre, self.cu_b, self.cu_a, log_b, log_a, last
+        tokens = x, y, norm_a, norm_b, scale_a, scale_b
+        return *tokens, centre, self.cu_a, self.cu_b, log_a, log_b, last
 
     def sizes(self, swapped: bool = False) -> tuple[int, ...]:
         """The strides of a given cost, the numbers of rows and columns, and the vector length."""
@@ -242,7 +351,7 @@ class LaunchProblem:
 
         It is capped for packed problems, where ``size`` is the total of the batch.
         """
-        count: int = triton.cdiv(size, block)
+        count = ceil_div(size, block)
         return count if not self.packed else min(count, max(1, 1024 // self.size))
 
 

@@ -41,6 +41,7 @@ class Backend:
         dense: accepts only padded problems of a given cost, which ``optical.backends.dense`` makes.
         native: reads tensors of any strides, and computes by no operation of PyTorch, which
             autocast could change.
+        keeps: ``forward`` fills a list, ``kept``, which ``backward`` then takes.
         applies_plan: the module has ``apply_plan``; otherwise the reference computes products.
         obstacle: returns the reason a problem cannot be solved, or None, before ``load`` imports
             anything.
@@ -52,6 +53,7 @@ class Backend:
     automatic_on: tuple[str, ...] = ()
     dense: bool = False
     native: bool = False
+    keeps: bool = False
     applies_plan: bool = True
     obstacle: Callable[[Problem], str | None] = lambda problem: None
     remark: str = ""
@@ -122,6 +124,7 @@ BACKENDS: dict[str, Backend] = {
             "triton",
             _module("optical.kernels"),
             automatic_on=("cuda",),
+            keeps=True,
             obstacle=_triton_obstacle,
         ),
         Backend("cpu", _module("optical.backends.cpu"), automatic_on=("cpu",), native=True),
