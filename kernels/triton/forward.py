@@ -14,8 +14,8 @@ import triton
 from optical.backends.problem import Problem, Solution
 from optical.kernels import tuning
 from optical.kernels.batch import (
-    KINDS,
     LaunchProblem,
+    annealing_temperatures,
     choose_tiles,
     cost_options,
     initial_potentials,
@@ -54,7 +54,7 @@ def forward(problem: Problem) -> Solution:
         outputs = value, value_linear, marginal_error, n_iter, status, residual
         f, g = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
         general = problem.omega != 1 or min(problem.rho_a, problem.rho_b) < math.inf
-        roomy = general or problem.anneal_start > 0 or launch.precision != "ieee"
+        roomy = general or problem.anneal_start > 0 or launch.precision.startswith("tf32")
         tiles = choose_tiles(launch, tuning.ROOMY if roomy else tuning.TILES)
         if not tiles or (launch.packed and max(launch.n, launch.m) > tuning.RESIDENT):
             # One program per problem where the sizes are unknown or the problems are many.
@@ -108,7 +108,7 @@ def _solve_adjoint(
         return f.new_empty(0), g.new_empty(0)
     w, z = torch.empty_like(f), torch.empty_like(g)
     if max(launch.n, launch.m) > tuning.RESIDENT:
-        tile = tuning.ADJOINT_STREAM[launch.kind != KINDS["given"] and launch.precision != "ieee"]
+        tile = tuning.ADJOINT_STREAM[launch.precision.startswith("tf32")]
         adjoint_loop_kernel[(launch.size,)](
             *launch.pointers(),
             f,
@@ -238,6 +238,7 @@ class StepwiseSolve:
         # Sums of P * C after the run; scratch memory during it.
         self.cost_sums = torch.empty_like(f), torch.empty_like(g)
         self.starts = initial_potentials(problem)
+        self.annealing = annealing_temperatures(problem)
         n_iter = outputs[3]
         self.stopped, self.state = torch.empty_like(n_iter), torch.empty_like(n_iter)
         self.change, self.column_error = problem.epsilon.new_empty(2, launch.size)
@@ -270,9 +271,8 @@ class StepwiseSolve:
         for iteration in range(problem.max_iter):
             if self.stored.fast:
                 self._store_plan()
-            annealing = problem.anneal_start * problem.anneal_ratio**iteration
             for swapped in (False, True):
-                self._reduce(swapped, annealing)
+                self._reduce(swapped, self.annealing[iteration])
                 self._update(swapped, iteration)
         self._reduce(False, sums=True)
         self._reduce(True, sums=True)
@@ -329,9 +329,6 @@ class StepwiseSolve:
     def _update(self, swapped: bool, iteration: int, init: bool = False) -> None:
         """Update the potentials of one side, or set them to their start with ``init``."""
         launch, problem, side = self.launch, self.problem, int(swapped)
-        annealing, previous = (
-            problem.anneal_start * problem.anneal_ratio**k for k in (iteration, iteration - 1)
-        )
         turn_kernel[(launch.size,)](
             (launch.cu_a, launch.cu_b)[side],
             (problem.log_a, problem.log_b)[side],
@@ -346,14 +343,14 @@ class StepwiseSolve:
             self.stopped,
             self.outputs[3],
             (launch.n, launch.m)[side],
-            int(iteration == 0),
+            iteration,
             problem.max_iter - 1 - iteration,
             problem.tol,
             1 / (problem.rho_a, problem.rho_b)[side],
             problem.omega,
-            annealing,
+            self.annealing[iteration],
             # The first iteration has no predecessor, so it measures no marginal error.
-            previous if iteration else math.inf,
+            self.annealing[iteration - 1] if iteration else math.inf,
             ROWS=not swapped,
             FAST=self.stored.fast,
             INIT=init,
