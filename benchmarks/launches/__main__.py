@@ -17,7 +17,7 @@ import gc
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -116,7 +116,7 @@ def check(call: Callable[[], Any]) -> int:
     return kept
 
 
-def measure(seconds: float, per_turn: int = 20) -> list[Row]:
+def measure(seconds: float, per_turn: int = 100) -> list[Row]:
     """Time all calls both ways in shared rounds for ``seconds``."""
     chosen = calls()
     counts = {name: check(call) for name, (call, _) in chosen.items()}
@@ -127,7 +127,7 @@ def measure(seconds: float, per_turn: int = 20) -> list[Row]:
     gc.disable()
     while time.perf_counter() < end or len(times[(*next(iter(chosen)), TRITON)]) < 5:
         for name, (call, _) in chosen.items():
-            turns = per_turn if counts[name] < 20 else 1
+            turns = per_turn if counts[name] < 20 else 3
             times[(*name, KEPT)].append(_microseconds(call, turns))
             with tritons_own_launches():
                 times[(*name, TRITON)].append(_microseconds(call, turns))
@@ -156,6 +156,21 @@ def _microseconds(call: Callable[[], Any], turns: int) -> float:
     for _ in range(turns):
         call()
     return (time.process_time() - start) / turns * 1e6
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The rows of a CSV file as the lines of a Markdown table, one per call."""
+    times = {(row["call"], row["mode"], row["launcher"]): row for row in rows}
+    passes = {"forward": "forward", "both": "forward + backward"}
+    lines = []
+    for (call, mode, launcher), row in times.items():
+        if launcher == KEPT:
+            own = times[call, mode, TRITON]
+            cells = [call, passes[mode], str(row["launches"])]
+            cells += [f"{float(each['us_p50']):.3g}" for each in (row, own)]
+            bar = f"{float(row['bar_us']):g}" if row["bar_us"] else ""
+            lines.append(f"| {' | '.join(cells)} | {bar} |")
+    return lines
 
 
 def _rounded(value: float) -> float:

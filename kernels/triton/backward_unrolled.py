@@ -20,7 +20,7 @@ from optical.kernels.batch import (
     tile_options,
 )
 from optical.kernels.launch import launch_kernel
-from optical.kernels.onchip.unrolled import unrolled_kernel
+from optical.kernels.onchip.unrolled import annealing_kernel, unrolled_kernel
 from optical.kernels.streamed.unrolled_backward import back_kernel, unrolled_gradient_kernel
 from optical.kernels.streamed.unrolled_replay import forth_kernel, survey_kernel, weight_kernel
 
@@ -59,8 +59,17 @@ def unroll(
     grad_y = torch.empty_like(launch.y) if need_y else grad_x
     grad_log_a, grad_log_b = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
     buffers = GradientBuffers(grad_x, grad_y, grad_log_a, grad_log_b, need_x, need_y)
-    steps = torch.arange(max(1, problem.max_iter), dtype=torch.float64, device=x.device)
-    annealing = (problem.anneal_start * problem.anneal_ratio**steps).float()
+    steps = max(1, problem.max_iter)
+    annealing = problem.log_a.new_empty(steps)
+    launch_kernel(
+        annealing_kernel,
+        (1,),
+        annealing,
+        steps,
+        problem.anneal_start,
+        problem.anneal_ratio,
+        num_warps=1,
+    )
     _unroll_onchip(launch, upstream, buffers, f, n_iter, annealing)
     if max(launch.n, launch.m) > tuning.RESIDENT:
         StreamedUnroll(launch, upstream, buffers, f, n_iter, annealing).run()
@@ -110,10 +119,11 @@ def _unroll_onchip(
             POTENTIALS=potentials,
             NEED_X=buffers.need_x,
             NEED_Y=buffers.need_y,
-            DOT_DTYPE=launch.dot_dtype,
-            DOT_PRECISION=launch.dot_precision,
             BLOCK_G=32,
+            # Products of float32 vectors take six times the shared memory of bfloat16 ones.
+            ROWS=min(tile.rows, 32) if launch.single else tile.rows,
             PART=tile.part,
+            **launch.gradient_dot(problem.x.dtype, launch.y.dtype),
             **tile_options(launch, tile),
         )
 
@@ -372,7 +382,6 @@ class StreamedUnroll:
             rows.size,
             columns.size,
             COLUMNS=swapped,
-            DOT_DTYPE=self.launch.dot_dtype,
-            DOT_PRECISION=self.launch.dot_precision,
+            **self.launch.gradient_dot(grad.dtype),
             **options,
         )

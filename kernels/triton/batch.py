@@ -1,5 +1,6 @@
 """The batch of problems in the form the kernels take, the norms of its tokens, and its tiles."""
 
+import ctypes
 import os
 from typing import Any, NamedTuple
 
@@ -225,9 +226,11 @@ class LaunchProblem:
         n, m: number of rows and columns, padding included; for packed problems the totals.
         dim: length of a token vector, 0 for a given cost.
         strides: strides of a given cost.
-        precision: ``input_precision`` of the dots of the cost.
-        exact: ``input_precision`` that multiplies float32 numbers without loss.
-        dot_dtype, dot_precision: dtype and ``input_precision`` of the dots of a vector gradient.
+        single: a side has float32 vectors, or the cost is given.
+        precision: ``input_precision`` of the dots of the cost, whose operands are float32, or
+            "half" where both sides have the same half-precision dtype.
+        exact: ``input_precision`` that multiplies float32 numbers without significant loss, by
+            three TF32 products on NVIDIA.
         scaled: vectors are multiplied by a power of two before they are used.
         wide: offsets within a problem need 64 bits.
         norms: those of the tokens; computed, unless an earlier launch problem's are given.
@@ -242,20 +245,10 @@ class LaunchProblem:
         self.strides = problem.x.stride() if problem.y is None else (0, 0, 0)
         self.dim = 0 if problem.y is None else problem.x.shape[-1]
         self.nvidia = torch.version.hip is None and not INTERPRETED
-        self.single = problem.x.dtype == torch.float32
-        # Three TF32 products of float32 numbers lose nothing significant; products of
-        # half-precision numbers are exact.
+        dtypes = {problem.x.dtype} if problem.y is None else {problem.x.dtype, problem.y.dtype}
+        self.single = torch.float32 in dtypes
         self.exact = "tf32x3" if self.nvidia else "ieee"
-        self.precision = "ieee" if problem.y is None else self.exact
-        if not self.single and problem.kind != "sqeuclidean":
-            self.precision = "ieee"
-        # Gradients are rounded to the dtype of the vectors, so their weights need no more digits:
-        # TF32 holds every float16, and weights in float16 would underflow.
-        self.dot_dtype, self.dot_precision = tl.float32, self.exact
-        if self.nvidia and problem.x.dtype == torch.bfloat16:
-            self.dot_dtype = tl.bfloat16
-        elif self.nvidia and problem.x.dtype == torch.float16:
-            self.dot_precision = "tf32"
+        self.precision = self._precision(dtypes)
         self.scaled = problem.kind == "cosine" and self.single
         extent = max(self.n, self.m) * max(1, self.dim)
         if problem.y is None:
@@ -268,6 +261,35 @@ class LaunchProblem:
         self.norms = Norms(*[unused] * 5) if norms is None else norms
         if norms is None and problem.kind in ("cosine", "sqeuclidean"):
             self.norms = self._norms(self._centre() if problem.kind == "sqeuclidean" else unused)
+
+    def _precision(self, dtypes: set[torch.dtype]) -> str:
+        """The precision of the dots of the cost, from the dtypes of both sides.
+
+        Products of half-precision numbers are exact, and so are those of TF32, which holds every
+        number of both half-precision dtypes.
+        """
+        if self.problem.y is None:
+            return "ieee"
+        if self.single or self.problem.kind == "sqeuclidean":
+            return self.exact
+        # Triton's interpreter multiplies the bits of bfloat16 as integers.
+        if len(dtypes) == 1 and not INTERPRETED:
+            return "half"
+        return "tf32" if self.nvidia else "ieee"
+
+    def gradient_dot(self, *dtypes: torch.dtype) -> dict[str, Any]:
+        """The compile-time options of the dots of gradients of these dtypes.
+
+        Gradients are rounded to the dtype of their vectors, so their weights need no more digits:
+        TF32 holds every float16, and weights in float16 would underflow.
+        """
+        if not self.nvidia or torch.float32 in dtypes:
+            dot = tl.float32, self.exact
+        elif torch.float16 in dtypes:
+            dot = tl.float32, "tf32"
+        else:
+            dot = tl.bfloat16, "ieee"
+        return {"DOT_DTYPE": dot[0], "DOT_PRECISION": dot[1]}
 
     def _centre(self) -> Tensor:
         problem = self.problem
@@ -382,6 +404,23 @@ def initial_potentials(problem: Problem) -> tuple[Tensor, Tensor]:
         unused if problem.f0 is None else problem.f0,
         unused if problem.g0 is None else problem.g0,
     )
+
+
+def annealing_temperatures(problem: Problem) -> list[float]:
+    """The annealing temperature of each iteration, with the bits of the kernels.
+
+    Kernels that run all iterations multiply float32 numbers, so each product is rounded here, too.
+    """
+    if not problem.anneal_start:
+        return [0.0] * max(1, problem.max_iter)
+    temperature, ratio = (
+        ctypes.c_float(x).value for x in (problem.anneal_start, problem.anneal_ratio)
+    )
+    temperatures = []
+    for _ in range(max(1, problem.max_iter)):
+        temperatures.append(temperature)
+        temperature = ctypes.c_float(temperature * ratio).value
+    return temperatures
 
 
 def cost_options(launch: LaunchProblem) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from optical.backends.problem import Problem, Solution
 from optical.kernels import tuning
 from optical.kernels.batch import (
-    KINDS,
     LaunchProblem,
     Norms,
+    annealing_temperatures,
     ceil_div,
     choose_tiles,
     cost_options,
@@ -60,7 +60,7 @@ def forward(problem: Problem, kept: list[Norms] | None = None) -> Solution:
         value, value_linear, f, g, error, n_iter, status, w, z, residual = solution
         outputs = value, value_linear, error, n_iter, status, residual
         general = problem.omega != 1 or min(problem.rho_a, problem.rho_b) < math.inf
-        roomy = general or problem.anneal_start > 0 or launch.precision != "ieee"
+        roomy = general or problem.anneal_start > 0 or launch.precision.startswith("tf32")
         tiles = choose_tiles(launch, tuning.ROOMY if roomy else tuning.TILES)
         if not tiles or (launch.packed and max(launch.n, launch.m) > tuning.RESIDENT):
             # One program per problem where the sizes are unknown or the problems are many.
@@ -114,7 +114,7 @@ def _solve_adjoint(
     """
     problem = launch.problem
     if max(launch.n, launch.m) > tuning.RESIDENT:
-        tile = tuning.ADJOINT_STREAM[launch.kind != KINDS["given"] and launch.precision != "ieee"]
+        tile = tuning.ADJOINT_STREAM[launch.precision.startswith("tf32")]
         launch_kernel(
             adjoint_loop_kernel,
             (launch.size,),
@@ -249,6 +249,7 @@ class StepwiseSolve:
         # Sums of P * C after the run; scratch memory during it.
         self.cost_sums = torch.empty_like(f), torch.empty_like(g)
         self.starts = initial_potentials(problem)
+        self.annealing = annealing_temperatures(problem)
         n_iter = outputs[3]
         self.stopped, self.state = torch.empty_like(n_iter), torch.empty_like(n_iter)
         self.change, self.column_error = problem.epsilon.new_empty(2, launch.size)
@@ -283,9 +284,8 @@ class StepwiseSolve:
         for iteration in range(problem.max_iter):
             if self.stored.fast:
                 self._store_plan()
-            annealing = problem.anneal_start * problem.anneal_ratio**iteration
             for swapped in (False, True):
-                self._reduce(swapped, annealing)
+                self._reduce(swapped, self.annealing[iteration])
                 self._update(swapped, iteration)
         self._reduce(False, sums=True)
         self._reduce(True, sums=True)
@@ -349,22 +349,19 @@ class StepwiseSolve:
     def _update(self, swapped: bool, iteration: int, init: bool = False) -> None:
         """Update the potentials of one side, or set them to their start with ``init``."""
         launch, problem, side = self.launch, self.problem, int(swapped)
-        annealing, previous = (
-            problem.anneal_start * problem.anneal_ratio**k for k in (iteration, iteration - 1)
-        )
         key = "turn", swapped, init
         if key not in self.launches:
             self.launches[key] = self._turn(swapped, init)
         self.launches[key](
             (launch.n, launch.m)[side],
-            int(iteration == 0),
+            iteration,
             problem.max_iter - 1 - iteration,
             problem.tol,
             1 / (problem.rho_a, problem.rho_b)[side],
             problem.omega,
-            annealing,
+            self.annealing[iteration],
             # The first iteration has no predecessor, so it measures no marginal error.
-            previous if iteration else math.inf,
+            self.annealing[iteration - 1] if iteration else math.inf,
         )
 
     def _turn(self, swapped: bool, init: bool) -> RepeatedLaunch:
