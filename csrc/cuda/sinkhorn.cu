@@ -31,7 +31,7 @@ typedef void* Stream;
 int shared_memory_of_device() { return emulator::machine().shared_memory; }
 int blocks_of_cluster() { return emulator::machine().max_cluster; }
 
-void forget_failure() {}
+struct Call {};
 bool has_failed() { return false; }
 const char* failure_text() { return ""; }
 
@@ -55,8 +55,23 @@ typedef cudaStream_t Stream;
 // The last error of the CUDA runtime in this thread, kept until the next call of the interface.
 thread_local cudaError_t failure = cudaSuccess;
 
-void forget_failure() { failure = cudaSuccess; }
 bool has_failed() { return failure != cudaSuccess; }
+
+// A call of the interface. While it lasts, this thread may load kernels although a CUDA graph is
+// being captured, as at a first use.
+struct Call {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    bool exchanged;
+
+    Call() : exchanged(cudaThreadExchangeStreamCaptureMode(&mode) == cudaSuccess) {
+        failure = cudaSuccess;
+        if (!exchanged) cudaGetLastError();
+    }
+    ~Call() {
+        if (exchanged) cudaThreadExchangeStreamCaptureMode(&mode);
+    }
+};
+
 const char* failure_text() {
     thread_local char text[256];
     if (!has_failed()) return "";
@@ -209,7 +224,8 @@ Limits limits_of(const optical_problem& problem, Operation operation) {
 // bounds, and queue is called for every regime that a problem of the batch may belong to.
 template <typename Queue>
 int for_regimes(const optical_problem& problem, Operation operation, Queue queue) {
-    forget_failure();
+    const Call call{};
+    (void)call;
     if (!is_valid(problem)) return OPTICAL_INVALID_ARGUMENT;
     if (problem.batch == 0) return OPTICAL_OK;
     const Limits limits = limits_of(problem, operation);
@@ -248,12 +264,12 @@ OPTICAL_API const char* optical_cuda_error(void) { return failure_text(); }
 // Writes shared memory per block, blocks per cluster, the versions of CUDA that the driver and the
 // runtime support, such as 13000, and the compute capability, such as 90.
 OPTICAL_API int optical_cuda_probe(int* answers) {
-    forget_failure();
+    const Call call{};
+    (void)call;
     for (int i = 0; i < 5; ++i) answers[i] = 0;
 #if !defined(OPTICAL_EMULATED)
-    succeeds(cudaDriverGetVersion(&answers[2]));
-    succeeds(cudaRuntimeGetVersion(&answers[3]));
-    forget_failure();
+    cudaDriverGetVersion(&answers[2]);
+    cudaRuntimeGetVersion(&answers[3]);
     cudaFuncAttributes ignored;
     int device = 0;
     if (!succeeds(cudaFuncGetAttributes(&ignored, optical_forward_four)) ||
@@ -269,7 +285,8 @@ OPTICAL_API int optical_cuda_probe(int* answers) {
 // Whether problems of these sizes can be solved and differentiated on the current device; negative
 // if it cannot be asked.
 OPTICAL_API int optical_cuda_reach(const optical_problem* pointer) {
-    forget_failure();
+    const Call call{};
+    (void)call;
     const optical_problem& problem = *pointer;
     const auto fits = [&](Operation operation) {
         return regime_of(problem.n, problem.m, limits_of(problem, operation)).number != NO_REGIME;

@@ -15,6 +15,7 @@ import torch
 from benchmarks.machine_code import cuda as cuda_resources
 from optical.backends import cuda, library, nvrtc, registry, structs
 from optical.backends.problem import example_problem
+from optical.io import nvidia
 
 ROOT = Path(__file__).resolve().parents[2]
 STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Wno-unused-parameter")
@@ -140,6 +141,28 @@ def test_a_failed_build_reports_its_first_error_in_one_line(tmp_path):
         library.build_cuda(tmp_path, tmp_path / "out.so", library.find_nvcc(), ("90a",))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.so").exists()
+
+
+def test_an_installation_builds_for_the_devices_of_the_driver(monkeypatch):
+    """PyTorch may be absent then. Old devices are left out; 9.0 gets its own instructions."""
+    devices = [(7, 5), (8, 6), (9, 0), (8, 6), (12, 0)]
+
+    class Driver:
+        def cuInit(self, flags):
+            return 0
+
+        def cuDeviceGetCount(self, count):
+            count._obj.value = len(devices)
+            return 0
+
+        def cuDeviceGetAttribute(self, value, name, device):
+            value._obj.value = devices[device][
+                name - nvidia.DeviceAttribute.COMPUTE_CAPABILITY_MAJOR
+            ]
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    assert library.driver_architectures() == ("86", "90a", "120")
 
 
 def test_cpu_tensors_are_refused_before_a_build(monkeypatch):

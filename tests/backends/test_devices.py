@@ -17,6 +17,7 @@ from optical.io import nvrtc as compiler
 from tests.backends.doubles import Compiler, Driver
 
 FOLDER = Path(__file__).resolve().parents[2] / "csrc"
+NVRTC = compiler.find()
 NAMES = {(7, 5): "Tesla T4", (8, 6): "RTX 3090", (9, 0): "H200", (11, 0): "Thor"}
 
 
@@ -205,6 +206,22 @@ def test_a_kernel_that_does_not_compile_is_a_reason_from_then_on(machine, tmp_pa
     said = [record.message for record in caplog.records]
     assert said[0].startswith("optical compiles 1 of its CUDA kernels for sm_90a once, 5 to 30 s")
     machine.patch(cuda, "_compiled", cuda._installed)
+
+
+@pytest.mark.skipif(NVRTC is None, reason="NVRTC was not found")
+def test_the_probe_of_a_device_is_compiled_by_nvrtc_and_kept(machine, tmp_path):
+    """Everything is real but the driver; kernels of problems are compiled when they are needed."""
+    machine.patch(compiler, "find", lambda: NVRTC)
+    machine.patch(library, "cache_folder", lambda: tmp_path)
+    loaded = []
+    for driver in (Driver(), Driver()):
+        machine.patch(ctypes, "CDLL", lambda name, driver=driver: driver)
+        forget()
+        assert reason() is None
+        assert isinstance(cuda.load().library, nvrtc.Kernels)
+        loaded += driver.loaded
+    assert len(loaded) == 2 and loaded[0] == loaded[1] and loaded[0][:4] == b"\x7fELF"
+    assert [path.suffix for path in tmp_path.iterdir()] == [".cubin"]
 
 
 @pytest.mark.parametrize(
