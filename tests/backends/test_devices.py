@@ -46,8 +46,8 @@ class Library:
 
 
 def forget():
-    for cached in (cuda.load, cuda._fits, cuda._installed, cuda._compiled):
-        cached.cache_clear()
+    for name in ("load", "_fits", "_installed", "_compiled"):
+        getattr(getattr(cuda, name), "cache_clear", lambda: None)()
     nvidia.capability_obstacle.cache_clear()
     cuda._failures.clear()
     registry._triton_probes.clear()
@@ -158,7 +158,6 @@ def test_nvrtc_serves_where_the_installed_library_does_not_run(machine):
     machine.patch(cuda, "_compiled", lambda: kernels)
     assert reason() is None
     assert cuda.load().library is kernels
-    machine.patch(cuda, "_compiled", cuda._installed)  # so that it has a cache to clear
 
 
 def test_a_device_that_nvrtc_does_not_know_is_refused(machine, tmp_path):
@@ -172,7 +171,6 @@ def test_a_device_that_nvrtc_does_not_know_is_refused(machine, tmp_path):
     expected = "NVRTC 12.8 knows no GPU of compute capability 11.0 (its newest is 9.0)"
     for _ in range(2):
         assert expected in reason()
-    machine.patch(cuda, "_compiled", cuda._installed)
 
 
 def test_a_kernel_that_does_not_compile_is_a_reason_from_then_on(machine, tmp_path, caplog):
@@ -205,7 +203,6 @@ def test_a_kernel_that_does_not_compile_is_a_reason_from_then_on(machine, tmp_pa
     assert compiled == [nvrtc.PROBE, "optical_forward_four"]
     said = [record.message for record in caplog.records]
     assert said[0].startswith("optical compiles 1 of its CUDA kernels for sm_90a once, 5 to 30 s")
-    machine.patch(cuda, "_compiled", cuda._installed)
 
 
 @pytest.mark.skipif(NVRTC is None, reason="NVRTC was not found")
@@ -222,6 +219,52 @@ def test_the_probe_of_a_device_is_compiled_by_nvrtc_and_kept(machine, tmp_path):
         loaded += driver.loaded
     assert len(loaded) == 2 and loaded[0] == loaded[1] and loaded[0][:4] == b"\x7fELF"
     assert [path.suffix for path in tmp_path.iterdir()] == [".cubin"]
+
+
+def test_devices_of_one_machine_are_told_apart(machine):
+    """An A100 beside a T4: the library of one is no reason for the other."""
+    capabilities = {0: (8, 0), 1: (7, 5)}
+    machine.capability = (7, 5)
+    machine.patch(torch.cuda, "get_device_capability", capabilities.get)
+    machine.patch(library, "open_installed", lambda *ignored: Library(clusters=1))
+    assert cuda.load(0).library is not None
+    assert cuda.load(1) == library.Loaded(None, TOO_OLD)
+    assert cuda.load(0).library is not None
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "architecture", "largest"),
+    [
+        ((8, 0), 163, "80", 128),
+        ((8, 6), 99, "86", 128),
+        ((9, 0), 227, "90a", 512),
+        ((12, 0), 99, "120", 256),
+    ],
+)
+def test_every_generation_gets_its_code(
+    machine, tmp_path, capability, shared, architecture, largest
+):
+    machine.capability = capability
+    machine.patch(torch.cuda, "get_device_name", str)
+    machine.patch(library, "cache_folder", lambda: tmp_path)
+    compiled = []
+
+    def compile_kernel(found, folder, kernel, architecture):
+        compiled.append((kernel, architecture))
+        return b"code"
+
+    machine.patch(nvrtc, "compile_kernel", compile_kernel)
+    driver = Driver(capability, shared << 10, 8 if capability >= (9, 0) else 1)
+    cubins = cuda.Cubins(Compiler(80, 86, 89, 90, 100, 120))
+    kernels = nvrtc.Kernels(nvidia.Driver(driver, lambda: 0), cubins.compile)
+    machine.patch(cuda, "_compiled", lambda: kernels)
+    assert reason(largest, largest) is None
+    assert compiled == [(nvrtc.PROBE, architecture)]
+    share = "the multiprocessors that may share one"
+    if capability < (9, 0):
+        share = "one multiprocessor; from compute capability 9.0 on, several share one"
+    size = largest + 1
+    assert reason(size, size) == f"a problem of {size} x {size} does not fit on {share}"
 
 
 @pytest.mark.parametrize(
