@@ -77,18 +77,22 @@ def _has_triton() -> bool:
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels can run where a tensor is, or in Triton's interpreter."""
-    return _has_triton() and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    if not _has_triton():
+        return False
+    if tensor.is_cuda:
+        return _triton_device_obstacle(tensor.device.index) is None
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _triton_obstacle(problem: Problem) -> str | None:
     if not _has_triton():
         return "the package triton is not installed"
-    if not runs_triton(problem.x):
-        device = problem.x.device.type
-        return f"the tensors are on {device}; the Triton kernels need a CUDA device"
+    if runs_triton(problem.x):
+        return None
+    device = problem.x.device
     if problem.x.is_cuda:
-        return _triton_device_obstacle(problem.x.device.index)
-    return None
+        return _triton_device_obstacle(device.index)
+    return f"the tensors are on {device.type}; the Triton kernels need a CUDA device"
 
 
 def _triton_device_obstacle(device: int) -> str | None:

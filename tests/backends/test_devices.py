@@ -107,6 +107,7 @@ def test_auto_falls_back_on_an_old_device(machine):
         assert registry.choose("auto", problem).name == "reference"
     assert registry.choose("auto", problem, gradient=True).name == "reference"
     assert "Tesla T4" in registry.explain(problem.x)
+    assert not registry.runs_triton(problem.x)  # nor the kernel that fills masses
 
 
 def test_triton_is_asked_once_whether_it_compiles(machine):
