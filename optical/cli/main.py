@@ -238,18 +238,21 @@ def warmup(
     from optical.losses import warmup as compile_kernels
 
     dtypes = [getattr(torch, name) for name in (dtype, teacher_dtype or dtype)]
-    compile_kernels(
-        length,
-        teacher_length,
-        dim,
-        dtype=dtypes,
-        cost=cost,
-        gradient=gradient,
-        packed=packed,
-        device=device,
-        backend=backend,
-        threads=threads,
-    )
+    try:
+        compile_kernels(
+            length,
+            teacher_length,
+            dim,
+            dtype=dtypes,
+            cost=cost,
+            gradient=gradient,
+            packed=packed,
+            device=device,
+            backend=backend,
+            threads=threads,
+        )
+    except RuntimeError as error:  # of a compiler, or of the device
+        raise ValueError(str(error).strip().split("\n")[0]) from error
     return 0
 
 

@@ -24,6 +24,8 @@ SIDES = (16, 32, 64, 128, 256, 257)
 # Numbers of problems: what is stored per problem may be aligned to 16 bytes or not, and from some
 # number on one program solves a long problem.
 BATCHES, LARGE_BATCH = (3, 4), 160
+# Runs of this length have the kernels of longer ones.
+ITERATIONS = 16
 
 
 class Compiled(NamedTuple):

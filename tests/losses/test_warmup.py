@@ -73,6 +73,15 @@ def test_the_command_compiles_for_a_device(capsys):
     assert lines[0].startswith("up to 16 x 16, bfloat16/float32, cosine: ") and len(lines) == 2
 
 
+def test_an_error_of_a_compiler_is_one_line(monkeypatch, capsys):
+    def fail(*ignored, **options):
+        raise RuntimeError("NVRTC 12.8 failed: an error\nand its context")
+
+    monkeypatch.setattr("optical.losses.warmup", fail)
+    assert main(["warmup", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "optical: error: NVRTC 12.8 failed: an error\n"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
 def test_a_missing_device_is_found_before_anything_heavy_is_imported():
     code = (
