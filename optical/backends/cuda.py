@@ -86,9 +86,10 @@ def _installed() -> Any:
     folder = library.source_folder()
     source_hash = library.cuda_source_hash(folder) if folder else None
     missing = "no compiled CUDA kernels are installed"
-    return structs.with_argument_types(
-        library.open_installed(library.CUDA_LIBRARY, source_hash, missing)
-    )
+    opened = library.open_installed(library.CUDA_LIBRARY, source_hash, missing)
+    if not hasattr(opened, "optical_cuda_probe"):
+        raise BuildError(f"{library.CUDA_LIBRARY} was built from other sources")
+    return structs.with_argument_types(opened)
 
 
 @functools.cache
