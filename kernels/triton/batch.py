@@ -1,6 +1,7 @@
 """The batch of problems in the form the kernels take, the norms of its tokens, and its tiles."""
 
 import ctypes
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -425,23 +426,37 @@ def annealing_temperatures(problem: Problem) -> list[float]:
 
 def cost_options(launch: LaunchProblem) -> dict[str, Any]:
     """The compile-time options of every kernel that computes costs."""
-    return {
-        "KIND": launch.kind,
-        "PACKED": launch.packed,
-        "SCALED": launch.scaled,
-        "WIDE": launch.wide,
-        "PRECISION": launch.precision,
-    }
+    return _cost_options(launch.kind, launch.packed, launch.scaled, launch.wide, launch.precision)
 
 
 def tile_options(launch: LaunchProblem, tile: tuning.Tile) -> dict[str, Any]:
     """The compile-time options of a kernel that computes tiles of the cost in ``tile``."""
-    return cost_options(launch) | {
+    cost = launch.kind, launch.packed, launch.scaled, launch.wide, launch.precision
+    return _tile_options(cost, tile, launch.warps(tile.warps))
+
+
+# Callers only unpack these dictionaries.
+@functools.lru_cache(maxsize=256)
+def _cost_options(
+    kind: int, packed: bool, scaled: bool, wide: bool, precision: str
+) -> dict[str, Any]:
+    return {
+        "KIND": kind,
+        "PACKED": packed,
+        "SCALED": scaled,
+        "WIDE": wide,
+        "PRECISION": precision,
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _tile_options(cost: tuple[Any, ...], tile: tuning.Tile, warps: int) -> dict[str, Any]:
+    return _cost_options(*cost) | {
         "BLOCK_N": tile.rows,
         "BLOCK_M": tile.columns,
         "BLOCK_D": tile.depth,
         "WARPS_N": tile.warps_n,
         "WARPS_M": tile.warps_m,
-        "num_warps": launch.warps(tile.warps),
+        "num_warps": warps,
         "num_stages": tile.stages,
     }
