@@ -535,6 +535,7 @@ def test_overhead_rows_pass_the_gate_and_count_kernels():
     assert rows["bare function", "both"].kernels >= 2
 
 
+@pytest.mark.slow
 def test_launch_rows_compare_both_launchers(tmp_path):
     output = tmp_path / "launches.csv"
     command = [sys.executable, "-m", "benchmarks.launches", "--seconds", "0", "--output", output]
