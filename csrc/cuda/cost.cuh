@@ -319,6 +319,8 @@ struct Cost {
         if constexpr (G::teams == 1) {
             multiply_fragments();
         } else {
+            // All lanes read the prescales that each team wrote for itself.
+            sync_together();
             OPTICAL_KEEP_LOOP
             for (int team = 0; team < G::teams; ++team) {
                 Problem<G> other = of_team(team);
