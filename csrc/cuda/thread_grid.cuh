@@ -54,6 +54,9 @@ struct ThreadGrid {
     static constexpr int OI = RI / lanes_across, OJ = RJ / lanes_down;
     static constexpr int warps_at_once = DOWN * ACROSS > 0 ? DOWN * ACROSS : 1;
     static constexpr int tile_rows = lanes_down * RI, tile_columns = lanes_across * RJ;
+    // Votes of a part of a warp are slow: the compiler cannot know that the parts run together. A
+    // lane that found drift makes its part of b v NaN instead, and with it all row sums of the team.
+    static constexpr bool marks_drift = teams > 1;
 
     static_assert(span == Span::warp || teams == 1, "a team is a part of one warp");
     static_assert(OI * lanes_across == RI && OJ * lanes_down == RJ,
@@ -251,8 +254,10 @@ struct ThreadGrid {
     // fixed address suffices. Column sums of a cluster need two buffers: other blocks may still
     // read the last one.
     //
-    // Returns whether any thread of the block passed `flag`.
+    // Returns whether any thread of the block passed `flag`, or, for teams, whether any of the team
+    // marked its sums.
     OPTICAL_DEVICE bool exchange_rows(float (&out)[OI], bool flag) const {
+        if (marks_drift) return out[0] != out[0];
         if (span == Span::warp) return warp_any<lanes>(flag);
         put_rows(row_parts, out);
         const bool any = sync_block_or(flag);
