@@ -495,19 +495,19 @@ struct Solver {
     OPTICAL_DEVICE float* history_columns(float* history, int32_t done) const {
         return history + done * (total_rows() + total_columns()) + total_rows() + problem.b.first;
     }
+    // One warp writes each value. Others read it after the barriers of Objective::evaluate().
     OPTICAL_DEVICE void record(float* history, int32_t done, bool scaled) {
         G& grid = problem.grid;
         if (!history) return;
-        // Every warp writes the same values and reads only its own.
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
-            if (grid.own_row(o) < problem.a.count)
+            if (grid.warp_across == 0 && grid.own_row(o) < problem.a.count)
                 history_rows(history, done)[grid.own_row(o)] =
                     scaled ? problem.row(BASE, o) + work.epsilon_log(work.u[o])
                            : problem.row(POTENTIAL, o);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
-            if (grid.own_column(o) < problem.b.count)
+            if (grid.warp_down == 0 && grid.rank == 0 && grid.own_column(o) < problem.b.count)
                 history_columns(history, done)[grid.own_column(o)] =
                     scaled ? problem.column(BASE, o) + work.epsilon_log(work.v[o])
                            : problem.column(POTENTIAL, o);
