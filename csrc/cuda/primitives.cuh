@@ -98,7 +98,7 @@ OPTICAL_DEVICE void sync_cluster() {
 template <typename Element>
 OPTICAL_DEVICE const Element* remote(const Element* local, int rank) {
     uint64_t address;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"((uint64_t)local), "r"(rank));
+    asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"((uint64_t)local), "r"(rank));
     return (const Element*)address;
 }
 #else
