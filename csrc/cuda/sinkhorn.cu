@@ -19,23 +19,25 @@ namespace cuda {
 namespace {
 
 // Error codes in addition to those of sinkhorn.h.
-enum { out_of_reach = 3, launch_failed = 4, deadlock = 5 };
+enum { out_of_reach = 3, launch_failed = 4, deadlock = 5, overrun = 6 };
 
 #if defined(OPTICAL_EMULATED)
 
 typedef void* Stream;
 
-// The limits of an H100.
-int shared_memory_of_device() { return 227 << 10; }
-int blocks_of_cluster() { return 8; }
+int shared_memory_of_device() { return emulator::machine().shared_memory; }
+int blocks_of_cluster() { return emulator::machine().max_cluster; }
 
 template <typename... Arguments>
 int launch(void (*kernel)(Arguments...), int64_t grid, int blocks, int threads, int bytes, Stream,
            Arguments... arguments) {
     const std::function<void()> body = [&] { kernel(arguments...); };
-    for (int64_t first = 0; first < grid; first += blocks)
-        if (!emulator::run_cluster((int)first, blocks, threads, (size_t)bytes, body))
-            return deadlock;
+    for (int64_t first = 0; first < grid; first += blocks) {
+        const emulator::Run run =
+            emulator::run_cluster((int)first, blocks, threads, (size_t)bytes, body);
+        if (run != emulator::Run::finished)
+            return run == emulator::Run::deadlock ? deadlock : overrun;
+    }
     return OPTICAL_OK;
 }
 
@@ -97,19 +99,36 @@ bool use_half_precision(const optical_problem& problem) {
 
 template <typename G>
 int shared_bytes(const optical_problem& problem, Operation operation, int down, int across) {
-    // A packed problem may use any grid with this number of warps; a grid of one row needs the
-    // most.
-    if (problem.offset_a && G::warps_at_once == 1) across *= down, down = 1;
     return operation == Operation::forward
                ? Problem<G>::shared_bytes(down, across, problem.kind)
                : Gradient<G>::shared_bytes(down, across, problem.kind, problem.gradient);
+}
+// The most that any grid of at most `warps` warps needs. One row of warps has the most columns to
+// exchange, one column of warps the largest products of vectors.
+template <typename G>
+int largest_shared_bytes(const optical_problem& problem, Operation operation, int warps) {
+    int largest = 0;
+    for (int down = 1; down <= warps; ++down)
+        for (int across = 1; down * across <= warps; ++across) {
+            const int bytes = shared_bytes<G>(problem, operation, down, across);
+            if (bytes > largest) largest = bytes;
+        }
+    return largest;
+}
+// Shared memory of a launch. A block that serves a packed batch may use any grid with the warps of
+// the regime.
+template <typename G>
+int shared_bytes(const optical_problem& problem, Operation operation, const Regime& regime) {
+    if (problem.offset_a && regime.number >= BLOCK)
+        return largest_shared_bytes<G>(problem, operation, regime.down * regime.across);
+    return shared_bytes<G>(problem, operation, regime.down, regime.across);
 }
 
 // The launch limits of a device with `bytes` of shared memory per block and clusters of `blocks`.
 Limits limits_of(const optical_problem& problem, Operation operation, int bytes, int blocks) {
     Limits limits = {max_warps, blocks, operation == Operation::forward};
-    // Of all grids with the same number of warps, the one of one row needs the most memory.
-    while (limits.warps > 0 && shared_bytes<Cluster>(problem, operation, 1, limits.warps) > bytes)
+    while (limits.warps > 0 &&
+           largest_shared_bytes<Cluster>(problem, operation, limits.warps) > bytes)
         --limits.warps;
     return limits;
 }
@@ -172,31 +191,31 @@ OPTICAL_API int optical_cuda_forward(const optical_problem* pointer,
                           problem, *solution, limits, r.number);
         };
         const bool fast = use_half_precision(problem) &&
-                          shared_bytes<FastCluster>(problem, forward, r.down, r.across) <=
+                          shared_bytes<FastCluster>(problem, forward, r) <=
                               shared_memory_of_device();
         if (r.number == FOUR)
-            return queue(optical_forward_four, shared_bytes<FourInWarp>(problem, forward, 1, 1));
+            return queue(optical_forward_four, shared_bytes<FourInWarp>(problem, forward, r));
         if (r.number == PAIR)
-            return queue(optical_forward_pair, shared_bytes<PairInWarp>(problem, forward, 1, 1));
+            return queue(optical_forward_pair, shared_bytes<PairInWarp>(problem, forward, r));
         if (r.number == WARP)
             return fast ? queue(optical_forward_fast_warp,
-                                shared_bytes<FastWarp>(problem, forward, 1, 1))
+                                shared_bytes<FastWarp>(problem, forward, r))
                         : queue(optical_forward_warp,
-                                shared_bytes<LargeWarp>(problem, forward, 1, 1));
+                                shared_bytes<LargeWarp>(problem, forward, r));
         if (r.number == SQUARE)
             return fast ? queue(optical_forward_fast_square,
-                                shared_bytes<FastSquare>(problem, forward, 2, 2))
+                                shared_bytes<FastSquare>(problem, forward, r))
                         : queue(optical_forward_square,
-                                shared_bytes<SquareBlock>(problem, forward, 2, 2));
+                                shared_bytes<SquareBlock>(problem, forward, r));
         if (r.number == CLUSTER)
             return fast ? queue(optical_forward_fast_cluster,
-                                shared_bytes<FastCluster>(problem, forward, r.down, r.across))
+                                shared_bytes<FastCluster>(problem, forward, r))
                         : queue(optical_forward_cluster,
-                                shared_bytes<Cluster>(problem, forward, r.down, r.across));
+                                shared_bytes<Cluster>(problem, forward, r));
         return fast ? queue(optical_forward_fast_block,
-                            shared_bytes<FastBlock>(problem, forward, r.down, r.across))
+                            shared_bytes<FastBlock>(problem, forward, r))
                     : queue(optical_forward_block,
-                            shared_bytes<OneBlock>(problem, forward, r.down, r.across));
+                            shared_bytes<OneBlock>(problem, forward, r));
     });
 }
 
@@ -217,15 +236,15 @@ OPTICAL_API int optical_cuda_backward(const optical_problem* pointer,
         };
         if (r.number == PAIR)
             return queue(unroll ? optical_unroll_small : optical_backward_small,
-                         shared_bytes<SmallWarp>(problem, backward, 1, 1));
+                         shared_bytes<SmallWarp>(problem, backward, r));
         if (r.number == WARP)
             return queue(unroll ? optical_unroll_warp : optical_backward_warp,
-                         shared_bytes<LargeWarp>(problem, backward, 1, 1));
+                         shared_bytes<LargeWarp>(problem, backward, r));
         if (r.number == CLUSTER)
             return queue(unroll ? optical_unroll_cluster : optical_backward_cluster,
-                         shared_bytes<Cluster>(problem, backward, r.down, r.across));
+                         shared_bytes<Cluster>(problem, backward, r));
         return queue(unroll ? optical_unroll_block : optical_backward_block,
-                     shared_bytes<OneBlock>(problem, backward, r.down, r.across));
+                     shared_bytes<OneBlock>(problem, backward, r));
     });
 }
 
@@ -239,12 +258,12 @@ OPTICAL_API int optical_cuda_launch_config(const optical_problem* pointer, int i
     const Limits limits = limits_of(problem, operation, shared, clusters);
     const Regime r = regime_of(problem.n, problem.m, limits);
     config[0] = r.down, config[1] = r.across, config[2] = r.blocks;
-    config[3] = r.number == FOUR      ? shared_bytes<FourInWarp>(problem, operation, 1, 1)
-                : r.number == CLUSTER ? shared_bytes<Cluster>(problem, operation, r.down, r.across)
-                : r.number > WARP     ? shared_bytes<OneBlock>(problem, operation, r.down, r.across)
-                : r.number == WARP    ? shared_bytes<LargeWarp>(problem, operation, 1, 1)
-                : is_backward         ? shared_bytes<SmallWarp>(problem, operation, 1, 1)
-                                      : shared_bytes<PairInWarp>(problem, operation, 1, 1);
+    config[3] = r.number == FOUR      ? shared_bytes<FourInWarp>(problem, operation, r)
+                : r.number == CLUSTER ? shared_bytes<Cluster>(problem, operation, r)
+                : r.number > WARP     ? shared_bytes<OneBlock>(problem, operation, r)
+                : r.number == WARP    ? shared_bytes<LargeWarp>(problem, operation, r)
+                : is_backward         ? shared_bytes<SmallWarp>(problem, operation, r)
+                                      : shared_bytes<PairInWarp>(problem, operation, r);
     config[4] = r.problems;
     return r.number;
 }
@@ -257,6 +276,14 @@ OPTICAL_API const char* optical_source_hash(void) { return OPTICAL_SOURCE_HASH; 
 // Seeds the order in which emulated threads run.
 OPTICAL_API void optical_emulator_seed(uint64_t seed) {
     emulator::machine().random = seed * 2 + 1;
+}
+// Makes approximate arithmetic as wrong as it may be, or rounds it.
+OPTICAL_API void optical_emulator_arithmetic(int pessimistic) {
+    emulator::pessimistic() = pessimistic != 0;
+}
+// Sets the shared memory per block, in bytes, and the blocks per cluster of the emulated device.
+OPTICAL_API void optical_emulator_device(int shared, int clusters) {
+    emulator::machine().shared_memory = shared, emulator::machine().max_cluster = clusters;
 }
 #endif
 

@@ -209,10 +209,24 @@ def shared_bytes(number: int, down: int, across: int, kind: int, backward: int |
     return size if teams == 1 else teams * (-(-size // 128) * 128 + 128 // teams)
 
 
+@functools.cache
+def largest_shared_bytes(number: int, warps: int, kind: int, backward: int | None) -> int:
+    """Return the most shared memory that any grid of at most ``warps`` warps needs.
+
+    One row of warps has the most columns to exchange, one column of warps the largest products of
+    vectors.
+    """
+    grids = ((d, a) for d in range(1, warps + 1) for a in range(1, warps // d + 1))
+    return max(shared_bytes(number, down, across, kind, backward) for down, across in grids)
+
+
+@functools.cache
 def max_warps(kind: int, backward: int | None, device: Device) -> int:
     """Return the largest number of 64 x 64 warp tiles that fit in one block."""
     fitting = (
-        w for w in range(8, 0, -1) if shared_bytes(CLUSTER, 1, w, kind, backward) <= device.shared
+        w
+        for w in range(8, 0, -1)
+        if largest_shared_bytes(CLUSTER, w, kind, backward) <= device.shared
     )
     return next(fitting, 0)
 
@@ -271,11 +285,15 @@ def choose_launches(problem: Any, backward: int | None, device: Device) -> Itera
     regimes += [(PAIR, 1, 1, 1)] if longest > 16 or not teams else []
     regimes += [(WARP, 1, 1, 1)] if longest > 32 else []
     regimes += [(SQUARE, 2, 2, 1)] if longest > 64 and warps >= 4 else []
-    # A problem may use any grid with this number of warps; a grid of one row needs the most memory.
     regimes += [(BLOCK, 1, warps, 1)] if longest > 64 else []
     regimes += [(CLUSTER, 1, warps, blocks) for blocks in (2, 4, 8) if blocks <= largest.blocks]
     for regime in regimes:
-        yield _launch_config(*regime, problem.kind, backward)
+        launch = _launch_config(*regime, problem.kind, backward)
+        if launch.number >= BLOCK:
+            # A problem may use any grid with this number of warps.
+            most = largest_shared_bytes(launch.number, warps, problem.kind, backward)
+            launch = launch._replace(bytes=most)
+        yield launch
 
 
 class DeviceAttribute(enum.IntEnum):

@@ -44,6 +44,7 @@ def kernels(compiled, monkeypatch):
     use(compiled, monkeypatch.setattr)
     compiled.optical_emulator_seed(1)
     yield compiled
+    compiled.optical_emulator_device(227 << 10, 8)
     cuda._fits.cache_clear()
 
 
@@ -281,7 +282,7 @@ def test_deadlocks_are_reported(tmp_path):
         "        if (all || thread_index() != 33) sync_block();\n"
         "        else sync_warp();\n"
         "    };\n"
-        "    return emulator::run_cluster(0, 1, 64, 0, body);\n"
+        "    return emulator::run_cluster(0, 1, 64, 0, body) == emulator::Run::finished;\n"
         "}\n"
     )
     compiled = ctypes.CDLL(str(build(tmp_path, "-O1", source=source)))
@@ -447,6 +448,30 @@ def test_extreme_masses_continue_in_the_log_domain(kernels):
     log_b = torch.linspace(0, -150, 23).double().expand(2, 23).log_softmax(1)
     cost = problem.x + torch.linspace(3, 0, 23).double()
     assert_backend_correct("cuda", replace(problem, x=cost, log_b=log_b), torch.float32)
+
+
+@pytest.mark.parametrize("shared", [99, 163])
+@pytest.mark.parametrize("size", [(190, 60), (60, 190)])
+def test_packed_problems_stay_within_shared_memory(size, shared, kernels):
+    """A tall grid of warps needs more shared memory for products than a wide one."""
+    n, m = size
+    kernels.optical_emulator_device(shared << 10, 1)
+    clouds = packed(random_vector_case("tall", "cosine", batch=1, n=n, m=m, dim=9, max_iter=2))
+    assert_backend_correct("cuda", clouds, torch.float32, gradients=("envelope",))
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+def test_packed_launches_have_room_for_every_grid(kilobytes):
+    device = nvrtc.Device(kilobytes << 10, 8)
+    for kind, backward in itertools.product((0, 1), (None, 0, 1, 2)):
+        problem = structs.ProblemStruct(batch=3, n=512, m=64, kind=kind, offset_a=1, offset_b=1)
+        for launch in nvrtc.choose_launches(problem, backward, device):
+            warps = launch.down * launch.across
+            assert launch.bytes <= device.shared
+            for down, across in itertools.product(range(1, warps + 1), repeat=2):
+                if launch.number >= nvrtc.BLOCK and down * across <= warps:
+                    needed = nvrtc.shared_bytes(launch.number, down, across, kind, backward)
+                    assert needed <= launch.bytes, (launch, down, across)
 
 
 def test_launch_configurations_agree_with_nvrtc(kernels):
