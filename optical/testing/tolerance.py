@@ -185,7 +185,9 @@ def solve(backend: str, case: Case, gradient: str = "envelope") -> dict[str, Ten
     names = [name for name in ("x", "y", "log_a", "log_b") if getattr(problem, name) is not None]
     inputs = {name: getattr(problem, name).detach().requires_grad_() for name in names}
     solution = autograd.solve(problem._replace(**inputs))
-    ramp = torch.linspace(0, 1, len(solution.value)).to(solution.value)
+    # Made on the device: a copy from the host would be refused while a CUDA graph is captured.
+    like = {"dtype": solution.value.dtype, "device": solution.value.device}
+    ramp = torch.linspace(0, 1, len(solution.value), **like)
     upstream = {"value": ramp, "value_linear": 1 - 3 * ramp}
     if gradient == "unroll":
         for name in ("f", "g"):
