@@ -9,6 +9,7 @@ driver of a dozen functions, under scripts that stand in for the profiler and th
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,7 @@ def replace_device(replace_attribute: Callable[[Any, str, Any], None]) -> None:
     import torch
 
     from benchmarks.gpu.measure.shapes import MACHINE
+    from optical.ot import checks, masses
 
     settings = {"device": "cpu", "name": DEVICE_NAME, "rehearsal": True, "rounds": 2, "calls": 1}
     for name, value in (settings | {"sets": 2, "compiler": "eager"}).items():
@@ -101,6 +103,9 @@ def replace_device(replace_attribute: Callable[[Any, str, Any], None]) -> None:
     }
     for name, value in replaced.items():
         replace_attribute(torch.cuda, name, value)
+    # Values of a device are not available to the checks of arguments.
+    for module in (checks, masses):
+        replace_attribute(module, "values_available", lambda tensor: False)
 
 
 def use_emulated_kernels(path: Path) -> None:
@@ -172,7 +177,7 @@ class _Capture:
                 kwargs = kwargs or {}
                 if function in makes and kwargs.get("device") is None:
                     raise RuntimeError(f"a capture refuses torch.{makes[function]} on the host")
-                if function in reads and not _is_inside_a_stand_in():
+                if function in reads and not _is_interpreter_running():
                     raise RuntimeError(f"a capture refuses Tensor.{reads[function]}")
                 return function(*args, **kwargs)
 
@@ -185,10 +190,8 @@ class _Capture:
         self.mode.__exit__(*error)  # type: ignore[no-untyped-call]
 
 
-def _is_inside_a_stand_in() -> bool:
-    """Whether Triton's interpreter is running, which reads tensors as a device would."""
-    import sys
-
+def _is_interpreter_running() -> bool:
+    """Whether Triton's interpreter is on the stack, which reads tensors as a device would."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") == "triton.runtime.interpreter":
