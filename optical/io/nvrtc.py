@@ -50,9 +50,10 @@ def find() -> Any:
     """
     for path in _candidates():
         # Some wheels of NVRTC do not find their second library, whose name in memory suffices.
-        for builtins in sorted(path.parent.glob("libnvrtc-builtins*.so*")):
-            with contextlib.suppress(OSError):
-                ctypes.CDLL(str(builtins))
+        for builtins in sorted(path.parent.glob("libnvrtc-builtins[-.]*so*")):
+            if ".alt." not in builtins.name:
+                with contextlib.suppress(OSError):
+                    ctypes.CDLL(str(builtins))
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(path))
     name = ctypes.util.find_library("nvrtc")

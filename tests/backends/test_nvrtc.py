@@ -343,7 +343,7 @@ def test_nvrtc_is_looked_for_beside_pytorch_and_its_own_version_comes_first(tmp_
 def test_the_second_library_of_nvrtc_is_loaded_first(tmp_path, monkeypatch):
     """The wheel of CUDA 13.0 does not find its builtins by itself."""
     names = ("libnvrtc-builtins.so.13.0", "libnvrtc.so.13")
-    for name in names:
+    for name in (*names, "libnvrtc-builtins.alt.so.13.0"):
         (tmp_path / name).touch()
     opened = []
     monkeypatch.setattr(compiler, "_candidates", lambda: [tmp_path / "libnvrtc.so.13"])
