@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.gpu.measure import gate
 from benchmarks.gpu.measure.clock import Quantiles, call_times, captured, device_times
 from benchmarks.gpu.measure.rows import RowFile, new_row, stamp
-from benchmarks.gpu.measure.shapes import Shape, draw_sets
+from benchmarks.gpu.measure.shapes import Shape, draw, draw_sets
 from optical import sinkhorn_vectors
 from optical.backends.problem import dtype_name
 from optical.backends.registry import BACKENDS
@@ -170,24 +170,33 @@ def _outputs(case: Case, variant: Variant) -> tuple[Tensor, ...]:
 
 def once(shape: Shape, rows: RowFile, end: float, folder: Path) -> None:
     """Solve one batch with the CUDA kernels, for a profiler around this process."""
-    case = draw_sets(shape, BFLOAT16)[0]
+    case = draw(shape, BFLOAT16)
     public_call(case, Variant("cuda", BFLOAT16, "forward"))()
     torch.cuda.synchronize()
 
 
 def warm(shape: Shape, rows: RowFile, end: float, folder: Path) -> None:
     """Compile the Triton kernels that the timings of a shape use, into Triton's cache."""
+    failures = 0
     for dtype, group in itertools.groupby(variants(shape), lambda variant: variant.dtype):
-        case = draw_sets(shape, dtype)[0]
+        case = draw(shape, dtype)
         for variant in group:
             if variant.backend != "triton":
                 continue
             try:
-                _outputs(replace(case, precision=variant.precision), variant)
+                chosen = replace(case, precision=variant.precision)
+                # The gate solves fewer problems, which may take other kernels.
+                few = gate.part(chosen, slice(gate.CHECKED))
+                for batch in (chosen, few):
+                    _outputs(batch, variant)
+                gate.tolerance.solve(variant.backend, few, variant.gradient)
                 torch.cuda.synchronize()
                 print(f"compiled {shape.name} {variant}", flush=True)
-            except Exception as error:
+            except Exception as error:  # a failure must not cost the other kernels
+                failures += 1
                 print(f"{shape.name} {variant}: {type(error).__name__}: {error}", flush=True)
+    if failures:
+        raise RuntimeError(f"{failures} variants of {shape.name} cannot be compiled")
 
 
 # ------------------------------------------------------------------------------------- tuning
