@@ -45,8 +45,10 @@ METRICS = (
     "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
 )
-PYTEST_OPTIONS = ("-v", "-rf", "--tb=short", "-p", "no:cacheprovider", "--dist", "worksteal")
-PYTEST_OPTIONS += ("-p", "benchmarks.gpu.failures")
+PYTEST_OPTIONS = (
+    *("-v", "-rf", "--tb=short", "--dist", "worksteal"),
+    *("-p", "no:cacheprovider", "-p", "benchmarks.gpu.failures"),
+)
 REGISTRY_TESTS = "tests/backends/test_registry.py"
 # Files with tests marked "gpu".
 GPU_TESTS = ("tests/backends/test_cuda_gpu.py", "tests/retrieval/test_exact_search.py")
@@ -158,11 +160,11 @@ def _comparisons(work: Path, rows: Path, rehearse: bool) -> list[Step]:
         for name in PEER_SHAPES
     ]
     for name in ("nvrtc", "first-use"):
-        request = json.dumps({**_request(name, "T3"), "seconds": 60})
+        request = json.dumps({**_request(name, "T3"), "seconds": 75})
         # An empty cache, or kernels of an earlier run would be found.
         variables = {"XDG_CACHE_HOME": str(work / f"cache-{name}")}
         command = (*measure, "--once", request)
-        result.append(Step(name, 60, command, environment=variables, alone=True))
+        result.append(Step(name, 75, command, environment=variables, alone=True))
     result.append(Step("host", 40, request=_request("host", "T3"), alone=True))
     for name in PROFILED_SHAPES:
         request = json.dumps({**_request("once", name), "seconds": 35})

@@ -18,7 +18,7 @@ from benchmarks.gpu.measure import __main__ as measure
 from benchmarks.gpu.measure import gate, ours, paths, peers, shapes
 from benchmarks.gpu.measure.rows import Row, RowFile
 from benchmarks.gpu.runner import ROOT, SKIPPED, TIMED_OUT, WRONG_ROWS, Step, Window
-from optical.backends import reference, registry
+from optical.backends import library, reference, registry
 from optical.backends.dense import PaddedProblem
 
 # Packages that the machine with the GPU may lack, or that take seconds to import.
@@ -275,15 +275,17 @@ def test_a_wrong_result_has_the_error_and_no_time(stand_in, tmp_path, monkeypatc
     assert not any(row["graph_us"] or row["kernel_us"] or row["host_us"] for row in rows)
 
 
-def test_a_call_that_a_graph_refuses_has_no_time(stand_in, tmp_path, monkeypatch):
+def test_a_call_that_a_graph_refuses_has_no_time_as_a_graph(stand_in, tmp_path, monkeypatch):
     def call(case, variant):
         return lambda: (torch.linspace(0, 1, 3).to(case.x),)
 
     monkeypatch.setattr(ours, "public_call", call)
     request = {"step": "times", "shape": "T1", "seconds": 60}
     assert measure.run(request, stand_in, tmp_path) == WRONG_ROWS
-    notes = {row["note"] for row in read(stand_in)}
-    assert notes == {"failed: RuntimeError: a capture refuses torch.linspace on the host"}
+    rows = read(stand_in)
+    reason = "RuntimeError: a capture refuses torch.linspace on the host"
+    assert {row["note"] for row in rows} == {f"failed: graph not captured: {reason}"}
+    assert not any(row["graph_us"] for row in rows) and all(row["host_us"] for row in rows)
 
 
 def test_variants_are_left_out_when_the_time_is_over(stand_in, tmp_path):
@@ -323,6 +325,29 @@ def test_an_architecture_gets_its_suffix():
         "100f",
         "86",
     ]
+
+
+def test_the_library_is_built_for_the_device_unless_it_is_there(monkeypatch, tmp_path):
+    built = []
+
+    def missing(*arguments):
+        raise library.BuildError("missing")
+
+    monkeypatch.setattr(library, "open_installed", missing)
+    monkeypatch.setattr(library, "find_nvcc", lambda: ["nvcc"])
+    monkeypatch.setattr(library, "driver_architectures", lambda: ("90", "100"))
+    monkeypatch.setattr(library, "build_cuda", lambda *arguments: built.append(arguments))
+    builds.build_library(tmp_path)
+    assert built == [
+        (library.source_folder(), ROOT / "optical" / "_cuda.so", ["nvcc"], ["90a", "100f"])
+    ]
+    monkeypatch.setattr(library, "open_installed", lambda *arguments: None)
+    builds.build_library(tmp_path)
+    assert len(built) == 1
+    monkeypatch.setattr(library, "open_installed", missing)
+    monkeypatch.setattr(library, "find_nvcc", lambda: None)
+    with pytest.raises(RuntimeError, match="nvcc was not found"):
+        builds.build_library(tmp_path)
 
 
 # ------------------------------------------------------------------------------ the rehearsal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from optical import sinkhorn_vectors
 from optical.backends.problem import dtype_name
 from optical.backends.registry import BACKENDS
 from optical.testing.cases import Case
+from optical.testing.tolerance import solve
 
 GPU_BACKENDS = ("cuda", "triton")
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -112,16 +114,23 @@ def measure(sets: Sequence[Case], variant: Variant, truth: gate.Truth) -> dict[s
     columns["same_bits"] = gate.same_bits(*(_outputs(case, variant) for case in (whole, alone)))
 
     calls = [public_call(case, variant) for case in cases]
-    graph = captured(lambda: [call() for call in calls])
-    columns |= _columns("graph", device_times(graph.replay, len(calls)))
-    del graph
+    host = call_times(calls[0])
+    columns |= {"host_us": host.host, "call_us": host.call}
     if variant.mode == "forward":
         problems = [case.problem(variant.gradient, variant.backend) for case in cases]
-        graph = captured(lambda: [module.forward(problem) for problem in problems])
-        columns |= _columns("kernel", device_times(graph.replay, len(problems)))
-        del graph
-    host = call_times(calls[0])
-    return columns | {"host_us": host.host, "call_us": host.call}
+        solves = [functools.partial(module.forward, problem) for problem in problems]
+        columns |= _graph_columns("kernel", solves)
+    # Last, since a refused capture may leave the device in error.
+    return columns | _graph_columns("graph", calls)
+
+
+def _graph_columns(name: str, calls: Sequence[Callable[[], Any]]) -> dict[str, Any]:
+    """Time calls as one CUDA graph; if it cannot be captured, the note has the reason."""
+    try:
+        graph = captured(lambda: [call() for call in calls])
+    except Exception as error:
+        return {"note": f"failed: {name} not captured: {type(error).__name__}: {error}"[:400]}
+    return _columns(name, device_times(graph.replay, len(calls)))
 
 
 def _columns(name: str, quantiles: Quantiles) -> dict[str, float]:
@@ -189,7 +198,7 @@ def warm(shape: Shape, rows: RowFile, end: float, folder: Path) -> None:
                 few = gate.part(chosen, slice(gate.CHECKED))
                 for batch in (chosen, few):
                     _outputs(batch, variant)
-                gate.tolerance.solve(variant.backend, few, variant.gradient)
+                solve(variant.backend, few, variant.gradient)
                 torch.cuda.synchronize()
                 print(f"compiled {shape.name} {variant}", flush=True)
             except Exception as error:  # a failure must not cost the other kernels
