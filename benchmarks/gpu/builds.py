@@ -3,7 +3,9 @@
     python -m benchmarks.gpu.builds --work build/gpu
 
 Files carry a hash of their sources in their names and are built only if missing, so the folder can
-be made on another machine and carried along. The CUDA library is ``optical/_cuda.so``.
+be made on another machine and carried along. The CUDA library is ``optical/_cuda.so``. With
+``--triton``, the folder receives the Triton kernels of the timings as well, compiled for an H200
+over a driver that does nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -165,6 +168,21 @@ def build_all(work: Path, rehearse: bool, only: str) -> int:
     return failures
 
 
+def fill_tritons_cache(work: Path) -> int:
+    """Compile the Triton kernels of the timings, one shape after the other; failed shapes."""
+    from benchmarks.gpu.__main__ import SHAPES
+
+    work.mkdir(parents=True, exist_ok=True)
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(work / "triton")}
+    command = [sys.executable, "-m", "benchmarks.gpu.measure", "--idle-driver"]
+    command += ["--rows", str(work / "none.csv"), "--work", str(work), "--once"]
+    requests = [json.dumps({"step": "warm", "shape": name, "seconds": 3600}) for name in SHAPES]
+    return sum(
+        subprocess.run([*command, request], cwd=ROOT, env=variables).returncode != 0
+        for request in requests
+    )
+
+
 def describe() -> None:
     """Print the versions and the device."""
     print(platform.platform(), "Python", platform.python_version(), os.cpu_count(), "cores")
@@ -187,12 +205,17 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu")
     parser.add_argument("--only", default="", help="expected outputs of the cases with this text")
     parser.add_argument("--rehearse", action="store_true", help="build stand-ins, no CUDA library")
+    parser.add_argument("--triton", action="store_true", help="compile Triton's kernels too")
     parser.add_argument("--describe", action="store_true", help="print versions and the device")
     args = parser.parse_args()
     if args.describe:
         describe()
         return 0
-    return 1 if build_all(args.work.resolve(), args.rehearse, args.only) else 0
+    work = args.work.resolve()
+    failures = build_all(work, args.rehearse, args.only)
+    if args.triton:
+        failures += fill_tritons_cache(work)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

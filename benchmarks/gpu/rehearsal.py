@@ -108,6 +108,21 @@ def replace_device(replace_attribute: Callable[[Any, str, Any], None]) -> None:
         replace_attribute(module, "values_available", lambda tensor: False)
 
 
+def use_idle_driver(rehearse: bool) -> None:
+    """Give Triton a driver that does nothing; for a process that has not imported Triton.
+
+    Triton compiles for an H200, as on the device. With ``rehearse``, tiny shapes.
+    """
+    from benchmarks.launches import idle_driver
+
+    idle_driver.install()
+    replace_device(setattr)
+
+    from benchmarks.gpu.measure.shapes import MACHINE
+
+    MACHINE.rehearsal = rehearse
+
+
 def use_emulated_kernels(path: Path) -> None:
     """Route the backend "cuda" to the emulated library."""
     from optical.backends import library

@@ -253,7 +253,7 @@ class Window:
     def _stop_worker(self) -> None:
         if self.worker is not None:
             _kill_group(self.worker)
-            self.worker.wait()
+            _reap(self.worker)
             for pipe in (self.worker.stdin, self.worker.stdout):
                 if pipe is not None:
                     with contextlib.suppress(OSError):
@@ -264,7 +264,7 @@ class Window:
         self._stop_worker()
         for running in self.background:
             _kill_group(running.process)
-            running.process.wait()
+            _reap(running.process)
             running.file.close()
         self.background.clear()
 
@@ -272,10 +272,15 @@ class Window:
 def _stop(process: subprocess.Popen[str]) -> None:
     """Interrupt a process, which lets pytest print its failures, then kill its group."""
     process.send_signal(signal.SIGINT)
+    _reap(process)
+    _kill_group(process)
+    _reap(process)
+
+
+def _reap(process: subprocess.Popen[str]) -> None:
+    """Wait for the end of a process, but not for ever: a driver may hold it."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
-    _kill_group(process)
-    process.wait()
 
 
 def _kill_group(process: subprocess.Popen[str]) -> None:

@@ -18,7 +18,7 @@ from benchmarks.gpu.measure import __main__ as measure
 from benchmarks.gpu.measure import gate, ours, paths, peers, shapes
 from benchmarks.gpu.measure.rows import Row, RowFile
 from benchmarks.gpu.runner import ROOT, SKIPPED, TIMED_OUT, WRONG_ROWS, Step, Window
-from optical.backends import reference, registry
+from optical.backends import library, reference, registry
 from optical.backends.dense import PaddedProblem
 
 # Packages that the machine with the GPU may lack, or that take seconds to import.
@@ -57,10 +57,19 @@ def test_at_most_eight_files_are_written():
     assert len(files) <= 8 and all(name in gpu.__doc__ for name in files)
 
 
-def test_a_rehearsal_has_every_step_but_the_compilation_for_the_device():
+def test_a_rehearsal_has_every_step_but_most_compilations():
     rehearsed = {step.name for step in steps(rehearse=True)}
     missing = {step.name for step in steps()} - rehearsed
-    assert missing == {f"warm-{name}" for name in gpu.SHAPES}
+    assert missing == {f"warm-{name}" for name in gpu.SHAPES if name != "T1"}
+
+
+def test_every_file_with_tests_for_a_gpu_is_run():
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "mark.gpu" in path.read_text() and path.name != Path(__file__).name
+    }
+    assert marked == set(gpu.GPU_TESTS)
 
 
 def test_every_test_file_of_a_command_exists():
@@ -142,6 +151,19 @@ def test_a_step_that_fails_or_hangs_costs_only_itself(window, tmp_path):
     assert "fails: failed with 5" in log and "hangs: stopped at its limit" in log
     assert "\nhello\n" in log and "\nchild\n" in log
     assert "sleep 987" not in subprocess.run(["ps", "ax"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_failures_of_an_interrupted_test_run_are_in_the_log(window, tmp_path):
+    tests = tmp_path / "test_example.py"
+    tests.write_text(
+        "import time\ndef test_fails():\n    assert 1 == 2, 'the reason'\n"
+        "def test_hangs():\n    time.sleep(60)\n"
+    )
+    command = (sys.executable, "-m", "pytest", *gpu.PYTEST_OPTIONS, "-n", "2", str(tests))
+    results = window().run([Step("tests", 20.0, command, output="tests.txt")])
+    assert results == {"tests": TIMED_OUT}
+    assert "the reason" in (tmp_path / "tests.txt").read_text()
 
 
 def test_no_test_selected_is_no_failure(window):
@@ -253,15 +275,17 @@ def test_a_wrong_result_has_the_error_and_no_time(stand_in, tmp_path, monkeypatc
     assert not any(row["graph_us"] or row["kernel_us"] or row["host_us"] for row in rows)
 
 
-def test_a_call_that_a_graph_refuses_has_no_time(stand_in, tmp_path, monkeypatch):
+def test_a_call_that_a_graph_refuses_has_no_time_as_a_graph(stand_in, tmp_path, monkeypatch):
     def call(case, variant):
         return lambda: (torch.linspace(0, 1, 3).to(case.x),)
 
     monkeypatch.setattr(ours, "public_call", call)
     request = {"step": "times", "shape": "T1", "seconds": 60}
     assert measure.run(request, stand_in, tmp_path) == WRONG_ROWS
-    notes = {row["note"] for row in read(stand_in)}
-    assert notes == {"failed: RuntimeError: a capture refuses torch.linspace on the host"}
+    rows = read(stand_in)
+    reason = "RuntimeError: a capture refuses torch.linspace on the host"
+    assert {row["note"] for row in rows} == {f"failed: graph not captured: {reason}"}
+    assert not any(row["graph_us"] for row in rows) and all(row["host_us"] for row in rows)
 
 
 def test_variants_are_left_out_when_the_time_is_over(stand_in, tmp_path):
@@ -303,6 +327,29 @@ def test_an_architecture_gets_its_suffix():
     ]
 
 
+def test_the_library_is_built_for_the_device_unless_it_is_there(monkeypatch, tmp_path):
+    built = []
+
+    def missing(*arguments):
+        raise library.BuildError("missing")
+
+    monkeypatch.setattr(library, "open_installed", missing)
+    monkeypatch.setattr(library, "find_nvcc", lambda: ["nvcc"])
+    monkeypatch.setattr(library, "driver_architectures", lambda: ("90", "100"))
+    monkeypatch.setattr(library, "build_cuda", lambda *arguments: built.append(arguments))
+    builds.build_library(tmp_path)
+    assert built == [
+        (library.source_folder(), ROOT / "optical" / "_cuda.so", ["nvcc"], ["90a", "100f"])
+    ]
+    monkeypatch.setattr(library, "open_installed", lambda *arguments: None)
+    builds.build_library(tmp_path)
+    assert len(built) == 1
+    monkeypatch.setattr(library, "open_installed", missing)
+    monkeypatch.setattr(library, "find_nvcc", lambda: None)
+    with pytest.raises(RuntimeError, match="nvcc was not found"):
+        builds.build_library(tmp_path)
+
+
 # ------------------------------------------------------------------------------ the rehearsal
 
 
@@ -310,7 +357,7 @@ def test_an_architecture_gets_its_suffix():
 def test_the_rehearsal_runs_every_kind_of_step(tmp_path):
     """In small: one shape of each kind. The probe must notice a number that is wrong."""
     output, work = tmp_path / "out", tmp_path / "work"
-    kinds = "versions,build,probe,times-T1,memcheck,test-cuda,peers-T1,nvrtc,host,profile-T1"
+    kinds = "versions,warm,build,probe,times-T1,memcheck,test-cuda,peers-T1,nvrtc,host,profile-T1"
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--output", str(output)]
     command += ["--work", str(work), "--seconds", "600", "--steps", f"{kinds},gradients-T1,tune-T1"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -59,13 +59,19 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of the builds")
     parser.add_argument("--once", type=json.loads, metavar="REQUEST", help="run one request")
     parser.add_argument("--rehearse", action="store_true", help="use stand-ins for the device")
+    parser.add_argument(
+        "--idle-driver", action="store_true", help="compile Triton kernels, and launch nothing"
+    )
     args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    if args.rehearse:
+    if args.rehearse or args.idle_driver:
         from benchmarks.gpu import rehearsal
 
-        rehearsal.install(args.work)
+        if args.idle_driver:
+            rehearsal.use_idle_driver(args.rehearse)
+        else:
+            rehearsal.install(args.work)
     rows = RowFile(args.rows)
     if args.once:
         return run(args.once, rows, args.rows.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +17,12 @@ from torch import Tensor
 from benchmarks.gpu.measure import gate
 from benchmarks.gpu.measure.clock import Quantiles, call_times, captured, device_times
 from benchmarks.gpu.measure.rows import RowFile, new_row, stamp
-from benchmarks.gpu.measure.shapes import Shape, draw_sets
+from benchmarks.gpu.measure.shapes import Shape, draw, draw_sets
 from optical import sinkhorn_vectors
 from optical.backends.problem import dtype_name
 from optical.backends.registry import BACKENDS
 from optical.testing.cases import Case
+from optical.testing.tolerance import solve
 
 GPU_BACKENDS = ("cuda", "triton")
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -112,16 +114,23 @@ def measure(sets: Sequence[Case], variant: Variant, truth: gate.Truth) -> dict[s
     columns["same_bits"] = gate.same_bits(*(_outputs(case, variant) for case in (whole, alone)))
 
     calls = [public_call(case, variant) for case in cases]
-    graph = captured(lambda: [call() for call in calls])
-    columns |= _columns("graph", device_times(graph.replay, len(calls)))
-    del graph
+    host = call_times(calls[0])
+    columns |= {"host_us": host.host, "call_us": host.call}
     if variant.mode == "forward":
         problems = [case.problem(variant.gradient, variant.backend) for case in cases]
-        graph = captured(lambda: [module.forward(problem) for problem in problems])
-        columns |= _columns("kernel", device_times(graph.replay, len(problems)))
-        del graph
-    host = call_times(calls[0])
-    return columns | {"host_us": host.host, "call_us": host.call}
+        solves = [functools.partial(module.forward, problem) for problem in problems]
+        columns |= _graph_columns("kernel", solves)
+    # Last, since a refused capture may leave the device in error.
+    return columns | _graph_columns("graph", calls)
+
+
+def _graph_columns(name: str, calls: Sequence[Callable[[], Any]]) -> dict[str, Any]:
+    """Time calls as one CUDA graph; if it cannot be captured, the note has the reason."""
+    try:
+        graph = captured(lambda: [call() for call in calls])
+    except Exception as error:
+        return {"note": f"failed: {name} not captured: {type(error).__name__}: {error}"[:400]}
+    return _columns(name, device_times(graph.replay, len(calls)))
 
 
 def _columns(name: str, quantiles: Quantiles) -> dict[str, float]:
@@ -170,24 +179,33 @@ def _outputs(case: Case, variant: Variant) -> tuple[Tensor, ...]:
 
 def once(shape: Shape, rows: RowFile, end: float, folder: Path) -> None:
     """Solve one batch with the CUDA kernels, for a profiler around this process."""
-    case = draw_sets(shape, BFLOAT16)[0]
+    case = draw(shape, BFLOAT16)
     public_call(case, Variant("cuda", BFLOAT16, "forward"))()
     torch.cuda.synchronize()
 
 
 def warm(shape: Shape, rows: RowFile, end: float, folder: Path) -> None:
     """Compile the Triton kernels that the timings of a shape use, into Triton's cache."""
+    failures = 0
     for dtype, group in itertools.groupby(variants(shape), lambda variant: variant.dtype):
-        case = draw_sets(shape, dtype)[0]
+        case = draw(shape, dtype)
         for variant in group:
             if variant.backend != "triton":
                 continue
             try:
-                _outputs(replace(case, precision=variant.precision), variant)
+                chosen = replace(case, precision=variant.precision)
+                # The gate solves fewer problems, which may take other kernels.
+                few = gate.part(chosen, slice(gate.CHECKED))
+                for batch in (chosen, few):
+                    _outputs(batch, variant)
+                solve(variant.backend, few, variant.gradient)
                 torch.cuda.synchronize()
                 print(f"compiled {shape.name} {variant}", flush=True)
-            except Exception as error:
+            except Exception as error:  # a failure must not cost the other kernels
+                failures += 1
                 print(f"{shape.name} {variant}: {type(error).__name__}: {error}", flush=True)
+    if failures:
+        raise RuntimeError(f"{failures} variants of {shape.name} cannot be compiled")
 
 
 # ------------------------------------------------------------------------------------- tuning
