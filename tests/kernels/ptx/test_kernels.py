@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip(reason="kernels are interpreted here, not compiled", allow_module_level=True)
 
-from optical.kernels import masses, tuning
+from optical.kernels import tuning
+from optical.kernels.tokens import masses
 from optical.ot import autograd
 from optical.testing.cases import all_cases, packed, random_case, random_vector_case
 from optical.testing.tolerance import (
