@@ -112,10 +112,12 @@ bench: $(STAMP)
 	$(MEASURE) large --threads 2 --rounds 3 --memory $(MEASURED)
 	$(MEASURE) accuracy --threads 1 $(MEASURED)
 
-# Needs a CUDA device: tests, timings and sweeps within SECONDS; run it again to continue.
+# Needs a CUDA device, PyTorch and Triton, and installs nothing: builds, times and tests everything
+# within SECONDS. `make gpu REHEARSE=1` does the same on a CPU, with stand-ins for the device.
 OUT ?= benchmarks/results/gpu
-gpu: $(STAMP)
-	$(BIN)/python -m benchmarks.gpu --output $(OUT) --seconds $(or $(SECONDS),520)
+gpu:
+	$(PYTHON) -m benchmarks.gpu --output $(OUT) $(if $(SECONDS),--seconds $(SECONDS)) \
+		$(if $(REHEARSE),--rehearse)
 
 plots: $(STAMP)
 	$(MEASURE) report

@@ -104,7 +104,7 @@ def _triton_device_obstacle(device: int) -> str | None:
         # Code is not loaded while a CUDA graph is captured.
         if torch.cuda.is_current_stream_capturing():
             return None
-        probe = importlib.import_module("optical.kernels.probe")
+        probe = importlib.import_module("optical.kernels.launch")
         _triton_probes[device] = probe.obstacle(device)
     return _triton_probes[device]
 

@@ -303,7 +303,7 @@ def in_one_launch(
 
 @functools.cache
 def _triton_masses() -> Any:
-    return importlib.import_module("optical.kernels.masses")
+    return importlib.import_module("optical.kernels.tokens.masses")
 
 
 def offsets_of(side: Masses, vectors: Tensor) -> Tensor | None:

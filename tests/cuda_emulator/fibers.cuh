@@ -72,7 +72,7 @@ struct Identity {
     void adopt() { fiber = __tsan_get_current_fiber(); }
     void destroy() { __tsan_destroy_fiber(fiber); }
     // `ordered`: all that this context did happens before what `to` does from now on.
-    static void change(Identity& to, bool ordered) {
+    OPTICAL_EMULATOR static void change(Identity& to, bool ordered) {
         __tsan_switch_to_fiber(to.fiber, ordered ? 0 : 1);
     }
 #else
@@ -125,7 +125,7 @@ struct Context {
         for (int i = 0; i < 6; ++i) *--top = nullptr;
         stack = top;
     }
-    static void change(Context& from, Context& to, bool ordered = false) {
+    OPTICAL_EMULATOR static void change(Context& from, Context& to, bool ordered = false) {
         Identity::change(to.identity, ordered);
         optical_switch(&from.stack, to.stack);
     }
@@ -140,7 +140,7 @@ struct Context {
         context.uc_link = nullptr;
         makecontext(&context, entry, 0);
     }
-    static void change(Context& from, Context& to, bool ordered = false) {
+    OPTICAL_EMULATOR static void change(Context& from, Context& to, bool ordered = false) {
         Identity::change(to.identity, ordered);
         swapcontext(&from.context, &to.context);
     }
