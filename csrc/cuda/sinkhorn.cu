@@ -8,6 +8,10 @@
 
 #if !defined(OPTICAL_EMULATED)
 #include <cuda_runtime.h>
+
+#include <mutex>
+#include <set>
+#include <utility>
 #endif
 
 #ifndef OPTICAL_SOURCE_HASH
@@ -55,10 +59,26 @@ int attribute(cudaDeviceAttr name) {
 int shared_memory_of_device() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 int blocks_of_cluster() { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1; }
 
+// Allows a kernel all shared memory of the current device, once. The limit is the same for every
+// launch: another thread may launch the kernel with more bytes at the same time.
+cudaError_t allow_shared_memory(const void* kernel) {
+    static std::mutex lock;
+    static std::set<std::pair<const void*, int>> allowed;
+    int device = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status != cudaSuccess) return status;
+    const std::lock_guard<std::mutex> guard(lock);
+    if (allowed.count({kernel, device})) return cudaSuccess;
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  shared_memory_of_device());
+    if (status == cudaSuccess) allowed.insert({kernel, device});
+    return status;
+}
+
 template <typename... Arguments>
 int launch(void (*kernel)(Arguments...), int64_t grid, int blocks, int threads, int bytes,
            Stream stream, Arguments... arguments) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (allow_shared_memory((const void*)kernel) != cudaSuccess) return launch_failed;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = (unsigned)blocks;
@@ -285,6 +305,8 @@ OPTICAL_API void optical_emulator_arithmetic(int pessimistic) {
 OPTICAL_API void optical_emulator_device(int shared, int clusters) {
     emulator::machine().shared_memory = shared, emulator::machine().max_cluster = clusters;
 }
+// Gives launches fewer bytes of shared memory than they ask for.
+OPTICAL_API void optical_emulator_withhold(int bytes) { emulator::machine().withheld = bytes; }
 #endif
 
 }  // extern "C"
