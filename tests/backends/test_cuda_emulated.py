@@ -128,6 +128,17 @@ def test_truncation_does_not_grow_with_the_dimension(kernels):
     assert error < 1e-6
 
 
+@pytest.mark.parametrize("gradient", ["implicit", "unroll"])
+@pytest.mark.parametrize("rho", [1e3, 1e4, 1e5])
+def test_large_penalties_do_not_magnify_rounding_errors(rho, gradient, kernels):
+    problem = replace(ALL["rho_strong"], rho_a=rho, rho_b=2 * rho).to(torch.float32)
+    out = solve("cuda", problem, gradient)
+    truth = solve("reference", problem.to(torch.float64), gradient)
+    for name in ("grad_x", "grad_log_a", "grad_log_b"):
+        largest = max(1.0, truth[name].abs().max())
+        torch.testing.assert_close(out[name].double(), truth[name], rtol=0, atol=1e-5 * largest)
+
+
 HALVES = [torch.float16, torch.bfloat16]
 
 

@@ -1,6 +1,6 @@
 """The emulated CUDA kernels under the sanitizers of the compiler.
 
-Each test runs ``tests/cuda_emulator/exercise.cpp``: all regimes, costs and gradients at small sizes.
+Each test runs ``tests/cuda_emulator/exercise.cpp``: every regime, cost and gradient at small sizes.
 """
 
 import os
