@@ -136,8 +136,8 @@ struct Adjoint {
         return start > rounding ? (float)square_root(best / start) : 0.0f;
     }
 
-    // The shift along (1, -1) from the sums r w and r, and c z and c. The difference of the two halves
-    // of the system is
+    // The shift along (1, -1) from the sums r w and r, and c z and c. The difference of the two
+    // halves of the system is
     //
     //     sum_i r w / rho_a = sum_j c z / rho_b,
     //

@@ -138,12 +138,12 @@ struct Unrolled {
                 cost_bar(r, c) = kernel.K[r][c] * (up.total - slope * scale);
             }
     }
-    // The derivatives of the dual along the potentials into SLOPE, and the masses that the sums miss
-    // into MISSING. K is the plan.
+    // The derivatives of the dual along the potentials into SLOPE, and the masses that the sums
+    // miss into MISSING. K is the plan.
     //
     // A large rho magnifies the rounding errors of the sums. The last iteration says what they are:
-    // column sums are b exp(-g / rho), and row sums were a exp(-f / rho) before g changed. This does
-    // not hold with over-relaxation.
+    // column sums are b exp(-g / rho), and row sums were a exp(-f / rho) before g changed. This
+    // does not hold with over-relaxation.
     OPTICAL_DEVICE void measure_slopes(int32_t steps, float (&slope_row)[OI],
                                        float (&slope_column)[OJ]) {
         const bool plain = steps == 1 || (steps > 1 && problem.batch.omega == 1);
@@ -168,9 +168,9 @@ struct Unrolled {
             problem.column(SLOPE, o) = slope_column[o];
         }
     }
-    // The changes of the row sums since g was old_g: the sums of P (1 - exp((old_g - g) / epsilon)).
-    // They add up to the difference of the masses of both sides, which removes the rounding errors
-    // that they share.
+    // The changes of the row sums since g was old_g: the sums of P (1 - exp((old_g - g) /
+    // epsilon)). They add up to the difference of the masses of both sides, which removes the
+    // rounding errors that they share.
     OPTICAL_DEVICE void measure_changes(const float* old_g, float (&change)[OI]) {
         float moved[OJ];
         double rows[3] = {0, 0, 0}, columns[1] = {0};

@@ -139,8 +139,8 @@ struct Workspace {
         unmatched_columns = unmatched_column_count[0] > 0;
     }
 
-    // The least cost of each row and column, infinite if it has no allowed pair. Costs of vectors are
-    // finite for all pairs of valid rows and columns, so any number stands for them.
+    // The least cost of each row and column, infinite if it has no allowed pair. Costs of vectors
+    // are finite for all pairs of valid rows and columns, so any number stands for them.
     OPTICAL_DEVICE void find_minima(Problem<G>& problem, float (&row_minimum)[OI],
                                     float (&column_minimum)[OJ]) {
         G& grid = problem.grid;
