@@ -47,7 +47,7 @@ struct Adjoint {
         problem.own_columns([&](int64_t j) { S::store(work.z + j, S::load(best_z + j)); });
         sync(problem.team);
         recover_w();
-        if (singular) shift();
+        shift();
         return start > noise ? __builtin_sqrt(best / start) : 0;
     }
 
@@ -162,13 +162,25 @@ private:
         sync(problem.team);
     }
 
+    // Shifts the solution along (1, -1). The difference of the two halves of the system is
+    //
+    //     sum_i r w / rho_a = sum_j c z / rho_b,
+    //
+    // which holds whatever the plan. With large penalties the system is nearly singular in this
+    // direction, and conjugate gradients miss it. Without penalties, w gets mean 0.
     void shift() {
-        double mean = 0, mass = 0;
+        const double by_a = problem.penalty_a() ? 1 / (double)problem.rho_a : singular ? 1.0 : 0.0;
+        const double by_b = problem.penalty_b() ? 1 / (double)problem.rho_b : 0.0;
+        double excess = 0, stiffness = 0;
         for (int64_t i = 0; i < problem.n; ++i) {
-            mean += (double)work.row_mass[i] * (double)work.w[i];
-            mass += (double)work.row_mass[i];
+            excess += by_a * (double)work.row_mass[i] * (double)work.w[i];
+            stiffness += by_a * (double)work.row_mass[i];
         }
-        const T offset = mass > 0 ? (T)(mean / mass) : (T)0;
+        for (int64_t j = 0; j < problem.m; ++j) {
+            excess -= by_b * (double)work.col_mass[j] * (double)work.z[j];
+            stiffness += by_b * (double)work.col_mass[j];
+        }
+        const T offset = stiffness > 0 ? (T)(excess / stiffness) : (T)0;
         sync(problem.team);
         problem.own_rows([&](int64_t i) { S::store(work.w + i, S::load(work.w + i) - offset); });
         problem.own_columns([&](int64_t j) { S::store(work.z + j, S::load(work.z + j) + offset); });

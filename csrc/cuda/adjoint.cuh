@@ -113,16 +113,22 @@ struct Adjoint {
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) y[o] = problem.column(BEST, o);
         kernel.rows_times(problem, y, x);
-        double mean[2] = {0, 0};
+        double of_rows[2] = {0, 0}, of_columns[2] = {0, 0};
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
             const float w = (problem.row(SPENT, o) - x[o]) * problem.row(ROW_INVERSE, o);
             problem.row(SOLUTION, o) = w;
-            mean[0] += (double)problem.row(SUMS, o) * (double)w;
-            mean[1] += (double)problem.row(SUMS, o);
+            of_rows[0] += (double)problem.row(SUMS, o) * (double)w;
+            of_rows[1] += (double)problem.row(SUMS, o);
         }
-        grid.total(mean, true);
-        const float shift = singular && mean[1] > 0 ? (float)(mean[0] / mean[1]) : 0.0f;
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            of_columns[0] += (double)problem.column(SUMS, o) * (double)problem.column(BEST, o);
+            of_columns[1] += (double)problem.column(SUMS, o);
+        }
+        grid.total(of_rows, true);
+        grid.total(of_columns, false);
+        const float shift = common_shift(of_rows, of_columns, singular);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) problem.row(SOLUTION, o) -= shift;
         OPTICAL_UNROLL_LOOP
@@ -130,6 +136,21 @@ struct Adjoint {
         return start > rounding ? (float)square_root(best / start) : 0.0f;
     }
 
+    // The shift along (1, -1) from the sums r w and r, and c z and c. The difference of the two
+    // halves of the system is
+    //
+    //     sum_i r w / rho_a = sum_j c z / rho_b,
+    //
+    // which holds whatever the plan. With large penalties the system is nearly singular in this
+    // direction, and conjugate gradients in float32 miss it. Without penalties, w gets mean 0.
+    OPTICAL_DEVICE float common_shift(const double (&of_rows)[2], const double (&of_columns)[2],
+                                      bool singular) const {
+        const double by_a = work.penalty_a ? 1.0 / (double)work.rho_a : singular ? 1.0 : 0.0,
+                     by_b = work.penalty_b ? 1.0 / (double)work.rho_b : 0.0;
+        const double stiffness = by_a * of_rows[1] + by_b * of_columns[1];
+        return stiffness > 0 ? (float)((by_a * of_rows[0] - by_b * of_columns[0]) / stiffness)
+                             : 0.0f;
+    }
     OPTICAL_DEVICE float preconditioned(int o) const {
         const float diagonal = problem.column(DIAGONAL, o);
         return diagonal > 0 ? problem.column(RESIDUAL, o) / diagonal : 0.0f;

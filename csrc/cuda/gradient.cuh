@@ -213,13 +213,6 @@ struct Gradient {
         return up.value * mass * slope;
     }
 
-    // 1 - exp(-x), accurate for small x.
-    OPTICAL_DEVICE static float one_minus_exp(float x) {
-        if (absolute(x) > 0.1f) return 1.0f - exp2_fast(-OPTICAL_LOG2E * x);
-        const float series = fused(x, fused(x, fused(x, 1.0f / 120, -1.0f / 24), 1.0f / 6), -0.5f);
-        return fused(x * x, series, x);
-    }
-
     // -------------------------------------------------------------------------------------- output
 
     OPTICAL_DEVICE void write_masses(const float (&of_row)[OI], const float (&of_column)[OJ]) {

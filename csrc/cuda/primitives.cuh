@@ -203,6 +203,7 @@ OPTICAL_DEVICE float reciprocal(float x) {
 OPTICAL_DEVICE float inverse_root(float x) { return rsqrtf(x); }
 OPTICAL_DEVICE double square_root(double x) { return sqrt(x); }
 OPTICAL_DEVICE double logarithm(double x) { return log(x); }
+OPTICAL_DEVICE double exponential(double x) { return exp(x); }
 OPTICAL_DEVICE float fused(float x, float y, float z) { return __fmaf_rn(x, y, z); }
 OPTICAL_DEVICE unsigned bits_of(float x) { return __float_as_uint(x); }
 OPTICAL_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
@@ -237,6 +238,12 @@ OPTICAL_DEVICE bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x
 OPTICAL_DEVICE float absolute(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 OPTICAL_DEVICE float smaller(float x, float y) { return x < y ? x : y; }
 OPTICAL_DEVICE float larger(float x, float y) { return x > y ? x : y; }
+// 1 - exp(-x), accurate for small x.
+OPTICAL_DEVICE float one_minus_exp(float x) {
+    if (absolute(x) > 0.1f) return 1.0f - exp2_fast(-OPTICAL_LOG2E * x);
+    const float series = fused(x, fused(x, fused(x, 1.0f / 120, -1.0f / 24), 1.0f / 6), -0.5f);
+    return fused(x * x, series, x);
+}
 
 // Converts a half from its bit pattern. Integer arithmetic avoids the headers of the toolkit, which
 // NVRTC does not find.

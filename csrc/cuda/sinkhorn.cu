@@ -11,6 +11,9 @@
 
 #include <atomic>
 #include <cstdio>
+#include <mutex>
+#include <set>
+#include <utility>
 #endif
 
 #ifndef OPTICAL_SOURCE_HASH
@@ -136,13 +139,26 @@ DeviceLimits limits_of_device() {
 int shared_memory_of_device() { return limits_of_device().shared; }
 int blocks_of_cluster() { return limits_of_device().blocks; }
 
+// Allows a kernel all shared memory of the current device, once. The limit is the same for every
+// launch: another thread may launch the kernel with more bytes at the same time.
+bool allow_shared_memory(const void* kernel) {
+    static std::mutex lock;
+    static std::set<std::pair<const void*, int>> allowed;
+    int device = 0;
+    if (!succeeds(cudaGetDevice(&device))) return false;
+    const int most = shared_memory_of_device();
+    const std::lock_guard<std::mutex> guard(lock);
+    if (allowed.count({kernel, device})) return true;
+    if (!succeeds(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)))
+        return false;
+    allowed.insert({kernel, device});
+    return true;
+}
+
 template <typename... Arguments>
 int launch(void (*kernel)(Arguments...), int64_t grid, int blocks, int threads, int bytes,
            Stream stream, Arguments... arguments) {
-    // The same for every launch of a kernel: another thread may be about to launch it with more.
-    const int most = shared_memory_of_device();
-    if (!succeeds(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)))
-        return launch_failed;
+    if (!allow_shared_memory((const void*)kernel)) return launch_failed;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = (unsigned)blocks;
@@ -401,6 +417,8 @@ OPTICAL_API void optical_emulator_arithmetic(int pessimistic) {
 OPTICAL_API void optical_emulator_device(int shared, int clusters) {
     emulator::machine().shared_memory = shared, emulator::machine().max_cluster = clusters;
 }
+// Gives launches fewer bytes of shared memory than they ask for.
+OPTICAL_API void optical_emulator_withhold(int bytes) { emulator::machine().withheld = bytes; }
 #endif
 
 }  // extern "C"

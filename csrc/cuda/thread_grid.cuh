@@ -55,7 +55,8 @@ struct ThreadGrid {
     static constexpr int warps_at_once = DOWN * ACROSS > 0 ? DOWN * ACROSS : 1;
     static constexpr int tile_rows = lanes_down * RI, tile_columns = lanes_across * RJ;
     // Votes of a part of a warp are slow: the compiler cannot know that the parts run together. A
-    // lane that found drift makes its part of b v NaN instead, and with it all row sums of the team.
+    // lane that found drift makes its part of b v NaN instead, and with it all row sums of the
+    // team.
     static constexpr bool marks_drift = teams > 1;
 
     static_assert(span == Span::warp || teams == 1, "a team is a part of one warp");

@@ -27,6 +27,7 @@ struct Unrolled {
     // Fields of the sweep: the gradients of the potentials and of the log-masses, the inverse sums
     // of the replayed step, and the slope of the dual.
     enum { BAR = SCRATCH_1, BAR_MASS = SCRATCH_2, INVERSE_SUM = SCRATCH_3, SLOPE = SCRATCH_4 };
+    enum { MISSING = INVERSE_SUM };  // mass - sum, before the sweep
 
     Solver<G>& solver;
     Problem<G>& problem;
@@ -53,7 +54,7 @@ struct Unrolled {
         const int32_t count = n_iter < 0 ? 0 : n_iter < limit ? n_iter : limit;
         const int32_t steps = solver.solve(count, 0.0f, history);
         Objective<G>(solver).evaluate();
-        begin_sweep();
+        begin_sweep(steps);
         bool base_usable = false;
         OPTICAL_KEEP_LOOP
         for (int32_t k = steps - 1; k >= 0; --k) {
@@ -88,30 +89,22 @@ struct Unrolled {
     }
 
     // The gradients that the outputs pass to the last potentials, to the masses and to the cost.
-    OPTICAL_DEVICE void begin_sweep() {
+    OPTICAL_DEVICE void begin_sweep(int32_t steps) {
         const float scale = work.inverse_epsilon;
         float slope_row[OI], slope_column[OJ], by_row[OI], by_column[OJ];
-        OPTICAL_UNROLL_LOOP
-        for (int o = 0; o < OI; ++o)
-            problem.row(SLOPE, o) = slope_row[o] =
-                dual_slope(problem.row(POTENTIAL, o), problem.row(SUMS, o), problem.row(MASS, o),
-                           problem.row(LOG, o), work.rho_a, work.penalty_a);
-        OPTICAL_UNROLL_LOOP
-        for (int o = 0; o < OJ; ++o)
-            problem.column(SLOPE, o) = slope_column[o] = dual_slope(
-                problem.column(POTENTIAL, o), problem.column(SUMS, o), problem.column(MASS, o),
-                problem.column(LOG, o), work.rho_b, work.penalty_b);
         kernel.build(problem, work, true);
+        measure_slopes(steps, slope_row, slope_column);
         kernel.rows_times(problem, slope_column, by_row);
         kernel.columns_times(problem, slope_row, by_column);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
             const int i = grid.own_row(o);
-            const float sum = problem.row(SUMS, o), mass = problem.row(MASS, o);
+            const float sum = problem.row(SUMS, o), missing = problem.row(MISSING, o);
             const float slope = up.value * (slope_row[o] * sum + by_row[o]) +
                                 up.linear * problem.row(SPENT, o);
-            float explicit_part = work.target * (mass * (float)work.total_b - sum);
-            if (work.penalty_a) explicit_part += work.rho_a * (mass - sum);
+            float explicit_part =
+                work.target * (problem.row(MASS, o) * (float)work.total_b - sum);
+            if (work.penalty_a) explicit_part += work.rho_a * missing;
             const bool has_grad =
                 out.grad_f && problem.valid_row(i) && problem.row(UNMATCHED, o) == 0;
             problem.row(BAR, o) =
@@ -121,11 +114,12 @@ struct Unrolled {
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o) {
             const int j = grid.own_column(o);
-            const float sum = problem.column(SUMS, o), mass = problem.column(MASS, o);
+            const float sum = problem.column(SUMS, o), missing = problem.column(MISSING, o);
             const float slope = up.value * (slope_column[o] * sum + by_column[o]) +
                                 up.linear * problem.column(SPENT, o);
-            float explicit_part = work.target * (mass * (float)work.total_a - sum);
-            if (work.penalty_b) explicit_part += work.rho_b * (mass - sum);
+            float explicit_part =
+                work.target * (problem.column(MASS, o) * (float)work.total_a - sum);
+            if (work.penalty_b) explicit_part += work.rho_b * missing;
             const bool has_grad =
                 out.grad_g && problem.valid_column(j) && problem.column(UNMATCHED, o) == 0;
             problem.column(BAR, o) =
@@ -144,10 +138,82 @@ struct Unrolled {
                 cost_bar(r, c) = kernel.K[r][c] * (up.total - slope * scale);
             }
     }
-    OPTICAL_DEVICE static float dual_slope(float potential, float marginal, float mass,
-                                           float log_mass, float rho, bool penalty) {
-        if (!penalty) return potential;
-        return (float)(potential + (double)rho * Objective<G>::log_ratio(marginal, mass, log_mass));
+    // The derivatives of the dual along the potentials into SLOPE, and the masses that the sums
+    // miss into MISSING. K is the plan.
+    //
+    // A large rho magnifies the rounding errors of the sums. The last iteration says what they are:
+    // column sums are b exp(-g / rho), and row sums were a exp(-f / rho) before g changed. This
+    // does not hold with over-relaxation.
+    OPTICAL_DEVICE void measure_slopes(int32_t steps, float (&slope_row)[OI],
+                                       float (&slope_column)[OJ]) {
+        const bool plain = steps == 1 || (steps > 1 && problem.batch.omega == 1);
+        float change[OI] = {};
+        if (plain && work.penalty_a)
+            measure_changes(solver.history_columns(history, steps - 1), change);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) {
+            const bool known = plain && work.penalty_a && problem.row(UNMATCHED, o) == 0;
+            measure_slope(problem.row(POTENTIAL, o), problem.row(SUMS, o), problem.row(MASS, o),
+                          problem.row(LOG, o), work.rho_a, work.penalty_a,
+                          known ? change[o] : infinity(), slope_row[o], problem.row(MISSING, o));
+            problem.row(SLOPE, o) = slope_row[o];
+        }
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            const bool known = plain && problem.column(UNMATCHED, o) == 0;
+            measure_slope(problem.column(POTENTIAL, o), problem.column(SUMS, o),
+                          problem.column(MASS, o), problem.column(LOG, o), work.rho_b,
+                          work.penalty_b, known ? 0.0f : infinity(), slope_column[o],
+                          problem.column(MISSING, o));
+            problem.column(SLOPE, o) = slope_column[o];
+        }
+    }
+    // The changes of the row sums since g was old_g: the sums of P (1 - exp((old_g - g) /
+    // epsilon)). They add up to the difference of the masses of both sides, which removes the
+    // rounding errors that they share.
+    OPTICAL_DEVICE void measure_changes(const float* old_g, float (&change)[OI]) {
+        float moved[OJ];
+        double rows[3] = {0, 0, 0}, columns[1] = {0};
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) {
+            const int j = grid.own_column(o);
+            const float g = problem.column(POTENTIAL, o);
+            moved[o] = one_minus_exp((g - (j < problem.b.count ? old_g[j] : 0.0f)) *
+                                     work.inverse_epsilon);
+            if (problem.column(UNMATCHED, o) == 0)
+                columns[0] += wanted_mass(problem.column(LOG, o), g, work.rho_b);
+        }
+        kernel.rows_times(problem, moved, change);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o)
+            if (problem.row(UNMATCHED, o) == 0) {
+                rows[0] +=
+                    wanted_mass(problem.row(LOG, o), problem.row(POTENTIAL, o), work.rho_a);
+                rows[1] += change[o], rows[2] += problem.row(SUMS, o);
+            }
+        grid.total(rows, true);
+        grid.total(columns, false);
+        const float shared = (float)((columns[0] - rows[0] - rows[1]) / rows[2]);
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OI; ++o) change[o] += shared * problem.row(SUMS, o);
+    }
+    OPTICAL_DEVICE static double wanted_mass(float log_mass, float potential, float rho) {
+        return exponential((double)log_mass - (double)potential / (double)rho);
+    }
+    // `change`: the difference between the sum and mass exp(-potential / rho), if it is known.
+    OPTICAL_DEVICE static void measure_slope(float potential, float sum, float mass, float log_mass,
+                                             float rho, bool penalty, float change, float& slope,
+                                             float& missing) {
+        slope = potential, missing = mass - sum;
+        if (!penalty) return;
+        const float wanted = Solver<G>::required_mass(mass, log_mass, potential, rho, true);
+        if (absolute(change) < 0.25f * wanted && mass > 1e-30f) {
+            slope = (float)((double)rho * logarithm(1.0 + (double)change / (double)wanted));
+            missing = mass * one_minus_exp(potential / rho) - change;
+        } else {
+            slope = (float)(potential +
+                            (double)rho * Objective<G>::log_ratio(sum, mass, log_mass));
+        }
     }
 
     // Loads stored potentials as the current ones.

@@ -109,22 +109,8 @@ struct Workspace {
     // mass.
     OPTICAL_DEVICE void mark_unmatched(Problem<G>& problem) {
         G& grid = problem.grid;
-        float by_column[RJ], row_minimum[OI] = {}, column_minimum[OJ];
-        OPTICAL_UNROLL_LOOP
-        for (int c = 0; c < RJ; ++c) by_column[c] = infinity();
-        OPTICAL_KEEP_LOOP
-        for (int q = 0; q < RI; ++q) {
-            const int r = grid.slot_of(q);
-            float minimum = infinity();
-            OPTICAL_UNROLL_LOOP
-            for (int c = 0; c < RJ; ++c) {
-                minimum = smaller(minimum, problem.cost(r, c));
-                by_column[c] = smaller(by_column[c], problem.cost(r, c));
-            }
-            grid.template fold_row<Minimum>(minimum, q, row_minimum);
-        }
-        grid.template combine_rows<Minimum>(row_minimum);
-        grid.template columns<Minimum>(by_column, column_minimum);
+        float row_minimum[OI] = {}, column_minimum[OJ];
+        find_minima(problem, row_minimum, column_minimum);
         double unmatched[2] = {0, 0}, unmatched_column_count[1] = {0};
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o) {
@@ -151,6 +137,38 @@ struct Workspace {
         grid.total(unmatched_column_count, false);
         unmatched_mass = (float)unmatched[0], unmatched_rows = unmatched[1] > 0,
         unmatched_columns = unmatched_column_count[0] > 0;
+    }
+
+    // The least cost of each row and column, infinite if it has no allowed pair. Costs of vectors
+    // are finite for all pairs of valid rows and columns, so any number stands for them.
+    OPTICAL_DEVICE void find_minima(Problem<G>& problem, float (&row_minimum)[OI],
+                                    float (&column_minimum)[OJ]) {
+        G& grid = problem.grid;
+        if (problem.batch.kind != OPTICAL_GIVEN) {
+            OPTICAL_UNROLL_LOOP
+            for (int o = 0; o < OI; ++o)
+                row_minimum[o] = problem.valid_row(grid.own_row(o)) ? 0.0f : infinity();
+            OPTICAL_UNROLL_LOOP
+            for (int o = 0; o < OJ; ++o)
+                column_minimum[o] = problem.valid_column(grid.own_column(o)) ? 0.0f : infinity();
+            return;
+        }
+        float by_column[RJ];
+        OPTICAL_UNROLL_LOOP
+        for (int c = 0; c < RJ; ++c) by_column[c] = infinity();
+        OPTICAL_KEEP_LOOP
+        for (int q = 0; q < RI; ++q) {
+            const int r = grid.slot_of(q);
+            float minimum = infinity();
+            OPTICAL_UNROLL_LOOP
+            for (int c = 0; c < RJ; ++c) {
+                minimum = smaller(minimum, problem.cost(r, c));
+                by_column[c] = smaller(by_column[c], problem.cost(r, c));
+            }
+            grid.template fold_row<Minimum>(minimum, q, row_minimum);
+        }
+        grid.template combine_rows<Minimum>(row_minimum);
+        grid.template columns<Minimum>(by_column, column_minimum);
     }
 
     OPTICAL_DEVICE void start_scalings(const Problem<G>& problem) {

@@ -345,6 +345,17 @@ def test_anderson_rejects_a_mixture_that_raises_the_residual(memory, seed, itera
 
 
 @needs_library
+@pytest.mark.parametrize("rho", [1e3, 1e4, 1e5])
+def test_implicit_gradients_of_large_penalties(rho):
+    """The adjoint system is nearly singular along (1, -1)."""
+    problem = replace(ALL["rho_strong"], rho_a=rho, rho_b=2 * rho).to(torch.float32)
+    out = solve("cpu", problem, "implicit")
+    truth = solve("reference", problem.to(torch.float64), "implicit")
+    for name in ("grad_x", "grad_log_a", "grad_log_b"):
+        torch.testing.assert_close(out[name].double(), truth[name], rtol=0, atol=1e-6)
+
+
+@needs_library
 @pytest.mark.parametrize("gradient", ["envelope", "implicit", "unroll"])
 @pytest.mark.parametrize("name", ["everything", "cosine_ragged", "rho", "omega", "clusters"])
 def test_gradients_have_the_same_bits_alone_and_on_any_thread(name, gradient, threads):

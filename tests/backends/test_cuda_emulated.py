@@ -40,12 +40,16 @@ def compiled(tmp_path_factory):
     return library.open_library(build(tmp_path_factory.mktemp("host"), "-O1", "-Werror"), None)
 
 
-@pytest.fixture
-def kernels(compiled, monkeypatch):
+@pytest.fixture(params=["rounded", pytest.param("pessimistic", marks=pytest.mark.slow)])
+def kernels(compiled, monkeypatch, request):
+    """The emulated library, with rounded and with pessimistic arithmetic."""
     use(compiled, monkeypatch.setattr)
     compiled.optical_emulator_seed(1)
+    compiled.optical_emulator_arithmetic(request.param == "pessimistic")
     yield compiled
+    compiled.optical_emulator_arithmetic(0)
     compiled.optical_emulator_device(227 << 10, 8)
+    compiled.optical_emulator_withhold(0)
     cuda._fits.cache_clear()
 
 
@@ -95,6 +99,45 @@ def test_clusters_of_many_blocks(n, m, gradient, kind, kernels):
         problem = random_vector_case(f"{n}x{m}", kind, batch=1, n=n, m=m, **options)
     skip_unless_supported(problem, gradient)
     assert_backend_correct("cuda", problem, torch.float32, gradients=(gradient,))
+
+
+# Cases of every regime, cost and mode that are quick; the slow tests run all others.
+PESSIMISTIC = ["ragged", "rho_strong", "rho_weak", "omega_below_one", "cosine_ragged"]
+PESSIMISTIC += ["sqeuclidean_packed_rho", "dot_ragged_packed", "one_fully_masked"]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", PESSIMISTIC)
+def test_pessimistic_arithmetic_is_within_tolerance(name, gradient, compiled, monkeypatch):
+    """The largest errors that PTX allows, and tensor cores that truncate."""
+    use(compiled, monkeypatch.setattr)
+    compiled.optical_emulator_arithmetic(1)
+    try:
+        assert_backend_correct("cuda", ALL[name], torch.float32, gradients=(gradient,))
+    finally:
+        compiled.optical_emulator_arithmetic(0)
+
+
+def test_truncation_does_not_grow_with_the_dimension(kernels):
+    """Chunks of split vectors have accumulators of their own."""
+    kernels.optical_emulator_arithmetic(1)
+    clouds = random_vector_case("long", "cosine", batch=1, n=60, m=50, dim=1024, epsilon=0.05)
+    y = clouds.x[:, :50] + 0.5 * clouds.y  # a shared direction: products do not cancel
+    problem = replace(clouds, y=y, max_iter=5).to(torch.float32)
+    out, truth = solve("cuda", problem), solve("reference", problem.to(torch.float64))
+    error = (out["f"] - truth["f"]).abs().max() / truth["f"].abs().max()
+    assert error < 1e-6
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "unroll"])
+@pytest.mark.parametrize("rho", [1e3, 1e4, 1e5])
+def test_large_penalties_do_not_magnify_rounding_errors(rho, gradient, kernels):
+    problem = replace(ALL["rho_strong"], rho_a=rho, rho_b=2 * rho).to(torch.float32)
+    out = solve("cuda", problem, gradient)
+    truth = solve("reference", problem.to(torch.float64), gradient)
+    for name in ("grad_x", "grad_log_a", "grad_log_b"):
+        largest = max(1.0, truth[name].abs().max())
+        torch.testing.assert_close(out[name].double(), truth[name], rtol=0, atol=1e-5 * largest)
 
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -289,6 +332,60 @@ def test_deadlocks_are_reported(tmp_path):
     compiled = ctypes.CDLL(str(build(tmp_path, "-O1", source=source)))
     assert compiled.met(1) == 1
     assert compiled.met(0) == 0
+
+
+def test_a_shortage_of_shared_memory_is_reported(kernels):
+    problem = random_case("short", 1, 100, 120, max_iter=2).to(torch.float32)
+    solve("cuda", problem, "unroll")
+    kernels.optical_emulator_withhold(64)
+    with pytest.raises(RuntimeError, match="failed with"):
+        solve("cuda", problem, "unroll")
+
+
+ARITHMETIC = """
+#include "primitives.cuh"
+using namespace optical::cuda;
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT void arithmetic(int pessimistic) { emulator::pessimistic() = pessimistic != 0; }
+EXPORT float exp2_of(float x) { return exp2_fast(x); }
+EXPORT float log2_of(float x) { return log2_fast(x); }
+EXPORT float reciprocal_of(float x) { return reciprocal(x); }
+EXPORT float sum_of(float d, const float* x) {
+    return emulator::tensor_core_sum(d, *(const float(*)[16])x);
+}
+"""
+
+
+def test_pessimistic_arithmetic_has_the_errors_that_ptx_allows(tmp_path):
+    source = tmp_path / "arithmetic.cu"
+    source.write_text(ARITHMETIC)
+    compiled = ctypes.CDLL(str(build(tmp_path, "-O1", source=source)))
+    for name in ("exp2_of", "log2_of", "reciprocal_of", "sum_of"):
+        getattr(compiled, name).restype = ctypes.c_float
+    compiled.sum_of.argtypes = [ctypes.c_float, ctypes.POINTER(ctypes.c_float)]
+
+    def worst(function, exact, inputs):
+        values = ((function(ctypes.c_float(x)), exact(x)) for x in inputs)
+        return max(abs(value / truth - 1) for value, truth in values)
+
+    inputs = [2.5 + i / 64 for i in range(200)]
+    products = (ctypes.c_float * 16)(*[2.0**-25] * 16)
+    for pessimistic, low, high in ((0, 0.0, 2**-23), (1, 2**-23.1, 2**-21.6)):
+        compiled.arithmetic(pessimistic)
+        for name, exact in (
+            ("exp2_of", lambda x: 2.0**x),
+            ("log2_of", math.log2),
+            ("reciprocal_of", lambda x: 1 / x),
+        ):
+            assert low <= worst(getattr(compiled, name), exact, inputs) <= high, name
+        # Terms of a quarter of the last digit survive, those below are cut off.
+        assert compiled.sum_of(1.0, products) == (1 + 2.0**-21 if pessimistic else 1.0)
+        tiny = (ctypes.c_float * 16)(*[2.0**-26] * 16)
+        assert compiled.sum_of(1.0, tiny) == 1.0
+        assert compiled.sum_of(0.0, tiny) == 2.0**-22
+        assert compiled.sum_of(1.0, (ctypes.c_float * 16)(3 * 2.0**-25)) == (
+            1.0 if pessimistic else 1 + 2.0**-23
+        )
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from optical.backends import cuda, library, structs
 
 EMULATOR = Path(__file__).resolve().parent
 SOURCES = EMULATOR.parent.parent / "csrc" / "cuda"
-FLAGS = ["-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-x", "c++", "-std=c++17", "-Wall", "-Wextra"]
 FLAGS += ["-DOPTICAL_EMULATED", f"-I{EMULATOR}", f"-I{SOURCES}"]
+SHARED_FLAGS = ["-fPIC", "-shared", "-fvisibility=hidden"]
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mfma")
 
@@ -23,10 +24,21 @@ def build(folder: Path, *flags: str, source: Path = SOURCES / "sinkhorn.cu") -> 
 
     Skips the calling test where there is no C++ compiler.
     """
+    return _compile(folder / "emulated.so", source, *SHARED_FLAGS, *flags)
+
+
+def build_program(folder: Path, *flags: str) -> Path:
+    """Compile ``exercise.cpp`` and the kernels into a program in ``folder``.
+
+    Skips the calling test where there is no C++ compiler.
+    """
+    return _compile(folder / "exercise", EMULATOR / "exercise.cpp", *flags)
+
+
+def _compile(target: Path, source: Path, *flags: str) -> Path:
     compiler = library.find_compiler()
     if compiler is None:
         pytest.skip(reason="no C++ compiler")
-    target = folder / "emulated.so"
     subprocess.run([*compiler, *FLAGS, *flags, str(source), "-o", str(target)], check=True)
     return target
 

@@ -201,6 +201,7 @@ inline float reciprocal(float x) { return emulator::approximate_reciprocal(x); }
 inline float inverse_root(float x) { return emulator::approximate_inverse_root(x); }
 inline double square_root(double x) { return sqrt(x); }
 inline double logarithm(double x) { return log(x); }
+inline double exponential(double x) { return exp(x); }
 inline float fused(float x, float y, float z) { return x * y + z; }
 inline unsigned bits_of(float x) {
     unsigned bits;
