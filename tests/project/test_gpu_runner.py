@@ -17,7 +17,7 @@ from benchmarks.gpu import builds, rehearsal
 from benchmarks.gpu.measure import __main__ as measure
 from benchmarks.gpu.measure import gate, ours, paths, peers, shapes
 from benchmarks.gpu.measure.rows import Row, RowFile
-from benchmarks.gpu.runner import ROOT, SKIPPED, TIMED_OUT, WRONG_ROWS, Step, Window
+from benchmarks.gpu.runner import MISSING, ROOT, SKIPPED, TIMED_OUT, WRONG_ROWS, Step, Window
 from optical.backends import library, reference, registry
 from optical.backends.dense import PaddedProblem
 
@@ -141,12 +141,15 @@ def test_a_step_that_fails_or_hangs_costs_only_itself(window, tmp_path):
     sleeper = "import subprocess; print('child', flush=True); subprocess.run(['sleep', '987'])"
     results = window().run(
         [
+            Step("missing", 9.0, ("no-such-tool", "--version")),
+            Step("missing-too", 9.0, ("no-such-tool",), background=True),
             python("fails", "print('so'); raise SystemExit(5)"),
             python("hangs", sleeper, seconds=1.0),
             python("works", "print('hello')"),
         ]
     )
-    assert results == {"fails": 5, "hangs": TIMED_OUT, "works": 0}
+    expected = {"missing": MISSING, "missing-too": MISSING}
+    assert results == expected | {"fails": 5, "hangs": TIMED_OUT, "works": 0}
     log = (tmp_path / "log.txt").read_text()
     assert "fails: failed with 5" in log and "hangs: stopped at its limit" in log
     assert "\nhello\n" in log and "\nchild\n" in log
