@@ -17,9 +17,9 @@ import gc
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +30,11 @@ LIBRARY = idle_driver.install()
 import torch  # noqa: E402 - Triton has to meet the idle driver first
 import triton  # noqa: E402
 
+from benchmarks.launches.rows import KEPT, TRITON, Row  # noqa: E402
 from benchmarks.operator.rows import current_commit, device_name  # noqa: E402
 from optical import OTAlignmentLoss, sinkhorn  # noqa: E402
 
 launch = importlib.import_module("optical.kernels.launch")
-KEPT, TRITON = "kept handles", "triton"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One call with one way to launch.
-
-    Attributes:
-        us_p20, us_p50: quantiles over rounds of the time of a call.
-        bar_us: the time to reach; empty if there is none.
-        launches: kernels that a call launches.
-    """
-
-    call: str
-    mode: str
-    launcher: str
-    us_p20: float
-    us_p50: float
-    bar_us: float | str
-    launches: int
-    device: str
-    torch: str
-    triton: str
-    commit: str
-    date: str
 
 
 def calls() -> dict[tuple[str, str], tuple[Callable[[], Any], float | str]]:
@@ -156,21 +132,6 @@ def _microseconds(call: Callable[[], Any], turns: int) -> float:
     for _ in range(turns):
         call()
     return (time.process_time() - start) / turns * 1e6
-
-
-def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The rows of a CSV file as the lines of a Markdown table, one per call."""
-    times = {(row["call"], row["mode"], row["launcher"]): row for row in rows}
-    passes = {"forward": "forward", "both": "forward + backward"}
-    lines = []
-    for (call, mode, launcher), row in times.items():
-        if launcher == KEPT:
-            own = times[call, mode, TRITON]
-            cells = [call, passes[mode], str(row["launches"])]
-            cells += [f"{float(each['us_p50']):.3g}" for each in (row, own)]
-            bar = f"{float(row['bar_us']):g}" if row["bar_us"] else ""
-            lines.append(f"| {' | '.join(cells)} | {bar} |")
-    return lines
 
 
 def _rounded(value: float) -> float:

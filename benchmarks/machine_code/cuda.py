@@ -130,9 +130,12 @@ def _hot_loop(body: str, work: str, count: int) -> _Loop | None:
     loops = []
     for end, start in jumps.items():
         loop = operations[start : end + 1]
-        # Only an iteration computes reciprocals; loops that multiply vectors do not.
-        if sum(x.startswith(work) for x in loop) >= count and any(
-            x.startswith("MUFU.RCP") for x in loop
+        # Only an iteration computes reciprocals; loops that multiply vectors do not. The conjugate
+        # gradients of the adjoint also divide, but in double precision.
+        if (
+            sum(x.startswith(work) for x in loop) >= count
+            and any(x.startswith("MUFU.RCP ") for x in loop)
+            and not any(x.startswith("DADD") for x in loop)
         ):
             at, taken = start, 0
             while at <= end:

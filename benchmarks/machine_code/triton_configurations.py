@@ -8,7 +8,7 @@ from typing import Any
 
 import triton.language as tl
 
-from optical.kernels import batch, gradients, masses, plan_products, tuning
+from optical.kernels import gradients, plan_products, tuning
 from optical.kernels.onchip import adjoint, solve, unrolled
 from optical.kernels.streamed import adjoint as streamed_adjoint
 from optical.kernels.streamed import (
@@ -17,6 +17,8 @@ from optical.kernels.streamed import (
     unrolled_backward,
     unrolled_replay,
 )
+from optical.kernels.tokens import masses
+from optical.kernels.tokens import norms as token_norms
 
 KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
 
@@ -185,8 +187,8 @@ def _vector_kernels() -> Iterator[Configuration]:
         (stepwise.turn_kernel, "lines", "", "fp32", turn),
         (gradients.cost_gradient_kernel, "32x64", "given", "fp32", cost),
         (unrolled_replay.survey_kernel, "lines", "", "fp32", block | {"POTENTIALS": True}),
-        (batch.norm_kernel, "16x128", "cosine", "bf16", norms),
-        (batch.centre_kernel, "32x64", "sqeuclidean", "bf16", centre),
+        (token_norms.norm_kernel, "16x128", "cosine", "bf16", norms),
+        (token_norms.centre_kernel, "32x64", "sqeuclidean", "bf16", centre),
         (masses.equal_masses_kernel, "lines", "", "fp32", equal),
     ):
         yield Configuration(kernel, tile, kind, dtype, constants, 4, 3)

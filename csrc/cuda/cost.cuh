@@ -231,6 +231,61 @@ struct Cost {
         }
     }
 
+    // sum += the products of sixteen components of TALL x 16 rows and WIDE x 8 columns.
+    template <int TALL, int WIDE>
+    OPTICAL_DEVICE static void add_products(float (&sum)[TALL][WIDE][4], const uint16_t* rows,
+                                            const uint16_t* columns, bool bfloat) {
+        constexpr int components = Problem<G>::half_chunk;
+        unsigned right[WIDE][2];
+        OPTICAL_UNROLL_LOOP
+        for (int j = 0; j < WIDE / 2; ++j) {
+            unsigned pairs[4];
+            load_matrices<false>(pairs, columns + j * 16 * components);
+            right[2 * j][0] = pairs[0], right[2 * j][1] = pairs[1];
+            right[2 * j + 1][0] = pairs[2], right[2 * j + 1][1] = pairs[3];
+        }
+        OPTICAL_UNROLL_LOOP
+        for (int i = 0; i < TALL; ++i) {
+            unsigned left[4];
+            load_matrices<false>(left, rows + i * 16 * components);
+            OPTICAL_UNROLL_LOOP
+            for (int j = 0; j < WIDE; ++j)
+                optical::cuda::multiply_fragments(sum[i][j], left, right[j], bfloat);
+        }
+    }
+    // Adds the products of a staged chunk of split numbers. The product of the two lower halves is
+    // below the last digit and omitted.
+    //
+    // Tensor cores cut their sums off instead of rounding them. Therefore a chunk has accumulators
+    // of its own, in blocks that fit in registers, and float32 additions sum up the chunks.
+    template <int TALL, int WIDE>
+    OPTICAL_DEVICE void add_split_products(float (&sum)[TALL][WIDE][4], const uint16_t* staged,
+                                           int plane, int lane_row, int lane_column) const {
+        constexpr int components = Problem<G>::half_chunk;
+        constexpr int tall = TALL < 2 ? TALL : 2, wide = WIDE < 4 ? WIDE : 4;
+        OPTICAL_UNROLL_LOOP
+        for (int i = 0; i < TALL; i += tall)
+            OPTICAL_UNROLL_LOOP
+            for (int j = 0; j < WIDE; j += wide) {
+                float part[tall][wide][4] = {};
+                OPTICAL_KEEP_LOOP
+                for (int step = 0; step < 3 * (components / 16); ++step) {
+                    const int product = step / (components / 16), k = step % (components / 16);
+                    const uint16_t* const rows =
+                        staged + (product == 1 ? plane : 0) +
+                        place<components>(lane_row + 16 * i, 2 * k + grid.lane / 16);
+                    const uint16_t* const columns =
+                        staged + (product == 2 ? plane : 0) +
+                        place<components>(lane_column + 8 * j, 2 * k + grid.lane / 8 % 2);
+                    add_products<tall, wide>(part, rows, columns, false);
+                }
+                OPTICAL_UNROLL_LOOP
+                for (int e = 0; e < tall * wide * 4; ++e)
+                    sum[i + e / 4 / wide][j + e / 4 % wide][e % 4] +=
+                        part[e / 4 / wide][e / 4 % wide][e % 4];
+            }
+    }
+
     // Multiplies all rows and columns into a matrix in shared memory.
     template <bool bfloat, Route route>
     OPTICAL_DEVICE void multiply_fragments() const {
@@ -266,34 +321,20 @@ struct Cost {
                     stage_halves<components>(staged + (plane - current), k + components);
                 if (!problem.norms_known) add_squares<components, bfloat>(staged + current);
             }
-            // The product of the two lower halves is below the last digit and omitted.
-            OPTICAL_KEEP_LOOP
-            for (int step = 0; step < (split ? 3 : 1) * (components / 16); ++step) {
-                const int product = step / (components / 16), sixteen = step % (components / 16);
-                const uint16_t* const rows =
-                    staged + current + (product == 1 ? plane : 0) +
-                    place<components>(lane_row, 2 * sixteen + grid.lane / 16);
-                const uint16_t* const columns =
-                    staged + current + (product == 2 ? plane : 0) +
-                    place<components>(lane_column, 2 * sixteen + grid.lane / 8 % 2);
-                unsigned right[wide][2];
-                OPTICAL_UNROLL_LOOP
-                for (int j = 0; j < wide / 2; ++j) {
-                    unsigned pairs[4];
-                    load_matrices<false>(pairs, columns + j * 16 * components);
-                    right[2 * j][0] = pairs[0], right[2 * j][1] = pairs[1];
-                    right[2 * j + 1][0] = pairs[2], right[2 * j + 1][1] = pairs[3];
-                }
-                OPTICAL_UNROLL_LOOP
-                for (int i = 0; i < tall; ++i) {
-                    unsigned left[4];
-                    load_matrices<false>(left, rows + i * 16 * components);
-                    OPTICAL_UNROLL_LOOP
-                    for (int j = 0; j < wide; ++j)
-                        optical::cuda::multiply_fragments(sum[i][j], left, right[j], bfloat);
-                }
+            if (split) {
+                add_split_products(sum, staged, plane, lane_row, lane_column);
+                continue;
             }
-            if (!split) current = plane - current;
+            OPTICAL_KEEP_LOOP
+            for (int sixteen = 0; sixteen < components / 16; ++sixteen) {
+                const uint16_t* const rows =
+                    staged + current + place<components>(lane_row, 2 * sixteen + grid.lane / 16);
+                const uint16_t* const columns =
+                    staged + current +
+                    place<components>(lane_column, 2 * sixteen + grid.lane / 8 % 2);
+                add_products<tall, wide>(sum, rows, columns, bfloat);
+            }
+            current = plane - current;
         }
         sync_together();
         float* const matrix = (float*)problem.stage;
@@ -319,6 +360,8 @@ struct Cost {
         if constexpr (G::teams == 1) {
             multiply_fragments();
         } else {
+            // All lanes read the prescales that each team wrote for itself.
+            sync_together();
             OPTICAL_KEEP_LOOP
             for (int team = 0; team < G::teams; ++team) {
                 Problem<G> other = of_team(team);

@@ -98,7 +98,7 @@ OPTICAL_DEVICE void sync_cluster() {
 template <typename Element>
 OPTICAL_DEVICE const Element* remote(const Element* local, int rank) {
     uint64_t address;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"((uint64_t)local), "r"(rank));
+    asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"((uint64_t)local), "r"(rank));
     return (const Element*)address;
 }
 #else
@@ -115,14 +115,15 @@ OPTICAL_DEVICE const Element* remote(const Element* local, int) {
 // d += A B on the tensor cores, with A (16 x 16) and B (16 x 8) in half precision, in the fragment
 // layout of mma.m16n8k16. With g = lane / 4 and t = lane % 4, `a` holds the pairs at columns 2t and
 // 2t + 8 of rows g and g + 8, `b` the pairs at rows 2t and 2t + 8 of column g, and `d` columns 2t
-// and 2t + 1 of rows g and g + 8.
+// and 2t + 1 of rows g and g + 8. All lanes must take part: volatile keeps the compiler from moving
+// the product into code that only some lanes reach.
 OPTICAL_DEVICE void multiply_fragments(float (&d)[4], const unsigned (&a)[4],
                                        const unsigned (&b)[2], bool bfloat) {
 #define OPTICAL_MMA(type)                                                                        \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, "         \
-        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                          \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                         \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, "     \
+                 "%3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                            \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
     if (bfloat) OPTICAL_MMA("bf16");
     else OPTICAL_MMA("f16");
 #undef OPTICAL_MMA

@@ -8,6 +8,9 @@
 
 #if !defined(OPTICAL_EMULATED)
 #include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdio>
 #endif
 
 #ifndef OPTICAL_SOURCE_HASH
@@ -19,23 +22,29 @@ namespace cuda {
 namespace {
 
 // Error codes in addition to those of sinkhorn.h.
-enum { out_of_reach = 3, launch_failed = 4, deadlock = 5 };
+enum { out_of_reach = 3, launch_failed = 4, deadlock = 5, overrun = 6 };
 
 #if defined(OPTICAL_EMULATED)
 
 typedef void* Stream;
 
-// The limits of an H100.
-int shared_memory_of_device() { return 227 << 10; }
-int blocks_of_cluster() { return 8; }
+int shared_memory_of_device() { return emulator::machine().shared_memory; }
+int blocks_of_cluster() { return emulator::machine().max_cluster; }
+
+void forget_failure() {}
+bool has_failed() { return false; }
+const char* failure_text() { return ""; }
 
 template <typename... Arguments>
 int launch(void (*kernel)(Arguments...), int64_t grid, int blocks, int threads, int bytes, Stream,
            Arguments... arguments) {
     const std::function<void()> body = [&] { kernel(arguments...); };
-    for (int64_t first = 0; first < grid; first += blocks)
-        if (!emulator::run_cluster((int)first, blocks, threads, (size_t)bytes, body))
-            return deadlock;
+    for (int64_t first = 0; first < grid; first += blocks) {
+        const emulator::Run run =
+            emulator::run_cluster((int)first, blocks, threads, (size_t)bytes, body);
+        if (run != emulator::Run::finished)
+            return run == emulator::Run::deadlock ? deadlock : overrun;
+    }
     return OPTICAL_OK;
 }
 
@@ -43,20 +52,82 @@ int launch(void (*kernel)(Arguments...), int64_t grid, int blocks, int threads, 
 
 typedef cudaStream_t Stream;
 
-int attribute(cudaDeviceAttr name) {
-    int device = 0, value = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&value, name, device);
-    return value;
+// The last error of the CUDA runtime in this thread, kept until the next call of the interface.
+thread_local cudaError_t failure = cudaSuccess;
+
+void forget_failure() { failure = cudaSuccess; }
+bool has_failed() { return failure != cudaSuccess; }
+const char* failure_text() {
+    thread_local char text[256];
+    if (!has_failed()) return "";
+    snprintf(text, sizeof text, "%s: %s", cudaGetErrorName(failure), cudaGetErrorString(failure));
+    return text;
+}
+bool succeeds(cudaError_t status) {
+    if (status == cudaSuccess) return true;
+    failure = status;
+    cudaGetLastError();  // the runtime would report it again after a later call
+    return false;
 }
 
-int shared_memory_of_device() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-int blocks_of_cluster() { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1; }
+int attribute(cudaDeviceAttr name, int device) {
+    int value = 0;
+    return succeeds(cudaDeviceGetAttribute(&value, name, device)) ? value : 0;
+}
+
+// The largest power of two of blocks that the device can schedule as one cluster. Every device of
+// compute capability 9.0 or newer has clusters of 8, but a slice of one (MIG), or a small one, may
+// have too few multiprocessors side by side.
+int largest_cluster(int device, int shared) {
+    if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 9) return 1;
+    const auto kernel = optical_forward_cluster;
+    if (!succeeds(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)))
+        return 1;
+    for (int blocks = 8; blocks > 1; blocks /= 2) {
+        cudaLaunchAttribute cluster;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = (unsigned)blocks;
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3((unsigned)blocks), config.blockDim = dim3(32 * max_warps);
+        config.dynamicSmemBytes = (size_t)shared;
+        config.attrs = &cluster, config.numAttrs = 1;
+        int count = 0;
+        const cudaError_t status = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+        if (status == cudaSuccess && count > 0) return blocks;
+        cudaGetLastError();  // a refusal is an answer
+    }
+    return 1;
+}
+
+// Shared memory per block and blocks per cluster of the current device, asked once.
+struct DeviceLimits {
+    int shared, blocks;
+};
+DeviceLimits limits_of_device() {
+    enum { count = 64 };
+    static std::atomic<int> shared[count], blocks[count];
+    int device = 0;
+    if (!succeeds(cudaGetDevice(&device))) return {0, 0};
+    const bool kept = device < count;
+    if (kept && blocks[device] > 0) return {shared[device], blocks[device]};
+    const int bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (has_failed()) return {0, 0};
+    const DeviceLimits limits = {bytes, largest_cluster(device, bytes)};
+    if (has_failed()) return {0, 0};
+    if (kept) shared[device] = limits.shared, blocks[device] = limits.blocks;
+    return limits;
+}
+int shared_memory_of_device() { return limits_of_device().shared; }
+int blocks_of_cluster() { return limits_of_device().blocks; }
 
 template <typename... Arguments>
 int launch(void (*kernel)(Arguments...), int64_t grid, int blocks, int threads, int bytes,
            Stream stream, Arguments... arguments) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    // The same for every launch of a kernel: another thread may be about to launch it with more.
+    const int most = shared_memory_of_device();
+    if (!succeeds(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)))
+        return launch_failed;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = (unsigned)blocks;
@@ -65,8 +136,8 @@ int launch(void (*kernel)(Arguments...), int64_t grid, int blocks, int threads, 
     config.gridDim = dim3((unsigned)grid), config.blockDim = dim3((unsigned)threads);
     config.dynamicSmemBytes = (size_t)bytes, config.stream = stream;
     config.attrs = &cluster, config.numAttrs = blocks > 1 ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, arguments...) == cudaSuccess ? OPTICAL_OK
-                                                                            : launch_failed;
+    return succeeds(cudaLaunchKernelEx(&config, kernel, arguments...)) ? (int)OPTICAL_OK
+                                                                       : (int)launch_failed;
 }
 
 #endif
@@ -97,19 +168,36 @@ bool use_half_precision(const optical_problem& problem) {
 
 template <typename G>
 int shared_bytes(const optical_problem& problem, Operation operation, int down, int across) {
-    // A packed problem may use any grid with this number of warps; a grid of one row needs the
-    // most.
-    if (problem.offset_a && G::warps_at_once == 1) across *= down, down = 1;
     return operation == Operation::forward
                ? Problem<G>::shared_bytes(down, across, problem.kind)
                : Gradient<G>::shared_bytes(down, across, problem.kind, problem.gradient);
+}
+// The most that any grid of at most `warps` warps needs. One row of warps has the most columns to
+// exchange, one column of warps the largest products of vectors.
+template <typename G>
+int largest_shared_bytes(const optical_problem& problem, Operation operation, int warps) {
+    int largest = 0;
+    for (int down = 1; down <= warps; ++down)
+        for (int across = 1; down * across <= warps; ++across) {
+            const int bytes = shared_bytes<G>(problem, operation, down, across);
+            if (bytes > largest) largest = bytes;
+        }
+    return largest;
+}
+// Shared memory of a launch. A block that serves a packed batch may use any grid with the warps of
+// the regime.
+template <typename G>
+int shared_bytes(const optical_problem& problem, Operation operation, const Regime& regime) {
+    if (problem.offset_a && regime.number >= BLOCK)
+        return largest_shared_bytes<G>(problem, operation, regime.down * regime.across);
+    return shared_bytes<G>(problem, operation, regime.down, regime.across);
 }
 
 // The launch limits of a device with `bytes` of shared memory per block and clusters of `blocks`.
 Limits limits_of(const optical_problem& problem, Operation operation, int bytes, int blocks) {
     Limits limits = {max_warps, blocks, operation == Operation::forward};
-    // Of all grids with the same number of warps, the one of one row needs the most memory.
-    while (limits.warps > 0 && shared_bytes<Cluster>(problem, operation, 1, limits.warps) > bytes)
+    while (limits.warps > 0 &&
+           largest_shared_bytes<Cluster>(problem, operation, limits.warps) > bytes)
         --limits.warps;
     return limits;
 }
@@ -121,10 +209,12 @@ Limits limits_of(const optical_problem& problem, Operation operation) {
 // bounds, and queue is called for every regime that a problem of the batch may belong to.
 template <typename Queue>
 int for_regimes(const optical_problem& problem, Operation operation, Queue queue) {
+    forget_failure();
     if (!is_valid(problem)) return OPTICAL_INVALID_ARGUMENT;
     if (problem.batch == 0) return OPTICAL_OK;
     const Limits limits = limits_of(problem, operation);
     const Regime largest = regime_of(problem.n, problem.m, limits);
+    if (has_failed()) return launch_failed;
     if (largest.number == NO_REGIME) return out_of_reach;
     if (!problem.offset_a) return queue(largest, limits);
     int status = OPTICAL_OK;
@@ -151,13 +241,41 @@ using namespace optical::cuda;
 
 extern "C" {
 
-// Whether problems of these sizes can be solved and differentiated on the current device.
+// The text of the error that the last call of this thread met, or "".
+OPTICAL_API const char* optical_cuda_error(void) { return failure_text(); }
+
+// Whether the current device runs these kernels: loads one of them and returns 0, or an error.
+// Writes shared memory per block, blocks per cluster, the versions of CUDA that the driver and the
+// runtime support, such as 13000, and the compute capability, such as 90.
+OPTICAL_API int optical_cuda_probe(int* answers) {
+    forget_failure();
+    for (int i = 0; i < 5; ++i) answers[i] = 0;
+#if !defined(OPTICAL_EMULATED)
+    succeeds(cudaDriverGetVersion(&answers[2]));
+    succeeds(cudaRuntimeGetVersion(&answers[3]));
+    forget_failure();
+    cudaFuncAttributes ignored;
+    int device = 0;
+    if (!succeeds(cudaFuncGetAttributes(&ignored, optical_forward_four)) ||
+        !succeeds(cudaGetDevice(&device)))
+        return launch_failed;
+    answers[4] = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                 attribute(cudaDevAttrComputeCapabilityMinor, device);
+#endif
+    answers[0] = shared_memory_of_device(), answers[1] = blocks_of_cluster();
+    return has_failed() ? (int)launch_failed : (int)OPTICAL_OK;
+}
+
+// Whether problems of these sizes can be solved and differentiated on the current device; negative
+// if it cannot be asked.
 OPTICAL_API int optical_cuda_reach(const optical_problem* pointer) {
+    forget_failure();
     const optical_problem& problem = *pointer;
     const auto fits = [&](Operation operation) {
         return regime_of(problem.n, problem.m, limits_of(problem, operation)).number != NO_REGIME;
     };
-    return fits(Operation::forward) && fits(Operation::backward);
+    const bool reached = fits(Operation::forward) && fits(Operation::backward);
+    return has_failed() ? -launch_failed : reached;
 }
 
 // optical_sinkhorn_forward on a stream.
@@ -172,31 +290,31 @@ OPTICAL_API int optical_cuda_forward(const optical_problem* pointer,
                           problem, *solution, limits, r.number);
         };
         const bool fast = use_half_precision(problem) &&
-                          shared_bytes<FastCluster>(problem, forward, r.down, r.across) <=
+                          shared_bytes<FastCluster>(problem, forward, r) <=
                               shared_memory_of_device();
         if (r.number == FOUR)
-            return queue(optical_forward_four, shared_bytes<FourInWarp>(problem, forward, 1, 1));
+            return queue(optical_forward_four, shared_bytes<FourInWarp>(problem, forward, r));
         if (r.number == PAIR)
-            return queue(optical_forward_pair, shared_bytes<PairInWarp>(problem, forward, 1, 1));
+            return queue(optical_forward_pair, shared_bytes<PairInWarp>(problem, forward, r));
         if (r.number == WARP)
             return fast ? queue(optical_forward_fast_warp,
-                                shared_bytes<FastWarp>(problem, forward, 1, 1))
+                                shared_bytes<FastWarp>(problem, forward, r))
                         : queue(optical_forward_warp,
-                                shared_bytes<LargeWarp>(problem, forward, 1, 1));
+                                shared_bytes<LargeWarp>(problem, forward, r));
         if (r.number == SQUARE)
             return fast ? queue(optical_forward_fast_square,
-                                shared_bytes<FastSquare>(problem, forward, 2, 2))
+                                shared_bytes<FastSquare>(problem, forward, r))
                         : queue(optical_forward_square,
-                                shared_bytes<SquareBlock>(problem, forward, 2, 2));
+                                shared_bytes<SquareBlock>(problem, forward, r));
         if (r.number == CLUSTER)
             return fast ? queue(optical_forward_fast_cluster,
-                                shared_bytes<FastCluster>(problem, forward, r.down, r.across))
+                                shared_bytes<FastCluster>(problem, forward, r))
                         : queue(optical_forward_cluster,
-                                shared_bytes<Cluster>(problem, forward, r.down, r.across));
+                                shared_bytes<Cluster>(problem, forward, r));
         return fast ? queue(optical_forward_fast_block,
-                            shared_bytes<FastBlock>(problem, forward, r.down, r.across))
+                            shared_bytes<FastBlock>(problem, forward, r))
                     : queue(optical_forward_block,
-                            shared_bytes<OneBlock>(problem, forward, r.down, r.across));
+                            shared_bytes<OneBlock>(problem, forward, r));
     });
 }
 
@@ -217,15 +335,15 @@ OPTICAL_API int optical_cuda_backward(const optical_problem* pointer,
         };
         if (r.number == PAIR)
             return queue(unroll ? optical_unroll_small : optical_backward_small,
-                         shared_bytes<SmallWarp>(problem, backward, 1, 1));
+                         shared_bytes<SmallWarp>(problem, backward, r));
         if (r.number == WARP)
             return queue(unroll ? optical_unroll_warp : optical_backward_warp,
-                         shared_bytes<LargeWarp>(problem, backward, 1, 1));
+                         shared_bytes<LargeWarp>(problem, backward, r));
         if (r.number == CLUSTER)
             return queue(unroll ? optical_unroll_cluster : optical_backward_cluster,
-                         shared_bytes<Cluster>(problem, backward, r.down, r.across));
+                         shared_bytes<Cluster>(problem, backward, r));
         return queue(unroll ? optical_unroll_block : optical_backward_block,
-                     shared_bytes<OneBlock>(problem, backward, r.down, r.across));
+                     shared_bytes<OneBlock>(problem, backward, r));
     });
 }
 
@@ -239,12 +357,12 @@ OPTICAL_API int optical_cuda_launch_config(const optical_problem* pointer, int i
     const Limits limits = limits_of(problem, operation, shared, clusters);
     const Regime r = regime_of(problem.n, problem.m, limits);
     config[0] = r.down, config[1] = r.across, config[2] = r.blocks;
-    config[3] = r.number == FOUR      ? shared_bytes<FourInWarp>(problem, operation, 1, 1)
-                : r.number == CLUSTER ? shared_bytes<Cluster>(problem, operation, r.down, r.across)
-                : r.number > WARP     ? shared_bytes<OneBlock>(problem, operation, r.down, r.across)
-                : r.number == WARP    ? shared_bytes<LargeWarp>(problem, operation, 1, 1)
-                : is_backward         ? shared_bytes<SmallWarp>(problem, operation, 1, 1)
-                                      : shared_bytes<PairInWarp>(problem, operation, 1, 1);
+    config[3] = r.number == FOUR      ? shared_bytes<FourInWarp>(problem, operation, r)
+                : r.number == CLUSTER ? shared_bytes<Cluster>(problem, operation, r)
+                : r.number > WARP     ? shared_bytes<OneBlock>(problem, operation, r)
+                : r.number == WARP    ? shared_bytes<LargeWarp>(problem, operation, r)
+                : is_backward         ? shared_bytes<SmallWarp>(problem, operation, r)
+                                      : shared_bytes<PairInWarp>(problem, operation, r);
     config[4] = r.problems;
     return r.number;
 }
@@ -257,6 +375,14 @@ OPTICAL_API const char* optical_source_hash(void) { return OPTICAL_SOURCE_HASH; 
 // Seeds the order in which emulated threads run.
 OPTICAL_API void optical_emulator_seed(uint64_t seed) {
     emulator::machine().random = seed * 2 + 1;
+}
+// Makes approximate arithmetic as wrong as it may be, or rounds it.
+OPTICAL_API void optical_emulator_arithmetic(int pessimistic) {
+    emulator::pessimistic() = pessimistic != 0;
+}
+// Sets the shared memory per block, in bytes, and the blocks per cluster of the emulated device.
+OPTICAL_API void optical_emulator_device(int shared, int clusters) {
+    emulator::machine().shared_memory = shared, emulator::machine().max_cluster = clusters;
 }
 #endif
 

@@ -123,6 +123,10 @@ struct Solver {
             }
             work.bv[o] = (halves ? half.weight_b[o] : work.weight_b[o]) * work.v_next[o];
         }
+        if (G::marks_drift) {
+            OPTICAL_UNROLL_LOOP
+            for (int o = 0; o < OJ; ++o) work.bv[o] = report.flags ? not_a_number() : work.bv[o];
+        }
         if (!halves) grid.spread_columns(work.bv, work.bv_all);
         if (uses_potentials && relaxed_tol) {
             float sums[OJ];
@@ -359,6 +363,7 @@ struct Solver {
     //
     // The barrier of the next row exchange also decides whether an iteration is accepted, at no
     // extra cost. Until then the iteration is pending, and u and v belong to the iterate before it.
+    // Teams, which have no cheap vote, mark b v instead (ThreadGrid::marks_drift).
     enum class Outcome { converged, untrusted, finished };
     template <Mode mode>
     OPTICAL_DEVICE Outcome iterate_scaling(int32_t max_iter, float tol, int32_t& done,
@@ -388,8 +393,11 @@ struct Solver {
             float total_row[OI];
             sum_rows<mode>(total_row);
             if (grid.exchange_rows(total_row, report.flags != 0)) {
-                const unsigned flags = lost_sums<mode>(report.flags);
+                unsigned flags = lost_sums<mode>(report.flags);
+                // A sum that is not a number although nothing was marked.
+                if (G::marks_drift && flags == 0) flags = COLUMNS_LOST;
                 if (flags & COLUMNS_LOST) {
+                    if (G::marks_drift && done < before) ++done;
                     if (done == before) outcome = Outcome::untrusted;
                     break;
                 }
@@ -397,6 +405,11 @@ struct Solver {
                 if (!(uses_potentials && done == before)) {
                     accept<uses_potentials>(done, history);
                     break;
+                }
+                if (G::marks_drift) {
+                    report.flags = 0;
+                    unmark();
+                    continue;
                 }
             }
             accept<uses_potentials>(done, done < before ? nullptr : history);
@@ -424,6 +437,12 @@ struct Solver {
             else update_potentials(1.0f, 1.0f);
         }
         return outcome;
+    }
+    // Restores b v after scaling_step() marked it.
+    OPTICAL_DEVICE void unmark() {
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) work.bv[o] = work.weight_b[o] * work.v_next[o];
+        problem.grid.spread_columns(work.bv, work.bv_all);
     }
     // The marginal error of the current iterate.
     template <Mode mode>
@@ -476,19 +495,19 @@ struct Solver {
     OPTICAL_DEVICE float* history_columns(float* history, int32_t done) const {
         return history + done * (total_rows() + total_columns()) + total_rows() + problem.b.first;
     }
+    // One warp writes each value. Others read it after the barriers of Objective::evaluate().
     OPTICAL_DEVICE void record(float* history, int32_t done, bool scaled) {
         G& grid = problem.grid;
         if (!history) return;
-        // Every warp writes the same values and reads only its own.
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OI; ++o)
-            if (grid.own_row(o) < problem.a.count)
+            if (grid.warp_across == 0 && grid.own_row(o) < problem.a.count)
                 history_rows(history, done)[grid.own_row(o)] =
                     scaled ? problem.row(BASE, o) + work.epsilon_log(work.u[o])
                            : problem.row(POTENTIAL, o);
         OPTICAL_UNROLL_LOOP
         for (int o = 0; o < OJ; ++o)
-            if (grid.own_column(o) < problem.b.count)
+            if (grid.warp_down == 0 && grid.rank == 0 && grid.own_column(o) < problem.b.count)
                 history_columns(history, done)[grid.own_column(o)] =
                     scaled ? problem.column(BASE, o) + work.epsilon_log(work.v[o])
                            : problem.column(POTENTIAL, o);

@@ -36,7 +36,7 @@ struct Report {
     float residual;
 };
 
-constexpr int max_warps = 8;
+constexpr int max_warps = 8, max_blocks = 8;
 
 // Template parameters: RI_ x RJ_ entries per lane; DOWN x ACROSS, the grid of warps if it is known
 // at compile time, else 0; `fast_`, iterations in half precision (half_precision.cuh); `lanes_`,
@@ -54,6 +54,9 @@ struct ThreadGrid {
     static constexpr int OI = RI / lanes_across, OJ = RJ / lanes_down;
     static constexpr int warps_at_once = DOWN * ACROSS > 0 ? DOWN * ACROSS : 1;
     static constexpr int tile_rows = lanes_down * RI, tile_columns = lanes_across * RJ;
+    // Votes of a part of a warp are slow: the compiler cannot know that the parts run together. A
+    // lane that found drift makes its part of b v NaN instead, and with it all row sums of the team.
+    static constexpr bool marks_drift = teams > 1;
 
     static_assert(span == Span::warp || teams == 1, "a team is a part of one warp");
     static_assert(OI * lanes_across == RI && OJ * lanes_down == RJ,
@@ -245,14 +248,61 @@ struct ThreadGrid {
                 }
         }
     }
+    // The same sums for the iteration of a cluster. A trip through the network between
+    // multiprocessors takes about 200 clocks, so all blocks are asked before the first answer is
+    // used: the zero that starts the sums depends on all answers, or the compiler would use one
+    // answer before it asks for the next.
+    template <int BLOCKS>
+    OPTICAL_DEVICE void add_blocks(const float* parts, float (&out)[OJ]) const {
+        struct alignas(4 * OJ) Part {
+            float values[OJ];
+        };
+        const float* local = parts + (warp_across * 32 + lane) * OJ;
+        OPTICAL_UNROLL_LOOP
+        for (int o = 0; o < OJ; ++o) out[o] = 0;
+        OPTICAL_KEEP_LOOP
+        for (int w = 0; w < down; ++w, local += across * 32 * OJ) {
+            Part of_block[BLOCKS];
+            unsigned bits = 0;
+            OPTICAL_UNROLL_LOOP
+            for (int b = 0; b < BLOCKS; ++b) of_block[b] = *remote((const Part*)local, b);
+            OPTICAL_UNROLL_LOOP
+            for (int b = 0; b < BLOCKS; ++b) bits ^= bits_of(of_block[b].values[0]);
+            const float zero = bits == 0x7fffffffu ? 0.0f : -0.0f;
+            OPTICAL_UNROLL_LOOP
+            for (int o = 0; o < OJ; ++o) {
+                out[o] += zero;
+                OPTICAL_UNROLL_LOOP
+                for (int b = 0; b < BLOCKS; ++b) out[o] += of_block[b].values[o];
+            }
+        }
+    }
+    OPTICAL_DEVICE void add_all_columns(const float* parts, float (&out)[OJ]) const {
+        if (span != Span::cluster) add_columns<Sum>(parts, out);
+        else if (blocks == 8) add_blocks<8>(parts, out);
+        else if (blocks == 4) add_blocks<4>(parts, out);
+        else add_blocks<2>(parts, out);
+    }
+    // Calls use(report) in one lane for every warp w < count of every block: report w * step.
+    template <typename Use>
+    OPTICAL_DEVICE void for_reports(int count, int step, Use use) const {
+        const int w = lane % max_warps;
+        OPTICAL_UNROLL_LOOP
+        for (int first = 0; first < max_blocks; first += 32 / max_warps) {
+            const int b = first + lane / max_warps;
+            if (w < count && b < blocks) use(*at_block(own_reports() + w * step, b));
+        }
+    }
 
     // The exchanges of the iteration, which add reports to the sums. Rows and columns alternate,
     // and all threads of the block meet between two exchanges of rows, so a single buffer at a
     // fixed address suffices. Column sums of a cluster need two buffers: other blocks may still
     // read the last one.
     //
-    // Returns whether any thread of the block passed `flag`.
+    // Returns whether any thread of the block passed `flag`, or, for teams, whether any of the team
+    // marked its sums.
     OPTICAL_DEVICE bool exchange_rows(float (&out)[OI], bool flag) const {
+        if (marks_drift) return out[0] != out[0];
         if (span == Span::warp) return warp_any<lanes>(flag);
         put_rows(row_parts, out);
         const bool any = sync_block_or(flag);
@@ -260,7 +310,7 @@ struct ThreadGrid {
         return any;
     }
     // With `measure`, stores the mismatch of the rows of this warp for residual() below. In a
-    // cluster, also unites the flags of all warps.
+    // cluster, also hands the flags of all warps to the lanes of each warp.
     template <typename Mismatch>
     OPTICAL_DEVICE void exchange_columns(float (&out)[OJ], Report& report, bool measure,
                                          Mismatch mismatch) {
@@ -276,12 +326,11 @@ struct ThreadGrid {
             if (lane == 0) own_reports()[warp].flags = report.flags;
         }
         sync_exchange();
-        add_columns<Sum>(parts, out);
-        if (span == Span::cluster) {
-            OPTICAL_KEEP_LOOP
-            for (int b = 0; b < blocks; ++b)
-                if (lane < down * across) report.flags |= at_block(own_reports(), b)[lane].flags;
-        }
+        unsigned flags = 0;
+        if (span == Span::cluster)
+            for_reports(down * across, 1, [&](const Report& of_warp) { flags |= of_warp.flags; });
+        add_all_columns(parts, out);
+        report.flags |= flags;
     }
     OPTICAL_DEVICE Report* own_reports() const {
         return span == Span::cluster ? reports + column_turn * down * across : reports;
@@ -290,10 +339,12 @@ struct ThreadGrid {
     OPTICAL_DEVICE float residual(float of_warp) const {
         if (span == Span::warp) return of_warp;
         float sum = 0;
+        if (span == Span::cluster) {
+            for_reports(down, across, [&](const Report& of_row) { sum += of_row.residual; });
+            return over_lanes(sum);
+        }
         OPTICAL_KEEP_LOOP
-        for (int b = 0; b < blocks; ++b)
-            OPTICAL_KEEP_LOOP
-            for (int w = 0; w < down; ++w) sum += at_block(own_reports(), b)[w * across].residual;
+        for (int w = 0; w < down; ++w) sum += own_reports()[w * across].residual;
         return sum;
     }
     // Whether any thread of the block passed `flag`.

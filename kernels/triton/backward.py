@@ -11,10 +11,11 @@ from torch import Tensor
 from optical.backends.problem import Problem
 from optical.kernels import tuning
 from optical.kernels.backward_unrolled import Upstream, unroll
-from optical.kernels.batch import LaunchProblem, Norms, ceil_div, cost_options, next_power_of_2
+from optical.kernels.batch import LaunchProblem, ceil_div, cost_options, next_power_of_2
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
 from optical.kernels.launch import launch_kernel
 from optical.kernels.plan_products import mass_gradient_kernel, plan_kernel, product_kernel
+from optical.kernels.tokens.norms import Norms
 
 
 def backward(

@@ -14,7 +14,6 @@ from optical.backends.problem import Problem, Solution
 from optical.kernels import tuning
 from optical.kernels.batch import (
     LaunchProblem,
-    Norms,
     annealing_temperatures,
     ceil_div,
     choose_tiles,
@@ -35,6 +34,7 @@ from optical.kernels.streamed.stepwise import (
     turn_kernel,
     walk_kernel,
 )
+from optical.kernels.tokens.norms import Norms
 
 
 def supports(problem: Problem) -> str | None:

@@ -1,18 +1,22 @@
-"""Launches of kernels through kept handles.
+"""Launches of kernels through kept handles, and a probe of whether a device can run any.
 
 Triton looks a kernel up at every launch: it binds and specialises each argument, and compares every
 global that the kernel reads. That takes ten times as long as the launch itself. ``launch_kernel``
 does so once per variant of a kernel and keeps the launcher of the compiled kernel.
 """
 
+import contextlib
 import functools
+import io
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import triton
+import triton.language as tl
 from triton import knobs
 
 # What the type and the value of an integer argument decide about a variant.
@@ -163,3 +167,27 @@ def _parameters_of(kernel: Any) -> _Parameters:
         ),
         tuple(parameter.name for parameter in kernel.params[len(run_time) :]),
     )
+
+
+@triton.jit
+def probe_kernel(out_ptr):
+    """Store a number."""
+    tl.store(out_ptr, 1)
+
+
+def obstacle(device: int) -> str | None:
+    """Return the error with which Triton fails to compile or load a kernel, or None.
+
+    Such an error is a missing C compiler, which Triton needs, or a device that its assembler does
+    not know.
+    """
+    try:
+        # Triton prints the whole program that its assembler refuses.
+        with torch.cuda.device(device), contextlib.redirect_stdout(io.StringIO()):
+            # Reading `run` loads the kernel; nothing is launched.
+            _ = probe_kernel.warmup(torch.int32, grid=(1,)).run
+    except Exception as error:  # Triton has no base class of its errors
+        lines = str(error).strip().splitlines() or [""]
+        line = next((line for line in lines if "fatal" in line), lines[0]).strip()
+        return f"Triton cannot compile for this device ({type(error).__name__}: {line})"
+    return None

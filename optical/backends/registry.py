@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from optical.backends.problem import Problem, dtype_name, example_problem
+from optical.io import nvidia
 
 ENVIRONMENT_VARIABLE = "OPTICAL_BACKEND"
 
@@ -85,7 +86,27 @@ def _triton_obstacle(problem: Problem) -> str | None:
     if not runs_triton(problem.x):
         device = problem.x.device.type
         return f"the tensors are on {device}; the Triton kernels need a CUDA device"
+    if problem.x.is_cuda:
+        return _triton_device_obstacle(problem.x.device.index)
     return None
+
+
+def _triton_device_obstacle(device: int) -> str | None:
+    """Return why Triton cannot compile for a device, or None."""
+    obstacle = nvidia.capability_obstacle(device)
+    if obstacle is not None:
+        return obstacle
+    if device not in _triton_probes:
+        # Code is not loaded while a CUDA graph is captured.
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        probe = importlib.import_module("optical.kernels.launch")
+        _triton_probes[device] = probe.obstacle(device)
+    return _triton_probes[device]
+
+
+# Device -> the reason Triton cannot compile for it, or None; asked once per device.
+_triton_probes: dict[int, str | None] = {}
 
 
 # The reference is the last, since it supports everything and is slow.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from optical.backends import cpu, library, registry, structs
 from optical.ot.checks import (
@@ -302,7 +303,7 @@ def in_one_launch(
 
 @functools.cache
 def _triton_masses() -> Any:
-    return importlib.import_module("optical.kernels.masses")
+    return importlib.import_module("optical.kernels.tokens.masses")
 
 
 def offsets_of(side: Masses, vectors: Tensor) -> Tensor | None:
@@ -324,7 +325,38 @@ def offsets_of(side: Masses, vectors: Tensor) -> Tensor | None:
         if values[-1] != vectors.shape[0]:
             expected = f"{vectors.shape[0]}, the length of {side.names.source}"
             raise ValueError(f"{name} ends with {values[-1]}; expected {expected}")
-    return offsets.to(torch.int64)
+    return _as_int64(offsets)
+
+
+# Offsets -> (their version, version of the copy, stream of the copy, their int64 copy).
+_copies: Any = WeakTensorKeyDictionary()
+
+
+def _as_int64(offsets: Tensor) -> Tensor:
+    """Return offsets as int64, with one copy per tensor rather than one per call.
+
+    A backend that has read the longest lengths of a tensor knows them for as long as it lives; a
+    new tensor in each call would make it wait for the device each time. A CUDA graph must contain
+    the conversion, because its inputs change in place between replays.
+    """
+    plain = type(offsets) in CONCRETE and not (tracing() or dispatched() or offsets.is_inference())
+    if offsets.dtype == torch.int64 or not plain or torch.is_inference_mode_enabled():
+        return offsets.to(torch.int64)
+    stream = None
+    if offsets.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return offsets.to(torch.int64)
+        stream = torch.cuda.current_stream(offsets.device).cuda_stream
+    version, copy_version, copy_stream, copy = _copies.get(offsets, (None,) * 4)
+    if copy is None or (version, copy_version, copy_stream) != (
+        offsets._version,
+        copy._version,
+        stream,
+    ):
+        copy = offsets.to(torch.int64)
+        _copies[offsets] = offsets._version, copy._version, stream, copy
+    kept: Tensor = copy
+    return kept
 
 
 def _uniform(

@@ -16,6 +16,7 @@ import torch
 
 from optical.backends import cuda, library, nvrtc, structs
 from optical.backends.problem import GRADIENTS, Status
+from optical.ot import sinkhorn_vectors
 from optical.testing.cases import all_cases, packed, poisoned, random_case, random_vector_case
 from optical.testing.tolerance import FIELDS, assert_backend_correct, assert_close_to_truth, solve
 from tests.cuda_emulator.build import build, use
@@ -44,6 +45,7 @@ def kernels(compiled, monkeypatch):
     use(compiled, monkeypatch.setattr)
     compiled.optical_emulator_seed(1)
     yield compiled
+    compiled.optical_emulator_device(227 << 10, 8)
     cuda._fits.cache_clear()
 
 
@@ -281,7 +283,7 @@ def test_deadlocks_are_reported(tmp_path):
         "        if (all || thread_index() != 33) sync_block();\n"
         "        else sync_warp();\n"
         "    };\n"
-        "    return emulator::run_cluster(0, 1, 64, 0, body);\n"
+        "    return emulator::run_cluster(0, 1, 64, 0, body) == emulator::Run::finished;\n"
         "}\n"
     )
     compiled = ctypes.CDLL(str(build(tmp_path, "-O1", source=source)))
@@ -386,6 +388,37 @@ def test_longest_lengths_are_read_once_and_never_under_capture(kernels, monkeypa
     assert len(read) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_offsets_of_either_type_are_read_once(dtype, kernels, monkeypatch):
+    """FlashAttention's offsets are int32; the kernels take int64."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 4, generator=generator) for n in (800, 600))
+    x.requires_grad_()
+    offsets = [torch.arange(0, n + 1, n // 40, dtype=dtype) for n in (800, 600)]
+    read, longest = [], cuda._longest
+    monkeypatch.setattr(cuda, "_longest", lambda *cu: read.append(cu) or longest(*cu))
+
+    def value():
+        result = sinkhorn_vectors(
+            x,
+            y,
+            epsilon=0.1,
+            max_iter=1,
+            backend="cuda",
+            cu_seqlens_a=offsets[0],
+            cu_seqlens_b=offsets[1],
+        )
+        torch.autograd.grad(result.value.sum(), x)
+        return result.value
+
+    values = [value() for _ in range(5)]
+    assert len(read) == 1
+    assert all(torch.equal(values[0], other) for other in values)
+    offsets[0][1] -= 1  # other lengths in the same place
+    assert not torch.equal(values[0], value())
+    assert len(read) == 2
+
+
 def test_short_packed_problems_are_supported_for_any_total_length(kernels):
     """One problem of the total length would fit in the forward pass, but not in UNROLL."""
     many = packed(random_vector_case("many", "cosine", batch=9, n=2, m=45, dim=4, max_iter=2))
@@ -447,6 +480,30 @@ def test_extreme_masses_continue_in_the_log_domain(kernels):
     log_b = torch.linspace(0, -150, 23).double().expand(2, 23).log_softmax(1)
     cost = problem.x + torch.linspace(3, 0, 23).double()
     assert_backend_correct("cuda", replace(problem, x=cost, log_b=log_b), torch.float32)
+
+
+@pytest.mark.parametrize("shared", [99, 163])
+@pytest.mark.parametrize("size", [(190, 60), (60, 190)])
+def test_packed_problems_stay_within_shared_memory(size, shared, kernels):
+    """A tall grid of warps needs more shared memory for products than a wide one."""
+    n, m = size
+    kernels.optical_emulator_device(shared << 10, 1)
+    clouds = packed(random_vector_case("tall", "cosine", batch=1, n=n, m=m, dim=9, max_iter=2))
+    assert_backend_correct("cuda", clouds, torch.float32, gradients=("envelope",))
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163, 227])
+def test_packed_launches_have_room_for_every_grid(kilobytes):
+    device = nvrtc.Device(kilobytes << 10, 8)
+    for kind, backward in itertools.product((0, 1), (None, 0, 1, 2)):
+        problem = structs.ProblemStruct(batch=3, n=512, m=64, kind=kind, offset_a=1, offset_b=1)
+        for launch in nvrtc.choose_launches(problem, backward, device):
+            warps = launch.down * launch.across
+            assert launch.bytes <= device.shared
+            for down, across in itertools.product(range(1, warps + 1), repeat=2):
+                if launch.number >= nvrtc.BLOCK and down * across <= warps:
+                    needed = nvrtc.shared_bytes(launch.number, down, across, kind, backward)
+                    assert needed <= launch.bytes, (launch, down, across)
 
 
 def test_launch_configurations_agree_with_nvrtc(kernels):

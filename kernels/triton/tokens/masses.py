@@ -62,7 +62,7 @@ def fill_side(
         tl.store(target, tl.where(valid, log_mass, outside), mask=index < size)
 
 
-@triton.jit(do_not_specialize=["epsilon_bits", "n", "m"])
+@triton.jit(do_not_specialize=["epsilon_bits", "n", "m", "stride_a_batch", "stride_b_batch"])
 def equal_masses_kernel(
     mask_a_ptr,
     mask_b_ptr,
