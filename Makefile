@@ -116,8 +116,7 @@ bench: $(STAMP)
 # within SECONDS. `make gpu REHEARSE=1` does the same on a CPU, with stand-ins for the device.
 OUT ?= benchmarks/results/gpu
 gpu:
-	$(PYTHON) -m benchmarks.gpu --output $(OUT) $(if $(SECONDS),--seconds $(SECONDS)) \
-		$(if $(REHEARSE),--rehearse)
+	$(PYTHON) -m benchmarks.gpu --output $(OUT) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(REHEARSE),--rehearse)
 
 plots: $(STAMP)
 	$(MEASURE) report

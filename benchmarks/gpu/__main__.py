@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -193,19 +194,23 @@ def _has_device() -> bool:
     return answers and count.value > 0
 
 
+def _path_with(folder: Path, variable: str) -> str:
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get(variable))))
+
+
 def _environment(work: Path, rehearse: bool) -> dict[str, str]:
     variables = {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": _path_with(ROOT, "PYTHONPATH"),
         "PYTHONUNBUFFERED": "1",
         "XDG_CACHE_HOME": str(work / "cache"),
-        "TRITON_CACHE_DIR": str(work / "triton"),
+        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR") or str(work / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
     }
     if rehearse:
         from benchmarks.gpu import rehearsal
 
         variables |= rehearsal.environment(work)
-        variables["LD_LIBRARY_PATH"] = str(rehearsal.stand_ins(work))
+        variables["LD_LIBRARY_PATH"] = _path_with(rehearsal.stand_ins(work), "LD_LIBRARY_PATH")
     return variables
 
 

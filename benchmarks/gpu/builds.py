@@ -119,6 +119,7 @@ def build_library(work: Path) -> None:
 
     folder = library.source_folder()
     assert folder is not None
+    print(f"the sources are {library.cuda_source_hash(folder)}", flush=True)
     try:
         library.open_installed(library.CUDA_LIBRARY, library.cuda_source_hash(folder), "missing")
         return

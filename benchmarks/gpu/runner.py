@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GRACE = 5.0
 # Kept of the output of a step in the background, whose tools may print without end.
 KEPT_BYTES = 2_000_000
-TIMED_OUT, SKIPPED = 124, -1
+TIMED_OUT, MISSING, SKIPPED = 124, 127, -1
 # The step has run, and some of its rows have failed.
 WRONG_ROWS = 3
 
@@ -104,7 +105,7 @@ class Window:
             print(line, file=file, flush=True)
 
     def run(self, steps: Sequence[Step]) -> dict[str, int]:
-        """Run the steps in order; their exit codes, ``TIMED_OUT`` or ``SKIPPED``, by name."""
+        """Run the steps in order; by name their exit codes, or a constant of this module."""
         try:
             for step in steps:
                 self._run_step(step)
@@ -124,16 +125,19 @@ class Window:
             return
         limit = min(step.seconds, left)
         start = time.monotonic()
-        if step.background:
-            self._start(step, limit)
-            return
         if step.request is not None:
-            code = self._ask(step, limit)
-        else:
+            self._record(step, self._ask(step, limit), start)
+            return
+        try:
             running = self._start(step, limit)
+        except OSError as error:
+            self.say(f"{step.name}: {error}")
+            self.results[step.name] = MISSING
+            return
+        if not step.background:
             code = self._finish(running)
             self.background.remove(running)
-        self._record(step, code, start)
+            self._record(step, code, start)
 
     def _record(self, step: Step, code: int, start: float) -> None:
         self.results[step.name] = code
@@ -160,12 +164,16 @@ class Window:
         if step.background:
             path = self.work / f"{step.name}.log"
             path.unlink(missing_ok=True)
+        environment = self.environment | dict(step.environment)
+        program = shutil.which(step.command[0], path=environment.get("PATH"))
+        if program is None:
+            raise FileNotFoundError(f"{step.command[0]} was not found")
         file = path.open("a", encoding="utf-8")
         print(f"\n== {step.name}: {' '.join(step.command)[:2000]}", file=file, flush=True)
         process = subprocess.Popen(
-            step.command,
+            (program, *step.command[1:]),
             cwd=ROOT,
-            env=self.environment | dict(step.environment),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

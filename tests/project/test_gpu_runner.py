@@ -17,7 +17,7 @@ from benchmarks.gpu import builds, rehearsal
 from benchmarks.gpu.measure import __main__ as measure
 from benchmarks.gpu.measure import gate, ours, paths, peers, shapes
 from benchmarks.gpu.measure.rows import Row, RowFile
-from benchmarks.gpu.runner import ROOT, SKIPPED, TIMED_OUT, WRONG_ROWS, Step, Window
+from benchmarks.gpu.runner import MISSING, ROOT, SKIPPED, TIMED_OUT, WRONG_ROWS, Step, Window
 from optical.backends import library, reference, registry
 from optical.backends.dense import PaddedProblem
 
@@ -141,12 +141,15 @@ def test_a_step_that_fails_or_hangs_costs_only_itself(window, tmp_path):
     sleeper = "import subprocess; print('child', flush=True); subprocess.run(['sleep', '987'])"
     results = window().run(
         [
+            Step("missing", 9.0, ("no-such-tool", "--version")),
+            Step("missing-too", 9.0, ("no-such-tool",), background=True),
             python("fails", "print('so'); raise SystemExit(5)"),
             python("hangs", sleeper, seconds=1.0),
             python("works", "print('hello')"),
         ]
     )
-    assert results == {"fails": 5, "hangs": TIMED_OUT, "works": 0}
+    expected = {"missing": MISSING, "missing-too": MISSING}
+    assert results == expected | {"fails": 5, "hangs": TIMED_OUT, "works": 0}
     log = (tmp_path / "log.txt").read_text()
     assert "fails: failed with 5" in log and "hangs: stopped at its limit" in log
     assert "\nhello\n" in log and "\nchild\n" in log
@@ -375,10 +378,10 @@ def test_the_rehearsal_runs_every_kind_of_step(tmp_path):
     numbers = bytearray(expected.read_bytes())
     # The first value of the first case, behind the case's number and the length of its output.
     value = struct.unpack_from("f", numbers, 12)[0]
-    struct.pack_into("f", numbers, 12, 1.01 * value)
+    struct.pack_into("f", numbers, 12, 2 * value)
     spoilt = tmp_path / "spoilt.bin"
     spoilt.write_bytes(numbers)
     probe = [builds.probe_binary(work), builds.emulated_library(work), "cpu", "check", spoilt]
     process = subprocess.run([*probe, "--only", "four cosine-f16"], capture_output=True, text=True)
     assert process.returncode == 1
-    assert "envelope: value is off by" in process.stdout and "1 failed" in process.stdout
+    assert ": value is off by" in process.stdout and "1 failed" in process.stdout

@@ -223,6 +223,9 @@ int main(int count, char** texts) {
     if (arguments.place == "cuda") memory.open();
     void* library = dlopen(arguments.library.c_str(), RTLD_NOW);
     if (!library) return printf("%s\n", dlerror()), unusable;
+    // Another hash than that of the sources is that of a library that has not been rebuilt.
+    const auto hash = (const char* (*)())dlsym(library, "optical_source_hash");
+    printf("library of the sources %s\n", hash ? hash() : "unknown");
     Kernels kernels;
     *(void**)&kernels.forward = dlsym(library, "optical_cuda_forward");
     *(void**)&kernels.backward = dlsym(library, "optical_cuda_backward");
