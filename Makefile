@@ -61,6 +61,7 @@ fuzz-kernels: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels cuda --seconds $(or $(SECONDS),300)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels triton --seconds $(or $(SECONDS),300)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels streamed --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels triton-ptx --seconds $(or $(SECONDS),300)
 
 # Mixed calls, with a watch on memory, open files and threads.
 soak: $(STAMP)

@@ -97,11 +97,13 @@ def measure(configuration: Configuration, target: str) -> Row:
     nvidia = TARGETS[target].backend == "cuda"
     warps = c.warps if nvidia else min(c.warps, tuning.AMD_WARPS)
     constants = _target_constants(c.constants, nvidia)
-    # Triton's launcher marks these arguments as multiples of 16 for the compiler.
+    # Triton's launcher marks these arguments as multiples of 16 for the compiler, unless the kernel
+    # is not specialised for them.
     attributes = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(c.kernel.arg_names)
-        if name.endswith("_ptr") or name in ("dim", "width", "plane")
+        for i, parameter in enumerate(c.kernel.params)
+        if not parameter.do_not_specialize
+        and (parameter.name.endswith("_ptr") or parameter.name in ("dim", "width", "plane"))
     }
     compiled = triton.compile(
         ASTSource(c.kernel, _signature(c, constants), constants, attributes),
@@ -139,7 +141,7 @@ def _target_constants(constants: dict[str, Any], nvidia: bool) -> dict[str, Any]
     for name, value in constants.items():
         if name == "NVIDIA":
             value = nvidia
-        elif isinstance(value, str):
+        elif isinstance(value, str) and value != "half":
             value = exact if value == "exact" or not nvidia else value
         result[name] = value
     return result

@@ -90,12 +90,15 @@ def _onchip_adjoints() -> Iterator[Configuration]:
     """The solvers of the implicit gradient and the reversed iterations of the unrolled one."""
     for size, tile in tuning.ADJOINT.items():
         name = f"{size}x{size}"
-        for kind, dtype in (("given", "fp32"), ("cosine", "bf16")):
+        for kind, dtype in (("given", "fp32"), ("cosine", "bf16"), ("cosine", "fp32")):
             options: dict[str, Any] = {"PACKED": False}
             yield _tiled(adjoint.adjoint_kernel, name, tile, kind, dtype, **options)
             options |= {"START": False, "POTENTIALS": True, "NEED_X": True}
             options |= {"NEED_Y": kind != "given", "BLOCK_G": 32}
-            options |= {"DOT_DTYPE": tl.bfloat16, "DOT_PRECISION": "tf32"}
+            single = dtype == "fp32"
+            options |= {"DOT_DTYPE": tl.float32 if single else tl.bfloat16}
+            options |= {"DOT_PRECISION": "exact" if single else "ieee"}
+            options["ROWS"] = min(32, tile.rows) if single else tile.rows
             yield _tiled(unrolled.unrolled_kernel, name, tile, kind, dtype, **options)
 
 
@@ -205,7 +208,7 @@ def _tiled(
 ) -> Configuration:
     """A configuration of a kernel over tiles; constants that it does not take are dropped."""
     constants |= {"KIND": KINDS[kind], "SCALED": kind == "cosine" and dtype == "fp32"}
-    constants |= {"WIDE": False, "PRECISION": "exact" if dtype == "fp32" else "ieee"}
+    constants |= {"WIDE": False, "PRECISION": "exact" if dtype == "fp32" else "half"}
     constants |= {"BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth}
     constants |= {"PART": tile.part, "WARPS_N": tile.warps_n, "WARPS_M": tile.warps_m}
     constants |= {"NVIDIA": True}
@@ -216,7 +219,7 @@ def _tiled(
 def _vector_gradient(tile: tuning.GradientTile, dtype: str) -> Configuration:
     constants = {"KIND": 1, "PACKED": False, "IMPLICIT": True, "WHOLE": tile.whole}
     constants |= {"SCALED": dtype == "fp32", "WIDE": False}
-    constants |= {"PRECISION": "exact" if dtype == "fp32" else "ieee"}
+    constants |= {"PRECISION": "exact" if dtype == "fp32" else "half"}
     constants |= {"DOT_DTYPE": tl.bfloat16 if dtype == "bf16" else tl.float32}
     constants |= {"DOT_PRECISION": "exact" if dtype == "fp32" else "tf32"}
     constants |= {"BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth}
