@@ -44,7 +44,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Parameters of type int32; scalars are float32 otherwise, and pointers point to float32.
 INTEGERS = {
     *("n", "m", "dim", "max_iter", "least", "most", "width", "iteration"),
-    *("plane", "remaining", "iteration", "parts", "k", "row_count", "total_rows", "total_columns"),
+    *("plane", "remaining", "parts", "k", "row_count", "total_rows", "total_columns"),
     *("stride_batch", "stride_n", "stride_m"),
     *("stride_a_batch", "stride_a_entry", "stride_b_batch", "stride_b_entry", "epsilon_bits"),
 }
