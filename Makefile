@@ -37,9 +37,12 @@ test test-slow: export TOKENIZERS_PARALLELISM := false
 test test-slow: export OMP_NUM_THREADS := 1
 
 # Triton reads TRITON_INTERPRET when the kernels are imported, so the interpreter needs its own process.
+# Two processes share the tests; WORKERS=0 runs them in one.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow" tests/kernels/interpreter
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(PARALLEL) -m "not slow" tests/kernels/interpreter
+
+PARALLEL = -n $(or $(WORKERS),2) --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
@@ -58,6 +61,7 @@ fuzz-kernels: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels cuda --seconds $(or $(SECONDS),300)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels triton --seconds $(or $(SECONDS),300)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels streamed --seconds $(or $(SECONDS),300)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.stress.kernels triton-ptx --seconds $(or $(SECONDS),300)
 
 # Mixed calls, with a watch on memory, open files and threads.
 soak: $(STAMP)
@@ -109,10 +113,11 @@ bench: $(STAMP)
 	$(MEASURE) large --threads 2 --rounds 3 --memory $(MEASURED)
 	$(MEASURE) accuracy --threads 1 $(MEASURED)
 
-# Needs a CUDA device: tests, timings and sweeps within SECONDS; run it again to continue.
+# Needs a CUDA device, PyTorch and Triton, and installs nothing: builds, times and tests everything
+# within SECONDS. `make gpu REHEARSE=1` does the same on a CPU, with stand-ins for the device.
 OUT ?= benchmarks/results/gpu
-gpu: $(STAMP)
-	$(BIN)/python -m benchmarks.gpu --output $(OUT) --seconds $(or $(SECONDS),520)
+gpu:
+	$(PYTHON) -m benchmarks.gpu --output $(OUT) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(REHEARSE),--rehearse)
 
 plots: $(STAMP)
 	$(MEASURE) report

@@ -81,6 +81,7 @@ setup(
         "optical.kernels",
         "optical.kernels.onchip",
         "optical.kernels.streamed",
+        "optical.kernels.tokens",
         "optical.csrc",
     ],
     package_dir={
@@ -89,6 +90,7 @@ setup(
         "optical.kernels": "kernels/triton",
         "optical.kernels.onchip": "kernels/triton/onchip",
         "optical.kernels.streamed": "kernels/triton/streamed",
+        "optical.kernels.tokens": "kernels/triton/tokens",
         "optical.csrc": "csrc",
     },
     include_package_data=False,  # the lists below are complete

@@ -10,6 +10,7 @@ from optical.backends.problem import Status
 from optical.backends.registry import BackendUnsupported
 from optical.losses.alignment import OTAlignmentLoss
 from optical.losses.divergence import SinkhornDivergence, sinkhorn_divergence
+from optical.losses.warmup import warmup
 from optical.ot.functional import ot_alignment, sinkhorn, sinkhorn_vectors
 from optical.ot.result import SinkhornResult
 
@@ -26,4 +27,5 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_vectors",
+    "warmup",
 ]

@@ -43,8 +43,8 @@ SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Parameters of type int32; scalars are float32 otherwise, and pointers point to float32.
 INTEGERS = {
-    *("n", "m", "dim", "max_iter", "least", "most", "width", "is_first"),
-    *("plane", "remaining", "k", "row_count", "total_rows", "total_columns"),
+    *("n", "m", "dim", "max_iter", "least", "most", "width", "iteration"),
+    *("plane", "remaining", "parts", "k", "row_count", "total_rows", "total_columns"),
     *("stride_batch", "stride_n", "stride_m"),
     *("stride_a_batch", "stride_a_entry", "stride_b_batch", "stride_b_entry", "epsilon_bits"),
 }
@@ -97,11 +97,13 @@ def measure(configuration: Configuration, target: str) -> Row:
     nvidia = TARGETS[target].backend == "cuda"
     warps = c.warps if nvidia else min(c.warps, tuning.AMD_WARPS)
     constants = _target_constants(c.constants, nvidia)
-    # Triton's launcher marks these arguments as multiples of 16 for the compiler.
+    # Triton's launcher marks these arguments as multiples of 16 for the compiler, unless the kernel
+    # is not specialised for them.
     attributes = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(c.kernel.arg_names)
-        if name.endswith("_ptr") or name in ("dim", "width", "plane")
+        for i, parameter in enumerate(c.kernel.params)
+        if not parameter.do_not_specialize
+        and (parameter.name.endswith("_ptr") or parameter.name in ("dim", "width", "plane"))
     }
     compiled = triton.compile(
         ASTSource(c.kernel, _signature(c, constants), constants, attributes),
@@ -139,7 +141,7 @@ def _target_constants(constants: dict[str, Any], nvidia: bool) -> dict[str, Any]
     for name, value in constants.items():
         if name == "NVIDIA":
             value = nvidia
-        elif isinstance(value, str):
+        elif isinstance(value, str) and value != "half":
             value = exact if value == "exact" or not nvidia else value
         result[name] = value
     return result

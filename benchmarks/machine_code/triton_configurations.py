@@ -8,7 +8,7 @@ from typing import Any
 
 import triton.language as tl
 
-from optical.kernels import batch, gradients, masses, plan_products, tuning
+from optical.kernels import gradients, plan_products, tuning
 from optical.kernels.onchip import adjoint, solve, unrolled
 from optical.kernels.streamed import adjoint as streamed_adjoint
 from optical.kernels.streamed import (
@@ -17,6 +17,8 @@ from optical.kernels.streamed import (
     unrolled_backward,
     unrolled_replay,
 )
+from optical.kernels.tokens import masses
+from optical.kernels.tokens import norms as token_norms
 
 KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
 
@@ -88,12 +90,15 @@ def _onchip_adjoints() -> Iterator[Configuration]:
     """The solvers of the implicit gradient and the reversed iterations of the unrolled one."""
     for size, tile in tuning.ADJOINT.items():
         name = f"{size}x{size}"
-        for kind, dtype in (("given", "fp32"), ("cosine", "bf16")):
+        for kind, dtype in (("given", "fp32"), ("cosine", "bf16"), ("cosine", "fp32")):
             options: dict[str, Any] = {"PACKED": False}
             yield _tiled(adjoint.adjoint_kernel, name, tile, kind, dtype, **options)
             options |= {"START": False, "POTENTIALS": True, "NEED_X": True}
             options |= {"NEED_Y": kind != "given", "BLOCK_G": 32}
-            options |= {"DOT_DTYPE": tl.bfloat16, "DOT_PRECISION": "tf32"}
+            single = dtype == "fp32"
+            options |= {"DOT_DTYPE": tl.float32 if single else tl.bfloat16}
+            options |= {"DOT_PRECISION": "exact" if single else "ieee"}
+            options["ROWS"] = min(32, tile.rows) if single else tile.rows
             yield _tiled(unrolled.unrolled_kernel, name, tile, kind, dtype, **options)
 
 
@@ -185,8 +190,8 @@ def _vector_kernels() -> Iterator[Configuration]:
         (stepwise.turn_kernel, "lines", "", "fp32", turn),
         (gradients.cost_gradient_kernel, "32x64", "given", "fp32", cost),
         (unrolled_replay.survey_kernel, "lines", "", "fp32", block | {"POTENTIALS": True}),
-        (batch.norm_kernel, "16x128", "cosine", "bf16", norms),
-        (batch.centre_kernel, "32x64", "sqeuclidean", "bf16", centre),
+        (token_norms.norm_kernel, "16x128", "cosine", "bf16", norms),
+        (token_norms.centre_kernel, "32x64", "sqeuclidean", "bf16", centre),
         (masses.equal_masses_kernel, "lines", "", "fp32", equal),
     ):
         yield Configuration(kernel, tile, kind, dtype, constants, 4, 3)
@@ -203,7 +208,7 @@ def _tiled(
 ) -> Configuration:
     """A configuration of a kernel over tiles; constants that it does not take are dropped."""
     constants |= {"KIND": KINDS[kind], "SCALED": kind == "cosine" and dtype == "fp32"}
-    constants |= {"WIDE": False, "PRECISION": "exact" if dtype == "fp32" else "ieee"}
+    constants |= {"WIDE": False, "PRECISION": "exact" if dtype == "fp32" else "half"}
     constants |= {"BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth}
     constants |= {"PART": tile.part, "WARPS_N": tile.warps_n, "WARPS_M": tile.warps_m}
     constants |= {"NVIDIA": True}
@@ -214,7 +219,7 @@ def _tiled(
 def _vector_gradient(tile: tuning.GradientTile, dtype: str) -> Configuration:
     constants = {"KIND": 1, "PACKED": False, "IMPLICIT": True, "WHOLE": tile.whole}
     constants |= {"SCALED": dtype == "fp32", "WIDE": False}
-    constants |= {"PRECISION": "exact" if dtype == "fp32" else "ieee"}
+    constants |= {"PRECISION": "exact" if dtype == "fp32" else "half"}
     constants |= {"DOT_DTYPE": tl.bfloat16 if dtype == "bf16" else tl.float32}
     constants |= {"DOT_PRECISION": "exact" if dtype == "fp32" else "tf32"}
     constants |= {"BLOCK_N": tile.rows, "BLOCK_M": tile.columns, "BLOCK_D": tile.depth}

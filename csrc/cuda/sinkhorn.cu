@@ -9,6 +9,8 @@
 #if !defined(OPTICAL_EMULATED)
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdio>
 #include <mutex>
 #include <set>
 #include <utility>
@@ -32,6 +34,10 @@ typedef void* Stream;
 int shared_memory_of_device() { return emulator::machine().shared_memory; }
 int blocks_of_cluster() { return emulator::machine().max_cluster; }
 
+struct Call {};
+bool has_failed() { return false; }
+const char* failure_text() { return ""; }
+
 template <typename... Arguments>
 int launch(void (*kernel)(Arguments...), int64_t grid, int blocks, int threads, int bytes, Stream,
            Arguments... arguments) {
@@ -49,36 +55,110 @@ int launch(void (*kernel)(Arguments...), int64_t grid, int blocks, int threads, 
 
 typedef cudaStream_t Stream;
 
-int attribute(cudaDeviceAttr name) {
-    int device = 0, value = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&value, name, device);
-    return value;
+// The last error of the CUDA runtime in this thread, kept until the next call of the interface.
+thread_local cudaError_t failure = cudaSuccess;
+
+bool has_failed() { return failure != cudaSuccess; }
+
+// A call of the interface. While it lasts, this thread may load kernels although a CUDA graph is
+// being captured, as at a first use.
+struct Call {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    bool exchanged;
+
+    Call() : exchanged(cudaThreadExchangeStreamCaptureMode(&mode) == cudaSuccess) {
+        failure = cudaSuccess;
+        if (!exchanged) cudaGetLastError();
+    }
+    ~Call() {
+        if (exchanged) cudaThreadExchangeStreamCaptureMode(&mode);
+    }
+};
+
+const char* failure_text() {
+    thread_local char text[256];
+    if (!has_failed()) return "";
+    snprintf(text, sizeof text, "%s: %s", cudaGetErrorName(failure), cudaGetErrorString(failure));
+    return text;
+}
+bool succeeds(cudaError_t status) {
+    if (status == cudaSuccess) return true;
+    failure = status;
+    cudaGetLastError();  // the runtime would report it again after a later call
+    return false;
 }
 
-int shared_memory_of_device() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-int blocks_of_cluster() { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 8 : 1; }
+int attribute(cudaDeviceAttr name, int device) {
+    int value = 0;
+    return succeeds(cudaDeviceGetAttribute(&value, name, device)) ? value : 0;
+}
+
+// The largest power of two of blocks that the device can schedule as one cluster. Every device of
+// compute capability 9.0 or newer has clusters of 8, but a slice of one (MIG), or a small one, may
+// have too few multiprocessors side by side.
+int largest_cluster(int device, int shared) {
+    if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 9) return 1;
+    const auto kernel = optical_forward_cluster;
+    if (!succeeds(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)))
+        return 1;
+    for (int blocks = 8; blocks > 1; blocks /= 2) {
+        cudaLaunchAttribute cluster;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = (unsigned)blocks;
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3((unsigned)blocks), config.blockDim = dim3(32 * max_warps);
+        config.dynamicSmemBytes = (size_t)shared;
+        config.attrs = &cluster, config.numAttrs = 1;
+        int count = 0;
+        const cudaError_t status = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+        if (status == cudaSuccess && count > 0) return blocks;
+        cudaGetLastError();  // a refusal is an answer
+    }
+    return 1;
+}
+
+// Shared memory per block and blocks per cluster of the current device, asked once.
+struct DeviceLimits {
+    int shared, blocks;
+};
+DeviceLimits limits_of_device() {
+    enum { count = 64 };
+    static std::atomic<int> shared[count], blocks[count];
+    int device = 0;
+    if (!succeeds(cudaGetDevice(&device))) return {0, 0};
+    const bool kept = device < count;
+    if (kept && blocks[device] > 0) return {shared[device], blocks[device]};
+    const int bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (has_failed()) return {0, 0};
+    const DeviceLimits limits = {bytes, largest_cluster(device, bytes)};
+    if (has_failed()) return {0, 0};
+    if (kept) shared[device] = limits.shared, blocks[device] = limits.blocks;
+    return limits;
+}
+int shared_memory_of_device() { return limits_of_device().shared; }
+int blocks_of_cluster() { return limits_of_device().blocks; }
 
 // Allows a kernel all shared memory of the current device, once. The limit is the same for every
 // launch: another thread may launch the kernel with more bytes at the same time.
-cudaError_t allow_shared_memory(const void* kernel) {
+bool allow_shared_memory(const void* kernel) {
     static std::mutex lock;
     static std::set<std::pair<const void*, int>> allowed;
     int device = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    if (status != cudaSuccess) return status;
+    if (!succeeds(cudaGetDevice(&device))) return false;
+    const int most = shared_memory_of_device();
     const std::lock_guard<std::mutex> guard(lock);
-    if (allowed.count({kernel, device})) return cudaSuccess;
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  shared_memory_of_device());
-    if (status == cudaSuccess) allowed.insert({kernel, device});
-    return status;
+    if (allowed.count({kernel, device})) return true;
+    if (!succeeds(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)))
+        return false;
+    allowed.insert({kernel, device});
+    return true;
 }
 
 template <typename... Arguments>
 int launch(void (*kernel)(Arguments...), int64_t grid, int blocks, int threads, int bytes,
            Stream stream, Arguments... arguments) {
-    if (allow_shared_memory((const void*)kernel) != cudaSuccess) return launch_failed;
+    if (!allow_shared_memory((const void*)kernel)) return launch_failed;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = (unsigned)blocks;
@@ -87,8 +167,8 @@ int launch(void (*kernel)(Arguments...), int64_t grid, int blocks, int threads, 
     config.gridDim = dim3((unsigned)grid), config.blockDim = dim3((unsigned)threads);
     config.dynamicSmemBytes = (size_t)bytes, config.stream = stream;
     config.attrs = &cluster, config.numAttrs = blocks > 1 ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, arguments...) == cudaSuccess ? OPTICAL_OK
-                                                                            : launch_failed;
+    return succeeds(cudaLaunchKernelEx(&config, kernel, arguments...)) ? (int)OPTICAL_OK
+                                                                       : (int)launch_failed;
 }
 
 #endif
@@ -160,10 +240,13 @@ Limits limits_of(const optical_problem& problem, Operation operation) {
 // bounds, and queue is called for every regime that a problem of the batch may belong to.
 template <typename Queue>
 int for_regimes(const optical_problem& problem, Operation operation, Queue queue) {
+    const Call call{};
+    (void)call;
     if (!is_valid(problem)) return OPTICAL_INVALID_ARGUMENT;
     if (problem.batch == 0) return OPTICAL_OK;
     const Limits limits = limits_of(problem, operation);
     const Regime largest = regime_of(problem.n, problem.m, limits);
+    if (has_failed()) return launch_failed;
     if (largest.number == NO_REGIME) return out_of_reach;
     if (!problem.offset_a) return queue(largest, limits);
     int status = OPTICAL_OK;
@@ -190,13 +273,42 @@ using namespace optical::cuda;
 
 extern "C" {
 
-// Whether problems of these sizes can be solved and differentiated on the current device.
+// The text of the error that the last call of this thread met, or "".
+OPTICAL_API const char* optical_cuda_error(void) { return failure_text(); }
+
+// Whether the current device runs these kernels: loads one of them and returns 0, or an error.
+// Writes shared memory per block, blocks per cluster, the versions of CUDA that the driver and the
+// runtime support, such as 13000, and the compute capability, such as 90.
+OPTICAL_API int optical_cuda_probe(int* answers) {
+    const Call call{};
+    (void)call;
+    for (int i = 0; i < 5; ++i) answers[i] = 0;
+#if !defined(OPTICAL_EMULATED)
+    cudaDriverGetVersion(&answers[2]);
+    cudaRuntimeGetVersion(&answers[3]);
+    cudaFuncAttributes ignored;
+    int device = 0;
+    if (!succeeds(cudaFuncGetAttributes(&ignored, optical_forward_four)) ||
+        !succeeds(cudaGetDevice(&device)))
+        return launch_failed;
+    answers[4] = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                 attribute(cudaDevAttrComputeCapabilityMinor, device);
+#endif
+    answers[0] = shared_memory_of_device(), answers[1] = blocks_of_cluster();
+    return has_failed() ? (int)launch_failed : (int)OPTICAL_OK;
+}
+
+// Whether problems of these sizes can be solved and differentiated on the current device; negative
+// if it cannot be asked.
 OPTICAL_API int optical_cuda_reach(const optical_problem* pointer) {
+    const Call call{};
+    (void)call;
     const optical_problem& problem = *pointer;
     const auto fits = [&](Operation operation) {
         return regime_of(problem.n, problem.m, limits_of(problem, operation)).number != NO_REGIME;
     };
-    return fits(Operation::forward) && fits(Operation::backward);
+    const bool reached = fits(Operation::forward) && fits(Operation::backward);
+    return has_failed() ? -launch_failed : reached;
 }
 
 // optical_sinkhorn_forward on a stream.

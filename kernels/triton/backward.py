@@ -8,13 +8,14 @@ import math
 import torch
 from torch import Tensor
 
-import triton
 from optical.backends.problem import Problem
 from optical.kernels import tuning
 from optical.kernels.backward_unrolled import Upstream, unroll
-from optical.kernels.batch import LaunchProblem, cost_options
+from optical.kernels.batch import LaunchProblem, ceil_div, cost_options, next_power_of_2
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
+from optical.kernels.launch import launch_kernel
 from optical.kernels.plan_products import mass_gradient_kernel, plan_kernel, product_kernel
+from optical.kernels.tokens.norms import Norms
 
 
 def backward(
@@ -31,14 +32,15 @@ def backward(
     need_x: bool = True,
     need_y: bool = False,
     need_masses: bool = True,
+    kept: list[Norms] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of a run, as the ``backward`` of every backend does.
 
     For token vectors these are the gradients of the vectors; the cost is not materialised.
-    Gradients that are not needed are None.
+    Gradients that are not needed are None. ``kept`` is what ``forward`` kept, if it ran.
     """
     with torch.cuda.device_of(problem.x):
-        launch = LaunchProblem(problem)
+        launch = LaunchProblem(problem, *(kept or ()))
         if problem.gradient == "unroll":
             upstream = Upstream(grad_value, grad_value_linear, grad_f, grad_g)
             grad_x, grad_y, *masses = unroll(launch, upstream, f, n_iter, need_x, need_y)
@@ -71,8 +73,10 @@ def _cost_gradient(
     problem = launch.problem
     grad = torch.empty(problem.x.shape, dtype=problem.x.dtype, device=problem.x.device)
     rows, columns = 32, 64
-    grid = (launch.size, triton.cdiv(launch.n, rows), triton.cdiv(launch.m, columns))
-    cost_gradient_kernel[grid](
+    grid = (launch.size, ceil_div(launch.n, rows), ceil_div(launch.m, columns))
+    launch_kernel(
+        cost_gradient_kernel,
+        grid,
         problem.x,
         problem.log_a,
         problem.log_b,
@@ -102,8 +106,10 @@ def _vector_gradient(
     grad = torch.empty_like(vectors)
     n, m = (launch.m, launch.n) if swapped else (launch.n, launch.m)
     for tile, least, most in tuning.gradient_tiles(m, launch.packed, launch.single):
-        parts = 1 if tile.whole else triton.cdiv(launch.dim, tile.entries)
-        vector_gradient_kernel[(launch.size, launch.blocks(n, tile.rows), parts)](
+        parts = 1 if tile.whole else ceil_div(launch.dim, tile.entries)
+        launch_kernel(
+            vector_gradient_kernel,
+            (launch.size, launch.blocks(n, tile.rows), parts),
             *launch.pointers(swapped),
             *potentials,
             *upstream,
@@ -113,12 +119,11 @@ def _vector_gradient(
             most,
             IMPLICIT=implicit,
             WHOLE=tile.whole,
-            DOT_DTYPE=launch.dot_dtype,
-            DOT_PRECISION=launch.dot_precision,
             BLOCK_N=tile.rows,
             BLOCK_M=tile.columns,
             BLOCK_D=tile.depth,
             BLOCK_G=tile.entries,
+            **launch.gradient_dot(vectors.dtype),
             **cost_options(launch),
             num_warps=launch.warps(tile.warps),
             num_stages=tile.stages,
@@ -136,7 +141,9 @@ def _mass_gradient(
     problem, tile = launch.problem, tuning.PLAN_PRODUCT
     log_mass, rho = (problem.log_b, problem.rho_b) if swapped else (problem.log_a, problem.rho_a)
     grad = torch.empty_like(log_mass)
-    mass_gradient_kernel[(launch.size, launch.blocks(log_mass.shape[-1], tile.rows))](
+    launch_kernel(
+        mass_gradient_kernel,
+        (launch.size, launch.blocks(log_mass.shape[-1], tile.rows)),
         *launch.pointers(swapped),
         *potentials,
         *upstream,
@@ -164,9 +171,11 @@ def apply_plan(problem: Problem, f: Tensor, g: Tensor, v: Tensor, transpose: boo
         product = v.new_empty(*log_mass.shape, width)
         if not product.numel():
             return product
-        part = min(64, max(16, triton.next_power_of_2(width)))
+        part = min(64, max(16, next_power_of_2(width)))
         blocks = launch.blocks(log_mass.shape[-1], tile.rows)
-        product_kernel[(launch.size, blocks, triton.cdiv(width, part))](
+        launch_kernel(
+            product_kernel,
+            (launch.size, blocks, ceil_div(width, part)),
             *launch.pointers(transpose),
             *((g, f) if transpose else (f, g)),
             v,
@@ -196,8 +205,10 @@ def plan(problem: Problem, f: Tensor, g: Tensor, log: bool) -> Tensor:
         out = f.new_empty(launch.size, launch.n, launch.m)
         if not out.numel():
             return out
-        grid = launch.size, triton.cdiv(launch.n, tile.rows), triton.cdiv(launch.m, tile.columns)
-        plan_kernel[grid](
+        grid = launch.size, ceil_div(launch.n, tile.rows), ceil_div(launch.m, tile.columns)
+        launch_kernel(
+            plan_kernel,
+            grid,
             *launch.pointers(),
             f,
             g,

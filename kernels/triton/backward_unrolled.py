@@ -10,11 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import triton
 from optical.backends.problem import Gradients
 from optical.kernels import tuning
-from optical.kernels.batch import LaunchProblem, choose_tiles, initial_potentials, tile_options
-from optical.kernels.onchip.unrolled import unrolled_kernel
+from optical.kernels.batch import (
+    LaunchProblem,
+    ceil_div,
+    choose_tiles,
+    initial_potentials,
+    tile_options,
+)
+from optical.kernels.launch import launch_kernel
+from optical.kernels.onchip.unrolled import annealing_kernel, unrolled_kernel
 from optical.kernels.streamed.unrolled_backward import back_kernel, unrolled_gradient_kernel
 from optical.kernels.streamed.unrolled_replay import forth_kernel, survey_kernel, weight_kernel
 
@@ -53,8 +59,17 @@ def unroll(
     grad_y = torch.empty_like(launch.y) if need_y else grad_x
     grad_log_a, grad_log_b = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
     buffers = GradientBuffers(grad_x, grad_y, grad_log_a, grad_log_b, need_x, need_y)
-    steps = torch.arange(max(1, problem.max_iter), dtype=torch.float64, device=x.device)
-    annealing = (problem.anneal_start * problem.anneal_ratio**steps).float()
+    steps = max(1, problem.max_iter)
+    annealing = problem.log_a.new_empty(steps)
+    launch_kernel(
+        annealing_kernel,
+        (1,),
+        annealing,
+        steps,
+        problem.anneal_start,
+        problem.anneal_ratio,
+        num_warps=1,
+    )
     _unroll_onchip(launch, upstream, buffers, f, n_iter, annealing)
     if max(launch.n, launch.m) > tuning.RESIDENT:
         StreamedUnroll(launch, upstream, buffers, f, n_iter, annealing).run()
@@ -75,7 +90,9 @@ def _unroll_onchip(
     steps = problem.max_iter + 1 if tiles else 0
     path_f, path_g = (x.new_empty(steps * x.numel()) for x in (problem.log_a, problem.log_b))
     for side, tile in tiles:
-        unrolled_kernel[(launch.size,)](
+        launch_kernel(
+            unrolled_kernel,
+            (launch.size,),
             *launch.pointers(),
             *initial_potentials(problem),
             f,
@@ -102,10 +119,11 @@ def _unroll_onchip(
             POTENTIALS=potentials,
             NEED_X=buffers.need_x,
             NEED_Y=buffers.need_y,
-            DOT_DTYPE=launch.dot_dtype,
-            DOT_PRECISION=launch.dot_precision,
             BLOCK_G=32,
+            # Products of float32 vectors take six times the shared memory of bfloat16 ones.
+            ROWS=min(tile.rows, 32) if launch.single else tile.rows,
             PART=tile.part,
+            **launch.gradient_dot(problem.x.dtype, launch.y.dtype),
             **tile_options(launch, tile),
         )
 
@@ -188,7 +206,9 @@ class StreamedUnroll:
             ),
         )
         self.state, self.steps = torch.empty_like(n_iter), torch.empty_like(n_iter)
-        survey_kernel[(launch.size,)](
+        launch_kernel(
+            survey_kernel,
+            (launch.size,),
             launch.cu_a,
             launch.cu_b,
             problem.log_a,
@@ -241,7 +261,9 @@ class StreamedUnroll:
     def _replay(self, swapped: bool, k: int) -> None:
         """Repeat a half-step of iteration k and record its soft-mins and potentials."""
         rows, columns = self._pair(swapped)
-        forth_kernel[self._grid(swapped, tuning.STREAM.rows)](
+        launch_kernel(
+            forth_kernel,
+            self._grid(swapped, tuning.STREAM.rows),
             *self.launch.pointers(swapped),
             self.steps,
             self.annealing,
@@ -262,7 +284,9 @@ class StreamedUnroll:
     def _weigh(self, swapped: bool) -> None:
         """Compute the derivative of the value with respect to the last plan, and to the masses."""
         rows, columns = self._pair(swapped)
-        weight_kernel[self._grid(swapped, tuning.STREAM.rows)](
+        launch_kernel(
+            weight_kernel,
+            self._grid(swapped, tuning.STREAM.rows),
             *self.launch.pointers(swapped),
             self.state,
             self.steps,
@@ -281,7 +305,9 @@ class StreamedUnroll:
     def _reverse(self, swapped: bool, k: int, init: bool = False) -> None:
         """Propagate gradients through a half-step of iteration k, or into the run with ``init``."""
         rows, columns = self._pair(swapped)
-        back_kernel[self._grid(swapped, tuning.STREAM.rows)](
+        launch_kernel(
+            back_kernel,
+            self._grid(swapped, tuning.STREAM.rows),
             *self.launch.pointers(swapped),
             self.state,
             self.steps,
@@ -317,7 +343,7 @@ class StreamedUnroll:
         if self.problem.y is None:
             options, parts = tile_options(self.launch, tuning.ADJOINT_STREAM[False]), 1
         else:
-            parts = triton.cdiv(self.launch.dim, tile.entries)
+            parts = ceil_div(self.launch.dim, tile.entries)
             options = self.tile | {
                 "BLOCK_N": tile.rows,
                 "BLOCK_M": tile.columns,
@@ -332,7 +358,9 @@ class StreamedUnroll:
         rows, columns = self._pair(swapped)
         options, parts = self._gradient_options()
         grid = (*self._grid(swapped, options["BLOCK_N"]), parts)
-        unrolled_gradient_kernel[grid](
+        launch_kernel(
+            unrolled_gradient_kernel,
+            grid,
             *self.launch.pointers(swapped),
             self.state,
             self.steps,
@@ -354,7 +382,6 @@ class StreamedUnroll:
             rows.size,
             columns.size,
             COLUMNS=swapped,
-            DOT_DTYPE=self.launch.dot_dtype,
-            DOT_PRECISION=self.launch.dot_precision,
+            **self.launch.gradient_dot(grad.dtype),
             **options,
         )

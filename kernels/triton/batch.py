@@ -1,118 +1,31 @@
-"""The batch of problems in the form the kernels take, the norms of its tokens, and its tiles."""
+"""The batch of problems in the form the kernels take, and its tiles."""
 
+import ctypes
+import functools
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import triton
 import triton.language as tl
 from optical.backends.problem import Problem
 from optical.kernels import tuning
-from optical.kernels.tiles import COSINE, INFINITY, SQEUCLIDEAN, extent
+from optical.kernels.launch import launch_kernel
+from optical.kernels.tokens.norms import Norms, centre_kernel, norm_kernel
 
 KINDS = {"given": 0, "cosine": 1, "sqeuclidean": 2, "dot": 3}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@triton.jit(do_not_specialize=["n", "m", "dim"])
-def centre_kernel(
-    x_ptr,
-    y_ptr,
-    cu_a_ptr,
-    cu_b_ptr,
-    log_a_ptr,
-    log_b_ptr,
-    centre_ptr,
-    n,
-    m,
-    dim,
-    PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Compute BLOCK_D entries of the mean of a problem's valid tokens, both sides together."""
-    problem = tl.program_id(0).to(tl.int64)
-    offset_a, n = extent(cu_a_ptr, problem, n, PACKED)
-    offset_b, m = extent(cu_b_ptr, problem, m, PACKED)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    count = tl.zeros((BLOCK_T,), tl.float32)
-    for side in tl.static_range(2):
-        vectors_ptr = x_ptr + offset_a * dim if side == 0 else y_ptr + offset_b * dim
-        log_mass_ptr = log_a_ptr + offset_a if side == 0 else log_b_ptr + offset_b
-        size = n if side == 0 else m
-        for t0 in range(0, size, BLOCK_T):
-            t = t0 + tl.arange(0, BLOCK_T)
-            valid = tl.load(log_mass_ptr + t, mask=t < size, other=-INFINITY) != -INFINITY
-            offsets = t.to(tl.int64)[:, None] * dim + d[None, :]
-            mask = valid[:, None] & (d < dim)[None, :]
-            x = tl.load(vectors_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            total += tl.sum(x, 0)
-            count += valid.to(tl.float32)
-    centre = total / tl.maximum(tl.sum(count, 0), 1.0)
-    tl.store(centre_ptr + problem * dim + d, centre, mask=d < dim)
+def ceil_div(size: int, block: int) -> int:
+    """The number of blocks that cover ``size``. (``triton.cdiv`` takes microseconds.)"""
+    return -(-size // block)
 
 
-@triton.jit(do_not_specialize=["n", "dim"])
-def norm_kernel(
-    vectors_ptr,
-    cu_ptr,
-    centre_ptr,
-    norm_ptr,
-    scale_ptr,
-    n,
-    dim,
-    KIND: tl.constexpr,
-    PACKED: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Compute 1 / |x| of each token (0 for the zero vector), or |x - centre|^2.
-
-    SCALED: kernels multiply the vector by a power of two, stored as well, before they use it, and
-    the norm is that of the scaled vector. No square and no product of two tokens then overflows.
-    """
-    problem = tl.program_id(0).to(tl.int64)
-    offset, n = extent(cu_ptr, problem, n, PACKED)
-    for t0 in range(tl.program_id(1) * BLOCK_T, n, tl.num_programs(1) * BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        row_ptr = vectors_ptr + (offset + t).to(tl.int64)[:, None] * dim
-        factor = tl.zeros((BLOCK_T,), tl.float32) + 1.0
-        if KIND == COSINE:
-            peak = tl.zeros((BLOCK_T,), tl.float32)
-            for d0 in range(0, dim, BLOCK_D):
-                d = d0 + tl.arange(0, BLOCK_D)
-                mask = (t < n)[:, None] & (d < dim)[None, :]
-                x = tl.load(row_ptr + d[None, :], mask=mask, other=0.0).to(tl.float32)
-                peak = tl.maximum(peak, tl.max(tl.abs(x), 1))
-            # exp2 of an integer is exact. Non-finite vectors are not scaled and stay non-finite.
-            normal = (peak > 0) & (peak < INFINITY)
-            power = tl.floor(tl.log2(tl.where(normal, peak, 1.0)))
-            factor = tl.exp2(-tl.minimum(tl.maximum(power, -120.0), 120.0))
-        square = tl.zeros((BLOCK_T,), tl.float32)
-        for d0 in range(0, dim, BLOCK_D):
-            d = d0 + tl.arange(0, BLOCK_D)
-            mask = (t < n)[:, None] & (d < dim)[None, :]
-            x = tl.load(row_ptr + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            if KIND == SQEUCLIDEAN:
-                x -= tl.load(centre_ptr + problem * dim + d, mask=d < dim, other=0.0)[None, :]
-            else:
-                x = x * factor[:, None]
-            square += tl.sum(x * x, 1)
-        if KIND == COSINE:
-            # Padding may hold any value, zero included, by which nothing may be divided.
-            nonzero = square != 0
-            norm = tl.where(nonzero, 1 / tl.sqrt(tl.where(nonzero, square, 1.0)), 0.0)
-            if SCALED:
-                tl.store(scale_ptr + offset + t, factor, mask=t < n)
-            else:
-                norm = norm * factor
-        else:
-            norm = square
-        tl.store(norm_ptr + offset + t, norm, mask=t < n)
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is at least ``size``."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 class LaunchProblem:
@@ -124,14 +37,17 @@ class LaunchProblem:
         n, m: number of rows and columns, padding included; for packed problems the totals.
         dim: length of a token vector, 0 for a given cost.
         strides: strides of a given cost.
-        precision: ``input_precision`` of the dots of the cost.
-        exact: ``input_precision`` that multiplies float32 numbers without loss.
-        dot_dtype, dot_precision: dtype and ``input_precision`` of the dots of a vector gradient.
+        single: a side has float32 vectors, or the cost is given.
+        precision: ``input_precision`` of the dots of the cost, whose operands are float32, or
+            "half" where both sides have the same half-precision dtype.
+        exact: ``input_precision`` that multiplies float32 numbers without significant loss, by
+            three TF32 products on NVIDIA.
         scaled: vectors are multiplied by a power of two before they are used.
         wide: offsets within a problem need 64 bits.
+        norms: those of the tokens; computed, unless an earlier launch problem's are given.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, norms: Norms | None = None) -> None:
         self.problem = problem
         self.size = len(problem.epsilon)
         self.packed = problem.packed
@@ -140,20 +56,10 @@ class LaunchProblem:
         self.strides = problem.x.stride() if problem.y is None else (0, 0, 0)
         self.dim = 0 if problem.y is None else problem.x.shape[-1]
         self.nvidia = torch.version.hip is None and not INTERPRETED
-        self.single = problem.x.dtype == torch.float32
-        # Three TF32 products of float32 numbers lose nothing significant; products of
-        # half-precision numbers are exact.
+        dtypes = {problem.x.dtype} if problem.y is None else {problem.x.dtype, problem.y.dtype}
+        self.single = torch.float32 in dtypes
         self.exact = "tf32x3" if self.nvidia else "ieee"
-        self.precision = "ieee" if problem.y is None else self.exact
-        if not self.single and problem.kind != "sqeuclidean":
-            self.precision = "ieee"
-        # Gradients are rounded to the dtype of the vectors, so their weights need no more digits:
-        # TF32 holds every float16, and weights in float16 would underflow.
-        self.dot_dtype, self.dot_precision = tl.float32, self.exact
-        if self.nvidia and problem.x.dtype == torch.bfloat16:
-            self.dot_dtype = tl.bfloat16
-        elif self.nvidia and problem.x.dtype == torch.float16:
-            self.dot_precision = "tf32"
+        self.precision = self._precision(dtypes)
         self.scaled = problem.kind == "cosine" and self.single
         extent = max(self.n, self.m) * max(1, self.dim)
         if problem.y is None:
@@ -163,17 +69,45 @@ class LaunchProblem:
         unused = problem.epsilon
         self.y = unused if problem.y is None else problem.y
         self.cu_a, self.cu_b = (unused if x is None else x for x in (problem.cu_a, problem.cu_b))
-        self.norm_a = self.norm_b = self.scale_a = self.scale_b = self.centre = unused
-        if problem.kind == "sqeuclidean":
-            self.centre = self._centre()
-        if problem.kind in ("cosine", "sqeuclidean"):
-            self.norm_a, self.scale_a = self._norms(problem.x, self.cu_a, problem.log_a)
-            self.norm_b, self.scale_b = self._norms(self.y, self.cu_b, problem.log_b)
+        self.norms = Norms(*[unused] * 5) if norms is None else norms
+        if norms is None and problem.kind in ("cosine", "sqeuclidean"):
+            self.norms = self._norms(self._centre() if problem.kind == "sqeuclidean" else unused)
+
+    def _precision(self, dtypes: set[torch.dtype]) -> str:
+        """The precision of the dots of the cost, from the dtypes of both sides.
+
+        Products of half-precision numbers are exact, and so are those of TF32, which holds every
+        number of both half-precision dtypes.
+        """
+        if self.problem.y is None:
+            return "ieee"
+        if self.single or self.problem.kind == "sqeuclidean":
+            return self.exact
+        # Triton's interpreter multiplies the bits of bfloat16 as integers.
+        if len(dtypes) == 1 and not INTERPRETED:
+            return "half"
+        return "tf32" if self.nvidia else "ieee"
+
+    def gradient_dot(self, *dtypes: torch.dtype) -> dict[str, Any]:
+        """The compile-time options of the dots of gradients of these dtypes.
+
+        Gradients are rounded to the dtype of their vectors, so their weights need no more digits:
+        TF32 holds every float16, and weights in float16 would underflow.
+        """
+        if not self.nvidia or torch.float32 in dtypes:
+            dot = tl.float32, self.exact
+        elif torch.float16 in dtypes:
+            dot = tl.float32, "tf32"
+        else:
+            dot = tl.bfloat16, "ieee"
+        return {"DOT_DTYPE": dot[0], "DOT_PRECISION": dot[1]}
 
     def _centre(self) -> Tensor:
         problem = self.problem
         centre, block = torch.empty(self.size, self.dim, device=problem.x.device), 64
-        centre_kernel[(self.size, triton.cdiv(self.dim, block))](
+        launch_kernel(
+            centre_kernel,
+            (self.size, ceil_div(self.dim, block)),
             problem.x,
             self.y,
             self.cu_a,
@@ -190,41 +124,49 @@ class LaunchProblem:
         )
         return centre
 
-    def _norms(self, vectors: Tensor, offsets: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:
-        norm = torch.empty_like(log_mass)
-        scale = torch.empty_like(log_mass) if self.scaled else norm
-        tokens, block = log_mass.shape[-1], 16
+    def _norms(self, centre: Tensor) -> Norms:
+        problem, block = self.problem, 16
+        log_masses = problem.log_a, problem.log_b
+        norms = norm_a, norm_b = [torch.empty_like(x) for x in log_masses]
+        scales = [torch.empty_like(x) for x in log_masses] if self.scaled else norms
         # The host does not know the lengths of packed problems, so programs stride over tokens.
-        splits = min(triton.cdiv(tokens, block), max(1, 4096 // self.size))
-        norm_kernel[(self.size, splits)](
-            vectors,
-            offsets,
-            self.centre,
-            norm,
-            scale,
-            tokens,
+        most = max(1, 4096 // self.size)
+        parts, parts_y = (min(ceil_div(size, block), most) for size in (self.n, self.m))
+        launch_kernel(
+            norm_kernel,
+            (self.size, parts + parts_y),
+            problem.x,
+            self.y,
+            self.cu_a,
+            self.cu_b,
+            centre,
+            *norms,
+            *scales,
+            self.n,
+            self.m,
             self.dim,
+            parts,
             KIND=self.kind,
             PACKED=self.packed,
             SCALED=self.scaled,
             BLOCK_T=block,
-            BLOCK_D=max(16, min(128, triton.next_power_of_2(self.dim))),
+            BLOCK_D=max(16, min(128, next_power_of_2(self.dim))),
         )
-        return norm, scale
+        return Norms(centre, norm_a, norm_b, *scales)
 
     def pointers(self, swapped: bool = False) -> tuple[Tensor, ...]:
         """The tensors from which cost tiles are computed, in the order of the kernels' parameters.
 
         ``swapped`` exchanges rows and columns.
         """
-        problem = self.problem
-        x, y = (problem.x, self.y) if problem.y is not None else (problem.x, problem.x)
-        per_token = [(x, y), (self.norm_a, self.norm_b), (self.scale_a, self.scale_b)]
-        per_side = [(self.cu_a, self.cu_b), (problem.log_a, problem.log_b)]
-        order = (1, 0) if swapped else (0, 1)
-        tokens = [pair[i] for pair in per_token for i in order]
-        sides = [pair[i] for pair in per_side for i in order]
-        return *tokens, self.centre, *sides, problem.epsilon
+        problem, (centre, norm_a, norm_b, scale_a, scale_b) = self.problem, self.norms
+        x, y = problem.x, problem.x if problem.y is None else problem.y
+        log_a, log_b, last = problem.log_a, problem.log_b, problem.epsilon
+        if swapped:
+            tokens = y, x, norm_b, norm_a, scale_b, scale_a
+            return *tokens, centre, self.cu_b, self.cu_a, log_b, log_a, last
+        tokens = x, y, norm_a, norm_b, scale_a, scale_b
+        return *tokens, centre, self.cu_a, self.cu_b, log_a, log_b, last
 
     def sizes(self, swapped: bool = False) -> tuple[int, ...]:
         """The strides of a given cost, the numbers of rows and columns, and the vector length."""
@@ -242,7 +184,7 @@ class LaunchProblem:
 
         It is capped for packed problems, where ``size`` is the total of the batch.
         """
-        count: int = triton.cdiv(size, block)
+        count = ceil_div(size, block)
         return count if not self.packed else min(count, max(1, 1024 // self.size))
 
 
@@ -275,25 +217,56 @@ def initial_potentials(problem: Problem) -> tuple[Tensor, Tensor]:
     )
 
 
+def annealing_temperatures(problem: Problem) -> list[float]:
+    """The annealing temperature of each iteration, with the bits of the kernels.
+
+    Kernels that run all iterations multiply float32 numbers, so each product is rounded here, too.
+    """
+    if not problem.anneal_start:
+        return [0.0] * max(1, problem.max_iter)
+    temperature, ratio = (
+        ctypes.c_float(x).value for x in (problem.anneal_start, problem.anneal_ratio)
+    )
+    temperatures = []
+    for _ in range(max(1, problem.max_iter)):
+        temperatures.append(temperature)
+        temperature = ctypes.c_float(temperature * ratio).value
+    return temperatures
+
+
 def cost_options(launch: LaunchProblem) -> dict[str, Any]:
     """The compile-time options of every kernel that computes costs."""
-    return {
-        "KIND": launch.kind,
-        "PACKED": launch.packed,
-        "SCALED": launch.scaled,
-        "WIDE": launch.wide,
-        "PRECISION": launch.precision,
-    }
+    return _cost_options(launch.kind, launch.packed, launch.scaled, launch.wide, launch.precision)
 
 
 def tile_options(launch: LaunchProblem, tile: tuning.Tile) -> dict[str, Any]:
     """The compile-time options of a kernel that computes tiles of the cost in ``tile``."""
-    return cost_options(launch) | {
+    cost = launch.kind, launch.packed, launch.scaled, launch.wide, launch.precision
+    return _tile_options(cost, tile, launch.warps(tile.warps))
+
+
+# Callers only unpack these dictionaries.
+@functools.lru_cache(maxsize=256)
+def _cost_options(
+    kind: int, packed: bool, scaled: bool, wide: bool, precision: str
+) -> dict[str, Any]:
+    return {
+        "KIND": kind,
+        "PACKED": packed,
+        "SCALED": scaled,
+        "WIDE": wide,
+        "PRECISION": precision,
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _tile_options(cost: tuple[Any, ...], tile: tuning.Tile, warps: int) -> dict[str, Any]:
+    return _cost_options(*cost) | {
         "BLOCK_N": tile.rows,
         "BLOCK_M": tile.columns,
         "BLOCK_D": tile.depth,
         "WARPS_N": tile.warps_n,
         "WARPS_M": tile.warps_m,
-        "num_warps": launch.warps(tile.warps),
+        "num_warps": warps,
         "num_stages": tile.stages,
     }

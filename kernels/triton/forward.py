@@ -10,17 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import triton
 from optical.backends.problem import Problem, Solution
 from optical.kernels import tuning
 from optical.kernels.batch import (
-    KINDS,
     LaunchProblem,
+    annealing_temperatures,
+    ceil_div,
     choose_tiles,
     cost_options,
     initial_potentials,
     tile_options,
 )
+from optical.kernels.launch import RepeatedLaunch, launch_kernel
 from optical.kernels.onchip.adjoint import adjoint_kernel
 from optical.kernels.onchip.solve import resident_kernel
 from optical.kernels.streamed.adjoint import adjoint_loop_kernel
@@ -33,6 +34,7 @@ from optical.kernels.streamed.stepwise import (
     turn_kernel,
     walk_kernel,
 )
+from optical.kernels.tokens.norms import Norms
 
 
 def supports(problem: Problem) -> str | None:
@@ -45,16 +47,20 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem) -> Solution:
-    """Solve the problems, which must be supported, as the ``forward`` of every backend does."""
+def forward(problem: Problem, kept: list[Norms] | None = None) -> Solution:
+    """Solve the problems, which must be supported, as the ``forward`` of every backend does.
+
+    ``kept`` receives what ``backward`` would otherwise compute again.
+    """
     with torch.cuda.device_of(problem.x):
-        launch, like = LaunchProblem(problem), problem.epsilon
-        value, value_linear, marginal_error, residual = (torch.empty_like(like) for _ in range(4))
-        n_iter, status = (torch.empty_like(like, dtype=torch.int32) for _ in range(2))
-        outputs = value, value_linear, marginal_error, n_iter, status, residual
-        f, g = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
+        launch = LaunchProblem(problem)
+        if kept is not None and problem.y is not None:
+            kept.append(launch.norms)
+        solution = Solution.allocate(problem)
+        value, value_linear, f, g, error, n_iter, status, w, z, residual = solution
+        outputs = value, value_linear, error, n_iter, status, residual
         general = problem.omega != 1 or min(problem.rho_a, problem.rho_b) < math.inf
-        roomy = general or problem.anneal_start > 0 or launch.precision != "ieee"
+        roomy = general or problem.anneal_start > 0 or launch.precision.startswith("tf32")
         tiles = choose_tiles(launch, tuning.ROOMY if roomy else tuning.TILES)
         if not tiles or (launch.packed and max(launch.n, launch.m) > tuning.RESIDENT):
             # One program per problem where the sizes are unknown or the problems are many.
@@ -64,15 +70,18 @@ def forward(problem: Problem) -> Solution:
                 StepwiseSolve(launch, f, g, outputs).run()
         for side, tile in tiles:
             _solve_onchip(launch, side, tile, general, (f, g, *outputs))
-        w, z = _solve_adjoint(launch, f, g, residual)
-    return Solution(value, value_linear, f, g, marginal_error, n_iter, status, w, z, residual)
+        if problem.gradient == "implicit":
+            _solve_adjoint(launch, f, g, w, z, residual)
+    return solution
 
 
 def _solve_onchip(
     launch: LaunchProblem, side: int, tile: tuning.Tile, general: bool, outputs: tuple[Tensor, ...]
 ) -> None:
     problem = launch.problem
-    resident_kernel[(launch.size,)](
+    launch_kernel(
+        resident_kernel,
+        (launch.size,),
         *launch.pointers(),
         *initial_potentials(problem),
         *outputs,
@@ -97,19 +106,18 @@ def _solve_onchip(
 
 
 def _solve_adjoint(
-    launch: LaunchProblem, f: Tensor, g: Tensor, residual: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Solve the linear systems behind implicit gradients, if any; return w and z.
+    launch: LaunchProblem, f: Tensor, g: Tensor, w: Tensor, z: Tensor, residual: Tensor
+) -> None:
+    """Solve the linear systems behind implicit gradients: fill w and z.
 
     ``residual``, 0 after the run, receives their residuals.
     """
     problem = launch.problem
-    if problem.gradient != "implicit":
-        return f.new_empty(0), g.new_empty(0)
-    w, z = torch.empty_like(f), torch.empty_like(g)
     if max(launch.n, launch.m) > tuning.RESIDENT:
-        tile = tuning.ADJOINT_STREAM[launch.kind != KINDS["given"] and launch.precision != "ieee"]
-        adjoint_loop_kernel[(launch.size,)](
+        tile = tuning.ADJOINT_STREAM[launch.precision.startswith("tf32")]
+        launch_kernel(
+            adjoint_loop_kernel,
+            (launch.size,),
             *launch.pointers(),
             f,
             g,
@@ -132,7 +140,9 @@ def _solve_adjoint(
             num_stages=tile.stages,
         )
     for side, tile in choose_tiles(launch, tuning.ADJOINT):
-        adjoint_kernel[(launch.size,)](
+        launch_kernel(
+            adjoint_kernel,
+            (launch.size,),
             *launch.pointers(),
             f,
             g,
@@ -147,7 +157,6 @@ def _solve_adjoint(
             PART=tile.part,
             **tile_options(launch, tile),
         )
-    return w, z
 
 
 class StoredPlan(NamedTuple):
@@ -174,8 +183,8 @@ def allocate_plan(launch: LaunchProblem) -> StoredPlan:
     for the stored plan to pay off and whose indices fit in 32 bits.
     """
     problem, tile = launch.problem, tuning.STREAM
-    width = triton.cdiv(launch.m, tile.columns) * tile.columns
-    plane = triton.cdiv(launch.n, tile.rows) * tile.rows * width
+    width = ceil_div(launch.m, tile.columns) * tile.columns
+    plane = ceil_div(launch.n, tile.rows) * tile.rows * width
     plain = problem.omega == 1 and problem.rho_a == problem.rho_b == math.inf
     fast = problem.precision == "fast" and plain and not (problem.packed or problem.low_memory)
     if not fast or problem.max_iter < tuning.KEPT_ITERATIONS or plane >= 2**31:
@@ -191,7 +200,9 @@ def _solve_in_one_launch(
 ) -> None:
     problem, stored = launch.problem, allocate_plan(launch)
     log_masses = problem.log_a, problem.log_b
-    loop_kernel[(launch.size,)](
+    launch_kernel(
+        loop_kernel,
+        (launch.size,),
         *launch.pointers(),
         *initial_potentials(problem),
         f,
@@ -238,9 +249,12 @@ class StepwiseSolve:
         # Sums of P * C after the run; scratch memory during it.
         self.cost_sums = torch.empty_like(f), torch.empty_like(g)
         self.starts = initial_potentials(problem)
+        self.annealing = annealing_temperatures(problem)
         n_iter = outputs[3]
         self.stopped, self.state = torch.empty_like(n_iter), torch.empty_like(n_iter)
-        self.change, self.column_error = problem.epsilon.new_empty(2, launch.size)
+        # Two tensors: each begins at an aligned address, whatever the size of the batch.
+        like = problem.epsilon
+        self.change, self.column_error = torch.empty_like(like), torch.empty_like(like)
         self.tile = tile_options(launch, tuning.STREAM)
         self.options = {
             "PACKED": launch.packed,
@@ -249,17 +263,19 @@ class StepwiseSolve:
         }
         self.splits = self._split(launch.n, launch.m), self._split(launch.m, launch.n)
         partial = [
-            3 * triton.cdiv(columns, SEGMENT.value) * x.numel() if split > 1 else 0
+            3 * ceil_div(columns, SEGMENT.value) * x.numel() if split > 1 else 0
             for columns, x, split in zip(
                 (launch.m, launch.n), self.potentials, self.splits, strict=True
             )
         ]
         self.partial = f.new_empty(max(1, *partial))
+        # By kernel, side and purpose; a launch takes a fraction of the time to prepare it.
+        self.launches: dict[tuple[str, bool, bool], RepeatedLaunch] = {}
 
     def _split(self, n: int, m: int) -> int:
         """The number of programs that share the columns of a half-step over n rows."""
         programs = self.launch.size * self.launch.blocks(n, tuning.STREAM.rows)
-        segments = triton.cdiv(m, SEGMENT.value)
+        segments = ceil_div(m, SEGMENT.value)
         return 1 if self.stored.fast else min(segments, max(1, tuning.FILLED // programs))
 
     def run(self) -> None:
@@ -270,9 +286,8 @@ class StepwiseSolve:
         for iteration in range(problem.max_iter):
             if self.stored.fast:
                 self._store_plan()
-            annealing = problem.anneal_start * problem.anneal_ratio**iteration
             for swapped in (False, True):
-                self._reduce(swapped, annealing)
+                self._reduce(swapped, self.annealing[iteration])
                 self._update(swapped, iteration)
         self._reduce(False, sums=True)
         self._reduce(True, sums=True)
@@ -280,48 +295,55 @@ class StepwiseSolve:
 
     def _reduce(self, swapped: bool, annealing: float = 0.0, sums: bool = False) -> None:
         """Compute the soft-mins of one side, or the sums of its plan and transport cost."""
+        stored, side = self.stored, int(swapped)
+        split = 1 if sums else self.splits[side]
+        row_count = self.potentials[side].numel()
+        key = "walk", swapped, sums
+        if key not in self.launches:
+            self.launches[key] = self._walk(swapped, sums, split)
+        sizes = self.launch.sizes(swapped)
+        self.launches[key](*sizes, row_count, stored.width, stored.plane, annealing)
+        if split > 1:
+            # The numbers of rows and columns of the half-step.
+            sizes = sizes[3:5]
+            key = "gather", swapped, sums
+            if key not in self.launches:
+                self.launches[key] = self._gather(swapped, sizes[0])
+            self.launches[key](*sizes, row_count, annealing)
+
+    def _walk(self, swapped: bool, sums: bool, split: int) -> RepeatedLaunch:
         launch, stored = self.launch, self.stored
         order = (1, 0) if swapped else (0, 1)
         side = order[0]
-        n = (launch.n, launch.m)[side]
-        split = 1 if sums else self.splits[side]
-        row_count = self.potentials[side].numel()
-        walk_kernel[(launch.size, launch.blocks(n, tuning.STREAM.rows), split)](
+        tensors = (
             *launch.pointers(swapped),
             *(self.potentials[i] for i in order),
             self.results[side],
             self.cost_sums[side],
             *((stored.base_a, stored.base_b)[i] for i in order),
-            stored.plan,
-            self.partial,
-            self.state,
-            self.stopped,
-            *launch.sizes(swapped),
-            row_count,
-            stored.width,
-            stored.plane,
-            annealing,
+            *(stored.plan, self.partial, self.state, self.stopped),
+        )
+        n = (launch.n, launch.m)[side]
+        return RepeatedLaunch(
+            walk_kernel,
+            (launch.size, launch.blocks(n, tuning.STREAM.rows), split),
+            tensors,
             SPLIT=split > 1,
             REDUCE=int(sums),
             ROWS=stored.fast and not swapped,
             FAST=stored.fast and not sums,
             **self.tile,
         )
-        if split > 1:
-            self._merge_segments(order, row_count, annealing)
 
-    def _merge_segments(self, order: tuple[int, int], row_count: int, annealing: float) -> None:
-        launch, side = self.launch, order[0]
-        sizes = [(launch.n, launch.m)[i] for i in order]
-        gather_kernel[(launch.size, launch.blocks(sizes[0], tuning.VECTOR_BLOCK))](
-            *((launch.cu_a, launch.cu_b)[i] for i in order),
-            self.problem.epsilon,
-            self.partial,
-            self.results[side],
-            self.stopped,
-            *sizes,
-            row_count,
-            annealing,
+    def _gather(self, swapped: bool, n: int) -> RepeatedLaunch:
+        """Prepare the launch that merges the segments of a half-step over n rows."""
+        launch = self.launch
+        offsets = (launch.cu_b, launch.cu_a) if swapped else (launch.cu_a, launch.cu_b)
+        tensors = (self.problem.epsilon, self.partial, self.results[swapped], self.stopped)
+        return RepeatedLaunch(
+            gather_kernel,
+            (launch.size, launch.blocks(n, tuning.VECTOR_BLOCK)),
+            (*offsets, *tensors),
             PACKED=launch.packed,
             BLOCK=tuning.VECTOR_BLOCK,
         )
@@ -329,10 +351,24 @@ class StepwiseSolve:
     def _update(self, swapped: bool, iteration: int, init: bool = False) -> None:
         """Update the potentials of one side, or set them to their start with ``init``."""
         launch, problem, side = self.launch, self.problem, int(swapped)
-        annealing, previous = (
-            problem.anneal_start * problem.anneal_ratio**k for k in (iteration, iteration - 1)
+        key = "turn", swapped, init
+        if key not in self.launches:
+            self.launches[key] = self._turn(swapped, init)
+        self.launches[key](
+            (launch.n, launch.m)[side],
+            iteration,
+            problem.max_iter - 1 - iteration,
+            problem.tol,
+            1 / (problem.rho_a, problem.rho_b)[side],
+            problem.omega,
+            self.annealing[iteration],
+            # The first iteration has no predecessor, so it measures no marginal error.
+            self.annealing[iteration - 1] if iteration else math.inf,
         )
-        turn_kernel[(launch.size,)](
+
+    def _turn(self, swapped: bool, init: bool) -> RepeatedLaunch:
+        launch, problem, side = self.launch, self.problem, int(swapped)
+        tensors = (
             (launch.cu_a, launch.cu_b)[side],
             (problem.log_a, problem.log_b)[side],
             problem.epsilon,
@@ -340,20 +376,12 @@ class StepwiseSolve:
             self.potentials[side],
             self.results[side],
             (self.stored.base_a, self.stored.base_b)[side],
-            self.state,
-            self.change,
-            self.column_error,
-            self.stopped,
-            self.outputs[3],
-            (launch.n, launch.m)[side],
-            int(iteration == 0),
-            problem.max_iter - 1 - iteration,
-            problem.tol,
-            1 / (problem.rho_a, problem.rho_b)[side],
-            problem.omega,
-            annealing,
-            # The first iteration has no predecessor, so it measures no marginal error.
-            previous if iteration else math.inf,
+            *(self.state, self.change, self.column_error, self.stopped, self.outputs[3]),
+        )
+        return RepeatedLaunch(
+            turn_kernel,
+            (launch.size,),
+            tensors,
             ROWS=not swapped,
             FAST=self.stored.fast,
             INIT=init,
@@ -362,22 +390,22 @@ class StepwiseSolve:
 
     def _store_plan(self) -> None:
         launch, stored = self.launch, self.stored
-        keep_kernel[(launch.size, launch.blocks(launch.n, tuning.STREAM.rows))](
-            *launch.pointers(),
-            stored.base_a,
-            stored.base_b,
-            stored.plan,
-            self.state,
-            self.stopped,
-            *launch.sizes(),
-            stored.width,
-            stored.plane,
-            **self.tile,
-        )
+        key = "keep", False, False
+        if key not in self.launches:
+            tensors = (stored.base_a, stored.base_b, stored.plan, self.state, self.stopped)
+            self.launches[key] = RepeatedLaunch(
+                keep_kernel,
+                (launch.size, launch.blocks(launch.n, tuning.STREAM.rows)),
+                (*launch.pointers(), *tensors),
+                **self.tile,
+            )
+        self.launches[key](*launch.sizes(), stored.width, stored.plane)
 
     def _write_outputs(self) -> None:
         launch, problem = self.launch, self.problem
-        finish_kernel[(launch.size,)](
+        launch_kernel(
+            finish_kernel,
+            (launch.size,),
             launch.cu_a,
             launch.cu_b,
             problem.log_a,

@@ -15,6 +15,7 @@ from optical.kernels.tiles import (
     load_log_mass,
     load_used_mass,
     locate_cost,
+    penalty_gradient,
     plan_tile,
     times_exp2,
 )
@@ -108,7 +109,8 @@ def mass_gradient_kernel(
         penalty = a * f
         if inverse_rho > 0:
             target = tl.where(has_pair, times_exp2(A, -f * inverse_rho * LOG2_E), 0.0)
-            penalty = (a - target) / inverse_rho
+            penalty = penalty_gradient(A, a, f, inverse_rho)
+            penalty = tl.where(has_pair, penalty, a / inverse_rho)
         grad = upstream * (penalty + epsilon * (a * total_mass - target))
         if IMPLICIT:
             w = tl.load(w_ptr + offset_a + rows, mask=rows < n, other=0.0)

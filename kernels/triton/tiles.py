@@ -14,15 +14,11 @@ entries. A warp does best as 4 x 8 lanes of 16 x 8 entries each (64 shuffles for
 the first two become the lanes, the next two the warps, the others the entries of a thread.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
-# The interpreter multiplies bfloat16 as integers, so operands are converted to float32 there.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 GIVEN = tl.constexpr(0)
 COSINE = tl.constexpr(1)
 SQEUCLIDEAN = tl.constexpr(2)
@@ -79,22 +75,27 @@ def load_used_mass(log_mass_ptr, index, size, upstream, upstream_linear):
 
 @triton.jit
 def load_vectors(tokens, centre_ptr, index, d, dim, SPEC: tl.constexpr):
-    """Load a tile of token vectors as an operand of a dot, zero outside the problem."""
+    """Load a tile of token vectors as an operand of a dot, zero outside the problem.
+
+    Operands are float32, except with the precision "half", for two sides of one half-precision
+    dtype.
+    """
     vectors_ptr, _, scale_ptr, _, size = tokens
     KIND: tl.constexpr = SPEC[0]
     SCALED: tl.constexpr = SPEC[1]
     WIDE: tl.constexpr = SPEC[2]
+    PRECISION: tl.constexpr = SPEC[3]
     inside = (index < size)[:, None] & (d < dim)[None, :]
     if WIDE:
         index = index.to(tl.int64)
     offsets = index[:, None] * dim + d[None, :]
     x = tl.load(vectors_ptr + offsets, mask=inside, other=0.0)
+    if PRECISION != "half":
+        x = x.to(tl.float32)
     if KIND == SQEUCLIDEAN:
-        x = x.to(tl.float32) - tl.load(centre_ptr + d, mask=d < dim, other=0.0)[None, :]
+        x = x - tl.load(centre_ptr + d, mask=d < dim, other=0.0)[None, :]
     elif SCALED:
         x = x * tl.load(scale_ptr + index, mask=index < size, other=1.0)[:, None]
-    elif INTERPRETED:
-        x = x.to(tl.float32)
     return x
 
 
@@ -134,7 +135,7 @@ def swap_sides(costs):
 def dot_products(costs, row_start, column_start, SPEC: tl.constexpr, TILE: tl.constexpr):
     """Compute x_i . y_j (BLOCK_N, BLOCK_M) by dots of PART rows each."""
     x_side, y_side, centre_ptr, dim = costs
-    PRECISION: tl.constexpr = SPEC[3]
+    PRECISION: tl.constexpr = "ieee" if SPEC[3] == "half" else SPEC[3]
     BLOCK_N: tl.constexpr = TILE[0]
     BLOCK_M: tl.constexpr = TILE[1]
     BLOCK_D: tl.constexpr = TILE[2]
@@ -331,10 +332,38 @@ def target_marginal(log_mass, has_pair, F, strength):
 
 
 @triton.jit
-def log_ratio(sums, log_mass):
-    """Compute log(sums / mass), and 0 where the sum is 0; the mass may underflow float32."""
+def penalty_gradient(log_mass, mass, potential, inverse_rho):
+    """Compute rho (a - a exp(-f / rho)), the derivative of a penalty by the logarithm of a mass a.
+
+    Under a strong penalty the two terms cancel; the series of 1 - exp(-x) does not.
+    """
+    x = potential * inverse_rho
+    series = 1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6))))
+    difference = (mass - times_exp2(log_mass, -x * LOG2_E)) / inverse_rho
+    return tl.where(tl.abs(x) < 0.125, mass * potential * series, difference)
+
+
+@triton.jit
+def penalty_slopes(share, sums, log_mass, mass, inverse_rho):
+    """Derivatives of rho KL(sums | mass): by the sums, rho log(sums / mass), and by log(mass).
+
+    ``share`` is sums / mass, summed without the mass; it may overflow. Near 1, under a strong
+    penalty, both slopes would magnify the rounding errors of the sums and of the mass.
+    """
+    x = share - 1
+    series = 1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x * (1 / 6 - x / 7)))))
+    near = tl.abs(x) < 0.125
     positive = sums > 0
-    return (tl.log2(tl.where(positive, sums, 1.0)) - tl.where(positive, log_mass, 0.0)) / LOG2_E
+    ratio = (tl.log2(tl.where(positive, sums, 1.0)) - tl.where(positive, log_mass, 0.0)) / LOG2_E
+    by_sums = tl.where(near, x * series, ratio) / inverse_rho
+    by_mass = tl.where(near, -mass * x, mass - sums) / inverse_rho
+    return by_sums, by_mass
+
+
+@triton.jit
+def without_mass(log_mass):
+    """Replace every mass by 1, except for those of 0."""
+    return tl.where(log_mass != -INFINITY, 0.0, -INFINITY)
 
 
 @triton.jit

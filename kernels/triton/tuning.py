@@ -119,8 +119,9 @@ ADJOINT_STREAM = {True: Tile(32, 32, 32, 32, 2, 2, 2), False: Tile(64, 64, 32, 6
 # Number of problems from which one program per problem keeps a GPU busy. Fewer problems are split
 # over many programs, with two launches per half-step.
 PROGRAMS = 128
-# Number of programs that fills the largest GPU. Half-steps with fewer also split the columns.
-FILLED = 256
+# Half-steps with fewer programs also split the columns. Registers and shared memory of a streamed
+# tile let four programs of four warps share a multiprocessor, and an H200 has 132 of these.
+FILLED = 4 * 132
 # Fewest iterations for which storing the plan in half precision pays off.
 KEPT_ITERATIONS = 8
 # Rows or columns that the kernels of potentials process at a time.

@@ -2,7 +2,8 @@
 
 Both have a plain C interface (``csrc/sinkhorn.h``), so one binary serves every version of Python
 and PyTorch. An installation with a compiler puts them beside the package. Otherwise the first use
-builds them in the user's cache. ``optical.backends.structs`` fills the structures they read.
+builds the CPU library in the user's cache, and ``optical.backends.nvrtc`` compiles CUDA kernels one
+by one. ``optical.backends.structs`` fills the structures they read.
 
 ``setup.py`` loads this file by its path, before PyTorch is installed, so its imports at module
 level are of the standard library.
@@ -131,7 +132,8 @@ def find_nvcc() -> list[str] | None:
 def driver_architectures() -> tuple[str, ...]:
     """Ask the CUDA driver for the architectures of its devices; () without a driver.
 
-    PyTorch is not needed. Devices below compute capability 8.0 are left out.
+    PyTorch is not needed. Devices below compute capability 8.0 are left out. "90a" has the
+    instructions that only compute capability 9.0 has.
     """
     capability_major, capability_minor = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
     try:
@@ -146,7 +148,7 @@ def driver_architectures() -> tuple[str, ...]:
         driver.cuDeviceGetAttribute(ctypes.byref(major), capability_major, device)
         driver.cuDeviceGetAttribute(ctypes.byref(minor), capability_minor, device)
         capabilities.add((major.value, minor.value))
-    return tuple(f"{x}{y}" for x, y in sorted(capabilities) if x >= 8)
+    return tuple(f"{x}{y}" + "a" * ((x, y) == (9, 0)) for x, y in sorted(capabilities) if x >= 8)
 
 
 # ---------------------------------------------------------------------------------------- builds
@@ -348,30 +350,17 @@ def open_cached_cpu(folder: Path, compiler: list[str]) -> ctypes.CDLL:
     )
 
 
-def open_cached_cuda(folder: Path, nvcc: list[str], architectures: tuple[str, ...]) -> ctypes.CDLL:
-    """Open the CUDA library of the user's cache, built there at its first use."""
-    source_hash = cuda_source_hash(folder)
-    version = subprocess.run([*nvcc, "--version"], capture_output=True).stdout
-    identity = repr((source_hash, nvcc, version, architectures))
-    return _open_cached(
-        f"cuda-{_short_hash(identity.encode())}",
-        lambda target: build_cuda(folder, target, nvcc, architectures),
-        source_hash,
-        "its CUDA kernels once, some minutes",
-    )
-
-
 def _open_cached(
     stem: str, build: Callable[[Path], None], source_hash: str, what: str
 ) -> ctypes.CDLL:
     """Open a library of the cache, or build it if it is missing, damaged or refused.
 
-    A build says so, since it takes long: ``what`` completes "optical compiles". The file name ends
-    in a hash of its contents, since loading a truncated library would crash the process.
+    ``what`` completes "optical compiles". The file name ends in a hash of its contents, since
+    loading a truncated library would crash the process.
     """
     cache = cache_folder()
     with contextlib.ExitStack() as stack:
-        with _said_if_long(f"optical waits for another process that compiles in {cache}"):
+        with said_if_waiting(cache):
             stack.enter_context(build_lock(cache))
         for path in cache.glob(f"{stem}-*{SUFFIX}"):
             if path.stem.endswith(_short_hash(path.read_bytes())):
@@ -379,13 +368,25 @@ def _open_cached(
                     return open_library(path, source_hash)
             path.unlink(missing_ok=True)
         fresh = cache / f"{stem}{SUFFIX}"
-        _logger.warning("optical compiles %s, into %s", what, cache)
-        start = time.monotonic()
-        build(fresh)
-        _logger.warning("optical has compiled in %.0f s", time.monotonic() - start)
+        with announced(what, cache):
+            build(fresh)
         path = cache / f"{stem}-{_short_hash(fresh.read_bytes())}{SUFFIX}"
         os.replace(fresh, path)
     return open_library(path, source_hash)
+
+
+@contextlib.contextmanager
+def announced(what: str, cache: Path) -> Iterator[None]:
+    """Log that optical compiles something, which takes long, and afterwards the time."""
+    _logger.warning("optical compiles %s, into %s", what, cache)
+    start = time.monotonic()
+    yield
+    _logger.warning("optical has compiled in %.0f s", time.monotonic() - start)
+
+
+def said_if_waiting(cache: Path) -> contextlib.AbstractContextManager[None]:
+    """Log if the block, which takes a lock of the cache, waits for another process."""
+    return _said_if_long(f"optical waits for another process that compiles in {cache}")
 
 
 @contextlib.contextmanager
@@ -420,9 +421,9 @@ def cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="optical-"))
 
 
-def build_lock(cache: Path) -> contextlib.AbstractContextManager[None]:
-    """Let one process or thread build in ``cache`` while others wait."""
+def build_lock(cache: Path, name: str = ".lock") -> contextlib.AbstractContextManager[None]:
+    """Let one process or thread build what ``name`` stands for in ``cache`` while others wait."""
     # Importing the package imports PyTorch, which setup.py must not.
     from optical.io.files import folder_lock
 
-    return folder_lock(cache, wait=True)
+    return folder_lock(cache, wait=True, name=name)

@@ -1,54 +1,33 @@
 """Compile the CUDA kernels with NVRTC and launch them through the CUDA driver, without nvcc.
 
 NVRTC ships with the CUDA builds of PyTorch. Each kernel is compiled at its first use, in a few
-seconds, and stored in the user's cache. ``Kernels`` has the interface of the library that nvcc
-builds, so ``optical.backends.cuda`` uses either. ctypes calls NVRTC and the driver directly: a
-dozen calls do not justify a dependency on cuda-python.
+seconds, and stored in the user's cache; the kernels of one call are compiled in parallel.
+``Kernels`` has the interface of the library that nvcc builds, so ``optical.backends.cuda`` uses
+either. ctypes calls NVRTC and the driver directly: a dozen calls do not justify a dependency on
+cuda-python.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import ctypes.util
-import enum
 import functools
-import hashlib
 import math
-import os
 import re
-import site
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-STDINT = """
-typedef signed char int8_t; typedef unsigned char uint8_t;
-typedef short int16_t; typedef unsigned short uint16_t;
-typedef int int32_t; typedef unsigned int uint32_t;
-typedef long long int64_t; typedef unsigned long long uint64_t;
-typedef unsigned long long uintptr_t;
-"""
+from optical.io.nvidia import DeviceAttribute, Driver, DriverError
+from optical.io.nvrtc import compile_source
+
 OUT_OF_REACH, LAUNCH_FAILED = 3, 4  # error codes of csrc/cuda/sinkhorn.cu
-
-
-class CompileError(RuntimeError):
-    """NVRTC is missing or failed, or the driver refused a kernel."""
+# A kernel without work, which shows whether a device runs what NVRTC compiles from these sources.
+PROBE = "optical_probe"
+PROBE_DEFINITION = f"OPTICAL_KERNEL({PROBE},256)(){{}}"
 
 
 # ------------------------------------------------------------------------------------- compiling
-
-
-def find() -> ctypes.CDLL | None:
-    """Load NVRTC from the packages installed with PyTorch, else from the system."""
-    for folder in map(Path, site.getsitepackages()):
-        for path in sorted(folder.glob("nvidia/*/lib/libnvrtc.so.*"), reverse=True):
-            with contextlib.suppress(OSError):
-                return ctypes.CDLL(str(path))
-    name = ctypes.util.find_library("nvrtc")
-    with contextlib.suppress(OSError):
-        return ctypes.CDLL(name) if name else None
-    return None
 
 
 def kernel_definitions(folder: Path) -> dict[str, str]:
@@ -60,68 +39,19 @@ def kernel_definitions(folder: Path) -> dict[str, str]:
 
 
 def compile_kernel(library: Any, folder: Path, kernel: str, architecture: str) -> bytes:
-    """Compile one kernel to a cubin for an architecture such as "90".
+    """Compile one kernel, or ``PROBE``, to a cubin for an architecture such as "90a".
 
     Raises:
         CompileError: NVRTC reported an error; the message contains the first one.
     """
     paths = {"../sinkhorn.h": folder / "sinkhorn.h"}
     paths |= {path.name: path for path in (folder / "cuda").glob("*.cuh")}
-    headers = {name: path.read_bytes() for name, path in paths.items()} | {
-        "stdint.h": STDINT.encode()
-    }
-    count = len(headers)
-    texts = (ctypes.c_char_p * count)(*headers.values())
-    names = (ctypes.c_char_p * count)(*(name.encode() for name in headers))
-    program = ctypes.c_void_p()
-    source = b'#include "kernels.cuh"\n'
-    library.nvrtcCreateProgram(ctypes.byref(program), source, b"optical.cu", count, texts, names)
+    headers = {name: path.read_bytes() for name, path in paths.items()}
+    definition = (kernel_definitions(folder) | {PROBE: PROBE_DEFINITION})[kernel]
     # Without -default-device, NVRTC rejects the host functions that sinkhorn.h declares.
     options = ["-std=c++17", "-default-device", f"--gpu-architecture=sm_{architecture}"]
-    options.append(f"-DOPTICAL_ONLY={kernel_definitions(folder)[kernel]}")
-    option_array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    size = ctypes.c_size_t()
-    try:
-        if library.nvrtcCompileProgram(program, len(options), option_array) != 0:
-            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(size.value)
-            library.nvrtcGetProgramLog(program, log)
-            lines = log.value.decode(errors="replace").strip().splitlines()
-            error = next((line for line in lines if "error" in line), "".join(lines[:1]))
-            raise CompileError(f"NVRTC failed: {error.strip()}")
-        library.nvrtcGetCUBINSize(program, ctypes.byref(size))
-        cubin = ctypes.create_string_buffer(size.value)
-        library.nvrtcGetCUBIN(program, cubin)
-        return cubin.raw
-    finally:
-        library.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def cached(
-    make: Callable[[], bytes],
-    key: str,
-    folder: Path,
-    locked: contextlib.AbstractContextManager[Any],
-) -> bytes:
-    """Return the cached result of ``make`` for ``key``, or call ``make`` and store its result.
-
-    The file begins with a digest of the rest; a damaged file is replaced.
-    """
-    path = folder / f"cuda-{hashlib.sha256(key.encode()).hexdigest()[:16]}.cubin"
-    with locked:
-        if path.is_file():
-            digest, cubin = path.read_bytes()[:32], path.read_bytes()[32:]
-            if digest == hashlib.sha256(cubin).digest():
-                return cubin
-        cubin = make()
-        partial = folder / f".{path.name}.{os.getpid()}.tmp"
-        try:
-            partial.write_bytes(hashlib.sha256(cubin).digest() + cubin)
-            os.replace(partial, path)
-        except OSError:
-            # On a full disk, the next process compiles the kernel again.
-            partial.unlink(missing_ok=True)
-        return cubin
+    options.append(f"-DOPTICAL_ONLY={definition}")
+    return compile_source(library, '#include "kernels.cuh"\n', headers, options)
 
 
 # -------------------------------------------------------------------------------------- launching
@@ -296,14 +226,6 @@ def choose_launches(problem: Any, backward: int | None, device: Device) -> Itera
         yield launch
 
 
-class DeviceAttribute(enum.IntEnum):
-    """The values of CUdevice_attribute used here."""
-
-    COMPUTE_CAPABILITY_MAJOR = 75
-    COMPUTE_CAPABILITY_MINOR = 76
-    MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
-
-
 FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of CUfunction_attribute
 LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = 4  # of CUlaunchAttributeID
 
@@ -331,52 +253,130 @@ class _Limits(ctypes.Structure):
     _fields_ = [("warps", ctypes.c_int), ("blocks", ctypes.c_int), ("warp_teams", ctypes.c_int)]
 
 
+class Launch(NamedTuple):
+    """The arguments of a launch that do not depend on the batch."""
+
+    kernel: str
+    number: int
+    threads: int
+    blocks: int
+    bytes: int
+    problems: int
+
+
+class Sizes(NamedTuple):
+    """What of a problem decides its launches; n and m are upper bounds if it is packed."""
+
+    n: int
+    m: int
+    kind: int
+    offset_a: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_launches(
+    sizes: Sizes, operation: str, backward: int | None, fast: bool, device: Device
+) -> tuple[Launch, ...]:
+    """List the launches of a batch; none if its problems may be too large.
+
+    Args:
+        sizes: of the problems.
+        operation: "forward", "backward" or "unroll".
+        backward: the gradient mode of a backward pass, None for a forward pass.
+        fast: iterations in half precision are allowed.
+        device: the limits of the device.
+    """
+    launches = []
+    for launch in choose_launches(sizes, backward, device):
+        kernel, size = launch.kernel(operation), launch.bytes
+        if fast and operation == "forward" and launch.number >= WARP:
+            fast_size = size + HALF_BYTES * launch.down * launch.across
+            if fast_size <= device.shared:
+                kernel, size = kernel.replace("forward", "forward_fast"), fast_size
+        threads = 32 * launch.down * launch.across
+        blocks, problems = launch.blocks, launch.problems
+        launches.append(Launch(kernel, launch.number, threads, blocks, size, problems))
+    return tuple(launches)
+
+
 class Kernels:
     """The functions of csrc/cuda/sinkhorn.cu, implemented with driver calls.
 
     Args:
-        driver: libcuda, or a test double.
-        cubin: maps the name of a kernel and an architecture to its binary.
+        driver: the CUDA driver.
+        cubins: maps the names of kernels and the capability of a device to their binaries. Called
+            once for all kernels that a call needs and that are not loaded yet.
     """
 
-    def __init__(self, driver: Any, cubin: Callable[[str, str], bytes]) -> None:
-        self.driver, self.cubin = driver, cubin
-        self.function = functools.lru_cache(maxsize=None)(self._function)
-        self.device = functools.lru_cache(maxsize=None)(self._device)
+    def __init__(
+        self, driver: Driver, cubins: Callable[[Sequence[str], tuple[int, int]], list[bytes]]
+    ) -> None:
+        self.driver, self.cubins = driver, cubins
+        self.loaded: dict[tuple[str, int], Any] = {}
+        self.limits: dict[int, Device] = {}
+        self.error = b""
 
-    def _attribute(self, name: DeviceAttribute, device: int) -> int:
-        value = ctypes.c_int()
-        self._check(self.driver.cuDeviceGetAttribute(ctypes.byref(value), name, device))
-        return value.value
+    def device(self, index: int) -> Device:
+        """Return the limits of a device, after loading a kernel without work.
 
-    def _check(self, status: int) -> None:
-        if status != 0:
-            raise CompileError(f"the CUDA driver answered with error {status}")
+        Raises:
+            CompileError: NVRTC cannot compile for the device.
+            DriverError: the driver does not load what NVRTC compiles.
+        """
+        if index not in self.limits:
+            shared = self.driver.attribute(DeviceAttribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, index)
+            (probe,) = self._functions([PROBE], index, shared)
+            self.limits[index] = Device(shared, self._largest_cluster(probe, index, shared))
+        return self.limits[index]
 
-    def _current(self) -> int:
-        device = ctypes.c_int()
-        self._check(self.driver.cuCtxGetDevice(ctypes.byref(device)))
-        return device.value
+    def _largest_cluster(self, probe: Any, index: int, shared: int) -> int:
+        """As ``largest_cluster`` of csrc/cuda/sinkhorn.cu."""
+        if self.driver.capability(index) < (9, 0):
+            return 1
+        for blocks in (8, 4, 2):
+            config, count = _config(blocks, 256, shared, None, blocks), ctypes.c_int()
+            with contextlib.suppress(DriverError):
+                self.driver.call(
+                    *("cuOccupancyMaxActiveClusters", ctypes.byref(count), probe),
+                    ctypes.byref(config),
+                )
+            if count.value > 0:
+                return blocks
+        return 1
 
-    def _device(self, device: int) -> Device:
-        shared = self._attribute(DeviceAttribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device)
-        major = self._attribute(DeviceAttribute.COMPUTE_CAPABILITY_MAJOR, device)
-        return Device(shared, 8 if major >= 9 else 1)
+    def functions(self, names: Sequence[str], index: int) -> list[Any]:
+        """Return kernels on a device, which are compiled and loaded at their first use."""
+        if all((name, index) in self.loaded for name in names):
+            return [self.loaded[name, index] for name in names]
+        return self._functions(names, index, self.device(index).shared)
 
-    def _function(self, name: str, device: int) -> Any:
-        major = self._attribute(DeviceAttribute.COMPUTE_CAPABILITY_MAJOR, device)
-        minor = self._attribute(DeviceAttribute.COMPUTE_CAPABILITY_MINOR, device)
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        binary = self.cubin(name, f"{major}{minor}")
-        self._check(self.driver.cuModuleLoadData(ctypes.byref(module), binary))
-        self._check(self.driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-        attribute = FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        shared = self.device(device).shared
-        self._check(self.driver.cuFuncSetAttribute(function, attribute, shared))
-        return function
+    def _functions(self, names: Sequence[str], index: int, shared: int) -> list[Any]:
+        missing = [name for name in dict.fromkeys(names) if (name, index) not in self.loaded]
+        binaries = self.cubins(missing, self.driver.capability(index))
+        with self.driver.relaxed_capture():
+            for name, binary in zip(missing, binaries, strict=True):
+                module, function = ctypes.c_void_p(), ctypes.c_void_p()
+                self.driver.call("cuModuleLoadData", ctypes.byref(module), binary)
+                self.driver.call(
+                    "cuModuleGetFunction", ctypes.byref(function), module, name.encode()
+                )
+                attribute = FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                self.driver.call("cuFuncSetAttribute", function, attribute, shared)
+                self.loaded[name, index] = function
+        return [self.loaded[name, index] for name in names]
+
+    def optical_cuda_error(self) -> bytes:
+        return self.error
+
+    def optical_cuda_probe(self, answers: Any) -> int:
+        current = self.driver.current()
+        answers[0], answers[1] = self.device(current)
+        major, minor = self.driver.capability(current)
+        answers[4] = 10 * major + minor
+        return 0
 
     def optical_cuda_reach(self, problem: Any) -> bool:
-        problem, device = problem._obj, self.device(self._current())
+        problem, device = problem._obj, self.device(self.driver.current())
         return all(
             choose_launch(problem.n, problem.m, problem.kind, backward, device)
             for backward in (None, problem.gradient)
@@ -405,29 +405,34 @@ class Kernels:
     ) -> int:
         if problem.batch == 0:
             return 0
-        current = self._current()
+        current = self.driver.current()
         device = self.device(current)
+        sizes = Sizes(problem.n, problem.m, problem.kind, bool(problem.offset_a))
+        fast = self._use_half_precision(problem)
+        launches = plan_launches(sizes, operation, backward, fast, device)
+        functions = self.functions([launch.kernel for launch in launches], current)
         warps = max_warps(problem.kind, backward, device)
-        launched = False
-        for launch in choose_launches(problem, backward, device):
-            launched = True
-            kernel, size = launch.kernel(operation), launch.bytes
-            may_be_fast = operation == "forward" and launch.number >= WARP
-            if may_be_fast and self._use_half_precision(problem):
-                fast_size = size + HALF_BYTES * launch.down * launch.across
-                if fast_size <= device.shared:
-                    kernel, size = kernel.replace("forward", "forward_fast"), fast_size
-            function = self.function(kernel, current)
-            limits = _Limits(warps, device.clusters, operation == "forward")
+        limits = _Limits(warps, device.clusters, operation == "forward")
+        for launch, function in zip(launches, functions, strict=True):
             values = [problem, *others, limits, ctypes.c_int(launch.number)]
             addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
-            cluster = _LaunchAttribute(id=LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
-            cluster.value[0], cluster.value[1], cluster.value[2] = launch.blocks, 1, 1
-            config = _DriverConfig(
-                *(-(-problem.batch // launch.problems) * launch.blocks, 1, 1),
-                *(32 * launch.down * launch.across, 1, 1),
-                *(size, stream, ctypes.pointer(cluster), int(launch.blocks > 1)),
-            )
-            if self.driver.cuLaunchKernelEx(ctypes.byref(config), function, addresses, None) != 0:
+            grid = -(-problem.batch // launch.problems) * launch.blocks
+            config = _config(grid, launch.threads, launch.bytes, stream, launch.blocks)
+            try:
+                self.driver.call(
+                    "cuLaunchKernelEx", ctypes.byref(config), function, addresses, None
+                )
+            except DriverError as error:
+                self.error = str(error).encode()
                 return LAUNCH_FAILED
-        return 0 if launched else OUT_OF_REACH
+        return 0 if launches else OUT_OF_REACH
+
+
+def _config(grid: int, threads: int, size: int, stream: Any, blocks: int) -> _DriverConfig:
+    """Describe a launch of ``grid`` blocks, in clusters of ``blocks``."""
+    cluster = _LaunchAttribute(id=LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+    cluster.value[0], cluster.value[1], cluster.value[2] = blocks, 1, 1
+    return _DriverConfig(
+        *(grid, 1, 1, threads, 1, 1),
+        *(size, stream, ctypes.pointer(cluster), int(blocks > 1)),
+    )

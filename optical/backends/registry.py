@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from optical.backends.problem import Problem, dtype_name, example_problem
+from optical.io import nvidia
 
 ENVIRONMENT_VARIABLE = "OPTICAL_BACKEND"
 
@@ -40,6 +41,7 @@ class Backend:
         dense: accepts only padded problems of a given cost, which ``optical.backends.dense`` makes.
         native: reads tensors of any strides, and computes by no operation of PyTorch, which
             autocast could change.
+        keeps: ``forward`` fills a list, ``kept``, which ``backward`` then takes.
         applies_plan: the module has ``apply_plan``; otherwise the reference computes products.
         obstacle: returns the reason a problem cannot be solved, or None, before ``load`` imports
             anything.
@@ -51,6 +53,7 @@ class Backend:
     automatic_on: tuple[str, ...] = ()
     dense: bool = False
     native: bool = False
+    keeps: bool = False
     applies_plan: bool = True
     obstacle: Callable[[Problem], str | None] = lambda problem: None
     remark: str = ""
@@ -74,16 +77,40 @@ def _has_triton() -> bool:
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels can run where a tensor is, or in Triton's interpreter."""
-    return _has_triton() and (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    if not _has_triton():
+        return False
+    if tensor.is_cuda:
+        return _triton_device_obstacle(tensor.device.index) is None
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _triton_obstacle(problem: Problem) -> str | None:
     if not _has_triton():
         return "the package triton is not installed"
-    if not runs_triton(problem.x):
-        device = problem.x.device.type
-        return f"the tensors are on {device}; the Triton kernels need a CUDA device"
-    return None
+    if runs_triton(problem.x):
+        return None
+    device = problem.x.device
+    if problem.x.is_cuda:
+        return _triton_device_obstacle(device.index)
+    return f"the tensors are on {device.type}; the Triton kernels need a CUDA device"
+
+
+def _triton_device_obstacle(device: int) -> str | None:
+    """Return why Triton cannot compile for a device, or None."""
+    obstacle = nvidia.capability_obstacle(device)
+    if obstacle is not None:
+        return obstacle
+    if device not in _triton_probes:
+        # Code is not loaded while a CUDA graph is captured.
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        probe = importlib.import_module("optical.kernels.launch")
+        _triton_probes[device] = probe.obstacle(device)
+    return _triton_probes[device]
+
+
+# Device -> the reason Triton cannot compile for it, or None; asked once per device.
+_triton_probes: dict[int, str | None] = {}
 
 
 # The reference is the last, since it supports everything and is slow.
@@ -101,6 +128,7 @@ BACKENDS: dict[str, Backend] = {
             "triton",
             _module("optical.kernels"),
             automatic_on=("cuda",),
+            keeps=True,
             obstacle=_triton_obstacle,
         ),
         Backend("cpu", _module("optical.backends.cpu"), automatic_on=("cpu",), native=True),

@@ -150,6 +150,8 @@ ARGUMENT_TYPES: dict[str, list[Any]] = {
         *(_POINTER, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64),
         *(_POINTER, ctypes.c_int32, ctypes.c_int64, _POINTER),
     ],
+    "optical_cuda_error": [],
+    "optical_cuda_probe": [ctypes.POINTER(ctypes.c_int)],
     "optical_cuda_reach": [_PROBLEM],
     "optical_cuda_forward": [_PROBLEM, _SOLUTION, _POINTER],
     "optical_cuda_backward": [_PROBLEM, _GRADIENT, _POINTER, _POINTER],
@@ -162,7 +164,7 @@ ARGUMENT_TYPES: dict[str, list[Any]] = {
 
 @functools.cache
 def with_argument_types(library: Any) -> Any:
-    """Declare the argument types of a library's functions, once, and return the library.
+    """Declare the types of a library's functions, once, and return the library.
 
     ``nvrtc.Kernels``, which is no ctypes library, is returned unchanged.
     """
@@ -170,4 +172,6 @@ def with_argument_types(library: Any) -> Any:
         for name, types in ARGUMENT_TYPES.items():
             if hasattr(library, name):
                 getattr(library, name).argtypes = types
+        if hasattr(library, "optical_cuda_error"):
+            library.optical_cuda_error.restype = ctypes.c_char_p
     return library

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from optical import __version__
+from optical import BackendUnsupported, __version__
 from optical.cli import models, retrieval
 from optical.cli.shared import (
     add_command,
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, BackendUnsupported) as error:
         if sys.flags.dev_mode:  # python -X dev -m optical.cli ...
             raise
         print(f"optical: error: {error}", file=sys.stderr)
@@ -122,6 +122,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     retrieval.register(subparsers)
     models.register(subparsers)
     _register_figures(subparsers)
+    _register_warmup(subparsers)
     _register_info(subparsers)
     return parser, subparsers.choices
 
@@ -170,6 +171,88 @@ def figures(results: str, output: str) -> int:
 
     for path in draw_figures(Path(results), writable_folder(output)).values():
         print(path)
+    return 0
+
+
+def _register_warmup(subparsers: Any) -> None:
+    command = add_command(
+        subparsers,
+        "warmup",
+        warmup,
+        "Compile the GPU kernels of a training before it starts, in parallel.",
+        "optical warmup --length 128 --dim 768 --dtype bfloat16",
+    )
+    lengths = {"--length": "student", "--teacher-length": "teacher"}
+    for option, side in lengths.items():
+        default = 128 if side == "student" else None
+        shown = "128" if side == "student" else "--length"
+        help_text = f"Longest text of the {side} in tokens (default: {shown})."
+        command.add_argument(option, type=int, default=default, help=help_text)
+    command.add_argument(
+        "--dim", type=int, default=768, help="Length of a token vector (default: 768)."
+    )
+    for option, side in {"--dtype": "student", "--teacher-dtype": "teacher"}.items():
+        command.add_argument(
+            option,
+            choices=("float32", "float16", "bfloat16"),
+            default="float32" if side == "student" else None,
+            help=f"Type of the vectors of the {side} under autocast "
+            f"(default: {'float32' if side == 'student' else '--dtype'}).",
+        )
+    command.add_argument(
+        "--cost",
+        choices=("cosine", "sqeuclidean", "dot"),
+        default="cosine",
+        help="Cost of a pair of tokens (default: cosine).",
+    )
+    command.add_argument(
+        "--gradient",
+        choices=("envelope", "implicit", "unroll"),
+        default="envelope",
+        help="Gradient of the loss (default: envelope).",
+    )
+    command.add_argument(
+        "--packed", action="store_true", help="Compile for packed texts (cu_seqlens) instead."
+    )
+    command.add_argument("--device", default="cuda", help="Device to compile for (default: cuda).")
+    command.add_argument("--backend", default="auto", help="Backend to compile (default: auto).")
+    command.add_argument("--threads", type=int, help="Threads that compile (default: one a core).")
+
+
+def warmup(
+    length: int,
+    teacher_length: int | None,
+    dim: int,
+    dtype: str,
+    teacher_dtype: str | None,
+    cost: Any,
+    gradient: Any,
+    packed: bool,
+    device: str,
+    backend: str,
+    threads: int | None,
+) -> int:
+    """Compile kernels and print a line for each group of them."""
+    import torch
+
+    from optical.losses import warmup as compile_kernels
+
+    dtypes = [getattr(torch, name) for name in (dtype, teacher_dtype or dtype)]
+    try:
+        compile_kernels(
+            length,
+            teacher_length,
+            dim,
+            dtype=dtypes,
+            cost=cost,
+            gradient=gradient,
+            packed=packed,
+            device=device,
+            backend=backend,
+            threads=threads,
+        )
+    except RuntimeError as error:  # of a compiler, or of the device
+        raise ValueError(str(error).strip().split("\n")[0]) from error
     return 0
 
 

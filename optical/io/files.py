@@ -182,7 +182,7 @@ def writable_folder(path: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
+def folder_lock(folder: str | Path, *, wait: bool = False, name: str = ".lock") -> Iterator[None]:
     """Hold the lock of an existing folder while the block runs.
 
     The lock ends with the process. On file systems without locks, there is none.
@@ -191,6 +191,7 @@ def folder_lock(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
         folder: the folder; the lock file inside it is removed at the end.
         wait: wait for another holder instead of raising, and exclude other threads of this process
             too.
+        name: name of the lock file, for locks of parts of the folder.
 
     Raises:
         ValueError: another process holds the lock, and ``wait`` is False; the message names it.
@@ -202,7 +203,7 @@ def folder_lock(folder: str | Path, *, wait: bool = False) -> Iterator[None]:
         return
     # A child that outlives its killed parent would keep a flock; lockf does not exclude threads.
     lock, mode = (fcntl.flock, 0) if wait else (fcntl.lockf, fcntl.LOCK_NB)
-    path = Path(folder) / ".lock"
+    path = Path(folder) / name
     while True:
         file = path.open("a+", encoding="utf-8")
         try:

@@ -1,4 +1,4 @@
-"""Losses on token vectors: alignment, Sinkhorn divergence, and distillation objectives."""
+"""Losses on token vectors (alignment, divergence, distillation), and their compilation ahead."""
 
 from optical.losses.alignment import OTAlignmentLoss
 from optical.losses.distillation import DistillationLoss, OTDistillationLoss, Tokens
@@ -13,8 +13,10 @@ from optical.losses.objectives import (
     PooledDistillationLoss,
     PositionDistillationLoss,
 )
+from optical.losses.warmup import Compiled, warmup
 
 __all__ = [
+    "Compiled",
     "ContrastiveBitextLoss",
     "DistillationLoss",
     "DivergenceResult",
@@ -26,4 +28,5 @@ __all__ = [
     "SinkhornDivergence",
     "Tokens",
     "sinkhorn_divergence",
+    "warmup",
 ]

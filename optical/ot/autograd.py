@@ -176,7 +176,8 @@ class _Solve(torch.autograd.Function):
         values_only: bool,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        solution = operator.forward(problem, values_only)
+        ctx.kept_by_backend = []
+        solution = operator.forward(problem, values_only, ctx.kept_by_backend)
         outputs.append(solution)
         f, g = solution.f, solution.g
         potentials, others = (f, g), (solution.w, solution.z, solution.n_iter)
@@ -196,7 +197,7 @@ class _Solve(torch.autograd.Function):
         potentials = transforms.filled(rest, f, g) if rest else (None, None)
         need_x, need_y, need_a, need_b = ctx.needs_input_grad[:4]
         arguments: tuple[Any, ...] = (grad_value, grad_value_linear, *potentials)
-        saved = (f, g, w, z, n_iter, need_x, need_y, need_a or need_b)
+        saved = (f, g, w, z, n_iter, need_x, need_y, need_a or need_b, ctx.kept_by_backend)
         if torch.is_grad_enabled():
             leaves = (*arguments, problem.x, problem.y, problem.log_a, problem.log_b)
             gradients = transforms.apply(_SolveGradient, *leaves, problem, saved)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import itertools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from optical.backends import cpu, library, registry, structs
 from optical.ot.checks import (
@@ -268,39 +270,40 @@ def in_one_launch(
     None if masses or temperatures are given as tensors, or no Triton kernel can run: then each is
     made by operations of PyTorch. ``shape`` is (batch, n, m).
     """
-    given = (rows.mask, columns.mask, rows.lengths, columns.lengths)
     if source.is_cpu and backend != "triton":
         return None
-    if isinstance(epsilon, Tensor) or any(
-        x is not None for side in (rows, columns) for x in (side.log_mass, side.mass, side.offsets)
-    ):
+    _, log_a, mask_a, lengths_a, offsets, a = rows
+    _, log_b, mask_b, lengths_b, _, b = columns
+    if not (log_a is log_b is offsets is a is b is None) or isinstance(epsilon, Tensor):
         return None
-    if (
-        tracing()
-        or dispatched()
-        or any(
-            x is not None and (type(x) not in CONCRETE or x.dtype not in structs.MASK_CODES)
-            for x in (source, *given)
-        )
-    ):
+    if tracing() or dispatched() or registry.requested(backend) == "reference":
         return None
-    if registry.requested(backend) == "reference" or not registry.runs_triton(source):
+    given = mask_a, mask_b, lengths_a, lengths_b
+    for tensor in given:
+        if tensor is not None and not (
+            type(tensor) in CONCRETE and tensor.dtype in structs.MASK_CODES
+        ):
+            return None
+    if type(source) not in CONCRETE or not registry.runs_triton(source):
         return None
     batch, n, m = shape
     for side, size in ((rows, n), (columns, m)):
-        side._check_combination()
         if side.mask is not None:
+            side._check_combination()
             side._check_mask(side.mask, source, (batch, size))
-            if values_available(side.mask):
+            if source.is_cpu:
                 _check_binary(side.names.mask, side.mask)
         elif side.lengths is not None:
             side._check_lengths(side.lengths, source, (batch, size))
-    from optical.kernels.masses import equal_masses
-
-    made: tuple[Tensor, Tensor, Tensor] = equal_masses(
+    made: tuple[Tensor, Tensor, Tensor] = _triton_masses().equal_masses(
         batch, n, m, dtype, float(epsilon), *given, device=source.device
     )
     return made
+
+
+@functools.cache
+def _triton_masses() -> Any:
+    return importlib.import_module("optical.kernels.tokens.masses")
 
 
 def offsets_of(side: Masses, vectors: Tensor) -> Tensor | None:
@@ -322,7 +325,38 @@ def offsets_of(side: Masses, vectors: Tensor) -> Tensor | None:
         if values[-1] != vectors.shape[0]:
             expected = f"{vectors.shape[0]}, the length of {side.names.source}"
             raise ValueError(f"{name} ends with {values[-1]}; expected {expected}")
-    return offsets.to(torch.int64)
+    return _as_int64(offsets)
+
+
+# Offsets -> (their version, version of the copy, stream of the copy, their int64 copy).
+_copies: Any = WeakTensorKeyDictionary()
+
+
+def _as_int64(offsets: Tensor) -> Tensor:
+    """Return offsets as int64, with one copy per tensor rather than one per call.
+
+    A backend that has read the longest lengths of a tensor knows them for as long as it lives; a
+    new tensor in each call would make it wait for the device each time. A CUDA graph must contain
+    the conversion, because its inputs change in place between replays.
+    """
+    plain = type(offsets) in CONCRETE and not (tracing() or dispatched() or offsets.is_inference())
+    if offsets.dtype == torch.int64 or not plain or torch.is_inference_mode_enabled():
+        return offsets.to(torch.int64)
+    stream = None
+    if offsets.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return offsets.to(torch.int64)
+        stream = torch.cuda.current_stream(offsets.device).cuda_stream
+    version, copy_version, copy_stream, copy = _copies.get(offsets, (None,) * 4)
+    if copy is None or (version, copy_version, copy_stream) != (
+        offsets._version,
+        copy._version,
+        stream,
+    ):
+        copy = offsets.to(torch.int64)
+        _copies[offsets] = offsets._version, copy._version, stream, copy
+    kept: Tensor = copy
+    return kept
 
 
 def _uniform(

@@ -73,14 +73,22 @@ def _choose(problem: Problem, gradient: bool = False) -> tuple[registry.Backend,
         backend = registry.BACKENDS["reference"]
     if backend.native:
         return backend, problem
-    contiguous: list[Any] = [_contiguous(field) for field in problem]
+    changed: dict[str, Any] = {
+        name: field.contiguous()
+        for name, field in zip(Problem._fields[:_TENSORS], problem, strict=False)
+        if isinstance(field, Tensor) and not field.is_contiguous()
+    }
     if problem.y is None:
-        contiguous[0] = problem.x
-    return backend, Problem(*contiguous)
+        changed.pop("x", None)
+    return backend, problem._replace(**changed) if changed else problem
 
 
-def _contiguous(value: Any) -> Any:
-    return value.contiguous() if isinstance(value, Tensor) else value
+# Fields from this one on are no tensors.
+_TENSORS = Problem._fields.index("max_iter")
+
+
+def _contiguous(value: Tensor | None) -> Any:
+    return None if value is None else value.contiguous()
 
 
 def _without_autocast(device: str) -> Any:
@@ -90,10 +98,11 @@ def _without_autocast(device: str) -> Any:
     return contextlib.nullcontext()
 
 
-def forward(problem: Problem, values_only: bool = False) -> Solution:
+def forward(problem: Problem, values_only: bool = False, kept: list[Any] | None = None) -> Solution:
     """Solve a batch by the backend it asks for, outside of autograd.
 
     With ``values_only``, what only describes the run may be left out; see ``Solution.allocate``.
+    ``kept`` receives what a backend would otherwise compute again in ``backward``.
     """
     backend, problem = _choose(problem)
     solve = backend.load().forward
@@ -101,9 +110,9 @@ def forward(problem: Problem, values_only: bool = False) -> Solution:
         native: Solution = solve(problem, values_only)
         return native
     with _without_autocast(problem.x.device.type):
-        solution: Solution = (
-            PaddedProblem(problem).forward(solve) if backend.dense else solve(problem)
-        )
+        if backend.dense:
+            return PaddedProblem(problem).forward(solve)
+        solution: Solution = solve(problem, *((kept,) if backend.keeps else ()))
     return solution
 
 
@@ -121,10 +130,12 @@ def backward(
     need_x: bool,
     need_y: bool,
     need_masses: bool = True,
+    kept: list[Any] | None = None,
 ) -> Gradients:
     """Compute the gradients that ``problem.gradient`` names, outside of autograd.
 
     An upstream gradient of None is 0. Without ``need_masses``, those of the log-masses may be None.
+    ``kept`` is what ``forward`` kept, if it was asked to.
     """
     backend, problem = _choose(problem, gradient=True)
     differentiate = backend.load().backward
@@ -147,7 +158,10 @@ def backward(
                 differentiate, *upstream, *saved, need_x, need_y
             )
         else:
-            gradients = differentiate(*upstream, problem, *saved, need_x, need_y, need_masses)
+            more = (kept,) if backend.keeps else ()
+            gradients = differentiate(
+                *upstream, problem, *saved, need_x, need_y, need_masses, *more
+            )
     return gradients
 
 
@@ -409,34 +423,16 @@ def _vmap_rule(op: Any, before: int) -> Any:
     return rule
 
 
-_sinkhorn_rules = _forward_op, _forward_fake, _setup_forward, _differentiate_forward, 0
-_apply_plan_rules = (
-    *(_apply_plan_op, _apply_plan_fake, _setup_apply_plan, _differentiate_apply_plan),
-    0,
-)
-_rules: dict[str, tuple[Any, ...]] = {
-    "sinkhorn": _sinkhorn_rules,
-    "sinkhorn_backward": (
-        *(
-            _backward_op,
-            _backward_fake,
-            _setup_backward,
-            reference.no_second_derivative,
-            _UPSTREAM_COUNT,
-        ),
-    ),
-    "apply_plan": _apply_plan_rules,
-    "plan": (_plan_op, _plan_fake, _setup_plan, _differentiate_plan, 0),
-    "plan_backward": (
-        *(
-            _plan_backward_op,
-            _plan_backward_fake,
-            _setup_backward,
-            reference.no_second_derivative,
-            1,
-        ),
-    ),
-}
+# Implementation, shapes, setup and derivative of each op, and its arguments before the problem.
+_no_second = reference.no_second_derivative
+_rules: dict[str, tuple[Any, ...]] = {}
+_rules["sinkhorn"] = _forward_op, _forward_fake, _setup_forward, _differentiate_forward, 0
+_backward_rules = _backward_op, _backward_fake, _setup_backward, _no_second
+_rules["sinkhorn_backward"] = *_backward_rules, _UPSTREAM_COUNT
+_apply_rules = _apply_plan_op, _apply_plan_fake, _setup_apply_plan, _differentiate_apply_plan
+_rules["apply_plan"] = *_apply_rules, 0
+_rules["plan"] = _plan_op, _plan_fake, _setup_plan, _differentiate_plan, 0
+_rules["plan_backward"] = _plan_backward_op, _plan_backward_fake, _setup_backward, _no_second, 1
 for _name, (_implementation, _fake, _setup, _differentiate, _before) in _rules.items():
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"optical::{_name}", _fake, lib=_library)

@@ -15,6 +15,7 @@ import torch
 
 from optical.backends import library, registry
 from optical.backends.problem import example_problem
+from optical.io import nvidia
 from optical.io.environment import environment, version
 from optical.testing.cases import Case, all_cases
 from optical.testing.tolerance import assert_backend_correct
@@ -83,7 +84,7 @@ def to_text(report: dict[str, Any]) -> str:
         lines.append("not installed: " + ", ".join(missing))
     lines += [f"device {device}" for device in report["devices"]]
     if not torch.cuda.is_available():
-        lines.append("device cuda: none found")
+        lines.append(f"device cuda: none, since {nvidia.missing_device()}")
     lines.append("")
     for entry in report["backends"]:
         state = entry["reason"] or "supported" + (f" ({entry['about']})" if entry["about"] else "")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,7 +128,7 @@ def assert_backend_correct(
         for field, expected in truth.items():
             if field in ignored:
                 continue
-            scale, more = _scale_and_allowance(field, exact, expected)
+            scale, more = scale_and_allowance(field, exact, expected)
             assert_close_to_truth(
                 out[field].cpu(),
                 expected,
@@ -140,7 +141,7 @@ def assert_backend_correct(
         _assert_zero_gradients_of_padding(run, out, label)
 
 
-def _scale_and_allowance(field: str, case: Case, truth: Tensor) -> tuple[float, float]:
+def scale_and_allowance(field: str, case: Case, truth: Tensor) -> tuple[float, float]:
     """Magnitude of an output, and its additional tolerance for ``precision="fast"``."""
     mass = max(1.0, *(_largest_mass(log_mass) for log_mass in (case.log_a, case.log_b)))
     scale = mass if field in ("marginal_error", "grad_x") else case.scale
@@ -185,7 +186,9 @@ def solve(backend: str, case: Case, gradient: str = "envelope") -> dict[str, Ten
     names = [name for name in ("x", "y", "log_a", "log_b") if getattr(problem, name) is not None]
     inputs = {name: getattr(problem, name).detach().requires_grad_() for name in names}
     solution = autograd.solve(problem._replace(**inputs))
-    ramp = torch.linspace(0, 1, len(solution.value)).to(solution.value)
+    # Made on the device: a copy from the host would be refused while a CUDA graph is captured.
+    like: dict[str, Any] = {"dtype": solution.value.dtype, "device": solution.value.device}
+    ramp = torch.linspace(0, 1, len(solution.value), **like)
     upstream = {"value": ramp, "value_linear": 1 - 3 * ramp}
     if gradient == "unroll":
         for name in ("f", "g"):

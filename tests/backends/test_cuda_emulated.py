@@ -16,6 +16,7 @@ import torch
 
 from optical.backends import cuda, library, nvrtc, structs
 from optical.backends.problem import GRADIENTS, Status
+from optical.ot import sinkhorn_vectors
 from optical.testing.cases import all_cases, packed, poisoned, random_case, random_vector_case
 from optical.testing.tolerance import FIELDS, assert_backend_correct, assert_close_to_truth, solve
 from tests.cuda_emulator.build import build, use
@@ -481,6 +482,37 @@ def test_longest_lengths_are_read_once_and_never_under_capture(kernels, monkeypa
     assert "a CUDA graph is being captured" in cuda.supports(problem.problem())
     few = packed(random_vector_case("few", "cosine", batch=2, n=20, m=15, dim=4)).to(torch.float32)
     assert cuda.supports(few.problem()) is None
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_offsets_of_either_type_are_read_once(dtype, kernels, monkeypatch):
+    """FlashAttention's offsets are int32; the kernels take int64."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 4, generator=generator) for n in (800, 600))
+    x.requires_grad_()
+    offsets = [torch.arange(0, n + 1, n // 40, dtype=dtype) for n in (800, 600)]
+    read, longest = [], cuda._longest
+    monkeypatch.setattr(cuda, "_longest", lambda *cu: read.append(cu) or longest(*cu))
+
+    def value():
+        result = sinkhorn_vectors(
+            x,
+            y,
+            epsilon=0.1,
+            max_iter=1,
+            backend="cuda",
+            cu_seqlens_a=offsets[0],
+            cu_seqlens_b=offsets[1],
+        )
+        torch.autograd.grad(result.value.sum(), x)
+        return result.value
+
+    values = [value() for _ in range(5)]
+    assert len(read) == 1
+    assert all(torch.equal(values[0], other) for other in values)
+    offsets[0][1] -= 1  # other lengths in the same place
+    assert not torch.equal(values[0], value())
     assert len(read) == 2
 
 

@@ -1,6 +1,6 @@
-"""CUDA kernels on a device: graph capture, half precision, streams and synchronisation.
+"""The GPU backends on a device: graph capture, half precision, streams and synchronisation.
 
-``test_backends.py`` compares their results.
+``test_registry.py`` compares their results.
 """
 
 from dataclasses import replace
@@ -21,22 +21,27 @@ pytestmark = [
 SIZES = [(20, 30), (64, 50), (128, 100), (100, 300), (300, 400)]
 
 
-def on_device(problem, gradient="envelope"):
+BACKENDS = ["cuda", "triton"]
+
+
+def on_device(problem, gradient="envelope", backend="cuda"):
     problem = problem.to(torch.float32, "cuda")
-    reason = registry.BACKENDS["cuda"].supports(problem.problem(gradient))
+    reason = registry.BACKENDS[backend].supports(problem.problem(gradient))
     if reason is not None:
         pytest.skip(reason=reason)
     return problem
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize(("n", "m"), SIZES)
-def test_graph_capture_and_replay_give_the_same_bits(n, m, gradient):
-    problem = on_device(random_vector_case("graph", "cosine", batch=4, n=n, m=m, dim=40), gradient)
-    expected = solve("cuda", problem, gradient)
+def test_graph_capture_and_replay_give_the_same_bits(n, m, gradient, backend):
+    clouds = random_vector_case("graph", "cosine", batch=4, n=n, m=m, dim=40)
+    problem = on_device(clouds, gradient, backend)
+    expected = solve(backend, problem, gradient)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = solve("cuda", problem, gradient)
+        captured = solve(backend, problem, gradient)
     for _ in range(2):
         for tensor in captured.values():
             tensor.zero_()
@@ -56,9 +61,10 @@ def test_half_precision_within_its_tolerance(n, m):
     assert torch.equal(out["f"], solve("cuda", fast)["f"])
 
 
-def test_kernels_run_on_the_current_stream():
-    problem = on_device(random_case("stream", 64, 100, 100, max_iter=2000))
-    arguments = problem.problem(backend="cuda")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_run_on_the_current_stream(backend):
+    problem = on_device(random_case("stream", 64, 100, 100, max_iter=2000), backend=backend)
+    arguments = problem.problem(backend=backend)
     autograd.solve(arguments)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -69,15 +75,16 @@ def test_kernels_run_on_the_current_stream():
     done.synchronize()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_no_call_synchronises_with_the_device(gradient):
+def test_no_call_synchronises_with_the_device(gradient, backend):
     clouds = random_vector_case("sync", "cosine", batch=3, n=100, m=90, dim=32)
     for problem in (clouds, packed(clouds)):
-        problem = on_device(problem, gradient)
-        solve("cuda", problem, gradient)
+        problem = on_device(problem, gradient, backend)
+        solve(backend, problem, gradient)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            arguments = problem.problem(gradient, "cuda")
+            arguments = problem.problem(gradient, backend)
             autograd.solve(arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -31,6 +31,12 @@ def test_the_build_lock_waits_and_excludes_threads(tmp_path):
     assert not list(tmp_path.iterdir())  # the lock file is removed
 
 
+def test_build_locks_of_different_names_do_not_exclude_each_other(tmp_path):
+    with library.build_lock(tmp_path, ".a.lock"), library.build_lock(tmp_path, ".b.lock"):
+        assert {path.name for path in tmp_path.iterdir()} == {".a.lock", ".b.lock"}
+    assert not list(tmp_path.iterdir())
+
+
 def test_hashes_depend_on_the_sources_of_each_library(tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cuda").mkdir()

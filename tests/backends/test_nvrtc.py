@@ -1,13 +1,18 @@
 """CUDA kernels without nvcc: launch configurations, driver calls and compilation by NVRTC."""
 
-import contextlib
 import ctypes
 import math
+import site
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from optical.backends import nvrtc, structs
+from optical.io import nvidia
+from optical.io import nvrtc as compiler
+from tests.backends.doubles import Compiler, Driver
 
 FOLDER = Path(__file__).resolve().parents[2] / "csrc"
 H100, OLDER, SMALL = (
@@ -17,60 +22,21 @@ H100, OLDER, SMALL = (
 )
 
 
-class Driver:
-    """A test double of libcuda that records its calls."""
-
-    def __init__(self, capability=(9, 0), shared=H100.shared):
-        attribute = nvrtc.DeviceAttribute
-        self.attributes = {
-            attribute.COMPUTE_CAPABILITY_MAJOR: capability[0],
-            attribute.COMPUTE_CAPABILITY_MINOR: capability[1],
-            attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: shared,
-        }
-        self.shared = shared
-        self.loaded, self.launches, self.status = [], [], 0
-
-    def cuCtxGetDevice(self, device):
-        device._obj.value = 0
-        return 0
-
-    def cuDeviceGetAttribute(self, value, name, device):
-        value._obj.value = self.attributes[name]
-        return 0
-
-    def cuModuleLoadData(self, module, binary):
-        self.loaded.append(binary)
-        return 0
-
-    def cuModuleGetFunction(self, function, module, name):
-        function._obj.value = len(self.loaded)
-        return 0
-
-    def cuFuncSetAttribute(self, function, name, value):
-        assert name == nvrtc.FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        assert value == self.shared
-        return 0
-
-    def cuLaunchKernelEx(self, config, function, addresses, extra):
-        c = config._obj
-        name = self.loaded[function.value - 1].decode()
-        cluster = None
-        if c.count:
-            assert c.attributes[0].id == nvrtc.LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            cluster = list(c.attributes[0].value[:3])
-        number = ctypes.c_int.from_address(addresses[len(addresses) - 1]).value
-        first = structs.ProblemStruct.from_address(addresses[0])
-        self.launches.append((name, c.gx, c.bx, c.shared, c.stream, cluster, number, first.n))
-        return self.status
-
-
 def problem(n, m, **fields):
     balanced = {"rho_a": math.inf, "rho_b": math.inf, "omega": 1.0}
     return structs.ProblemStruct(batch=5, n=n, m=m, **balanced | fields)
 
 
+def cubins(names, capability):
+    return [f"{name} {capability[0]}{capability[1]}".encode() for name in names]
+
+
+def kernels_on(driver, make=cubins):
+    return nvrtc.Kernels(nvidia.Driver(driver, lambda: 3), make)
+
+
 def call(driver, problem, backward=False):
-    kernels = nvrtc.Kernels(driver, lambda name, architecture: f"{name} {architecture}".encode())
+    kernels = kernels_on(driver)
     if not backward:
         return kernels.optical_cuda_forward(
             ctypes.byref(problem), ctypes.byref(structs.SolutionStruct()), 7
@@ -156,34 +122,96 @@ def test_packed_problems_launch_once_per_possible_regime():
     ]
 
 
-def test_kernels_are_loaded_once():
-    driver = Driver()
-    kernels = nvrtc.Kernels(driver, lambda name, architecture: b"x")
+def test_kernels_are_loaded_once_and_together():
+    driver, asked = Driver(), []
+
+    def make(names, capability):
+        asked.append(names)
+        return cubins(names, capability)
+
+    kernels = kernels_on(driver, make)
+    packed = problem(40, 40, offset_a=1, offset_b=1)
     for _ in range(2):
-        small, solution = problem(3, 3), structs.SolutionStruct()
-        kernels.optical_cuda_forward(ctypes.byref(small), ctypes.byref(solution), None)
-    assert len(driver.loaded) == 1
-    assert len(driver.launches) == 2
+        solution = structs.SolutionStruct()
+        kernels.optical_cuda_forward(ctypes.byref(packed), ctypes.byref(solution), None)
+    names = [f"optical_forward_{name}" for name in ("four", "pair", "warp")]
+    assert asked == [[nvrtc.PROBE], names]
+    assert len(driver.loaded) == 4 and len(driver.launches) == 6
+    assert driver.modes[-1] == 0  # the mode of captures is restored
+    queries = driver.queries
+    kernels.optical_cuda_forward(ctypes.byref(packed), ctypes.byref(solution), None)
+    assert driver.queries == queries  # the device is asked once
+
+
+def test_a_thread_without_a_context_gets_the_one_of_its_device():
+    driver = Driver()
+    driver.context = None
+    assert call(driver, problem(3, 3)) == 0
+    assert driver.context == 13
 
 
 def test_unsupported_sizes_and_failed_launches_are_reported():
     large = problem(700, 700)
     assert call(Driver(), large) == nvrtc.OUT_OF_REACH
-    kernels = nvrtc.Kernels(Driver(), lambda name, architecture: b"x")
+    kernels = kernels_on(Driver())
     assert not kernels.optical_cuda_reach(ctypes.byref(large))
     assert kernels.optical_cuda_reach(ctypes.byref(problem(512, 512)))
     # Without clusters, a problem must fit in one block.
-    ampere = nvrtc.Kernels(Driver((8, 0), OLDER.shared), lambda name, architecture: b"x")
+    ampere = kernels_on(Driver((8, 0), OLDER.shared))
     assert ampere.optical_cuda_reach(ctypes.byref(problem(128, 192)))
     assert not ampere.optical_cuda_reach(ctypes.byref(problem(256, 256)))
     driver = Driver()
     driver.status = 1
-    assert call(driver, problem(3, 3)) == nvrtc.LAUNCH_FAILED
+    kernels, small = kernels_on(driver), problem(3, 3)
+    assert kernels.optical_cuda_error() == b""
+    status = kernels.optical_cuda_forward(
+        ctypes.byref(small), ctypes.byref(structs.SolutionStruct()), None
+    )
+    assert status == nvrtc.LAUNCH_FAILED
+    assert kernels.optical_cuda_error() == b"CUDA_ERROR_1: the driver's own words"
     assert call(Driver(), structs.ProblemStruct(batch=0)) == 0
+
+
+@pytest.mark.parametrize(("clusters", "longest"), [(8, 512), (4, 256), (2, 128), (1, 64)])
+def test_a_slice_of_a_device_serves_what_its_clusters_hold(clusters, longest):
+    """The device answers how many blocks a cluster may have; it is not derived from its name."""
+    driver = Driver(clusters=clusters)
+    kernels = kernels_on(driver)
+    answers = (ctypes.c_int * 5)()
+    assert kernels.optical_cuda_probe(answers) == 0
+    assert answers[:2] == [H100.shared, clusters] and answers[4] == 90
+    for n in (64, 128, 256, 512):
+        assert kernels.optical_cuda_reach(ctypes.byref(problem(n, 512))) == (n <= longest)
+    assert call(driver, problem(512, 512)) == (0 if clusters == 8 else nvrtc.OUT_OF_REACH)
+
+
+def test_a_refused_module_is_reported_in_the_drivers_words():
+    driver = Driver()
+    driver.load_status = 209
+    with pytest.raises(nvidia.DriverError, match="CUDA_ERROR_209: the driver's own words"):
+        kernels_on(driver).optical_cuda_probe((ctypes.c_int * 5)())
 
 
 def test_devices_with_little_shared_memory_support_128_x_128():
     assert nvrtc.choose_launch(128, 128, 1, None, SMALL) is not None
+
+
+# ------------------------------------------------------------------------------------- compiling
+
+
+def test_a_device_may_run_code_for_the_first_architecture_of_its_generation():
+    known = Compiler(80, 86, 89, 90, 100, 120)
+    for capability, expected in (
+        ((8, 0), "80"),
+        ((8, 9), "89"),
+        ((9, 0), "90a"),  # wgmma and TMA
+        ((10, 3), "100"),
+        ((12, 1), "120"),
+    ):
+        assert compiler.architecture(known, capability) == expected
+    message = r"NVRTC 12\.8 knows no GPU of compute capability 11\.0 \(its newest is 12\.0\)"
+    with pytest.raises(compiler.CompileError, match=message):
+        compiler.architecture(known, (11, 0))
 
 
 def test_compiled_kernels_are_cached(tmp_path):
@@ -194,9 +222,42 @@ def test_compiled_kernels_are_cached(tmp_path):
         return b"cubin"
 
     for _ in range(2):
-        cubin = nvrtc.cached(make, "key", tmp_path, contextlib.nullcontext())
-        assert cubin == b"cubin"
+        assert compiler.cached(make, "key", tmp_path) == b"cubin"
     assert compilations == [1]
+
+
+def test_an_error_of_the_compiler_is_remembered(tmp_path):
+    attempts = []
+
+    def fail():
+        attempts.append(1)
+        raise compiler.CompileError("NVRTC 12.8 failed: an error")
+
+    for _ in range(2):
+        with pytest.raises(compiler.CompileError, match=r"12\.8 failed: an error"):
+            compiler.cached(fail, "key", tmp_path)
+    assert attempts == [1]
+    assert "an error (remembered in " in compiler.known_failure("key", tmp_path)
+    assert compiler.known_failure("another", tmp_path) is None
+
+    def exhausted():
+        attempts.append(1)
+        raise compiler.CompilerFault("NVRTC 12.8 failed: out of memory")
+
+    for _ in range(2):
+        with pytest.raises(compiler.CompilerFault):
+            compiler.cached(exhausted, "other", tmp_path)
+    assert attempts == [1, 1, 1]
+
+
+def test_kernels_are_compiled_in_parallel():
+    barrier = threading.Barrier(3, timeout=30)
+
+    def compile_one(name):
+        barrier.wait()  # passes only if three are being compiled at once
+        return name.encode()
+
+    assert compiler.compile_all(compile_one, ["a", "b", "c"], 3) == [b"a", b"b", b"c"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
@@ -208,7 +269,7 @@ def test_damaged_cache_files_are_recompiled(tmp_path, damage):
         return bytes(range(256))
 
     def cached():
-        return nvrtc.cached(make, "key", tmp_path, contextlib.nullcontext())
+        return compiler.cached(make, "key", tmp_path)
 
     cached()
     (path,) = tmp_path.iterdir()
@@ -219,23 +280,73 @@ def test_damaged_cache_files_are_recompiled(tmp_path, damage):
     assert compilations == [1, 1] and list(tmp_path.iterdir()) == [path]
 
 
+needs_nvrtc = pytest.mark.skipif(compiler.find() is None, reason="NVRTC was not found")
+
+
+@needs_nvrtc
 @pytest.mark.parametrize("kernel", ["optical_forward_pair", "optical_backward_warp"])
 def test_nvrtc_compiles_a_kernel(kernel):
-    compiler = nvrtc.find()
-    if compiler is None:
-        pytest.skip(reason="NVRTC was not found")
-    assert nvrtc.compile_kernel(compiler, FOLDER, kernel, "90")[:4] == b"\x7fELF"
+    assert nvrtc.compile_kernel(compiler.find(), FOLDER, kernel, "90a")[:4] == b"\x7fELF"
 
 
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_nvrtc_compiles_the_probe(architecture):
+    cubin = nvrtc.compile_kernel(compiler.find(), FOLDER, nvrtc.PROBE, architecture)
+    assert cubin[:4] == b"\x7fELF" and nvrtc.PROBE.encode() in cubin
+
+
+@needs_nvrtc
+def test_an_architecture_that_nvrtc_does_not_know_is_an_error_that_is_not_remembered():
+    with pytest.raises(compiler.CompilerFault, match="invalid value for --gpu-architecture"):
+        nvrtc.compile_kernel(compiler.find(), FOLDER, nvrtc.PROBE, "999")
+
+
+@needs_nvrtc
 def test_an_nvrtc_error_is_reported_in_one_line(tmp_path):
-    compiler = nvrtc.find()
-    if compiler is None:
-        pytest.skip(reason="NVRTC was not found")
     (tmp_path / "cuda").mkdir()
     (tmp_path / "sinkhorn.h").write_text("")
     (tmp_path / "cuda" / "kernels.cuh").write_text(
         "#error deliberately broken\nOPTICAL_FORWARD(pair, PairInWarp, 1)\n"
     )
-    with pytest.raises(nvrtc.CompileError, match="deliberately broken") as caught:
-        nvrtc.compile_kernel(compiler, tmp_path, "optical_forward_pair", "90")
+    with pytest.raises(compiler.CompileError, match="deliberately broken") as caught:
+        nvrtc.compile_kernel(compiler.find(), tmp_path, "optical_forward_pair", "90a")
     assert "\n" not in str(caught.value)
+    assert not isinstance(caught.value, compiler.CompilerFault)
+
+
+# --------------------------------------------------------------------------------------- finding
+
+
+def test_nvrtc_is_looked_for_beside_pytorch_and_its_own_version_comes_first(tmp_path, monkeypatch):
+    """Also in folders of ``pip --target``, of the user, and of conda."""
+    target, conda = tmp_path / "target", tmp_path / "conda"
+    for path in (
+        target / "nvidia/cu13/lib/libnvrtc.so.13",
+        target / "nvidia/cu13/lib/libnvrtc-builtins.so.13.0",
+        target / "nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
+        conda / "lib/libnvrtc.so.11.2",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    monkeypatch.syspath_prepend(str(target))
+    monkeypatch.setenv("CONDA_PREFIX", str(conda))
+    for version, expected in (("13.0", "libnvrtc.so.13"), ("12.8", "libnvrtc.so.12")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        found = [path for path in compiler._candidates() if tmp_path in path.parents]
+        assert found[0].name == expected and len(found) == 3
+    beside = Path(torch.__file__).parents[1]
+    monkeypatch.setattr(site, "getsitepackages", list)
+    assert compiler._package_folders()[0] == beside
+
+
+def test_the_second_library_of_nvrtc_is_loaded_first(tmp_path, monkeypatch):
+    """The wheel of CUDA 13.0 does not find its builtins by itself."""
+    names = ("libnvrtc-builtins.so.13.0", "libnvrtc.so.13")
+    for name in (*names, "libnvrtc-builtins.alt.so.13.0"):
+        (tmp_path / name).touch()
+    opened = []
+    monkeypatch.setattr(compiler, "_candidates", lambda: [tmp_path / "libnvrtc.so.13"])
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: opened.append(Path(path).name) or path)
+    assert compiler.find.__wrapped__() == str(tmp_path / names[1])
+    assert opened == list(names)

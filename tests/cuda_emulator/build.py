@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from optical.backends import cuda, library
+from optical.backends import cuda, library, structs
 
 EMULATOR = Path(__file__).resolve().parent
 SOURCES = EMULATOR.parent.parent / "csrc" / "cuda"
@@ -50,6 +50,7 @@ def use(emulated: Any, replace_attribute: Callable[[Any, str, Any], None]) -> No
         emulated: the result of ``library.open_library``.
         replace_attribute: ``monkeypatch.setattr`` or ``setattr``.
     """
-    replace_attribute(cuda, "load", lambda: library.Loaded(emulated, None))
+    emulated = structs.with_argument_types(emulated)
+    replace_attribute(cuda, "load", lambda device=None: library.Loaded(emulated, None))
     replace_attribute(cuda, "DEVICE", "cpu")
     cuda._fits.cache_clear()

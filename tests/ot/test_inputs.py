@@ -15,6 +15,7 @@ from optical import (
     sinkhorn_divergence,
     sinkhorn_vectors,
 )
+from optical.ot import masses
 
 INF, NAN = math.inf, math.nan
 FIELDS = ("value", "value_linear", "f", "g", "marginal_error", "n_iter", "status")
@@ -525,3 +526,25 @@ def test_one_strength_per_problem_agrees_with_one_problem_at_a_time(kind, one_si
 def test_wrong_strengths_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         sinkhorn(random(1, 3, 4), epsilon=0.1, **arguments)
+
+
+def test_int32_offsets_are_converted_once_per_content():
+    def converted(offsets):
+        side = masses.Masses(masses.X, offsets=offsets)
+        return masses.offsets_of(side, torch.zeros(7, 2))
+
+    offsets = torch.tensor([0, 4, 7], dtype=torch.int32)
+    first = converted(offsets)
+    assert first.dtype == torch.int64 and converted(offsets) is first
+    offsets[1] = 3
+    second = converted(offsets)
+    assert first.tolist() == [0, 4, 7] and second.tolist() == [0, 3, 7]
+    second[1] = 5  # a copy that has been written to is replaced
+    assert converted(offsets).tolist() == [0, 3, 7]
+    with torch.inference_mode():  # without a version, a change cannot be seen
+        offsets = torch.tensor([0, 4, 7], dtype=torch.int32)
+        assert converted(offsets) is not converted(offsets)
+    kept = len(masses._copies)
+    del offsets
+    converted(torch.tensor([0, 7], dtype=torch.int32))
+    assert len(masses._copies) <= kept

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import xml.dom.minidom
 from dataclasses import fields, replace
 
@@ -14,6 +16,7 @@ import torch
 
 from benchmarks import overhead
 from benchmarks.__main__ import main
+from benchmarks.launches import rows as launches
 from benchmarks.operator import (
     accuracy,
     cases,
@@ -530,6 +533,27 @@ def test_overhead_rows_pass_the_gate_and_count_kernels():
     assert rows["ot_alignment", "forward"].kernels == 0
     assert rows["ot_alignment", "both"].kernels <= 3
     assert rows["bare function", "both"].kernels >= 2
+
+
+@pytest.mark.slow
+def test_launch_rows_compare_both_launchers(tmp_path):
+    output = tmp_path / "launches.csv"
+    command = [sys.executable, "-m", "benchmarks.launches", "--seconds", "0", "--output", output]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    with output.open(encoding="utf-8") as file:
+        measured = list(csv.DictReader(file))
+    assert [row["launcher"] for row in measured] == ["kept handles", "triton"] * 5
+    loss = {row["mode"]: row for row in measured if row["call"] == "OTAlignmentLoss"}
+    assert (loss["forward"]["launches"], loss["both"]["launches"]) == ("3", "4")
+
+
+def test_the_page_states_the_committed_launches():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    path = ROOT / "benchmarks" / "results" / "launches.csv"
+    with path.open(encoding="utf-8") as file:
+        for line in launches.table(csv.DictReader(file)):
+            assert line in page
 
 
 def test_the_page_states_the_committed_overhead_and_scaling():

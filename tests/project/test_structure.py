@@ -25,6 +25,7 @@ PUBLIC = [
     "sinkhorn",
     "sinkhorn_divergence",
     "sinkhorn_vectors",
+    "warmup",
 ]
 HEAVY = {
     "transformers", "sentence_transformers", "datasets", "tokenizers", "accelerate", "triton",

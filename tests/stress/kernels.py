@@ -3,10 +3,12 @@
     python -m tests.stress.kernels cuda --calls 1000 --seconds 300 --seed 0
     python -m tests.stress.kernels triton --seconds 300
     python -m tests.stress.kernels streamed --seconds 300
+    python -m tests.stress.kernels triton-ptx --seconds 300
 
 Without a GPU, the CUDA kernels are compiled for the CPU by the emulator of ``test_cuda_host``, and
 the Triton kernels run in Triton's interpreter, on fewer and shorter problems. ``streamed`` runs the
-Triton kernels for sides that do not fit on chip on sides of any length.
+Triton kernels for sides that do not fit on chip on sides of any length. ``triton-ptx`` runs the
+compiled Triton kernels on the machine of ``tests.kernels.ptx``, which also reports races.
 """
 
 import os
@@ -24,7 +26,7 @@ from tests.stress.calls import Call
 from tests.stress.check import check
 from tests.stress.run import main
 
-NAMES = ("cuda", "triton", "streamed")
+NAMES = ("cuda", "triton", "streamed", "triton-ptx")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -69,11 +71,12 @@ class Dice(valid.Dice):
 def draw(name: str, seed: int) -> Call:
     """The first valid float32 call drawn from this seed."""
     # Long sides and runs would take minutes in Triton's interpreter.
-    interpreted = name != "cuda" and DEVICE == "cpu"
+    interpreted = name == "triton-ptx" or (name != "cuda" and DEVICE == "cpu")
     dice = valid.Dice(seed) if interpreted else Dice(seed)
     backend = "cuda" if name == "cuda" else "triton"
     while True:
-        call = replace(valid.draw_valid(dice).but(backend=backend), threads=1, device=DEVICE)
+        device = "cpu" if name == "triton-ptx" else DEVICE
+        call = replace(valid.draw_valid(dice).but(backend=backend), threads=1, device=device)
         long = call.batch > 3 or call.arguments["max_iter"] > 12
         if call.dtype == torch.float32 and not (interpreted and long):
             return call
@@ -84,12 +87,28 @@ def run(arguments: Sequence[str]) -> int:
     name, *options = arguments or [""]
     if name not in NAMES:
         sys.exit(f"the first argument is {name!r}; expected {', '.join(NAMES[:-1])} or {NAMES[-1]}")
+    if name == "triton-ptx":
+        from tests.kernels.ptx.driver import NOISY_UNITS, TRUNCATED_SUMS, PtxMachine
+
+        noise = NOISY_UNITS | TRUNCATED_SUMS
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            PtxMachine(Path(folder), noise=noise) as machine,
+        ):
+            return _check_calls(name, options, machine.messages)
     use(name)
+    return _check_calls(name, options, [])
+
+
+def _check_calls(name: str, options: Sequence[str], messages: list[str]) -> int:
+    """Check random calls; ``messages`` of the PTX machine fail the call that caused them."""
     served = {True: 0, False: 0}
 
     def check_served(call: Call) -> None:
+        messages.clear()
         try:
             check(call)
+            assert not messages, messages[0]
             served[True] += 1
         except BackendUnsupported:
             served[False] += 1

@@ -25,11 +25,21 @@ from optical.kernels.tiles import (
     load_log_mass,
     load_vectors,
     locate_cost,
-    log_ratio,
     log_sum_exp2,
+    penalty_slopes,
     plan_tile,
     swap_sides,
+    without_mass,
 )
+
+
+@triton.jit(do_not_specialize=["steps"])
+def annealing_kernel(annealing_ptr, steps, anneal_start, anneal_ratio):
+    """Store the annealing temperature of each iteration, with the bits of the forward kernels."""
+    annealing = anneal_start
+    for k in range(steps):
+        tl.store(annealing_ptr + k, annealing)
+        annealing *= anneal_ratio
 
 
 @triton.jit
@@ -57,6 +67,46 @@ def half_step(cost, potential, log_mass, temperature, axis: tl.constexpr):
     softmax = tl.exp2(tl.where(cost < INFINITY, score, -INFINITY))
     total = tl.where(has_pair, tl.sum(softmax, axis), 1.0)
     return estimate - tl.log2(total) / scale, softmax / tl.expand_dims(total, axis)
+
+
+@triton.jit
+def row_block(x, block, ROWS: tl.constexpr):
+    """Select ROWS rows of a vector or a matrix, which stays in registers."""
+    BLOCKS: tl.constexpr = x.shape[0] // ROWS
+    if len(x.shape) == 1:
+        x = tl.reshape(x, (BLOCKS, ROWS))
+        chosen = (tl.arange(0, BLOCKS) == block)[:, None]
+    else:
+        x = tl.reshape(x, (BLOCKS, ROWS, x.shape[1]))
+        chosen = (tl.arange(0, BLOCKS) == block)[:, None, None]
+    return tl.sum(tl.where(chosen, x, 0.0), 0)
+
+
+@triton.jit
+def multiply_vectors(costs, sides, dot_weight, self_weight, SPEC: tl.constexpr, DOT: tl.constexpr):
+    """Store the gradient of the vectors of the rows from the weights of ``vector_weights``.
+
+    Shared memory holds the weights of ROWS rows at a time.
+    """
+    grad_ptr, log_mass_ptr, empty, valid_columns = sides
+    DOT_DTYPE: tl.constexpr = DOT[0]
+    DOT_PRECISION: tl.constexpr = DOT[1]
+    BLOCK_G: tl.constexpr = DOT[2]
+    ROWS: tl.constexpr = DOT[3]
+    dim = costs[3]
+    columns = tl.arange(0, dot_weight.shape[1])
+    for block in range(dot_weight.shape[0] // ROWS):
+        rows = block * ROWS + tl.arange(0, ROWS)
+        A = load_log_mass(log_mass_ptr, rows, costs[0][4])
+        A = tl.where(empty, -INFINITY, A)
+        weight = row_block(dot_weight, block, ROWS).to(DOT_DTYPE)
+        own_weight = row_block(self_weight, block, ROWS)
+        for d0 in range(0, dim, BLOCK_G):
+            d = d0 + tl.arange(0, BLOCK_G)
+            y = load_vectors(costs[1], costs[2], columns, d, dim, SPEC)
+            y = tl.where(valid_columns[:, None], y, 0.0).to(DOT_DTYPE)
+            dot_sum = tl.dot(weight, y, input_precision=DOT_PRECISION)
+            store_gradient(grad_ptr, costs, rows, A, d, own_weight, dot_sum, SPEC)
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least", "most"])
@@ -115,6 +165,7 @@ def unrolled_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    ROWS: tl.constexpr,
     PART: tl.constexpr,
     WARPS_N: tl.constexpr,
     WARPS_M: tl.constexpr,
@@ -199,11 +250,15 @@ def unrolled_kernel(
     bar_a = upstream * epsilon * (a * tl.sum(b, 0) - row_sum)
     bar_b = upstream * epsilon * (b * tl.sum(a, 0) - column_sum)
     if inverse_rho_a > 0:
-        weight_a += log_ratio(row_sum, A) / inverse_rho_a
-        bar_a += upstream * (a - row_sum) / inverse_rho_a
+        share = tl.sum(plan_tile(cost, without_mass(A), B, f, g, LOG2_E / epsilon), 1)
+        slope, by_mass = penalty_slopes(share, row_sum, A, a, inverse_rho_a)
+        weight_a += slope
+        bar_a += upstream * by_mass
     if inverse_rho_b > 0:
-        weight_b += log_ratio(column_sum, B) / inverse_rho_b
-        bar_b += upstream * (b - column_sum) / inverse_rho_b
+        share = tl.sum(plan_tile(cost, A, without_mass(B), f, g, LOG2_E / epsilon), 0)
+        slope, by_mass = penalty_slopes(share, column_sum, B, b, inverse_rho_b)
+        weight_b += slope
+        bar_b += upstream * by_mass
     weight = upstream * (weight_a[:, None] + weight_b[None, :])
     flow = plan * (weight + upstream_linear * tl.where(plan > 0, cost, 0.0))
     bar = (upstream + upstream_linear) * plan - flow / epsilon
@@ -269,35 +324,11 @@ def unrolled_kernel(
         elif KIND == SQEUCLIDEAN:
             self_weight_a = tl.sum(bar, 1)
             self_weight_b = tl.sum(bar, 0)
-        for d0 in range(0, dim, BLOCK_G):
-            d = d0 + tl.arange(0, BLOCK_G)
-            if NEED_X:
-                y = load_vectors(costs[1], costs[2], columns, d, dim, SPEC)
-                y = tl.where(valid_b[:, None] & (empty == 0), y, 0.0).to(DOT_DTYPE)
-                dot_sum = tl.dot(dot_weight_a.to(DOT_DTYPE), y, input_precision=DOT_PRECISION)
-                store_gradient(
-                    grad_x_ptr,
-                    costs,
-                    rows,
-                    tl.where(empty, -INFINITY, A),
-                    d,
-                    self_weight_a,
-                    dot_sum,
-                    SPEC,
-                )
-            if NEED_Y:
-                x = load_vectors(costs[0], costs[2], rows, d, dim, SPEC)
-                x = tl.where(valid_a[:, None] & (empty == 0), x, 0.0).to(DOT_DTYPE)
-                dot_sum = tl.dot(
-                    tl.trans(dot_weight_b).to(DOT_DTYPE), x, input_precision=DOT_PRECISION
-                )
-                store_gradient(
-                    grad_y_ptr,
-                    swap_sides(costs),
-                    columns,
-                    tl.where(empty, -INFINITY, B),
-                    d,
-                    self_weight_b,
-                    dot_sum,
-                    SPEC,
-                )
+        DOT: tl.constexpr = (DOT_DTYPE, DOT_PRECISION, BLOCK_G, ROWS)
+        if NEED_X:
+            sides = grad_x_ptr, log_a_ptr + offset_a, empty, valid_b & (empty == 0)
+            multiply_vectors(costs, sides, dot_weight_a, self_weight_a, SPEC, DOT)
+        if NEED_Y:
+            sides = grad_y_ptr, log_b_ptr + offset_b, empty, valid_a & (empty == 0)
+            weight = tl.trans(dot_weight_b)
+            multiply_vectors(swap_sides(costs), sides, weight, self_weight_b, SPEC, DOT)

@@ -261,7 +261,7 @@ def keep_kernel(
     store_plan(costs, rows, columns, stored, first_row, row_step, LOG2_E / epsilon, SPEC, TILE)
 
 
-@triton.jit(do_not_specialize=["n", "is_first", "remaining"])
+@triton.jit(do_not_specialize=["n", "iteration", "remaining"])
 def turn_kernel(
     cu_ptr,
     log_mass_ptr,
@@ -276,7 +276,7 @@ def turn_kernel(
     stopped_ptr,
     n_iter_ptr,
     n,
-    is_first,
+    iteration,
     remaining,
     tol,
     inverse_rho,
@@ -333,7 +333,7 @@ def turn_kernel(
     if stop:
         tl.store(stopped_ptr + problem, 1)
     else:
-        relaxation = tl.where((is_first != 0) | (temperature != epsilon), 1.0, omega)
+        relaxation = tl.where((iteration == 0) | (temperature != epsilon), 1.0, omega)
         beta = relaxation / (1 + temperature * inverse_rho)
         tl.debug_barrier()
         change = update_potential(side, n, relaxation, beta, state, FAST, BLOCK)
@@ -345,7 +345,7 @@ def turn_kernel(
             state = next_state(state, change, temperature == epsilon, remaining)
             tl.store(state_ptr + problem, state)
         if not ROWS:
-            tl.store(n_iter_ptr + problem, tl.load(n_iter_ptr + problem) + 1)
+            tl.store(n_iter_ptr + problem, iteration + 1)
             if (tol > 0) & (omega != 1):
                 # Over-relaxation leaves the columns inexact, too.
                 tl.debug_barrier()

@@ -28,8 +28,9 @@ from optical.kernels.tiles import (
     load_epsilon,
     load_log_mass,
     locate_cost,
-    log_ratio,
+    penalty_slopes,
     plan_tile,
+    without_mass,
 )
 
 # States of a problem.
@@ -270,6 +271,7 @@ def weight_kernel(
         A = load_log_mass(log_a_ptr + offset_a, rows, n)
         f = tl.load(path_ptr + rows, mask=rows < n, other=0.0)
         sums = tl.zeros((BLOCK_N,), tl.float32)
+        share = tl.zeros((BLOCK_N,), tl.float32)
         masses = tl.zeros((BLOCK_M,), tl.float32)
         for column_start in range(0, m, BLOCK_M):
             columns = column_start + tl.arange(0, BLOCK_M)
@@ -278,12 +280,16 @@ def weight_kernel(
             cost = cost_tile(costs, row_start, column_start, SPEC, TILE)
             sums += tl.sum(plan_tile(cost, A, B, f, g, LOG2_E / epsilon), 1)
             masses += tl.exp2(B)
+            if inverse_rho > 0:
+                plan = plan_tile(cost, without_mass(A), B, f, g, LOG2_E / epsilon)
+                share += tl.sum(plan, 1)
         a = tl.exp2(A)
         grad = upstream * epsilon * (a * tl.sum(masses, 0) - sums)
         weight = f
         if inverse_rho > 0:
-            weight += log_ratio(sums, A) / inverse_rho
-            grad += upstream * (a - sums) / inverse_rho
+            slope, by_mass = penalty_slopes(share, sums, A, a, inverse_rho)
+            weight += slope
+            grad += upstream * by_mass
         valid = A != -INFINITY
         active = valid & (state == STATE_ACTIVE)
         grad = tl.where(active, grad, 0.0)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from optical.kernels.masses import equal_masses
+from optical.kernels.tokens.masses import equal_masses
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SIZES = 5, 300, 7  # more rows than a block

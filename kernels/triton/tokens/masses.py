@@ -8,6 +8,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from optical.kernels import tuning
+from optical.kernels.launch import launch_kernel
 from optical.kernels.tiles import INFINITY
 
 
@@ -61,7 +62,7 @@ def fill_side(
         tl.store(target, tl.where(valid, log_mass, outside), mask=index < size)
 
 
-@triton.jit(do_not_specialize=["epsilon_bits", "n", "m"])
+@triton.jit(do_not_specialize=["epsilon_bits", "n", "m", "stride_a_batch", "stride_b_batch"])
 def equal_masses_kernel(
     mask_a_ptr,
     mask_b_ptr,
@@ -156,7 +157,9 @@ def equal_masses(
     lengths = [memory if x is None else x.contiguous() for x in (lengths_a, lengths_b)]
     strides = [(0, 0) if mask is memory else mask.stride() for mask in masks]
     with torch.cuda.device_of(memory):
-        equal_masses_kernel[(batch, 2)](
+        launch_kernel(
+            equal_masses_kernel,
+            (batch, 2),
             *masks,
             *lengths,
             log_a,

@@ -1,0 +1,1 @@
+"""Measurements on a device, each a step of ``python -m benchmarks.gpu.measure``."""

@@ -1,0 +1,1 @@
+"""Host time of calls that launch Triton kernels, over a driver that does nothing."""

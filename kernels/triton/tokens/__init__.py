@@ -1,0 +1,1 @@
+"""Kernels over single tokens: their norms, and equal masses for them."""
