@@ -55,6 +55,7 @@ inline Value exchanged(Value value, int lane) {
 
 }  // namespace emulator
 
+constexpr bool has_clusters = true;
 OPTICAL_EMULATOR inline int thread_index() { return emulator::machine().self->index; }
 OPTICAL_EMULATOR inline int thread_count() { return emulator::machine().threads; }
 OPTICAL_EMULATOR inline int block_index() { return emulator::machine().self->block->index; }
