@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,3 +222,34 @@ def encode_passages(
     flat = [passage for text in passages for passage in text]
     tokens = encode(model, flat, role, batch_size=batch_size, device=device)
     return tokens, [len(text) for text in passages]
+
+
+def chunks(
+    documents: Iterable[tuple[str, str]], size: int
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield ids and texts of the next `size` documents at a time."""
+    source = iter(documents)
+    while chunk := list(itertools.islice(source, size)):
+        yield [key for key, _ in chunk], [text for _, text in chunk]
+
+
+def encode_rows(
+    model: Any,
+    ids: Sequence[str],
+    texts: Sequence[str],
+    role: str,
+    batch_size: int,
+    passage_length: int | None,
+    passage_stride: int | None,
+) -> tuple[list[str], TokenVectors]:
+    """Encode the passages of some documents: the document id and the vectors of each."""
+    tokens, counts = encode_passages(
+        model,
+        texts,
+        role,
+        passage_length=passage_length,
+        passage_stride=passage_stride,
+        batch_size=batch_size,
+    )
+    row_ids = [key for key, count in zip(ids, counts, strict=True) for _ in range(count)]
+    return row_ids, tokens

@@ -10,6 +10,7 @@ from typing import Any
 
 from optical.io.environment import require
 from optical.io.files import find_damaged
+from optical.models.fingerprint import load_partners
 
 # Prefix of models that are installed as data of a Python package.
 PACKAGE_PREFIX = "package:"
@@ -61,7 +62,9 @@ def load_retriever(
         )
     try:
         if _is_multi_vector(name):
-            return MultiVectorEncoder(name)
+            model = MultiVectorEncoder(name)
+            load_partners(model, name)
+            return model
         expansion = {"strategy": "fixed", "length": query_length} if query_expansion else None
         encoder = Transformer(
             name,

@@ -27,6 +27,7 @@ from torch import Tensor
 from optical.data.lexicon import ibm_model_1
 from optical.data.pairs import balance_bitexts, read_bitext_pairs
 from optical.data.texts import read_sentences
+from optical.models.fingerprint import fingerprints, partners, set_partners
 from optical.models.retriever import load_retriever
 from optical.models.tokenizers import SPECIAL_TOKENS, token_counts, train_tokenizer
 from optical.training.options import TransferOptions
@@ -58,6 +59,7 @@ def transfer(options: TransferOptions) -> Any:
     """
     options.validate()
     model = load_retriever(options.model)
+    set_partners(model, [*fingerprints(model).values(), *partners(model)])
     reader = model[0]
     old, encoder = reader.tokenizer, reader.auto_model
     bitext = [read_bitext_pairs(path)[: options.max_pairs] for path in options.bitext]
