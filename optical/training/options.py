@@ -240,7 +240,7 @@ class TransferOptions:
     bitext: list[str] = _list_option(
         "One or more files of parallel sentences, `English TAB other`."
     )
-    vocabulary_size: int = _option(40_000, "Number of WordPiece units to learn.")
+    vocabulary_size: int = _option(40_000, "Number of units to learn.")
     keep: bool = _option(
         False, "Keep the units of the retriever and learn only units of the other languages."
     )
