@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optical.models.tokenizers import token_spans
+
 ROLES = ("query", "document")
 
 
@@ -184,9 +186,7 @@ def cut_passages(text: str, tokenizer: Any, length: int, stride: int) -> list[st
             f"passage_length is {length} and passage_stride {stride}; expected a length above the "
             f"{length - room} special tokens, and a stride from 1 to the length without them"
         )
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-        "offset_mapping"
-    ]
+    spans = [span for _, span in token_spans(tokenizer, text) if span is not None]
     if len(spans) <= room:
         return [text]
     starts = range(0, len(spans) - room + stride, stride)

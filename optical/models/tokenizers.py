@@ -274,3 +274,33 @@ def fertility(tokenizer: Any, texts: Sequence[str]) -> dict[str, float]:
     words = sum(len(tokenize_words(text)) for text in texts)
     unknown = counts[tokenizer.unk_token_id] if tokenizer.unk_token_id is not None else 0
     return {"tokens": total / max(words, 1), "unknown": unknown / max(total, 1)}
+
+
+def token_spans(
+    tokenizer: Any, text: str, *, special_tokens: bool = False
+) -> list[tuple[int, tuple[int, int] | None]]:
+    """Return the id of each token of a text and its span of characters.
+
+    Args:
+        tokenizer: a fast Transformers tokenizer.
+        text: the text.
+        special_tokens: include the special tokens that the tokenizer adds; their span is None.
+
+    Raises:
+        ValueError: the tokenizer does not record spans, as those written in Python.
+    """
+    options = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
+    try:
+        encoding = tokenizer(text, add_special_tokens=special_tokens, verbose=False, **options)
+        spans = encoding["offset_mapping"]
+    except (KeyError, NotImplementedError):
+        raise ValueError(
+            f"the tokenizer, a {type(tokenizer).__name__}, records no positions in the text; "
+            "words and passages need a model with a fast tokenizer"
+        ) from None
+    ids = encoding["input_ids"]
+    special = encoding["special_tokens_mask"] if special_tokens else [0] * len(ids)
+    return [
+        (token_id, None if is_special else tuple(span))
+        for token_id, span, is_special in zip(ids, spans, special, strict=True)
+    ]
