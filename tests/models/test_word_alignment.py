@@ -9,6 +9,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from optical.data.pairs import read_bitext_pairs
+from optical.models.encoding import encode
 from optical.models.retriever import load_retriever
 from optical.models.tokenizers import token_spans
 from optical.models.word_alignment import (
@@ -180,6 +181,13 @@ def test_links_of_any_tokenizer_and_prompt_equal_a_checked_list(learn, prompt, w
     model = make_lookup(tmp_path, learn, [*texts, "naïve café 😀 x 7 table query: passage"])
     assert any(token in ("▁", "Ġ") for token in model.tokenizer.tokenize("naïve 😀 table"))
     model.prompts["document"] = prompt
+    for text, _, _ in CHECKED:
+        # Every token of a text belongs to a word, a lone mark to the word after it.
+        (ids,) = encode(model, [text], "document", token_ids=True).split_token_ids()
+        starts = [
+            start for start in _token_starts(model.tokenizer, text, ids, prompt) if start >= 0
+        ]
+        assert None not in _words_of_tokens(_word_indices_by_position(text), starts)
     pairs = [(english, other) for english, other, _ in CHECKED]
     found = list(align_words(model, model, pairs, epsilon=0.01, max_iter=500))
     assert [format_pharaoh(links) for links in found] == [links for _, _, links in CHECKED]
