@@ -37,6 +37,7 @@ from optical.io.files import (
 )
 from optical.models import fingerprint
 from optical.models.encoding import TokenVectors, encode_for_training
+from optical.models.retriever import check_length
 
 logger = logging.getLogger("optical")
 
@@ -266,6 +267,7 @@ def write_vectors(
     texts = list(dict.fromkeys(texts))
     if not texts:
         raise ValueError("texts: none given; expected at least one")
+    check_length(model, max_length)
     options = {
         "role": role,
         "max_length": max_length,

@@ -150,10 +150,10 @@ def _inline_added_tokens(rules: dict[str, Any]) -> None:
 
 
 def _extend_unigram(model: dict[str, Any], learnt: dict[str, Any]) -> None:
-    known = {piece for piece, _ in model["vocab"]}
-    model["vocab"] += [
-        entry for entry in learnt["vocab"] if entry[0] not in known and entry[0] != "<unk>"
-    ]
+    known = {piece for piece, _ in model["vocab"]} | {"<unk>"}
+    # The learner sums in the order of a randomly seeded hash map; rounding makes it deterministic.
+    new = [(round(score, 6), piece) for piece, score in learnt["vocab"] if piece not in known]
+    model["vocab"] += [[piece, score] for score, piece in sorted(new, key=lambda e: (-e[0], e[1]))]
 
 
 def _extend_bpe(model: dict[str, Any], learnt: dict[str, Any]) -> None:

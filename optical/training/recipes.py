@@ -48,7 +48,7 @@ from optical.losses import objectives
 from optical.losses.distillation import DistillationLoss, OTDistillationLoss
 from optical.models.encoding import ROLES
 from optical.models.fingerprint import fingerprints, partners, set_partners
-from optical.models.retriever import load_retriever, resolve_model
+from optical.models.retriever import check_length, load_retriever, resolve_model
 from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
 from optical.training.options import (
@@ -84,6 +84,8 @@ class BitextCollator(MultiVectorEncoderDataCollator):
     ) -> None:
         if role not in ROLES:
             raise ValueError(f"role: {role!r}, expected 'query' or 'document'")
+        for model in (student, teacher):
+            check_length(model, max_length)
         super().__init__(preprocess_fn=student.preprocess, max_length=max_length)
         self.student = student
         self.teacher = teacher
@@ -210,7 +212,9 @@ def _contrastive_trainer(
     set_seed(trainer_args.seed)
     skip_words: list[str] = []
     if options.skip_frequent:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(options.model))
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(options.model), trust_remote_code=False
+        )
         texts = [text for row in rows for text in row]
         skip_words = frequent_tokens(tokenizer, texts, options.skip_frequent)
     model = load_retriever(
