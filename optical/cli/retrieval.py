@@ -71,6 +71,11 @@ def _register_search(subparsers: Any) -> None:
         "--index",
         help="Search token vectors written by `export` or `index`: a folder or an address.",
     )
+    command.add_argument(
+        "--any-model",
+        action="store_true",
+        help="With --index, do not check that the model shares the vector space of the index.",
+    )
     command.add_argument("--output", required=True, help="Run to write; .gz compresses it.")
     add_json_argument(command)
     command.add_argument(
@@ -156,6 +161,7 @@ def search(
     passage_length: int | None,
     passage_stride: int | None,
     index: str | None,
+    any_model: bool,
     output: str,
     as_json: bool,
     tag: str | None,
@@ -166,6 +172,8 @@ def search(
 
     check_installed("sentence_transformers", "train", "a search")
     writable_folder(Path(output).parent)
+    if any_model and not index:
+        raise ValueError("any_model: given without --index, which alone records a model")
     if index:
         refused = {
             "collection": collection,
@@ -176,7 +184,9 @@ def search(
         for name, value in refused.items():
             if value:
                 raise ValueError(f"{name}: given with --index, which already holds its documents")
-        run, searched = _search_index(model, index, queries, depth=depth, batch_size=batch_size)
+        run, searched = _search_index(
+            model, index, queries, depth=depth, batch_size=batch_size, any_model=any_model
+        )
     else:
         run, searched = _search_collection(
             model,
@@ -223,7 +233,13 @@ def _search_collection(
 
 
 def _search_index(
-    model: str, index: str, queries: str | None, *, depth: int, batch_size: int
+    model: str,
+    index: str,
+    queries: str | None,
+    *,
+    depth: int,
+    batch_size: int,
+    any_model: bool,
 ) -> tuple[Any, int]:
     """Search stored token vectors; return the run and the number of documents."""
     from optical.data.texts import read_texts
@@ -244,6 +260,8 @@ def _search_index(
             f"{index}: vectors of size {opened.dimension}, expected the size of the model's "
             f"vectors, {dimension}"
         )
+    if not any_model:
+        opened.origin.check_searchable(retriever, index)
     vectors = encode(retriever, list(texts.values()), "query", batch_size=batch_size)
     return opened.search(list(texts), vectors, depth=depth), len(opened)
 

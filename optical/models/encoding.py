@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from optical.models.tokenizers import token_spans
 
 ROLES = ("query", "document")
 
@@ -183,9 +186,7 @@ def cut_passages(text: str, tokenizer: Any, length: int, stride: int) -> list[st
             f"passage_length is {length} and passage_stride {stride}; expected a length above the "
             f"{length - room} special tokens, and a stride from 1 to the length without them"
         )
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-        "offset_mapping"
-    ]
+    spans = [span for _, span in token_spans(tokenizer, text) if span is not None]
     if len(spans) <= room:
         return [text]
     starts = range(0, len(spans) - room + stride, stride)
@@ -221,3 +222,34 @@ def encode_passages(
     flat = [passage for text in passages for passage in text]
     tokens = encode(model, flat, role, batch_size=batch_size, device=device)
     return tokens, [len(text) for text in passages]
+
+
+def chunks(
+    documents: Iterable[tuple[str, str]], size: int
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield ids and texts of the next `size` documents at a time."""
+    source = iter(documents)
+    while chunk := list(itertools.islice(source, size)):
+        yield [key for key, _ in chunk], [text for _, text in chunk]
+
+
+def encode_rows(
+    model: Any,
+    ids: Sequence[str],
+    texts: Sequence[str],
+    role: str,
+    batch_size: int,
+    passage_length: int | None,
+    passage_stride: int | None,
+) -> tuple[list[str], TokenVectors]:
+    """Encode the passages of some documents: the document id and the vectors of each."""
+    tokens, counts = encode_passages(
+        model,
+        texts,
+        role,
+        passage_length=passage_length,
+        passage_stride=passage_stride,
+        batch_size=batch_size,
+    )
+    row_ids = [key for key, count in zip(ids, counts, strict=True) for _ in range(count)]
+    return row_ids, tokens

@@ -10,11 +10,16 @@ from typing import Any
 
 from optical.io.environment import require
 from optical.io.files import find_damaged
+from optical.models.encoding import ROLES
+from optical.models.fingerprint import load_partners
 
 # Prefix of models that are installed as data of a Python package.
 PACKAGE_PREFIX = "package:"
 # A folder with one of these files holds a model.
 _MODEL_FILES = ("config.json", "modules.json")
+_NO_CODE = {"trust_remote_code": False}
+# Names of the tables of learnt positions.
+_POSITION_TABLES = ("position_embeddings", "wpe")
 
 
 def load_retriever(
@@ -28,8 +33,8 @@ def load_retriever(
 ) -> Any:
     """Load a `MultiVectorEncoder`, or build one from a plain encoder.
 
-    Weights are read from safetensors, or with PyTorch's weights-only reader, so code stored in a
-    model never runs.
+    Weights are read from safetensors, or with PyTorch's weights-only reader, and models with custom
+    code are refused, so code stored in a model never runs.
 
     Args:
         name: Hugging Face name or folder, or `package:NAME/FOLDER` (see :func:`resolve_model`). A
@@ -45,7 +50,8 @@ def load_retriever(
 
     Raises:
         ImportError: Sentence Transformers is not installed (extra ``train``).
-        ValueError: there is no such model, or it is damaged.
+        ValueError: there is no such model; it is damaged or needs custom code; it has no tokenizer
+            or one with more units than input vectors; or a length limit exceeds its positions.
     """
     check_model(str(name))
     name = resolve_model(str(name))
@@ -61,13 +67,20 @@ def load_retriever(
         )
     try:
         if _is_multi_vector(name):
-            return MultiVectorEncoder(name)
+            model = MultiVectorEncoder(name, trust_remote_code=False)
+            load_partners(model, name)
+            for module in model.modules():
+                if isinstance(module, Transformer):
+                    _check_encoder(name, module)
+            return model
         expansion = {"strategy": "fixed", "length": query_length} if query_expansion else None
         encoder = Transformer(
             name,
             query_length=query_length,
             document_length=document_length,
             query_expansion=expansion,
+            # Transformers would otherwise ask on the terminal whether to run the code.
+            **dict.fromkeys(("model_kwargs", "config_kwargs", "processor_kwargs"), _NO_CODE),
         )
     except pickle.UnpicklingError:
         raise ValueError(
@@ -76,6 +89,7 @@ def load_retriever(
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    _check_encoder(str(name), encoder)
     return _build_retriever(encoder, dimension, skip_words)
 
 
@@ -104,6 +118,76 @@ def _build_retriever(encoder: Any, dimension: int | None, skip_words: Sequence[s
         Normalize(module_input_name="token_embeddings"),
     ]
     return MultiVectorEncoder(modules=modules)
+
+
+def _check_encoder(name: str, module: Any) -> None:
+    """Refuse an encoder that would fail at some text, or read every text as unknown units."""
+    tokenizer = module.tokenizer
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    if vocabulary and set(vocabulary.values()) <= special:
+        raise ValueError(
+            f"model {name}: its tokenizer has no units but the {len(special)} special tokens; copy "
+            "the tokenizer's files into the folder"
+        )
+    table = _input_vectors(module.auto_model)
+    units = max(vocabulary.values(), default=-1) + 1
+    if table is not None and units > table:
+        raise ValueError(
+            f"model {name}: its tokenizer has {units} units and its encoder {table} input vectors; "
+            "save the tokenizer that the encoder was trained with"
+        )
+    positions = max_positions(module)
+    if positions is None:
+        return
+    if tokenizer.model_max_length > positions:
+        tokenizer.model_max_length = positions
+    for role in ROLES:
+        length = getattr(module, f"{role}_length", None)
+        if length is not None and length > positions:
+            raise ValueError(
+                f"model {name}: {role}_length is {length}, but the encoder has {positions} "
+                f"positions; train or save it with a {role}_length of at most {positions}"
+            )
+
+
+def _input_vectors(encoder: Any) -> int | None:
+    """Return the number of input vectors of an encoder, or None if it has no table of them."""
+    try:
+        return int(encoder.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def max_positions(module: Any) -> int | None:
+    """Return the longest text in tokens that an encoder with learnt positions reads.
+
+    Args:
+        module: a ``Transformer`` module, or a model that starts with one.
+
+    Returns:
+        The number of positions, or None for encoders with relative or rotary positions.
+    """
+    encoder = getattr(module, "auto_model", None)
+    if encoder is None:
+        first = next(iter(module), None) if hasattr(module, "__iter__") else None
+        encoder = getattr(first, "auto_model", None)
+    for path, table in encoder.named_modules() if encoder is not None else ():
+        if path.rsplit(".", 1)[-1] in _POSITION_TABLES and hasattr(table, "num_embeddings"):
+            # Such encoders number positions from the one after the padding's.
+            padding = getattr(table, "padding_idx", None)
+            return int(table.num_embeddings - (0 if padding is None else padding + 1))
+    return None
+
+
+def check_length(model: Any, max_length: int | None) -> None:
+    """Raise ValueError if a length limit exceeds the positions of a model."""
+    positions = max_positions(model)
+    if None not in (max_length, positions) and max_length > positions:  # type: ignore[operator]
+        raise ValueError(
+            f"max_length: {max_length}, but the encoder has {positions} positions; expected at "
+            f"most {positions}"
+        )
 
 
 def resolve_model(name: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from subprocess import SubprocessError
 from typing import Any
 
-from optical.data.trec import ranked
+from optical.data.trec import trec_eval_order
 from optical.io.environment import require
 from optical.retrieval.statistics import CORRECTIONS, TESTS, check_choice, correct, paired_test
 
@@ -101,8 +101,9 @@ def evaluate(
     Every judged query with at least one relevant document (grade 1 or more) is evaluated. A query
     without documents in the run counts 0 and is listed. Queries without a relevant document are
     left out, as in :func:`optical.data.collection.load_collection`: every system scores 0 there.
-    All measures use the document order of :func:`optical.data.trec.ranked`; ``ir_measures`` alone
-    breaks ties differently for AP and RR@10.
+    All measures use the order of ``trec_eval``, :func:`optical.data.trec.trec_eval_order`: scores
+    that are equal in float32 are ties. ``ir_measures`` alone breaks ties differently for AP and
+    RR@10.
 
     Args:
         run: query id -> document id -> score.
@@ -159,7 +160,7 @@ def _values_per_query(
     """Return measure -> query id -> value; queries without documents have the value 0."""
     # Ranks replace scores, so that there are no ties and all measures see one order.
     ranks = {
-        qid: {docid: -float(rank) for rank, (docid, _) in enumerate(ranked(run[qid]))}
+        qid: {docid: -float(rank) for rank, (docid, _) in enumerate(trec_eval_order(run[qid]))}
         for qid in judged
         if run.get(qid)
     }

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -239,7 +240,7 @@ class TransferOptions:
     bitext: list[str] = _list_option(
         "One or more files of parallel sentences, `English TAB other`."
     )
-    vocabulary_size: int = _option(40_000, "Number of WordPiece units to learn.")
+    vocabulary_size: int = _option(40_000, "Number of units to learn.")
     keep: bool = _option(
         False, "Keep the units of the retriever and learn only units of the other languages."
     )
@@ -280,6 +281,12 @@ def choices_of(options_class: type[Any]) -> dict[str, tuple[str, ...]]:
     """Return the accepted values of each option that has a fixed set of values."""
     hints = get_type_hints(options_class)
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def default_of(entry: dataclasses.Field[Any]) -> Any:
+    """Return the default of a field of an options class."""
+    factory = entry.default_factory
+    return entry.default if factory is dataclasses.MISSING else factory()
 
 
 def _check_choices(options: Any) -> None:

@@ -47,7 +47,8 @@ from optical.io.settings import nearest, typed
 from optical.losses import objectives
 from optical.losses.distillation import DistillationLoss, OTDistillationLoss
 from optical.models.encoding import ROLES
-from optical.models.retriever import load_retriever, resolve_model
+from optical.models.fingerprint import fingerprints, partners, set_partners
+from optical.models.retriever import check_length, load_retriever, resolve_model
 from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
 from optical.training.options import (
@@ -83,6 +84,8 @@ class BitextCollator(MultiVectorEncoderDataCollator):
     ) -> None:
         if role not in ROLES:
             raise ValueError(f"role: {role!r}, expected 'query' or 'document'")
+        for model in (student, teacher):
+            check_length(model, max_length)
         super().__init__(preprocess_fn=student.preprocess, max_length=max_length)
         self.student = student
         self.teacher = teacher
@@ -209,7 +212,9 @@ def _contrastive_trainer(
     set_seed(trainer_args.seed)
     skip_words: list[str] = []
     if options.skip_frequent:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(options.model))
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(options.model), trust_remote_code=False
+        )
         texts = [text for row in rows for text in row]
         skip_words = frequent_tokens(tokenizer, texts, options.skip_frequent)
     model = load_retriever(
@@ -220,6 +225,8 @@ def _contrastive_trainer(
         query_expansion=options.query_expansion,
         skip_words=skip_words,
     )
+    # Training moves the vectors away from those of the models that this one was made from.
+    set_partners(model, ())
     # A passage that occurs twice in a batch would be its own negative.
     trainer_args.batch_sampler = BatchSamplers.NO_DUPLICATES
     names = ["query", "positive", *(f"negative_{i}" for i in range(1, len(rows[0]) - 1))]
@@ -254,12 +261,15 @@ def distill(
         document_length=getattr(limits, "document_length", None) or 180,
         query_expansion=bool(getattr(limits, "query_expansion", None)),
     )
+    set_partners(student, fingerprints(teacher_model).values())
     max_length = trainer_args.max_length
     if isinstance(max_length, dict):
         max_length = max_length.get(options.role)
     vectors = None
     if options.teacher_vectors:
-        vectors = StoredVectors(options.teacher_vectors, role=options.role, max_length=max_length)
+        vectors = StoredVectors(
+            options.teacher_vectors, role=options.role, max_length=max_length, model=teacher_model
+        )
     if options.objective == "contrastive":
         # A sentence that occurs twice in a batch would be its own negative.
         trainer_args.batch_sampler = BatchSamplers.NO_DUPLICATES
@@ -386,8 +396,10 @@ def average(options: AverageOptions) -> Any:
     first = load_retriever(options.models[0])
     sums = {name: value.double() for name, value in first.state_dict().items()}
     vocabulary = first.tokenizer.get_vocab()
+    common_partners = set(partners(first))
     for name in options.models[1:]:
         model = load_retriever(name)
+        common_partners &= set(partners(model))
         if model.tokenizer.get_vocab() != vocabulary:
             raise ValueError(
                 f"models: {name} has another vocabulary than {options.models[0]}; expected "
@@ -404,4 +416,5 @@ def average(options: AverageOptions) -> Any:
             sums[key] += weights[key]
     # Copying converts each mean to the dtype of its weight, integers included.
     first.load_state_dict({key: total / len(options.models) for key, total in sums.items()})
+    set_partners(first, common_partners)
     return first

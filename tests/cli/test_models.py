@@ -74,6 +74,10 @@ def test_exported_token_vectors_are_searched_without_the_texts(
     fails(capsys, [*both, "--output", tmp_path / "x.run"], "documents: given with --index")
     search = ["search", tiny_models.wide, "--queries", queries, "--index", tmp_path / "index"]
     fails(capsys, [*search, "--output", tmp_path / "x.run"], "vectors of size 16, expected .* 24")
+    search[1] = tiny_models.mixed
+    output = ["--output", tmp_path / "x.run"]
+    fails(capsys, [*search, *output], "its documents were encoded by another model")
+    run_json(capsys, [*search, *output, "--any-model"])
 
 
 def test_index_command_writes_a_database(capsys, world, tiny_models, tmp_path):

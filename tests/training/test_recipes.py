@@ -18,6 +18,7 @@ from sentence_transformers import MultiVectorEncoder
 from transformers import TrainerCallback
 
 from optical.data.pairs import read_training_pairs
+from optical.models.fingerprint import fingerprints, share_space
 from optical.models.retriever import load_retriever
 from optical.training import recipes, runner
 
@@ -178,6 +179,46 @@ class Seen(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps.append(state.global_step)
+
+
+def test_a_resumed_training_has_the_data_options_and_models_of_its_checkpoints(
+    distill, world, tiny_models, tmp_path, caplog
+):
+    bitext = tmp_path / "bitext.tsv"
+    shutil.copy(world / "bitext/en-sw.tsv", bitext)
+    student = tmp_path / "student"
+    shutil.copytree(tiny_models.wide, student)
+
+    def make(max_steps=2, **options):
+        options = {"bitext": [str(bitext)], "student": str(student), **options}
+        return distill(max_steps=max_steps, options=options)
+
+    runner.run(*make(), resume=False)
+    for changed, name in (
+        ({"role": "query"}, "role was document, now query"),
+        ({"objective": "greedy"}, "objective was the default, now greedy"),
+        ({"student": tiny_models.mixed}, "starting_model was"),
+        ({"teacher": tiny_models.mixed}, "(starting_model|teacher) was"),
+        ({"bitext": [str(world / "bitext/en-de.tsv")]}, "bitext was"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoints of another training: {name}"):
+            runner.run(*make(**changed), resume=True)
+    # The content of a file counts, not its name; a longer training is told, not refused.
+    shutil.move(bitext, tmp_path / "moved.tsv")
+    longer = make(bitext=[str(tmp_path / "moved.tsv")], max_steps=3)
+    with caplog.at_level(logging.WARNING, "optical"):
+        runner.run(*longer, resume=True)
+    assert "continues with max_steps 3 (was 2)" in caplog.text
+    shutil.copy(world / "bitext/en-de.tsv", bitext)
+    with pytest.raises(ValueError, match="checkpoints of another training: bitext was"):
+        runner.run(*make(), resume=True)
+
+
+def test_students_record_their_teacher(distill, tiny_models, tmp_path):
+    teacher = load_retriever(tiny_models.teacher)
+    final = runner.run(*distill(max_steps=1, save_steps=1), resume=False)
+    for folder in (final, tmp_path / "out/checkpoint-1"):
+        assert share_space(load_retriever(folder), fingerprints(teacher)["document"], ())
 
 
 def test_resuming_a_finished_training_changes_nothing(distill, tmp_path):
