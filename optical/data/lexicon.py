@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from optical.data.formats import is_bitext_header, skip_header
 from optical.io.files import read_lines, write_text
 
 # Lower-case English word to its translations, the most probable first.
@@ -52,21 +53,31 @@ def _word_character(character: str) -> str:
 
 
 def read_lexicon(path: str | Path) -> dict[str, list[str]]:
-    """Read a bilingual lexicon with lines ``English TAB foreign [TAB anything]``, plain or gzip.
+    """Read a bilingual lexicon with lines ``English TAB foreign [TAB anything]``.
 
-    English is lower-cased. An English word with several translations has several lines; duplicates
-    are removed. English phrases are kept, but functions that look up single words never match them.
+    The file may be compressed. If its first line has no TAB but two words, as in the dictionaries
+    of MUSE, every line has two words separated by spaces. A header line is skipped. English is
+    lower-cased. An English word with several translations has several lines; duplicates are
+    removed. English phrases are kept, but functions that look up single words never match them.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: wrong column count, invalid UTF-8 or no entry; the message names file and line.
     """
     lexicon: dict[str, list[str]] = {}
+    separator: str | None = ""
     for number, line in read_lines(path):
         if not line.strip():
             continue
-        columns = [column.strip() for column in line.split("\t")]
-        if len(columns) < 2 or not columns[0] or not columns[1]:
+        first = separator == ""
+        if first:
+            separator = None if "\t" not in line and len(line.split()) == 2 else "\t"
+        columns = [column.strip() for column in line.split(separator)]
+        if first and is_bitext_header(columns):
+            skip_header(path, number, line)
+            continue
+        wrong = len(columns) < 2 or (separator is None and len(columns) > 2)
+        if wrong or not columns[0] or not columns[1]:
             raise ValueError(
                 f"{path}:{number}: expected `English TAB foreign`, found {line[:60]!r}"
             )

@@ -18,6 +18,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from optical.data.formats import is_grade_header, skip_header
 from optical.io.files import atomic_text, read_lines
 
 logger = logging.getLogger("optical")
@@ -57,7 +58,7 @@ def trec_eval_order(scores: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read a TREC run, plain or gzip, in the format of ``trec_eval``.
+    """Read a TREC run, plain or compressed, in the format of ``trec_eval``.
 
     Columns are separated by any white space. As in ``trec_eval``, the score determines the order
     and the rank column is ignored. Documents of a query are returned best first, in the order of
@@ -79,6 +80,9 @@ def read_run(path: str | os.PathLike[str]) -> Run:
                 "qid Q0 docid rank score tag (ids without spaces)"
             )
         qid, _, docid, _, score_text, _ = columns
+        if not run and is_grade_header(columns[:5]):
+            skip_header(path, number, line)
+            continue
         try:
             score = float(score_text)
         except ValueError:
@@ -141,11 +145,11 @@ def write_run(
 
 
 def read_qrels(path: str | os.PathLike[str]) -> Qrels:
-    """Read relevance judgements, plain or gzip, in one of three formats.
+    """Read relevance judgements, plain or compressed, in one of three formats.
 
     The first line distinguishes TREC (``qid 0 docid grade``), WikiCLIR (``qid docid grade``, Sasaki
-    et al., 2018) and BEIR (three columns after the header ``query-id corpus-id score``). Columns
-    are separated by any white space.
+    et al., 2018) and BEIR (three columns after the header ``query-id corpus-id score``). Other
+    header lines are skipped. Columns are separated by any white space.
 
     Raises:
         ValueError: wrong number of columns, a grade that is not an integer, a document judged twice
@@ -173,9 +177,10 @@ def iter_qrels(path: str | os.PathLike[str]) -> Iterator[tuple[int, str, str, in
         if not columns:
             continue
         if not width:
-            header = [column.lower() for column in columns] == ["query-id", "corpus-id", "score"]
             width = len(columns)
-            if header:
+            if is_grade_header(columns):
+                if columns[0].lower() != "query-id":  # that of BEIR is part of the format
+                    skip_header(path, number, line)
                 continue
         if len(columns) not in (3, 4) or len(columns) != width:
             expected = f"{width} as on the first line" if width in (3, 4) else "4 or 3"

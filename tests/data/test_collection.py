@@ -136,7 +136,8 @@ def test_beir_folder(tmp_path, files, suffix, caplog):
     assert (collection.queries, collection.qrels) == ({"q1": "water"}, {"q1": {"d1": 1}})
     assert load_collection(tmp_path / "scifact", split="dev").queries == {"q9": "dev only"}
     with pytest.raises(
-        ValueError, match=r"no qrels/train\.tsv.*available splits: dev, test; select"
+        ValueError,
+        match=r"no qrels/train\.tsv.*available splits: dev, test; select one with --split",
     ):
         load_collection(tmp_path / "scifact", split="train")
 
@@ -159,10 +160,10 @@ def test_empty_texts_are_kept_and_logged(files, caplog):
 @pytest.mark.parametrize(
     ("part", "file", "text", "message"),
     [
-        ("qrels", "r", "q1 0 d1 1\nq8 0 d1 1\nq9 0 d1 1\n",
-         "r:2: judgements name 2 unknown queries ('q8', 'q9'); add them to the queries, or remove"),
-        ("qrels", "r", "q1 0 d1 1\n" + "".join(f"q1 0 x{i} 1\n" for i in range(5)),
-         "r:2: judgements name 5 unknown documents ('x0', 'x1', 'x2', …); add them to the"),
+        ("qrels", "r", "q8 0 d1 1\nq9 0 d1 1\n",
+         "docs.sw: none of the 3 queries has a relevant document"),
+        ("qrels", "r", "".join(f"q1 0 x{i} 1\n" for i in range(5)),
+         "docs.sw: none of the 5 judged documents ('x0', 'x1', 'x2', …) is in the collection"),
         ("qrels", "r", "q1 0 d1 0\n",
          "docs.sw: none of the 3 queries has a relevant document"),
         ("qrels", "r", "q1 d1\n", "r:1: 2 columns, judgements need 4 or 3"),
