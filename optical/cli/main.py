@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from optical import BackendUnsupported, __version__
+from optical import __version__
 from optical.cli import models, retrieval
+from optical.cli.errors import explain
 from optical.cli.shared import (
     add_command,
     add_json_argument,
@@ -62,10 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError, BackendUnsupported) as error:
-        if sys.flags.dev_mode:  # python -X dev -m optical.cli ...
+    except Exception as error:
+        message = explain(error)
+        if message is None or sys.flags.dev_mode:  # python -X dev -m optical.cli ...
             raise
-        print(f"optical: error: {error}", file=sys.stderr)
+        print(f"optical: error: {message}", file=sys.stderr)
         return 2
 
 
@@ -81,6 +83,10 @@ def _run_command(arguments: list[str]) -> int:
     args, unknown = parser.parse_known_args(arguments)
     values = vars(args)
     command: argparse.ArgumentParser = values.pop("parser", parser)
+    if unknown and "measures" in values and all(map(_is_measure, unknown)):
+        # `--measures AP nDCG@10` without quotes.
+        values["measures"] = " ".join([values["measures"], *unknown])
+        unknown = []
     if unknown:
         options = [name for action in command._actions for name in action.option_strings]
         option = unknown[0].split("=")[0]
@@ -91,11 +97,16 @@ def _run_command(arguments: list[str]) -> int:
     return exit_code
 
 
+def _is_measure(word: str) -> bool:
+    return not word.startswith("-") and not os.path.exists(word) and "/" not in word
+
+
 def _after_interrupt(arguments: list[str]) -> str:
     if arguments[:1] == ["train"]:
         return "with --resume the same command continues from its last checkpoint"
-    if arguments[:1] in (["study"], ["vectors"]):
-        return "the same command continues where it stopped"
+    stored = arguments[:1] == ["export"] and not any("pylate" in word for word in arguments)
+    if stored or arguments[:1] in (["study"], ["vectors"], ["index"]):
+        return "finished parts are kept; the same command continues where it stopped"
     return "nothing was written"
 
 

@@ -9,6 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from optical.cli.arguments import (
+    FIGURE_SUFFIXES,
+    at_least,
+    check_inputs,
+    check_output_folder,
+    check_passages,
+    number,
+)
 from optical.cli.shared import (
     add_command,
     add_encoding_arguments,
@@ -16,8 +24,9 @@ from optical.cli.shared import (
     check_installed,
     quiet_libraries,
     report_output,
+    result_stream,
 )
-from optical.io.files import atomic_text, writable_folder
+from optical.io.files import atomic_text, writable_file
 from optical.models.encoding import ROLES
 
 ALIGNMENT_FORMATS = ("pharaoh", "tsv", "lexicon", "figure")
@@ -47,13 +56,13 @@ def _register_lexicon(subparsers: Any) -> None:
     _add_max_pairs_argument(command)
     command.add_argument(
         "--least-probability",
-        type=float,
+        type=number(0, 1),
         default=0.3,
         help="Minimum probability of a translation (default: 0.3).",
     )
     command.add_argument(
         "--least-count",
-        type=int,
+        type=at_least(1),
         default=3,
         help="Minimum number of pairs that contain the word (default: 3).",
     )
@@ -74,15 +83,19 @@ def _register_vectors(subparsers: Any) -> None:
         "--role", required=True, choices=ROLES, help="Role of the texts, as in training."
     )
     command.add_argument(
-        "--max-length", type=int, help="Maximum length of a text in tokens, as in training."
+        "--max-length",
+        type=at_least(1),
+        help="Maximum length of a text in tokens, as in training (default: the model's length).",
     )
     command.add_argument(
         "--output", required=True, help="Folder to write; an interrupted run continues in it."
     )
     command.add_argument(
-        "--worker", type=int, help="Number of this process, from 0 (default: $RANK)."
+        "--worker", type=at_least(0), help="Number of this process, from 0 (default: $RANK)."
     )
-    command.add_argument("--workers", type=int, help="Number of processes (default: $WORLD_SIZE).")
+    command.add_argument(
+        "--workers", type=at_least(1), help="Number of processes (default: $WORLD_SIZE)."
+    )
 
 
 def _register_align(subparsers: Any) -> None:
@@ -111,7 +124,7 @@ def _register_align(subparsers: Any) -> None:
     )
     command.add_argument(
         "--epsilon",
-        type=float,
+        type=number(0, include_low=False),
         default=0.05,
         help="Entropic regularisation of the transport plan (default: 0.05).",
     )
@@ -121,7 +134,7 @@ def _register_align(subparsers: Any) -> None:
     _add_max_pairs_argument(command)
     command.add_argument(
         "--pair",
-        type=int,
+        type=at_least(1),
         default=1,
         help="Number of the pair to draw with --format figure, from 1 (default: 1).",
     )
@@ -169,7 +182,9 @@ def _register_export(subparsers: Any) -> None:
 
 def _add_max_pairs_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--max-pairs", type=int, help="Maximum number of pairs read from each file."
+        "--max-pairs",
+        type=at_least(1),
+        help="Maximum number of pairs read from each file (default: all).",
     )
 
 
@@ -184,10 +199,12 @@ def lexicon(
     from optical.data.lexicon import induce_lexicon, write_lexicon
     from optical.data.pairs import read_bitext_pairs
 
+    writable_file(output)
     pairs = [pair for path in bitext for pair in read_bitext_pairs(path)[:max_pairs]]
     entries = induce_lexicon(pairs, least_probability=least_probability, least_count=least_count)
     write_lexicon(entries, output)
-    print(f"{output}: {len(entries)} entries from {len(pairs)} sentence pairs")
+    line = f"{output}: {len(entries)} entries from {len(pairs)} sentence pairs"
+    print(line, file=result_stream(output))
     return 0
 
 
@@ -203,7 +220,10 @@ def vectors(
     """Store the teacher's token vectors; torchrun sets the defaults of worker and workers."""
     check_installed("sentence_transformers", "train", "the storing of token vectors")
     from optical.data.pairs import read_bitext_pairs
+    from optical.models.retriever import check_model
 
+    check_model(model)
+    check_output_folder(output)
     texts = [english for english, _ in read_bitext_pairs(bitext)]
     quiet_libraries()
     from optical.models.retriever import load_retriever
@@ -239,9 +259,16 @@ def align(
     check_installed("sentence_transformers", "train", "word alignment")
     if format == "figure":
         check_installed("matplotlib", "study", "drawing figures")
-    from optical.data.pairs import iter_bitext_pairs
+        if Path(output).suffix.lower() not in FIGURE_SUFFIXES:
+            raise ValueError(f"output: {output}, expected a name in {', '.join(FIGURE_SUFFIXES)}")
+    from optical.data.pairs import check_bitext, iter_bitext_pairs
+    from optical.models.retriever import check_model
 
-    writable_folder(Path(output).parent)
+    writable_file(output)
+    for name in (model, teacher):
+        if name is not None:
+            check_model(name)
+    check_bitext(bitext, max_pairs)
     pairs = itertools.islice(iter_bitext_pairs(bitext), max_pairs)
     quiet_libraries()
     from optical.models.retriever import load_retriever
@@ -344,7 +371,15 @@ def export(
         raise ValueError("documents: expected a file with --format tokens, and none with pylate")
     if format == "pylate" and passage_length:
         raise ValueError("passage_length: given with --format pylate, which writes no documents")
+    check_passages(passage_length, passage_stride)
     check_installed("sentence_transformers", "train", "an export")
+    from optical.models.retriever import check_model
+
+    check_model(model)
+    check_output_folder(output)
+    if format == "pylate" and Path(output).is_dir() and any(Path(output).iterdir()):
+        raise ValueError(f"{output}: not empty; choose another folder")
+    check_inputs([documents])
     quiet_libraries()
     if format == "pylate":
         from optical.models.pylate import export_pylate

@@ -8,6 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from optical.cli.arguments import (
+    at_least,
+    check_inputs,
+    check_output_folder,
+    check_passages,
+    check_tag,
+)
 from optical.cli.shared import (
     add_command,
     add_encoding_arguments,
@@ -54,6 +61,20 @@ def _register_search(subparsers: Any) -> None:
         help="Model of the documents, if it is another one than that of the queries.",
     )
     command.add_argument("--collection", help="Collection: an ir_datasets id or a BEIR folder.")
+    _add_split_argument(command)
+    command.add_argument(
+        "--query-field",
+        action="append",
+        metavar="FIELD",
+        help="Field that forms the query, such as title, desc or narr; may be repeated (default: "
+        "the title of TREC topics, the text of other queries).",
+    )
+    command.add_argument(
+        "--ignore-identical-ids",
+        action="store_true",
+        help="Leave out of each ranking the document with the id of the query, as for ArguAna and "
+        "Quora in BEIR.",
+    )
     command.add_argument(
         "--queries",
         help="File of queries: TSV, JSON lines or TREC topics. Replaces those of the collection.",
@@ -64,7 +85,10 @@ def _register_search(subparsers: Any) -> None:
         "of the collection.",
     )
     command.add_argument(
-        "--depth", type=int, default=1000, help="Number of documents per query (default: 1000)."
+        "--depth",
+        type=at_least(1),
+        default=1000,
+        help="Number of documents per query (default: 1000).",
     )
     add_encoding_arguments(command)
     command.add_argument(
@@ -128,32 +152,47 @@ def _register_compare(subparsers: Any) -> None:
     )
     command.add_argument(
         "--samples",
-        type=int,
+        type=at_least(1),
         default=100_000,
         help="Number of random sign patterns of the randomization test (default: 100000).",
     )
     command.add_argument(
-        "--seed", type=int, default=0, help="Seed of the sign patterns and intervals (default: 0)."
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="Seed of the sign patterns and intervals (default: 0).",
     )
 
 
 def _add_judgement_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--qrels", required=True, help="Relevance judgements: a TREC file or an ir_datasets id."
+        "--qrels",
+        required=True,
+        help="Relevance judgements: a TREC file, an ir_datasets id or a BEIR folder.",
     )
+    _add_split_argument(command)
     command.add_argument(
         "--measures",
         default=" ".join(DEFAULT_MEASURES),
-        help="Names of measures as in ir_measures, separated by spaces (default: "
-        f"{' '.join(DEFAULT_MEASURES)}).",
+        help="Names of measures as in ir_measures (nDCG@10) or trec_eval (ndcg_cut_10), separated "
+        f"by spaces (default: {' '.join(DEFAULT_MEASURES)}).",
     )
     add_json_argument(command)
+
+
+def _add_split_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--split", default="test", help="Judgements of a BEIR folder to use (default: test)."
+    )
 
 
 def search(
     model: str,
     document_model: str | None,
     collection: str | None,
+    split: str,
+    query_field: list[str] | None,
+    ignore_identical_ids: bool,
     queries: str | None,
     documents: str | None,
     depth: int,
@@ -167,13 +206,18 @@ def search(
     tag: str | None,
 ) -> int:
     """Search a collection, or an index of its token vectors, and write a run."""
-    from optical.data.trec import write_run
-    from optical.io.files import writable_folder
+    from optical.data.trec import without_identical_ids, write_run
+    from optical.io.files import writable_file
 
     check_installed("sentence_transformers", "train", "a search")
-    writable_folder(Path(output).parent)
+    tag = check_tag(tag, model)
+    check_passages(passage_length, passage_stride)
+    writable_file(output)
     if any_model and not index:
         raise ValueError("any_model: given without --index, which alone records a model")
+    # The document that is left out must not shorten the ranking.
+    searched_depth = depth + ignore_identical_ids
+    fields = tuple(query_field or ())
     if index:
         refused = {
             "collection": collection,
@@ -184,34 +228,66 @@ def search(
         for name, value in refused.items():
             if value:
                 raise ValueError(f"{name}: given with --index, which already holds its documents")
+        texts = _read_queries(queries, fields)
         run, searched = _search_index(
-            model, index, queries, depth=depth, batch_size=batch_size, any_model=any_model
+            model, index, texts, depth=searched_depth, batch_size=batch_size, any_model=any_model
         )
     else:
         run, searched = _search_collection(
             model,
-            _load_texts(collection, queries, documents),
+            _load_texts(collection, queries, documents, (model, document_model), split, fields),
             document_model=document_model,
-            depth=depth,
+            depth=searched_depth,
             batch_size=batch_size,
             passage_length=passage_length,
             passage_stride=passage_stride,
         )
-    write_run(run, output, tag=tag or _run_name(model))
+    if ignore_identical_ids:
+        run = without_identical_ids(run, depth)
+    write_run(run, output, tag=tag)
     counts = {"queries": len(run), "documents searched": searched}
     return report_output(output, counts, as_json)
 
 
-def _load_texts(collection: str | None, queries: str | None, documents: str | None) -> Any:
-    """Return the collection to search; two files need no relevance judgements."""
+def _load_texts(
+    collection: str | None,
+    queries: str | None,
+    documents: str | None,
+    models: tuple[str | None, ...],
+    split: str,
+    fields: tuple[str, ...],
+) -> Any:
+    """Return the collection to search, which needs no relevance judgements."""
     from optical.data.collection import Collection, load_collection
     from optical.data.texts import read_texts
+    from optical.models.retriever import check_model
 
-    if collection:
-        return load_collection(collection, queries=queries, documents=documents)
-    if not (queries and documents):
+    if not collection and not (queries and documents):
         raise ValueError("nothing to search; expected --collection, or --queries with --documents")
-    return Collection(Path(documents).stem, read_texts(queries), read_texts(documents), {})
+    check_inputs([queries, documents])
+    for name in models:
+        if name is not None:
+            check_model(name)
+    if collection:
+        return load_collection(
+            collection,
+            queries=queries,
+            documents=documents,
+            split=split,
+            topic_fields=fields,
+            judged=False,
+        )
+    assert queries is not None and documents is not None
+    texts = read_texts(queries, topic_fields=fields)
+    return Collection(Path(documents).stem, texts, read_texts(documents), {})
+
+
+def _read_queries(queries: str | None, fields: tuple[str, ...]) -> dict[str, str]:
+    from optical.data.texts import read_texts
+
+    if not queries:
+        raise ValueError("queries: none given; with --index expected a file of queries")
+    return read_texts(queries, topic_fields=fields)
 
 
 def _search_collection(
@@ -235,19 +311,17 @@ def _search_collection(
 def _search_index(
     model: str,
     index: str,
-    queries: str | None,
+    texts: dict[str, str],
     *,
     depth: int,
     batch_size: int,
     any_model: bool,
 ) -> tuple[Any, int]:
     """Search stored token vectors; return the run and the number of documents."""
-    from optical.data.texts import read_texts
+    from optical.models.retriever import check_model
     from optical.retrieval.index import open_index
 
-    if not queries:
-        raise ValueError("queries: none given; with --index expected a file of queries")
-    texts = read_texts(queries)
+    check_model(model)
     opened = open_index(index)
     quiet_libraries()
     from optical.models.encoding import encode
@@ -266,12 +340,6 @@ def _search_index(
     return opened.search(list(texts), vectors, depth=depth), len(opened)
 
 
-def _run_name(model: str) -> str:
-    """Return the last telling part of a model's path."""
-    parts = [part for part in Path(model).parts if part not in ("final", "/")]
-    return parts[-1] if parts else "optical"
-
-
 def index(
     model: str,
     collection: str | None,
@@ -283,18 +351,24 @@ def index(
     as_json: bool,
 ) -> int:
     """Encode documents into a vector database."""
-    from optical.data.collection import load_collection
+    from optical.data.collection import load_documents
     from optical.data.texts import iter_texts
+    from optical.models.retriever import check_model
 
     check_installed("sentence_transformers", "train", "an index")
     check_installed("lancedb", "index", "a vector database")
-    texts: Iterable[tuple[str, str]]
-    if collection:
-        texts = load_collection(collection).documents.items()
-    elif documents:
-        texts = iter_texts(documents)
-    else:
+    if not collection and not documents:
         raise ValueError("nothing to index; expected --collection or --documents")
+    if collection and documents:
+        raise ValueError("documents: given with --collection, expected one of them")
+    check_passages(passage_length, passage_stride)
+    check_model(model)
+    if "://" not in output:
+        check_output_folder(output)
+    check_inputs([documents])
+    texts: Iterable[tuple[str, str]] = (
+        load_documents(collection) if collection else iter_texts(str(documents))
+    )
     quiet_libraries()
     from optical.models.retriever import load_retriever
     from optical.retrieval.index import LanceIndex, write_database
@@ -310,13 +384,20 @@ def index(
     return report_output(output, {"added": added, "documents": len(LanceIndex(output))}, as_json)
 
 
-def evaluate(run_file: str, qrels: str, measures: str, as_json: bool, per_query: bool) -> int:
+def evaluate(
+    run_file: str, qrels: str, split: str, measures: str, as_json: bool, per_query: bool
+) -> int:
     """Print the measures of a run."""
     check_installed("ir_measures", "eval", "evaluation")
+    from optical.data.collection import load_judgements
     from optical.data.trec import read_run
+    from optical.retrieval.evaluation import check_measures
     from optical.retrieval.evaluation import evaluate as evaluate_run
 
-    evaluation = evaluate_run(read_run(run_file), _read_judgements(qrels), measures)
+    check_measures(measures)
+    check_inputs([run_file])
+    judgements = load_judgements(qrels, split=split)
+    evaluation = evaluate_run(read_run(run_file), judgements, measures)
     if as_json:
         print(json.dumps(evaluation.to_dict(per_query=per_query), indent=1))
         return 0
@@ -332,6 +413,7 @@ def evaluate(run_file: str, qrels: str, measures: str, as_json: bool, per_query:
 def compare(
     runs: list[str],
     qrels: str,
+    split: str,
     measures: str,
     as_json: bool,
     baseline: str | None,
@@ -349,10 +431,13 @@ def compare(
     check_installed("numpy", "eval", "a comparison of runs")
     if test == "t":
         check_installed("scipy", "eval", "the t-test")
+    from optical.data.collection import load_judgements
     from optical.data.trec import read_run
     from optical.retrieval import evaluation
 
-    judgements = _read_judgements(qrels)
+    evaluation.check_measures(measures)
+    check_inputs(runs)
+    judgements = load_judgements(qrels, split=split)
     comparison = evaluation.compare(
         {path: evaluation.evaluate(read_run(path), judgements, measures) for path in runs},
         baseline=baseline,
@@ -363,10 +448,3 @@ def compare(
     )
     print(json.dumps(comparison.to_dict(), indent=1) if as_json else comparison.to_markdown())
     return 0
-
-
-def _read_judgements(source: str) -> Any:
-    from optical.data.collection import load_collection
-    from optical.data.trec import read_qrels
-
-    return read_qrels(source) if Path(source).is_file() else load_collection(source).qrels

@@ -8,10 +8,13 @@ import functools
 import importlib.util
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
+from optical.cli.arguments import at_least
 from optical.io.environment import require
+from optical.io.streams import descriptor
 
 
 def add_command(
@@ -36,31 +39,38 @@ def add_json_argument(command: argparse.ArgumentParser) -> None:
 def add_encoding_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size",
-        type=int,
+        type=at_least(1),
         default=32,
         help="Number of texts per forward pass (default: 32).",
     )
     command.add_argument(
         "--passage-length",
-        type=int,
+        type=at_least(1),
         help="Split documents into passages of this many tokens and score them by their best "
-        "passage (MaxP).",
+        "passage, MaxP (default: whole documents, cut at the model's length).",
     )
     command.add_argument(
         "--passage-stride",
-        type=int,
-        help="Distance between the starts of passages in tokens (default: half their length).",
+        type=at_least(1),
+        help="Distance between the starts of passages in tokens (default: half of "
+        "--passage-length, without which it is refused).",
     )
 
 
 def report_output(output: str, counts: Mapping[str, Any], as_json: bool) -> int:
     """Print the written file and counts of its content; return the exit code 0."""
+    stream = result_stream(output)
     if as_json:
-        print(json.dumps({"output": output, **counts}))
+        print(json.dumps({"output": output, **counts}), file=stream)
     else:
         listed = ", ".join(f"{value} {name}" for name, value in counts.items())
-        print(f"{output}: {listed}" if listed else output)
+        print(f"{output}: {listed}" if listed else output, file=stream)
     return 0
+
+
+def result_stream(output: str) -> TextIO:
+    """Return standard output, or standard error if the output itself went to standard output."""
+    return sys.stderr if descriptor(output) == 1 else sys.stdout
 
 
 def check_installed(module: str, extra: str, purpose: str) -> None:

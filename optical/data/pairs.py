@@ -17,7 +17,7 @@ from optical.data.formats import (
 )
 from optical.data.texts import read_texts
 from optical.io.environment import require
-from optical.io.files import parse_json_line, read_lines
+from optical.io.files import check_readable, parse_json_line, read_lines
 
 logger = logging.getLogger("optical")
 
@@ -91,6 +91,25 @@ def iter_bitext_pairs(path: str | Path) -> Iterator[SentencePair]:
         read = _read_json_lines if kind == "jsonl" else _read_tab_separated
         pairs = read(path, lines)
     return ((english.strip(), other.strip()) for english, other in pairs)
+
+
+def check_bitext(path: str | Path, max_pairs: int | None = None) -> None:
+    """Read bitext once and raise the errors of :func:`read_bitext_pairs`; nothing is kept.
+
+    Pipes, which can be read only once, are left alone.
+    """
+    files = [path] if Path(path).exists() else str(path).split(",")
+    for file in map(check_readable, files):
+        if not file.is_file():
+            return
+    total = full = 0
+    for pair in itertools.islice(iter_bitext_pairs(path), max_pairs):
+        total += 1
+        full += all(pair)
+    if not full:
+        raise ValueError(
+            f"{path}: no sentence pair in {total} lines; expected lines `English TAB other`"
+        )
 
 
 def _read_tab_separated(path: str, lines: Lines) -> Iterator[tuple[str, str]]:

@@ -144,6 +144,17 @@ def write_run(
         logger.info("%s: lowered %d scores that are equal in float32", path, lowered)
 
 
+def without_identical_ids(run: Mapping[str, Mapping[str, float]], depth: int) -> Run:
+    """Return the best ``depth`` documents per query without the one that has the query's id.
+
+    In ArguAna and Quora, the queries are documents of the collection.
+    """
+    return {
+        qid: dict([hit for hit in ranked(scores) if hit[0] != qid][:depth])
+        for qid, scores in run.items()
+    }
+
+
 def read_qrels(path: str | os.PathLike[str]) -> Qrels:
     """Read relevance judgements, plain or compressed, in one of three formats.
 

@@ -17,12 +17,38 @@ from typing import Any
 
 from optical.data.trec import trec_eval_order
 from optical.io.environment import require
-from optical.retrieval.statistics import CORRECTIONS, TESTS, check_choice, correct, paired_test
+from optical.retrieval.statistics import (
+    CORRECTIONS,
+    EXACT_QUERIES,
+    TESTS,
+    check_choice,
+    correct,
+    paired_test,
+)
 
 logger = logging.getLogger("optical")
 
 DEFAULT_MEASURES = ("AP", "nDCG@10", "R@10", "R@100", "RR@10")
 
+# Names in trec_eval -> names in ir_measures, without and with a cutoff.
+_TREC_EVAL = {
+    "map": "AP",
+    "ndcg": "nDCG",
+    "recip_rank": "RR",
+    "bpref": "Bpref",
+    "num_ret": "NumRet",
+    "num_rel": "NumRel",
+    "num_rel_ret": "NumRelRet",
+}
+_TREC_EVAL_CUTOFFS = {
+    "map_cut": "AP",
+    "ndcg_cut": "nDCG",
+    "P": "P",
+    "recall": "R",
+    "success": "Success",
+    "iprec_at_recall": "IPrec",
+}
+_TREC_EVAL_CUTOFF = re.compile(rf"({'|'.join(_TREC_EVAL_CUTOFFS)})[_.](\d+(?:\.\d+)?)")
 _SIMPLE = re.compile(r"(\w+)(?:@([1-9]\d*))?$")
 
 
@@ -110,10 +136,12 @@ def evaluate(
         qrels: query id -> document id -> grade.
         measures: names as in ``ir_measures``, or one string of names separated by spaces or commas:
             ``AP``, ``nDCG@10``, ``R@100``, ``RR@10``, ``P@5``, ``AP(rel=2)``. ``MAP``, ``MRR@10``,
-            ``NDCG@10`` and ``Recall@10`` are synonyms; results use the names listed first.
+            ``NDCG@10`` and ``Recall@10`` are synonyms, and so are the names of ``trec_eval``
+            (``map``, ``ndcg_cut_10``, ``recip_rank``); results use the names listed first.
 
     Raises:
-        ValueError: a measure is unknown or lacks its cutoff, or no query can be evaluated.
+        ValueError: a measure is unknown or lacks its cutoff; no query can be evaluated; or the run
+            and the judgements have no query in common.
         ImportError: ``ir_measures`` is not installed.
 
     Examples:
@@ -122,11 +150,7 @@ def evaluate(
         {'AP': 0.5, 'RR@10': 0.5}
     """
     ir_measures = require("ir_measures", "eval", "evaluation")
-    if isinstance(measures, str):
-        measures = re.split(r"[,\s]+(?![^(]*\))", measures.strip())
-    if not measures or not all(measures):
-        raise ValueError("no measure given; for example AP, nDCG@10 or R@100")
-    parsed = [_parse_measure(ir_measures, measure) for measure in measures]
+    parsed = check_measures(measures)
     judged = {
         qid: dict(grades) for qid, grades in qrels.items() if max(grades.values(), default=0) > 0
     }
@@ -139,6 +163,11 @@ def evaluate(
     if without_relevant:
         logger.warning("left out %d queries without a relevant document", len(without_relevant))
     ignored = sum(1 for qid in run if qid not in qrels)
+    if run and ignored == len(run):
+        raise ValueError(
+            f"none of the {ignored} queries of the run ({next(iter(run))!r}, …) is judged "
+            f"({next(iter(judged))!r}, …); check that run and judgements belong together"
+        )
     if ignored:
         logger.warning("ignored %d queries of the run that have no judgements", ignored)
     missing = tuple(qid for qid in judged if not run.get(qid))
@@ -146,9 +175,34 @@ def evaluate(
         logger.warning(
             "the run has no documents for %d of %d queries; they count 0", len(missing), len(judged)
         )
+    if not any(docid in qrels[qid] for qid in judged for docid in run.get(qid, ())):
+        logger.warning("none of the documents of the run is judged; check that the ids match")
     per_query = _values_per_query(ir_measures, parsed, run, judged)
     mean = {name: statistics.fmean(values.values()) for name, values in per_query.items()}
     return Evaluation(per_query, mean, missing, ignored, without_relevant)
+
+
+def check_measures(measures: Sequence[str] | str) -> list[Any]:
+    """Return the measures of ``ir_measures`` with some names, see :func:`evaluate`.
+
+    Raises:
+        ValueError: a measure is unknown or lacks its cutoff.
+        ImportError: ``ir_measures`` is not installed.
+    """
+    ir_measures = require("ir_measures", "eval", "evaluation")
+    if isinstance(measures, str):
+        measures = re.split(r"[,\s]+(?![^(]*\))", measures.strip())
+    if not measures or not all(measures):
+        raise ValueError("no measure given; for example AP, nDCG@10 or R@100")
+    return [_parse_measure(ir_measures, _from_trec_eval(measure)) for measure in measures]
+
+
+def _from_trec_eval(name: str) -> str:
+    """Return the name in ``ir_measures`` of a measure of ``trec_eval``, or the name unchanged."""
+    if name in _TREC_EVAL:
+        return _TREC_EVAL[name]
+    match = _TREC_EVAL_CUTOFF.fullmatch(name)
+    return f"{_TREC_EVAL_CUTOFFS[match[1]]}@{match[2]}" if match else name
 
 
 def _values_per_query(
@@ -265,7 +319,10 @@ class Comparison:
                 )
         name = {"randomization": "paired randomisation test", "t": "paired t-test"}[self.test]
         if self.test == "randomization":
-            name += f" ({self.samples} samples, seed {self.seed})"
+            name += (
+                f" (exact where at most {EXACT_QUERIES} queries differ, else {self.samples} "
+                f"samples, seed {self.seed})"
+            )
         note = {
             "holm": f"Holm over {len(self.rows)} comparisons",
             "bonferroni": f"Bonferroni over {len(self.rows)} comparisons",

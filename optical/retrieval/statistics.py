@@ -35,7 +35,7 @@ RESAMPLES = 10_000
 TAILS = (0.025, 0.975)
 
 # Up to 2^16 sign patterns are enumerated: exact, and fewer than the default number of samples.
-_EXACT_QUERIES = 16
+EXACT_QUERIES = 16
 # Random numbers drawn at a time, 16 MB as float64. Blocks of signs start a new draw, so the block
 # size affects p-values and must not change.
 _BLOCK = 2**21
@@ -221,7 +221,7 @@ def _randomization_test(differences: Floats, samples: int, seed: int) -> float:
     groups.flat[:n] = x
     signs = 1.0 - 2.0 * ((np.arange(256)[:, None] >> np.arange(8)) & 1)
     tables = groups @ signs.T
-    if n <= _EXACT_QUERIES:
+    if n <= EXACT_QUERIES:
         sums = tables[0] if len(tables) == 1 else np.add.outer(tables[0], tables[1])
         return int(np.count_nonzero(np.abs(sums) >= threshold)) / int(sums.size)
     generator = _generator(seed, "randomization", x)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from optical.data import formats
 from optical.data import pairs as bitext
 from optical.data.pairs import read_bitext, read_bitext_pairs, stream_bitext
 
