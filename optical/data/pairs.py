@@ -228,6 +228,8 @@ def read_training_pairs(
 ) -> list[tuple[str, ...]]:
     """Read (query, passage[, negative ...]) rows, cut to the smallest number of negatives.
 
+    Negatives that are cut and lines without a passage are counted in the log.
+
     Args:
         pairs: files with TAB-separated lines ``query TAB passage [TAB negative ...]``, or with JSON
             lines that have the keys ``query``, ``pos`` (a list) and optionally ``neg``
@@ -250,6 +252,17 @@ def read_training_pairs(
     if not rows:
         raise ValueError(f"{list(pairs) or queries}: no training pair in it")
     width = min(len(row) for row in rows)
+    cut = sum(len(row) - width for row in rows)
+    if cut:
+        shortest = sum(len(row) == width for row in rows)
+        logger.warning(
+            "training pairs: %d of %d rows have only %d negatives, so %d negatives of the other "
+            "rows are left out; give each row as many, or remove the short rows",
+            shortest,
+            len(rows),
+            width - 2,
+            cut,
+        )
     return [row[:width] for row in rows]
 
 
@@ -269,6 +282,7 @@ def _read_training_tsv(path: str, lines: Lines) -> Iterable[tuple[str, ...]]:
 
 
 def _read_training_json(path: str, lines: Lines) -> Iterable[tuple[str, ...]]:
+    without_passage = 0
     for number, line in lines:
         if not line.strip():
             continue
@@ -279,11 +293,17 @@ def _read_training_json(path: str, lines: Lines) -> Iterable[tuple[str, ...]]:
                 raise TypeError
             if not all(isinstance(text, str) for text in (query, *positives, *negatives)):
                 raise TypeError
-        except (KeyError, TypeError):
+            if not all(text.strip() for text in (query, *positives, *negatives)):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{path}:{number}: expected JSON with `query`, `pos` (list) and optional `neg`"
+                f"{path}:{number}: expected JSON with `query`, `pos` (list) and optional `neg`, "
+                "and no empty text"
             ) from None
+        without_passage += not positives
         yield from ((query, text, *negatives) for text in positives)
+    if without_passage:
+        logger.warning("%s: left out %d lines with an empty `pos`", path, without_passage)
 
 
 def _join(queries: str, passages: str) -> Iterable[tuple[str, ...]]:

@@ -37,7 +37,7 @@ def fingerprints(model: Any) -> dict[str, str]:
     that the fingerprint equals the one of that encoder alone. It does not depend on the device, on
     the folder, or on saving and loading.
     """
-    cache: dict[int, str] = {}
+    cache: dict[int, list[str]] = {}
     return {
         role: fingerprint(
             [
@@ -59,18 +59,14 @@ def _modules(model: Any, role: str) -> list[Any]:
     return modules
 
 
-def _module_fingerprint(module: Any, role: str, cache: dict[int, str]) -> Any:
-    """Return plain data that identifies a module for a role; weights are hashed once."""
+def _module_fingerprint(module: Any, role: str, cache: dict[int, list[str]]) -> list[str]:
+    """Return what identifies a module for a role; weights and tokenizer are hashed once."""
     if id(module) not in cache:
-        cache[id(module)] = _hash_weights(module)
-    settings = _settings(module, role)
-    tokenizer = getattr(module, "tokenizer", None)
-    return [
-        type(module).__name__,
-        cache[id(module)],
-        json.dumps(settings, sort_keys=True, default=str),
-        "" if tokenizer is None else tokenizer_fingerprint(tokenizer),
-    ]
+        tokenizer = getattr(module, "tokenizer", None)
+        rules = "" if tokenizer is None else tokenizer_fingerprint(tokenizer)
+        cache[id(module)] = [type(module).__name__, _hash_weights(module), rules]
+    settings = json.dumps(_settings(module, role), sort_keys=True, default=str)
+    return [*cache[id(module)], settings]
 
 
 def _settings(module: Any, role: str) -> dict[str, Any]:

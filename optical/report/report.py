@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from optical.io.environment import environment
 from optical.io.files import write_text
 from optical.report.figures import draw_figures
@@ -23,10 +21,22 @@ from optical.report.render import (
     to_html,
     to_markdown,
 )
-from optical.report.summary import SEED, Estimate, StudyDescription, Summary, measure_name
+from optical.report.sentences import (
+    ALPHA,
+    error_rate_caption,
+    result_sentences,
+    share,
+    signed,
+)
+from optical.report.summary import (
+    LEAST_WHOLE,
+    SEED,
+    Comparison,
+    StudyDescription,
+    Summary,
+    measure_name,
+)
 from optical.report.table import PLAN_COLUMNS, arm_cost, plan_rows, result_rows, write_rows
-
-ALPHA = 0.05
 
 
 def write_report(
@@ -75,40 +85,7 @@ def _main_results(study: StudyDescription, summary: Summary) -> list[Block]:
     blocks: list[Block] = [Heading(study.title, 1)]
     if study.note:
         blocks.append(Text(study.note))
-    name = measure_name(summary.measure)
-    baseline = summary.arms[0]
-    sentences = []
-    for collection in summary.collections:
-        for arm in summary.arms[1:]:
-            against_baseline = [
-                comparison
-                for comparison in summary.comparisons
-                if (comparison.collection, comparison.arm, comparison.against)
-                == (collection, arm, baseline)
-            ]
-            better = sum(c.p_holm < ALPHA and c.difference > 0 for c in against_baseline)
-            means = [_mean_over_languages(summary, collection, a) for a in (arm, baseline)]
-            sentences.append(
-                f"On {collection}, **{arm}** has a mean {name} of {means[0]:.3f} over the "
-                f"languages ({baseline}: {means[1]:.3f}). It is significantly better than "
-                f"{baseline} in {better} of {len(against_baseline)} languages (Holm-corrected "
-                f"p < {ALPHA})."
-            )
-    for gap in summary.gaps:
-        if gap.recovered_low and gap.recovered_high:
-            sentences.append(
-                f"On {gap.collection}, **{gap.arm}** recovers {_share(gap.recovered_low)} of the "
-                f"difference between {baseline} and English documents in the low-resource "
-                f"languages and {_share(gap.recovered_high)} in the high-resource languages. The "
-                f"gap (high minus low) is {_signed(gap.gap)}."
-            )
-    return [*blocks, Heading("Result"), _bullets(sentences)]
-
-
-def _mean_over_languages(summary: Summary, collection: str, arm: str) -> float:
-    means = summary.means[summary.measure]
-    languages = summary.languages_of(collection)
-    return float(np.mean([means[collection, arm, language] for language in languages]))
+    return [*blocks, Heading("Result"), _bullets(result_sentences(study, summary))]
 
 
 def _figures(
@@ -179,15 +156,15 @@ def _gaps(study: StudyDescription, summary: Summary) -> list[Block]:
                 gap.arm,
                 f"{gap.low_mean:.3f}",
                 f"{gap.high_mean:.3f}",
-                _signed(gap.gap),
-                *(_share(share) if share else "–" for share in shares),
+                signed(gap.gap),
+                *(share(each) if each else "–" for each in shares),
             ]
         )
     caption = (
         f"{measure_name(summary.measure)}. Low: mean of {', '.join(study.low)}. High: mean of "
         f"{', '.join(study.high)}. Recovered: share of the difference between {baseline} and "
-        "English documents. A share is undefined (–) if the interval of its denominator includes "
-        "zero. 95 % bootstrap intervals over queries and seeds."
+        f"English documents. A share is undefined (–) if its denominator is below {LEAST_WHOLE} or "
+        "hardly above zero. 95 % bootstrap intervals over queries and seeds."
     )
     heading = Heading("The gap between high- and low-resource languages")
     return [heading, Table(head, rows, caption)]
@@ -197,7 +174,7 @@ def _gains(study: StudyDescription, summary: Summary) -> list[Block]:
     if not study.translation or not summary.gaps:
         return []
     rows = [
-        [gap.collection, gap.arm, *(_share(x) if x else "–" for x in (gap.gain_low, gap.gain_high))]
+        [gap.collection, gap.arm, *(share(x) if x else "–" for x in (gap.gain_low, gap.gain_high))]
         for gap in summary.gaps
         if gap.arm != study.translation
     ]
@@ -210,26 +187,37 @@ def _gains(study: StudyDescription, summary: Summary) -> list[Block]:
 
 
 def _comparisons(summary: Summary) -> list[Block]:
+    caption = (
+        f"{measure_name(summary.measure)}: two-sided paired randomisation tests over queries, seed "
+        f"{SEED}. The Holm correction covers the whole table. Bold: p < {ALPHA}."
+    )
+    blocks: list[Block] = [Heading("Comparisons"), _comparison_table(summary.comparisons, caption)]
+    if summary.start_comparisons:
+        blocks.append(
+            _comparison_table(
+                summary.start_comparisons, f"Arms against those that they start from. {caption}"
+            )
+        )
+    return blocks
+
+
+def _comparison_table(comparisons: Sequence[Comparison], caption: str) -> Table:
     head = ["collection", "language", "arms", "difference", "p", "p (Holm)", "queries"]
     rows = []
-    for comparison in summary.comparisons:
+    for comparison in comparisons:
         p_holm = _p(comparison.p_holm)
         rows.append(
             [
                 comparison.collection,
                 comparison.language,
                 f"{comparison.arm} – {comparison.against}",
-                _signed((comparison.difference, comparison.low, comparison.high)),
+                signed((comparison.difference, comparison.low, comparison.high)),
                 _p(comparison.p),
                 f"**{p_holm}**" if comparison.p_holm < ALPHA else p_holm,
                 str(comparison.queries),
             ]
         )
-    caption = (
-        f"{measure_name(summary.measure)}: two-sided paired randomisation tests over queries, seed "
-        f"{SEED}. The Holm correction covers the whole table. Bold: p < {ALPHA}."
-    )
-    return [Heading("Comparisons"), Table(head, rows, caption)]
+    return Table(head, rows, caption)
 
 
 def _all_measures(summary: Summary) -> list[Block]:
@@ -275,12 +263,7 @@ def _error_rates(study: StudyDescription, summary: Summary) -> list[Block]:
         for language in summary.languages
         if any((arm, language) in summary.error_rates for arm in arms)
     ]
-    caption = (
-        "Alignment error rate of the transport plans between the model of an arm and the teacher, "
-        "measured against the lexicon on sentence pairs that no arm was trained on. Mean over "
-        "seeds."
-    )
-    return [Heading("Word alignment"), Table(["language", *arms], rows, caption)]
+    return [Heading("Word alignment"), Table(["language", *arms], rows, error_rate_caption(study))]
 
 
 def _costs(summary: Summary, costs: Mapping[str, Mapping[str, float]]) -> list[Block]:
@@ -323,16 +306,6 @@ def _bullets(sentences: Sequence[str]) -> Text:
 def _with_interval(summary: Summary, key: tuple[str, str, str]) -> str:
     low, high = summary.intervals[key]
     return f"{summary.means[summary.measure][key]:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _signed(estimate: Estimate) -> str:
-    value, low, high = estimate
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def _share(estimate: Estimate) -> str:
-    value, low, high = estimate
-    return f"{value:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def _p(p: float) -> str:

@@ -19,6 +19,8 @@ from optical.retrieval.statistics import (
 )
 
 SEED = 0
+# A share of less than this is not told: it divides by what is nearly nothing.
+LEAST_WHOLE = 0.02
 
 # Query id -> value of a measure.
 Values = dict[str, float]
@@ -42,6 +44,9 @@ class StudyDescription:
         low, high: the low-resource and the high-resource languages.
         against: arms with which every other arm is compared; if empty, all pairs are compared.
         translation: arm whose relative gain is reported, or "".
+        starts: arm -> the arms whose models its training starts from.
+        trained_pairs: language -> how many of the aligned sentence pairs a model of the study was
+            trained on, and their number; empty if that was not checked.
         curves: name of a curve -> its arms, in increasing number of sentence pairs.
         role: role of the student, "query" or "document".
         seeds: training seeds.
@@ -57,6 +62,8 @@ class StudyDescription:
     high: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
     translation: str = ""
+    starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    trained_pairs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     curves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     note: str = ""
     role: str = "document"
@@ -93,13 +100,13 @@ class Gap:
 
     Attributes:
         gap: mean over the high-resource languages minus mean over the low-resource languages.
-        closed: share of the baseline's gap that the arm closes; None if the interval of the
-            baseline's gap includes zero.
+        closed: share of the baseline's gap that the arm closes; None if the baseline's gap is not
+            meaningfully above zero (:data:`LEAST_WHOLE`).
         recovered_low, recovered_high: share of the difference between English documents and the
             baseline that the arm gains; None for the baseline, without English documents, or if
-            the interval of the difference includes zero.
+            the difference is not meaningfully above zero.
         gain_low, gain_high: relative gain over the translation baseline; None for that baseline,
-            without one, or if its interval includes zero.
+            without one, or if it is not meaningfully above zero.
     """
 
     collection: str
@@ -127,6 +134,9 @@ class Summary:
     means: dict[str, dict[tuple[str, str, str], float]]
     intervals: dict[tuple[str, str, str], tuple[float, float]]
     comparisons: list[Comparison] = field(default_factory=list)
+    # Arms against those that they start from, where `comparisons` lacks the two; a table of its own
+    # for the correction.
+    start_comparisons: list[Comparison] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     # (arm, language) -> number of sentence pairs that the arm was trained on.
     pairs: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -159,7 +169,16 @@ class Summary:
             error_rates=_error_rates(results),
             tokens={row["language"]: row["tokens"] for row in results if "tokens" in row},
         )
-        summary.comparisons = summary._compare(study)
+        summary.comparisons = summary._compare(summary._arm_pairs(study.against))
+        compared = {frozenset((one.arm, one.against)) for one in summary.comparisons}
+        summary.start_comparisons = summary._compare(
+            [
+                (arm, start)
+                for arm in summary.arms
+                for start in study.starts.get(arm, ())
+                if frozenset((arm, start)) not in compared
+            ]
+        )
         if study.low and study.high:
             summary.gaps = summary._gaps(study)
         return summary
@@ -169,9 +188,18 @@ class Summary:
         arm = self.arms[0]
         return [x for x in self.languages if (collection, arm, x) in self.scores]
 
-    def _compare(self, study: StudyDescription) -> list[Comparison]:
+    def between(self, collection: str, arm: str, against: str) -> list[tuple[float, float]]:
+        """Return the difference and corrected p of two arms in each language of a collection."""
+        found = []
+        for one in (*self.comparisons, *self.start_comparisons):
+            if one.collection == collection and {one.arm, one.against} == {arm, against}:
+                sign = 1 if one.arm == arm else -1
+                found.append((sign * one.difference, one.p_holm))
+        return found
+
+    def _compare(self, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
+        """Compare pairs of arms in every language; the correction covers all of them."""
         comparisons = []
-        pairs = self._arm_pairs(study.against)
         searched = [(c, x) for c in self.collections for x in self.languages_of(c)]
         for (collection, language), (arm, against) in itertools.product(searched, pairs):
             keys = (collection, arm, language), (collection, against, language)
@@ -256,6 +284,7 @@ class Summary:
                 for (c, arm, language), (low, high) in self.intervals.items()
             ],
             "comparisons": [vars(comparison) for comparison in self.comparisons],
+            "start_comparisons": [vars(comparison) for comparison in self.start_comparisons],
             "gaps": [vars(gap) for gap in self.gaps],
             "alignment_error_rates": [
                 {"arm": arm, "language": language, "rate": rate}
@@ -329,8 +358,11 @@ def _estimate(draws: Draws) -> Estimate:
 
 
 def _share(part: Draws, whole: Draws) -> Estimate | None:
-    """Return the estimate of part / whole, or None if the interval of `whole` includes zero."""
-    if whole[0] <= 0 or np.quantile(whole[1:], 0.025) <= 0:
+    """Return the estimate of part / whole, or None if `whole` is not meaningfully above zero.
+
+    It is if it is at least LEAST_WHOLE and the lower end of its interval a quarter of that.
+    """
+    if whole[0] < LEAST_WHOLE or np.quantile(whole[1:], 0.025) < LEAST_WHOLE / 4:
         return None
     # The share is undefined in the few draws in which the whole is not positive.
     return _estimate(part[whole > 0] / whole[whole > 0])

@@ -103,7 +103,7 @@ class StudyConfig:
     def describe(self) -> StudyDescription:
         """Return the properties that the report needs."""
         shared = {entry.name for entry in dataclasses.fields(StudyDescription)}
-        shared -= {"arms", "collections"}
+        shared -= {"arms", "collections", "starts", "trained_pairs"}
         return StudyDescription(
             arms=tuple(arm.name for arm in self.arms),
             collections=tuple(self.collections),

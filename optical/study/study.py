@@ -25,7 +25,7 @@ from pathlib import Path
 
 from optical.io.environment import require
 from optical.io.files import disk_full_errors, folder_lock, read_json, writable_folder
-from optical.study.arms import ArmConfig, fill_languages
+from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
 from optical.study.config import StudyConfig, read_config
 from optical.study.evaluation_tasks import EvaluationTasks
 from optical.study.layout import Layout
@@ -131,7 +131,61 @@ class Study:
         ]
         costs = Costs(self.layout.output).read(tasks)
         folder = writable_folder(self.layout.output / self.config.report)
-        return write_report(self.config.describe(), results, costs, folder)
+        described = dataclasses.replace(
+            self.config.describe(),
+            starts=self._starts(),
+            trained_pairs=self._trained_alignment_pairs(),
+        )
+        return write_report(described, results, costs, folder)
+
+    def _starts(self) -> dict[str, tuple[str, ...]]:
+        """Return the arms that each trained arm starts from.
+
+        The first arm without training stands for the teacher; the encoder has no arm.
+        """
+        arms = self.config.arms
+        unchanged = [
+            arm.name
+            for arm in arms
+            if arm.recipe == "none" and not arm.translate and not arm.replace
+        ]
+        starts = {}
+        for arm in arms:
+            names = arm.start or ((TEACHER,) if arm.trains else ())
+            known = [*(unchanged[:1] if TEACHER in names else ())]
+            known += [name for name in names if name not in (TEACHER, ENCODER)]
+            if known:
+                starts[arm.name] = tuple(known)
+        return starts
+
+    def _trained_alignment_pairs(self) -> dict[str, tuple[int, int]]:
+        """Return language -> aligned sentence pairs that a model was trained on, and their number.
+
+        A pair counts if it is in the bitext of any arm, lexicon or encoder of the study.
+        """
+        from optical.data.pairs import read_bitext_pairs
+
+        config, settings = self.config, self.config.word_alignment
+        if not settings:
+            return {}
+        aligned = {
+            language: read_bitext_pairs(fill_languages(settings["bitext"], [language]))[
+                : settings["max_pairs"]
+            ]
+            for language in config.languages
+        }
+        files = [(path, None) for path in getattr(config.encoder_options, "bitext", ())]
+        for source in (*(arm.options for arm in config.arms), *map(vars, config.lexicons.values())):
+            paths = fill_languages(list(source.get("bitext", ())), config.languages)
+            files += [(path, source.get("max_pairs")) for path in paths]
+        wanted = {pair for pairs in aligned.values() for pair in pairs}
+        trained: set[tuple[str, str]] = set()
+        for path, limit in dict.fromkeys(files):
+            trained |= wanted.intersection(read_bitext_pairs(path)[:limit])
+        return {
+            language: (sum(pair in trained for pair in pairs), len(pairs))
+            for language, pairs in aligned.items()
+        }
 
     def check(self) -> None:
         """Read every input once, so that errors are found before any training."""

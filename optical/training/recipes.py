@@ -24,12 +24,10 @@ from typing import Any, get_type_hints
 import torch
 from datasets import Dataset
 from sentence_transformers import (
-    MultiVectorEncoder,
     MultiVectorEncoderTrainer,
     MultiVectorEncoderTrainingArguments,
 )
 from sentence_transformers.base.sampler import BatchSamplers
-from sentence_transformers.multi_vector_encoder.data_collator import MultiVectorEncoderDataCollator
 from sentence_transformers.multi_vector_encoder.losses import (
     MultiVectorMultipleNegativesRankingLoss,
 )
@@ -48,9 +46,10 @@ from optical.losses import objectives
 from optical.losses.distillation import DistillationLoss, OTDistillationLoss
 from optical.models.encoding import ROLES
 from optical.models.fingerprint import fingerprints, partners, set_partners
-from optical.models.retriever import check_length, load_retriever, resolve_model
+from optical.models.retriever import load_retriever, resolve_model
 from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
+from optical.training.collator import BitextCollator
 from optical.training.options import (
     AverageOptions,
     CodeswitchOptions,
@@ -59,58 +58,6 @@ from optical.training.options import (
 )
 
 logger = logging.getLogger("optical")
-
-
-class BitextCollator(MultiVectorEncoderDataCollator):
-    """Tokenise parallel sentences: the first column for the teacher, the others for the student.
-
-    Args:
-        student, teacher: two ``MultiVectorEncoder`` or two dense ``SentenceTransformer`` models.
-        role: "query" or "document", the role of the student in retrieval. It selects prompts,
-            length limits and mask-token expansion for both models.
-        max_length: maximum length of a sentence in tokens (None: the limits of the models).
-        vectors: token store of the teacher for the first column, used instead of running the
-            teacher. With None the column is tokenised for the teacher.
-    """
-
-    def __init__(
-        self,
-        student: MultiVectorEncoder,
-        teacher: MultiVectorEncoder,
-        *,
-        role: str,
-        max_length: int | None = None,
-        vectors: StoredVectors | None = None,
-    ) -> None:
-        if role not in ROLES:
-            raise ValueError(f"role: {role!r}, expected 'query' or 'document'")
-        for model in (student, teacher):
-            check_length(model, max_length)
-        super().__init__(preprocess_fn=student.preprocess, max_length=max_length)
-        self.student = student
-        self.teacher = teacher
-        self.role = role
-        self.vectors = vectors
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the tensors of a batch, keyed ``{column}_{name}`` as the trainer expects."""
-        batch: dict[str, Any] = {}
-        limit = {} if self.max_length is None else {"max_length": self.max_length}
-        columns = [name for name in features[0] if name != "dataset_name"]
-        if "dataset_name" in features[0]:
-            batch["dataset_name"] = features[0]["dataset_name"]
-        for position, column in enumerate(columns):
-            model = self.student if position else self.teacher
-            texts = [row[column] for row in features]
-            if self.vectors is not None and not position:
-                tokens = self.vectors.batch(texts)
-            else:
-                tokens = model.preprocess(
-                    texts, prompt=model.prompts.get(self.role), task=self.role, **limit
-                )
-            batch.update({f"{column}_{name}": value for name, value in tokens.items()})
-            batch[f"{column}_task"] = self.role
-        return batch
 
 
 # Changes to the trainer's default arguments, shared by the command line and studies.
@@ -230,6 +177,7 @@ def _contrastive_trainer(
     # A passage that occurs twice in a batch would be its own negative.
     trainer_args.batch_sampler = BatchSamplers.NO_DUPLICATES
     names = ["query", "positive", *(f"negative_{i}" for i in range(1, len(rows[0]) - 1))]
+    trainer_args.prompts = _prompts_of_columns(model, trainer_args.prompts, names)
     columns = [list(column) for column in zip(*rows, strict=True)]
     return MultiVectorEncoderTrainer(
         model=model,
@@ -237,6 +185,27 @@ def _contrastive_trainer(
         train_dataset=Dataset.from_dict(dict(zip(names, columns, strict=True))),
         loss=MultiVectorMultipleNegativesRankingLoss(model, scale=options.scale),
     )
+
+
+def _prompts_of_columns(model: Any, given: Any, columns: Sequence[str]) -> dict[str, str] | None:
+    """Return the prompt of each column: those of the model, so that it trains as it encodes.
+
+    Args:
+        model: the model in training, which keeps the given prompts.
+        given: trainer argument ``prompts``: the prompts of the roles query and document, or None.
+        columns: names of the columns; the first holds queries.
+    """
+    if given:
+        if not isinstance(given, dict) or not set(given) <= set(ROLES):
+            raise ValueError(
+                f"prompts: {given!r}, expected those of the roles, "
+                '{"query": "...", "document": "..."}, with which the model is saved'
+            )
+        model.prompts.update(given)
+    query, *passages = columns
+    prompts = {query: model.prompts.get("query") or ""}
+    prompts |= dict.fromkeys(passages, model.prompts.get("document") or "")
+    return prompts if any(prompts.values()) else None
 
 
 def distill(
@@ -248,6 +217,11 @@ def distill(
     unless the options name another model.
     """
     options.validate()
+    if trainer_args.prompts:
+        raise ValueError(
+            "prompts: given, but bitext is read with the prompts of the models; save the student "
+            "with its prompts"
+        )
     dataset = _bitext_dataset(options, trainer_args)
     set_seed(trainer_args.seed)
     teacher_model = load_retriever(options.teacher)

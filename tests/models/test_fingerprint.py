@@ -105,3 +105,10 @@ def test_models_share_a_space_by_content_or_by_a_recorded_partner(teacher, tiny_
     loaded = load_retriever(tiny_models.mixed)
     load_partners(loaded, tmp_path)
     assert partners(loaded) == partners(other) != ()
+
+
+def test_a_damaged_record_of_partners_is_one_line(tiny_models, tmp_path):
+    shutil.copytree(tiny_models.teacher, tmp_path / "copy")
+    (tmp_path / "copy/partners.json").write_text('["a')
+    with pytest.raises(ValueError, match=r"copy: cannot be loaded .*partners\.json is damaged"):
+        load_retriever(tmp_path / "copy")

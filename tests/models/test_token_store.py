@@ -175,3 +175,12 @@ def test_a_store_belongs_to_one_model_by_content(store, teacher, texts):
         StoredVectors([store], role="document", model=teacher)
     with pytest.raises(ValueError, match="holds vectors of another model, by its content"):
         write_vectors(teacher, texts, store, role="document", shard_texts=8)
+
+
+def test_a_damaged_record_of_the_options_loses_no_shard(store, teacher, texts, monkeypatch):
+    (store / "options.json").write_text('{"role": "docu')
+    written = record_writes(monkeypatch)
+    write_vectors(teacher, texts, store, role="document", shard_texts=8)
+    assert written == [] and len(StoredVectors([store], role="document")) == 30
+    with pytest.raises(ValueError, match="holds vectors of other texts or options"):
+        write_vectors(teacher, texts, store, role="query", shard_texts=8)

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib", reason="needs the extra `study`")
 pytest.importorskip("scipy", reason="needs the extra `eval`")
 
 from optical.report import StudyDescription, write_report
+from optical.report.sentences import result_sentences
 from optical.report.summary import Summary
 from optical.report.table import read_rows
 
@@ -299,6 +300,78 @@ def test_order_of_results_has_no_influence():
     )
     assert forward["comparisons"] == backward["comparisons"]
     assert forward["gaps"] == backward["gaps"]
+
+
+# --- sentences -----------------------------------------------------------------------------------
+
+
+def sentences(study, results):
+    return " ".join(result_sentences(study, Summary.of(study, results)))
+
+
+def test_losses_are_told_as_losses():
+    worse = [*RESULTS[:3], row("ot", "sw", 0.1), row("ot", "de", 0.3)]
+    found = sentences(describe(), worse)
+    assert "It is significantly worse than zeroshot in 2 of 2 languages" in found
+    assert "better" not in found
+    # From .2 to .1 of the way to .8, and from .4 to .3.
+    assert "loses a further 17% [17%, 17%] in the low-resource languages" in found
+    mixed = [*RESULTS[:3], row("ot", "sw", 0.1), row("ot", "de", 0.6)]
+    assert (
+        "significantly better than zeroshot in 1, and significantly worse in 1, of 2 languages"
+        in sentences(describe(), mixed)
+    )
+
+
+@pytest.mark.parametrize("against", [(), ("zeroshot",), ("last",)])
+def test_arms_are_set_against_what_they_start_from(tmp_path, against):
+    arms = ("zeroshot", "transfer", "ot", "last")
+    means = {"zeroshot": 0.2, "transfer": 0.6, "ot": 0.5, "last": 0.7}
+    results = [row(arm, x, means[arm]) for arm in arms for x in ("sw", "de")]
+    starts = {"transfer": ("zeroshot",), "ot": ("transfer",), "last": ("transfer",)}
+    study = describe(arms, against=against, starts=starts)
+    found = sentences(study, results)
+    assert "**transfer** has a mean MAP of 0.600 over the languages (zeroshot, from which" in found
+    assert "**ot** loses 0.100 mean MAP over transfer, from which it starts. It is" in found
+    assert "significantly worse than transfer in 2 of 2 languages" in found
+    assert "**last** gains 0.100 mean MAP over transfer, from which it starts. It is" in found
+    assert "significantly better than transfer in 2 of 2 languages" in found
+    text, numbers = write(tmp_path, study, results)
+    own = {(one["arm"], one["against"]) for one in numbers["start_comparisons"]}
+    tested = {frozenset((one["arm"], one["against"])) for one in numbers["comparisons"]}
+    assert own == {(a, s) for a, (s,) in starts.items() if frozenset((a, s)) not in tested}
+    assert ("Arms against those that they start from." in text) == bool(own)
+
+
+def test_an_arm_that_was_not_tested_is_not_told_as_no_better():
+    arms = ("zeroshot", "ot", "more")
+    results = [row(arm, x, 0.2 + 0.1 * i) for i, arm in enumerate(arms) for x in ("sw", "de")]
+    found = sentences(describe(arms, against=("ot",)), results)
+    assert "in 0 of 0" not in found
+    assert "**more** has a mean MAP of 0.400 over the languages (zeroshot: 0.200). The two" in found
+    assert "significantly better than zeroshot in 2 of 2 languages" in found
+
+
+def test_no_share_of_a_difference_that_is_nearly_nothing(tmp_path):
+    # The gap is .009, and certain: without a limit, the arm would close -912 % of it.
+    tiny = [row("zeroshot", "sw", 0.030), row("zeroshot", "de", 0.039)]
+    tiny += [row(CEILING, "en", 0.045), row("ot", "sw", 0.8), row("ot", "de", 0.9)]
+    text, found = write(tmp_path, describe(), tiny)
+    ot = found["gaps"][1]
+    assert ot["closed"] is None and ot["recovered_low"] is None and ot["recovered_high"] is None
+    result = text.split("## Figures")[0]
+    assert "%" not in result and "recovers" not in result
+
+
+def test_the_caption_of_error_rates_tells_what_was_checked(tmp_path):
+    aligned = [{"arm": "ot", "language": x, "aer": 0.2} for x in ("sw", "de")]
+    for pairs, told in (
+        ({}, "Whether an arm was trained on the sentence pairs was not checked."),
+        ({"sw": (0, 90), "de": (0, 80)}, "trained on any of the 170 sentence pairs."),
+        ({"sw": (3, 90), "de": (0, 80)}, "on some of the sentence pairs (3 of 90 in Swahili)"),
+    ):
+        text, _ = write(tmp_path, describe(trained_pairs=pairs), [*RESULTS, *aligned])
+        assert told in text and "no arm was trained on" not in text
 
 
 # --- imports -------------------------------------------------------------------------------------

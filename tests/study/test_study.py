@@ -147,6 +147,31 @@ def test_report_contains_all_statistics(finished):
         assert f"](figures/{figure})" in text
 
 
+def test_report_knows_starts_and_the_aligned_pairs_that_arms_learnt_from(world, tmp_path):
+    raw = configuration(world)
+    raw["arms"] |= {
+        "more": {**raw["arms"]["ot"], "start": "ot", "max_pairs": 20},
+        "fresh": {**raw["arms"]["ot"], "start": "encoder"},
+        "translated": {"recipe": "none", "translate": {"queries": str(world / "lexicon")}},
+    }
+    raw["word_alignment"] = {
+        "bitext": str(world / "bitext/en-{language}.tsv"),
+        "lexicon": str(world / "lexicon/en-{language}.tsv"),
+        "max_pairs": 30,
+    }
+    found = Study(read_config(write(tmp_path, raw), tmp_path / "out"))
+    starts = {"ot": ("zeroshot",), "switched": ("zeroshot",), "more": ("ot",)}
+    assert found._starts() == starts
+    assert found._trained_alignment_pairs() == {"sw": (30, 30), "de": (30, 30)}
+    # Only the first pairs are read by an arm with a limit.
+    for name in ("ot", "fresh"):
+        del raw["arms"][name]["bitext"]
+        raw["arms"][name]["bitext"] = str(world / "bitext/en-sw.tsv")
+    raw["arms"]["more"]["start"] = "teacher"
+    found = Study(read_config(write(tmp_path, raw), tmp_path / "out"))
+    assert found._trained_alignment_pairs() == {"sw": (30, 30), "de": (20, 30)}
+
+
 def test_html_page_has_no_external_files(finished):
     _, out = finished
     page = (out / "report.html").read_text(encoding="utf-8")

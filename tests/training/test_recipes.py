@@ -14,13 +14,13 @@ import torch
 pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
 
 from safetensors.torch import load_file
-from sentence_transformers import MultiVectorEncoder
+from sentence_transformers import MultiVectorEncoder, MultiVectorEncoderTrainer
 from transformers import TrainerCallback
 
 from optical.data.pairs import read_training_pairs
 from optical.models.fingerprint import fingerprints, share_space
 from optical.models.retriever import load_retriever
-from optical.training import recipes, runner
+from optical.training import BitextCollator, recipes, runner
 
 STEPS = 6
 
@@ -349,12 +349,95 @@ def test_invalid_trainer_arguments_are_named(tmp_path):
         recipes.trainer_arguments(tmp_path, learning_rat=1.0)
 
 
+@pytest.fixture
+def collate(tiny_models):
+    model = load_retriever(tiny_models.teacher)
+    other = load_retriever(tiny_models.teacher)
+
+    def call(row, **options):
+        return BitextCollator(model, other, role="document", **options)([row, row])
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["lang", "id", "sentence_id", "source_lang", "domain", "url"])
+def test_metadata_is_not_read_as_a_sentence(collate, name):
+    row = {name: "sw", "source": "the fish", "target": "samaki"}
+    with pytest.raises(ValueError, match=f"column '{name}' would be read as a text; remove it"):
+        collate(row)
+    batch = collate(row, columns=["source", "target"])
+    assert {key.split("_")[0] for key in batch} == {"source", "target"}
+
+
+def test_columns_that_are_no_text_are_named(collate, caplog):
+    with caplog.at_level(logging.INFO, "optical"):
+        batch = collate({"source": "the fish", "target": "samaki", "score": 0.5})
+    assert "the teacher reads source, the student target; score is not read" in caplog.text
+    assert not [key for key in batch if key.startswith("score")]
+    with pytest.raises(ValueError, match="column 'cosine' holds float, expected text"):
+        collate({"source": "the fish", "target": "samaki", "cosine": 0.5})
+    with pytest.raises(ValueError, match="column 'target' holds NoneType, expected text"):
+        collate({"source": "the fish", "target": None})
+    with pytest.raises(ValueError, match=r"columns source of source: expected two or more"):
+        collate({"source": "the fish"})
+    with pytest.raises(ValueError, match=r"columns source, sw of source, target: expected"):
+        collate({"source": "the fish", "target": "samaki"}, columns=["source", "sw"])
+
+
+def test_a_forgotten_collator_is_refused(distill, tmp_path):
+    trainer, _ = distill()
+    forgotten = MultiVectorEncoderTrainer(
+        model=trainer.model,
+        args=recipes.trainer_arguments(tmp_path / "forgotten", max_steps=1, disable_tqdm=True),
+        train_dataset=trainer.train_dataset,
+        loss=trainer.loss,
+    )
+    with pytest.raises(ValueError, match=r"roles document, query; .* give the trainer data_coll"):
+        forgotten.train()
+
+
+def test_prompts_of_the_trainer_are_used_or_refused(distill, world, tiny_models, tmp_path):
+    prompts = {"query": "query: ", "document": "passage: "}
+    with pytest.raises(ValueError, match="prompts: given, but bitext is read with the prompts of"):
+        distill(prompts=prompts)
+    options = recipes.TeacherOptions(model=tiny_models.mixed, pairs=[str(world / "teacher.tsv")])
+    arguments = {"max_steps": 1, "disable_tqdm": True}
+    with pytest.raises(ValueError, match="expected those of the roles"):
+        recipes.teacher(
+            options, recipes.trainer_arguments(tmp_path, prompts={"positive": "x"}, **arguments)
+        )
+    args = recipes.trainer_arguments(tmp_path / "prompts", prompts=prompts, **arguments)
+    trainer = recipes.teacher(options, args)
+    row = trainer.train_dataset[0]
+    batch = trainer.data_collator([row])
+    read = trainer.model.tokenizer.decode(batch["positive_input_ids"][0])
+    assert "passage :" in read or "passage:" in read or "[UNK]" in read
+    plain = trainer.model.preprocess([row["positive"]], task="document")["input_ids"]
+    assert batch["positive_input_ids"].shape[1] > plain.shape[1]
+    # The model encodes as it was trained.
+    assert load_retriever(runner.run(trainer, options, resume=False)).prompts == prompts
+
+
+def test_negatives_that_are_left_out_are_counted(tmp_path, caplog):
+    lines = [{"query": f"q{i}", "pos": ["p"], "neg": ["n1", "n2"]} for i in range(5)]
+    lines += [{"query": "q", "pos": ["p"], "neg": []}, {"query": "q", "pos": []}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    rows = read_training_pairs([str(path)])
+    assert [len(row) for row in rows] == [2] * 6
+    assert "1 of 6 rows have only 0 negatives, so 10 negatives of the other rows" in caplog.text
+    assert "a.jsonl: left out 1 lines with an empty `pos`" in caplog.text
+    path.write_text(json.dumps({"query": "", "pos": ["p"]}))
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: expected JSON .* and no empty text"):
+        read_training_pairs([str(path)])
+
+
 def test_collator_tokenises_for_each_model(tiny_models):
     teacher = load_retriever(tiny_models.mixed, query_length=5, document_length=9)
     student = load_retriever(tiny_models.wide, query_length=6, document_length=10)
     rows = [{"source": "water " * 20, "target": "maji " * 20, "other": "samaki"}] * 2
     for role, lengths in (("query", (5, 6)), ("document", (9, 10))):
-        batch = recipes.BitextCollator(student, teacher, role=role)(rows)
+        batch = BitextCollator(student, teacher, role=role)(rows)
         assert batch["source_task"] == batch["target_task"] == batch["other_task"] == role
         assert (batch["source_input_ids"].shape, batch["target_input_ids"].shape) == (
             (2, lengths[0]),
@@ -363,17 +446,17 @@ def test_collator_tokenises_for_each_model(tiny_models):
         for column, model, text in (("source", teacher, "water"), ("target", student, "maji")):
             decoded = model.tokenizer.decode(batch[f"{column}_input_ids"][0])
             assert decoded.startswith(f"[CLS] {text} ")
-    short = recipes.BitextCollator(student, teacher, role="document", max_length=4)(rows)
+    short = BitextCollator(student, teacher, role="document", max_length=4)(rows)
     assert short["source_input_ids"].shape == short["target_input_ids"].shape == (2, 4)
     with pytest.raises(ValueError, match="role: 'passage', expected 'query' or 'document'"):
-        recipes.BitextCollator(student, teacher, role="passage")
+        BitextCollator(student, teacher, role="passage")
 
 
 def test_prompts_and_expansion_follow_the_role(tiny_models):
     teacher = load_retriever(tiny_models.mixed, query_length=8, query_expansion=True)
     student = load_retriever(tiny_models.wide, query_length=8, query_expansion=True)
     teacher.prompts = {"query": "water: ", "document": "fish: "}
-    batch = recipes.BitextCollator(student, teacher, role="query")([{"a": "book", "b": "kitabu"}])
+    batch = BitextCollator(student, teacher, role="query")([{"a": "book", "b": "kitabu"}])
     for column, model in (("a", teacher), ("b", student)):
         assert batch[f"{column}_input_ids"].shape == (1, 8)
         assert model.tokenizer.mask_token_id in batch[f"{column}_input_ids"]
