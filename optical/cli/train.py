@@ -12,6 +12,7 @@ import textwrap
 from typing import Any
 
 from optical.cli.shared import check_installed, quiet_libraries
+from optical.cli.training_checks import check_training, light_parser
 from optical.io.settings import nearest, read_yaml
 from optical.training.options import (
     WITHOUT_STEPS,
@@ -21,7 +22,6 @@ from optical.training.options import (
     EncoderOptions,
     TeacherOptions,
     TransferOptions,
-    choices_of,
 )
 
 # Recipe -> its options class and its description.
@@ -69,8 +69,9 @@ def train(argv: list[str]) -> int:
     recipe, argv = argv[0], argv[1:]
     options_class, _ = RECIPES[recipe]
     # Errors that need no import of Sentence Transformers, which takes seconds.
-    _check_choices(options_class, argv)
+    helping = {"-h", "--help", "--help-all"} & set(argv)
     check_installed("sentence_transformers", "train", "training")
+    checked = not helping and _check_early(recipe, argv)
     args_class, parser = _parser(recipe)
     if "--help-all" in argv:
         parser.print_help()
@@ -82,7 +83,8 @@ def train(argv: list[str]) -> int:
     options = options_class(
         **{entry.name: values[entry.name] for entry in dataclasses.fields(options_class)}
     )
-    options.validate()
+    if not checked:
+        check_training(recipe, options_class, values)
     final = _train(recipe, options, args_class, values)
     if final:
         print(final)
@@ -168,12 +170,19 @@ def _exit_if_distributed() -> None:
     os._exit(0)
 
 
-def _check_choices(options_class: type[Any], argv: list[str]) -> None:
-    """Refuse invalid values of options that have a fixed set of values."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name, choices in choices_of(options_class).items():
-        parser.add_argument(f"--{name}", choices=choices)
-    _parse_known(parser, argv)
+def _check_early(recipe: str, argv: list[str]) -> bool:
+    """Check a training without Transformers; return False if only Transformers knows an option."""
+    options_class, _ = RECIPES[recipe]
+    parser = light_parser(options_class)
+    names = {action.dest for action in parser._actions}
+    _, unknown = _parse_known(parser, _without_config(argv))
+    words, settings = _config_words(argv)
+    if unknown or not settings.keys() <= names:
+        return False
+    _parse_known(parser, words, f"{_config_path(argv)}: ")
+    values, _ = _parse_known(parser, [*words, *_without_config(argv)])
+    check_training(recipe, options_class, vars(values))
+    return True
 
 
 def _parse_known(
@@ -192,23 +201,44 @@ def _with_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
 
     The parser then converts the values of the file, and the command line overrides them.
     """
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    args, rest = config_parser.parse_known_args(argv)
-    if args.config is None:
-        return rest
-    settings, _ = read_yaml(args.config)
+    words, settings = _config_words(argv)
     accepted = {action.dest for action in parser._actions}
     for key in settings:
         if key not in accepted:
-            raise ValueError(f"{args.config}: unknown key `{key}`{nearest(key, accepted)}")
+            path = _config_path(argv)
+            raise ValueError(f"{path}: unknown key `{key}`{nearest(key, accepted)}")
+    if words:
+        _parse_known(parser, words, f"{_config_path(argv)}: ")
+    return [*words, *_without_config(argv)]
+
+
+def _config_words(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the options of `--config FILE` as words of a command line, and as settings."""
+    path = _config_path(argv)
+    if path is None:
+        return [], {}
+    settings, _ = read_yaml(path)
     words: list[str] = []
     for key, value in settings.items():
         values = value if isinstance(value, list) else [value]
         words.append(f"--{key}")
         words += [json.dumps(entry) if isinstance(entry, dict) else str(entry) for entry in values]
-    _parse_known(parser, words, f"{args.config}: ")
-    return [*words, *rest]
+    return words, settings
+
+
+def _config_path(argv: list[str]) -> str | None:
+    path: str | None = _config_parser().parse_known_args(argv)[0].config
+    return path
+
+
+def _without_config(argv: list[str]) -> list[str]:
+    return _config_parser().parse_known_args(argv)[1]
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    return parser
 
 
 def _print_help(recipe: str, args_class: type[Any]) -> None:

@@ -53,6 +53,14 @@ class EncoderOptions:
         """Raise ValueError for invalid options. No file is read."""
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
+        for name in ("vocabulary_size", "hidden_size", "layers", "heads"):
+            _check_positive(name, getattr(self, name))
+        if self.max_tokens < 3:
+            raise ValueError(f"max_tokens: {self.max_tokens}, expected 3 or more")
+        if not 0.0 < self.mask_probability < 1.0:
+            raise ValueError(
+                f"mask_probability: {self.mask_probability}, expected a number between 0 and 1"
+            )
         if self.hidden_size % self.heads:
             raise ValueError(
                 f"heads: {self.heads}, expected a divisor of hidden_size {self.hidden_size}"
@@ -93,6 +101,12 @@ class TeacherOptions:
             raise ValueError("queries, passages: only one is given, expected both or neither")
         if not self.pairs and not self.queries:
             raise ValueError("pairs: none given; expected --pairs, or --queries with --passages")
+        for name in ("dimension", "query_length", "document_length"):
+            _check_positive(name, getattr(self, name))
+        if self.skip_frequent < 0:
+            raise ValueError(f"skip_frequent: {self.skip_frequent}, expected 0 or more")
+        if not 0.0 < self.scale < float("inf"):
+            raise ValueError(f"scale: {self.scale}, expected a number > 0")
 
 
 @dataclass
@@ -201,6 +215,7 @@ class DistillOptions:
                 "bitext files; expected one folder per file"
             )
         _check_positive("max_pairs", self.max_pairs)
+        _check_positive("dimension", self.dimension)
         if self.stream:
             self._check_streamable()
         check_options(

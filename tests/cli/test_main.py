@@ -321,6 +321,9 @@ def test_options_reach_the_recipe(capsys, monkeypatch, tmp_path, recipe, argv, o
         raise ValueError("enough")
 
     monkeypatch.setattr(training, recipe, make)
+    monkeypatch.chdir(tmp_path)
+    for name in "abxy":
+        (tmp_path / name).write_text("water\tmaji\n")
     fails(capsys, ["train", recipe, *argv.split(), "--output_dir", str(tmp_path)], "enough")
     for name, value in options.items():
         assert seen["options"][name] == value, name
@@ -334,6 +337,8 @@ def test_errors_of_train(capsys, world, tmp_path, monkeypatch):
     out = ["--output_dir", "out"]
     usual = ["--teacher", "./t", "--bitext", str(world / "bitext/en-sw.tsv"), "--role", "query"]
     distill = ["train", "distill"]
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/config.json").write_text("{}")
     fails(capsys, [*distill, *usual], "output_dir: none given; expected a folder to write to")
     fails(capsys, [*distill, *usual, *out, "--epsilo", "1"], "unknown option --epsilo; did you mea")
     error = fails(
@@ -343,7 +348,8 @@ def test_errors_of_train(capsys, world, tmp_path, monkeypatch):
     fails(capsys, [*distill, *usual, *out, "--bf16", "x"], "--bf16: Truthy value expected: got x")
     fails(capsys, [*distill, *usual, *out, "--epsilon", "-1"], "epsilon is -1.0; expected a finite")
     fails(capsys, [*distill, *out], "teacher: none given; expected a Hugging Face name or a folder")
-    fails(capsys, [*distill, *usual, *out], r"model \./t: no such folder")
+    missing = [*distill, *usual, *out, "--student", "./u"]
+    fails(capsys, missing, r"model \./u: no such folder")
     (tmp_path / "empty.tsv").touch()
     argv = [*distill, *usual, "--bitext", "empty.tsv", *out]
     fails(capsys, argv, r"empty\.tsv: no sentence pair in 0 lines")
