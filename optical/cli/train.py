@@ -11,10 +11,11 @@ import sys
 import textwrap
 from typing import Any
 
-from optical.cli.shared import check_installed, quiet_libraries
+from optical.cli.shared import check_installed, quiet_libraries, without_progress_bars
 from optical.cli.training_checks import check_training, light_parser
 from optical.io.settings import nearest, read_yaml
 from optical.training.options import (
+    TRAINER_DEFAULTS,
     WITHOUT_STEPS,
     AverageOptions,
     CodeswitchOptions,
@@ -22,6 +23,8 @@ from optical.training.options import (
     EncoderOptions,
     TeacherOptions,
     TransferOptions,
+    choices_of,
+    default_of,
 )
 
 # Recipe -> its options class and its description.
@@ -42,20 +45,23 @@ RECIPES: dict[str, tuple[type[Any], str]] = {
         "Train a tokenizer and a small multilingual encoder from plain text.",
     ),
 }
-# Trainer arguments that `optical train RECIPE --help` shows; --help-all shows all of them.
-COMMON_ARGUMENTS = (
-    "output_dir",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "warmup_steps",
-    "seed",
-    "bf16",
-    "fp16",
-    "save_steps",
-    "logging_steps",
-)
+# Trainer arguments that `optical train RECIPE --help` shows; --help-all shows all of them. The
+# texts are here, so that help needs no import of Transformers.
+COMMON_ARGUMENTS = {
+    "output_dir": "Folder to write; the trained model is in `final` below it. Required.",
+    "max_steps": "Number of training steps (default: -1, which leaves it to num_train_epochs).",
+    "num_train_epochs": "Number of passes over the training data (default: 3.0).",
+    "learning_rate": "Peak of the learning rate (default: {learning_rate}).",
+    "per_device_train_batch_size": "Number of rows per step and device (default: "
+    "{per_device_train_batch_size}).",
+    "warmup_steps": "Steps in which the learning rate grows; below 1, their share of all steps "
+    "(default: {warmup_steps}).",
+    "seed": "Seed of weights, order and dropout (default: 42).",
+    "bf16": "Train in bfloat16 with float32 weights, on devices that support it (default: false).",
+    "fp16": "Train in float16 with float32 weights, on GPUs (default: false).",
+    "save_steps": "Steps between checkpoints (default: {save_steps}).",
+    "logging_steps": "Steps between logged losses (default: {logging_steps}).",
+}
 
 
 def train(argv: list[str]) -> int:
@@ -71,14 +77,14 @@ def train(argv: list[str]) -> int:
     # Errors that need no import of Sentence Transformers, which takes seconds.
     helping = {"-h", "--help", "--help-all"} & set(argv)
     check_installed("sentence_transformers", "train", "training")
-    checked = not helping and _check_early(recipe, argv)
+    if helping:
+        if "--help-all" in argv:
+            _parser(recipe)[1].print_help()
+        else:
+            _print_help(recipe)
+        return 0
+    checked = _check_early(recipe, argv)
     args_class, parser = _parser(recipe)
-    if "--help-all" in argv:
-        parser.print_help()
-        return 0
-    if "-h" in argv or "--help" in argv:
-        _print_help(recipe, args_class)
-        return 0
     values = _parse(parser, argv)
     options = options_class(
         **{entry.name: values[entry.name] for entry in dataclasses.fields(options_class)}
@@ -110,7 +116,7 @@ def _parser(recipe: str) -> tuple[type[Any], argparse.ArgumentParser]:
         allow_abbrev=False,
         exit_on_error=False,  # argparse would print the usage of a hundred options
     )
-    parser.set_defaults(**recipes.TRAINER_DEFAULTS)
+    parser.set_defaults(**TRAINER_DEFAULTS)
     return args_class, parser
 
 
@@ -130,9 +136,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
 
 def _train(recipe: str, options: Any, args_class: type[Any], values: dict[str, Any]) -> str:
     """Train and save the model; return its folder in the main process, else ""."""
-    from optical import training
     from optical.io.files import writable_folder
-    from optical.training import runner
 
     # The trainer would find an unwritable folder only after the data is read.
     writable_folder(values["output_dir"])
@@ -140,6 +144,15 @@ def _train(recipe: str, options: Any, args_class: type[Any], values: dict[str, A
     if not sys.stderr.isatty():
         # A progress bar redraws itself, and every state would stay in a log.
         values["disable_tqdm"] = True
+        with without_progress_bars():
+            return _run_recipe(recipe, options, args_class, values)
+    return _run_recipe(recipe, options, args_class, values)
+
+
+def _run_recipe(recipe: str, options: Any, args_class: type[Any], values: dict[str, Any]) -> str:
+    from optical import training
+    from optical.training import runner
+
     names = {entry.name for entry in dataclasses.fields(args_class) if entry.init}
     trainer_args = args_class(**{name: values[name] for name in names & set(values)})
     if recipe in WITHOUT_STEPS:
@@ -241,17 +254,26 @@ def _config_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _print_help(recipe: str, args_class: type[Any]) -> None:
+def _print_help(recipe: str) -> None:
     options_class, description = RECIPES[recipe]
     print(f"usage: optical train {recipe} [--config FILE.yaml] [options]\n\n{description}\n")
-    trainer_entries = {entry.name: entry for entry in dataclasses.fields(args_class)}
-    names = COMMON_ARGUMENTS[:1] if recipe in WITHOUT_STEPS else COMMON_ARGUMENTS
-    shown = [*dataclasses.fields(options_class), *(trainer_entries[name] for name in names)]
-    for entry in shown:
-        text = " ".join(str(entry.metadata.get("help", "")).split())
-        if entry.name not in trainer_entries and isinstance(entry.default, (str, int, float)):
-            text += f" (default: {entry.default})" if entry.default else ""
-        # The help of some trainer arguments has several paragraphs.
-        lines = textwrap.wrap(text, 66)[:3]
-        print(f"  --{entry.name:28} " + ("\n" + " " * 33).join(lines))
+    choices = choices_of(options_class)
+    names = ["output_dir"] if recipe in WITHOUT_STEPS else list(COMMON_ARGUMENTS)
+    shown = [(name, COMMON_ARGUMENTS[name].format(**TRAINER_DEFAULTS)) for name in names]
+    for entry in reversed(dataclasses.fields(options_class)):
+        text = str(entry.metadata["help"])
+        missing = [choice for choice in choices.get(entry.name, ()) if choice not in text]
+        if missing:
+            text += f" One of {', '.join(choices[entry.name])}."
+        if "default:" not in text and "equired." not in text:
+            text = f"{text.removesuffix('.')} (default: {_default(default_of(entry))})."
+        shown.insert(0, (entry.name, text))
+    for name, text in shown:
+        print(f"  --{name:28} " + ("\n" + " " * 33).join(textwrap.wrap(text, 66)))
     print("\n--config takes the same names from YAML; --help-all lists every trainer argument.")
+
+
+def _default(value: Any) -> str:
+    if value in (None, "") or value == []:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -17,6 +17,16 @@ Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
 # Recipes that compute a model without training steps. Of the trainer's arguments they use
 # output_dir alone.
 WITHOUT_STEPS = ("transfer", "average")
+# Changes to the trainer's default arguments, shared by the command line and studies.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    "learning_rate": 2e-5,
+    "per_device_train_batch_size": 64,
+    "warmup_steps": 0.05,
+    "logging_steps": 50,
+    "save_steps": 500,
+    "save_total_limit": 1,
+}
 # Default of a required option; validate() reports an option that still has it.
 REQUIRED: Any = ""
 
@@ -184,7 +194,9 @@ class DistillOptions:
     teacher_vectors: list[str] = _list_option(
         "Token stores of the teacher, one folder per bitext file, as written by `optical vectors`."
     )
-    max_pairs: int | None = _option(None, "Maximum number of pairs read from each file.")
+    max_pairs: int | None = _option(
+        None, "Maximum number of pairs read from each file (default: all)."
+    )
     balance: bool = _option(
         False, "Repeat the pairs of smaller files so that all files have equal weight."
     )
@@ -266,7 +278,9 @@ class TransferOptions:
         "bitext",
         "Source of the input vectors of new units: bitext (and spelling), or spelling alone.",
     )
-    max_pairs: int | None = _option(None, "Maximum number of pairs read from each file.")
+    max_pairs: int | None = _option(
+        None, "Maximum number of pairs read from each file (default: all)."
+    )
 
     def validate(self) -> None:
         """Raise ValueError for invalid options. No file is read."""

@@ -618,7 +618,7 @@ def test_training_pairs_are_read(tmp_path):
         ("a.tsv", "", "no training pair in it"),
         ("a.tsv", "q\tp\nq p\n", r"a\.tsv:2: expected `query TAB passage"),
         ("a.tsv", "q\t\n", r"a\.tsv:1: expected `query TAB passage"),
-        ("a.jsonl", '{"query": "q", "pos": ["p"]}\n{', r"a\.jsonl:2: expected JSON with"),
+        ("a.jsonl", '{"query": "q", "pos": ["p"]}\n{', r"a\.jsonl:2: not JSON \(Expecting"),
         ("a.jsonl", '{"query": "q"}', r"a\.jsonl:1: expected JSON with `query`, `pos`"),
         ("a.jsonl", '{"query": "q", "pos": "passage"}', r"a\.jsonl:1: expected JSON with"),
         ("a.jsonl", '{"query": "q", "pos": [1]}', r"a\.jsonl:1: expected JSON with"),
