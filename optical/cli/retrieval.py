@@ -391,8 +391,8 @@ def evaluate(
     check_installed("ir_measures", "eval", "evaluation")
     from optical.data.collection import load_judgements
     from optical.data.trec import read_run
-    from optical.retrieval.evaluation import check_measures
     from optical.retrieval.evaluation import evaluate as evaluate_run
+    from optical.retrieval.measures import check_measures
 
     check_measures(measures)
     check_inputs([run_file])
@@ -434,8 +434,9 @@ def compare(
     from optical.data.collection import load_judgements
     from optical.data.trec import read_run
     from optical.retrieval import evaluation
+    from optical.retrieval.measures import check_measures
 
-    evaluation.check_measures(measures)
+    check_measures(measures)
     check_inputs(runs)
     judgements = load_judgements(qrels, split=split)
     comparison = evaluation.compare(
