@@ -206,6 +206,7 @@ def search(
     tag: str | None,
 ) -> int:
     """Search a collection, or an index of its token vectors, and write a run."""
+    from optical.data.texts import read_texts
     from optical.data.trec import without_identical_ids, write_run
     from optical.io.files import writable_file
 
@@ -228,7 +229,9 @@ def search(
         for name, value in refused.items():
             if value:
                 raise ValueError(f"{name}: given with --index, which already holds its documents")
-        texts = _read_queries(queries, fields)
+        if not queries:
+            raise ValueError("queries: none given; with --index expected a file of queries")
+        texts = read_texts(queries, topic_fields=fields)
         run, searched = _search_index(
             model, index, texts, depth=searched_depth, batch_size=batch_size, any_model=any_model
         )
@@ -280,14 +283,6 @@ def _load_texts(
     assert queries is not None and documents is not None
     texts = read_texts(queries, topic_fields=fields)
     return Collection(Path(documents).stem, texts, read_texts(documents), {})
-
-
-def _read_queries(queries: str | None, fields: tuple[str, ...]) -> dict[str, str]:
-    from optical.data.texts import read_texts
-
-    if not queries:
-        raise ValueError("queries: none given; with --index expected a file of queries")
-    return read_texts(queries, topic_fields=fields)
 
 
 def _search_collection(

@@ -83,9 +83,10 @@ def train(argv: list[str]) -> int:
         else:
             _print_help(recipe)
         return 0
-    checked = _check_early(recipe, argv)
+    config, argv = _read_config(argv)
+    checked = _check_early(recipe, argv, config)
     args_class, parser = _parser(recipe)
-    values = _parse(parser, argv)
+    values = _parse(parser, argv, config)
     options = options_class(
         **{entry.name: values[entry.name] for entry in dataclasses.fields(options_class)}
     )
@@ -120,9 +121,15 @@ def _parser(recipe: str) -> tuple[type[Any], argparse.ArgumentParser]:
     return args_class, parser
 
 
-def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
+def _parse(parser: argparse.ArgumentParser, argv: list[str], config: _Config) -> dict[str, Any]:
     """Return the values of all options, including those of `--config`."""
-    argv = _with_config(argv, parser)
+    accepted = {action.dest for action in parser._actions}
+    for key in config.settings:
+        if key not in accepted:
+            raise ValueError(f"{config.path}: unknown key `{key}`{nearest(key, accepted)}")
+    _parse_known(parser, config.words, f"{config.path}: ")
+    # The parser converts the values of the file, and the command line overrides them.
+    argv = [*config.words, *argv]
     parser.set_defaults(output_dir=None)
     namespace, unknown = _parse_known(parser, argv)
     if unknown:
@@ -183,17 +190,16 @@ def _exit_if_distributed() -> None:
     os._exit(0)
 
 
-def _check_early(recipe: str, argv: list[str]) -> bool:
+def _check_early(recipe: str, argv: list[str], config: _Config) -> bool:
     """Check a training without Transformers; return False if only Transformers knows an option."""
     options_class, _ = RECIPES[recipe]
     parser = light_parser(options_class)
     names = {action.dest for action in parser._actions}
-    _, unknown = _parse_known(parser, _without_config(argv))
-    words, settings = _config_words(argv)
-    if unknown or not settings.keys() <= names:
+    _, unknown = _parse_known(parser, argv)
+    if unknown or not config.settings.keys() <= names:
         return False
-    _parse_known(parser, words, f"{_config_path(argv)}: ")
-    values, _ = _parse_known(parser, [*words, *_without_config(argv)])
+    _parse_known(parser, config.words, f"{config.path}: ")
+    values, _ = _parse_known(parser, [*config.words, *argv])
     check_training(recipe, options_class, vars(values))
     return True
 
@@ -209,49 +215,29 @@ def _parse_known(
         raise ValueError(f"{prefix}{name}: {error.message}") from None
 
 
-def _with_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Replace `--config FILE` by the options in the file, before those of the command line.
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """The file of `--config`: its settings, and the same as words of a command line."""
 
-    The parser then converts the values of the file, and the command line overrides them.
-    """
-    words, settings = _config_words(argv)
-    accepted = {action.dest for action in parser._actions}
-    for key in settings:
-        if key not in accepted:
-            path = _config_path(argv)
-            raise ValueError(f"{path}: unknown key `{key}`{nearest(key, accepted)}")
-    if words:
-        _parse_known(parser, words, f"{_config_path(argv)}: ")
-    return [*words, *_without_config(argv)]
+    path: str | None
+    settings: dict[str, Any]
+    words: list[str]
 
 
-def _config_words(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return the options of `--config FILE` as words of a command line, and as settings."""
-    path = _config_path(argv)
-    if path is None:
-        return [], {}
-    settings, _ = read_yaml(path)
+def _read_config(argv: list[str]) -> tuple[_Config, list[str]]:
+    """Read the file of `--config`, once, and return it with the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    known, rest = _parse_known(parser, argv)
+    if known.config is None:
+        return _Config(None, {}, []), rest
+    settings, _ = read_yaml(known.config)
     words: list[str] = []
     for key, value in settings.items():
         values = value if isinstance(value, list) else [value]
         words.append(f"--{key}")
         words += [json.dumps(entry) if isinstance(entry, dict) else str(entry) for entry in values]
-    return words, settings
-
-
-def _config_path(argv: list[str]) -> str | None:
-    path: str | None = _config_parser().parse_known_args(argv)[0].config
-    return path
-
-
-def _without_config(argv: list[str]) -> list[str]:
-    return _config_parser().parse_known_args(argv)[1]
-
-
-def _config_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
-    return parser
+    return _Config(known.config, settings, words), rest
 
 
 def _print_help(recipe: str) -> None:

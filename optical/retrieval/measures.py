@@ -27,6 +27,7 @@ _TREC_EVAL_CUTOFFS = {
     "iprec_at_recall": "IPrec",
 }
 _TREC_EVAL_CUTOFF = re.compile(rf"({'|'.join(_TREC_EVAL_CUTOFFS)})[_.](\d+(?:\.\d+)?)")
+LARGEST_CUTOFF = 10**9
 _SIMPLE = re.compile(r"(\w+)(?:@([1-9]\d*))?$")
 
 
@@ -64,6 +65,8 @@ def _parse_measure(ir_measures: Any, name: str) -> Any:
             measure = measure if simple[2] is None else measure @ int(simple[2])
         if not set(measure.params) <= set(measure.SUPPORTED_PARAMS) or name.endswith("@0"):
             raise ValueError(f"parameters {measure.params}")
+        if measure.params.get("cutoff", 1) > LARGEST_CUTOFF:  # trec_eval's integers overflow
+            raise ValueError(f"cutoff {measure.params['cutoff']}")
     except (AttributeError, AssertionError, LookupError, NameError, TypeError, ValueError) as error:
         raise ValueError(
             f"unknown measure {name!r}; for example AP, nDCG@10, R@100, RR@10 or P@5 "

@@ -197,6 +197,7 @@ def test_names_of_trec_eval_are_accepted(tmp_path, capfd):
     assert list(found) == ["AP", "nDCG@10", "RR", "P@5", "R@100", "AP@10", "nDCG"]
     fails(capfd, [*argv, "--measures", "ndcg_cut"], "unknown measure 'ndcg_cut'")
     fails(capfd, [*argv, "--measures", "P"], "measure 'P' is incomplete")
+    fails(capfd, [*argv, "--measures", f"P@{'9' * 20}"], "unknown measure 'P@9+'")
 
 
 # --- options that are known to be wrong at once --------------------------------------------------
@@ -233,6 +234,12 @@ BAD_OPTIONS = {
     ),
     "export --format tokens": ("m --format tokens --output o", "documents: expected a file"),
     "index --output q.tsv": ("m --documents d.tsv --output q.tsv", r"holds no model|is no folder"),
+    "info --seconds -1": ("--seconds -1", "--seconds: -1, expected a number from 0"),
+    "warmup --length 0": ("--length 0", "--length: 0, expected 1 or more"),
+    "warmup --threads 0": ("--threads 0", "--threads: 0, expected 1 or more"),
+    "train encoder --config": ("--output_dir o --config", "--config: expected one argument"),
+    "train encoder --config .": ("--output_dir o --config .", "is a folder, expected a text file"),
+    "train encoder --config deep": ("--output_dir o --config deep", "deep: not YAML that can be"),
     "train encoder --heads 0": ("--text t --output_dir o --heads 0", "heads: 0, expected 1"),
     "train encoder --layers 0": ("--text t --output_dir o --layers 0", "layers: 0, expected 1"),
     "train encoder --hidden_size 0": (
@@ -293,6 +300,7 @@ def desk(tmp_path, monkeypatch):
     put(tmp_path, "b.tsv", BITEXT)
     put(tmp_path, "bad.tsv", "a\tb\nabc\n")
     put(tmp_path, "t", "water is cold\n")
+    put(tmp_path, "deep", "[" * 5000)
     for name in ("m", "used/checkpoint-3", "used/final"):
         (tmp_path / name).mkdir(parents=True)
     return tmp_path
