@@ -182,55 +182,83 @@ def write(output: Path, architecture: str, new: list[dict[str, Any]]) -> None:
 
 
 class Shape(NamedTuple):
-    """A batch of problems and the cost of solving it.
+    """A batch of problems and how it runs on an H200.
 
     Attributes:
-        batch, dim, iterations: the problems.
+        batch, tokens, dim, iterations: the problems; ``tokens`` is the sum of both sides.
         kernel: the forward kernel.
-        warps: warps per problem.
+        problems: problems per block, or per cluster.
+        warps: warps per block.
+        resident: blocks per multiprocessor, from registers and shared memory.
         per_chunk: instructions of a warp per chunk of the vectors, counted in the sm_90a code.
         chunk: components of the vectors per chunk.
         entries: entries of the cost per lane.
         fragments: products of fragments of a warp per 16 components of the vectors.
-        busy: the assumed utilisation of a multiprocessor.
-        blocks: blocks per problem.
-        barrier: seconds per iteration for the barrier of a cluster.
+        blocks: blocks per cluster.
+        trips: dependent trips to other blocks per iteration.
     """
 
     batch: int
+    tokens: int
     dim: int
     iterations: int
     kernel: str
-    warps: float
+    problems: int
+    warps: int
+    resident: int
     per_chunk: int
     chunk: int
     entries: int
     fragments: int
-    busy: float
     blocks: int = 1
-    barrier: float = 0.0
+    trips: int = 0
 
 
 SHAPES = {
-    "T1": Shape(4096, 128, 20, "pair", 1 / 2, 2 * 280, 16, 64, 2 * 16, 0.8),
-    "T2": Shape(1024, 256, 50, "warp", 1, 540, 32, 128, 48, 0.8),
-    "T3": Shape(512, 768, 50, "square", 4, 467, 32, 128, 40, 0.8),
-    "T4": Shape(512, 768, 50, "block", 6, 467, 32, 128, 40, 0.6),
-    "T5": Shape(256, 1024, 100, "cluster", 16, 467, 32, 128, 38, 0.6, 2, 0.7e-6),
-    "T6": Shape(64, 768, 100, "cluster", 64, 467, 32, 128, 38, 0.6, 8, 1e-6),
-    "T7": Shape(32, 1024, 200, "cluster", 64, 467, 32, 128, 38, 0.6, 8, 1e-6),
+    "T1": Shape(4096, 64, 128, 20, "pair", 2, 1, 12, 2 * 280, 16, 64, 2 * 16),
+    "T2": Shape(1024, 128, 256, 50, "warp", 1, 1, 8, 540, 32, 128, 48),
+    "T3": Shape(512, 256, 768, 50, "square", 1, 4, 2, 467, 32, 128, 40),
+    "T4": Shape(512, 256, 768, 50, "block", 1, 6, 1, 467, 32, 128, 40),
+    "T5": Shape(256, 512, 1024, 100, "cluster", 1, 8, 1, 467, 32, 128, 38, 2, 3),
+    "T6": Shape(64, 1024, 768, 100, "cluster", 1, 8, 1, 467, 32, 128, 38, 8, 2),
+    "T7": Shape(32, 1024, 1024, 200, "cluster", 1, 8, 1, 467, 32, 128, 38, 8, 2),
 }
-MULTIPROCESSORS, CLOCK, PER_ENTRY, PER_FRAGMENT = 132, 1.98e9, 80, 8
+MULTIPROCESSORS, SCHEDULERS, CLOCK, BANDWIDTH = 132, 4, 1.98e9, 4.2e12
+PER_ENTRY, PER_FRAGMENT = 72, 8
+# Clocks per instruction of a warp that runs alone on its scheduler: in the iteration (about 820
+# clocks for the 373 instructions of T3), and in the set-up, whose loads, shuffles and exponentials
+# depend on one another.
+ITERATION_CLOCKS, SETUP_CLOCKS = 2.2, 2.5
+# Clocks per iteration of a cluster: a fence for the whole GPU with the barrier, and a trip to
+# another block. The lower figures are latencies that others measured on H100.
+FENCE, TRIP = (700, 2000), (200, 300)
 
 
 def predicted(shape: Shape, taken: int) -> tuple[float, float]:
-    """Predict the seconds of a forward pass, with tensor cores overlapped and not overlapped."""
-    s, slots = shape, 4 * MULTIPROCESSORS * CLOCK
-    instructions = s.iterations * taken + -(-s.dim // s.chunk) * s.per_chunk + PER_ENTRY * s.entries
-    issue = s.batch * s.warps * instructions / slots
-    tensor = s.batch * s.warps * s.dim / 16 * s.fragments * PER_FRAGMENT / slots
-    waits = -(-s.batch * s.blocks // MULTIPROCESSORS) * s.iterations * s.barrier
-    return max(issue, tensor) / s.busy + waits, (issue + tensor) / s.busy + waits
+    """Predict the seconds of a forward pass.
+
+    The lower figure overlaps instructions, tensor cores and memory, the higher one adds them.
+    """
+    s = shape
+    setup = -(-s.dim // s.chunk) * s.per_chunk + PER_ENTRY * s.entries
+    groups, at_once = -(-s.batch // s.problems), MULTIPROCESSORS * s.resident // s.blocks
+    waves = [at_once] * (groups // at_once) + ([groups % at_once] if groups % at_once else [])
+    seconds = []
+    for fence, trip in zip(FENCE, TRIP, strict=True):
+        exchange = s.iterations * (fence + s.trips * trip) if s.blocks > 1 else 0
+        clocks = 0.0
+        for wave in waves:
+            # Warps on the busiest scheduler.
+            blocks = -(-wave * s.blocks // MULTIPROCESSORS)
+            warps = -(-blocks * s.warps // SCHEDULERS)
+            clocks += s.iterations * taken * max(warps, ITERATION_CLOCKS)
+            clocks += setup * max(warps, SETUP_CLOCKS) + exchange
+        seconds.append(clocks / CLOCK)
+    all_warps = groups * s.blocks * s.warps
+    tensor = all_warps * s.dim / 16 * s.fragments * PER_FRAGMENT
+    tensor /= SCHEDULERS * MULTIPROCESSORS * CLOCK
+    memory = s.batch * s.tokens * s.dim * 2 / BANDWIDTH
+    return max(seconds[0], tensor, memory), seconds[1] + tensor + memory
 
 
 def predictions(table: Path = TABLE) -> dict[str, tuple[float, float]]:

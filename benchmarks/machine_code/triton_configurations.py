@@ -90,15 +90,12 @@ def _onchip_adjoints() -> Iterator[Configuration]:
     """The solvers of the implicit gradient and the reversed iterations of the unrolled one."""
     for size, tile in tuning.ADJOINT.items():
         name = f"{size}x{size}"
-        for kind, dtype in (("given", "fp32"), ("cosine", "bf16"), ("cosine", "fp32")):
+        for kind, dtype in (("given", "fp32"), ("cosine", "bf16")):
             options: dict[str, Any] = {"PACKED": False}
             yield _tiled(adjoint.adjoint_kernel, name, tile, kind, dtype, **options)
             options |= {"START": False, "POTENTIALS": True, "NEED_X": True}
             options |= {"NEED_Y": kind != "given", "BLOCK_G": 32}
-            single = dtype == "fp32"
-            options |= {"DOT_DTYPE": tl.float32 if single else tl.bfloat16}
-            options |= {"DOT_PRECISION": "exact" if single else "ieee"}
-            options["ROWS"] = min(32, tile.rows) if single else tile.rows
+            options |= {"DOT_DTYPE": tl.bfloat16, "DOT_PRECISION": "ieee", "ROWS": tile.rows}
             yield _tiled(unrolled.unrolled_kernel, name, tile, kind, dtype, **options)
 
 

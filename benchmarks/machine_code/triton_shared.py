@@ -35,7 +35,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from optical.backends import registry
-from optical.kernels import masses, tuning
+from optical.kernels import tuning
+from optical.kernels.tokens import masses
 from optical.ot import autograd
 from optical.testing.cases import Case, packed, random_case, random_vector_case
 from optical.testing.tolerance import solve

@@ -80,6 +80,7 @@ OPTICAL_DEVICE void sync_block() { __syncthreads(); }
 OPTICAL_DEVICE bool sync_block_or(bool predicate) { return __syncthreads_or(predicate) != 0; }
 
 #if __CUDA_ARCH__ >= 900
+constexpr bool has_clusters = true;
 OPTICAL_DEVICE int cluster_rank() {
     unsigned rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -103,6 +104,7 @@ OPTICAL_DEVICE const Element* remote(const Element* local, int rank) {
 }
 #else
 // Devices before sm_90 have no clusters.
+constexpr bool has_clusters = false;
 OPTICAL_DEVICE int cluster_rank() { return 0; }
 OPTICAL_DEVICE int cluster_size() { return 1; }
 OPTICAL_DEVICE void sync_cluster() { __syncthreads(); }

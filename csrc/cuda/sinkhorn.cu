@@ -409,7 +409,7 @@ OPTICAL_API const char* optical_source_hash(void) { return OPTICAL_SOURCE_HASH; 
 OPTICAL_API void optical_emulator_seed(uint64_t seed) {
     emulator::machine().random = seed * 2 + 1;
 }
-// Makes approximate arithmetic as wrong as it may be, or rounds it.
+// Gives approximate arithmetic errors as large as PTX allows, or rounds it.
 OPTICAL_API void optical_emulator_arithmetic(int pessimistic) {
     emulator::pessimistic() = pessimistic != 0;
 }

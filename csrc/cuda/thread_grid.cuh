@@ -279,7 +279,7 @@ struct ThreadGrid {
         }
     }
     OPTICAL_DEVICE void add_all_columns(const float* parts, float (&out)[OJ]) const {
-        if (span != Span::cluster) add_columns<Sum>(parts, out);
+        if (span != Span::cluster || !has_clusters) add_columns<Sum>(parts, out);
         else if (blocks == 8) add_blocks<8>(parts, out);
         else if (blocks == 4) add_blocks<4>(parts, out);
         else add_blocks<2>(parts, out);

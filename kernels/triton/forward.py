@@ -252,7 +252,9 @@ class StepwiseSolve:
         self.annealing = annealing_temperatures(problem)
         n_iter = outputs[3]
         self.stopped, self.state = torch.empty_like(n_iter), torch.empty_like(n_iter)
-        self.change, self.column_error = problem.epsilon.new_empty(2, launch.size)
+        # Two tensors: each begins at an aligned address, whatever the size of the batch.
+        like = problem.epsilon
+        self.change, self.column_error = torch.empty_like(like), torch.empty_like(like)
         self.tile = tile_options(launch, tuning.STREAM)
         self.options = {
             "PACKED": launch.packed,

@@ -136,7 +136,8 @@ def _prepare(
     if handle is None:
         # Compiles the variant, or finds it compiled, without launching it.
         compiled = kernel.warmup(*arguments, grid=grid, **options)
-        if not type(compiled.run).__module__.startswith("triton."):
+        # A hook of Triton's may keep it from compiling; another launcher takes tensors alone.
+        if compiled is None or not type(compiled.run).__module__.startswith("triton."):
             return None
         constants = tuple(options[name] for name in parameters.constants)
         handle = _Handle(compiled.run, compiled.function, compiled.packed_metadata, constants)

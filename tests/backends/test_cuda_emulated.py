@@ -109,7 +109,7 @@ PESSIMISTIC += ["sqeuclidean_packed_rho", "dot_ragged_packed", "one_fully_masked
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("name", PESSIMISTIC)
 def test_pessimistic_arithmetic_is_within_tolerance(name, gradient, compiled, monkeypatch):
-    """The largest errors that PTX allows, and tensor cores that truncate."""
+    """Errors as large as PTX allows, and tensor cores that truncate."""
     use(compiled, monkeypatch.setattr)
     compiled.optical_emulator_arithmetic(1)
     try:

@@ -19,7 +19,7 @@ def run(program, *arguments, **options):
     tool = shutil.which("setarch")
     command = [*([tool, "-R"] if tool else []), program, *map(str, arguments)]
     result = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | options, timeout=1200
+        command, capture_output=True, text=True, env=os.environ | options, timeout=3600
     )
     return result.returncode, result.stdout + result.stderr
 

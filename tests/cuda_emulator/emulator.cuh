@@ -8,8 +8,8 @@
 // Three switches make it stricter:
 // -fsanitize=thread    reports all accesses to memory that no barrier orders (fibers.cuh);
 // -fsanitize=address   reports accesses outside of shared memory, and of inputs of exact size;
-// optical_emulator_arithmetic(1), at run time, makes the approximate instructions as wrong as PTX
-//                      allows and lets the tensor cores truncate (arithmetic.cuh).
+// optical_emulator_arithmetic(1), at run time, gives the approximate instructions errors up to the
+//                      largest that PTX allows and lets the tensor cores truncate (arithmetic.cuh).
 #pragma once
 
 #include <math.h>
@@ -55,6 +55,7 @@ inline Value exchanged(Value value, int lane) {
 
 }  // namespace emulator
 
+constexpr bool has_clusters = true;
 OPTICAL_EMULATOR inline int thread_index() { return emulator::machine().self->index; }
 OPTICAL_EMULATOR inline int thread_count() { return emulator::machine().threads; }
 OPTICAL_EMULATOR inline int block_index() { return emulator::machine().self->block->index; }

@@ -27,10 +27,10 @@ DEVICES = [
 # Compiled anew as far as the allocation of shared memory: the largest, and one of each way to
 # multiply.
 SAMPLE = [
-    ("unrolled", "128x128x32 8", "cosine", "fp32", "tf32x3"),
-    ("unrolled", "64x64x32 4", "cosine", "mixed", "tf32x3"),
+    ("unrolled", "128x128x32 8", "cosine", "fp32", "ROWS tf32x3"),
+    ("unrolled", "64x64x32 4", "cosine", "mixed", "ROWS tf32x3"),
     ("resident", "64x64 1", "cosine", "half", ""),
-    ("vector_gradient", "32x64x32 8", "dot", "two halves", "WHOLE bf16"),
+    ("vector_gradient", "64x64x64 8", "dot", "two halves", "WHOLE bf16"),
     ("walk", "64x64 4", "given", "fp32", ""),
 ]
 HALVES = torch.bfloat16, torch.float16

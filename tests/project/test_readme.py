@@ -206,6 +206,8 @@ def test_the_commands_of_the_command_line_page_run(world, tmp_path, monkeypatch)
                 [] if words[1] in WITHOUT_STEPS else ["--max_steps", "1", "--disable_tqdm", "true"]
             )
             words = [*words, *steps, *small.get(words[1], [])]
+        if words[0] == "warmup":
+            words = [*words, "--device", "cpu"]
         assert cli.main(words) == 0, words
     expected = (
         "runs/average/final/model.safetensors",

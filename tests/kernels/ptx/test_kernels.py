@@ -91,7 +91,7 @@ def test_vectors_of_two_dtypes(gradient, machine, poisoned_memory):
 def test_packed_half_vectors(machine, poisoned_memory):
     lengths = {"rows": [7, 3], "columns": [2, 6]}
     clouds = random_vector_case(
-        "", "sqeuclidean", batch=2, n=7, m=6, dim=72, epsilon=16.0, max_iter=4, **lengths
+        "", "sqeuclidean", batch=2, n=7, m=6, dim=24, epsilon=16.0, max_iter=4, **lengths
     )
     assert_vectors_correct(packed(clouds), ("envelope",), torch.float16, torch.float16)
 
