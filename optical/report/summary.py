@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,10 @@ class StudyDescription:
         trained_pairs: language -> how many of the aligned sentence pairs a model of the study was
             trained on, and their number; empty if that was not checked.
         curves: name of a curve -> its arms, in increasing number of sentence pairs.
+        sizes: collection -> language -> numbers of ``queries`` and ``documents``, and the mean
+            number of ``relevant`` documents per query.
+        inputs: file or model -> the SHA-256 of its content, or another identity.
+        environment: software and machine of the study, as of ``optical.io.environment``.
         role: role of the student, "query" or "document".
         seeds: training seeds.
         config_text: text of the configuration file.
@@ -65,13 +69,16 @@ class StudyDescription:
     starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     trained_pairs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     curves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     role: str = "document"
     seeds: tuple[int, ...] = (0,)
     config_text: str = ""
 
     def name_of(self, language: str) -> str:
-        return self.names.get(language, language)
+        return self.names.get(language) or ("English" if language == "en" else language)
 
     def group_of(self, language: str) -> str:
         """Return "low", "high", or "" for a language in neither group."""
@@ -100,6 +107,7 @@ class Gap:
 
     Attributes:
         gap: mean over the high-resource languages minus mean over the low-resource languages.
+        narrowed: the baseline's gap minus that of the arm; None for the baseline.
         closed: share of the baseline's gap that the arm closes; None if the baseline's gap is not
             meaningfully above zero (:data:`LEAST_WHOLE`).
         recovered_low, recovered_high: share of the difference between English documents and the
@@ -114,6 +122,7 @@ class Gap:
     low_mean: float
     high_mean: float
     gap: Estimate
+    narrowed: Estimate | None = None
     closed: Estimate | None = None
     recovered_low: Estimate | None = None
     recovered_high: Estimate | None = None
@@ -147,16 +156,27 @@ class Summary:
 
     @classmethod
     def of(cls, study: StudyDescription, results: Sequence[Mapping[str, Any]]) -> Summary:
-        """Summarise the result rows that the tasks of a study wrote."""
+        """Summarise the result rows that the tasks of a study wrote, or those that exist so far.
+
+        Arms and collections without a result are left out.
+
+        Raises:
+            ValueError: there is no result of any arm.
+        """
         rows = [row for row in results if "measures" in row]
+        evaluated = {row["arm"] for row in rows}
+        arms = [arm for arm in study.arms if arm in evaluated]
+        if not arms:
+            raise ValueError(f"{study.title}: no arm has been evaluated, so there is no report yet")
+        searched = {name for row in rows if row["arm"] in arms for name in row["measures"]}
         measures = next(iter(rows[0]["measures"].values())).keys()
         measure = next(iter(measures))
         by_measure = {name: _values_by_seed(rows, name) for name in measures}
         draws = {key: _bootstrap(seeds, key) for key, seeds in by_measure[measure].items()}
         summary = cls(
-            arms=list(study.arms),
+            arms=arms,
             languages=list(study.languages),
-            collections=list(study.collections),
+            collections=[name for name in study.collections if name in searched],
             measure=measure,
             scores={key: _mean_of_seeds(seeds) for key, seeds in by_measure[measure].items()},
             draws=draws,
@@ -176,7 +196,7 @@ class Summary:
                 (arm, start)
                 for arm in summary.arms
                 for start in study.starts.get(arm, ())
-                if frozenset((arm, start)) not in compared
+                if start in arms and frozenset((arm, start)) not in compared
             ]
         )
         if study.low and study.high:
@@ -184,9 +204,21 @@ class Summary:
         return summary
 
     def languages_of(self, collection: str) -> list[str]:
-        """Return the languages in which the arms searched a collection."""
-        arm = self.arms[0]
-        return [x for x in self.languages if (collection, arm, x) in self.scores]
+        """Return the languages in which any arm searched a collection."""
+        return self._languages(collection, any, self.arms)
+
+    def common_languages(self, collection: str, *arms: str) -> list[str]:
+        """Return the languages in which all of these arms searched a collection."""
+        return self._languages(collection, all, arms)
+
+    def _languages(
+        self, collection: str, quantifier: Callable[[Iterable[bool]], bool], arms: Sequence[str]
+    ) -> list[str]:
+        return [
+            language
+            for language in self.languages
+            if quantifier((collection, arm, language) in self.scores for arm in arms)
+        ]
 
     def between(self, collection: str, arm: str, against: str) -> list[tuple[float, float]]:
         """Return the difference and corrected p of two arms in each language of a collection."""
@@ -203,6 +235,8 @@ class Summary:
         searched = [(c, x) for c in self.collections for x in self.languages_of(c)]
         for (collection, language), (arm, against) in itertools.product(searched, pairs):
             keys = (collection, arm, language), (collection, against, language)
+            if not all(key in self.scores for key in keys):
+                continue
             tested = paired_test(*(self.scores[key] for key in keys), seed=SEED)
             # This interval covers queries and seeds; that of the test covers queries only.
             low, high = percentiles((self.draws[keys[0]] - self.draws[keys[1]])[1:])
@@ -219,6 +253,7 @@ class Summary:
 
     def _arm_pairs(self, against: Sequence[str]) -> list[tuple[str, str]]:
         """Return the pairs (arm, arm it is compared with)."""
+        against = [arm for arm in against if arm in self.arms]
         pairs = [(new, old) for old, new in itertools.combinations(self.arms, 2)]
         if not against:
             return pairs
@@ -233,22 +268,30 @@ class Summary:
     def _gaps(self, study: StudyDescription) -> list[Gap]:
         gaps = []
         for collection in self.collections:
-            if not {*study.low, *study.high} <= {*self.languages_of(collection)}:
+            complete = [
+                arm
+                for arm in self.arms
+                if {*study.low, *study.high} <= {*self.common_languages(collection, arm)}
+            ]
+            if self.arms[0] not in complete:
                 continue
             baseline = self._group_means(study, collection, self.arms[0])
             translated = (
-                self._group_means(study, collection, study.translation) if study.translation else []
+                self._group_means(study, collection, study.translation)
+                if study.translation in complete
+                else []
             )
             ceiling = [
                 values
                 for (name, arm, _), values in self.draws.items()
                 if name == collection and arm not in self.arms
             ]
-            for arm in self.arms:
+            for arm in complete:
                 low, high = groups = self._group_means(study, collection, arm)
                 gap = Gap(collection, arm, float(low[0]), float(high[0]), _estimate(high - low))
                 if arm != self.arms[0]:
                     baseline_gap = baseline[1] - baseline[0]
+                    gap.narrowed = _estimate(baseline_gap - (high - low))
                     gap.closed = _share(baseline_gap - (high - low), baseline_gap)
                     if ceiling:
                         gap.recovered_low, gap.recovered_high = (
