@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ PACKAGE_PREFIX = "package:"
 # A folder with one of these files holds a model.
 _MODEL_FILES = ("config.json", "modules.json")
 _NO_CODE = {"trust_remote_code": False}
+# Names of the prompt of documents, in the order of precedence.
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 # Names of the tables of learnt positions.
 _POSITION_TABLES = ("position_embeddings", "wpe")
 
@@ -56,19 +59,14 @@ def load_retriever(
     check_model(str(name))
     name = resolve_model(str(name))
     require("sentence_transformers", "train", "a retriever")
-    from safetensors import SafetensorError
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import Transformer
 
-    bad_file = find_damaged(name) if Path(name).is_dir() else None
-    if bad_file:
-        raise ValueError(
-            f"model {name}: {bad_file} is damaged; remove the folder and train the model again"
-        )
-    try:
-        if _is_multi_vector(name):
+    with loading_errors(name):
+        if is_multi_vector(name):
             model = MultiVectorEncoder(name, trust_remote_code=False)
             load_partners(model, name)
+            use_prompts(model)
             for module in model.modules():
                 if isinstance(module, Transformer):
                     _check_encoder(name, module)
@@ -82,6 +80,22 @@ def load_retriever(
             # Transformers would otherwise ask on the terminal whether to run the code.
             **dict.fromkeys(("model_kwargs", "config_kwargs", "processor_kwargs"), _NO_CODE),
         )
+    _check_encoder(str(name), encoder)
+    return _build_retriever(encoder, dimension, skip_words)
+
+
+@contextlib.contextmanager
+def loading_errors(name: str) -> Iterator[None]:
+    """Turn errors of a damaged, unsafe or unsuitable model into a ValueError of one line."""
+    from safetensors import SafetensorError
+
+    bad_file = find_damaged(name) if Path(name).is_dir() else None
+    if bad_file:
+        raise ValueError(
+            f"model {name}: {bad_file} is damaged; remove the folder and train the model again"
+        )
+    try:
+        yield
     except pickle.UnpicklingError:
         raise ValueError(
             f"model {name}: cannot be loaded (its weights hold more than tensors, and could run "
@@ -89,8 +103,20 @@ def load_retriever(
         ) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    _check_encoder(str(name), encoder)
-    return _build_retriever(encoder, dimension, skip_words)
+
+
+def use_prompts(model: Any, *, query: str | None = None, document: str | None = None) -> None:
+    """Set the prompts of a model's queries and documents; None keeps the model's own.
+
+    Many models name the prompt of documents "passage" or "corpus". Sentence Transformers adds an
+    empty prompt "document" when it loads them, which would come first.
+    """
+    prompts = dict(model.prompts or {})
+    own = next((prompts[name] for name in _DOCUMENT_PROMPTS if prompts.get(name)), "")
+    prompts["document"] = own if document is None else document
+    if query is not None:
+        prompts["query"] = query
+    model.prompts = prompts
 
 
 def _build_retriever(encoder: Any, dimension: int | None, skip_words: Sequence[str]) -> Any:
@@ -214,6 +240,28 @@ def resolve_model(name: str) -> str:
     return str(Path(next(iter(spec.submodule_search_locations))) / folder)
 
 
+def load_multi_vector(
+    name: str | Path, *, query_prompt: str | None = None, document_prompt: str | None = None
+) -> Any:
+    """Load a late-interaction model as it is; plain encoders and dense models are refused.
+
+    Args:
+        name, query_prompt, document_prompt: see :func:`optical.retrieval.dense.load_dense`.
+
+    Raises:
+        ValueError: as in :func:`load_retriever`, or the model returns one vector for each text.
+    """
+    check_model(str(name))
+    if not is_multi_vector(resolve_model(str(name))):
+        raise ValueError(
+            f"model {name}: returns no token vectors for retrieval; use the recipe `dense`, or "
+            "train it (`teacher`, `distill`)"
+        )
+    model = load_retriever(name)
+    use_prompts(model, query=query_prompt, document=document_prompt)
+    return model
+
+
 def check_model(name: str) -> None:
     """Raise ValueError if `name` is a missing folder or one without a model; hub names pass."""
     name = resolve_model(name)
@@ -226,12 +274,18 @@ def check_model(name: str) -> None:
         raise ValueError(f"model {name}: no config.json in this folder, so it holds no model")
 
 
-def _is_multi_vector(name: str) -> bool:
+def is_multi_vector(name: str) -> bool:
     """Return whether a saved model yields token vectors; not a plain encoder or one vector."""
-    folder = Path(name)
-    if folder.is_dir():
-        modules = folder / "modules.json"
-        return modules.exists() and "Pooling" not in modules.read_text(encoding="utf-8")
-    from sentence_transformers.util import is_sentence_transformer_model
+    if Path(name).is_dir():
+        files = [
+            str(path) for path in (Path(name) / file for file in _MODEL_FILES) if path.exists()
+        ]
+    else:
+        from sentence_transformers.util import load_file_path
 
-    return bool(is_sentence_transformer_model(name))
+        files = [path for file in _MODEL_FILES if (path := load_file_path(name, file))]
+    texts = {Path(path).name: Path(path).read_text(encoding="utf-8") for path in files}
+    # ColBERT of Stanford has its projection inside the encoder, and no modules.
+    if "HF_ColBERT" in texts.get("config.json", ""):
+        return True
+    return "modules.json" in texts and "Pooling" not in texts["modules.json"]

@@ -103,7 +103,8 @@ class StudyConfig:
     def describe(self) -> StudyDescription:
         """Return the properties that the report needs."""
         shared = {entry.name for entry in dataclasses.fields(StudyDescription)}
-        shared -= {"arms", "collections", "starts", "trained_pairs"}
+        shared &= {entry.name for entry in dataclasses.fields(self)}
+        shared -= {"arms", "collections"}
         return StudyDescription(
             arms=tuple(arm.name for arm in self.arms),
             collections=tuple(self.collections),
@@ -332,6 +333,10 @@ class _Reader:
                 expected = "two arms or more" if recipe == "average" else "one name at most"
                 raise self.error(f"{key}.start: {start!r}, expected {expected}")
         arm.options = self.options(raw, options_class, key)
+        if arm.pretrained and not arm.options.get("model"):
+            raise self.error(f"{key}: no key `model`; it is required for the recipe {recipe}")
+        if recipe == "dense" and arm.encodes == "role":
+            raise self.error(f"{key}.encodes: a dense model encodes both sides")
         return arm
 
     def text_files(self, raw: Any, key: str) -> dict[str, str]:

@@ -54,7 +54,7 @@ class EvaluationTasks:
                 collection = layout.load_collection(name, language)
                 ranking = search(self._with_arm_texts(arm, collection, language, role))
                 path = layout.output / "runs" / f"{name}.{stem}.run.gz"
-                write_run(ranking, path, tag=f"optical-{file_name(arm.name)}")
+                write_run(ranking, path, tag=f"{file_name(arm.name)}-{language}-seed{seed}")
                 evaluation = evaluate(ranking, collection.qrels, layout.config.measures)
                 measures[name] = evaluation.per_query
             row = {"arm": arm.name, "language": language, "seed": seed, "measures": measures}
@@ -66,14 +66,23 @@ class EvaluationTasks:
     def _searcher(self, arm: ArmConfig, model: str, role: str) -> Callable[[Collection], Run]:
         """Return a function that searches a collection with the models of an arm."""
         from optical.models.encoding import encode
-        from optical.models.retriever import load_retriever
+        from optical.models.retriever import load_multi_vector, load_retriever
         from optical.retrieval.bm25 import search_bm25
+        from optical.retrieval.dense import load_dense, search_dense
         from optical.retrieval.exact_search import search
 
         if arm.recipe == "bm25":
             return lambda collection: search_bm25(collection, **arm.options)
         config = self.layout.config
-        student = load_retriever(model)
+        cuts: dict[str, Any] = {
+            "passage_length": config.passage_length,
+            "passage_stride": config.passage_stride,
+        }
+        prompts = {name: arm.options.get(name) for name in ("query_prompt", "document_prompt")}
+        if arm.recipe == "dense":
+            dense = load_dense(model, **prompts)
+            return lambda collection: search_dense(dense, collection, **cuts)
+        student = load_multi_vector(model, **prompts) if arm.pretrained else load_retriever(model)
         teacher = student if arm.encodes == "both" else load_retriever(self.layout.teacher_name)
         queries, documents = (student, teacher) if role == "query" else (teacher, student)
 
@@ -89,8 +98,7 @@ class EvaluationTasks:
                 collection,
                 document_model=documents,
                 query_vectors=query_vectors,
-                passage_length=config.passage_length,
-                passage_stride=config.passage_stride,
+                **cuts,
                 progress=False,
             )
 
