@@ -31,7 +31,6 @@ from optical.report.sentences import (
 from optical.report.style import FORMATS
 from optical.report.summary import (
     LEAST_WHOLE,
-    SEED,
     Comparison,
     StudyDescription,
     Summary,
@@ -48,6 +47,7 @@ from optical.report.table import (
     result_rows,
     write_rows,
 )
+from optical.retrieval.bootstrap import SEED
 
 
 def write_report(
@@ -94,6 +94,7 @@ def write_report(
         *_measures_by_language(study, summary),
         *_gaps(study, summary),
         *_gains(study, summary),
+        *sections.pools(study, summary),
         *_comparisons(summary),
         *sections.queries(study, summary, by_query),
         *_all_measures(summary),

@@ -87,6 +87,39 @@ def queries(study: StudyDescription, summary: Summary, rows: Sequence[Row]) -> l
     return [Heading(f"Queries: {measure_name(summary.measure)}"), Table(head, table, caption)]
 
 
+def pools(study: StudyDescription, summary: Summary) -> list[Block]:
+    """Return the effectiveness and the language bias of each arm on mixed-language pools."""
+    blocks: list[Block] = []
+    for collection in dict.fromkeys(pool.collection for pool in summary.pools):
+        here = [pool for pool in summary.pools if pool.collection == collection]
+        languages = list(here[0].bias)
+        rows = []
+        for pool in here:
+            value, low, high = pool.estimate
+            shares = [
+                f"{own['share']:.0%} ({own['rank']:+.2f})"
+                for own in (pool.bias[language] for language in languages)
+            ]
+            row = [pool.arm, f"{value:.3f} [{low:.3f}, {high:.3f}]", f"{pool.distance:.0%}"]
+            rows.append([*row, *shares])
+        relevant = ", ".join(
+            f"{own['relevant']:.0%} {study.name_of(language)}"
+            for language, own in here[0].bias.items()
+        )
+        name = measure_name(summary.measure)
+        caption = (
+            f"{collection}: every query searches the documents of all {len(languages)} languages "
+            f"at once ({here[0].queries} queries). Share of each language in the first ten "
+            "documents and, in parentheses, rank bias: +.50 if its relevant documents stand before "
+            "those of all other languages, -.50 if after them, 0 if the language has no influence. "
+            "Bias: share of the first ten places that would have to change language to match the "
+            f"relevant documents ({relevant})."
+        )
+        head = ["arm", name, "bias", *map(study.name_of, languages)]
+        blocks.append(Table(head, rows, caption))
+    return [Heading("Mixed-language pools"), *blocks] if blocks else []
+
+
 def provenance(study: StudyDescription, costs: Mapping[str, Mapping[str, float]]) -> list[Block]:
     """Return software, machine, inputs by content, and configuration of the study."""
     used: Mapping[str, Any] = study.environment or environment()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from optical.report.summary import Estimate, Gap, StudyDescription, Summary, measure_name
+from optical.report.summary import Gap, StudyDescription, Summary, measure_name
+from optical.retrieval.bootstrap import Estimate
 
 ALPHA = 0.05
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,26 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from optical.retrieval.statistics import (
-    RESAMPLES,
-    correct,
-    paired_test,
-    percentiles,
-    resampled_indices,
-)
+from optical.retrieval.bootstrap import SEED, Draws, Estimate, Values, bootstrap, estimate
+from optical.retrieval.statistics import correct, paired_test, percentiles
 
-SEED = 0
 # A share of less than this is not told: it divides by what is nearly nothing.
 LEAST_WHOLE = 0.02
 
-# Query id -> value of a measure.
-Values = dict[str, float]
 # (collection, arm, language) -> values, averaged over seeds.
 Scores = dict[tuple[str, str, str], Values]
-# A point estimate, followed by its bootstrap draws.
-Draws = np.ndarray[Any, np.dtype[np.float64]]
-# Point estimate, lower and upper end of its 95 % interval.
-Estimate = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -131,6 +118,29 @@ class Gap:
 
 
 @dataclass
+class Pool:
+    """How an arm ranks a pool of documents in several languages.
+
+    Attributes:
+        estimate: mean of the measure over the queries of the pool, and its interval.
+        bias: language -> ``share`` of the first ten documents, ``relevant``, its share of the
+            relevant documents, and ``rank``, the rank bias, all averaged over seeds.
+        queries: number of queries.
+    """
+
+    collection: str
+    arm: str
+    estimate: Estimate
+    bias: dict[str, dict[str, float]]
+    queries: int
+
+    @property
+    def distance(self) -> float:
+        """Share of the first ten places that would have to change language, from 0 to 1."""
+        return sum(abs(own["share"] - own["relevant"]) for own in self.bias.values()) / 2
+
+
+@dataclass
 class Summary:
     """All statistics of a report."""
 
@@ -147,6 +157,7 @@ class Summary:
     # for the correction.
     start_comparisons: list[Comparison] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
+    pools: list[Pool] = field(default_factory=list)
     # (arm, language) -> number of sentence pairs that the arm was trained on.
     pairs: dict[tuple[str, str], int] = field(default_factory=dict)
     # (arm, language) -> alignment error rate, averaged over seeds and roles.
@@ -172,7 +183,7 @@ class Summary:
         measures = next(iter(rows[0]["measures"].values())).keys()
         measure = next(iter(measures))
         by_measure = {name: _values_by_seed(rows, name) for name in measures}
-        draws = {key: _bootstrap(seeds, key) for key, seeds in by_measure[measure].items()}
+        draws = {key: bootstrap(seeds, key) for key, seeds in by_measure[measure].items()}
         summary = cls(
             arms=arms,
             languages=list(study.languages),
@@ -188,6 +199,7 @@ class Summary:
             pairs={(row["arm"], row["language"]): row["pairs"] for row in rows if row.get("pairs")},
             error_rates=_error_rates(results),
             tokens={row["language"]: row["tokens"] for row in results if "tokens" in row},
+            pools=_pools(arms, [row for row in results if "pools" in row], measure),
         )
         summary.comparisons = summary._compare(summary._arm_pairs(study.against))
         compared = {frozenset((one.arm, one.against)) for one in summary.comparisons}
@@ -288,10 +300,10 @@ class Summary:
             ]
             for arm in complete:
                 low, high = groups = self._group_means(study, collection, arm)
-                gap = Gap(collection, arm, float(low[0]), float(high[0]), _estimate(high - low))
+                gap = Gap(collection, arm, float(low[0]), float(high[0]), estimate(high - low))
                 if arm != self.arms[0]:
                     baseline_gap = baseline[1] - baseline[0]
-                    gap.narrowed = _estimate(baseline_gap - (high - low))
+                    gap.narrowed = estimate(baseline_gap - (high - low))
                     gap.closed = _share(baseline_gap - (high - low), baseline_gap)
                     if ceiling:
                         gap.recovered_low, gap.recovered_high = (
@@ -334,6 +346,7 @@ class Summary:
                 for (arm, language), rate in self.error_rates.items()
             ],
             "tokens": self.tokens,
+            "pools": [vars(pool) | {"distance": pool.distance} for pool in self.pools],
         }
 
 
@@ -365,39 +378,24 @@ def _error_rates(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], 
     return {key: float(np.mean(values)) for key, values in rates.items()}
 
 
-def _bootstrap(seeds: Sequence[Values], key: tuple[str, str, str]) -> Draws:
-    """Return the mean over queries and seeds, followed by its bootstrap draws over both.
-
-    The sampled queries depend on the query ids only. Languages and arms with the same queries are
-    therefore resampled together, and differences between them stay paired. Seeds are sampled
-    independently for each arm and language, because their trainings are independent.
-    """
-    x = np.array([list(values.values()) for values in seeds])
-    means: Draws = x @ _query_counts(tuple(seeds[0])).T / x.shape[1]
-    if len(x) == 1:
-        draws = means[0]
-    else:
-        generator = np.random.default_rng([SEED, *"/".join(key).encode()])
-        sampled_seeds = generator.integers(0, len(x), (RESAMPLES, len(x)))
-        draws = means[sampled_seeds, np.arange(RESAMPLES)[:, None]].mean(axis=1)
-    return np.concatenate([[x.mean()], draws])
-
-
-@functools.lru_cache(maxsize=8)
-def _query_counts(queries: tuple[str, ...]) -> Draws:
-    """Return how often each query occurs in each resample, of shape (RESAMPLES, queries)."""
-    size = len(queries)
-    generator = np.random.default_rng([SEED, *",".join(queries).encode()])
-    counts = []
-    for indices in resampled_indices(generator, size):
-        rows = len(indices)
-        flat = (indices + size * np.arange(rows)[:, None]).ravel()
-        counts.append(np.bincount(flat, minlength=rows * size).reshape(rows, size))
-    return np.concatenate(counts).astype(np.float64)
-
-
-def _estimate(draws: Draws) -> Estimate:
-    return (float(draws[0]), *percentiles(draws[1:]))
+def _pools(arms: Sequence[str], rows: Sequence[Mapping[str, Any]], measure: str) -> list[Pool]:
+    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        for collection, found in row["pools"].items():
+            grouped.setdefault((collection, row["arm"]), []).append(found)
+    pools = []
+    for (collection, arm), seeds in grouped.items():
+        values = [seed["measures"][measure] for seed in seeds]
+        draws = bootstrap(values, (collection, arm, "pool"))
+        bias = {
+            language: {
+                name: float(np.mean([seed["bias"][language][name] for seed in seeds]))
+                for name in own
+            }
+            for language, own in seeds[0]["bias"].items()
+        }
+        pools.append(Pool(collection, arm, estimate(draws), bias, len(values[0])))
+    return sorted(pools, key=lambda pool: (pool.collection, arms.index(pool.arm)))
 
 
 def _share(part: Draws, whole: Draws) -> Estimate | None:
@@ -408,7 +406,7 @@ def _share(part: Draws, whole: Draws) -> Estimate | None:
     if whole[0] < LEAST_WHOLE or np.quantile(whole[1:], 0.025) < LEAST_WHOLE / 4:
         return None
     # The share is undefined in the few draws in which the whole is not positive.
-    return _estimate(part[whole > 0] / whole[whole > 0])
+    return estimate(part[whole > 0] / whole[whole > 0])
 
 
 def measure_name(measure: str) -> str:

@@ -7,6 +7,9 @@ The column ``kind`` gives the meaning of a row:
     gap         high minus low resource; `closed`, `recovered_low`, `recovered_high`, `gain_low` and
                 `gain_high` are the shares of ``optical.report.summary.Gap``
     difference  an arm minus the arm in `against`; `p` and `p_holm` are the paired tests
+    pool        a measure of an arm on the mixed-language pool of a collection
+    pool_share, pool_relevant, pool_rank   share of a language in the first ten documents and among
+                the relevant ones of a pool, and its rank bias
     curve       a point of a curve: the arm in `against` is trained on `pairs` sentence pairs
     aer         alignment error rate of an arm's transport plans
     fertility, unknown    tokens per word, and share of unknown tokens, of the tokenizer in `arm`
@@ -22,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from optical.io.files import read_lines, write_text
-from optical.report.summary import Estimate, StudyDescription, Summary
+from optical.report.summary import StudyDescription, Summary
+from optical.retrieval.bootstrap import Estimate
 
 COLUMNS = (
     "kind", "collection", "measure", "arm", "against", "language", "name", "group", "pairs",
@@ -64,6 +68,7 @@ def result_rows(
                 "p_holm": comparison.p_holm,
             }
         )
+    rows += _pool_rows(study, summary)
     for (arm, language), rate in summary.error_rates.items():
         language_columns = _language_columns(study, language)
         rows.append({"kind": "aer", "arm": arm, **language_columns, "value": rate})
@@ -116,6 +121,18 @@ def _gap_rows(summary: Summary) -> Iterable[Row]:
                     "low": low,
                     "high": high,
                 }
+
+
+def _pool_rows(study: StudyDescription, summary: Summary) -> Iterable[Row]:
+    for pool in summary.pools:
+        shared = {"collection": pool.collection, "arm": pool.arm}
+        value, low, high = pool.estimate
+        measured = {"measure": summary.measure, "value": value, "low": low, "high": high}
+        yield {"kind": "pool", **shared, **measured}
+        for language, own in pool.bias.items():
+            for name, number in own.items():
+                columns = _language_columns(study, language)
+                yield {"kind": f"pool_{name}", **shared, **columns, "value": number}
 
 
 def arm_cost(arm: str, costs: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:

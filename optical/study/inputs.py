@@ -10,7 +10,7 @@ from typing import Any
 from optical.io.fingerprints import file_digest, fingerprint
 from optical.models.retriever import resolve_model
 from optical.study.arms import fill_languages
-from optical.study.config import StudyConfig
+from optical.study.settings import StudyConfig
 
 # Digits of a SHA-256 that the report shows.
 DIGITS = 12

@@ -12,7 +12,7 @@ from optical.io.files import writable_folder
 from optical.io.fingerprints import digest_or_name, fingerprint, with_digests
 from optical.phrasebook import corpus
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
-from optical.study.config import StudyConfig
+from optical.study.settings import StudyConfig
 from optical.training.options import WITHOUT_STEPS, default_of
 
 # Stands for the language in the names of multilingual models.

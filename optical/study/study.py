@@ -28,10 +28,11 @@ from optical.io.environment import environment, require
 from optical.io.files import disk_full_errors, folder_lock, writable_folder
 from optical.report.stored import report_folder, write_study
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
-from optical.study.config import StudyConfig, read_config
+from optical.study.config import read_config
 from optical.study.evaluation_tasks import EvaluationTasks
 from optical.study.inputs import identify_inputs
 from optical.study.layout import Layout
+from optical.study.settings import StudyConfig
 from optical.study.tasks import Task, duration, run_tasks
 from optical.study.training_tasks import TrainingTasks
 
@@ -92,6 +93,7 @@ class Study:
             *self.training.base_models(),
             *self.evaluation.ceiling(),
             *(task for run in self._runs() for task in self._arm_tasks(*run)),
+            *(task for run in self._pooled_runs() for task in self.evaluation.pool(*run)),
             *self.evaluation.tokens(),
             *self.evaluation.alignment(),
         ]
@@ -116,6 +118,11 @@ class Study:
                     for role in config.roles:
                         if self.layout.searched_collections(language, role):
                             yield arm, language, seed, role
+
+    def _pooled_runs(self) -> list[tuple[ArmConfig, int]]:
+        """Return every (arm, seed) that searches foreign documents."""
+        found = {(arm.name, seed): arm for arm, _, seed, role in self._runs() if role == "document"}
+        return [(arm, seed) for (_, seed), arm in found.items()]
 
     def _arm_tasks(self, arm: ArmConfig, language: str, seed: int, role: str) -> Iterator[Task]:
         yield from self.training.model(arm, language, seed, role)
