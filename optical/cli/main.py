@@ -133,6 +133,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     _register_study(subparsers)
     retrieval.register(subparsers)
     models.register(subparsers)
+    _register_report(subparsers)
     _register_figures(subparsers)
     _register_warmup(subparsers)
     _register_info(subparsers)
@@ -163,27 +164,55 @@ def study(config: str | None, output: str | None) -> int:
     return 0
 
 
+def _register_report(subparsers: Any) -> None:
+    command = add_command(
+        subparsers,
+        "report",
+        report,
+        "Write the report of a study, from the tasks that are finished.",
+        "optical report runs/pack",
+    )
+    command.add_argument("folder", help="Output folder of a study that has started.")
+
+
+def report(folder: str) -> int:
+    """Write the report of a study and print its path."""
+    check_installed("matplotlib", "study", "a report with figures")
+    from optical.report import report_folder
+
+    print(report_folder(folder))
+    return 0
+
+
 def _register_figures(subparsers: Any) -> None:
     command = add_command(
         subparsers,
         "figures",
         figures,
-        "Draw the figures of a study from its results.csv.",
-        "optical figures runs/pack/results.csv --output figures",
+        "Draw the figures of a study from its results.csv and the tables beside it.",
+        "optical figures runs/pack/results.csv --output figures --format pdf",
     )
     command.add_argument("results", help="File results.csv of a study.")
     command.add_argument("--output", required=True, help="Folder for the figures.")
+    command.add_argument(
+        "--format",
+        action="append",
+        choices=("png", "svg", "pdf"),
+        help="Format of the files; may be repeated (default: all three).",
+    )
 
 
-def figures(results: str, output: str) -> int:
+def figures(results: str, output: str, format: list[str] | None) -> int:
     """Draw the figures of a results table and print their paths."""
     check_installed("matplotlib", "study", "drawing figures")
     from optical.io.files import writable_folder
     from optical.report import draw_figures
 
     check_inputs([results])
-    for path in draw_figures(Path(results), writable_folder(output)).values():
-        print(path)
+    formats = format or ("png", "svg", "pdf")
+    for path in draw_figures(Path(results), writable_folder(output), formats).values():
+        for suffix in formats:
+            print(path.with_suffix(f".{suffix}"))
     return 0
 
 

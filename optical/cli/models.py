@@ -324,6 +324,7 @@ def _draw_alignment(
 ) -> dict[str, int]:
     from optical.models.word_alignment import align_tokens
     from optical.report.figures import draw_alignment
+    from optical.report.style import save
     from optical.report.table import plan_rows
 
     sentences = next(itertools.islice(pairs, pair - 1, None), None) if pair > 0 else None
@@ -331,7 +332,9 @@ def _draw_alignment(
         raise ValueError(f"pair: {pair}, expected the number of a pair in {bitext}")
     english, other = sentences
     aligned = align_tokens(*models, other, english, **options)
-    draw_alignment(plan_rows({"language": "", **aligned}), Path(output))
+    path = Path(output)
+    figure = draw_alignment(plan_rows({"language": "", **aligned}))
+    save(figure, path, (path.suffix[1:],))
     return {
         "English tokens": len(aligned["english_tokens"]),
         "other tokens": len(aligned["other_tokens"]),

@@ -171,20 +171,25 @@ def _concatenate(
     )
 
 
-def cut_passages(text: str, tokenizer: Any, length: int, stride: int) -> list[str]:
+def cut_passages(
+    text: str, tokenizer: Any, length: int, stride: int, prompt: str = ""
+) -> list[str]:
     """Cut a text into overlapping passages of `length` tokens that start every `stride` tokens.
 
-    The special tokens that the tokenizer adds count towards `length`, as in a model's limits. The
-    last passage ends with the text. A text that fits is its only passage.
+    The special tokens that the tokenizer adds count towards `length`, as in a model's limits, and
+    so do those of the prompt that the model reads before each passage. The last passage ends with
+    the text. A text that fits is its only passage.
 
     Raises:
         ValueError: the passages would leave gaps or hold no token.
     """
-    room = length - tokenizer.num_special_tokens_to_add()
+    before = len(token_spans(tokenizer, prompt)) - len(token_spans(tokenizer, "")) if prompt else 0
+    room = length - tokenizer.num_special_tokens_to_add() - before
     if room < 1 or not 1 <= stride <= room:
         raise ValueError(
             f"passage_length is {length} and passage_stride {stride}; expected a length above the "
-            f"{length - room} special tokens, and a stride from 1 to the length without them"
+            f"{length - room} special tokens and tokens of the prompt, and a stride from 1 to the "
+            "length without them"
         )
     spans = [span for _, span in token_spans(tokenizer, text) if span is not None]
     if len(spans) <= room:
@@ -218,7 +223,10 @@ def encode_passages(
         passages = [[text] for text in texts]
     else:
         stride = passage_stride or max(passage_length // 2, 1)
-        passages = [cut_passages(text, model.tokenizer, passage_length, stride) for text in texts]
+        prompt = (getattr(model, "prompts", None) or {}).get(role) or ""
+        passages = [
+            cut_passages(text, model.tokenizer, passage_length, stride, prompt) for text in texts
+        ]
     flat = [passage for text in passages for passage in text]
     tokens = encode(model, flat, role, batch_size=batch_size, device=device)
     return tokens, [len(text) for text in passages]

@@ -23,6 +23,8 @@ _MODEL_FILES = ("config.json", "modules.json")
 # Names on the hub: an owner, which old models lack, and a name.
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _NO_CODE = {"trust_remote_code": False}
+# Names of the prompt of documents, in the order of precedence.
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 # Names of the tables of learnt positions.
 _POSITION_TABLES = ("position_embeddings", "wpe")
 
@@ -64,21 +66,18 @@ def load_retriever(
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import Transformer
 
-    bad_file = find_damaged(name) if Path(name).is_dir() else None
-    if bad_file:
-        raise ValueError(
-            f"model {name}: {bad_file} is damaged; remove the folder and train the model again"
-        )
-    if _is_multi_vector(name):
-        with _loading(name):
+    check_files(name)
+    if is_multi_vector(name):
+        with loading_errors(name):
             model = MultiVectorEncoder(name, trust_remote_code=False)
         load_partners(model, name)
+        use_prompts(model)
         for module in model.modules():
             if isinstance(module, Transformer):
                 _check_encoder(name, module)
         return model
     expansion = {"strategy": "fixed", "length": query_length} if query_expansion else None
-    with _loading(name):
+    with loading_errors(name):
         encoder = Transformer(
             name,
             query_length=query_length,
@@ -95,9 +94,18 @@ def load_retriever(
     return _build_retriever(encoder, dimension, skip_words)
 
 
+def check_files(name: str) -> None:
+    """Raise ValueError if a file of a model's folder differs from its recorded checksum."""
+    bad_file = find_damaged(name) if Path(name).is_dir() else None
+    if bad_file:
+        raise ValueError(
+            f"model {name}: {bad_file} is damaged; remove the folder and train the model again"
+        )
+
+
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Name the model in one line, whatever a library raises over its files.
+def loading_errors(name: str) -> Iterator[None]:
+    """Name the model in a ValueError of one line, whatever a library raises over its files.
 
     A damaged file surfaces as almost any error: a wrong shape, a missing key, a division by zero.
     """
@@ -117,6 +125,20 @@ def _loading(name: str) -> Iterator[None]:
             cause = f"{type(error).__name__}: {cause}".rstrip(": ")
         where = "" if Path(name).is_dir() else "no such folder on this machine, and "
         raise ValueError(f"model {name}: {where}cannot be loaded ({cause})") from error
+
+
+def use_prompts(model: Any, *, query: str | None = None, document: str | None = None) -> None:
+    """Set the prompts of a model's queries and documents; None keeps the model's own.
+
+    Many models name the prompt of documents "passage" or "corpus". Sentence Transformers adds an
+    empty prompt "document" when it loads them, which would come first.
+    """
+    prompts = dict(model.prompts or {})
+    own = next((prompts[name] for name in _DOCUMENT_PROMPTS if prompts.get(name)), "")
+    prompts["document"] = own if document is None else document
+    if query is not None:
+        prompts["query"] = query
+    model.prompts = prompts
 
 
 def _build_retriever(encoder: Any, dimension: int | None, skip_words: Sequence[str]) -> Any:
@@ -240,6 +262,28 @@ def resolve_model(name: str) -> str:
     return str(Path(next(iter(spec.submodule_search_locations))) / folder)
 
 
+def load_multi_vector(
+    name: str | Path, *, query_prompt: str | None = None, document_prompt: str | None = None
+) -> Any:
+    """Load a late-interaction model as it is; plain encoders and dense models are refused.
+
+    Args:
+        name, query_prompt, document_prompt: see :func:`optical.retrieval.dense.load_dense`.
+
+    Raises:
+        ValueError: as in :func:`load_retriever`, or the model returns one vector for each text.
+    """
+    check_model(str(name))
+    if not is_multi_vector(resolve_model(str(name))):
+        raise ValueError(
+            f"model {name}: returns no token vectors for retrieval; use the recipe `dense`, or "
+            "train it (`teacher`, `distill`)"
+        )
+    model = load_retriever(name)
+    use_prompts(model, query=query_prompt, document=document_prompt)
+    return model
+
+
 def check_model(name: str) -> None:
     """Check a model's name without loading it; names that may be on the hub pass.
 
@@ -275,18 +319,24 @@ def _similar(folder: Path) -> str:
     return f"; did you mean {folder.parent / close[0]}?" if close else ""
 
 
-def _is_multi_vector(name: str) -> bool:
+def is_multi_vector(name: str) -> bool:
     """Return whether a saved model yields token vectors; not a plain encoder or one vector."""
-    folder = Path(name)
-    if folder.is_dir():
-        modules = folder / "modules.json"
-        try:
-            text = modules.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return False
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"model {name}: modules.json cannot be read ({error})") from None
-        return "Pooling" not in text
-    from sentence_transformers.util import is_sentence_transformer_model
+    files: list[str] = []
+    if Path(name).is_dir():
+        paths = [Path(name) / file for file in _MODEL_FILES]
+        files = [str(path) for path in paths if path.exists()]
+    else:
+        from sentence_transformers.util import load_file_path
 
-    return bool(is_sentence_transformer_model(name))
+        found = [load_file_path(name, file) for file in _MODEL_FILES]
+        files = [path for path in found if path]
+    texts = {}
+    for file in map(Path, files):
+        try:
+            texts[file.name] = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"model {name}: {file.name} cannot be read ({error})") from None
+    # ColBERT of Stanford has its projection inside the encoder, and no modules.
+    if "HF_ColBERT" in texts.get("config.json", ""):
+        return True
+    return "modules.json" in texts and "Pooling" not in texts["modules.json"]

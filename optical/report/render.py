@@ -1,4 +1,4 @@
-"""Blocks of a report, and their rendering as Markdown and as one self-contained HTML page."""
+"""Blocks of a report, rendered as Markdown, one self-contained HTML page, or LaTeX tables."""
 
 from __future__ import annotations
 
@@ -116,3 +116,55 @@ def _inline(text: str) -> str:
     """Escape a line and render ``**bold**``, the only markup in sentences of a report."""
     parts = html.escape(text).split("**")
     return "".join(f"<strong>{part}</strong>" if i % 2 else part for i, part in enumerate(parts))
+
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "–": "--", "−": "$-$", "<": "$<$", ">": "$>$", "[": "{[}", "]": "{]}",
+}  # fmt: skip
+
+
+def to_latex(blocks: Sequence[Block]) -> str:
+    """Render the tables as LaTeX floats with the rules of ``booktabs``, in the order of the report.
+
+    The label of a table is the heading above it and, if there are several, a number.
+    """
+    lines = [r"% \usepackage{booktabs}; wide tables: \usepackage{graphicx} and \resizebox"]
+    heading, count = "", 0
+    for block in blocks:
+        if isinstance(block, Heading):
+            heading, count = block.text, 0
+        elif isinstance(block, Table):
+            count += 1
+            label = "-".join("".join(c if c.isalnum() else " " for c in heading.lower()).split())
+            lines.append(_latex_table(block, label if count == 1 else f"{label}-{count}"))
+    return "\n\n".join(lines) + "\n"
+
+
+def _latex_table(table: Table, label: str) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(map(_latex_text, cells)) + r" \\"
+
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_latex_text(table.caption)}}}",
+            rf"\label{{tab:{label}}}",
+            rf"\begin{{tabular}}{{{'l' * len(table.head)}}}",
+            r"\toprule",
+            line(table.head),
+            r"\midrule",
+            *map(line, table.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+def _latex_text(text: str) -> str:
+    """Escape a cell and render ``**bold**``."""
+    parts = ["".join(_LATEX.get(c, c) for c in part) for part in text.split("**")]
+    return "".join(rf"\textbf{{{part}}}" if i % 2 else part for i, part in enumerate(parts))

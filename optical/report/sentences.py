@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from optical.report.summary import Estimate, Gap, StudyDescription, Summary, measure_name
+from optical.report.summary import Gap, StudyDescription, Summary, measure_name
+from optical.retrieval.bootstrap import Estimate
 
 ALPHA = 0.05
 
@@ -15,13 +18,15 @@ def result_sentences(study: StudyDescription, summary: Summary) -> list[str]:
     sentences = []
     for collection in summary.collections:
         for arm in summary.arms[1:]:
+            if not summary.common_languages(collection, arm, baseline):
+                continue
             starts = study.starts.get(arm, ())
             known_as = f"{baseline}, from which it starts" if baseline in starts else baseline
             sentences.append(_against_baseline(summary, collection, arm, baseline, known_as))
             sentences += [
                 _against_start(summary, collection, arm, start)
                 for start in starts
-                if start != baseline
+                if start != baseline and summary.common_languages(collection, arm, start)
             ]
     for gap in summary.gaps:
         sentences += _recovered(gap, baseline)
@@ -32,16 +37,20 @@ def _against_baseline(
     summary: Summary, collection: str, arm: str, baseline: str, known_as: str
 ) -> str:
     name = measure_name(summary.measure)
-    reached, start = (_mean_over_languages(summary, collection, a) for a in (arm, baseline))
+    languages = summary.common_languages(collection, arm, baseline)
+    reached, start = (mean_over(summary, collection, a, languages) for a in (arm, baseline))
+    total = len(summary.languages_of(collection))
+    over = "the languages" if len(languages) == total else f"{len(languages)} of {total} languages"
     return (
-        f"On {collection}, **{arm}** has a mean {name} of {reached:.3f} over the languages "
+        f"On {collection}, **{arm}** has a mean {name} of {reached:.3f} over {over} "
         f"({known_as}: {start:.3f}). {_verdict(summary, collection, arm, baseline)}"
     )
 
 
 def _against_start(summary: Summary, collection: str, arm: str, start: str) -> str:
     name = measure_name(summary.measure)
-    reached, before = (_mean_over_languages(summary, collection, a) for a in (arm, start))
+    languages = summary.common_languages(collection, arm, start)
+    reached, before = (mean_over(summary, collection, a, languages) for a in (arm, start))
     change = reached - before
     verb = "gains" if change > 0 else "loses" if change < 0 else "keeps the mean"
     amount = f" {abs(change):.3f} mean {name}" if change else ""
@@ -112,9 +121,9 @@ def error_rate_caption(study: StudyDescription) -> str:
     )
 
 
-def _mean_over_languages(summary: Summary, collection: str, arm: str) -> float:
+def mean_over(summary: Summary, collection: str, arm: str, languages: Sequence[str]) -> float:
+    """Return the mean of the first measure of an arm over languages that it searched."""
     means = summary.means[summary.measure]
-    languages = summary.languages_of(collection)
     return float(np.mean([means[collection, arm, language] for language in languages]))
 
 

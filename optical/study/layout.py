@@ -12,7 +12,7 @@ from optical.io.files import writable_folder
 from optical.io.fingerprints import digest_or_name, fingerprint, with_digests
 from optical.phrasebook import corpus
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
-from optical.study.config import StudyConfig
+from optical.study.settings import StudyConfig
 from optical.training.options import WITHOUT_STEPS, default_of
 
 # Stands for the language in the names of multilingual models.
@@ -97,6 +97,8 @@ class Layout:
 
     def model_name(self, arm: ArmConfig, language: str, seed: int, role: str = "") -> str:
         """Return the folder of an arm's model; for an arm without a model, the teacher."""
+        if arm.pretrained:
+            return str(fill_languages(arm.options["model"], [language]))
         role = role or self.config.role
         seed = self.effective_seed(arm, seed)
         options = self.options(arm, language, seed, role)
@@ -182,6 +184,8 @@ class Layout:
         ]
         if arm.recipe == "bm25":
             return [*inputs, arm.recipe, arm.options]
+        if arm.pretrained:
+            inputs += [arm.recipe, {**arm.options, "model": ""}]
         models = [self.fingerprints.model(model), self.fingerprints.model(self.teacher_name)]
         return [*inputs, models, arm.encodes, config.passage_length, config.passage_stride]
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from optical.io.files import write_json
+from optical.report.stored import LOSSES
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
 from optical.study.layout import ALL_LANGUAGES, Layout, file_name
 from optical.study.tasks import Task
@@ -184,6 +186,7 @@ def _train(
         trainer = getattr(training, recipe)(options, recipes.trainer_arguments(**trainer_args))
     trainer.add_callback(runner.ProgressLines(label))
     runner.run(trainer, options, resume=True)
+    write_json(folder / LOSSES, trainer.state.log_history)
     # A finished task needs no checkpoints; the optimizer states of many tasks would fill the disk.
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
