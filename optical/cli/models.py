@@ -24,7 +24,6 @@ from optical.cli.shared import (
     check_installed,
     quiet_libraries,
     report_output,
-    result_stream,
 )
 from optical.io.files import atomic_text, writable_file
 from optical.models.encoding import ROLES
@@ -67,6 +66,7 @@ def _register_lexicon(subparsers: Any) -> None:
         help="Minimum number of pairs that contain the word (default: 3).",
     )
     command.add_argument("--output", required=True, help="Lexicon to write; .gz compresses it.")
+    add_json_argument(command)
 
 
 def _register_vectors(subparsers: Any) -> None:
@@ -194,18 +194,26 @@ def lexicon(
     least_probability: float,
     least_count: int,
     output: str,
+    as_json: bool,
 ) -> int:
     """Learn a lexicon by IBM model 1."""
     from optical.data.lexicon import induce_lexicon, write_lexicon
-    from optical.data.pairs import read_bitext_pairs
+    from optical.data.pairs import check_bitext, iter_distinct_pairs
 
     writable_file(output)
-    pairs = [pair for path in bitext for pair in read_bitext_pairs(path)[:max_pairs]]
+    for path in bitext:
+        check_bitext(path, max_pairs)
+    pair_count = itertools.count()
+    pairs = (
+        pair
+        for path in bitext
+        for pair in iter_distinct_pairs(path, max_pairs=max_pairs)
+        if next(pair_count) >= 0
+    )
     entries = induce_lexicon(pairs, least_probability=least_probability, least_count=least_count)
     write_lexicon(entries, output)
-    line = f"{output}: {len(entries)} entries from {len(pairs)} sentence pairs"
-    print(line, file=result_stream(output))
-    return 0
+    counts = {"entries": len(entries), "pairs": next(pair_count)}
+    return report_output(output, counts, as_json)
 
 
 def vectors(

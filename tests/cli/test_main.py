@@ -397,7 +397,7 @@ def test_lexicon_command(capsys, world, tmp_path):
     lexicon = read_lexicon(tmp_path / "sw.tsv")
     assert lexicon["bread"][0] == "mkate"
     entries = sum(map(len, lexicon.values()))
-    assert f"sw.tsv: {entries} entries from 96 sentence pairs" in capsys.readouterr().out
+    assert f"sw.tsv: {entries} entries, 96 pairs" in capsys.readouterr().out
     fails(capsys, ["lexicon", "no.tsv", "--output", str(tmp_path / "x")], r"no\.tsv: no such file")
 
 
