@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from optical import __version__
-from optical.cli import models, retrieval
+from optical.cli import indexing, models, retrieval
 from optical.cli.errors import explain
 from optical.cli.shared import (
     add_command,
@@ -131,6 +131,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     subparsers.add_parser("train", help=f"Train a model: {recipes}.", add_help=False)
     _register_study(subparsers)
     retrieval.register(subparsers)
+    indexing.register(subparsers)
     models.register(subparsers)
     _register_figures(subparsers)
     _register_warmup(subparsers)
