@@ -40,6 +40,8 @@ from optical.training import pretraining, recipes
 # Label, width, layers, heads: the size of the demonstration's models and that of a MiniLM.
 MODELS = (("2 layers of 128", 128, 2, 2), ("6 layers of 384", 384, 6, 6))
 WORDS_PER_SENTENCE, DIMENSION, STEPS = 20, 128, 4
+# Candidates of an approximate search as multiples of its depth.
+REFINE = (10, 50, 200)
 
 
 class StepClock(TrainerCallback):
@@ -165,10 +167,12 @@ def index_costs(count: int, words: int, width: int, queries: int) -> dict[str, A
         ids, vectors = list(asked), encode(model, list(asked.values()), "query")
         with clock.step("exact"):
             exact = index.search(ids, vectors, depth=100)
-        with clock.step("approximate"):
-            found = index.search(ids, vectors, depth=100, approximate=True)
-        kept = sum(key in found[query] for query in ids for key in exact[query])
-        row |= {"queries": queries, "recall_100": kept / (100 * queries)}
+        row["queries"] = queries
+        for refine in REFINE:
+            with clock.step(f"refine_{refine}"):
+                found = index.search(ids, vectors, depth=100, approximate=True, refine=refine)
+            kept = sum(key in found[query] for query in ids for key in exact[query])
+            row[f"recall_{refine}"] = kept / (100 * queries)
         return row
 
 

@@ -36,6 +36,9 @@ EXAMPLES = """examples:
 """
 
 
+logger = logging.getLogger("optical")
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage of all options."""
 
@@ -155,8 +158,14 @@ def study(config: str | None, output: str | None) -> int:
     """Run a study and print the path of its report."""
     for module in ("yaml", "ir_measures", "matplotlib", "sentence_transformers"):
         check_installed(module, "study", "a study")
-    quiet_libraries()
     from optical.study import run_study
+    from optical.study.config import read_config
+
+    if config is not None:
+        # Errors of the file are found before the libraries are loaded.
+        read_config(config, output)
+    logger.info("loading the libraries")
+    quiet_libraries()
 
     with without_progress_bars():
         print(run_study(config, output))

@@ -29,8 +29,9 @@ from optical.retrieval.statistics import CORRECTIONS, TESTS
 
 logger = logging.getLogger("optical")
 
-# The recall of an approximate search is that of this many best documents.
-RECALL_DEPTH = 100
+# The recall of an approximate search is that of this many best documents. It scores ten times as
+# many candidates as it returns.
+RECALL_DEPTH, REFINE = 100, 10
 
 
 def register(subparsers: Any) -> None:
@@ -111,6 +112,12 @@ def _register_search(subparsers: Any) -> None:
         action="store_true",
         help="With --index, use the approximate index of `optical index --approximate`; the recall "
         "against exact search is measured on 20 queries.",
+    )
+    command.add_argument(
+        "--refine",
+        type=at_least(1),
+        help="With --approximate, number of candidates that are scored by their vectors, as a "
+        f"multiple of --depth (default: {REFINE}). More of them raise the recall and the time.",
     )
     command.add_argument("--output", required=True, help="Run to write; .gz compresses it.")
     add_json_argument(command)
@@ -195,6 +202,7 @@ def search(
     index: str | None,
     any_model: bool,
     approximate: bool,
+    refine: int | None,
     output: str,
     as_json: bool,
     tag: str | None,
@@ -212,6 +220,8 @@ def search(
         raise ValueError("any_model: given without --index, which alone records a model")
     if approximate and not index:
         raise ValueError("approximate: given without --index, which alone has such an index")
+    if refine and not approximate:
+        raise ValueError("refine: given without --approximate, whose candidates it counts")
     # The document that is left out must not shorten the ranking.
     searched_depth = depth + ignore_identical_ids
     fields = tuple(query_field or ())
@@ -233,7 +243,7 @@ def search(
             depth=searched_depth,
             batch_size=batch_size,
             any_model=any_model,
-            approximate=approximate,
+            refine=(refine or REFINE) if approximate else None,
             device=device,
         )
     else:
@@ -322,16 +332,19 @@ def _search_index(
     depth: int,
     batch_size: int,
     any_model: bool,
-    approximate: bool,
+    refine: int | None,
     device: str | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Search stored token vectors; return the run, and the number of documents or the recall."""
+    """Search stored token vectors; return the run, and the number of documents or the recall.
+
+    With `refine`, the search is approximate.
+    """
     from optical.models.retriever import check_model
     from optical.retrieval.index import LanceIndex, open_index
 
     check_model(model)
     opened = open_index(index)
-    if approximate:
+    if refine:
         if not isinstance(opened, LanceIndex):
             raise ValueError(f"approximate: {index} is no database of `optical index`")
         opened.check_approximate()
@@ -348,11 +361,9 @@ def _search_index(
         opened.origin.check_searchable(retriever, index)
     logger.info("searching %d documents for %d queries", len(opened), len(texts))
     vectors = encode(retriever, list(texts.values()), "query", batch_size=batch_size)
-    if not isinstance(opened, LanceIndex):
+    if not refine or not isinstance(opened, LanceIndex):
         return opened.search(list(texts), vectors, depth=depth), {"documents searched": len(opened)}
-    run = opened.search(list(texts), vectors, depth=depth, approximate=approximate)
-    if not approximate:
-        return run, {"documents searched": len(opened)}
+    run = opened.search(list(texts), vectors, depth=depth, approximate=True, refine=refine)
     best = min(depth, RECALL_DEPTH)
     recall = opened.recall(list(texts), vectors, run, depth=best)
     logger.info("recall of the %d best documents of an exact search: %.3f", best, recall)

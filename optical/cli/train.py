@@ -6,12 +6,14 @@ import argparse
 import atexit
 import dataclasses
 import json
+import logging
 import os
 import sys
 import textwrap
 from typing import Any
 
-from optical.cli.shared import check_installed, quiet_libraries
+from optical.cli.arguments import check_reporters
+from optical.cli.shared import check_device, check_installed, quiet_libraries, report_output
 from optical.io.settings import nearest, read_yaml
 from optical.training.options import (
     WITHOUT_STEPS,
@@ -22,7 +24,16 @@ from optical.training.options import (
     TeacherOptions,
     TransferOptions,
     choices_of,
+    default_of,
 )
+from optical.training.trainer_options import (
+    TRAINER_DEFAULTS,
+    TRAINER_HELP,
+    WITHOUT_STEPS_HELP,
+    help_of,
+)
+
+logger = logging.getLogger("optical")
 
 # Recipe -> its options class and its description.
 RECIPES: dict[str, tuple[type[Any], str]] = {
@@ -42,20 +53,6 @@ RECIPES: dict[str, tuple[type[Any], str]] = {
         "Train a tokenizer and a small multilingual encoder from plain text.",
     ),
 }
-# Trainer arguments that `optical train RECIPE --help` shows; --help-all shows all of them.
-COMMON_ARGUMENTS = (
-    "output_dir",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "warmup_steps",
-    "seed",
-    "bf16",
-    "fp16",
-    "save_steps",
-    "logging_steps",
-)
 
 
 def train(argv: list[str]) -> int:
@@ -71,23 +68,55 @@ def train(argv: list[str]) -> int:
     # Errors that need no import of Sentence Transformers, which takes seconds.
     _check_choices(options_class, argv)
     check_installed("sentence_transformers", "train", "training")
+    if "-h" in argv or "--help" in argv:
+        _print_help(recipe)
+        return 0
+    argv, as_json, device = _own_arguments(argv)
+    check_device(device)
+    if device is not None:
+        _use_device(device, argv)
+    logger.info("loading the libraries")
     args_class, parser = _parser(recipe)
     if "--help-all" in argv:
         parser.print_help()
         return 0
-    if "-h" in argv or "--help" in argv:
-        _print_help(recipe, args_class)
-        return 0
     values = _parse(parser, argv)
+    reporters = values.get("report_to") or []
+    check_reporters([reporters] if isinstance(reporters, str) else reporters)
     options = options_class(
         **{entry.name: values[entry.name] for entry in dataclasses.fields(options_class)}
     )
     options.validate()
     final = _train(recipe, options, args_class, values)
     if final:
-        print(final)
+        report_output(final, {}, as_json)
     _exit_if_distributed()
     return 0
+
+
+def _own_arguments(argv: list[str]) -> tuple[list[str], bool, str | None]:
+    """Return the other arguments, whether to print JSON, and the device."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--device")
+    known, rest = _parse_known(parser, argv)
+    return rest, known.json, known.device
+
+
+def _use_device(device: str, argv: list[str]) -> None:
+    """Make one device the only one that the trainer sees; it has no argument for that."""
+    import torch
+
+    kind = torch.device(device)
+    if kind.type == "cpu":
+        argv.append("--use_cpu")
+    elif kind.type == "cuda":
+        # No CUDA context exists yet: counting devices does not create one.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        index = kind.index or 0
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index] if visible[0] else str(index)
+    else:
+        raise ValueError(f"device: {device}, expected cpu, cuda or cuda:1")
 
 
 def _parser(recipe: str) -> tuple[type[Any], argparse.ArgumentParser]:
@@ -108,7 +137,7 @@ def _parser(recipe: str) -> tuple[type[Any], argparse.ArgumentParser]:
         allow_abbrev=False,
         exit_on_error=False,  # argparse would print the usage of a hundred options
     )
-    parser.set_defaults(**recipes.TRAINER_DEFAULTS)
+    parser.set_defaults(**TRAINER_DEFAULTS)
     return args_class, parser
 
 
@@ -211,17 +240,25 @@ def _with_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
     return [*words, *rest]
 
 
-def _print_help(recipe: str, args_class: type[Any]) -> None:
+def _print_help(recipe: str) -> None:
     options_class, description = RECIPES[recipe]
     print(f"usage: optical train {recipe} [--config FILE.yaml] [options]\n\n{description}\n")
-    trainer_entries = {entry.name: entry for entry in dataclasses.fields(args_class)}
-    names = COMMON_ARGUMENTS[:1] if recipe in WITHOUT_STEPS else COMMON_ARGUMENTS
-    shown = [*dataclasses.fields(options_class), *(trainer_entries[name] for name in names)]
-    for entry in shown:
-        text = " ".join(str(entry.metadata.get("help", "")).split())
-        if entry.name not in trainer_entries and isinstance(entry.default, (str, int, float)):
-            text += f" (default: {entry.default})" if entry.default else ""
-        # The help of some trainer arguments has several paragraphs.
-        lines = textwrap.wrap(text, 66)[:3]
-        print(f"  --{entry.name:28} " + ("\n" + " " * 33).join(lines))
+    choices = choices_of(options_class)
+    for entry in dataclasses.fields(options_class):
+        text = str(entry.metadata["help"])
+        default = default_of(entry)
+        accepted = [f"one of {', '.join(choices[entry.name])}"] if entry.name in choices else []
+        # Required options, lists and texts that name the default themselves show none.
+        if default not in ("", None, []) and "(default:" not in text:
+            accepted.append(f"default: {default}")
+        _print_option(entry.name, text + (f" ({'; '.join(accepted)})" if accepted else ""))
+    for name in WITHOUT_STEPS_HELP if recipe in WITHOUT_STEPS else TRAINER_HELP:
+        if recipe != "encoder" or name != "max_length":
+            _print_option(name, help_of(name))
+    _print_option("json", "Print the folder of the model as JSON.")
     print("\n--config takes the same names from YAML; --help-all lists every trainer argument.")
+
+
+def _print_option(name: str, text: str) -> None:
+    lines = textwrap.wrap(text, 66, break_on_hyphens=False)
+    print(f"  --{name:28} " + ("\n" + " " * 33).join(lines))

@@ -172,13 +172,14 @@ def _train(
 
     from optical import training
     from optical.training import recipes, runner
+    from optical.training.trainer_options import TRAINER_DEFAULTS
 
     if recipe in WITHOUT_STEPS:
         model = getattr(training, recipe)(options)
         runner.save(model, options, recipes.trainer_arguments(**trainer_args))
         return
     if recipe == "encoder":
-        args = TrainingArguments(**{**recipes.TRAINER_DEFAULTS, **trainer_args})
+        args = TrainingArguments(**{**TRAINER_DEFAULTS, **trainer_args})
         trainer = training.encoder_trainer(options, args)
     else:
         trainer = getattr(training, recipe)(options, recipes.trainer_arguments(**trainer_args))
