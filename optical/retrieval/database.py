@@ -175,7 +175,7 @@ def _add_rows(table: Any, ids: Sequence[str], tokens: TokenVectors) -> int:
 def build_approximate(location: str | Path) -> None:
     """Build LanceDB's approximate index of a database's token vectors, or bring it up to date.
 
-    Product quantisation with inverted lists (IVF-PQ) keeps one byte for eight components beside
+    Product quantisation with inverted lists (IVF-PQ) keeps one byte for four components beside
     the vectors, with which the best documents are scored again. Documents that are added later are
     searched exactly until the index is built again.
 
@@ -196,7 +196,7 @@ def build_approximate(location: str | Path) -> None:
     if built is not None and not built.num_unindexed_rows:
         return
     dimension = _dimension(table)
-    sub_vectors = dimension // 8 if dimension % 8 == 0 else None
+    sub_vectors = dimension // 4 if dimension % 4 == 0 else None
     logger.info("%s: building the approximate index of %d rows", location, table.count_rows())
     with _writing(location):
         table.create_index(
