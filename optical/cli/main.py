@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from optical import __version__
-from optical.cli import models, retrieval
+from optical.cli import indexing, models, retrieval
 from optical.cli.arguments import at_least, check_inputs, number
 from optical.cli.errors import explain
 from optical.cli.shared import (
@@ -35,6 +35,9 @@ EXAMPLES = """examples:
   optical evaluate sw.run --qrels wikiclir/sw
   optical compare zeroshot.run sw.run --qrels wikiclir/sw
 """
+
+
+logger = logging.getLogger("optical")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,6 +135,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     subparsers.add_parser("train", help=f"Train a model: {recipes}.", add_help=False)
     _register_study(subparsers)
     retrieval.register(subparsers)
+    indexing.register(subparsers)
     models.register(subparsers)
     _register_report(subparsers)
     _register_figures(subparsers)
@@ -156,8 +160,14 @@ def study(config: str | None, output: str | None) -> int:
     """Run a study and print the path of its report."""
     for module in ("yaml", "ir_measures", "matplotlib", "sentence_transformers"):
         check_installed(module, "study", "a study")
-    quiet_libraries()
     from optical.study import run_study
+    from optical.study.config import read_config
+
+    if config is not None:
+        # Errors of the file are found before the libraries are loaded.
+        read_config(config, output)
+    logger.info("loading the libraries")
+    quiet_libraries()
 
     with without_progress_bars():
         print(run_study(config, output))

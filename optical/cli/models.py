@@ -1,10 +1,9 @@
-"""The commands `align`, `export`, `vectors` and `lexicon`, which use models and bitext."""
+"""The commands `align`, `export` and `lexicon`, which use models and bitext."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,16 @@ from optical.cli.arguments import (
 )
 from optical.cli.shared import (
     add_command,
+    add_device_argument,
     add_encoding_arguments,
     add_json_argument,
+    add_worker_arguments,
+    check_device,
     check_installed,
+    load_model,
     quiet_libraries,
     report_output,
-    result_stream,
+    workers_of,
 )
 from optical.io.files import atomic_text, writable_file
 from optical.models.encoding import ROLES
@@ -37,7 +40,6 @@ BITEXT_HELP = "File of parallel sentences, `English TAB other`."
 
 def register(subparsers: Any) -> None:
     _register_lexicon(subparsers)
-    _register_vectors(subparsers)
     _register_align(subparsers)
     _register_export(subparsers)
 
@@ -67,35 +69,7 @@ def _register_lexicon(subparsers: Any) -> None:
         help="Minimum number of pairs that contain the word (default: 3).",
     )
     command.add_argument("--output", required=True, help="Lexicon to write; .gz compresses it.")
-
-
-def _register_vectors(subparsers: Any) -> None:
-    command = add_command(
-        subparsers,
-        "vectors",
-        vectors,
-        "Store a teacher's token vectors of the English sentences of bitext.",
-        "optical vectors runs/teacher/final --bitext en-sw.tsv --role document --output v",
-    )
-    command.add_argument("model", help="The teacher: a Hugging Face name or a folder.")
-    command.add_argument("--bitext", required=True, help=BITEXT_HELP)
-    command.add_argument(
-        "--role", required=True, choices=ROLES, help="Role of the texts, as in training."
-    )
-    command.add_argument(
-        "--max-length",
-        type=at_least(1),
-        help="Maximum length of a text in tokens, as in training (default: the model's length).",
-    )
-    command.add_argument(
-        "--output", required=True, help="Folder to write; an interrupted run continues in it."
-    )
-    command.add_argument(
-        "--worker", type=at_least(0), help="Number of this process, from 0 (default: $RANK)."
-    )
-    command.add_argument(
-        "--workers", type=at_least(1), help="Number of processes (default: $WORLD_SIZE)."
-    )
+    add_json_argument(command)
 
 
 def _register_align(subparsers: Any) -> None:
@@ -141,6 +115,7 @@ def _register_align(subparsers: Any) -> None:
     command.add_argument(
         "--output", required=True, help="File to write; a figure needs a name such as plan.png."
     )
+    add_device_argument(command)
     add_json_argument(command)
 
 
@@ -176,6 +151,8 @@ def _register_export(subparsers: Any) -> None:
         help="Precision of the token vectors (default: float32).",
     )
     add_encoding_arguments(command)
+    add_device_argument(command)
+    add_worker_arguments(command)
     command.add_argument("--output", required=True, help="Folder to write.")
     add_json_argument(command)
 
@@ -194,52 +171,26 @@ def lexicon(
     least_probability: float,
     least_count: int,
     output: str,
+    as_json: bool,
 ) -> int:
     """Learn a lexicon by IBM model 1."""
     from optical.data.lexicon import induce_lexicon, write_lexicon
-    from optical.data.pairs import read_bitext_pairs
+    from optical.data.pairs import check_bitext, iter_distinct_pairs
 
     writable_file(output)
-    pairs = [pair for path in bitext for pair in read_bitext_pairs(path)[:max_pairs]]
+    for path in bitext:
+        check_bitext(path, max_pairs)
+    pair_count = itertools.count()
+    pairs = (
+        pair
+        for path in bitext
+        for pair in iter_distinct_pairs(path, max_pairs=max_pairs)
+        if next(pair_count) >= 0
+    )
     entries = induce_lexicon(pairs, least_probability=least_probability, least_count=least_count)
     write_lexicon(entries, output)
-    line = f"{output}: {len(entries)} entries from {len(pairs)} sentence pairs"
-    print(line, file=result_stream(output))
-    return 0
-
-
-def vectors(
-    model: str,
-    bitext: str,
-    role: str,
-    max_length: int | None,
-    output: str,
-    worker: int | None,
-    workers: int | None,
-) -> int:
-    """Store the teacher's token vectors; torchrun sets the defaults of worker and workers."""
-    check_installed("sentence_transformers", "train", "the storing of token vectors")
-    from optical.data.pairs import read_bitext_pairs
-    from optical.models.retriever import check_model
-
-    check_model(model)
-    check_output_folder(output)
-    texts = [english for english, _ in read_bitext_pairs(bitext)]
-    quiet_libraries()
-    from optical.models.retriever import load_retriever
-    from optical.models.token_store import write_vectors
-
-    folder = write_vectors(
-        load_retriever(model),
-        texts,
-        output,
-        role=role,
-        max_length=max_length,
-        worker=int(os.environ.get("RANK", 0)) if worker is None else worker,
-        workers=workers or int(os.environ.get("WORLD_SIZE", 1)),
-    )
-    print(folder)
-    return 0
+    counts = {"entries": len(entries), "pairs": next(pair_count)}
+    return report_output(output, counts, as_json)
 
 
 def align(
@@ -253,6 +204,7 @@ def align(
     max_pairs: int | None,
     pair: int,
     output: str,
+    device: str | None,
     as_json: bool,
 ) -> int:
     """Write the word alignments of bitext, or a lexicon or a figure made from them."""
@@ -265,16 +217,14 @@ def align(
     from optical.models.retriever import check_model
 
     writable_file(output)
+    check_device(device)
     for name in (model, teacher):
         if name is not None:
             check_model(name)
     check_bitext(bitext, max_pairs)
     pairs = itertools.islice(iter_bitext_pairs(bitext), max_pairs)
-    quiet_libraries()
-    from optical.models.retriever import load_retriever
-
-    student = load_retriever(model)
-    models = student, load_retriever(teacher) if teacher else student
+    student = load_model(model, device)
+    models = student, load_model(teacher, device) if teacher else student
     options: dict[str, Any] = {"role": role, "epsilon": epsilon}
     if format == "figure":
         counts = _draw_alignment(models, pairs, pair, bitext, output, options)
@@ -366,6 +316,9 @@ def export(
     batch_size: int,
     passage_length: int | None,
     passage_stride: int | None,
+    device: str | None,
+    worker: int | None,
+    workers: int | None,
     output: str,
     as_json: bool,
 ) -> int:
@@ -375,6 +328,7 @@ def export(
     if format == "pylate" and passage_length:
         raise ValueError("passage_length: given with --format pylate, which writes no documents")
     check_passages(passage_length, passage_stride)
+    check_device(device)
     check_installed("sentence_transformers", "train", "an export")
     from optical.models.retriever import check_model
 
@@ -383,18 +337,19 @@ def export(
     if format == "pylate" and Path(output).is_dir() and any(Path(output).iterdir()):
         raise ValueError(f"{output}: not empty; choose another folder")
     check_inputs([documents])
-    quiet_libraries()
+    share = workers_of(worker, workers) if format == "tokens" else (0, 1)
     if format == "pylate":
+        quiet_libraries()
         from optical.models.pylate import export_pylate
 
         return report_output(str(export_pylate(model, output, role=role or "")), {}, as_json)
+    retriever = load_model(model, device)
     from optical.data.texts import iter_texts
-    from optical.models.retriever import load_retriever
     from optical.retrieval.index import FileIndex, write_index
 
     assert documents is not None
     folder = write_index(
-        load_retriever(model),
+        retriever,
         iter_texts(documents),
         output,
         role=role or "document",
@@ -402,5 +357,10 @@ def export(
         batch_size=batch_size,
         passage_length=passage_length,
         passage_stride=passage_stride,
+        worker=share[0],
+        workers=share[1],
     )
-    return report_output(str(folder), {"documents": len(FileIndex(folder))}, as_json)
+    # The process that finishes last writes this file.
+    finished = (folder / "index.json").is_file()
+    counts = {"documents": len(FileIndex(folder))} if finished else {}
+    return report_output(str(folder), counts, as_json)

@@ -1,35 +1,41 @@
-"""The commands `search`, `index`, `evaluate` and `compare`."""
+"""The commands `search`, `evaluate` and `compare`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+import logging
 from pathlib import Path
 from typing import Any
 
 from optical.cli.arguments import (
     at_least,
     check_inputs,
-    check_output_folder,
     check_passages,
     check_tag,
 )
 from optical.cli.shared import (
     add_command,
+    add_device_argument,
     add_encoding_arguments,
     add_json_argument,
+    check_device,
     check_installed,
-    quiet_libraries,
+    load_model,
     report_output,
 )
 from optical.retrieval.evaluation import DEFAULT_MEASURES
 from optical.retrieval.statistics import CORRECTIONS, TESTS
 
+logger = logging.getLogger("optical")
+
+# The recall of an approximate search is that of this many best documents. It scores ten times as
+# many candidates as it returns.
+RECALL_DEPTH, REFINE = 100, 10
+
 
 def register(subparsers: Any) -> None:
     _register_search(subparsers)
-    _register_index(subparsers)
     command = add_command(
         subparsers,
         "evaluate",
@@ -91,6 +97,7 @@ def _register_search(subparsers: Any) -> None:
         help="Number of documents per query (default: 1000).",
     )
     add_encoding_arguments(command)
+    add_device_argument(command)
     command.add_argument(
         "--index",
         help="Search token vectors written by `export` or `index`: a folder or an address.",
@@ -100,31 +107,23 @@ def _register_search(subparsers: Any) -> None:
         action="store_true",
         help="With --index, do not check that the model shares the vector space of the index.",
     )
+    command.add_argument(
+        "--approximate",
+        action="store_true",
+        help="With --index, use the approximate index of `optical index --approximate`; the recall "
+        "against exact search is measured on 20 queries.",
+    )
+    command.add_argument(
+        "--refine",
+        type=at_least(1),
+        help="With --approximate, number of candidates that are scored by their vectors, as a "
+        f"multiple of --depth (default: {REFINE}). More of them raise the recall and the time.",
+    )
     command.add_argument("--output", required=True, help="Run to write; .gz compresses it.")
     add_json_argument(command)
     command.add_argument(
         "--tag", help="Name in the last column of the run (default: the name of the model)."
     )
-
-
-def _register_index(subparsers: Any) -> None:
-    command = add_command(
-        subparsers,
-        "index",
-        index,
-        "Encode documents into a vector database (LanceDB).",
-        "optical index runs/teacher/final --documents documents.jsonl --output runs/base",
-    )
-    command.add_argument("model", help="Model: a Hugging Face name or a folder.")
-    command.add_argument("--collection", help="Collection: an ir_datasets id or a BEIR folder.")
-    command.add_argument(
-        "--documents", help="File of documents: TSV, JSON lines or TREC documents."
-    )
-    add_encoding_arguments(command)
-    command.add_argument(
-        "--output", required=True, help="Database: a folder, s3://bucket/name or db://name."
-    )
-    add_json_argument(command)
 
 
 def _register_compare(subparsers: Any) -> None:
@@ -199,8 +198,11 @@ def search(
     batch_size: int,
     passage_length: int | None,
     passage_stride: int | None,
+    device: str | None,
     index: str | None,
     any_model: bool,
+    approximate: bool,
+    refine: int | None,
     output: str,
     as_json: bool,
     tag: str | None,
@@ -214,8 +216,13 @@ def search(
     tag = check_tag(tag, model)
     check_passages(passage_length, passage_stride)
     writable_file(output)
+    check_device(device)
     if any_model and not index:
         raise ValueError("any_model: given without --index, which alone records a model")
+    if approximate and not index:
+        raise ValueError("approximate: given without --index, which alone has such an index")
+    if refine and not approximate:
+        raise ValueError("refine: given without --approximate, whose candidates it counts")
     # The document that is left out must not shorten the ranking.
     searched_depth = depth + ignore_identical_ids
     fields = tuple(query_field or ())
@@ -231,15 +238,22 @@ def search(
                 raise ValueError(f"{name}: given with --index, which already holds its documents")
         if not queries:
             raise ValueError("queries: none given; with --index expected a file of queries")
-        texts = read_texts(queries, topic_fields=fields)
-        run, searched = _search_index(
-            model, index, texts, depth=searched_depth, batch_size=batch_size, any_model=any_model
+        run, counts = _search_index(
+            model,
+            index,
+            read_texts(queries, topic_fields=fields),
+            depth=searched_depth,
+            batch_size=batch_size,
+            any_model=any_model,
+            refine=(refine or REFINE) if approximate else None,
+            device=device,
         )
     else:
-        run, searched = _search_collection(
+        run, counts = _search_collection(
             model,
             _load_texts(collection, queries, documents, (model, document_model), split, fields),
             document_model=document_model,
+            device=device,
             depth=searched_depth,
             batch_size=batch_size,
             passage_length=passage_length,
@@ -248,8 +262,7 @@ def search(
     if ignore_identical_ids:
         run = without_identical_ids(run, depth)
     write_run(run, output, tag=tag)
-    counts = {"queries": len(run), "documents searched": searched}
-    return report_output(output, counts, as_json)
+    return report_output(output, {"queries": len(run), **counts}, as_json)
 
 
 def _load_texts(
@@ -286,21 +299,23 @@ def _load_texts(
 
 
 def _search_collection(
-    model: str, collection: Any, *, document_model: str | None, **options: Any
-) -> tuple[Any, int]:
+    model: str, collection: Any, *, document_model: str | None, device: str | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
     """Encode and search a collection; return the run and the number of documents."""
-    from optical.models.retriever import load_retriever
+    query_model = load_model(model, device)
     from optical.retrieval.exact_search import search
 
-    quiet_libraries()
+    logger.info(
+        "searching %d documents for %d queries", len(collection.documents), len(collection.queries)
+    )
     run = search(
-        load_retriever(model),
+        query_model,
         collection,
-        document_model=load_retriever(document_model) if document_model else None,
+        document_model=load_model(document_model, device) if document_model else None,
         progress=True,
         **options,
     )
-    return run, len(collection.documents)
+    return run, {"documents searched": len(collection.documents)}
 
 
 def _search_index(
@@ -311,18 +326,25 @@ def _search_index(
     depth: int,
     batch_size: int,
     any_model: bool,
-) -> tuple[Any, int]:
-    """Search stored token vectors; return the run and the number of documents."""
+    refine: int | None,
+    device: str | None,
+) -> tuple[Any, dict[str, Any]]:
+    """Search stored token vectors; return the run, and the number of documents or the recall.
+
+    With `refine`, the search is approximate.
+    """
     from optical.models.retriever import check_model
-    from optical.retrieval.index import open_index
+    from optical.retrieval.index import LanceIndex, open_index
 
     check_model(model)
     opened = open_index(index)
-    quiet_libraries()
+    if refine:
+        if not isinstance(opened, LanceIndex):
+            raise ValueError(f"approximate: {index} is no database of `optical index`")
+        opened.check_approximate()
+    retriever = load_model(model, device)
     from optical.models.encoding import encode
-    from optical.models.retriever import load_retriever
 
-    retriever = load_retriever(model)
     dimension = retriever.get_embedding_dimension()
     if dimension != opened.dimension:
         raise ValueError(
@@ -331,52 +353,15 @@ def _search_index(
         )
     if not any_model:
         opened.origin.check_searchable(retriever, index)
+    logger.info("searching %d documents for %d queries", len(opened), len(texts))
     vectors = encode(retriever, list(texts.values()), "query", batch_size=batch_size)
-    return opened.search(list(texts), vectors, depth=depth), len(opened)
-
-
-def index(
-    model: str,
-    collection: str | None,
-    documents: str | None,
-    batch_size: int,
-    passage_length: int | None,
-    passage_stride: int | None,
-    output: str,
-    as_json: bool,
-) -> int:
-    """Encode documents into a vector database."""
-    from optical.data.collection import load_documents
-    from optical.data.texts import iter_texts
-    from optical.models.retriever import check_model
-
-    check_installed("sentence_transformers", "train", "an index")
-    check_installed("lancedb", "index", "a vector database")
-    if not collection and not documents:
-        raise ValueError("nothing to index; expected --collection or --documents")
-    if collection and documents:
-        raise ValueError("documents: given with --collection, expected one of them")
-    check_passages(passage_length, passage_stride)
-    check_model(model)
-    if "://" not in output:
-        check_output_folder(output)
-    check_inputs([documents])
-    texts: Iterable[tuple[str, str]] = (
-        load_documents(collection) if collection else iter_texts(str(documents))
-    )
-    quiet_libraries()
-    from optical.models.retriever import load_retriever
-    from optical.retrieval.index import LanceIndex, write_database
-
-    added = write_database(
-        load_retriever(model),
-        texts,
-        output,
-        batch_size=batch_size,
-        passage_length=passage_length,
-        passage_stride=passage_stride,
-    )
-    return report_output(output, {"added": added, "documents": len(LanceIndex(output))}, as_json)
+    if not refine or not isinstance(opened, LanceIndex):
+        return opened.search(list(texts), vectors, depth=depth), {"documents searched": len(opened)}
+    run = opened.search(list(texts), vectors, depth=depth, approximate=True, refine=refine)
+    best = min(depth, RECALL_DEPTH)
+    recall = opened.recall(list(texts), vectors, run, depth=best)
+    logger.info("recall of the %d best documents of an exact search: %.3f", best, recall)
+    return run, {"documents": len(opened), "recall": round(recall, 4)}
 
 
 def evaluate(

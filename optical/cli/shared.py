@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
@@ -15,6 +16,8 @@ from typing import Any, TextIO
 from optical.cli.arguments import at_least
 from optical.io.environment import require
 from optical.io.streams import descriptor
+
+logger = logging.getLogger("optical")
 
 
 def add_command(
@@ -55,6 +58,72 @@ def add_encoding_arguments(command: argparse.ArgumentParser) -> None:
         help="Distance between the starts of passages in tokens (default: half of "
         "--passage-length, without which it is refused).",
     )
+
+
+def add_worker_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--worker",
+        type=at_least(0),
+        help="Number of this process, from 0, of several that write one output together (default: "
+        "$RANK, which torchrun and accelerate set, or 0).",
+    )
+    command.add_argument(
+        "--workers", type=at_least(1), help="Number of processes (default: $WORLD_SIZE, or 1)."
+    )
+
+
+def workers_of(worker: int | None, workers: int | None) -> tuple[int, int]:
+    """Return the number of this process and of all, from options or the environment.
+
+    Raises:
+        ValueError: the numbers do not fit.
+    """
+    if workers is None:
+        workers = int(os.environ.get("WORLD_SIZE", 1))
+    if worker is None:
+        worker = int(os.environ.get("RANK", 0)) if workers > 1 else 0
+    if worker >= workers:
+        raise ValueError(f"worker: {worker}, expected a number from 0 to {workers - 1}")
+    return worker, workers
+
+
+def add_device_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device",
+        help="Device of the model, such as cpu or cuda:1 (default: a GPU if there is one; under "
+        "torchrun, that of $LOCAL_RANK).",
+    )
+
+
+def check_device(device: str | None) -> None:
+    """Raise ValueError for a name that is no device, or for a device that is not here."""
+    import torch
+
+    if device is None:
+        return
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: {device!r}, expected a name such as cpu, cuda or cuda:1") from (
+            None
+        )
+    count = torch.cuda.device_count()
+    if kind.type == "cuda" and (kind.index or 0) >= count:
+        raise ValueError(f"device: {device}, but PyTorch finds {count} CUDA devices here")
+
+
+def load_model(name: str, device: str | None = None) -> Any:
+    """Load a retriever onto a device; by default that of this process under torchrun."""
+    import torch
+
+    logger.info("loading the libraries and the model %s", name)
+    from optical.models.retriever import load_retriever
+
+    quiet_libraries()
+    model = load_retriever(name)
+    if device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return model if device is None else model.to(device)
 
 
 def report_output(output: str, counts: Mapping[str, Any], as_json: bool) -> int:

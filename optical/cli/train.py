@@ -6,16 +6,22 @@ import argparse
 import atexit
 import dataclasses
 import json
+import logging
 import os
 import sys
 import textwrap
 from typing import Any
 
-from optical.cli.shared import check_installed, quiet_libraries, without_progress_bars
-from optical.cli.training_checks import check_training, light_parser
+from optical.cli.shared import (
+    check_device,
+    check_installed,
+    quiet_libraries,
+    report_output,
+    without_progress_bars,
+)
+from optical.cli.training_checks import check_training, light_parser, truth
 from optical.io.settings import nearest, read_yaml
 from optical.training.options import (
-    TRAINER_DEFAULTS,
     WITHOUT_STEPS,
     AverageOptions,
     CodeswitchOptions,
@@ -26,6 +32,15 @@ from optical.training.options import (
     choices_of,
     default_of,
 )
+from optical.training.trainer_options import (
+    TRAINER_DEFAULTS,
+    TRAINER_HELP,
+    WITHOUT_STEPS_HELP,
+    help_of,
+    with_default,
+)
+
+logger = logging.getLogger("optical")
 
 # Recipe -> its options class and its description.
 RECIPES: dict[str, tuple[type[Any], str]] = {
@@ -45,23 +60,8 @@ RECIPES: dict[str, tuple[type[Any], str]] = {
         "Train a tokenizer and a small multilingual encoder from plain text.",
     ),
 }
-# Trainer arguments that `optical train RECIPE --help` shows; --help-all shows all of them. The
-# texts are here, so that help needs no import of Transformers.
-COMMON_ARGUMENTS = {
-    "output_dir": "Folder to write; the trained model is in `final` below it. Required.",
-    "max_steps": "Number of training steps (default: -1, which leaves it to num_train_epochs).",
-    "num_train_epochs": "Number of passes over the training data (default: 3.0).",
-    "learning_rate": "Peak of the learning rate (default: {learning_rate}).",
-    "per_device_train_batch_size": "Number of rows per step and device (default: "
-    "{per_device_train_batch_size}).",
-    "warmup_steps": "Steps in which the learning rate grows; below 1, their share of all steps "
-    "(default: {warmup_steps}).",
-    "seed": "Seed of weights, order and dropout (default: 42).",
-    "bf16": "Train in bfloat16 with float32 weights, on devices that support it (default: false).",
-    "fp16": "Train in float16 with float32 weights, on GPUs (default: false).",
-    "save_steps": "Steps between checkpoints (default: {save_steps}).",
-    "logging_steps": "Steps between logged losses (default: {logging_steps}).",
-}
+# Options of the command itself, which `--config` may hold too.
+_OWN = ("device", "json")
 
 
 def train(argv: list[str]) -> int:
@@ -84,7 +84,12 @@ def train(argv: list[str]) -> int:
             _print_help(recipe)
         return 0
     config, argv = _read_config(argv)
+    argv, as_json, device = _own_arguments(argv)
+    check_device(device)
+    if device is not None:
+        argv += _use_device(device)
     checked = _check_early(recipe, argv, config)
+    logger.info("loading the libraries")
     args_class, parser = _parser(recipe)
     values = _parse(parser, argv, config)
     options = options_class(
@@ -94,9 +99,37 @@ def train(argv: list[str]) -> int:
         check_training(recipe, options_class, values)
     final = _train(recipe, options, args_class, values)
     if final:
-        print(final)
+        report_output(final, {}, as_json)
     _exit_if_distributed()
     return 0
+
+
+def _own_arguments(argv: list[str]) -> tuple[list[str], bool, str | None]:
+    """Return the other arguments, whether to print JSON, and the device."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--json", nargs="?", const=True, default=False, type=truth)
+    parser.add_argument("--device")
+    known, rest = _parse_known(parser, argv)
+    return rest, known.json, known.device
+
+
+def _use_device(device: str) -> list[str]:
+    """Make one device the only one that the trainer sees, and return arguments that use it.
+
+    The trainer has no argument for a GPU.
+    """
+    import torch
+
+    kind = torch.device(device)
+    if kind.type == "cpu":
+        return ["--use_cpu"]
+    if kind.type == "cuda":
+        # No CUDA context exists yet: counting devices does not create one.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        index = kind.index or 0
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index] if visible[0] else str(index)
+        return []
+    raise ValueError(f"device: {device}, expected cpu, cuda or cuda:1")
 
 
 def _parser(recipe: str) -> tuple[type[Any], argparse.ArgumentParser]:
@@ -232,6 +265,8 @@ def _read_config(argv: list[str]) -> tuple[_Config, list[str]]:
     if known.config is None:
         return _Config(None, {}, []), rest
     settings, _ = read_yaml(known.config)
+    # The command line comes last, because it overrides the file.
+    rest = [f"--{name}={settings.pop(name)}" for name in _OWN if name in settings] + rest
     words: list[str] = []
     for key, value in settings.items():
         values = value if isinstance(value, list) else [value]
@@ -244,22 +279,19 @@ def _print_help(recipe: str) -> None:
     options_class, description = RECIPES[recipe]
     print(f"usage: optical train {recipe} [--config FILE.yaml] [options]\n\n{description}\n")
     choices = choices_of(options_class)
-    names = ["output_dir"] if recipe in WITHOUT_STEPS else list(COMMON_ARGUMENTS)
-    shown = [(name, COMMON_ARGUMENTS[name].format(**TRAINER_DEFAULTS)) for name in names]
-    for entry in reversed(dataclasses.fields(options_class)):
+    for entry in dataclasses.fields(options_class):
         text = str(entry.metadata["help"])
         missing = [choice for choice in choices.get(entry.name, ()) if choice not in text]
         if missing:
             text += f" One of {', '.join(choices[entry.name])}."
-        if "default:" not in text and "equired." not in text:
-            text = f"{text.removesuffix('.')} (default: {_default(default_of(entry))})."
-        shown.insert(0, (entry.name, text))
-    for name, text in shown:
-        print(f"  --{name:28} " + ("\n" + " " * 33).join(textwrap.wrap(text, 66)))
+        _print_option(entry.name, with_default(text, default_of(entry)))
+    for name in WITHOUT_STEPS_HELP if recipe in WITHOUT_STEPS else TRAINER_HELP:
+        if recipe != "encoder" or name != "max_length":
+            _print_option(name, help_of(name))
+    _print_option("json", "Print the folder of the model as JSON (default: False).")
     print("\n--config takes the same names from YAML; --help-all lists every trainer argument.")
 
 
-def _default(value: Any) -> str:
-    if value in (None, "") or value == []:
-        return "none"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _print_option(name: str, text: str) -> None:
+    lines = textwrap.wrap(text, 66, break_on_hyphens=False)
+    print(f"  --{name:28} " + ("\n" + " " * 33).join(lines))

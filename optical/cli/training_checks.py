@@ -29,6 +29,7 @@ _TRAINER_ARGUMENTS: dict[str, Any] = {
     "save_steps": float,
     "logging_steps": float,
     "max_length": str,
+    "report_to": str,
     "bf16": bool,
     "fp16": bool,
     "use_cpu": bool,
@@ -60,13 +61,14 @@ def _add_option(parser: argparse.ArgumentParser, name: str, hint: Any) -> None:
     elif get_origin(hint) is list:
         settings |= {"nargs": "+", "type": get_args(hint)[0]}
     elif hint is bool:
-        settings |= {"nargs": "?", "const": True, "type": _truth}
+        settings |= {"nargs": "?", "const": True, "type": truth}
     else:
         settings["type"] = hint
     parser.add_argument(*names, **settings)
 
 
-def _truth(text: str) -> bool:
+def truth(text: str) -> bool:
+    """Return the value of a yes-or-no option, as Transformers reads it."""
     if text.lower() not in (*_TRUE, *_FALSE):
         raise argparse.ArgumentTypeError(
             f"Truthy value expected: got {text} but expected one of "
@@ -170,12 +172,16 @@ def _check_files(options: Any) -> None:
 
     for path in getattr(options, "bitext", ()):
         check_bitext(path, getattr(options, "max_pairs", None))
+    validation = getattr(options, "validation", ())
+    for path in validation if hasattr(options, "bitext") else ():
+        check_bitext(path)
     for path in _regular(getattr(options, "text", ())):
         read_sentences(path)
     for entry in getattr(options, "lexicon", ()):
         for path in _regular([entry.split("=", 1)[1]]):
             read_lexicon(path)
-    for path in _regular(getattr(options, "pairs", ())):
+    pairs = getattr(options, "pairs", ())
+    for path in _regular([*pairs, *validation] if hasattr(options, "pairs") else ()):
         read_training_pairs([path])
     queries = getattr(options, "queries", "")
     if queries and len(list(_regular([queries, options.passages]))) == 2:

@@ -232,6 +232,12 @@ def encode_passages(
     return tokens, [len(text) for text in passages]
 
 
+def check_worker(worker: int, workers: int) -> None:
+    """Raise ValueError unless `worker` is the index of one of `workers` processes."""
+    if not 0 <= worker < workers:
+        raise ValueError(f"worker: {worker}, expected a number from 0 to {workers - 1}")
+
+
 def chunks(
     documents: Iterable[tuple[str, str]], size: int
 ) -> Iterator[tuple[list[str], list[str]]]:

@@ -36,7 +36,7 @@ from optical.io.files import (
     write_json,
 )
 from optical.models import fingerprint
-from optical.models.encoding import TokenVectors, encode_for_training
+from optical.models.encoding import TokenVectors, check_worker, encode_for_training
 from optical.models.retriever import check_length
 
 logger = logging.getLogger("optical")
@@ -99,11 +99,19 @@ class StoreWriter:
         Raises:
             ValueError: the shard holds other texts or was written with other options.
         """
+        return self.has_shard(number, self.key(texts))
+
+    def has_shard(self, number: int, key: str) -> bool:
+        """Return whether shard `number` is whole and has the :meth:`key` of its texts.
+
+        Raises:
+            ValueError: the shard has another key.
+        """
         path = self._path(number)
         record = _shard_record(path)
         if record is None:
             return False
-        if record.get("key") != self._key(texts):
+        if record.get("key") != key:
             raise ValueError(
                 f"{self.folder}: holds vectors of other texts or options; choose another folder, "
                 "or remove this one"
@@ -127,7 +135,7 @@ class StoreWriter:
             # safetensors writes several metadata entries in random order; one keeps files equal.
             file.write(save(tensors, metadata={"ids": "\n".join(ids)}))
         self.checksums[path.name] = checksum(path)
-        record = {"key": self._key(texts), "sha256": self.checksums[path.name]}
+        record = {"key": self.key(texts), "sha256": self.checksums[path.name]}
         write_json(path.with_suffix(".json"), record)
 
     def finish(self, documents: int) -> Path:
@@ -140,7 +148,8 @@ class StoreWriter:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"
 
-    def _key(self, texts: Any) -> str:
+    def key(self, texts: Any) -> str:
+        """Return a digest of the options and the texts of a shard (any JSON value)."""
         return hashlib.sha256(json.dumps([self.options, texts]).encode()).hexdigest()
 
 
@@ -262,8 +271,7 @@ def write_vectors(
             not below ``workers``.
         OSError: the folder cannot be written.
     """
-    if not 0 <= worker < workers:
-        raise ValueError(f"worker: {worker}, expected a number from 0 to {workers - 1}")
+    check_worker(worker, workers)
     texts = list(dict.fromkeys(texts))
     if not texts:
         raise ValueError("texts: none given; expected at least one")

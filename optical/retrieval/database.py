@@ -19,14 +19,20 @@ import torch
 from optical.data.trec import Run, ranked
 from optical.io.environment import require, version
 from optical.io.files import folder_lock
-from optical.models.encoding import TokenVectors, chunks, encode_rows
+from optical.io.progress import Progress
+from optical.models.encoding import TokenVectors, check_worker, chunks, encode_rows
 from optical.retrieval.origin import Origin
 
 logger = logging.getLogger("optical")
 
-_TABLE = "documents"
+_TABLE, _INDEX = "documents", "vector_idx"
 # Keys of the table's metadata: how documents were cut, and the model that encoded them.
 _PASSAGES, _ORIGIN = "passages", "origin"
+# Quantisation learns 256 codes from as many rows.
+LEAST_ROWS = 256
+# An approximate search reads this many lists of the index, and scores this many times as many rows
+# as it returns by their vectors.
+PROBES, REFINE = 20, 10
 
 
 def write_database(
@@ -39,11 +45,14 @@ def write_database(
     chunk_texts: int = 1024,
     passage_length: int | None = None,
     passage_stride: int | None = None,
+    worker: int = 0,
+    workers: int = 1,
 ) -> int:
     """Encode texts into a LanceDB database; documents whose ids it already holds are skipped.
 
     A document has one row, or one for each of its passages. Several processes may write one
-    database; a document that two of them encode is added once.
+    database; a document that two of them encode is added once. With `workers`, they divide the
+    documents, and each is encoded once.
 
     Args:
         model: a ``MultiVectorEncoder`` whose vectors have unit length.
@@ -55,15 +64,20 @@ def write_database(
         chunk_texts: texts per transaction.
         passage_length, passage_stride: cut documents into passages, see
             :func:`optical.retrieval.exact_search.search`.
+        worker, workers: index of this process, from 0, and number of processes that write the same
+            documents together. Each encodes every ``workers``-th chunk.
 
     Returns:
-        Number of documents added. Documents without tokens cannot be retrieved and are left out.
+        Number of documents added by this process. Documents without tokens cannot be retrieved and
+        are left out.
 
     Raises:
         ImportError: LanceDB is not installed (extra ``index``).
-        ValueError: the vectors are not of unit length, or their size, the passage settings, the
-            role or the content of the model differ from those of the database.
+        ValueError: the vectors are not of unit length; their size, the passage settings, the role
+            or the content of the model differ from those of the database; or ``worker`` is not
+            below ``workers``.
     """
+    check_worker(worker, workers)
     table = _open_or_create(
         location,
         model.get_embedding_dimension(),
@@ -72,8 +86,10 @@ def write_database(
     )
     known_ids = _document_ids(table)
     added = 0
-    new = ((key, text) for key, text in documents if key not in known_ids)
-    for ids, texts in chunks(new, chunk_texts):
+    # The division does not depend on known ids, which change while others write.
+    own = itertools.islice(chunks(documents, chunk_texts), worker, None, workers)
+    pairs = (pair for ids, texts in own for pair in zip(ids, texts, strict=True))
+    for ids, texts in chunks((pair for pair in pairs if pair[0] not in known_ids), chunk_texts):
         row_ids, tokens = encode_rows(
             model, ids, texts, role, batch_size, passage_length, passage_stride
         )
@@ -156,6 +172,45 @@ def _add_rows(table: Any, ids: Sequence[str], tokens: TokenVectors) -> int:
     return len({key for key, _ in rows} - present)
 
 
+def build_approximate(location: str | Path) -> None:
+    """Build LanceDB's approximate index of a database's token vectors, or bring it up to date.
+
+    Product quantisation with inverted lists (IVF-PQ) keeps one byte for four components beside
+    the vectors, with which the best documents are scored again. Documents that are added later are
+    searched exactly until the index is built again.
+
+    Raises:
+        ImportError: LanceDB is not installed (extra ``index``).
+        ValueError: there is no such database, or it has fewer than 256 rows.
+    """
+    require("lancedb", "index", "an index in LanceDB")
+    from lancedb.index import IvfPq
+
+    table = LanceIndex(location).table
+    if table.count_rows() < LEAST_ROWS:
+        raise ValueError(
+            f"{location}: {table.count_rows()} rows, but an approximate index needs {LEAST_ROWS}; "
+            "exact search of so few is fast"
+        )
+    built = _approximate_index(table)
+    if built is not None and not built.num_unindexed_rows:
+        return
+    dimension = _dimension(table)
+    sub_vectors = dimension // 4 if dimension % 4 == 0 else None
+    logger.info("%s: building the approximate index of %d rows", location, table.count_rows())
+    with _writing(location):
+        table.create_index(
+            "vector",
+            config=IvfPq(distance_type="cosine", num_sub_vectors=sub_vectors),
+            name=_INDEX,
+        )
+
+
+def _approximate_index(table: Any) -> Any:
+    """Return the statistics of the table's approximate index, or None if it has none."""
+    return table.index_stats(_INDEX)
+
+
 class LanceIndex:
     """Search in a database of :func:`write_database` by LanceDB's own MaxSim.
 
@@ -204,35 +259,97 @@ class LanceIndex:
     def __len__(self) -> int:
         return len(_document_ids(self.table))
 
-    def search(self, query_ids: Sequence[str], queries: TokenVectors, *, depth: int = 1000) -> Run:
+    def search(
+        self,
+        query_ids: Sequence[str],
+        queries: TokenVectors,
+        *,
+        depth: int = 1000,
+        approximate: bool = False,
+        probes: int = PROBES,
+        refine: int = REFINE,
+    ) -> Run:
         """Return the best ``depth`` documents of each query, like ``search_vectors``.
 
-        The score of a document is that of its best passage.
+        The score of a document is that of its best passage. Scores are exact up to rounding.
 
-        The search is exhaustive, and so exact up to rounding, unless the table has an approximate
-        index (``LanceIndex(location).table.create_index(metric="cosine",
-        vector_column_name="vector")``).
+        Args:
+            query_ids, queries: the queries and their token vectors.
+            depth: documents per query.
+            approximate: search with the index of :func:`build_approximate`, which may miss
+                documents, instead of comparing every document.
+            probes: lists of the index that are read for each query token.
+            refine: candidates scored by their vectors, as a multiple of `depth`.
+
+        Raises:
+            ValueError: ``approximate`` without such an index.
         """
         _require_unit_length(queries)
+        if approximate:
+            self.check_approximate()
+        settings = (probes, refine) if approximate else None
         run: Run = {}
+        progress = Progress(self.location, len(query_ids), "queries searched")
         for key, vectors in zip(query_ids, queries.split(), strict=True):
             # LanceDB's distance is the sum over query tokens of 1 - the best cosine.
-            nearest = self._nearest(vectors.cpu().numpy(), depth) if len(vectors) else {}
+            found = self._nearest(vectors.cpu().numpy(), depth, settings) if len(vectors) else {}
             run[key] = dict(
-                ranked({docid: len(vectors) - distance for docid, distance in nearest.items()})
+                ranked({docid: len(vectors) - distance for docid, distance in found.items()})
             )
+            progress.add()
         return run
 
-    def _nearest(self, query: Any, depth: int) -> dict[str, float]:
+    def check_approximate(self) -> None:
+        """Raise ValueError unless the database has an approximate index."""
+        if _approximate_index(self.table) is None:
+            raise ValueError(
+                f"{self.location}: has no approximate index; build it with `optical index` and "
+                "--approximate"
+            )
+
+    def recall(
+        self,
+        query_ids: Sequence[str],
+        queries: TokenVectors,
+        run: Run,
+        *,
+        depth: int = 100,
+        sample: int = 20,
+    ) -> float:
+        """Return the share of the exact search's best documents that a run holds.
+
+        Args:
+            query_ids, queries: the queries of the run and their token vectors.
+            run: result of an approximate search.
+            depth: number of best documents of each query.
+            sample: number of queries, evenly spaced, that are searched exactly.
+        """
+        chosen = range(0, len(query_ids), -(-len(query_ids) // sample))
+        pieces = [queries.split()[i] for i in chosen]
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        keys = [query_ids[i] for i in chosen]
+        exact = self.search(keys, TokenVectors(torch.cat(pieces), lengths), depth=depth)
+        found = sum(key in run[query] for query in keys for key in exact[query])
+        return found / max(sum(map(len, exact.values())), 1)
+
+    def _nearest(
+        self, query: Any, depth: int, approximate: tuple[int, int] | None
+    ) -> dict[str, float]:
         """Return `depth` documents and their distances, asking for more rows until there are."""
         limit, total = depth, self.table.count_rows()
         while True:
             request = self.table.search(query, vector_column_name="vector").distance_type("cosine")
+            if approximate:
+                request = request.nprobes(approximate[0]).refine_factor(approximate[1])
+            else:
+                request = request.bypass_vector_index()
             distances: dict[str, float] = {}
             # Rows are ordered by distance, so a document's first row is its best passage.
-            for row in request.limit(limit).select(["id", "_distance"]).to_list():
+            rows = request.limit(limit).select(["id", "_distance"]).to_list()
+            for row in rows:
                 distances.setdefault(row["id"], row["_distance"])
-            if len(distances) >= depth or limit >= total:
+            # An approximate search may not find as many rows as it is asked for.
+            if len(distances) >= depth or limit >= total or len(rows) < limit:
                 return dict(itertools.islice(distances.items(), depth))
             limit *= 4
 

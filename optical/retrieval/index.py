@@ -17,16 +17,23 @@ from typing import Any
 import torch
 
 from optical.data.trec import Run
-from optical.models.encoding import TokenVectors, chunks, encode_rows
+from optical.models.encoding import TokenVectors, check_worker, chunks, encode_rows
 from optical.models.fingerprint import fingerprints, partners
 from optical.models.token_store import StoreWriter, check_shard, read_ids, read_shard, read_store
-from optical.retrieval.database import LanceIndex, write_database
+from optical.retrieval.database import LanceIndex, build_approximate, write_database
 from optical.retrieval.maxsim import EncodedText, rank
 from optical.retrieval.origin import Origin
 
 logger = logging.getLogger("optical")
 
-__all__ = ["FileIndex", "LanceIndex", "open_index", "write_database", "write_index"]
+__all__ = [
+    "FileIndex",
+    "LanceIndex",
+    "build_approximate",
+    "open_index",
+    "write_database",
+    "write_index",
+]
 
 
 def write_index(
@@ -40,6 +47,8 @@ def write_index(
     shard_texts: int = 4096,
     passage_length: int | None = None,
     passage_stride: int | None = None,
+    worker: int = 0,
+    workers: int = 1,
 ) -> Path:
     """Encode texts and write their vectors as a token store.
 
@@ -55,15 +64,19 @@ def write_index(
         shard_texts: texts per file.
         passage_length, passage_stride: cut documents into passages, see
             :func:`optical.retrieval.exact_search.search`.
+        worker, workers: index of this process, from 0, and number of processes that write the
+            index together, on one machine or on several with a shared folder. Each writes every
+            ``workers``-th shard; the last one to finish writes ``index.json``.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: no text; or the folder holds vectors of other texts, role, precision or
-            passages, or of another model, by its content.
+            passages, or of another model, by its content; or ``worker`` is not below ``workers``.
         OSError: the folder cannot be written.
     """
+    check_worker(worker, workers)
     options = {
         "role": role,
         "precision": precision,
@@ -74,17 +87,24 @@ def write_index(
         options["passages"] = [passage_length, passage_stride]
     store = StoreWriter(folder, options, partners(model))
     total = 0
+    keys = []
     for number, (ids, texts) in enumerate(chunks(documents, shard_texts)):
-        if not store.is_written(number, [ids, texts]):
+        total += len(ids)
+        keys.append(store.key([ids, texts]))
+        if number % workers != worker:
+            continue
+        if not store.has_shard(number, keys[-1]):
             row_ids, tokens = encode_rows(
                 model, ids, texts, role, batch_size, passage_length, passage_stride
             )
             store.write(number, [ids, texts], row_ids, tokens)
-        total += len(ids)
         logger.info("%s: %d documents", store.folder, total)
     if not total:
         raise ValueError("documents: none given; expected at least one")
-    return store.finish(total)
+    # Two workers that finish together write the same index.
+    if workers == 1 or all(itertools.starmap(store.has_shard, enumerate(keys))):
+        store.finish(total)
+    return store.folder
 
 
 class FileIndex:

@@ -17,16 +17,6 @@ Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
 # Recipes that compute a model without training steps. Of the trainer's arguments they use
 # output_dir alone.
 WITHOUT_STEPS = ("transfer", "average")
-# Changes to the trainer's default arguments, shared by the command line and studies.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "report_to": "none",
-    "learning_rate": 2e-5,
-    "per_device_train_batch_size": 64,
-    "warmup_steps": 0.05,
-    "logging_steps": 50,
-    "save_steps": 500,
-    "save_total_limit": 1,
-}
 # Default of a required option; validate() reports an option that still has it.
 REQUIRED: Any = ""
 
@@ -102,6 +92,13 @@ class TeacherOptions:
         0, "Exclude the N most frequent tokens of the training texts from the scores of queries."
     )
     scale: float = _option(1.0, "Factor on the MaxSim scores before the softmax.")
+    validation: list[str] = _list_option(
+        "Files like those of the training. Their loss is computed every save_steps steps, and the "
+        "checkpoint with the lowest one becomes the trained model."
+    )
+    patience: int = _option(
+        0, "Stop after this many evaluations without a lower validation loss; 0 never stops."
+    )
     resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
 
     def validate(self) -> None:
@@ -117,6 +114,7 @@ class TeacherOptions:
             raise ValueError(f"skip_frequent: {self.skip_frequent}, expected 0 or more")
         if not 0.0 < self.scale < float("inf"):
             raise ValueError(f"scale: {self.scale}, expected a number > 0")
+        _check_patience(self)
 
 
 @dataclass
@@ -192,7 +190,8 @@ class DistillOptions:
     )
     probability: float = _option(0.5, "Probability that a word is replaced by a translation.")
     teacher_vectors: list[str] = _list_option(
-        "Token stores of the teacher, one folder per bitext file, as written by `optical vectors`."
+        "Token stores of the teacher, one folder per file of bitext and validation, as written by "
+        "`optical vectors`."
     )
     max_pairs: int | None = _option(
         None, "Maximum number of pairs read from each file (default: all)."
@@ -205,6 +204,13 @@ class DistillOptions:
     )
     dimension: int | None = _option(
         None, "Dimension of the token vectors of a new student (default: that of the teacher)."
+    )
+    validation: list[str] = _list_option(
+        "Files like those of the training. Their loss is computed every save_steps steps, and the "
+        "checkpoint with the lowest one becomes the trained model."
+    )
+    patience: int = _option(
+        0, "Stop after this many evaluations without a lower validation loss; 0 never stops."
     )
     resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
 
@@ -221,11 +227,13 @@ class DistillOptions:
             raise ValueError(f"temperature: {self.temperature}, expected a number > 0")
         if not self.bitext:
             raise ValueError("bitext: none given; expected at least one file")
-        if self.teacher_vectors and len(self.teacher_vectors) != len(self.bitext):
+        files = len(self.bitext) + len(self.validation)
+        if self.teacher_vectors and len(self.teacher_vectors) != files:
             raise ValueError(
-                f"teacher_vectors: {len(self.teacher_vectors)} folders for {len(self.bitext)} "
-                "bitext files; expected one folder per file"
+                f"teacher_vectors: {len(self.teacher_vectors)} folders for {files} files of bitext "
+                "and validation; expected one folder per file"
             )
+        _check_patience(self)
         _check_positive("max_pairs", self.max_pairs)
         _check_positive("dimension", self.dimension)
         if self.stream:
@@ -336,6 +344,13 @@ def _check_code_switching(lexicon: list[str], probability: float) -> None:
 def _check_positive(name: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise ValueError(f"{name}: {value}, expected 1 or more")
+
+
+def _check_patience(options: Any) -> None:
+    if options.patience < 0:
+        raise ValueError(f"patience: {options.patience}, expected 0 or more")
+    if options.patience and not options.validation:
+        raise ValueError("patience: given without validation, whose loss it watches")
 
 
 def _check_required(name: str, value: str) -> None:

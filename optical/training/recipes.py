@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -31,7 +31,7 @@ from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.multi_vector_encoder.losses import (
     MultiVectorMultipleNegativesRankingLoss,
 )
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, EarlyStoppingCallback, set_seed
 
 from optical.data.lexicon import CodeSwitcher, read_lexicon
 from optical.data.pairs import (
@@ -51,12 +51,12 @@ from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
 from optical.training.collator import BitextCollator
 from optical.training.options import (
-    TRAINER_DEFAULTS,
     AverageOptions,
     CodeswitchOptions,
     DistillOptions,
     TeacherOptions,
 )
+from optical.training.trainer_options import TRAINER_DEFAULTS, TRAINER_HELP
 
 logger = logging.getLogger("optical")
 
@@ -68,10 +68,7 @@ class CommandLineTrainerArguments(MultiVectorEncoderTrainingArguments):
     # A number, or JSON with the limits of both roles: argparse has no union types.
     max_length: str | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={
-            "help": "Maximum length of a training text in tokens: 32, or "
-            '\'{"query": 32, "document": 64}\'.'
-        },
+        metadata={"help": TRAINER_HELP["max_length"]},
     )
 
     def __post_init__(self) -> None:
@@ -110,7 +107,8 @@ def teacher(
     """
     options.validate()
     training_pairs = read_training_pairs(options.pairs, options.queries, options.passages)
-    return _contrastive_trainer(options, trainer_args, training_pairs)
+    validation = read_training_pairs(options.validation) if options.validation else []
+    return _contrastive_trainer(options, trainer_args, training_pairs, validation)
 
 
 def codeswitch(
@@ -127,24 +125,36 @@ def codeswitch(
     switch = CodeSwitcher(lexicons, probability=options.probability, seed=trainer_args.seed)
     coverage = switch.coverage([row[-1] for row in rows[:2000]])
     logger.info("code switching: the lexicons contain %.0f %% of the words", 100 * coverage)
-    switched = []
-    for copy in range(options.copies):
-        for index, (query, *passages) in enumerate(rows):
-            key = f"{copy}:{index}"
-            if options.role != "document":
-                query = switch(query, f"{key}:query")
-            if options.role != "query":
-                passages = [switch(text, f"{key}:{i}") for i, text in enumerate(passages)]
-            switched.append((query, *passages))
-    return _contrastive_trainer(options, trainer_args, switched)
+    switched = [
+        pair
+        for copy in range(options.copies)
+        for pair in _switched(rows, switch, options.role, f"{copy}")
+    ]
+    validation = read_training_pairs(options.validation) if options.validation else []
+    validation = list(_switched(validation, switch, options.role, "validation"))
+    return _contrastive_trainer(options, trainer_args, switched, validation)
+
+
+def _switched(
+    rows: Sequence[tuple[str, ...]], switch: CodeSwitcher, role: str, key: str
+) -> Iterator[tuple[str, ...]]:
+    """Yield rows whose texts of a role are code-switched; `key` seeds the draws."""
+    for index, (query, *passages) in enumerate(rows):
+        if role != "document":
+            query = switch(query, f"{key}:{index}:query")
+        if role != "query":
+            passages = [switch(text, f"{key}:{index}:{i}") for i, text in enumerate(passages)]
+        yield query, *passages
 
 
 def _contrastive_trainer(
     options: TeacherOptions,
     trainer_args: MultiVectorEncoderTrainingArguments,
     rows: list[tuple[str, ...]],
+    validation: list[tuple[str, ...]],
 ) -> MultiVectorEncoderTrainer:
     """Configure contrastive training on rows of (query, passage, negatives...)."""
+    callbacks = _evaluate(options, trainer_args)
     set_seed(trainer_args.seed)
     skip_words: list[str] = []
     if options.skip_frequent:
@@ -167,13 +177,46 @@ def _contrastive_trainer(
     trainer_args.batch_sampler = BatchSamplers.NO_DUPLICATES
     names = ["query", "positive", *(f"negative_{i}" for i in range(1, len(rows[0]) - 1))]
     trainer_args.prompts = _prompts_of_columns(model, trainer_args.prompts, names)
-    columns = [list(column) for column in zip(*rows, strict=True)]
+    if validation and len(validation[0]) < len(names):
+        raise ValueError(
+            f"validation: rows with {len(validation[0]) - 2} negatives, expected the number of the "
+            f"training pairs, {len(names) - 2}"
+        )
     return MultiVectorEncoderTrainer(
         model=model,
         args=trainer_args,
-        train_dataset=Dataset.from_dict(dict(zip(names, columns, strict=True))),
+        train_dataset=_dataset_of_rows(rows, names),
+        eval_dataset=_dataset_of_rows(validation, names) if validation else None,
+        callbacks=callbacks,
         loss=MultiVectorMultipleNegativesRankingLoss(model, scale=options.scale),
     )
+
+
+def _dataset_of_rows(rows: Sequence[tuple[str, ...]], names: Sequence[str]) -> Dataset:
+    columns = zip(*(row[: len(names)] for row in rows), strict=True)
+    return Dataset.from_dict(dict(zip(names, map(list, columns), strict=True)))
+
+
+def _evaluate(
+    options: TeacherOptions | DistillOptions, trainer_args: MultiVectorEncoderTrainingArguments
+) -> list[Any]:
+    """Make a trainer evaluate the validation data at each checkpoint, and keep the best one.
+
+    Returns:
+        The callbacks of early stopping.
+    """
+    if not options.validation:
+        return []
+    if trainer_args.save_strategy == "no":
+        raise ValueError(
+            "validation: given, but save_strategy is no, so there is no checkpoint to choose from"
+        )
+    trainer_args.eval_strategy = trainer_args.save_strategy
+    trainer_args.eval_steps = trainer_args.save_steps
+    trainer_args.load_best_model_at_end = True
+    trainer_args.metric_for_best_model = "eval_loss"
+    trainer_args.greater_is_better = False
+    return [EarlyStoppingCallback(options.patience)] if options.patience else []
 
 
 def _prompts_of_columns(model: Any, given: Any, columns: Sequence[str]) -> dict[str, str] | None:
@@ -211,7 +254,9 @@ def distill(
             "prompts: given, but bitext is read with the prompts of the models; save the student "
             "with its prompts"
         )
-    dataset = _bitext_dataset(options, trainer_args)
+    callbacks = _evaluate(options, trainer_args)
+    dataset = _training_bitext(options, trainer_args)
+    validation = [read_bitext_pairs(path) for path in options.validation]
     set_seed(trainer_args.seed)
     teacher_model = load_retriever(options.teacher)
     dimension = options.dimension or teacher_model.get_embedding_dimension()
@@ -240,6 +285,8 @@ def distill(
         model=student,
         args=trainer_args,
         train_dataset=dataset,
+        eval_dataset=_bitext_dataset(options, validation, trainer_args) if validation else None,
+        callbacks=callbacks,
         loss=_distillation_loss(options, student, teacher_model, dataset),
         data_collator=BitextCollator(
             student, teacher_model, role=options.role, max_length=max_length, vectors=vectors
@@ -247,10 +294,10 @@ def distill(
     )
 
 
-def _bitext_dataset(
+def _training_bitext(
     options: DistillOptions, trainer_args: MultiVectorEncoderTrainingArguments
 ) -> Any:
-    """Return the parallel sentences as a dataset with the columns that the student encodes."""
+    """Return the bitext of the training as a dataset, or a stream of it."""
     if options.stream:
         if trainer_args.max_steps < 1:
             raise ValueError("max_steps: none given, and a stream has no end; expected 1 or more")
@@ -262,6 +309,15 @@ def _bitext_dataset(
     files = [read_bitext_pairs(path)[: options.max_pairs] for path in options.bitext]
     if options.balance:
         files = balance_bitexts(files)
+    return _bitext_dataset(options, files, trainer_args)
+
+
+def _bitext_dataset(
+    options: DistillOptions,
+    files: Sequence[Sequence[tuple[str, str]]],
+    trainer_args: MultiVectorEncoderTrainingArguments,
+) -> Any:
+    """Return the parallel sentences as a dataset with the columns that the student encodes."""
     pairs = list(itertools.chain.from_iterable(files))
     dataset = bitext_dataset(pairs)
     if options.reads != "other":

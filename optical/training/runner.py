@@ -28,6 +28,7 @@ from optical.io.files import (
 )
 from optical.io.fingerprints import with_digests
 from optical.models.fingerprint import fingerprints, save_partners, tokenizer_fingerprint
+from optical.training.model_card import model_card
 from optical.training.options import default_of
 
 logger = logging.getLogger("optical")
@@ -74,6 +75,10 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
     with _output_folder(trainer_args) as output:
         # Progress bars, or the lines of progress_lines(), already show the losses.
         trainer.remove_callback(PrinterCallback)
+        # The card of the trainer would quote training sentences; model_card() writes another.
+        for callback in [*trainer.callback_handler.callbacks]:
+            if type(callback).__name__.endswith("ModelCardCallback"):
+                trainer.remove_callback(callback)
         trainer.add_callback(SealCheckpoints())
         checkpoint = _checkpoint_to_resume(output, resume)
         inputs = _inputs(trainer, options)
@@ -81,7 +86,8 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
             _check_resumed(output, inputs, trainer_args)
         _write_record(output, options, trainer_args, inputs)
         trainer.train(resume_from_checkpoint=checkpoint)
-        return _save_final(output, trainer.save_model, trainer.model, trainer_args.should_save)
+        should_save = trainer_args.should_save
+        return _save_final(output, trainer.save_model, trainer.model, options, should_save)
 
 
 def save(model: Any, options: Any, trainer_args: Any) -> Path:
@@ -102,7 +108,7 @@ def save(model: Any, options: Any, trainer_args: Any) -> Path:
     with _output_folder(trainer_args) as output:
         _checkpoint_to_resume(output, resume=False)
         _write_record(output, options, trainer_args)
-        return _save_final(output, model.save_pretrained, model, trainer_args.should_save)
+        return _save_final(output, model.save_pretrained, model, options, trainer_args.should_save)
 
 
 @contextlib.contextmanager
@@ -125,7 +131,7 @@ def _checkpoint_to_resume(output: Path, resume: bool) -> str | None:
 
 
 def _save_final(
-    output: Path, save_model: Callable[[str], Any], model: Any, should_save: bool
+    output: Path, save_model: Callable[[str], Any], model: Any, options: Any, should_save: bool
 ) -> Path:
     final = output / "final"
     if should_save:
@@ -135,6 +141,7 @@ def _save_final(
         partial = output / f".final.{os.getpid()}"
         save_model(str(partial))
         save_partners(model, partial)
+        write_text(partial / "README.md", model_card(options, model))
         write_checksums(partial, SEALED_FILES)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -260,7 +267,8 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 class ProgressLines(TrainerCallback):
     """Trainer callback that logs the step, the loss and the remaining time at intervals.
 
-    It replaces a progress bar in log files and CI output.
+    It replaces a progress bar in log files and CI output. The loss of a line is the mean since the
+    last record of the trainer, which is made to record one for each line.
     """
 
     def __init__(self, label: str, interval_seconds: float = 20.0) -> None:
@@ -270,20 +278,40 @@ class ProgressLines(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start_time = self.last_log_time = time.monotonic()
         self.start_step = state.global_step
+        self.due = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.monotonic()
-        waiting = now - self.last_log_time < self.interval_seconds
-        if waiting or state.global_step >= state.max_steps:
+        waiting = time.monotonic() - self.last_log_time < self.interval_seconds
+        if not waiting and state.global_step < state.max_steps:
+            self.due = control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero:
             return
-        self.last_log_time = now
+        if "eval_loss" in logs:
+            step, loss = state.global_step, logs["eval_loss"]
+            logger.info("    %s: step %d, validation loss %.4f", self.label, step, loss)
+        if not self.due or "loss" not in logs:
+            return
+        self.due = False
+        now = self.last_log_time = time.monotonic()
         seconds_per_step = (now - self.start_time) / (state.global_step - self.start_step)
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         logger.info(
-            "    %s: step %d of %d%s, %.0f s left",
+            "    %s: step %d of %d, loss %.4g, %.0f s left",
             self.label,
             state.global_step,
             state.max_steps,
-            f", loss {losses[-1]:.3f}" if losses else "",
+            float(logs["loss"]),
             seconds_per_step * (state.max_steps - state.global_step),
         )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.best_model_checkpoint and state.is_world_process_zero:
+            logger.info(
+                "    %s: stopped at step %d; the best model is that of %s, validation loss %.4f",
+                self.label,
+                state.global_step,
+                Path(state.best_model_checkpoint).name,
+                state.best_metric,
+            )

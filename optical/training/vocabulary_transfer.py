@@ -18,13 +18,13 @@ from __future__ import annotations
 import collections
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optical.data.lexicon import ibm_model_1
+from optical.data.ibm_model_1 import ibm_model_1
 from optical.data.pairs import balance_bitexts, read_bitext_pairs
 from optical.data.texts import read_sentences
 from optical.models.fingerprint import fingerprints, partners, set_partners
@@ -79,7 +79,7 @@ def transfer(options: TransferOptions) -> Any:
     vectors = encoder.get_input_embeddings().weight.detach().float().cpu()
     means = _Means(len(new), vectors)
     for pairs in bitext if options.initialize_from == "bitext" else ():
-        means.add_pairs(*_token_ids(pairs, new, old))
+        means.add_pairs(_token_ids(pairs, new, old))
     paired = int((means.weights > 0).sum())
     means.add_spelling(new, old, token_counts(new, english or texts))
     new_vectors = means.means()
@@ -154,18 +154,23 @@ class _Means:
         self.sums = torch.zeros(size, self.vectors.shape[1])
         self.weights = torch.zeros(size)
 
-    def add_pairs(self, other: list[list[int]], english: list[list[int]]) -> None:
+    def add_pairs(self, pairs: Iterable[tuple[list[int], list[int]]]) -> None:
         """Add the English units that explain each unit of the other language under IBM model 1."""
-        count = collections.Counter(unit for units in other for unit in units)
-        links = ibm_model_1(
-            zip(other, english, strict=True),
-            iterations=ITERATIONS,
-            least_probability=LEAST_PROBABILITY,
-        )
-        unit, counterpart, share = (torch.tensor(column) for column in zip(*links, strict=True))
-        weight = share * torch.tensor([float(count[index]) for index in unit.tolist()])
-        self.sums.index_add_(0, unit, weight[:, None] * self.vectors[counterpart])
-        self.weights.index_add_(0, unit, weight)
+        count: collections.Counter[int] = collections.Counter()
+
+        def counted() -> Iterator[tuple[list[int], list[int]]]:
+            for other, english in pairs:
+                count.update(other)
+                yield other, english
+
+        links = ibm_model_1(counted(), iterations=ITERATIONS, least_probability=LEAST_PROBABILITY)
+        # Some links at a time: each of them takes a vector.
+        for start in range(0, len(links), 4096):
+            columns = zip(*links[start : start + 4096], strict=True)
+            unit, counterpart, share = (torch.tensor(column) for column in columns)
+            weight = share * torch.tensor([float(count[index]) for index in unit.tolist()])
+            self.sums.index_add_(0, unit, weight[:, None] * self.vectors[counterpart])
+            self.weights.index_add_(0, unit, weight)
 
     def add_spelling(self, new: Any, old: Any, count: collections.Counter[int]) -> None:
         """Add the English units that spell a new unit, weighted by its count in English text.
@@ -214,12 +219,15 @@ def _model_pieces(text: str, old: Any) -> list[int]:
 
 
 def _token_ids(
-    pairs: Iterable[tuple[str, str]], new: Any, old: Any
-) -> tuple[list[list[int]], list[list[int]]]:
+    pairs: Sequence[tuple[str, str]], new: Any, old: Any
+) -> Iterator[tuple[list[int], list[int]]]:
     """Tokenise the foreign sentences with the new tokenizer and the English ones with the old."""
-    english, other = (list(sentences) for sentences in zip(*pairs, strict=True))
     plain = {"add_special_tokens": False, "verbose": False}
-    return new(other, **plain)["input_ids"], old(english, **plain)["input_ids"]
+    for start in range(0, len(pairs), 1024):
+        english, other = map(list, zip(*pairs[start : start + 1024], strict=True))
+        yield from zip(
+            new(other, **plain)["input_ids"], old(english, **plain)["input_ids"], strict=True
+        )
 
 
 def _replace_vocabulary(reader: Any, tokenizer: Any, vectors: Tensor) -> None:

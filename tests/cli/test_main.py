@@ -1,18 +1,22 @@
 """The command line: help, output, errors and exit codes."""
 
+import dataclasses
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 import optical
 from optical.cli import main as cli
-from optical.training.options import WITHOUT_STEPS
+from optical.training.options import WITHOUT_STEPS, choices_of
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     *("study", "search", "evaluate", "compare", "lexicon", "vectors", "figures", "info"),
     *("align", "export", "index"),
@@ -80,6 +84,59 @@ def test_help_of_train(capsys):
         assert all(f"{name}  " in out for name in cli.RECIPES)
 
 
+# Command and what it may load beside PyTorch, in this order in one process.
+LIGHT = [
+    ("--help", ()),
+    ("search --help", ()),
+    ("train distill --help", ()),
+    ("train distill --objective absent", ()),
+    ("search ./absent --queries queries.tsv --documents queries.tsv --output x.run", ()),
+    ("index . --documents queries.tsv --output x --device cuda:99", ()),
+    ("figures absent.csv --output figures", ()),
+    ("lexicon bitext.tsv --output lexicon.tsv", ()),
+    ("evaluate one.run --qrels qrels.txt", ("ir_measures",)),
+    ("compare one.run two.run --qrels qrels.txt --samples 100", ("ir_measures",)),
+    ("study absent.yaml", ("ir_measures", "yaml")),
+]
+LOADED = """
+import json, sys
+from optical.cli.main import main
+loaded = []
+for command in json.loads(sys.argv[1]):
+    try:
+        main(command.split())
+    except SystemExit:
+        pass
+    loaded.append(sorted({name.split(".")[0] for name in sys.modules}))
+print("LOADED", json.dumps(loaded))
+"""
+
+
+def test_no_command_imports_a_library_that_it_does_not_need(tmp_path):
+    pytest.importorskip("ir_measures", reason="the extra `eval` is not installed")
+    pytest.importorskip("sentence_transformers", reason="the extra `train` is not installed")
+    (tmp_path / "queries.tsv").write_text("q1\tfish\n")
+    (tmp_path / "bitext.tsv").write_text("".join(f"fish {i}\tsamaki {i}\n" for i in range(9)))
+    (tmp_path / "qrels.txt").write_text("q1 0 d1 1\n")
+    for run, score in (("one", 1.0), ("two", 2.0)):
+        (tmp_path / f"{run}.run").write_text(f"q1 Q0 d1 1 {score} tag\n")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, json.dumps([command for command, _ in LIGHT])],
+        capture_output=True, text=True, cwd=tmp_path, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (tmp_path / "lexicon.tsv").is_file()
+    heavy = {
+        "transformers", "sentence_transformers", "datasets", "tokenizers", "accelerate", "scipy",
+        "sklearn", "pandas", "pyarrow", "lancedb", "ir_measures", "ir_datasets", "matplotlib",
+        "yaml", "triton",
+    }  # fmt: skip
+    for (command, may_load), loaded in zip(
+        LIGHT, json.loads(done.stdout.split("LOADED")[1]), strict=True
+    ):
+        assert not (heavy & set(loaded)) - set(may_load), command
+
+
 @pytest.mark.parametrize("recipe", cli.RECIPES)
 def test_help_of_a_recipe(capsys, recipe):
     pytest.importorskip("sentence_transformers")
@@ -92,6 +149,18 @@ def test_help_of_a_recipe(capsys, recipe):
     assert of_steps & set(out.split()) == shown
     # Every option has a help text.
     assert all(len(line.split()) > 1 for line in out.splitlines() if line.startswith("  --"))
+    # Help texts are whole sentences, with the choices and the default.
+    texts = [" ".join(text.split()) for text in out.split("\n  --")[1:]]
+    texts[-1] = texts[-1].split(" --config")[0]
+    assert all(text.endswith((".", ")")) and "..." not in text for text in texts), texts
+    options = cli.RECIPES[recipe][0]
+    for option, choices in choices_of(options).items():
+        text = next(text for text in texts if text.startswith(f"{option} "))
+        assert all(choice in text for choice in choices)
+    for entry in dataclasses.fields(options):
+        if isinstance(entry.default, (int, float)):
+            text = next(text for text in texts if text.startswith(f"{entry.name} "))
+            assert f"default: {entry.default})" in text
     assert cli.main(["train", recipe, "--help-all"]) == 0
     assert "--gradient_accumulation_steps" in capsys.readouterr().out
 
@@ -472,7 +541,7 @@ def test_lexicon_command(capsys, world, tmp_path):
     lexicon = read_lexicon(tmp_path / "sw.tsv")
     assert lexicon["bread"][0] == "mkate"
     entries = sum(map(len, lexicon.values()))
-    assert f"sw.tsv: {entries} entries from 96 sentence pairs" in capsys.readouterr().out
+    assert f"sw.tsv: {entries} entries, 96 pairs" in capsys.readouterr().out
     fails(capsys, ["lexicon", "no.tsv", "--output", str(tmp_path / "x")], r"no\.tsv: no such file")
 
 

@@ -17,7 +17,14 @@ from optical.models.retriever import load_retriever
 from optical.models.token_store import StoreWriter
 from optical.retrieval import database
 from optical.retrieval.exact_search import search, search_vectors
-from optical.retrieval.index import FileIndex, LanceIndex, open_index, write_database, write_index
+from optical.retrieval.index import (
+    FileIndex,
+    LanceIndex,
+    build_approximate,
+    open_index,
+    write_database,
+    write_index,
+)
 from optical.retrieval.origin import Origin
 
 
@@ -274,6 +281,71 @@ def test_two_writers_add_each_document_once(model, documents, tmp_path, monkeypa
     index = LanceIndex(location)
     assert (first, second[1]) == (28, 20)
     assert len(index) == index.table.count_rows() == 48
+
+
+@pytest.mark.parametrize("kind", ["files", "database"])
+def test_several_workers_write_one_index(model, documents, queries, expected, kind, tmp_path):
+    if kind == "database":
+        pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    location, counts = tmp_path / "index", []
+    for worker in (2, 0, 1, 1):  # the last one repeats its part and adds nothing
+        share = {"worker": worker, "workers": 3}
+        if kind == "files":
+            write_index(model, documents.items(), location, shard_texts=10, **share)
+            counts.append((location / "index.json").is_file())
+        else:
+            counts.append(
+                write_database(model, documents.items(), location, chunk_texts=10, **share)
+            )
+    assert counts == ([False, False, True, True] if kind == "files" else [10, 20, 18, 0])
+    index = open_index(location)
+    assert len(index) == 48
+    if kind == "files":
+        assert index.ids == list(documents)
+    else:
+        assert index.table.count_rows() == 48
+    assert_equal_runs(index.search(*queries, depth=10), expected)
+    write = write_index if kind == "files" else write_database
+    with pytest.raises(ValueError, match="worker: 3, expected a number from 0 to 2"):
+        write(model, documents.items(), location, worker=3, workers=3)
+
+
+def test_approximate_search_finds_most_documents_with_exact_scores(
+    model, documents, queries, tmp_path
+):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    location = tmp_path / "base"
+    words = [word for text in documents.values() for word in text.split()]
+    spans = [(i, length) for length in (4, 6) for i in range(len(words) - 6)]
+    many = {f"m{i}-{length}": " ".join(words[i : i + length]) for i, length in spans}
+    write_database(model, list(many.items())[:100], location)
+    with pytest.raises(ValueError, match="100 rows, but an approximate index needs 256"):
+        build_approximate(location)
+    write_database(model, many.items(), location)
+    ids, vectors = queries
+    with pytest.raises(ValueError, match="base: has no approximate index; build it with"):
+        LanceIndex(location).search(ids, vectors, approximate=True)
+    build_approximate(location)
+    index = LanceIndex(location)
+    exact = index.search(ids, vectors, depth=10)
+    found = index.search(ids, vectors, depth=10, approximate=True)
+    scores = index.search(ids, vectors, depth=len(many))
+    for query, run in found.items():
+        assert len(run) == 10
+        assert run == pytest.approx({key: scores[query][key] for key in run}, abs=1e-4)
+    assert index.recall(ids, vectors, exact, depth=10) == 1
+    assert index.recall(ids, vectors, found, depth=10) > 0.6
+    half = {query: dict(list(run.items())[:5]) for query, run in exact.items()}
+    assert index.recall(ids, vectors, half, depth=10, sample=2) == 0.5
+    # Documents added later are found before the index is built again, which then covers them.
+    write_database(model, documents.items(), location)
+    index = LanceIndex(location)
+    assert index.search(ids, vectors, depth=1000, approximate=True, refine=1)[ids[0]].keys() & (
+        documents.keys()
+    )
+    build_approximate(location)
+    build_approximate(location)
+    assert LanceIndex(location).table.index_stats("vector_idx").num_unindexed_rows == 0
 
 
 def test_a_wrong_score_of_the_database_is_noticed(model, documents, tmp_path, monkeypatch):

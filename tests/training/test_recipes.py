@@ -101,7 +101,7 @@ def test_distillation_reduces_the_loss_of_the_student_only(distill, tmp_path):
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
     card = (final / "README.md").read_text(encoding="utf-8")
-    assert "OTDistillationLoss" in card and "huang2023optical" in card and '"epsilon": 0.05' in card
+    assert "huang2023optical" in card and "ot, epsilon 0.05" in card
 
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["recipe"] == "distill"
@@ -507,7 +507,7 @@ def test_teacher_recipe_saves_its_options(tiny_models, pairs, tmp_path):
     the = model.tokenizer.convert_tokens_to_ids("the")
     assert torch.equal(query["attention_mask"].bool(), query["input_ids"] != the)
     card = (tmp_path / "out/final/README.md").read_text()
-    assert "MultiVectorMultipleNegativesRankingLoss" in card
+    assert "trained on pairs of queries and passages" in card and "`teacher.tsv`" in card
     assert json.loads((tmp_path / "out/run.json").read_text())["recipe"] == "teacher"
 
 
@@ -654,7 +654,97 @@ def test_progress_is_logged_with_step_loss_and_time(distill, caplog):
         "step 1 of 3",
         "step 2 of 3",
     ]
-    assert "loss 0." in lines[1] and " s left" in lines[1]
+    assert all(" loss 0." in line and " s left" in line for line in lines)
+
+
+def test_every_line_of_progress_has_a_loss(distill, caplog):
+    # The trainer itself would record the first loss after 50 steps.
+    trainer, options = distill(max_steps=4, logging_steps=50, save_strategy="no")
+    trainer.add_callback(runner.ProgressLines("sw", interval_seconds=0.0))
+    with caplog.at_level(logging.INFO, "optical"):
+        runner.run(trainer, options, resume=False)
+    lines = [line for line in caplog.messages if line.startswith("    sw: step")]
+    assert len(lines) == 3 and all(", loss 0." in line for line in lines)
+
+
+# --- validation, early stopping, model card ------------------------------------------------------
+
+
+def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(distill, world, tmp_path, caplog):
+    trainer, options = distill(
+        options={"validation": [str(world / "bitext/en-sw.tsv")], "patience": 2},
+        max_steps=40,
+        save_steps=2,
+    )
+    trainer.add_callback(runner.ProgressLines("sw"))
+    evaluate, pretended, true = trainer.evaluation_loop, iter([3.0, 1.0, 2.0, 2.0]), []
+
+    def pretend(*arguments, **options):
+        output = evaluate(*arguments, **options)
+        true.append(output.metrics["eval_loss"])
+        output.metrics["eval_loss"] = next(pretended)
+        return output
+
+    trainer.evaluation_loop = pretend
+    with caplog.at_level(logging.INFO, "optical"):
+        final = runner.run(trainer, options, resume=False)
+    # It stops after two evaluations without a lower loss, and the best checkpoint alone remains.
+    assert trainer.state.global_step == 8
+    best = tmp_path / "out/checkpoint-4"
+    assert [*tmp_path.glob("out/checkpoint-*")] == [best]
+    assert_same(*({key.split("/")[1]: value for key, value in weights(folder).items()}
+                  for folder in (final, best)))  # fmt: skip
+    # The true loss of these sentences, which are those of the training, falls.
+    assert len(true) == 4 and true[3] < true[0]
+    assert "sw: step 2, validation loss 3.0000" in caplog.text
+    assert "stopped at step 8; the best model is that of checkpoint-4" in caplog.text
+
+
+def test_invalid_validation_is_refused(distill, world):
+    bitext = {"validation": [str(world / "bitext/en-de.tsv")]}
+    with pytest.raises(ValueError, match="validation: given, but save_strategy is no"):
+        distill(options=bitext, save_strategy="no")
+    with pytest.raises(ValueError, match="patience: given without validation"):
+        distill(options={"patience": 2})
+    with pytest.raises(ValueError, match="patience: -1, expected 0 or more"):
+        distill(options=bitext | {"patience": -1})
+    with pytest.raises(ValueError, match="1 folders for 2 files of bitext and validation"):
+        distill(options=bitext | {"teacher_vectors": ["v"]})
+
+
+def test_training_pairs_have_a_validation_loss_too(tiny_models, pairs, world, tmp_path):
+    for name, more in (
+        ("teacher", {}),
+        ("codeswitch", {"lexicon": [f"sw={world / 'lexicon/en-sw.tsv'}"], "probability": 1.0}),
+    ):
+        settings = {"model": tiny_models.mixed, "pairs": pairs, "validation": pairs}
+        trainer, options = recipe(name, tmp_path / name, **settings, **more)
+        trainer.args.save_steps = trainer.args.eval_steps = 1
+        runner.run(trainer, options, resume=False)
+        assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
+    # Validation texts are code-switched like those of the training.
+    assert "mwalimu" in str(list(trainer.eval_dataset["positive"]))
+
+
+@pytest.mark.parametrize("role", ["query", "document"])
+def test_the_model_card_encodes_each_side_with_the_right_model(
+    distill, world, tiny_models, tmp_path, role
+):
+    trainer, options = distill(options={"role": role}, max_steps=1)
+    final = runner.run(trainer, options, resume=False)
+    card = (final / "README.md").read_text()
+    assert "distilled from a frozen teacher" in card and "widget" not in card
+    assert '- "en"' in card and '- "sw"' in card and "`en-sw.tsv`" in card
+    assert f"`{tiny_models.teacher}`" in card and f"`{tiny_models.wide}`" in card
+    english, foreign = (world / "bitext/en-sw.tsv").read_text().split("\n")[0].split("\t")
+    assert english not in card and foreign not in card
+    other = "document" if role == "query" else "query"
+    assert f"model.encode_{role}(" in card and f"teacher.encode_{other}(" in card
+    # The example runs.
+    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(final))
+    names = {}
+    exec(code, names)
+    assert names["scores"].shape == (1, 1)
 
 
 # --- training texts of a student, objectives and masses ------------------------------------------
@@ -693,7 +783,10 @@ def test_student_may_encode_plain_or_codeswitched_english(distill, world):
         ({"temperature": 0.0}, "temperature: 0.0, expected a number > 0"),
         ({"skip_frequent": -1}, "skip_frequent: -1, expected 0 or more"),
         ({"rho": -1.0}, "rho is -1.0; expected numbers > 0"),
-        ({"teacher_vectors": ["a", "b"]}, "teacher_vectors: 2 folders for 1 bitext files"),
+        (
+            {"teacher_vectors": ["a", "b"]},
+            "teacher_vectors: 2 folders for 1 files of bitext",
+        ),
     ],
 )
 def test_invalid_combinations_of_options(distill, changes, message):
