@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib.util
 import pickle
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from optical.models.fingerprint import load_partners
 PACKAGE_PREFIX = "package:"
 # A folder with one of these files holds a model.
 _MODEL_FILES = ("config.json", "modules.json")
+# Names on the hub: an owner, which old models lack, and a name.
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _NO_CODE = {"trust_remote_code": False}
 # Names of the tables of learnt positions.
 _POSITION_TABLES = ("position_embeddings", "wpe")
@@ -56,7 +61,6 @@ def load_retriever(
     check_model(str(name))
     name = resolve_model(str(name))
     require("sentence_transformers", "train", "a retriever")
-    from safetensors import SafetensorError
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import Transformer
 
@@ -65,15 +69,16 @@ def load_retriever(
         raise ValueError(
             f"model {name}: {bad_file} is damaged; remove the folder and train the model again"
         )
-    try:
-        if _is_multi_vector(name):
+    if _is_multi_vector(name):
+        with _loading(name):
             model = MultiVectorEncoder(name, trust_remote_code=False)
-            load_partners(model, name)
-            for module in model.modules():
-                if isinstance(module, Transformer):
-                    _check_encoder(name, module)
-            return model
-        expansion = {"strategy": "fixed", "length": query_length} if query_expansion else None
+        load_partners(model, name)
+        for module in model.modules():
+            if isinstance(module, Transformer):
+                _check_encoder(name, module)
+        return model
+    expansion = {"strategy": "fixed", "length": query_length} if query_expansion else None
+    with _loading(name):
         encoder = Transformer(
             name,
             query_length=query_length,
@@ -82,15 +87,36 @@ def load_retriever(
             # Transformers would otherwise ask on the terminal whether to run the code.
             **dict.fromkeys(("model_kwargs", "config_kwargs", "processor_kwargs"), _NO_CODE),
         )
+    _check_encoder(name, encoder)
+    if query_expansion and getattr(encoder.tokenizer, "mask_token", None) is None:
+        raise ValueError(
+            f"query_expansion: the tokenizer of model {name} has no mask token to fill queries with"
+        )
+    return _build_retriever(encoder, dimension, skip_words)
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Name the model in one line, whatever a library raises over its files.
+
+    A damaged file surfaces as almost any error: a wrong shape, a missing key, a division by zero.
+    """
+    try:
+        yield
     except pickle.UnpicklingError:
         raise ValueError(
             f"model {name}: cannot be loaded (its weights hold more than tensors, and could run "
             "code); convert them to safetensors in an environment where you trust them"
         ) from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    _check_encoder(str(name), encoder)
-    return _build_retriever(encoder, dimension, skip_words)
+    except MemoryError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause = lines[0] if lines else ""
+        if not isinstance(error, (OSError, ValueError)):
+            cause = f"{type(error).__name__}: {cause}".rstrip(": ")
+        where = "" if Path(name).is_dir() else "no such folder on this machine, and "
+        raise ValueError(f"model {name}: {where}cannot be loaded ({cause})") from error
 
 
 def _build_retriever(encoder: Any, dimension: int | None, skip_words: Sequence[str]) -> Any:
@@ -215,15 +241,38 @@ def resolve_model(name: str) -> str:
 
 
 def check_model(name: str) -> None:
-    """Raise ValueError if `name` is a missing folder or one without a model; hub names pass."""
+    """Check a model's name without loading it; names that may be on the hub pass.
+
+    Raises:
+        ValueError: it is a file, a missing folder or one without a model.
+    """
     name = resolve_model(name)
     folder = Path(name)
-    looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"model {name}: is a file, expected a folder or a hub name")
+    looks_local = folder.is_absolute() or not _HUB_NAME.fullmatch(name)
     if looks_local and not folder.is_dir():
-        raise ValueError(f"model {name}: no such folder; train it first or use a hub name")
+        raise ValueError(
+            f"model {name}: no such folder{_similar(folder)}; train it first or use a hub name"
+        )
+    if not folder.is_dir() and _similar(folder):
+        # The hub would be asked for minutes where there is no network.
+        raise ValueError(f"model {name}: no such folder{_similar(folder)}")
     # A model with a Router has modules.json; its encoders' configurations are one folder deeper.
     if folder.is_dir() and not any((folder / file).exists() for file in _MODEL_FILES):
-        raise ValueError(f"model {name}: no config.json in this folder, so it holds no model")
+        final = folder / "final"
+        hint = f"; did you mean {final}?" if final.is_dir() else ""
+        raise ValueError(f"model {name}: no config.json in this folder, so it holds no model{hint}")
+
+
+def _similar(folder: Path) -> str:
+    """Return "; did you mean X?" if a folder of a very similar name is beside a missing one."""
+    try:
+        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(folder.name, names, n=1, cutoff=0.8)
+    return f"; did you mean {folder.parent / close[0]}?" if close else ""
 
 
 def _is_multi_vector(name: str) -> bool:
@@ -231,7 +280,13 @@ def _is_multi_vector(name: str) -> bool:
     folder = Path(name)
     if folder.is_dir():
         modules = folder / "modules.json"
-        return modules.exists() and "Pooling" not in modules.read_text(encoding="utf-8")
+        try:
+            text = modules.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return False
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"model {name}: modules.json cannot be read ({error})") from None
+        return "Pooling" not in text
     from sentence_transformers.util import is_sentence_transformer_model
 
     return bool(is_sentence_transformer_model(name))

@@ -12,7 +12,7 @@ from typing import Any
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
 from optical.study.layout import ALL_LANGUAGES, Layout, file_name
 from optical.study.tasks import Task
-from optical.training.options import WITHOUT_STEPS
+from optical.training.options import TRAINER_DEFAULTS, WITHOUT_STEPS
 
 # Default cost per training token, by recipe; measured times replace it as tasks finish.
 COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0}
@@ -172,7 +172,6 @@ def _train(
 
     from optical import training
     from optical.training import recipes, runner
-    from optical.training.trainer_options import TRAINER_DEFAULTS
 
     if recipe in WITHOUT_STEPS:
         model = getattr(training, recipe)(options)

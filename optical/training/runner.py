@@ -39,6 +39,11 @@ SEALED_FILES = ("*.safetensors", "optimizer.pt", "scheduler.pt")
 # Options that a resumed training does not compare: they change nothing, or name models, which are
 # compared by content.
 _NOT_COMPARED = ("resume", "teacher_vectors", "model", "teacher", "student")
+# Inputs that make a training another one. Changes of other options are logged.
+_DEFINING = (
+    *("recipe", "starting_model", "vocabulary", "teacher", "role", "objective", "reads", "mass"),
+    *("text", "bitext", "pairs", "queries", "passages", "lexicon", "max_pairs"),
+)
 # Trainer arguments whose change is logged when a training is resumed.
 _LOGGED_ARGUMENTS = (
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
@@ -55,8 +60,8 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
         options: options of the recipe, for the record.
         resume: continue from the newest intact checkpoint, if there is one. If False, an output
             folder with checkpoints is refused, so that none is overwritten by accident. A
-            checkpoint of other options, data or models is refused; changed trainer arguments are
-            logged.
+            checkpoint of another role, objective, data or models is refused; other changes of
+            options and trainer arguments are logged.
 
     Returns:
         The folder of the trained model.
@@ -81,8 +86,9 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
             _check_resumed(output, inputs, trainer_args)
         _write_record(output, options, trainer_args, inputs)
         trainer.train(resume_from_checkpoint=checkpoint)
-        should_save = trainer_args.should_save
-        return _save_final(output, trainer.save_model, trainer.model, options, should_save)
+        model = trainer.model
+        card = model_card(options, model, getattr(getattr(trainer, "loss", None), "citation", ""))
+        return _save_final(output, trainer.save_model, model, card, trainer_args.should_save)
 
 
 def save(model: Any, options: Any, trainer_args: Any) -> Path:
@@ -103,7 +109,8 @@ def save(model: Any, options: Any, trainer_args: Any) -> Path:
     with _output_folder(trainer_args) as output:
         _checkpoint_to_resume(output, resume=False)
         _write_record(output, options, trainer_args)
-        return _save_final(output, model.save_pretrained, model, options, trainer_args.should_save)
+        card = model_card(options, model)
+        return _save_final(output, model.save_pretrained, model, card, trainer_args.should_save)
 
 
 @contextlib.contextmanager
@@ -126,7 +133,7 @@ def _checkpoint_to_resume(output: Path, resume: bool) -> str | None:
 
 
 def _save_final(
-    output: Path, save_model: Callable[[str], Any], model: Any, options: Any, should_save: bool
+    output: Path, save_model: Callable[[str], Any], model: Any, card: str, should_save: bool
 ) -> Path:
     final = output / "final"
     if should_save:
@@ -136,7 +143,7 @@ def _save_final(
         partial = output / f".final.{os.getpid()}"
         save_model(str(partial))
         save_partners(model, partial)
-        write_text(partial / "README.md", model_card(options, model))
+        write_text(partial / "README.md", card)
         write_checksums(partial, SEALED_FILES)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -170,16 +177,24 @@ def _check_resumed(output: Path, inputs: dict[str, Any], trainer_args: Any) -> N
         logger.warning("%s: nothing records the data of its checkpoints; not checked", output)
         return
     stored = earlier["inputs"]
-    for name in sorted(stored.keys() | inputs.keys()):
-        if stored.get(name) != inputs.get(name):
+    differing = [
+        name
+        for name in sorted(stored.keys() | inputs.keys())
+        if stored.get(name) != inputs.get(name)
+    ]
+    for name in differing:
+        if name in _DEFINING:
             raise ValueError(
                 f"output_dir: {output} holds checkpoints of another training: {name} was "
                 f"{_short(stored.get(name))}, now {_short(inputs.get(name))}; choose another "
                 "folder, or remove this one"
             )
+    changed = [
+        f"{name} {_short(inputs.get(name))} (was {_short(stored.get(name))})" for name in differing
+    ]
     arguments = json.loads(trainer_args.to_json_string())
     before = earlier.get("arguments", {})
-    changed = [
+    changed += [
         f"{name} {arguments[name]} (was {before[name]})"
         for name in _LOGGED_ARGUMENTS
         if name in before and name in arguments and before[name] != arguments[name]
