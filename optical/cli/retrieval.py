@@ -98,6 +98,15 @@ def _register_search(subparsers: Any) -> None:
     )
     add_encoding_arguments(command)
     add_device_argument(command)
+    _add_index_arguments(command)
+    command.add_argument("--output", required=True, help="Run to write; .gz compresses it.")
+    add_json_argument(command)
+    command.add_argument(
+        "--tag", help="Name in the last column of the run (default: the name of the model)."
+    )
+
+
+def _add_index_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--index",
         help="Search token vectors written by `export` or `index`: a folder or an address.",
@@ -118,11 +127,6 @@ def _register_search(subparsers: Any) -> None:
         type=at_least(1),
         help="With --approximate, number of candidates that are scored by their vectors, as a "
         f"multiple of --depth (default: {REFINE}). More of them raise the recall and the time.",
-    )
-    command.add_argument("--output", required=True, help="Run to write; .gz compresses it.")
-    add_json_argument(command)
-    command.add_argument(
-        "--tag", help="Name in the last column of the run (default: the name of the model)."
     )
 
 

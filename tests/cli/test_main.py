@@ -215,7 +215,7 @@ def test_interruption_has_exit_code_130(capsys, monkeypatch):
     }
     for command, message in messages.items():
         name = command.split()[0]
-        owner = cli.retrieval if name == "index" else cli.models if name == "export" else cli
+        owner = cli.indexing if name == "index" else cli.models if name == "export" else cli
         monkeypatch.setattr(owner, name, interrupt)
         assert cli.main(command.split()) == 130
         assert message in capsys.readouterr().err
