@@ -98,6 +98,15 @@ def _register_search(subparsers: Any) -> None:
     )
     add_encoding_arguments(command)
     add_device_argument(command)
+    _add_index_arguments(command)
+    command.add_argument("--output", required=True, help="Run to write; .gz compresses it.")
+    add_json_argument(command)
+    command.add_argument(
+        "--tag", help="Name in the last column of the run (default: the name of the model)."
+    )
+
+
+def _add_index_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--index",
         help="Search token vectors written by `export` or `index`: a folder or an address.",
@@ -118,11 +127,6 @@ def _register_search(subparsers: Any) -> None:
         type=at_least(1),
         help="With --approximate, number of candidates that are scored by their vectors, as a "
         f"multiple of --depth (default: {REFINE}). More of them raise the recall and the time.",
-    )
-    command.add_argument("--output", required=True, help="Run to write; .gz compresses it.")
-    add_json_argument(command)
-    command.add_argument(
-        "--tag", help="Name in the last column of the run (default: the name of the model)."
     )
 
 
@@ -370,9 +374,9 @@ def evaluate(
     """Print the measures of a run."""
     check_installed("ir_measures", "eval", "evaluation")
     from optical.data.collection import load_judgements
+    from optical.data.measures import check_measures
     from optical.data.trec import read_run
     from optical.retrieval.evaluation import evaluate as evaluate_run
-    from optical.retrieval.measures import check_measures
 
     check_measures(measures)
     check_inputs([run_file])
@@ -412,9 +416,9 @@ def compare(
     if test == "t":
         check_installed("scipy", "eval", "the t-test")
     from optical.data.collection import load_judgements
+    from optical.data.measures import check_measures
     from optical.data.trec import read_run
     from optical.retrieval import evaluation
-    from optical.retrieval.measures import check_measures
 
     check_measures(measures)
     check_inputs(runs)

@@ -22,6 +22,7 @@ from optical.cli.shared import (
 from optical.cli.training_checks import check_training, light_parser, truth
 from optical.io.settings import nearest, read_yaml
 from optical.training.options import (
+    TRAINER_DEFAULTS,
     WITHOUT_STEPS,
     AverageOptions,
     CodeswitchOptions,
@@ -31,13 +32,6 @@ from optical.training.options import (
     TransferOptions,
     choices_of,
     default_of,
-)
-from optical.training.trainer_options import (
-    TRAINER_DEFAULTS,
-    TRAINER_HELP,
-    WITHOUT_STEPS_HELP,
-    help_of,
-    with_default,
 )
 
 logger = logging.getLogger("optical")
@@ -62,6 +56,25 @@ RECIPES: dict[str, tuple[type[Any], str]] = {
 }
 # Options of the command itself, which `--config` may hold too.
 _OWN = ("device", "json")
+# Trainer arguments that `optical train RECIPE --help` shows; --help-all shows all of them. The
+# texts are here, so that help needs no import of Transformers.
+COMMON_ARGUMENTS = {
+    "output_dir": "Folder to write; the trained model is in `final` below it. Required.",
+    "max_steps": "Number of training steps (default: -1, which leaves it to num_train_epochs).",
+    "num_train_epochs": "Number of passes over the training data (default: 3.0).",
+    "learning_rate": "Peak of the learning rate (default: {learning_rate}).",
+    "per_device_train_batch_size": "Number of rows per step and device (default: "
+    "{per_device_train_batch_size}).",
+    "warmup_steps": "Steps in which the learning rate grows; below 1, their share of all steps "
+    "(default: {warmup_steps}).",
+    "seed": "Seed of weights, order and dropout (default: 42).",
+    "bf16": "Train in bfloat16 with float32 weights, on devices that support it (default: false).",
+    "fp16": "Train in float16 with float32 weights, on GPUs (default: false).",
+    "save_steps": "Steps between checkpoints (default: {save_steps}).",
+    "logging_steps": "Steps between logged losses (default: {logging_steps}).",
+    "report_to": "Service that receives the losses, such as tensorboard or wandb (default: none).",
+    "device": "Device to train on: cpu, cuda or cuda:1 (default: all visible GPUs, else the CPU).",
+}
 
 
 def train(argv: list[str]) -> int:
@@ -87,7 +100,7 @@ def train(argv: list[str]) -> int:
     argv, as_json, device = _own_arguments(argv)
     check_device(device)
     if device is not None:
-        argv += _use_device(device)
+        _use_device(device, argv)
     checked = _check_early(recipe, argv, config)
     logger.info("loading the libraries")
     args_class, parser = _parser(recipe)
@@ -113,23 +126,20 @@ def _own_arguments(argv: list[str]) -> tuple[list[str], bool, str | None]:
     return rest, known.json, known.device
 
 
-def _use_device(device: str) -> list[str]:
-    """Make one device the only one that the trainer sees, and return arguments that use it.
-
-    The trainer has no argument for a GPU.
-    """
+def _use_device(device: str, argv: list[str]) -> None:
+    """Make one device the only one that the trainer sees; it has no argument for that."""
     import torch
 
     kind = torch.device(device)
     if kind.type == "cpu":
-        return ["--use_cpu"]
-    if kind.type == "cuda":
+        argv.append("--use_cpu")
+    elif kind.type == "cuda":
         # No CUDA context exists yet: counting devices does not create one.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         index = kind.index or 0
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[index] if visible[0] else str(index)
-        return []
-    raise ValueError(f"device: {device}, expected cpu, cuda or cuda:1")
+    else:
+        raise ValueError(f"device: {device}, expected cpu, cuda or cuda:1")
 
 
 def _parser(recipe: str) -> tuple[type[Any], argparse.ArgumentParser]:
@@ -279,19 +289,23 @@ def _print_help(recipe: str) -> None:
     options_class, description = RECIPES[recipe]
     print(f"usage: optical train {recipe} [--config FILE.yaml] [options]\n\n{description}\n")
     choices = choices_of(options_class)
-    for entry in dataclasses.fields(options_class):
+    names = ["output_dir"] if recipe in WITHOUT_STEPS else list(COMMON_ARGUMENTS)
+    shown = [(name, COMMON_ARGUMENTS[name].format(**TRAINER_DEFAULTS)) for name in names]
+    for entry in reversed(dataclasses.fields(options_class)):
         text = str(entry.metadata["help"])
         missing = [choice for choice in choices.get(entry.name, ()) if choice not in text]
         if missing:
             text += f" One of {', '.join(choices[entry.name])}."
-        _print_option(entry.name, with_default(text, default_of(entry)))
-    for name in WITHOUT_STEPS_HELP if recipe in WITHOUT_STEPS else TRAINER_HELP:
-        if recipe != "encoder" or name != "max_length":
-            _print_option(name, help_of(name))
-    _print_option("json", "Print the folder of the model as JSON (default: False).")
+        if "default:" not in text and "equired." not in text:
+            text = f"{text.removesuffix('.')} (default: {_default(default_of(entry))})."
+        shown.insert(0, (entry.name, text))
+    shown.append(("json", "Print the folder of the model as JSON (default: false)."))
+    for name, text in shown:
+        print(f"  --{name:28} " + ("\n" + " " * 33).join(textwrap.wrap(text, 66)))
     print("\n--config takes the same names from YAML; --help-all lists every trainer argument.")
 
 
-def _print_option(name: str, text: str) -> None:
-    lines = textwrap.wrap(text, 66, break_on_hyphens=False)
-    print(f"  --{name:28} " + ("\n" + " " * 33).join(lines))
+def _default(value: Any) -> str:
+    if value in (None, "") or value == []:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -170,18 +170,18 @@ def _check_files(options: Any) -> None:
     from optical.data.pairs import check_bitext, read_training_pairs
     from optical.data.texts import read_sentences
 
+    validation = getattr(options, "validation", ())
+    of_pairs = hasattr(options, "pairs")
     for path in getattr(options, "bitext", ()):
         check_bitext(path, getattr(options, "max_pairs", None))
-    validation = getattr(options, "validation", ())
-    for path in validation if hasattr(options, "bitext") else ():
+    for path in () if of_pairs else validation:
         check_bitext(path)
     for path in _regular(getattr(options, "text", ())):
         read_sentences(path)
     for entry in getattr(options, "lexicon", ()):
         for path in _regular([entry.split("=", 1)[1]]):
             read_lexicon(path)
-    pairs = getattr(options, "pairs", ())
-    for path in _regular([*pairs, *validation] if hasattr(options, "pairs") else ()):
+    for path in _regular([*options.pairs, *validation] if of_pairs else ()):
         read_training_pairs([path])
     queries = getattr(options, "queries", "")
     if queries and len(list(_regular([queries, options.passages]))) == 2:

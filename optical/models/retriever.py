@@ -335,7 +335,7 @@ def is_multi_vector(name: str) -> bool:
         try:
             texts[file.name] = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"model {name}: {file.name} cannot be read ({error})") from None
+            raise ValueError(f"model {name}: cannot be loaded ({file.name}: {error})") from None
     # ColBERT of Stanford has its projection inside the encoder, and no modules.
     if "HF_ColBERT" in texts.get("config.json", ""):
         return True

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from subprocess import SubprocessError
 from typing import Any
 
+from optical.data.measures import check_measures
 from optical.data.trec import trec_eval_order
 from optical.io.environment import require
-from optical.retrieval.measures import check_measures
 from optical.retrieval.statistics import (
     CORRECTIONS,
     EXACT_QUERIES,

@@ -14,8 +14,7 @@ from optical.report.stored import LOSSES
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
 from optical.study.layout import ALL_LANGUAGES, Layout, file_name
 from optical.study.tasks import Task
-from optical.training.options import WITHOUT_STEPS
-from optical.training.trainer_options import TRAINER_DEFAULTS
+from optical.training.options import TRAINER_DEFAULTS, WITHOUT_STEPS
 
 # Default cost per training token, by recipe; measured times replace it as tasks finish.
 COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0}

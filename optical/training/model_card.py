@@ -30,12 +30,13 @@ _LANGUAGES = (
 )
 
 
-def model_card(options: Any, model: Any) -> str:
+def model_card(options: Any, model: Any, citation: str = "") -> str:
     """Return the text of README.md for a model of a recipe.
 
     Args:
         options: options of the recipe.
         model: the model; a ``MultiVectorEncoder``, or the encoder of the recipe `encoder`.
+        citation: BibTeX entry of the method.
 
     Returns:
         Markdown with YAML metadata that the Hugging Face hub reads. It quotes no training data.
@@ -52,6 +53,9 @@ def model_card(options: Any, model: Any) -> str:
         "Role": _role(recipe, values),
         "Teacher, and partner in search": _code(values.get("teacher")),
         "Started from": ", ".join(map(_code, base)),
+        "Objective": f"{values['objective']}, epsilon {values['epsilon']:g}"
+        if values.get("objective") == "ot"
+        else values.get("objective", ""),
         "Languages, by the names of the files": ", ".join(languages),
         "Token vectors": f"{dimension} dimensions, compared by MaxSim" if dimension else "",
         **{f"Data ({name})": ", ".join(map(_code, names)) for name, names in data.items()},
@@ -60,6 +64,8 @@ def model_card(options: Any, model: Any) -> str:
     lines += [f"| {name} | {value} |" for name, value in facts.items() if value]
     lines += ["", "Settings, versions and losses: `run.json` beside this folder.", ""]
     lines += ["## Usage", "", *_usage(recipe, values)]
+    if citation:
+        lines += ["", "## Citation", "", "```bibtex", citation.strip(), "```"]
     return "\n".join(lines) + "\n"
 
 

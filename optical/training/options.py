@@ -17,6 +17,16 @@ Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
 # Recipes that compute a model without training steps. Of the trainer's arguments they use
 # output_dir alone.
 WITHOUT_STEPS = ("transfer", "average")
+# Changes to the trainer's default arguments, shared by the command line and studies.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    "learning_rate": 2e-5,
+    "per_device_train_batch_size": 64,
+    "warmup_steps": 0.05,
+    "logging_steps": 50,
+    "save_steps": 500,
+    "save_total_limit": 1,
+}
 # Default of a required option; validate() reports an option that still has it.
 REQUIRED: Any = ""
 
@@ -108,13 +118,13 @@ class TeacherOptions:
             raise ValueError("queries, passages: only one is given, expected both or neither")
         if not self.pairs and not self.queries:
             raise ValueError("pairs: none given; expected --pairs, or --queries with --passages")
+        _check_patience(self)
         for name in ("dimension", "query_length", "document_length"):
             _check_positive(name, getattr(self, name))
         if self.skip_frequent < 0:
             raise ValueError(f"skip_frequent: {self.skip_frequent}, expected 0 or more")
         if not 0.0 < self.scale < float("inf"):
             raise ValueError(f"scale: {self.scale}, expected a number > 0")
-        _check_patience(self)
 
 
 @dataclass

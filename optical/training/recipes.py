@@ -51,12 +51,12 @@ from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
 from optical.training.collator import BitextCollator
 from optical.training.options import (
+    TRAINER_DEFAULTS,
     AverageOptions,
     CodeswitchOptions,
     DistillOptions,
     TeacherOptions,
 )
-from optical.training.trainer_options import TRAINER_DEFAULTS, TRAINER_HELP
 
 logger = logging.getLogger("optical")
 
@@ -68,7 +68,10 @@ class CommandLineTrainerArguments(MultiVectorEncoderTrainingArguments):
     # A number, or JSON with the limits of both roles: argparse has no union types.
     max_length: str | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": TRAINER_HELP["max_length"]},
+        metadata={
+            "help": "Maximum length of a training text in tokens: 32, or "
+            '\'{"query": 32, "document": 64}\'.'
+        },
     )
 
     def __post_init__(self) -> None:

@@ -86,8 +86,9 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
             _check_resumed(output, inputs, trainer_args)
         _write_record(output, options, trainer_args, inputs)
         trainer.train(resume_from_checkpoint=checkpoint)
-        should_save = trainer_args.should_save
-        return _save_final(output, trainer.save_model, trainer.model, options, should_save)
+        model = trainer.model
+        card = model_card(options, model, getattr(getattr(trainer, "loss", None), "citation", ""))
+        return _save_final(output, trainer.save_model, model, card, trainer_args.should_save)
 
 
 def save(model: Any, options: Any, trainer_args: Any) -> Path:
@@ -108,7 +109,8 @@ def save(model: Any, options: Any, trainer_args: Any) -> Path:
     with _output_folder(trainer_args) as output:
         _checkpoint_to_resume(output, resume=False)
         _write_record(output, options, trainer_args)
-        return _save_final(output, model.save_pretrained, model, options, trainer_args.should_save)
+        card = model_card(options, model)
+        return _save_final(output, model.save_pretrained, model, card, trainer_args.should_save)
 
 
 @contextlib.contextmanager
@@ -131,7 +133,7 @@ def _checkpoint_to_resume(output: Path, resume: bool) -> str | None:
 
 
 def _save_final(
-    output: Path, save_model: Callable[[str], Any], model: Any, options: Any, should_save: bool
+    output: Path, save_model: Callable[[str], Any], model: Any, card: str, should_save: bool
 ) -> Path:
     final = output / "final"
     if should_save:
@@ -141,7 +143,7 @@ def _save_final(
         partial = output / f".final.{os.getpid()}"
         save_model(str(partial))
         save_partners(model, partial)
-        write_text(partial / "README.md", model_card(options, model))
+        write_text(partial / "README.md", card)
         write_checksums(partial, SEALED_FILES)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)

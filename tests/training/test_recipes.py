@@ -785,7 +785,7 @@ def test_student_may_encode_plain_or_codeswitched_english(distill, world):
         ({"rho": -1.0}, "rho is -1.0; expected numbers > 0"),
         (
             {"teacher_vectors": ["a", "b"]},
-            "teacher_vectors: 2 folders for 1 files of bitext",
+            "teacher_vectors: 2 folders for 1 files of bitext and validation",
         ),
     ],
 )
