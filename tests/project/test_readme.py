@@ -152,6 +152,8 @@ def test_command_is_understood(words, monkeypatch, tmp_path):
         (pretraining, "encoder_trainer"),
     ):
         monkeypatch.setattr(module, name, lambda options, args=None: FakeTrainer((options, args)))
+    # The models and files of the examples do not exist.
+    monkeypatch.setattr("optical.cli.train.check_training", lambda *arguments: None)
     ran = []
     monkeypatch.setattr(runner, "run", lambda *args, **options: ran.append(args[0]) or "done")
     monkeypatch.setattr(runner, "save", lambda _, *parts: ran.append(parts) or "done")
@@ -206,6 +208,8 @@ def test_the_commands_of_the_command_line_page_run(world, tmp_path, monkeypatch)
                 [] if words[1] in WITHOUT_STEPS else ["--max_steps", "1", "--disable_tqdm", "true"]
             )
             words = [*words, *steps, *small.get(words[1], [])]
+        if words[0] == "warmup":
+            words = [*words, "--device", "cpu"]
         assert cli.main(words) == 0, words
     expected = (
         "runs/average/final/model.safetensors",
