@@ -483,6 +483,10 @@ def test_errors_of_train(capsys, world, tmp_path, monkeypatch):
     fails(capsys, [*distill, *out], "teacher: none given; expected a Hugging Face name or a folder")
     missing = [*distill, *usual, *out, "--student", "./u"]
     fails(capsys, missing, r"model \./u: no such folder")
+    services = [*distill, *usual, *out, "--report_to", "clearml"]
+    fails(capsys, services, "report_to: clearml needs the package clearml: pip install clearml")
+    fails(capsys, [*distill, *usual, *out, "--device", "cuda:99"], "device: cuda:99, but PyTorch")
+    fails(capsys, [*distill, *usual, *out, "--patience", "2"], "patience: given without validation")
     (tmp_path / "empty.tsv").touch()
     argv = [*distill, *usual, "--bitext", "empty.tsv", *out]
     fails(capsys, argv, r"empty\.tsv: no sentence pair in 0 lines")

@@ -152,6 +152,8 @@ def test_command_is_understood(words, monkeypatch, tmp_path):
         (pretraining, "encoder_trainer"),
     ):
         monkeypatch.setattr(module, name, lambda options, args=None: FakeTrainer((options, args)))
+    # The models and files of the examples do not exist.
+    monkeypatch.setattr("optical.cli.train.check_training", lambda *arguments: None)
     ran = []
     monkeypatch.setattr(runner, "run", lambda *args, **options: ran.append(args[0]) or "done")
     monkeypatch.setattr(runner, "save", lambda _, *parts: ran.append(parts) or "done")
