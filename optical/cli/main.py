@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from optical import __version__
 from optical.cli import models, retrieval
+from optical.cli.arguments import at_least, check_inputs, number
 from optical.cli.errors import explain
 from optical.cli.shared import (
     add_command,
@@ -207,6 +208,7 @@ def figures(results: str, output: str, format: list[str] | None) -> int:
     from optical.io.files import writable_folder
     from optical.report import draw_figures
 
+    check_inputs([results])
     formats = format or ("png", "svg", "pdf")
     for path in draw_figures(Path(results), writable_folder(output), formats).values():
         for suffix in formats:
@@ -227,9 +229,9 @@ def _register_warmup(subparsers: Any) -> None:
         default = 128 if side == "student" else None
         shown = "128" if side == "student" else "--length"
         help_text = f"Longest text of the {side} in tokens (default: {shown})."
-        command.add_argument(option, type=int, default=default, help=help_text)
+        command.add_argument(option, type=at_least(1), default=default, help=help_text)
     command.add_argument(
-        "--dim", type=int, default=768, help="Length of a token vector (default: 768)."
+        "--dim", type=at_least(1), default=768, help="Length of a token vector (default: 768)."
     )
     for option, side in {"--dtype": "student", "--teacher-dtype": "teacher"}.items():
         command.add_argument(
@@ -256,7 +258,9 @@ def _register_warmup(subparsers: Any) -> None:
     )
     command.add_argument("--device", default="cuda", help="Device to compile for (default: cuda).")
     command.add_argument("--backend", default="auto", help="Backend to compile (default: auto).")
-    command.add_argument("--threads", type=int, help="Threads that compile (default: one a core).")
+    command.add_argument(
+        "--threads", type=at_least(1), help="Threads that compile (default: one a core)."
+    )
 
 
 def warmup(
@@ -306,7 +310,7 @@ def _register_info(subparsers: Any) -> None:
     )
     command.add_argument(
         "--seconds",
-        type=float,
+        type=number(0),
         default=10.0,
         help="Duration of the self-test in seconds; 0 skips it (default: 10).",
     )

@@ -206,6 +206,7 @@ def search(
     tag: str | None,
 ) -> int:
     """Search a collection, or an index of its token vectors, and write a run."""
+    from optical.data.texts import read_texts
     from optical.data.trec import without_identical_ids, write_run
     from optical.io.files import writable_file
 
@@ -228,7 +229,9 @@ def search(
         for name, value in refused.items():
             if value:
                 raise ValueError(f"{name}: given with --index, which already holds its documents")
-        texts = _read_queries(queries, fields)
+        if not queries:
+            raise ValueError("queries: none given; with --index expected a file of queries")
+        texts = read_texts(queries, topic_fields=fields)
         run, searched = _search_index(
             model, index, texts, depth=searched_depth, batch_size=batch_size, any_model=any_model
         )
@@ -280,14 +283,6 @@ def _load_texts(
     assert queries is not None and documents is not None
     texts = read_texts(queries, topic_fields=fields)
     return Collection(Path(documents).stem, texts, read_texts(documents), {})
-
-
-def _read_queries(queries: str | None, fields: tuple[str, ...]) -> dict[str, str]:
-    from optical.data.texts import read_texts
-
-    if not queries:
-        raise ValueError("queries: none given; with --index expected a file of queries")
-    return read_texts(queries, topic_fields=fields)
 
 
 def _search_collection(
@@ -391,8 +386,8 @@ def evaluate(
     check_installed("ir_measures", "eval", "evaluation")
     from optical.data.collection import load_judgements
     from optical.data.trec import read_run
-    from optical.retrieval.evaluation import check_measures
     from optical.retrieval.evaluation import evaluate as evaluate_run
+    from optical.retrieval.measures import check_measures
 
     check_measures(measures)
     check_inputs([run_file])
@@ -434,8 +429,9 @@ def compare(
     from optical.data.collection import load_judgements
     from optical.data.trec import read_run
     from optical.retrieval import evaluation
+    from optical.retrieval.measures import check_measures
 
-    evaluation.check_measures(measures)
+    check_measures(measures)
     check_inputs(runs)
     judgements = load_judgements(qrels, split=split)
     comparison = evaluation.compare(

@@ -234,9 +234,10 @@ def read_sentences(path: str | Path) -> list[str]:
     for number, line in lines:
         if kind == "jsonl" and line.strip():
             row = parse_json_line(line, f"{path}:{number}")
-            if not isinstance(row, dict) or not isinstance(row.get("text"), (str, NoneType)):
+            text = row.get("text", 0) if isinstance(row, dict) else 0
+            if not isinstance(text, (str, NoneType)):
                 raise ValueError(f"{path}:{number}: no key `text` with a string")
-            line = row.get("text") or ""
+            line = text or ""
         if line.strip():
             texts.append(line.strip())
     if not texts:

@@ -396,6 +396,10 @@ def write_checksums(folder: str | Path, patterns: tuple[str, ...]) -> None:
     paths = sorted({path for pattern in patterns for path in folder.rglob(pattern)})
     sums = {path.relative_to(folder).as_posix(): checksum(path) for path in paths}
     write_json(folder / CHECKSUMS, sums)
+    # Safetensors writes files that other users cannot read, whatever the umask.
+    mode = stat.S_IMODE((folder / CHECKSUMS).stat().st_mode)
+    for path in paths:
+        path.chmod(mode)
 
 
 def find_damaged(folder: str | Path) -> str | None:

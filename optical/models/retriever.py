@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from optical.models.fingerprint import load_partners
 PACKAGE_PREFIX = "package:"
 # A folder with one of these files holds a model.
 _MODEL_FILES = ("config.json", "modules.json")
+# Names on the hub: an owner, which old models lack, and a name.
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _NO_CODE = {"trust_remote_code": False}
 # Names of the prompt of documents, in the order of precedence.
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
@@ -62,16 +66,17 @@ def load_retriever(
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import Transformer
 
-    with loading_errors(name):
-        if is_multi_vector(name):
+    if is_multi_vector(name):
+        with loading_errors(name):
             model = MultiVectorEncoder(name, trust_remote_code=False)
-            load_partners(model, name)
-            use_prompts(model)
-            for module in model.modules():
-                if isinstance(module, Transformer):
-                    _check_encoder(name, module)
-            return model
-        expansion = {"strategy": "fixed", "length": query_length} if query_expansion else None
+        load_partners(model, name)
+        use_prompts(model)
+        for module in model.modules():
+            if isinstance(module, Transformer):
+                _check_encoder(name, module)
+        return model
+    expansion = {"strategy": "fixed", "length": query_length} if query_expansion else None
+    with loading_errors(name):
         encoder = Transformer(
             name,
             query_length=query_length,
@@ -80,15 +85,20 @@ def load_retriever(
             # Transformers would otherwise ask on the terminal whether to run the code.
             **dict.fromkeys(("model_kwargs", "config_kwargs", "processor_kwargs"), _NO_CODE),
         )
-    _check_encoder(str(name), encoder)
+    _check_encoder(name, encoder)
+    if query_expansion and getattr(encoder.tokenizer, "mask_token", None) is None:
+        raise ValueError(
+            f"query_expansion: the tokenizer of model {name} has no mask token to fill queries with"
+        )
     return _build_retriever(encoder, dimension, skip_words)
 
 
 @contextlib.contextmanager
 def loading_errors(name: str) -> Iterator[None]:
-    """Turn errors of a damaged, unsafe or unsuitable model into a ValueError of one line."""
-    from safetensors import SafetensorError
+    """Name the model in one line, whatever a library raises over its files.
 
+    A damaged file surfaces as almost any error: a wrong shape, a missing key, a division by zero.
+    """
     bad_file = find_damaged(name) if Path(name).is_dir() else None
     if bad_file:
         raise ValueError(
@@ -101,8 +111,15 @@ def loading_errors(name: str) -> Iterator[None]:
             f"model {name}: cannot be loaded (its weights hold more than tensors, and could run "
             "code); convert them to safetensors in an environment where you trust them"
         ) from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause = lines[0] if lines else ""
+        if not isinstance(error, (OSError, ValueError)):
+            cause = f"{type(error).__name__}: {cause}".rstrip(": ")
+        where = "" if Path(name).is_dir() else "no such folder on this machine, and "
+        raise ValueError(f"model {name}: {where}cannot be loaded ({cause})") from error
 
 
 def use_prompts(model: Any, *, query: str | None = None, document: str | None = None) -> None:
@@ -253,6 +270,12 @@ def load_multi_vector(
     """
     check_model(str(name))
     if not is_multi_vector(resolve_model(str(name))):
+        if not Path(resolve_model(str(name))).is_dir():
+            from transformers import AutoConfig
+
+            # A name that the hub does not have, or no network.
+            with loading_errors(str(name)):
+                AutoConfig.from_pretrained(str(name), trust_remote_code=False)
         raise ValueError(
             f"model {name}: returns no token vectors for retrieval; use the recipe `dense`, or "
             "train it (`teacher`, `distill`)"
@@ -263,28 +286,55 @@ def load_multi_vector(
 
 
 def check_model(name: str) -> None:
-    """Raise ValueError if `name` is a missing folder or one without a model; hub names pass."""
+    """Check a model's name without loading it; names that may be on the hub pass.
+
+    Raises:
+        ValueError: it is a file, a missing folder or one without a model.
+    """
     name = resolve_model(name)
     folder = Path(name)
-    looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"model {name}: is a file, expected a folder or a hub name")
+    looks_local = folder.is_absolute() or not _HUB_NAME.fullmatch(name)
     if looks_local and not folder.is_dir():
-        raise ValueError(f"model {name}: no such folder; train it first or use a hub name")
+        raise ValueError(
+            f"model {name}: no such folder{_similar(folder)}; train it first or use a hub name"
+        )
+    if not folder.is_dir() and _similar(folder):
+        # The hub would be asked for minutes where there is no network.
+        raise ValueError(f"model {name}: no such folder{_similar(folder)}")
     # A model with a Router has modules.json; its encoders' configurations are one folder deeper.
     if folder.is_dir() and not any((folder / file).exists() for file in _MODEL_FILES):
-        raise ValueError(f"model {name}: no config.json in this folder, so it holds no model")
+        final = folder / "final"
+        hint = f"; did you mean {final}?" if final.is_dir() else ""
+        raise ValueError(f"model {name}: no config.json in this folder, so it holds no model{hint}")
+
+
+def _similar(folder: Path) -> str:
+    """Return "; did you mean X?" if a folder of a very similar name is beside a missing one."""
+    try:
+        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(folder.name, names, n=1, cutoff=0.8)
+    return f"; did you mean {folder.parent / close[0]}?" if close else ""
 
 
 def is_multi_vector(name: str) -> bool:
     """Return whether a saved model yields token vectors; not a plain encoder or one vector."""
     if Path(name).is_dir():
-        files = [
-            str(path) for path in (Path(name) / file for file in _MODEL_FILES) if path.exists()
-        ]
+        paths = [Path(name) / file for file in _MODEL_FILES if (Path(name) / file).exists()]
     else:
         from sentence_transformers.util import load_file_path
 
-        files = [path for file in _MODEL_FILES if (path := load_file_path(name, file))]
-    texts = {Path(path).name: Path(path).read_text(encoding="utf-8") for path in files}
+        found = [load_file_path(name, file) for file in _MODEL_FILES]
+        paths = [Path(path) for path in found if path]
+    texts = {}
+    for path in paths:
+        try:
+            texts[path.name] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"model {name}: {path.name} cannot be read ({error})") from None
     # ColBERT of Stanford has its projection inside the encoder, and no modules.
     if "HF_ColBERT" in texts.get("config.json", ""):
         return True

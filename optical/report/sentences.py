@@ -76,16 +76,18 @@ def _verdict(summary: Summary, collection: str, arm: str, against: str) -> str:
 
 def _recovered(gap: Gap, baseline: str) -> list[str]:
     """Return what an arm recovers of the difference to English documents, if that is defined."""
-    parts = [
-        f"{_part(share)} in the {group}-resource languages"
-        for share, group in ((gap.recovered_low, "low"), (gap.recovered_high, "high"))
-        if share
-    ]
+    groups = ((gap.recovered_low, "low"), (gap.recovered_high, "high"))
+    whole = f" of the difference between {baseline} and English documents"
+    parts: list[str] = []
+    for estimate, group in groups:
+        if estimate:
+            parts.append(
+                f"{_part(estimate)}{'' if parts else whole} in the {group}-resource languages"
+            )
     if not parts:
         return []
     return [
-        f"On {gap.collection}, **{gap.arm}** {' and '.join(parts)}, of the difference between "
-        f"{baseline} and English documents. The gap between the groups (high minus low) is "
+        f"On {gap.collection}, **{gap.arm}** {' and '.join(parts)}. The gap (high minus low) is "
         f"{signed(gap.gap)}."
     ]
 

@@ -42,7 +42,7 @@ def load_dense(
     from sentence_transformers import SentenceTransformer
 
     modules = Path(folder) / "modules.json"
-    if modules.is_file() and "MultiVectorMask" in modules.read_text(encoding="utf-8"):
+    if modules.is_file() and "MultiVectorMask" in modules.read_text("utf-8", errors="replace"):
         raise ValueError(f"model {name}: returns token vectors; use the recipe `multivector`")
     with loading_errors(str(name)):
         model = SentenceTransformer(folder, trust_remote_code=False)

@@ -14,7 +14,7 @@ from optical.report.stored import LOSSES
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
 from optical.study.layout import ALL_LANGUAGES, Layout, file_name
 from optical.study.tasks import Task
-from optical.training.options import WITHOUT_STEPS
+from optical.training.options import TRAINER_DEFAULTS, WITHOUT_STEPS
 
 # Default cost per training token, by recipe; measured times replace it as tasks finish.
 COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0}
@@ -180,7 +180,7 @@ def _train(
         runner.save(model, options, recipes.trainer_arguments(**trainer_args))
         return
     if recipe == "encoder":
-        args = TrainingArguments(**{**recipes.TRAINER_DEFAULTS, **trainer_args})
+        args = TrainingArguments(**{**TRAINER_DEFAULTS, **trainer_args})
         trainer = training.encoder_trainer(options, args)
     else:
         trainer = getattr(training, recipe)(options, recipes.trainer_arguments(**trainer_args))

@@ -36,6 +36,10 @@ class BitextCollator(MultiVectorEncoderDataCollator):
             refuses those whose name is of metadata, such as ``id`` or ``lang``.
 
     Prompts are those of the models. The columns that each model reads are logged once.
+
+    Raises:
+        ValueError: the role is neither "query" nor "document", or a model has fewer positions than
+            ``max_length``; in a call, a column holds metadata or something else than text.
     """
 
     def __init__(
@@ -61,11 +65,7 @@ class BitextCollator(MultiVectorEncoderDataCollator):
         self._checked_columns: dict[tuple[str, ...], list[str]] = {}
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the tensors of a batch, keyed ``{column}_{name}`` as the trainer expects.
-
-        Raises:
-            ValueError: a column holds metadata or something else than text.
-        """
+        """Return the tensors of a batch, keyed ``{column}_{name}`` as the trainer expects."""
         batch: dict[str, Any] = {}
         limit = {} if self.max_length is None else {"max_length": self.max_length}
         columns = self._columns_of(tuple(features[0]))

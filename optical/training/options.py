@@ -17,6 +17,16 @@ Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
 # Recipes that compute a model without training steps. Of the trainer's arguments they use
 # output_dir alone.
 WITHOUT_STEPS = ("transfer", "average")
+# Changes to the trainer's default arguments, shared by the command line and studies.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    "learning_rate": 2e-5,
+    "per_device_train_batch_size": 64,
+    "warmup_steps": 0.05,
+    "logging_steps": 50,
+    "save_steps": 500,
+    "save_total_limit": 1,
+}
 # Default of a required option; validate() reports an option that still has it.
 REQUIRED: Any = ""
 
@@ -53,6 +63,14 @@ class EncoderOptions:
         """Raise ValueError for invalid options. No file is read."""
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
+        for name in ("vocabulary_size", "hidden_size", "layers", "heads"):
+            _check_positive(name, getattr(self, name))
+        if self.max_tokens < 3:
+            raise ValueError(f"max_tokens: {self.max_tokens}, expected 3 or more")
+        if not 0.0 < self.mask_probability < 1.0:
+            raise ValueError(
+                f"mask_probability: {self.mask_probability}, expected a number between 0 and 1"
+            )
         if self.hidden_size % self.heads:
             raise ValueError(
                 f"heads: {self.heads}, expected a divisor of hidden_size {self.hidden_size}"
@@ -93,6 +111,12 @@ class TeacherOptions:
             raise ValueError("queries, passages: only one is given, expected both or neither")
         if not self.pairs and not self.queries:
             raise ValueError("pairs: none given; expected --pairs, or --queries with --passages")
+        for name in ("dimension", "query_length", "document_length"):
+            _check_positive(name, getattr(self, name))
+        if self.skip_frequent < 0:
+            raise ValueError(f"skip_frequent: {self.skip_frequent}, expected 0 or more")
+        if not 0.0 < self.scale < float("inf"):
+            raise ValueError(f"scale: {self.scale}, expected a number > 0")
 
 
 @dataclass
@@ -170,7 +194,9 @@ class DistillOptions:
     teacher_vectors: list[str] = _list_option(
         "Token stores of the teacher, one folder per bitext file, as written by `optical vectors`."
     )
-    max_pairs: int | None = _option(None, "Maximum number of pairs read from each file.")
+    max_pairs: int | None = _option(
+        None, "Maximum number of pairs read from each file (default: all)."
+    )
     balance: bool = _option(
         False, "Repeat the pairs of smaller files so that all files have equal weight."
     )
@@ -201,6 +227,7 @@ class DistillOptions:
                 "bitext files; expected one folder per file"
             )
         _check_positive("max_pairs", self.max_pairs)
+        _check_positive("dimension", self.dimension)
         if self.stream:
             self._check_streamable()
         check_options(
@@ -251,7 +278,9 @@ class TransferOptions:
         "bitext",
         "Source of the input vectors of new units: bitext (and spelling), or spelling alone.",
     )
-    max_pairs: int | None = _option(None, "Maximum number of pairs read from each file.")
+    max_pairs: int | None = _option(
+        None, "Maximum number of pairs read from each file (default: all)."
+    )
 
     def validate(self) -> None:
         """Raise ValueError for invalid options. No file is read."""

@@ -51,6 +51,7 @@ from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
 from optical.training.collator import BitextCollator
 from optical.training.options import (
+    TRAINER_DEFAULTS,
     AverageOptions,
     CodeswitchOptions,
     DistillOptions,
@@ -58,18 +59,6 @@ from optical.training.options import (
 )
 
 logger = logging.getLogger("optical")
-
-
-# Changes to the trainer's default arguments, shared by the command line and studies.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "report_to": "none",
-    "learning_rate": 2e-5,
-    "per_device_train_batch_size": 64,
-    "warmup_steps": 0.05,
-    "logging_steps": 50,
-    "save_steps": 500,
-    "save_total_limit": 1,
-}
 
 
 @dataclass

@@ -38,6 +38,11 @@ SEALED_FILES = ("*.safetensors", "optimizer.pt", "scheduler.pt")
 # Options that a resumed training does not compare: they change nothing, or name models, which are
 # compared by content.
 _NOT_COMPARED = ("resume", "teacher_vectors", "model", "teacher", "student")
+# Inputs that make a training another one. Changes of other options are logged.
+_DEFINING = (
+    *("recipe", "starting_model", "vocabulary", "teacher", "role", "objective", "reads", "mass"),
+    *("text", "bitext", "pairs", "queries", "passages", "lexicon", "max_pairs"),
+)
 # Trainer arguments whose change is logged when a training is resumed.
 _LOGGED_ARGUMENTS = (
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
@@ -54,8 +59,8 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
         options: options of the recipe, for the record.
         resume: continue from the newest intact checkpoint, if there is one. If False, an output
             folder with checkpoints is refused, so that none is overwritten by accident. A
-            checkpoint of other options, data or models is refused; changed trainer arguments are
-            logged.
+            checkpoint of another role, objective, data or models is refused; other changes of
+            options and trainer arguments are logged.
 
     Returns:
         The folder of the trained model.
@@ -163,16 +168,24 @@ def _check_resumed(output: Path, inputs: dict[str, Any], trainer_args: Any) -> N
         logger.warning("%s: nothing records the data of its checkpoints; not checked", output)
         return
     stored = earlier["inputs"]
-    for name in sorted(stored.keys() | inputs.keys()):
-        if stored.get(name) != inputs.get(name):
+    differing = [
+        name
+        for name in sorted(stored.keys() | inputs.keys())
+        if stored.get(name) != inputs.get(name)
+    ]
+    for name in differing:
+        if name in _DEFINING:
             raise ValueError(
                 f"output_dir: {output} holds checkpoints of another training: {name} was "
                 f"{_short(stored.get(name))}, now {_short(inputs.get(name))}; choose another "
                 "folder, or remove this one"
             )
+    changed = [
+        f"{name} {_short(inputs.get(name))} (was {_short(stored.get(name))})" for name in differing
+    ]
     arguments = json.loads(trainer_args.to_json_string())
     before = earlier.get("arguments", {})
-    changed = [
+    changed += [
         f"{name} {arguments[name]} (was {before[name]})"
         for name in _LOGGED_ARGUMENTS
         if name in before and name in arguments and before[name] != arguments[name]

@@ -96,6 +96,19 @@ def test_help_of_a_recipe(capsys, recipe):
     assert "--gradient_accumulation_steps" in capsys.readouterr().out
 
 
+def test_help_of_a_recipe_states_the_defaults(capsys):
+    recipes = pytest.importorskip("optical.training.recipes", reason="needs the extra `train`")
+    assert cli.main(["train", "distill", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    options = text.split(" --")[1:]
+    assert all("default: " in option or "Required." in option for option in options[:-2])
+    args = recipes.trainer_arguments("out")
+    for name in ("num_train_epochs", "learning_rate", "warmup_steps", "seed", "save_steps"):
+        (shown,) = (option for option in options if option.startswith(f"{name} "))
+        assert f"(default: {getattr(args, name)})" in shown
+    assert "(default: all)" in text and "envelope (as OPTICAL), implicit or unroll" in text
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
@@ -132,11 +145,67 @@ def test_interruption_has_exit_code_130(capsys, monkeypatch):
         "info": "nothing was written",
         "study": "continues where it stopped",
         "train": "--resume",
+        "index m --documents d --output o": "continues where it stopped",
+        "export m --format tokens --output o": "continues where it stopped",
+        "export m --format pylate --output o": "nothing was written",
     }
     for command, message in messages.items():
-        monkeypatch.setattr(cli, command, interrupt)
-        assert cli.main([command]) == 130
+        name = command.split()[0]
+        owner = cli.retrieval if name == "index" else cli.models if name == "export" else cli
+        monkeypatch.setattr(owner, name, interrupt)
+        assert cli.main(command.split()) == 130
         assert message in capsys.readouterr().err
+
+
+class LanceError(RuntimeError):
+    __module__ = "lancedb.errors"
+
+
+class SafetensorError(Exception):
+    __module__ = "safetensors_rust"
+
+
+class ConnectError(Exception):
+    __module__ = "httpx"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (LanceError("LanceError(IO): No space left on device"), "no room to write (LanceError(IO)"),
+        (RuntimeError("lance error: LanceError(IO): access denied"), "the vector database failed"),
+        (SafetensorError("I/O error: No space left on device"), "no room to write (I/O error"),
+        (SafetensorError("header too large"), "a file of a model cannot be read or written"),
+        (ConnectError("[Errno 111]"), "the network failed ([Errno 111]); try again"),
+        (MemoryError(), "memory ran out (MemoryError); use a smaller batch size"),
+        (
+            RuntimeError("CUDA out of memory. Tried\nto"),
+            "memory ran out (CUDA out of memory. Tried)",
+        ),
+        (RuntimeError("X requires tensorboard to be installed"), "requires tensorboard"),
+        (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+        (UnicodeEncodeError("ascii", "maji\u20ac", 4, 5, "no"), "set PYTHONUTF8=1"),
+        (ValueError("first\n  second"), "optical: error: first"),
+        (OSError(), "optical: error: OSError"),
+    ],
+)
+def test_foreign_errors_become_one_line(capsys, monkeypatch, error, message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(cli, "info", fail)
+    assert cli.main(["info"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 1 and err.startswith("optical: error: ")
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cli, "info", fail)
+    with pytest.raises(KeyError):
+        cli.main(["info"])
 
 
 def test_info(capsys):
@@ -321,6 +390,9 @@ def test_options_reach_the_recipe(capsys, monkeypatch, tmp_path, recipe, argv, o
         raise ValueError("enough")
 
     monkeypatch.setattr(training, recipe, make)
+    monkeypatch.chdir(tmp_path)
+    for name in "abxy":
+        (tmp_path / name).write_text("water\tmaji\n")
     fails(capsys, ["train", recipe, *argv.split(), "--output_dir", str(tmp_path)], "enough")
     for name, value in options.items():
         assert seen["options"][name] == value, name
@@ -334,6 +406,8 @@ def test_errors_of_train(capsys, world, tmp_path, monkeypatch):
     out = ["--output_dir", "out"]
     usual = ["--teacher", "./t", "--bitext", str(world / "bitext/en-sw.tsv"), "--role", "query"]
     distill = ["train", "distill"]
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/config.json").write_text("{}")
     fails(capsys, [*distill, *usual], "output_dir: none given; expected a folder to write to")
     fails(capsys, [*distill, *usual, *out, "--epsilo", "1"], "unknown option --epsilo; did you mea")
     error = fails(
@@ -343,7 +417,8 @@ def test_errors_of_train(capsys, world, tmp_path, monkeypatch):
     fails(capsys, [*distill, *usual, *out, "--bf16", "x"], "--bf16: Truthy value expected: got x")
     fails(capsys, [*distill, *usual, *out, "--epsilon", "-1"], "epsilon is -1.0; expected a finite")
     fails(capsys, [*distill, *out], "teacher: none given; expected a Hugging Face name or a folder")
-    fails(capsys, [*distill, *usual, *out], r"model \./t: no such folder")
+    missing = [*distill, *usual, *out, "--student", "./u"]
+    fails(capsys, missing, r"model \./u: no such folder")
     (tmp_path / "empty.tsv").touch()
     argv = [*distill, *usual, "--bitext", "empty.tsv", *out]
     fails(capsys, argv, r"empty\.tsv: no sentence pair in 0 lines")

@@ -114,7 +114,9 @@ def test_training_without_a_terminal_shows_no_progress_bar(
     assert cli.main(list(map(str, argv))) == 0
     out, err = capsys.readouterr()
     assert out.strip() == str(tmp_path / "out" / "final")
-    assert "%|" not in err
+    assert "%|" not in err and "?example" not in err
+    modes = {path.stat().st_mode for path in (tmp_path / "out/final").glob("*.[js]*")}
+    assert len(modes) == 1  # other users can read the weights too
     made = json.loads((tmp_path / "out" / "run.json").read_text())
     assert made["arguments"]["disable_tqdm"] is True and made["options"]["stream"] is True
     again = [*argv[:-6], "--stream", "--output_dir", tmp_path / "two"]

@@ -383,3 +383,37 @@ def test_the_shipped_wikiclir_sample():
     )
     assert (len(collection.queries), len(collection.documents)) == (40, 200)
     assert collection.queries_without_relevant == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("topics.301-350.txt", "<top>\n<num> 301\n<title> Crime\n</top>\n", {"301": "Crime"}),
+        ("q.txt", '{"id": 1, "text": "a"}\n', {"1": "a"}),
+        ("q", "qid\tquery\n1\ta\n", {"1": "a"}),
+        ("q.tsv", "1\t<b> a\n", {"1": "<b> a"}),
+        ("q.tsv", "{x}\t{y}\n", {"{x}": "{y}"}),
+        ("q.tsv", "id\twater\n", {"id": "water"}),
+        ("q.tsv", "1\ta\n\ufeff2\t\ufeffb\n", {"1": "a", "2": "\ufeffb"}),
+    ],
+)
+def test_formats_are_recognised_by_content(files, name, text, expected):
+    assert read_texts(files(x=(name, text))["x"]) == expected
+
+
+def test_fields_of_json_queries_are_chosen(files):
+    row = '{"id": "q", "title": "sea", "description": "salt water", "text": "both"}\n'
+    path = files(x=("q.jsonl", row))["x"]
+    assert read_texts(path) == {"q": "sea both"}
+    assert read_texts(path, topic_fields=("description",)) == {"q": "salt water"}
+    with pytest.raises(ValueError, match=r"q\.jsonl:1: no field 'narr'"):
+        read_texts(path, topic_fields=("narr",))
+
+
+def test_judgements_may_name_what_is_not_there(files, caplog):
+    paths = files(**parts(qrels=("r", "q1 0 d1 1\nq1 0 gone 1\nlost 0 d1 1\n")))
+    with caplog.at_level(logging.WARNING, "optical"):
+        collection = load_collection(**paths)
+    assert collection.qrels == {"q1": {"d1": 1, "gone": 1}}
+    assert "judgements name 1 unknown documents ('gone'), which count as not" in caplog.text
+    assert "judgements name 1 unknown queries ('lost'), which are ignored" in caplog.text

@@ -328,7 +328,10 @@ def test_losses_are_told_as_losses():
     assert "It is significantly worse than zeroshot in 2 of 2 languages" in found
     assert "better" not in found
     # From .2 to .1 of the way to .8, and from .4 to .3.
-    assert "loses a further 17% [17%, 17%] in the low-resource languages" in found
+    assert (
+        "loses a further 17% [17%, 17%] of the difference between zeroshot and English documents "
+        "in the low-resource languages and loses a further 25% [25%, 25%] in the high-" in found
+    )
     mixed = [*RESULTS[:3], row("ot", "sw", 0.1), row("ot", "de", 0.6)]
     assert (
         "significantly better than zeroshot in 1, and significantly worse in 1, of 2 languages"
