@@ -275,6 +275,12 @@ def load_multi_vector(
     """
     check_model(str(name))
     if not is_multi_vector(resolve_model(str(name))):
+        if not Path(resolve_model(str(name))).is_dir():
+            from transformers import AutoConfig
+
+            # A name that the hub does not have, or no network.
+            with loading_errors(str(name)):
+                AutoConfig.from_pretrained(str(name), trust_remote_code=False)
         raise ValueError(
             f"model {name}: returns no token vectors for retrieval; use the recipe `dense`, or "
             "train it (`teacher`, `distill`)"

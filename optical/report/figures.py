@@ -139,9 +139,11 @@ def draw_curves(rows: Sequence[Row]) -> Any:
                 **_language_style(languages, language),
             )
         axis.set_xscale("log")
-        axis.set_xlabel("sentence pairs")
+        # The default writes powers as formulas, which `style.pyplot` turns off.
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter("")
         axis.set_title(f"{panel[1]}, {panel[0]}", fontsize=9)
-    axes[0].set_ylabel(measure_name(points[0]["measure"]))
+    _label_edges(axes, "sentence pairs", measure_name(points[0]["measure"]))
     _legend(axes)
     return figure
 
@@ -167,10 +169,7 @@ def draw_queries(values: Sequence[Row], rows: Sequence[Row], styles: Styles) -> 
         axis.set_xlim(0, 100)
         language = names.get(cell[1], cell[1])
         axis.set_title(f"{language}, {cell[0]}" if several else language, fontsize=9)
-    for axis in axes[-4:]:
-        axis.set_xlabel("% of the queries")
-    for axis in axes[::4]:
-        axis.set_ylabel("difference")
+    _label_edges(axes, "% of the queries", "difference")
     _legend(axes)
     return figure
 
@@ -202,10 +201,7 @@ def draw_losses(losses: Sequence[Row]) -> Any:
         axis.set_title(arm, fontsize=9)
         axis.locator_params(axis="x", nbins=4)
         axis.set_ylim(bottom=min(0.0, *(row["loss"] for row in here)))
-    for axis in axes[-4:]:
-        axis.set_xlabel("step")
-    for axis in axes[::4]:
-        axis.set_ylabel("loss")
+    _label_edges(axes, "step", "loss")
     _legend(axes)
     return figure
 
@@ -246,8 +242,17 @@ def _language_style(languages: Sequence[str], language: str) -> dict[str, Any]:
     """Return a colour of a scale that no arm has, and a marker."""
     plt = pyplot()
     place = languages.index(language)
-    colour = plt.get_cmap("viridis")(0.9 * place / max(len(languages) - 1, 1))
+    colour = plt.get_cmap("viridis")(0.85 * place / max(len(languages) - 1, 1))
     return {"color": colour, "marker": "osD^vPX*<>"[place % 10]}
+
+
+def _label_edges(axes: Sequence[Any], x: str, y: str) -> None:
+    """Label the lower axis of each column of panels and the left axis of each row."""
+    columns = axes[0].get_subplotspec().get_gridspec().ncols
+    for axis in axes[-columns:]:
+        axis.set_xlabel(x)
+    for axis in axes[::columns]:
+        axis.set_ylabel(y)
 
 
 def _legend(axes: Sequence[Any]) -> None:

@@ -95,9 +95,9 @@ def write_report(
         *_gaps(study, summary),
         *_gains(study, summary),
         *sections.pools(study, summary),
-        *_comparisons(summary),
+        *_comparisons(study, summary),
         *sections.queries(study, summary, by_query),
-        *_all_measures(summary),
+        *_all_measures(study, summary),
         *_tokenizers(study, summary),
         *_error_rates(study, summary),
         *_costs(summary, costs),
@@ -253,22 +253,29 @@ def _gains(study: StudyDescription, summary: Summary) -> list[Block]:
     return [Heading("Gain over the translation baseline"), Table(head, rows, caption)]
 
 
-def _comparisons(summary: Summary) -> list[Block]:
+def _comparisons(study: StudyDescription, summary: Summary) -> list[Block]:
     caption = (
         f"{measure_name(summary.measure)}: two-sided paired randomisation tests over queries, seed "
         f"{SEED}. The Holm correction covers the whole table. Bold: p < {ALPHA}."
     )
-    blocks: list[Block] = [Heading("Comparisons"), _comparison_table(summary.comparisons, caption)]
+    blocks: list[Block] = [
+        Heading("Comparisons"),
+        _comparison_table(study, summary.comparisons, caption),
+    ]
     if summary.start_comparisons:
         blocks.append(
             _comparison_table(
-                summary.start_comparisons, f"Arms against those that they start from. {caption}"
+                study,
+                summary.start_comparisons,
+                f"Arms against those that they start from. {caption}",
             )
         )
     return blocks
 
 
-def _comparison_table(comparisons: Sequence[Comparison], caption: str) -> Table:
+def _comparison_table(
+    study: StudyDescription, comparisons: Sequence[Comparison], caption: str
+) -> Table:
     head = ["collection", "language", "arms", "difference", "p", "p (Holm)", "queries"]
     rows = []
     for comparison in comparisons:
@@ -276,7 +283,7 @@ def _comparison_table(comparisons: Sequence[Comparison], caption: str) -> Table:
         rows.append(
             [
                 comparison.collection,
-                comparison.language,
+                study.name_of(comparison.language),
                 f"{comparison.arm} – {comparison.against}",
                 signed((comparison.difference, comparison.low, comparison.high)),
                 _p(comparison.p),
@@ -287,11 +294,11 @@ def _comparison_table(comparisons: Sequence[Comparison], caption: str) -> Table:
     return Table(head, rows, caption)
 
 
-def _all_measures(summary: Summary) -> list[Block]:
+def _all_measures(study: StudyDescription, summary: Summary) -> list[Block]:
     rows = [
         [
             collection,
-            language,
+            study.name_of(language),
             arm,
             *(f"{means[collection, arm, language]:.3f}" for means in summary.means.values()),
         ]

@@ -64,7 +64,7 @@ def pyplot() -> Any:
 
 def panels(count: int, columns: int, width: float, height: float, **more: Any) -> tuple[Any, Any]:
     """Return a figure with `count` panels in rows of at most `columns`, and the panels."""
-    columns = min(columns, count)
+    columns = min(columns, count) if count != columns + 1 else -(-count // 2)
     rows = -(-count // columns)
     figure, axes = pyplot().subplots(
         rows, columns, figsize=(width * columns + 1.6, height * rows + 0.4), squeeze=False, **more
@@ -74,6 +74,8 @@ def panels(count: int, columns: int, width: float, height: float, **more: Any) -
         unused.set_visible(False)
     for axis in flat[:count]:
         axis.spines[["top", "right"]].set_visible(False)
+        # Shared axes have labels in the last row only, whose panels may be unused.
+        axis.tick_params(labelbottom=True)
     return figure, flat[:count]
 
 

@@ -54,13 +54,13 @@ class NoOptions:
 RECIPES: dict[str, tuple[type[Any], bool]] = {
     "none": (NoOptions, False),
     "bm25": (BM25Options, False),
-    "dense": (PretrainedOptions, False),
-    "multivector": (PretrainedOptions, False),
     "distill": (DistillOptions, True),
     "codeswitch": (CodeswitchOptions, True),
     "teacher": (TeacherOptions, True),
     "transfer": (TransferOptions, True),
     "average": (AverageOptions, True),
+    "dense": (PretrainedOptions, False),
+    "multivector": (PretrainedOptions, False),
 }
 
 

@@ -95,10 +95,13 @@ class EvaluationTasks:
     def _pooled(self, name: str, evaluated: dict[str, Path], output: Path) -> dict[str, Any]:
         """Write the pooled run of a collection; return its measures and its language bias."""
         from optical.data.trec import read_run, write_run
+        from optical.io.files import read_lines
         from optical.retrieval.evaluation import evaluate
         from optical.study.pools import language_bias, merge_qrels, merge_runs
 
-        runs = {x: read_run(self._run_path(name, path)) for x, path in evaluated.items()}
+        paths = {x: self._run_path(name, path) for x, path in evaluated.items()}
+        # A search may find nothing, such as BM25 in another script; its run has no lines.
+        runs = {x: read_run(path) if any(read_lines(path)) else {} for x, path in paths.items()}
         qrels = {x: self.layout.load_collection(name, x).qrels for x in evaluated}
         # A run does not list queries without a result.
         runs = {x: {query: run.get(query, {}) for query in qrels[x]} for x, run in runs.items()}

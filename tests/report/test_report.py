@@ -13,7 +13,10 @@ pytest.importorskip("matplotlib", reason="needs the extra `study`")
 pytest.importorskip("scipy", reason="needs the extra `eval`")
 
 from optical.report import StudyDescription, write_report
+from optical.report.conclusion import conclusion
+from optical.report.figures import draw_gaps, draw_languages
 from optical.report.sentences import result_sentences
+from optical.report.style import Styles
 from optical.report.summary import Summary
 from optical.report.table import read_rows
 
@@ -385,6 +388,139 @@ def test_the_caption_of_error_rates_tells_what_was_checked(tmp_path):
     ):
         text, _ = write(tmp_path, describe(trained_pairs=pairs), [*RESULTS, *aligned])
         assert told in text and "no arm was trained on" not in text
+
+
+# --- the conclusion ------------------------------------------------------------------------------
+
+
+def concluded(study, results):
+    return conclusion(study, Summary.of(study, results))
+
+
+def test_the_conclusion_names_the_best_arm_what_training_adds_and_the_gap():
+    arms = ("zeroshot", "transfer", "ot")
+    means = {"zeroshot": (0.2, 0.4), "transfer": (0.7, 0.75), "ot": (0.5, 0.6)}
+    results = [
+        row(arm, language, mean)
+        for arm in arms
+        for language, mean in zip(("sw", "de"), means[arm], strict=True)
+    ]
+    study = describe(arms, starts={"transfer": ("zeroshot",), "ot": ("transfer",)})
+    best, trained, gap = concluded(study, results)
+    assert best == (
+        "**transfer** is best on news with a mean MAP of 0.725 (zeroshot: 0.300), and ot is next "
+        "with 0.550, significantly below in 2 of 2 languages."
+    )
+    assert trained.endswith(
+        "the trained arms are significantly better: transfer (zeroshot, 2 of 2); significantly "
+        "worse: ot (transfer, 2 of 2)."
+    )
+    assert gap == (
+        "The gap between high- and low-resource languages on news is +0.050 [+0.050, +0.050] with "
+        "transfer, narrower by 0.150 than with zeroshot (+0.200 [+0.200, +0.200])."
+    )
+
+
+def test_the_conclusion_without_starts_groups_or_tests():
+    study = describe(low=(), high=(), against=("ot",))
+    best, trained, gap = concluded(study, RESULTS)
+    assert best.startswith("**ot** is best on news with a mean MAP of 0.550 (zeroshot: 0.300)")
+    assert trained == "No trained arm can be set against an arm that it starts from."
+    assert gap == "With ot, MAP on news is 0.500 in Swahili to 0.600 in Deutsch <1>."
+    equal = [row(arm, x, 0.3) for arm in ("zeroshot", "ot") for x in ("sw", "de")]
+    study = describe(starts={"ot": ("zeroshot",)})
+    best, trained, gap = concluded(study, equal)
+    assert "significantly below in none of 2 languages" in best
+    assert "without a significant difference: ot (zeroshot)" in trained
+    assert "not surely another than with" in gap or "high-resource languages of news are" in gap
+
+
+# --- unfinished studies --------------------------------------------------------------------------
+
+
+def test_arms_and_languages_without_results_are_left_out(tmp_path):
+    arms = ("zeroshot", "ot", "more", "last")
+    results = [*RESULTS, row("more", "sw", 0.6)]
+    study = describe(arms, starts={"more": ("ot",), "last": ("more",)}, translation="last")
+    (tmp_path / "figures").mkdir()
+    left = ["train more de seed 0", "evaluate more de seed 0", "evaluate last sw seed 0"]
+    path = write_report(study, results, {}, tmp_path, unfinished=left)
+    text = path.read_text(encoding="utf-8")
+    assert "**This study is not finished:** 3 tasks are left." in text
+    assert "lacks 2 evaluations (more 1, last 1)" in text
+    found = strict((tmp_path / "report.json").read_text())
+    assert {(one["arm"], one["language"]) for one in found["comparisons"]} == {
+        ("ot", "sw"), ("ot", "de"), ("more", "sw")
+    }  # fmt: skip
+    assert [gap["arm"] for gap in found["gaps"]] == ["zeroshot", "ot"]
+    assert "**more** has a mean MAP of 0.600 over 1 of 2 languages (zeroshot: 0.200)" in text
+    # `more` is best in the only language it has, but is not compared over all.
+    assert "**ot** is best on news" in text
+    line = next(line for line in text.splitlines() if line.startswith("| more | 0.600"))
+    assert line.endswith("| – |")
+    with pytest.raises(ValueError, match="no arm has been evaluated"):
+        write_report(study, RESULTS[:1], {}, tmp_path)
+
+
+# --- files for papers ----------------------------------------------------------------------------
+
+
+def test_tables_are_written_as_latex(tmp_path):
+    write(tmp_path, describe(("zeroshot", "ot"), collections=("news",)), RESULTS)
+    tex = (tmp_path / "tables.tex").read_text(encoding="utf-8")
+    for name in ("table", "tabular"):
+        assert tex.count(f"\\begin{{{name}}}") == tex.count(f"\\end{{{name}}}") >= 5
+    assert tex.count(r"\toprule") == tex.count(r"\bottomrule") == tex.count(r"\caption{")
+    assert r"Swahili & low & 0.200 {[}" in tex
+    assert r"Deutsch $<$1$>$" in tex and r"\textbf{" in tex and r"95 \% intervals" in tex
+    labels = re.findall(r"\\label\{(.*?)\}", tex)
+    assert len(labels) == len(set(labels)) and "tab:comparisons" in labels
+    # Nothing is left that LaTeX would take for a command, comment or alignment.
+    for line in tex.splitlines():
+        assert not re.search(r"(?<!\\)[%#_]", line) or line.startswith("%")
+
+
+def test_forty_arms_look_different_and_keep_their_look():
+    styles = Styles(f"arm{i}" for i in range(40))
+    looks = {tuple(sorted(styles.marker(name).items())) for name in styles.names}
+    assert len(looks) >= 28
+    first = [tuple(sorted(styles.marker(name).items())) for name in styles.names[:14]]
+    assert len(set(first)) == 14
+    # In grey, neighbours still differ by marker or filling.
+    grey = {(look["marker"], look["markerfacecolor"] == "white") for look in map(
+        styles.marker, styles.names[:14]
+    )}  # fmt: skip
+    assert len(grey) == 14
+    assert Styles(["arm0", "arm1"]).marker("arm1") == styles.marker("arm1")
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_figures_of_many_arms_and_collections(tmp_path, count):
+    arms = tuple(f"arm_{i}" for i in range(count))
+    collections = ("news", "talks", "wiki", "web")
+    results = [
+        row(arm, x, 0.2 + 0.05 * i, collections=collections)
+        for i, arm in enumerate(arms)
+        for x in ("sw", "de")
+    ]
+    write(tmp_path, describe(arms, collections), results)
+    rows = read_rows(tmp_path / "results.csv")
+    styles = Styles(arms)
+    for draw in (draw_languages, draw_gaps):
+        figure = draw(rows, styles)
+        shown = [axis for axis in figure.axes if axis.get_visible()]
+        assert [axis.get_title() for axis in shown] == list(collections)
+        for axis in shown:
+            colours = {line.get_color() for line in axis.lines}
+            assert {styles.colour(arm) for arm in arms} <= colours
+
+
+def test_sections_are_linked_and_code_is_marked(tmp_path):
+    write(tmp_path, describe(note="see `tables.tex`"), RESULTS)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    links = re.findall(r'href="#(.*?)"', page)
+    assert len(links) > 5 and all(f'id="{link}"' in page for link in links)
+    assert "<code>tables.tex</code>" in page
 
 
 # --- imports -------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def test_html_page_has_no_external_files(finished):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<h1>A miniature &lt;study&gt;</h1>" in page and "Dogs &amp; cats." in page
     assert page.count("data:image/png;base64,") == len(FIGURES)
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     for tag in ("table", "figure", "ul", "div", "pre", "thead", "tbody"):
         assert page.count(f"<{tag}") == page.count(f"</{tag}>")
 
