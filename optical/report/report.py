@@ -47,7 +47,7 @@ from optical.report.table import (
     result_rows,
     write_rows,
 )
-from optical.retrieval.bootstrap import SEED
+from optical.retrieval.statistics import SEED
 
 
 def write_report(

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from optical.report.summary import Gap, StudyDescription, Summary, measure_name
-from optical.retrieval.bootstrap import Estimate
+from optical.report.summary import Estimate, Gap, StudyDescription, Summary, measure_name
 
 ALPHA = 0.05
 

@@ -9,12 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from optical.retrieval.bootstrap import SEED, Draws, Estimate, Values, bootstrap, estimate
-from optical.retrieval.statistics import correct, paired_test, percentiles
+from optical.retrieval.statistics import (
+    SEED,
+    bootstrap,
+    correct,
+    estimate,
+    paired_test,
+    percentiles,
+)
 
 # A share of less than this is not told: it divides by what is nearly nothing.
 LEAST_WHOLE = 0.02
 
+# Query id -> value of a measure.
+Values = dict[str, float]
+# A point estimate, followed by its bootstrap draws.
+Draws = np.ndarray[Any, np.dtype[np.float64]]
+# Point estimate, lower and upper end of its 95 % interval.
+Estimate = tuple[float, float, float]
 # (collection, arm, language) -> values, averaged over seeds.
 Scores = dict[tuple[str, str, str], Values]
 

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from optical.io.files import read_lines, write_text
-from optical.report.summary import StudyDescription, Summary
-from optical.retrieval.bootstrap import Estimate
+from optical.report.summary import Estimate, StudyDescription, Summary
 
 COLUMNS = (
     "kind", "collection", "measure", "arm", "against", "language", "name", "group", "pairs",
