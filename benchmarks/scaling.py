@@ -1,36 +1,47 @@
-"""Estimate the time, memory and disk space of distillation on a million sentence pairs.
+"""Measure the time, memory and disk space of distillation and of a large index.
 
     python -m benchmarks.scaling
+    python -m benchmarks.scaling --documents 100000 --output benchmarks/results/passages.csv
 
-The costs are measured on a small sample and extrapolated linearly. Times are CPU times of the
-process, summed over its threads, so other programs on the machine have little effect. The models
+The costs of a million sentence pairs are measured on a small sample and extrapolated linearly. The
+index holds the given number of synthetic passages and is measured as a whole. CPU times of the
+process are summed over its threads, so other programs on the machine have little effect. The models
 have random weights, because the cost does not depend on the weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
+import itertools
+import os
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from benchmarks.operator.rows import current_commit, device_name
+from optical.io.environment import version
 from optical.models import tokenizers
 from optical.models.encoding import encode
 from optical.models.retriever import load_retriever
 from optical.models.token_store import write_vectors
+from optical.retrieval.index import LanceIndex, build_approximate, write_database
 from optical.study.tasks import peak_memory
 from optical.training import pretraining, recipes
 
 # Label, width, layers, heads: the size of the demonstration's models and that of a MiniLM.
 MODELS = (("2 layers of 128", 128, 2, 2), ("6 layers of 384", 384, 6, 6))
 WORDS_PER_SENTENCE, DIMENSION, STEPS = 20, 128, 4
+# Candidates of an approximate search as multiples of its depth.
+REFINE = (10, 50, 200)
 
 
 class StepClock(TrainerCallback):
@@ -86,13 +97,14 @@ def _write_inputs(
     width: int,
     layers: int,
     heads: int,
+    dimension: int = DIMENSION,
 ) -> Any:
     """Write a random encoder, a teacher and the bitext into a folder; the teacher."""
     tokenizer = tokenizers.train_tokenizer(iter([*english, *other]), 4000, 128)
     options = pretraining.EncoderOptions(hidden_size=width, layers=layers, heads=heads)
     pretraining.new_encoder(options, len(tokenizer)).save_pretrained(folder / "encoder")
     tokenizer.save_pretrained(folder / "encoder")
-    teacher = load_retriever(folder / "encoder", dimension=DIMENSION)
+    teacher = load_retriever(folder / "encoder", dimension=dimension)
     teacher.save_pretrained(str(folder / "teacher"))
     (folder / "bitext.tsv").write_text(
         "".join(f"{source}\t{target}\n" for source, target in zip(english, other, strict=True))
@@ -122,6 +134,91 @@ def _distillation_step(folder: Path, stores: list[str], batch: int) -> tuple[flo
     return (clock.step_ends[-1] - clock.step_ends[0]) / (STEPS - 1), peak[0]
 
 
+def synthetic_texts(count: int, words: int) -> Iterator[tuple[str, str]]:
+    """Yield ids and texts whose words are drawn like those of a language: few are frequent."""
+    draw = random.Random(0)
+    names = ["".join(draw.choices("aeioubdkmnst", k=draw.randint(2, 8))) for _ in range(3000)]
+    weights = list(itertools.accumulate(1 / (rank + 1) for rank in range(len(names))))
+    for number in range(count):
+        yield f"p{number}", " ".join(draw.choices(names, cum_weights=weights, k=words))
+
+
+def index_costs(count: int, words: int, width: int, queries: int) -> dict[str, Any]:
+    """Write a database of synthetic passages, index it, and search it in both ways."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sample = [text for _, text in synthetic_texts(5000, words)]
+        model = _write_inputs(folder, sample, sample, width, layers=1, heads=2, dimension=width)
+        location = folder / "base"
+        row: dict[str, Any] = {"passages": count, "words": words, "dimension": width}
+        clock = _Clock(row)
+        with clock.step("write"):
+            added = write_database(model, synthetic_texts(count, words), location, batch_size=256)
+        assert added == count
+        row["write_gb"] = _gigabytes(location)
+        with clock.step("build"):
+            build_approximate(location)
+        row["build_gb"] = _gigabytes(location) - row["write_gb"]
+        with clock.step("open"):
+            index = LanceIndex(location)
+            row["rows"] = len(index)
+        # Other words of the same language: a query is half a passage that is not in the index.
+        asked = dict(itertools.islice(synthetic_texts(count + queries, words // 2), count, None))
+        ids, vectors = list(asked), encode(model, list(asked.values()), "query")
+        with clock.step("exact"):
+            exact = index.search(ids, vectors, depth=100)
+        row["queries"] = queries
+        for refine in REFINE:
+            with clock.step(f"refine_{refine}"):
+                found = index.search(ids, vectors, depth=100, approximate=True, refine=refine)
+            kept = sum(key in found[query] for query in ids for key in exact[query])
+            row[f"recall_{refine}"] = kept / (100 * queries)
+        return row
+
+
+class _Clock:
+    """Add wall-clock seconds, CPU seconds and peak memory of named steps to a row."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        self.row = row
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        wall, cpu = time.monotonic(), time.process_time()
+        with peak_memory() as peak:
+            yield
+        self.row[f"{name}_s"] = time.monotonic() - wall
+        self.row[f"{name}_cpu_s"] = time.process_time() - cpu
+        self.row[f"{name}_mb"] = peak[0]
+        print(f"{name}: {self.row[f'{name}_s']:.1f} s, {peak[0]:.0f} MB", file=sys.stderr)
+
+
+def _gigabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
+
+
+def measure_index(args: argparse.Namespace) -> None:
+    """Print a row of :func:`index_costs`, and append it to the table of `--output`."""
+    load = os.getloadavg()[0]
+    row = index_costs(args.documents, args.words, args.width, args.queries)
+    row |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": load}
+    row |= {"device": device_name("cpu"), "commit": current_commit()}
+    row |= {
+        "torch": version("torch"),
+        "lancedb": version("lancedb"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()}
+    print("\n".join(f"{name}: {value}" for name, value in shown.items()))
+    if args.output:
+        new = not Path(args.output).exists()
+        with open(args.output, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, shown, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(shown)
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling",
@@ -134,7 +231,23 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--batch", type=int, default=32, help="sentence pairs of a batch (default: %(default)s)"
     )
+    parser.add_argument(
+        "--documents", type=int, help="measure an index of this many synthetic passages instead"
+    )
+    parser.add_argument(
+        "--words", type=int, default=12, help="words of a passage (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--width", type=int, default=32, help="size of a token vector (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--queries", type=int, default=50, help="queries of the index (default: %(default)s)"
+    )
+    parser.add_argument("--output", help="table of results to append the row of the index to")
     args = parser.parse_args(arguments)
+    if args.documents:
+        measure_index(args)
+        return 0
     threads = torch.get_num_threads()
     print(f"per million pairs of {WORDS_PER_SENTENCE} words, {threads} thread(s)\n")
     print("| model | | time | peak memory | on disk |\n|---|---|---|---|---|")

@@ -14,7 +14,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.evaluation import MSEEvaluator
 
 from optical.losses.distillation import OTDistillationLoss
-from optical.training.recipes import BitextCollator
+from optical.training import BitextCollator
 
 
 def main(teacher, student, output, pairs, held_out, **changes):

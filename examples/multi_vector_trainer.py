@@ -16,7 +16,7 @@ from sentence_transformers.multi_vector_encoder.evaluation import (
 
 from optical.losses.distillation import OTDistillationLoss
 from optical.models.retriever import load_retriever
-from optical.training.recipes import BitextCollator
+from optical.training import BitextCollator
 
 
 class Retrieval(MultiVectorInformationRetrievalEvaluator):

@@ -8,7 +8,8 @@ from typing import Any
 
 from benchmarks.operator.jobs import ROOT
 from benchmarks.tables import operator as operator_tables
-from optical.report.figures import COLOURS, draw_curves, draw_figures
+from optical.report.figures import draw_curves, draw_figures
+from optical.report.style import COLOURS, save
 from optical.report.table import Row, read_rows
 
 STUDIES = ROOT / "examples" / "results"
@@ -243,9 +244,9 @@ def _percent(row: Row) -> str:
 
 def main() -> None:
     """Rewrite all tables and figures of the studies."""
-    draw_figures(RESULTS, FIGURES)
+    draw_figures(RESULTS, FIGURES, ("png",))
     CURVES.parent.mkdir(exist_ok=True)
-    draw_curves(_of_collection(read_rows(FURTHER)), CURVES)
+    save(draw_curves(_of_collection(read_rows(FURTHER))), CURVES, ("png",))
     rows = read_rows(RESULTS)
     draw_overview(rows, OVERVIEW)
     operator_tables.write_block(PAGE, BLOCK, block(rows))

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from optical import BackendUnsupported, __version__
-from optical.cli import models, retrieval
+from optical import __version__
+from optical.cli import indexing, models, retrieval
+from optical.cli.arguments import at_least, check_inputs, number
+from optical.cli.errors import explain
 from optical.cli.shared import (
     add_command,
     add_json_argument,
@@ -33,6 +35,9 @@ EXAMPLES = """examples:
   optical evaluate sw.run --qrels wikiclir/sw
   optical compare zeroshot.run sw.run --qrels wikiclir/sw
 """
+
+
+logger = logging.getLogger("optical")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError, BackendUnsupported) as error:
-        if sys.flags.dev_mode:  # python -X dev -m optical.cli ...
+    except Exception as error:
+        message = explain(error)
+        if message is None or sys.flags.dev_mode:  # python -X dev -m optical.cli ...
             raise
-        print(f"optical: error: {error}", file=sys.stderr)
+        print(f"optical: error: {message}", file=sys.stderr)
         return 2
 
 
@@ -81,6 +87,10 @@ def _run_command(arguments: list[str]) -> int:
     args, unknown = parser.parse_known_args(arguments)
     values = vars(args)
     command: argparse.ArgumentParser = values.pop("parser", parser)
+    if unknown and "measures" in values and all(map(_is_measure, unknown)):
+        # `--measures AP nDCG@10` without quotes.
+        values["measures"] = " ".join([values["measures"], *unknown])
+        unknown = []
     if unknown:
         options = [name for action in command._actions for name in action.option_strings]
         option = unknown[0].split("=")[0]
@@ -91,11 +101,16 @@ def _run_command(arguments: list[str]) -> int:
     return exit_code
 
 
+def _is_measure(word: str) -> bool:
+    return not word.startswith("-") and not os.path.exists(word) and "/" not in word
+
+
 def _after_interrupt(arguments: list[str]) -> str:
     if arguments[:1] == ["train"]:
         return "with --resume the same command continues from its last checkpoint"
-    if arguments[:1] in (["study"], ["vectors"]):
-        return "the same command continues where it stopped"
+    stored = arguments[:1] == ["export"] and not any("pylate" in word for word in arguments)
+    if stored or arguments[:1] in (["study"], ["vectors"], ["index"]):
+        return "finished parts are kept; the same command continues where it stopped"
     return "nothing was written"
 
 
@@ -120,7 +135,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     subparsers.add_parser("train", help=f"Train a model: {recipes}.", add_help=False)
     _register_study(subparsers)
     retrieval.register(subparsers)
+    indexing.register(subparsers)
     models.register(subparsers)
+    _register_report(subparsers)
     _register_figures(subparsers)
     _register_warmup(subparsers)
     _register_info(subparsers)
@@ -143,11 +160,37 @@ def study(config: str | None, output: str | None) -> int:
     """Run a study and print the path of its report."""
     for module in ("yaml", "ir_measures", "matplotlib", "sentence_transformers"):
         check_installed(module, "study", "a study")
-    quiet_libraries()
     from optical.study import run_study
+    from optical.study.config import read_config
+
+    if config is not None:
+        # Errors of the file are found before the libraries are loaded.
+        read_config(config, output)
+    logger.info("loading the libraries")
+    quiet_libraries()
 
     with without_progress_bars():
         print(run_study(config, output))
+    return 0
+
+
+def _register_report(subparsers: Any) -> None:
+    command = add_command(
+        subparsers,
+        "report",
+        report,
+        "Write the report of a study, from the tasks that are finished.",
+        "optical report runs/pack",
+    )
+    command.add_argument("folder", help="Output folder of a study that has started.")
+
+
+def report(folder: str) -> int:
+    """Write the report of a study and print its path."""
+    check_installed("matplotlib", "study", "a report with figures")
+    from optical.report import report_folder
+
+    print(report_folder(folder))
     return 0
 
 
@@ -156,21 +199,30 @@ def _register_figures(subparsers: Any) -> None:
         subparsers,
         "figures",
         figures,
-        "Draw the figures of a study from its results.csv.",
-        "optical figures runs/pack/results.csv --output figures",
+        "Draw the figures of a study from its results.csv and the tables beside it.",
+        "optical figures runs/pack/results.csv --output figures --format pdf",
     )
     command.add_argument("results", help="File results.csv of a study.")
     command.add_argument("--output", required=True, help="Folder for the figures.")
+    command.add_argument(
+        "--format",
+        action="append",
+        choices=("png", "svg", "pdf"),
+        help="Format of the files; may be repeated (default: all three).",
+    )
 
 
-def figures(results: str, output: str) -> int:
+def figures(results: str, output: str, format: list[str] | None) -> int:
     """Draw the figures of a results table and print their paths."""
     check_installed("matplotlib", "study", "drawing figures")
     from optical.io.files import writable_folder
     from optical.report import draw_figures
 
-    for path in draw_figures(Path(results), writable_folder(output)).values():
-        print(path)
+    check_inputs([results])
+    formats = format or ("png", "svg", "pdf")
+    for path in draw_figures(Path(results), writable_folder(output), formats).values():
+        for suffix in formats:
+            print(path.with_suffix(f".{suffix}"))
     return 0
 
 
@@ -187,9 +239,9 @@ def _register_warmup(subparsers: Any) -> None:
         default = 128 if side == "student" else None
         shown = "128" if side == "student" else "--length"
         help_text = f"Longest text of the {side} in tokens (default: {shown})."
-        command.add_argument(option, type=int, default=default, help=help_text)
+        command.add_argument(option, type=at_least(1), default=default, help=help_text)
     command.add_argument(
-        "--dim", type=int, default=768, help="Length of a token vector (default: 768)."
+        "--dim", type=at_least(1), default=768, help="Length of a token vector (default: 768)."
     )
     for option, side in {"--dtype": "student", "--teacher-dtype": "teacher"}.items():
         command.add_argument(
@@ -216,7 +268,9 @@ def _register_warmup(subparsers: Any) -> None:
     )
     command.add_argument("--device", default="cuda", help="Device to compile for (default: cuda).")
     command.add_argument("--backend", default="auto", help="Backend to compile (default: auto).")
-    command.add_argument("--threads", type=int, help="Threads that compile (default: one a core).")
+    command.add_argument(
+        "--threads", type=at_least(1), help="Threads that compile (default: one a core)."
+    )
 
 
 def warmup(
@@ -266,7 +320,7 @@ def _register_info(subparsers: Any) -> None:
     )
     command.add_argument(
         "--seconds",
-        type=float,
+        type=number(0),
         default=10.0,
         help="Duration of the self-test in seconds; 0 skips it (default: 10).",
     )

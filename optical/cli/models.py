@@ -1,23 +1,35 @@
-"""The commands `align`, `export`, `vectors` and `lexicon`, which use models and bitext."""
+"""The commands `align`, `export` and `lexicon`, which use models and bitext."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from optical.cli.arguments import (
+    FIGURE_SUFFIXES,
+    at_least,
+    check_inputs,
+    check_output_folder,
+    check_passages,
+    number,
+)
 from optical.cli.shared import (
     add_command,
+    add_device_argument,
     add_encoding_arguments,
     add_json_argument,
+    add_worker_arguments,
+    check_device,
     check_installed,
+    load_model,
     quiet_libraries,
     report_output,
+    workers_of,
 )
-from optical.io.files import atomic_text, writable_folder
+from optical.io.files import atomic_text, writable_file
 from optical.models.encoding import ROLES
 
 ALIGNMENT_FORMATS = ("pharaoh", "tsv", "lexicon", "figure")
@@ -28,7 +40,6 @@ BITEXT_HELP = "File of parallel sentences, `English TAB other`."
 
 def register(subparsers: Any) -> None:
     _register_lexicon(subparsers)
-    _register_vectors(subparsers)
     _register_align(subparsers)
     _register_export(subparsers)
 
@@ -47,42 +58,18 @@ def _register_lexicon(subparsers: Any) -> None:
     _add_max_pairs_argument(command)
     command.add_argument(
         "--least-probability",
-        type=float,
+        type=number(0, 1),
         default=0.3,
         help="Minimum probability of a translation (default: 0.3).",
     )
     command.add_argument(
         "--least-count",
-        type=int,
+        type=at_least(1),
         default=3,
         help="Minimum number of pairs that contain the word (default: 3).",
     )
     command.add_argument("--output", required=True, help="Lexicon to write; .gz compresses it.")
-
-
-def _register_vectors(subparsers: Any) -> None:
-    command = add_command(
-        subparsers,
-        "vectors",
-        vectors,
-        "Store a teacher's token vectors of the English sentences of bitext.",
-        "optical vectors runs/teacher/final --bitext en-sw.tsv --role document --output v",
-    )
-    command.add_argument("model", help="The teacher: a Hugging Face name or a folder.")
-    command.add_argument("--bitext", required=True, help=BITEXT_HELP)
-    command.add_argument(
-        "--role", required=True, choices=ROLES, help="Role of the texts, as in training."
-    )
-    command.add_argument(
-        "--max-length", type=int, help="Maximum length of a text in tokens, as in training."
-    )
-    command.add_argument(
-        "--output", required=True, help="Folder to write; an interrupted run continues in it."
-    )
-    command.add_argument(
-        "--worker", type=int, help="Number of this process, from 0 (default: $RANK)."
-    )
-    command.add_argument("--workers", type=int, help="Number of processes (default: $WORLD_SIZE).")
+    add_json_argument(command)
 
 
 def _register_align(subparsers: Any) -> None:
@@ -111,7 +98,7 @@ def _register_align(subparsers: Any) -> None:
     )
     command.add_argument(
         "--epsilon",
-        type=float,
+        type=number(0, include_low=False),
         default=0.05,
         help="Entropic regularisation of the transport plan (default: 0.05).",
     )
@@ -121,13 +108,14 @@ def _register_align(subparsers: Any) -> None:
     _add_max_pairs_argument(command)
     command.add_argument(
         "--pair",
-        type=int,
+        type=at_least(1),
         default=1,
         help="Number of the pair to draw with --format figure, from 1 (default: 1).",
     )
     command.add_argument(
         "--output", required=True, help="File to write; a figure needs a name such as plan.png."
     )
+    add_device_argument(command)
     add_json_argument(command)
 
 
@@ -163,13 +151,17 @@ def _register_export(subparsers: Any) -> None:
         help="Precision of the token vectors (default: float32).",
     )
     add_encoding_arguments(command)
+    add_device_argument(command)
+    add_worker_arguments(command)
     command.add_argument("--output", required=True, help="Folder to write.")
     add_json_argument(command)
 
 
 def _add_max_pairs_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--max-pairs", type=int, help="Maximum number of pairs read from each file."
+        "--max-pairs",
+        type=at_least(1),
+        help="Maximum number of pairs read from each file (default: all).",
     )
 
 
@@ -179,47 +171,26 @@ def lexicon(
     least_probability: float,
     least_count: int,
     output: str,
+    as_json: bool,
 ) -> int:
     """Learn a lexicon by IBM model 1."""
     from optical.data.lexicon import induce_lexicon, write_lexicon
-    from optical.data.pairs import read_bitext_pairs
+    from optical.data.pairs import check_bitext, iter_distinct_pairs
 
-    pairs = [pair for path in bitext for pair in read_bitext_pairs(path)[:max_pairs]]
+    writable_file(output)
+    for path in bitext:
+        check_bitext(path, max_pairs)
+    pair_count = itertools.count()
+    pairs = (
+        pair
+        for path in bitext
+        for pair in iter_distinct_pairs(path, max_pairs=max_pairs)
+        if next(pair_count) >= 0
+    )
     entries = induce_lexicon(pairs, least_probability=least_probability, least_count=least_count)
     write_lexicon(entries, output)
-    print(f"{output}: {len(entries)} entries from {len(pairs)} sentence pairs")
-    return 0
-
-
-def vectors(
-    model: str,
-    bitext: str,
-    role: str,
-    max_length: int | None,
-    output: str,
-    worker: int | None,
-    workers: int | None,
-) -> int:
-    """Store the teacher's token vectors; torchrun sets the defaults of worker and workers."""
-    check_installed("sentence_transformers", "train", "the storing of token vectors")
-    from optical.data.pairs import read_bitext_pairs
-
-    texts = [english for english, _ in read_bitext_pairs(bitext)]
-    quiet_libraries()
-    from optical.models.retriever import load_retriever
-    from optical.models.token_store import write_vectors
-
-    folder = write_vectors(
-        load_retriever(model),
-        texts,
-        output,
-        role=role,
-        max_length=max_length,
-        worker=int(os.environ.get("RANK", 0)) if worker is None else worker,
-        workers=workers or int(os.environ.get("WORLD_SIZE", 1)),
-    )
-    print(folder)
-    return 0
+    counts = {"entries": len(entries), "pairs": next(pair_count)}
+    return report_output(output, counts, as_json)
 
 
 def align(
@@ -233,21 +204,27 @@ def align(
     max_pairs: int | None,
     pair: int,
     output: str,
+    device: str | None,
     as_json: bool,
 ) -> int:
     """Write the word alignments of bitext, or a lexicon or a figure made from them."""
     check_installed("sentence_transformers", "train", "word alignment")
     if format == "figure":
         check_installed("matplotlib", "study", "drawing figures")
-    from optical.data.pairs import iter_bitext_pairs
+        if Path(output).suffix.lower() not in FIGURE_SUFFIXES:
+            raise ValueError(f"output: {output}, expected a name in {', '.join(FIGURE_SUFFIXES)}")
+    from optical.data.pairs import check_bitext, iter_bitext_pairs
+    from optical.models.retriever import check_model
 
-    writable_folder(Path(output).parent)
+    writable_file(output)
+    check_device(device)
+    for name in (model, teacher):
+        if name is not None:
+            check_model(name)
+    check_bitext(bitext, max_pairs)
     pairs = itertools.islice(iter_bitext_pairs(bitext), max_pairs)
-    quiet_libraries()
-    from optical.models.retriever import load_retriever
-
-    student = load_retriever(model)
-    models = student, load_retriever(teacher) if teacher else student
+    student = load_model(model, device)
+    models = student, load_model(teacher, device) if teacher else student
     options: dict[str, Any] = {"role": role, "epsilon": epsilon}
     if format == "figure":
         counts = _draw_alignment(models, pairs, pair, bitext, output, options)
@@ -297,6 +274,7 @@ def _draw_alignment(
 ) -> dict[str, int]:
     from optical.models.word_alignment import align_tokens
     from optical.report.figures import draw_alignment
+    from optical.report.style import save
     from optical.report.table import plan_rows
 
     sentences = next(itertools.islice(pairs, pair - 1, None), None) if pair > 0 else None
@@ -304,7 +282,9 @@ def _draw_alignment(
         raise ValueError(f"pair: {pair}, expected the number of a pair in {bitext}")
     english, other = sentences
     aligned = align_tokens(*models, other, english, **options)
-    draw_alignment(plan_rows({"language": "", **aligned}), Path(output))
+    path = Path(output)
+    figure = draw_alignment(plan_rows({"language": "", **aligned}))
+    save(figure, path, (path.suffix[1:],))
     return {
         "English tokens": len(aligned["english_tokens"]),
         "other tokens": len(aligned["other_tokens"]),
@@ -336,6 +316,9 @@ def export(
     batch_size: int,
     passage_length: int | None,
     passage_stride: int | None,
+    device: str | None,
+    worker: int | None,
+    workers: int | None,
     output: str,
     as_json: bool,
 ) -> int:
@@ -344,19 +327,29 @@ def export(
         raise ValueError("documents: expected a file with --format tokens, and none with pylate")
     if format == "pylate" and passage_length:
         raise ValueError("passage_length: given with --format pylate, which writes no documents")
+    check_passages(passage_length, passage_stride)
+    check_device(device)
     check_installed("sentence_transformers", "train", "an export")
-    quiet_libraries()
+    from optical.models.retriever import check_model
+
+    check_model(model)
+    check_output_folder(output)
+    if format == "pylate" and Path(output).is_dir() and any(Path(output).iterdir()):
+        raise ValueError(f"{output}: not empty; choose another folder")
+    check_inputs([documents])
+    share = workers_of(worker, workers) if format == "tokens" else (0, 1)
     if format == "pylate":
+        quiet_libraries()
         from optical.models.pylate import export_pylate
 
         return report_output(str(export_pylate(model, output, role=role or "")), {}, as_json)
+    retriever = load_model(model, device)
     from optical.data.texts import iter_texts
-    from optical.models.retriever import load_retriever
     from optical.retrieval.index import FileIndex, write_index
 
     assert documents is not None
     folder = write_index(
-        load_retriever(model),
+        retriever,
         iter_texts(documents),
         output,
         role=role or "document",
@@ -364,5 +357,10 @@ def export(
         batch_size=batch_size,
         passage_length=passage_length,
         passage_stride=passage_stride,
+        worker=share[0],
+        workers=share[1],
     )
-    return report_output(str(folder), {"documents": len(FileIndex(folder))}, as_json)
+    # The process that finishes last writes this file.
+    finished = (folder / "index.json").is_file()
+    counts = {"documents": len(FileIndex(folder))} if finished else {}
+    return report_output(str(folder), counts, as_json)

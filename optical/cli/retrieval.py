@@ -1,28 +1,41 @@
-"""The commands `search`, `index`, `evaluate` and `compare`."""
+"""The commands `search`, `evaluate` and `compare`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+import logging
 from pathlib import Path
 from typing import Any
 
+from optical.cli.arguments import (
+    at_least,
+    check_inputs,
+    check_passages,
+    check_tag,
+)
 from optical.cli.shared import (
     add_command,
+    add_device_argument,
     add_encoding_arguments,
     add_json_argument,
+    check_device,
     check_installed,
-    quiet_libraries,
+    load_model,
     report_output,
 )
 from optical.retrieval.evaluation import DEFAULT_MEASURES
 from optical.retrieval.statistics import CORRECTIONS, TESTS
 
+logger = logging.getLogger("optical")
+
+# The recall of an approximate search is that of this many best documents. It scores ten times as
+# many candidates as it returns.
+RECALL_DEPTH, REFINE = 100, 10
+
 
 def register(subparsers: Any) -> None:
     _register_search(subparsers)
-    _register_index(subparsers)
     command = add_command(
         subparsers,
         "evaluate",
@@ -54,6 +67,20 @@ def _register_search(subparsers: Any) -> None:
         help="Model of the documents, if it is another one than that of the queries.",
     )
     command.add_argument("--collection", help="Collection: an ir_datasets id or a BEIR folder.")
+    _add_split_argument(command)
+    command.add_argument(
+        "--query-field",
+        action="append",
+        metavar="FIELD",
+        help="Field that forms the query, such as title, desc or narr; may be repeated (default: "
+        "the title of TREC topics, the text of other queries).",
+    )
+    command.add_argument(
+        "--ignore-identical-ids",
+        action="store_true",
+        help="Leave out of each ranking the document with the id of the query, as for ArguAna and "
+        "Quora in BEIR.",
+    )
     command.add_argument(
         "--queries",
         help="File of queries: TSV, JSON lines or TREC topics. Replaces those of the collection.",
@@ -64,13 +91,14 @@ def _register_search(subparsers: Any) -> None:
         "of the collection.",
     )
     command.add_argument(
-        "--depth", type=int, default=1000, help="Number of documents per query (default: 1000)."
+        "--depth",
+        type=at_least(1),
+        default=1000,
+        help="Number of documents per query (default: 1000).",
     )
     add_encoding_arguments(command)
-    command.add_argument(
-        "--index",
-        help="Search token vectors written by `export` or `index`: a folder or an address.",
-    )
+    add_device_argument(command)
+    _add_index_arguments(command)
     command.add_argument("--output", required=True, help="Run to write; .gz compresses it.")
     add_json_argument(command)
     command.add_argument(
@@ -78,24 +106,28 @@ def _register_search(subparsers: Any) -> None:
     )
 
 
-def _register_index(subparsers: Any) -> None:
-    command = add_command(
-        subparsers,
-        "index",
-        index,
-        "Encode documents into a vector database (LanceDB).",
-        "optical index runs/teacher/final --documents documents.jsonl --output runs/base",
-    )
-    command.add_argument("model", help="Model: a Hugging Face name or a folder.")
-    command.add_argument("--collection", help="Collection: an ir_datasets id or a BEIR folder.")
+def _add_index_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--documents", help="File of documents: TSV, JSON lines or TREC documents."
+        "--index",
+        help="Search token vectors written by `export` or `index`: a folder or an address.",
     )
-    add_encoding_arguments(command)
     command.add_argument(
-        "--output", required=True, help="Database: a folder, s3://bucket/name or db://name."
+        "--any-model",
+        action="store_true",
+        help="With --index, do not check that the model shares the vector space of the index.",
     )
-    add_json_argument(command)
+    command.add_argument(
+        "--approximate",
+        action="store_true",
+        help="With --index, use the approximate index of `optical index --approximate`; the recall "
+        "against exact search is measured on 20 queries.",
+    )
+    command.add_argument(
+        "--refine",
+        type=at_least(1),
+        help="With --approximate, number of candidates that are scored by their vectors, as a "
+        f"multiple of --depth (default: {REFINE}). More of them raise the recall and the time.",
+    )
 
 
 def _register_compare(subparsers: Any) -> None:
@@ -123,49 +155,81 @@ def _register_compare(subparsers: Any) -> None:
     )
     command.add_argument(
         "--samples",
-        type=int,
+        type=at_least(1),
         default=100_000,
         help="Number of random sign patterns of the randomization test (default: 100000).",
     )
     command.add_argument(
-        "--seed", type=int, default=0, help="Seed of the sign patterns and intervals (default: 0)."
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="Seed of the sign patterns and intervals (default: 0).",
     )
 
 
 def _add_judgement_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--qrels", required=True, help="Relevance judgements: a TREC file or an ir_datasets id."
+        "--qrels",
+        required=True,
+        help="Relevance judgements: a TREC file, an ir_datasets id or a BEIR folder.",
     )
+    _add_split_argument(command)
     command.add_argument(
         "--measures",
         default=" ".join(DEFAULT_MEASURES),
-        help="Names of measures as in ir_measures, separated by spaces (default: "
-        f"{' '.join(DEFAULT_MEASURES)}).",
+        help="Names of measures as in ir_measures (nDCG@10) or trec_eval (ndcg_cut_10), separated "
+        f"by spaces (default: {' '.join(DEFAULT_MEASURES)}).",
     )
     add_json_argument(command)
+
+
+def _add_split_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--split", default="test", help="Judgements of a BEIR folder to use (default: test)."
+    )
 
 
 def search(
     model: str,
     document_model: str | None,
     collection: str | None,
+    split: str,
+    query_field: list[str] | None,
+    ignore_identical_ids: bool,
     queries: str | None,
     documents: str | None,
     depth: int,
     batch_size: int,
     passage_length: int | None,
     passage_stride: int | None,
+    device: str | None,
     index: str | None,
+    any_model: bool,
+    approximate: bool,
+    refine: int | None,
     output: str,
     as_json: bool,
     tag: str | None,
 ) -> int:
     """Search a collection, or an index of its token vectors, and write a run."""
-    from optical.data.trec import write_run
-    from optical.io.files import writable_folder
+    from optical.data.texts import read_texts
+    from optical.data.trec import without_identical_ids, write_run
+    from optical.io.files import writable_file
 
     check_installed("sentence_transformers", "train", "a search")
-    writable_folder(Path(output).parent)
+    tag = check_tag(tag, model)
+    check_passages(passage_length, passage_stride)
+    writable_file(output)
+    check_device(device)
+    if any_model and not index:
+        raise ValueError("any_model: given without --index, which alone records a model")
+    if approximate and not index:
+        raise ValueError("approximate: given without --index, which alone has such an index")
+    if refine and not approximate:
+        raise ValueError("refine: given without --approximate, whose candidates it counts")
+    # The document that is left out must not shorten the ranking.
+    searched_depth = depth + ignore_identical_ids
+    fields = tuple(query_field or ())
     if index:
         refused = {
             "collection": collection,
@@ -176,129 +240,148 @@ def search(
         for name, value in refused.items():
             if value:
                 raise ValueError(f"{name}: given with --index, which already holds its documents")
-        run, searched = _search_index(model, index, queries, depth=depth, batch_size=batch_size)
-    else:
-        run, searched = _search_collection(
+        if not queries:
+            raise ValueError("queries: none given; with --index expected a file of queries")
+        run, counts = _search_index(
             model,
-            _load_texts(collection, queries, documents),
+            index,
+            read_texts(queries, topic_fields=fields),
+            depth=searched_depth,
+            batch_size=batch_size,
+            any_model=any_model,
+            refine=(refine or REFINE) if approximate else None,
+            device=device,
+        )
+    else:
+        run, counts = _search_collection(
+            model,
+            _load_texts(collection, queries, documents, (model, document_model), split, fields),
             document_model=document_model,
-            depth=depth,
+            device=device,
+            depth=searched_depth,
             batch_size=batch_size,
             passage_length=passage_length,
             passage_stride=passage_stride,
         )
-    write_run(run, output, tag=tag or _run_name(model))
-    counts = {"queries": len(run), "documents searched": searched}
-    return report_output(output, counts, as_json)
+    if ignore_identical_ids:
+        run = without_identical_ids(run, depth)
+    write_run(run, output, tag=tag)
+    return report_output(output, {"queries": len(run), **counts}, as_json)
 
 
-def _load_texts(collection: str | None, queries: str | None, documents: str | None) -> Any:
-    """Return the collection to search; two files need no relevance judgements."""
+def _load_texts(
+    collection: str | None,
+    queries: str | None,
+    documents: str | None,
+    models: tuple[str | None, ...],
+    split: str,
+    fields: tuple[str, ...],
+) -> Any:
+    """Return the collection to search, which needs no relevance judgements."""
     from optical.data.collection import Collection, load_collection
     from optical.data.texts import read_texts
+    from optical.models.retriever import check_model
 
-    if collection:
-        return load_collection(collection, queries=queries, documents=documents)
-    if not (queries and documents):
+    if not collection and not (queries and documents):
         raise ValueError("nothing to search; expected --collection, or --queries with --documents")
-    return Collection(Path(documents).stem, read_texts(queries), read_texts(documents), {})
+    check_inputs([queries, documents])
+    for name in models:
+        if name is not None:
+            check_model(name)
+    if collection:
+        return load_collection(
+            collection,
+            queries=queries,
+            documents=documents,
+            split=split,
+            topic_fields=fields,
+            judged=False,
+        )
+    assert queries is not None and documents is not None
+    texts = read_texts(queries, topic_fields=fields)
+    return Collection(Path(documents).stem, texts, read_texts(documents), {})
 
 
 def _search_collection(
-    model: str, collection: Any, *, document_model: str | None, **options: Any
-) -> tuple[Any, int]:
+    model: str, collection: Any, *, document_model: str | None, device: str | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
     """Encode and search a collection; return the run and the number of documents."""
-    from optical.models.retriever import load_retriever
+    query_model = load_model(model, device)
     from optical.retrieval.exact_search import search
 
-    quiet_libraries()
+    logger.info(
+        "searching %d documents for %d queries", len(collection.documents), len(collection.queries)
+    )
     run = search(
-        load_retriever(model),
+        query_model,
         collection,
-        document_model=load_retriever(document_model) if document_model else None,
+        document_model=load_model(document_model, device) if document_model else None,
         progress=True,
         **options,
     )
-    return run, len(collection.documents)
+    return run, {"documents searched": len(collection.documents)}
 
 
 def _search_index(
-    model: str, index: str, queries: str | None, *, depth: int, batch_size: int
-) -> tuple[Any, int]:
-    """Search stored token vectors; return the run and the number of documents."""
-    from optical.data.texts import read_texts
-    from optical.retrieval.index import open_index
+    model: str,
+    index: str,
+    texts: dict[str, str],
+    *,
+    depth: int,
+    batch_size: int,
+    any_model: bool,
+    refine: int | None,
+    device: str | None,
+) -> tuple[Any, dict[str, Any]]:
+    """Search stored token vectors; return the run, and the number of documents or the recall.
 
-    if not queries:
-        raise ValueError("queries: none given; with --index expected a file of queries")
-    texts = read_texts(queries)
+    With `refine`, the search is approximate.
+    """
+    from optical.models.retriever import check_model
+    from optical.retrieval.index import LanceIndex, open_index
+
+    check_model(model)
     opened = open_index(index)
-    quiet_libraries()
+    if refine:
+        if not isinstance(opened, LanceIndex):
+            raise ValueError(f"approximate: {index} is no database of `optical index`")
+        opened.check_approximate()
+    retriever = load_model(model, device)
     from optical.models.encoding import encode
-    from optical.models.retriever import load_retriever
 
-    retriever = load_retriever(model)
     dimension = retriever.get_embedding_dimension()
     if dimension != opened.dimension:
         raise ValueError(
             f"{index}: vectors of size {opened.dimension}, expected the size of the model's "
             f"vectors, {dimension}"
         )
+    if not any_model:
+        opened.origin.check_searchable(retriever, index)
+    logger.info("searching %d documents for %d queries", len(opened), len(texts))
     vectors = encode(retriever, list(texts.values()), "query", batch_size=batch_size)
-    return opened.search(list(texts), vectors, depth=depth), len(opened)
+    if not refine or not isinstance(opened, LanceIndex):
+        return opened.search(list(texts), vectors, depth=depth), {"documents searched": len(opened)}
+    run = opened.search(list(texts), vectors, depth=depth, approximate=True, refine=refine)
+    best = min(depth, RECALL_DEPTH)
+    recall = opened.recall(list(texts), vectors, run, depth=best)
+    logger.info("recall of the %d best documents of an exact search: %.3f", best, recall)
+    return run, {"documents": len(opened), "recall": round(recall, 4)}
 
 
-def _run_name(model: str) -> str:
-    """Return the last telling part of a model's path."""
-    parts = [part for part in Path(model).parts if part not in ("final", "/")]
-    return parts[-1] if parts else "optical"
-
-
-def index(
-    model: str,
-    collection: str | None,
-    documents: str | None,
-    batch_size: int,
-    passage_length: int | None,
-    passage_stride: int | None,
-    output: str,
-    as_json: bool,
+def evaluate(
+    run_file: str, qrels: str, split: str, measures: str, as_json: bool, per_query: bool
 ) -> int:
-    """Encode documents into a vector database."""
-    from optical.data.collection import load_collection
-    from optical.data.texts import iter_texts
-
-    check_installed("sentence_transformers", "train", "an index")
-    check_installed("lancedb", "index", "a vector database")
-    texts: Iterable[tuple[str, str]]
-    if collection:
-        texts = load_collection(collection).documents.items()
-    elif documents:
-        texts = iter_texts(documents)
-    else:
-        raise ValueError("nothing to index; expected --collection or --documents")
-    quiet_libraries()
-    from optical.models.retriever import load_retriever
-    from optical.retrieval.index import LanceIndex, write_database
-
-    added = write_database(
-        load_retriever(model),
-        texts,
-        output,
-        batch_size=batch_size,
-        passage_length=passage_length,
-        passage_stride=passage_stride,
-    )
-    return report_output(output, {"added": added, "documents": len(LanceIndex(output))}, as_json)
-
-
-def evaluate(run_file: str, qrels: str, measures: str, as_json: bool, per_query: bool) -> int:
     """Print the measures of a run."""
     check_installed("ir_measures", "eval", "evaluation")
+    from optical.data.collection import load_judgements
+    from optical.data.measures import check_measures
     from optical.data.trec import read_run
     from optical.retrieval.evaluation import evaluate as evaluate_run
 
-    evaluation = evaluate_run(read_run(run_file), _read_judgements(qrels), measures)
+    check_measures(measures)
+    check_inputs([run_file])
+    judgements = load_judgements(qrels, split=split)
+    evaluation = evaluate_run(read_run(run_file), judgements, measures)
     if as_json:
         print(json.dumps(evaluation.to_dict(per_query=per_query), indent=1))
         return 0
@@ -314,6 +397,7 @@ def evaluate(run_file: str, qrels: str, measures: str, as_json: bool, per_query:
 def compare(
     runs: list[str],
     qrels: str,
+    split: str,
     measures: str,
     as_json: bool,
     baseline: str | None,
@@ -331,10 +415,14 @@ def compare(
     check_installed("numpy", "eval", "a comparison of runs")
     if test == "t":
         check_installed("scipy", "eval", "the t-test")
+    from optical.data.collection import load_judgements
+    from optical.data.measures import check_measures
     from optical.data.trec import read_run
     from optical.retrieval import evaluation
 
-    judgements = _read_judgements(qrels)
+    check_measures(measures)
+    check_inputs(runs)
+    judgements = load_judgements(qrels, split=split)
     comparison = evaluation.compare(
         {path: evaluation.evaluate(read_run(path), judgements, measures) for path in runs},
         baseline=baseline,
@@ -345,10 +433,3 @@ def compare(
     )
     print(json.dumps(comparison.to_dict(), indent=1) if as_json else comparison.to_markdown())
     return 0
-
-
-def _read_judgements(source: str) -> Any:
-    from optical.data.collection import load_collection
-    from optical.data.trec import read_qrels
-
-    return read_qrels(source) if Path(source).is_file() else load_collection(source).qrels

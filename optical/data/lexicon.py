@@ -12,24 +12,18 @@ import collections
 import random
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
-import torch
-from torch import Tensor
-
+from optical.data.formats import is_bitext_header, skip_header
+from optical.data.ibm_model_1 import ibm_model_1
 from optical.io.files import read_lines, write_text
 
 # Lower-case English word to its translations, the most probable first.
 Lexicon = Mapping[str, Sequence[str]]
-Unit = TypeVar("Unit", bound=Hashable)
 # English word, foreign word, probability of the foreign word given the English one.
 Entry = tuple[str, str, float]
-# IBM model 1 reads this many words of a sentence: the cost grows with the square of the length,
-# and long sentences contribute little.
-MAX_WORDS = 60
 
 
 def tokenize_words(text: str) -> list[str]:
@@ -52,21 +46,31 @@ def _word_character(character: str) -> str:
 
 
 def read_lexicon(path: str | Path) -> dict[str, list[str]]:
-    """Read a bilingual lexicon with lines ``English TAB foreign [TAB anything]``, plain or gzip.
+    """Read a bilingual lexicon with lines ``English TAB foreign [TAB anything]``.
 
-    English is lower-cased. An English word with several translations has several lines; duplicates
-    are removed. English phrases are kept, but functions that look up single words never match them.
+    The file may be compressed. If its first line has no TAB but two words, as in the dictionaries
+    of MUSE, every line has two words separated by spaces. A header line is skipped. English is
+    lower-cased. An English word with several translations has several lines; duplicates are
+    removed. English phrases are kept, but functions that look up single words never match them.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: wrong column count, invalid UTF-8 or no entry; the message names file and line.
     """
     lexicon: dict[str, list[str]] = {}
+    separator: str | None = ""
     for number, line in read_lines(path):
         if not line.strip():
             continue
-        columns = [column.strip() for column in line.split("\t")]
-        if len(columns) < 2 or not columns[0] or not columns[1]:
+        first = separator == ""
+        if first:
+            separator = None if "\t" not in line and len(line.split()) == 2 else "\t"
+        columns = [column.strip() for column in line.split(separator)]
+        if first and is_bitext_header(columns):
+            skip_header(path, number, line)
+            continue
+        wrong = len(columns) < 2 or (separator is None and len(columns) > 2)
+        if wrong or not columns[0] or not columns[1]:
             raise ValueError(
                 f"{path}:{number}: expected `English TAB foreign`, found {line[:60]!r}"
             )
@@ -156,64 +160,6 @@ def induce_lexicon(
     return sorted(entries)
 
 
-def ibm_model_1(
-    pairs: Iterable[tuple[Sequence[Unit], Sequence[Unit]]],
-    *,
-    iterations: int,
-    least_probability: float,
-    least_count: int = 1,
-) -> list[tuple[Unit, Unit, float]]:
-    """Estimate IBM model 1 on pairs of sequences of words, subwords or any other units.
-
-    Expectation maximisation of p(target unit | source unit) under alignments that ignore order. An
-    empty source unit accounts for target units without a counterpart.
-
-    Returns:
-        (source unit, target unit, probability), unsorted.
-
-    Raises:
-        ValueError: no pair has units on both sides.
-    """
-    # A fresh object equals no unit, so it can represent the empty source unit.
-    empty_unit: Any = object()
-    left, right = _Vocabulary[Unit](), _Vocabulary[Unit]()
-    empty = left.index(empty_unit)
-    # Each target unit of the pairs has one slot, with a candidate for every source unit of its
-    # pair. The probabilities of a slot's candidates sum to one.
-    sources: list[int] = []
-    targets: list[int] = []
-    widths: list[int] = []
-    occurrences: collections.Counter[int] = collections.Counter()
-    for left_units, right_units in pairs:
-        e = [empty, *map(left.index, left_units[:MAX_WORDS])]
-        occurrences.update(set(e))
-        for f in map(right.index, right_units[:MAX_WORDS]):
-            sources += e
-            targets.append(f)
-            widths.append(len(e))
-    if len(left) < 2 or not len(right):
-        raise ValueError("no sentence pair with words on both sides; expected at least one")
-
-    width = torch.tensor(widths, dtype=torch.int32)
-    slot = torch.repeat_interleave(torch.arange(len(widths), dtype=torch.int32), width)
-    source = torch.tensor(sources, dtype=torch.int32)
-    target = torch.repeat_interleave(torch.tensor(targets, dtype=torch.int32), width)
-    keys, candidate = torch.unique(source.long() * len(right) + target.long(), return_inverse=True)
-    source, target = keys // len(right), keys % len(right)
-    probability = torch.ones(len(keys))
-    for _ in range(iterations):
-        likelihood = probability[candidate]
-        share = likelihood / _sum_by_index(likelihood, slot, len(widths))[slot.long()]
-        expected = _sum_by_index(share, candidate, len(keys))
-        probability = expected / _sum_by_index(expected, source, len(left))[source]
-
-    probable = (probability >= least_probability) & (source != empty)
-    entries = zip(*(x[probable].tolist() for x in (source, target, probability)), strict=True)
-    return [
-        (left.units[e], right.units[f], p) for e, f, p in entries if occurrences[e] >= least_count
-    ]
-
-
 def lexicon_from_links(
     links: Iterable[tuple[str, str, float]],
     *,
@@ -240,28 +186,6 @@ def lexicon_from_links(
         for foreign, weight in of_word.items()
         if weight >= least_probability * total
     )
-
-
-class _Vocabulary(Generic[Unit]):
-    """Units and their indices, in order of first occurrence."""
-
-    def __init__(self) -> None:
-        self.units: list[Unit] = []
-        self._indices: dict[Unit, int] = {}
-
-    def __len__(self) -> int:
-        return len(self.units)
-
-    def index(self, unit: Unit) -> int:
-        index = self._indices.setdefault(unit, len(self.units))
-        if index == len(self.units):
-            self.units.append(unit)
-        return index
-
-
-def _sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
-    # bincount adds in order on a CPU, so equal input gives equal bits.
-    return torch.bincount(index, weights=values, minlength=size)
 
 
 # English words with inner apostrophes and hyphens; text between words is left unchanged.

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from optical.data.formats import (
+    Lines,
+    is_bitext_header,
+    is_text_header,
+    recognise,
+    skip_header,
+)
 from optical.data.texts import read_texts
 from optical.io.environment import require
-from optical.io.files import read_lines
+from optical.io.files import check_readable, parse_json_line, read_lines
 
 logger = logging.getLogger("optical")
 
@@ -38,8 +45,8 @@ def read_bitext(path: str | Path, *, max_pairs: int | None = None) -> Any:
 def read_bitext_pairs(path: str | Path) -> list[SentencePair]:
     """Read bitext as a list of sentence pairs (English, other language).
 
-    Accepted formats, each plain or gzip: TAB-separated lines ``English TAB other [TAB anything]``;
-    JSON lines with the keys ``source``/``target``, ``english``/``non_english`` (Sentence
+    Accepted formats, plain or compressed: lines ``English TAB other [TAB anything]``; JSON lines
+    with the keys ``source``/``target``, ``english``/``non_english`` (Sentence
     Transformers) or ``translation`` (OPUS on the Hugging Face hub); two aligned files with one
     sentence per line (Moses), given as ``corpus.en,corpus.sw``. Pairs with an empty side are
     dropped and counted in the log; exact duplicates are removed.
@@ -49,27 +56,47 @@ def read_bitext_pairs(path: str | Path) -> list[SentencePair]:
         ValueError: wrong column count, invalid UTF-8, Moses files of unequal length, or no pair;
             the message names file, line and remedy.
     """
-    pairs: dict[SentencePair, None] = {}
+    return list(iter_distinct_pairs(path))
+
+
+def iter_distinct_pairs(
+    path: str | Path, *, max_pairs: int | None = None
+) -> Iterator[SentencePair]:
+    """Yield the pairs of :func:`read_bitext_pairs`, with 8 bytes of each in a set, not its text.
+
+    Args:
+        path: as in :func:`read_bitext_pairs`.
+        max_pairs: number of pairs to yield, from the start (None: all).
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_bitext_pairs`.
+    """
+    seen: set[int] = set()
     empty = total = 0
     for pair in iter_bitext_pairs(path):
         total += 1
-        if all(pair):
-            pairs[pair] = None
-        else:
+        if not all(pair):
             empty += 1
-    if not pairs:
+            continue
+        digest = hashlib.blake2b("\0".join(pair).encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, "little")
+        if key not in seen:
+            seen.add(key)
+            yield pair
+            if len(seen) == max_pairs:
+                return
+    if not seen:
         raise ValueError(
             f"{path}: no sentence pair in {total} lines; expected lines `English TAB other`"
         )
-    if len(pairs) < total:
+    if len(seen) < total:
         logger.info(
             "%s: %d pairs (dropped %d with an empty side and %d duplicates)",
             path,
-            len(pairs),
+            len(seen),
             empty,
-            total - empty - len(pairs),
+            total - empty - len(seen),
         )
-    return list(pairs)
 
 
 def iter_bitext_pairs(path: str | Path) -> Iterator[SentencePair]:
@@ -80,43 +107,61 @@ def iter_bitext_pairs(path: str | Path) -> Iterator[SentencePair]:
     path = str(path)
     if "," in path and not Path(path).exists():
         pairs = _read_moses(path)
-    elif path.removesuffix(".gz").endswith((".jsonl", ".json")):
-        pairs = _read_json_lines(path)
     else:
-        pairs = _read_tab_separated(path)
+        kind, lines = recognise(path)
+        read = _read_json_lines if kind == "jsonl" else _read_tab_separated
+        pairs = read(path, lines)
     return ((english.strip(), other.strip()) for english, other in pairs)
 
 
-def _read_tab_separated(path: str) -> Iterator[tuple[str, str]]:
-    for number, line in read_lines(path):
+def check_bitext(path: str | Path, max_pairs: int | None = None) -> None:
+    """Read bitext once and raise the errors of :func:`read_bitext_pairs`; nothing is kept.
+
+    Pipes, which can be read only once, are left alone.
+    """
+    files = [path] if Path(path).exists() else str(path).split(",")
+    for file in map(check_readable, files):
+        if not file.is_file():
+            return
+    total = full = 0
+    for pair in itertools.islice(iter_bitext_pairs(path), max_pairs):
+        total += 1
+        full += all(pair)
+    if not full:
+        raise ValueError(
+            f"{path}: no sentence pair in {total} lines; expected lines `English TAB other`"
+        )
+
+
+def _read_tab_separated(path: str, lines: Lines) -> Iterator[tuple[str, str]]:
+    first = True
+    for number, line in lines:
+        if not line.strip():
+            continue
         columns = line.split("\t")
-        if line.strip() and len(columns) < 2:
+        if len(columns) < 2:
             raise ValueError(
                 f"{path}:{number}: 1 column, expected 2 or more, `English TAB other language`"
             )
-        if line.strip():
+        if first and is_bitext_header(columns):
+            skip_header(path, number, line)
+        else:
             yield columns[0], columns[1]
+        first = False
 
 
-def _read_json_lines(path: str) -> Iterator[tuple[str, str]]:
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
-        yield _pair_of_row(row, f"{path}:{number}")
+def _read_json_lines(path: str, lines: Lines) -> Iterator[tuple[str, str]]:
+    for number, line in lines:
+        if line.strip():
+            location = f"{path}:{number}"
+            yield _pair_of_row(parse_json_line(line, location), location)
 
 
 def _pair_of_row(row: Any, location: str) -> tuple[str, str]:
-    if isinstance(row, dict):
-        inner = row.get("translation", row)
-        texts = (
-            {key: value for key, value in inner.items() if isinstance(value, str)}
-            if isinstance(inner, dict)
-            else {}
-        )
+    """Return both texts of a row; a text that is null is empty."""
+    inner = row.get("translation", row) if isinstance(row, dict) else None
+    if isinstance(inner, dict):
+        texts = {key: value or "" for key, value in inner.items() if _is_text(value)}
         for english, other in COLUMN_NAMES:
             if english in texts and other in texts:
                 return texts[english], texts[other]
@@ -125,8 +170,13 @@ def _pair_of_row(row: Any, location: str) -> tuple[str, str]:
             return texts["en"], texts[other]
     keys = sorted(row) if isinstance(row, dict) else type(row).__name__
     raise ValueError(
-        f"{location}: keys {keys}, expected source/target, english/non_english or translation"
+        f"{location}: keys {keys}, expected source/target, english/non_english or translation, "
+        "with texts as values"
     )
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
 
 
 def _read_moses(path: str) -> Iterator[tuple[str, str]]:
@@ -199,6 +249,8 @@ def read_training_pairs(
 ) -> list[tuple[str, ...]]:
     """Read (query, passage[, negative ...]) rows, cut to the smallest number of negatives.
 
+    Negatives that are cut and lines without a passage are counted in the log.
+
     Args:
         pairs: files with TAB-separated lines ``query TAB passage [TAB negative ...]``, or with JSON
             lines that have the keys ``query``, ``pos`` (a list) and optionally ``neg``
@@ -213,41 +265,66 @@ def read_training_pairs(
     """
     rows: list[tuple[str, ...]] = []
     for path in pairs:
-        json_lines = path.removesuffix(".gz").endswith((".jsonl", ".json"))
-        rows += _read_training_json(path) if json_lines else _read_training_tsv(path)
+        kind, lines = recognise(path)
+        read = _read_training_json if kind == "jsonl" else _read_training_tsv
+        rows += read(path, lines)
     if queries:
         rows += _join(queries, passages)
     if not rows:
         raise ValueError(f"{list(pairs) or queries}: no training pair in it")
     width = min(len(row) for row in rows)
+    cut = sum(len(row) - width for row in rows)
+    if cut:
+        shortest = sum(len(row) == width for row in rows)
+        logger.warning(
+            "training pairs: %d of %d rows have only %d negatives, so %d negatives of the other "
+            "rows are left out; give each row as many, or remove the short rows",
+            shortest,
+            len(rows),
+            width - 2,
+            cut,
+        )
     return [row[:width] for row in rows]
 
 
-def _read_training_tsv(path: str) -> Iterable[tuple[str, ...]]:
-    for number, line in read_lines(path):
-        columns = tuple(column.strip() for column in line.split("\t"))
-        if line.strip() and (len(columns) < 2 or not all(columns)):
-            raise ValueError(f"{path}:{number}: expected `query TAB passage [TAB negative ...]`")
-        if line.strip():
-            yield columns
-
-
-def _read_training_json(path: str) -> Iterable[tuple[str, ...]]:
-    for number, line in read_lines(path):
+def _read_training_tsv(path: str, lines: Lines) -> Iterable[tuple[str, ...]]:
+    first = True
+    for number, line in lines:
         if not line.strip():
             continue
+        columns = tuple(column.strip() for column in line.split("\t"))
+        if len(columns) < 2 or not all(columns):
+            raise ValueError(f"{path}:{number}: expected `query TAB passage [TAB negative ...]`")
+        if first and is_text_header(columns):
+            skip_header(path, number, line)
+        else:
+            yield columns
+        first = False
+
+
+def _read_training_json(path: str, lines: Lines) -> Iterable[tuple[str, ...]]:
+    without_passage = 0
+    for number, line in lines:
+        if not line.strip():
+            continue
+        row = parse_json_line(line, f"{path}:{number}")
         try:
-            row = json.loads(line)
             query, positives, negatives = row["query"], row["pos"], row.get("neg") or []
             if not (isinstance(positives, list) and isinstance(negatives, list)):
                 raise TypeError
             if not all(isinstance(text, str) for text in (query, *positives, *negatives)):
                 raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError):
+            if not all(text.strip() for text in (query, *positives, *negatives)):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{path}:{number}: expected JSON with `query`, `pos` (list) and optional `neg`"
+                f"{path}:{number}: expected JSON with `query`, `pos` (list) and optional `neg`, "
+                "and no empty text"
             ) from None
+        without_passage += not positives
         yield from ((query, text, *negatives) for text in positives)
+    if without_passage:
+        logger.warning("%s: left out %d lines with an empty `pos`", path, without_passage)
 
 
 def _join(queries: str, passages: str) -> Iterable[tuple[str, ...]]:

@@ -6,14 +6,18 @@ import html
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from optical.io.files import read_lines
+from optical.data.formats import Lines, is_text_header, recognise, skip_header
+from optical.io.files import parse_json_line
 
 _ID_KEYS = ("id", "_id", "docid", "doc_id", "qid", "query_id")
 _TEXT_KEYS = ("text", "contents")
+# Names of topic fields in ir_datasets -> those in TREC markup.
+_FIELDS = {"description": "desc", "narrative": "narr"}
 
 # Elements with the text of an article in the newswire collections of TREC and CLEF. All others
 # (dates, sections, by-lines, lengths) are metadata.
@@ -30,23 +34,22 @@ _TOPIC_FIELD = re.compile(r"<(?:[A-Za-z]{2}-)?(num|title|desc|narr)\b[^>]*>", re
 _TOPIC_LABEL = re.compile(r"^\s*(number|topic|description|narrative)\s*:", re.IGNORECASE)
 
 
-def read_texts(
-    path: str | os.PathLike[str], *, topic_fields: Sequence[str] = ("title",)
-) -> dict[str, str]:
-    """Read queries or documents, plain or gzip, as id -> text.
+def read_texts(path: str | os.PathLike[str], *, topic_fields: Sequence[str] = ()) -> dict[str, str]:
+    """Read queries or documents, plain or compressed, as id -> text.
 
-    The suffix determines the format; for other suffixes, the first non-space character does.
+    The suffix and the first line determine the format, see :func:`optical.data.formats.recognise`.
 
-    - ``.tsv``, ``.txt``: ``id TAB text``.
+    - ``.tsv``, ``.txt``: ``id TAB text``. A header line such as ``id TAB text`` is skipped.
     - ``.jsonl``, ``.json``: one object per line, ``{"id": …, "text": …}``; ``_id``, ``docid``,
       ``doc_id``, ``qid``, ``query_id`` and ``contents`` are accepted too, and a ``title`` is
-      prepended to the text.
+      prepended to the text. A text that is null is empty.
     - ``.trec``, ``.sgml``, ``.sgm``, ``.xml``: ``<DOC>`` elements with a ``<DOCNO>``, or ``<top>``
       elements with a ``<num>``. The text of a document is its titles, headlines and body.
 
     Args:
-        path: the file.
-        topic_fields: fields of a TREC topic (``title``, ``desc``, ``narr``) that form the query.
+        path: the file, which may be a pipe.
+        topic_fields: fields that form the text: of TREC topics ``title``, ``desc`` and ``narr``
+            (default: ``title``), of JSON lines any (default: title and text).
 
     Raises:
         ValueError: a malformed line, a duplicate id or an empty file; the message names file, line
@@ -56,27 +59,23 @@ def read_texts(
 
 
 def iter_texts(
-    path: str | os.PathLike[str], *, topic_fields: Sequence[str] = ("title",)
+    path: str | os.PathLike[str], *, topic_fields: Sequence[str] = ()
 ) -> Iterator[tuple[str, str]]:
     """Yield the (id, text) pairs of :func:`read_texts`, with only the ids in memory."""
     path = Path(path)
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    suffix = suffixes[-1].lower() if suffixes else ""
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, str, str]]]] = {
-        ".tsv": _read_tsv,
-        ".txt": _read_tsv,
-        ".jsonl": _read_jsonl,
-        ".json": _read_jsonl,
-        ".trec": lambda path: _read_trec(path, topic_fields),
-        ".sgml": lambda path: _read_trec(path, topic_fields),
-        ".sgm": lambda path: _read_trec(path, topic_fields),
-        ".xml": lambda path: _read_trec(path, topic_fields),
-    }
-    if suffix not in readers:
-        first = next((line.lstrip()[0] for _, line in read_lines(path) if line.strip()), "")
-        suffix = {"{": ".jsonl", "<": ".trec"}.get(first, ".tsv")
+    kind, lines = recognise(path)
+    if kind == "trec":
+        rows = _read_trec(path, lines, [_FIELDS.get(name, name) for name in topic_fields])
+    elif kind == "jsonl":
+        rows = _read_jsonl(path, lines, topic_fields)
+    elif topic_fields:
+        raise ValueError(
+            f"{path}: has the columns id and text, and no field {topic_fields[0]!r} to select"
+        )
+    else:
+        rows = _read_tsv(path, lines)
     seen: set[str] = set()
-    for number, key, text in readers[suffix](path):
+    for number, key, text in rows:
         if key.split() != [key]:
             raise ValueError(
                 f"{path}:{number}: id {key!r} must be one word, because columns of runs are "
@@ -92,11 +91,17 @@ def iter_texts(
         raise ValueError(f"{path}:1: the file has no texts; it needs at least one")
 
 
-def _read_tsv(path: Path) -> Iterator[tuple[int, str, str]]:
-    for number, line in read_lines(path):
+def _read_tsv(path: Path, lines: Lines) -> Iterator[tuple[int, str, str]]:
+    first = True
+    for number, line in lines:
         if not line.strip():
             continue
         columns = line.split("\t")
+        if first and is_text_header(columns):
+            skip_header(path, number, line)
+            first = False
+            continue
+        first = False
         if len(columns) != 2:
             raise ValueError(
                 f"{path}:{number}: {len(columns)} columns, a text file needs 2: `id TAB text`; "
@@ -105,58 +110,60 @@ def _read_tsv(path: Path) -> Iterator[tuple[int, str, str]]:
         yield number, columns[0].strip(), columns[1].strip()
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, str, str]]:
-    for number, line in read_lines(path):
+def _read_jsonl(path: Path, lines: Lines, fields: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    for number, line in lines:
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); "
-                "each line must hold one complete object"
-            ) from None
-        key = _field(record, _ID_KEYS, (str, int), path, number)
-        text = _field(record, _TEXT_KEYS, (str,), path, number)
-        title = record.get("title") or ""
-        yield number, key.strip(), f"{title} {text}".strip()
+        location = f"{path}:{number}"
+        record = parse_json_line(line, location)
+        key = _field(record, _ID_KEYS, (str, int), location).strip()
+        if fields:
+            texts = [_field(record, (name,), (str,), location) for name in fields]
+        else:
+            text = _field(record, _TEXT_KEYS, (str,), location)
+            title = _field(record, ("title",), (str,), location) if record.get("title") else ""
+            texts = [title, text]
+        yield number, key, " ".join(texts).strip()
 
 
-def _field(
-    record: Any, names: Sequence[str], types: tuple[type, ...], path: Path, number: int
-) -> str:
+def _field(record: Any, names: Sequence[str], types: tuple[type, ...], location: str) -> str:
+    """Return the first of several fields as text; a text that is null is empty."""
     fields: dict[str, Any] = record if isinstance(record, dict) else {}
     for name in names:
         value = fields.get(name)
-        if isinstance(value, types):
+        if isinstance(value, types) and not isinstance(value, bool):
             return str(value)
-        if value is not None:
+        if value is not None or (name in fields and types != (str,)):
             raise ValueError(
-                f"{path}:{number}: field {name!r} is {json.dumps(value)[:40]}, expected "
+                f"{location}: field {name!r} is {json.dumps(value)[:40]}, expected "
                 f"{'a string' if types == (str,) else 'a string or a whole number'}"
             )
+    if any(name in fields for name in names):
+        return ""
     present = ", ".join(map(repr, fields)) or "none"
     raise ValueError(
-        f"{path}:{number}: no field {names[0]!r} (fields found: {present}); each line must be like "
+        f"{location}: no field {names[0]!r} (fields found: {present}); each line must be like "
         '{"id": "d1", "text": "…"}'
     )
 
 
-def _read_trec(path: Path, topic_fields: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    for number, kind, block in _trec_blocks(path):
+def _read_trec(
+    path: Path, lines: Lines, topic_fields: Sequence[str]
+) -> Iterator[tuple[int, str, str]]:
+    for number, kind, block in _trec_blocks(path, lines):
         if kind == "DOC":
             yield number, *_trec_document(block, path, number)
         else:
-            yield number, *_trec_topic(block, topic_fields, path, number)
+            yield number, *_trec_topic(block, topic_fields or ("title",), path, number)
 
 
-def _trec_blocks(path: Path) -> Iterator[tuple[int, str, str]]:
+def _trec_blocks(path: Path, lines: Lines) -> Iterator[tuple[int, str, str]]:
     """Yield line number, ``DOC`` or ``TOP``, and content of each element, one at a time."""
     opening = re.compile(r"<(DOC|TOP)(?:\s[^>]*)?>", re.IGNORECASE)
     kind = ""
     start = 0
     block: list[str] = []
-    for number, line in read_lines(path):
+    for number, line in lines:
         while True:
             if not kind:
                 match = opening.search(line)
@@ -207,7 +214,7 @@ def _trec_topic(
         present = ", ".join(field for field in fields if field != "num") or "none"
         raise ValueError(
             f"{path}:{number}: topic {fields['num']!r} has no <{missing[0]}> (it has: {present}); "
-            "select other fields with topic_fields="
+            "select other fields with --query-field (topic_fields=)"
         )
     return fields["num"], " ".join(fields[field] for field in topic_fields).strip()
 
@@ -223,16 +230,14 @@ def read_sentences(path: str | Path) -> list[str]:
         ValueError: a malformed line or an empty file; the message names file and line.
     """
     texts = []
-    json_lines = str(path).removesuffix(".gz").endswith((".jsonl", ".json"))
-    for number, line in read_lines(path):
-        if json_lines and line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    kind, lines = recognise(path)
+    for number, line in lines:
+        if kind == "jsonl" and line.strip():
+            row = parse_json_line(line, f"{path}:{number}")
+            text = row.get("text", 0) if isinstance(row, dict) else 0
+            if not isinstance(text, (str, NoneType)):
                 raise ValueError(f"{path}:{number}: no key `text` with a string")
-            line = row["text"]
+            line = text or ""
         if line.strip():
             texts.append(line.strip())
     if not texts:

@@ -3,9 +3,10 @@
 A run lists retrieved documents in six columns, ``qid Q0 docid rank score tag``. Judgements have
 four columns, ``qid 0 docid grade``. This module needs the standard library only.
 
-:func:`ranked` defines the order of a run, which is that of ``trec_eval``: descending score, and for
-equal scores descending document id. A run therefore evaluates identically in memory, after writing
-and reading, and in ``trec_eval``.
+:func:`trec_eval_order` is the order in which runs are read and evaluated. It compares scores in
+float32, as ``trec_eval`` does, so that both give equal measures for any run. :func:`ranked`
+compares all digits; it is the order of the runs that this package makes. :func:`write_run` writes
+scores that have this order in float32 too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from optical.data.formats import is_grade_header, skip_header
 from optical.io.files import atomic_text, read_lines
 
 logger = logging.getLogger("optical")
@@ -31,7 +33,7 @@ _LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 def ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Return ``(docid, score)`` pairs, best first, in the order that ``trec_eval`` uses.
+    """Return ``(docid, score)`` pairs, best first, by all digits of the scores.
 
     Scores descend; documents with equal scores are in descending order of their ids.
 
@@ -42,11 +44,25 @@ def ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(scores.items(), key=lambda item: (item[1], item[0]), reverse=True)
 
 
+def trec_eval_order(scores: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Return ``(docid, score)`` pairs, best first, in the order that ``trec_eval`` uses.
+
+    Scores descend after rounding to float32; documents whose scores are then equal are in
+    descending order of their ids.
+
+    Examples:
+        >>> trec_eval_order({"a": 0.970000002, "b": 0.970000001})
+        [('b', 0.970000001), ('a', 0.970000002)]
+    """
+    return sorted(scores.items(), key=lambda item: (_float32(item[1]), item[0]), reverse=True)
+
+
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read a TREC run, plain or gzip, in the format of ``trec_eval``.
+    """Read a TREC run, plain or compressed, in the format of ``trec_eval``.
 
     Columns are separated by any white space. As in ``trec_eval``, the score determines the order
-    and the rank column is ignored. Documents of a query are returned best first.
+    and the rank column is ignored. Documents of a query are returned best first, in the order of
+    :func:`trec_eval_order`.
 
     Raises:
         ValueError: wrong number of columns, a score that is not a finite number, a document listed
@@ -64,6 +80,9 @@ def read_run(path: str | os.PathLike[str]) -> Run:
                 "qid Q0 docid rank score tag (ids without spaces)"
             )
         qid, _, docid, _, score_text, _ = columns
+        if not run and is_grade_header(columns[:5]):
+            skip_header(path, number, line)
+            continue
         try:
             score = float(score_text)
         except ValueError:
@@ -82,7 +101,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         scores[docid] = score
     if not run:
         raise ValueError(f"{path}:1: the file has no lines; a run needs at least one")
-    return {qid: dict(ranked(scores)) for qid, scores in run.items()}
+    return {qid: dict(trec_eval_order(scores)) for qid, scores in run.items()}
 
 
 def write_run(
@@ -125,12 +144,23 @@ def write_run(
         logger.info("%s: lowered %d scores that are equal in float32", path, lowered)
 
 
+def without_identical_ids(run: Mapping[str, Mapping[str, float]], depth: int) -> Run:
+    """Return the best ``depth`` documents per query without the one that has the query's id.
+
+    In ArguAna and Quora, the queries are documents of the collection.
+    """
+    return {
+        qid: dict([hit for hit in ranked(scores) if hit[0] != qid][:depth])
+        for qid, scores in run.items()
+    }
+
+
 def read_qrels(path: str | os.PathLike[str]) -> Qrels:
-    """Read relevance judgements, plain or gzip, in one of three formats.
+    """Read relevance judgements, plain or compressed, in one of three formats.
 
     The first line distinguishes TREC (``qid 0 docid grade``), WikiCLIR (``qid docid grade``, Sasaki
-    et al., 2018) and BEIR (three columns after the header ``query-id corpus-id score``). Columns
-    are separated by any white space.
+    et al., 2018) and BEIR (three columns after the header ``query-id corpus-id score``). Other
+    header lines are skipped. Columns are separated by any white space.
 
     Raises:
         ValueError: wrong number of columns, a grade that is not an integer, a document judged twice
@@ -158,9 +188,10 @@ def iter_qrels(path: str | os.PathLike[str]) -> Iterator[tuple[int, str, str, in
         if not columns:
             continue
         if not width:
-            header = [column.lower() for column in columns] == ["query-id", "corpus-id", "score"]
             width = len(columns)
-            if header:
+            if is_grade_header(columns):
+                if columns[0].lower() != "query-id":  # that of BEIR is part of the format
+                    skip_header(path, number, line)
                 continue
         if len(columns) not in (3, 4) or len(columns) != width:
             expected = f"{width} as on the first line" if width in (3, 4) else "4 or 3"
@@ -217,6 +248,9 @@ def _separate(scores: list[float]) -> list[float]:
 
 
 def _float32(value: float) -> float:
+    """Round to float32, to an infinity beyond its range."""
+    if abs(value) > _LARGEST_FLOAT32:
+        return math.copysign(math.inf, value)
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 

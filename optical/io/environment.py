@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -46,10 +47,32 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions of Python and of the packages that affect results, and the commit."""
+    """Return what affects results: versions of Python and packages, the commit, and the machine."""
     packages = ("optical", "torch", "transformers", "sentence-transformers", "tokenizers", "numpy")
     versions = {name: version(name) for name in packages}
-    return {"python": sys.version.split()[0], "versions": versions, "commit": _commit()}
+    found = {"python": sys.version.split()[0], "versions": versions, "commit": _commit()}
+    return {**found, **machine()}
+
+
+def machine() -> dict[str, Any]:
+    """Return the name of the processor, PyTorch's threads, and the names of the GPUs."""
+    gpus = []
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": ", ".join(gpus),
+    }
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        named = re.search(r"^(?:model name|Model|cpu)\s*:\s*(.+)$", text, re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def version(package: str) -> str:

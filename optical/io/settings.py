@@ -50,7 +50,7 @@ def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], str]:
     """Read a YAML mapping; returns it and the text of the file."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such configuration file")
     text = "".join(f"{line}\n" for _, line in read_lines(path))
     return parse_yaml(text, str(path)), text
@@ -69,6 +69,8 @@ def parse_yaml(text: str, location: str) -> dict[str, Any]:
     loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     try:
         raw = yaml.load(text, loader)
+    except RecursionError:
+        raise ValueError(f"{location}: not YAML that can be read (nested too deeply)") from None
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         suffix = f":{line + 1}" if line is not None else ""

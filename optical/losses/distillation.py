@@ -6,7 +6,7 @@ To add an objective, subclass ``DistillationLoss``, set ``name``, and implement 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -96,6 +96,7 @@ class DistillationLoss(nn.Module):
             )
         _check_mass("student_mass", student_mass, model)
         _check_mass("teacher_mass", teacher_mass, teacher)
+        self._same_vocabulary = _same_vocabulary(model, teacher)
         self.model = model
         self.teacher = teacher.requires_grad_(False).eval()
         # Buffers follow the loss to its device, but are not part of checkpoints.
@@ -128,11 +129,13 @@ class DistillationLoss(nn.Module):
             ``{name: scalar}``.
 
         Raises:
-            ValueError: the batch has only one column.
+            ValueError: the batch has only one column; or its columns were tokenised in different
+                roles or by one of the models only, as the trainer does without ``BitextCollator``.
         """
         source, *targets = [dict(features) for features in sentence_features]
         if not targets:
             raise ValueError("the batch has one column; expected a source and at least one target")
+        self._check_collator(source, targets)
         role = source.get("task", "document")
         if "token_embeddings" not in source:
             with torch.no_grad():
@@ -146,6 +149,22 @@ class DistillationLoss(nn.Module):
             converted = teacher_tokens._replace(vectors=vectors)
             losses.append(self.compare(student_tokens, converted, role))
         return {self.name: torch.stack(losses).mean()}
+
+    def _check_collator(self, source: dict[str, Any], targets: Sequence[dict[str, Any]]) -> None:
+        """Refuse columns that the trainer's own collator has tokenised."""
+        tasks = {column["task"] for column in (source, *targets) if column.get("task")}
+        one_tokenizer = not tasks and "token_embeddings" not in source
+        if len(tasks) > 1 or (one_tokenizer and not self._same_vocabulary):
+            cause = (
+                f"the columns were read in the roles {', '.join(sorted(tasks))}"
+                if tasks
+                else "the columns name no role, and the tokenizers of student and teacher differ"
+            )
+            raise ValueError(
+                f"{cause}; expected each column from its own model's tokenizer, in one role: give "
+                "the trainer data_collator=optical.training.BitextCollator(student, teacher, "
+                "role=...)"
+            )
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the student; the teacher stays in evaluation mode."""
@@ -224,6 +243,15 @@ class OTDistillationLoss(DistillationLoss):
     archivePrefix={arXiv},
 }
 """  # noqa: E501
+
+
+def _same_vocabulary(student: nn.Module, teacher: nn.Module) -> bool:
+    """Return whether one tokenizer serves both models; unknown tokenizers count as equal."""
+    tokenizers = [getattr(model, "tokenizer", None) for model in (student, teacher)]
+    if not all(hasattr(tokenizer, "get_vocab") for tokenizer in tokenizers):
+        return True
+    first, second = (tokenizer.get_vocab() for tokenizer in tokenizers)  # type: ignore[union-attr]
+    return bool(first == second)
 
 
 def _check_mass(name: str, mass: Any, model: nn.Module) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from optical.models.tokenizers import token_spans
 
 ROLES = ("query", "document")
 
@@ -168,24 +171,27 @@ def _concatenate(
     )
 
 
-def cut_passages(text: str, tokenizer: Any, length: int, stride: int) -> list[str]:
+def cut_passages(
+    text: str, tokenizer: Any, length: int, stride: int, prompt: str = ""
+) -> list[str]:
     """Cut a text into overlapping passages of `length` tokens that start every `stride` tokens.
 
-    The special tokens that the tokenizer adds count towards `length`, as in a model's limits. The
-    last passage ends with the text. A text that fits is its only passage.
+    The special tokens that the tokenizer adds count towards `length`, as in a model's limits, and
+    so do those of the prompt that the model reads before each passage. The last passage ends with
+    the text. A text that fits is its only passage.
 
     Raises:
         ValueError: the passages would leave gaps or hold no token.
     """
-    room = length - tokenizer.num_special_tokens_to_add()
+    before = len(token_spans(tokenizer, prompt)) - len(token_spans(tokenizer, "")) if prompt else 0
+    room = length - tokenizer.num_special_tokens_to_add() - before
     if room < 1 or not 1 <= stride <= room:
         raise ValueError(
             f"passage_length is {length} and passage_stride {stride}; expected a length above the "
-            f"{length - room} special tokens, and a stride from 1 to the length without them"
+            f"{length - room} special tokens and tokens of the prompt, and a stride from 1 to the "
+            "length without them"
         )
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-        "offset_mapping"
-    ]
+    spans = [span for _, span in token_spans(tokenizer, text) if span is not None]
     if len(spans) <= room:
         return [text]
     starts = range(0, len(spans) - room + stride, stride)
@@ -217,7 +223,47 @@ def encode_passages(
         passages = [[text] for text in texts]
     else:
         stride = passage_stride or max(passage_length // 2, 1)
-        passages = [cut_passages(text, model.tokenizer, passage_length, stride) for text in texts]
+        prompt = (getattr(model, "prompts", None) or {}).get(role) or ""
+        passages = [
+            cut_passages(text, model.tokenizer, passage_length, stride, prompt) for text in texts
+        ]
     flat = [passage for text in passages for passage in text]
     tokens = encode(model, flat, role, batch_size=batch_size, device=device)
     return tokens, [len(text) for text in passages]
+
+
+def check_worker(worker: int, workers: int) -> None:
+    """Raise ValueError unless `worker` is the index of one of `workers` processes."""
+    if not 0 <= worker < workers:
+        raise ValueError(f"worker: {worker}, expected a number from 0 to {workers - 1}")
+
+
+def chunks(
+    documents: Iterable[tuple[str, str]], size: int
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield ids and texts of the next `size` documents at a time."""
+    source = iter(documents)
+    while chunk := list(itertools.islice(source, size)):
+        yield [key for key, _ in chunk], [text for _, text in chunk]
+
+
+def encode_rows(
+    model: Any,
+    ids: Sequence[str],
+    texts: Sequence[str],
+    role: str,
+    batch_size: int,
+    passage_length: int | None,
+    passage_stride: int | None,
+) -> tuple[list[str], TokenVectors]:
+    """Encode the passages of some documents: the document id and the vectors of each."""
+    tokens, counts = encode_passages(
+        model,
+        texts,
+        role,
+        passage_length=passage_length,
+        passage_stride=passage_stride,
+        batch_size=batch_size,
+    )
+    row_ids = [key for key, count in zip(ids, counts, strict=True) for _ in range(count)]
+    return row_ids, tokens

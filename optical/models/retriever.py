@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib.util
 import pickle
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from optical.io.environment import require
 from optical.io.files import find_damaged
+from optical.models.encoding import ROLES
+from optical.models.fingerprint import load_partners
 
 # Prefix of models that are installed as data of a Python package.
 PACKAGE_PREFIX = "package:"
 # A folder with one of these files holds a model.
 _MODEL_FILES = ("config.json", "modules.json")
+# Names on the hub: an owner, which old models lack, and a name.
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+_NO_CODE = {"trust_remote_code": False}
+# Names of the prompt of documents, in the order of precedence.
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+# Names of the tables of learnt positions.
+_POSITION_TABLES = ("position_embeddings", "wpe")
 
 
 def load_retriever(
@@ -28,8 +40,8 @@ def load_retriever(
 ) -> Any:
     """Load a `MultiVectorEncoder`, or build one from a plain encoder.
 
-    Weights are read from safetensors, or with PyTorch's weights-only reader, so code stored in a
-    model never runs.
+    Weights are read from safetensors, or with PyTorch's weights-only reader, and models with custom
+    code are refused, so code stored in a model never runs.
 
     Args:
         name: Hugging Face name or folder, or `package:NAME/FOLDER` (see :func:`resolve_model`). A
@@ -45,38 +57,88 @@ def load_retriever(
 
     Raises:
         ImportError: Sentence Transformers is not installed (extra ``train``).
-        ValueError: there is no such model, or it is damaged.
+        ValueError: there is no such model; it is damaged or needs custom code; it has no tokenizer
+            or one with more units than input vectors; or a length limit exceeds its positions.
     """
     check_model(str(name))
     name = resolve_model(str(name))
     require("sentence_transformers", "train", "a retriever")
-    from safetensors import SafetensorError
     from sentence_transformers import MultiVectorEncoder
     from sentence_transformers.base.modules import Transformer
 
-    bad_file = find_damaged(name) if Path(name).is_dir() else None
-    if bad_file:
-        raise ValueError(
-            f"model {name}: {bad_file} is damaged; remove the folder and train the model again"
-        )
-    try:
-        if _is_multi_vector(name):
-            return MultiVectorEncoder(name)
-        expansion = {"strategy": "fixed", "length": query_length} if query_expansion else None
+    check_files(name)
+    if is_multi_vector(name):
+        with loading_errors(name):
+            model = MultiVectorEncoder(name, trust_remote_code=False)
+        load_partners(model, name)
+        use_prompts(model)
+        for module in model.modules():
+            if isinstance(module, Transformer):
+                _check_encoder(name, module)
+        return model
+    expansion = {"strategy": "fixed", "length": query_length} if query_expansion else None
+    with loading_errors(name):
         encoder = Transformer(
             name,
             query_length=query_length,
             document_length=document_length,
             query_expansion=expansion,
+            # Transformers would otherwise ask on the terminal whether to run the code.
+            **dict.fromkeys(("model_kwargs", "config_kwargs", "processor_kwargs"), _NO_CODE),
         )
+    _check_encoder(name, encoder)
+    if query_expansion and getattr(encoder.tokenizer, "mask_token", None) is None:
+        raise ValueError(
+            f"query_expansion: the tokenizer of model {name} has no mask token to fill queries with"
+        )
+    return _build_retriever(encoder, dimension, skip_words)
+
+
+def check_files(name: str) -> None:
+    """Raise ValueError if a file of a model's folder differs from its recorded checksum."""
+    bad_file = find_damaged(name) if Path(name).is_dir() else None
+    if bad_file:
+        raise ValueError(
+            f"model {name}: {bad_file} is damaged; remove the folder and train the model again"
+        )
+
+
+@contextlib.contextmanager
+def loading_errors(name: str) -> Iterator[None]:
+    """Name the model in a ValueError of one line, whatever a library raises over its files.
+
+    A damaged file surfaces as almost any error: a wrong shape, a missing key, a division by zero.
+    """
+    try:
+        yield
     except pickle.UnpicklingError:
         raise ValueError(
             f"model {name}: cannot be loaded (its weights hold more than tensors, and could run "
             "code); convert them to safetensors in an environment where you trust them"
         ) from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"model {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    return _build_retriever(encoder, dimension, skip_words)
+    except MemoryError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause = lines[0] if lines else ""
+        if not isinstance(error, (OSError, ValueError)):
+            cause = f"{type(error).__name__}: {cause}".rstrip(": ")
+        where = "" if Path(name).is_dir() else "no such folder on this machine, and "
+        raise ValueError(f"model {name}: {where}cannot be loaded ({cause})") from error
+
+
+def use_prompts(model: Any, *, query: str | None = None, document: str | None = None) -> None:
+    """Set the prompts of a model's queries and documents; None keeps the model's own.
+
+    Many models name the prompt of documents "passage" or "corpus". Sentence Transformers adds an
+    empty prompt "document" when it loads them, which would come first.
+    """
+    prompts = dict(model.prompts or {})
+    own = next((prompts[name] for name in _DOCUMENT_PROMPTS if prompts.get(name)), "")
+    prompts["document"] = own if document is None else document
+    if query is not None:
+        prompts["query"] = query
+    model.prompts = prompts
 
 
 def _build_retriever(encoder: Any, dimension: int | None, skip_words: Sequence[str]) -> Any:
@@ -106,6 +168,76 @@ def _build_retriever(encoder: Any, dimension: int | None, skip_words: Sequence[s
     return MultiVectorEncoder(modules=modules)
 
 
+def _check_encoder(name: str, module: Any) -> None:
+    """Refuse an encoder that would fail at some text, or read every text as unknown units."""
+    tokenizer = module.tokenizer
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    if vocabulary and set(vocabulary.values()) <= special:
+        raise ValueError(
+            f"model {name}: its tokenizer has no units but the {len(special)} special tokens; copy "
+            "the tokenizer's files into the folder"
+        )
+    table = _input_vectors(module.auto_model)
+    units = max(vocabulary.values(), default=-1) + 1
+    if table is not None and units > table:
+        raise ValueError(
+            f"model {name}: its tokenizer has {units} units and its encoder {table} input vectors; "
+            "save the tokenizer that the encoder was trained with"
+        )
+    positions = max_positions(module)
+    if positions is None:
+        return
+    if tokenizer.model_max_length > positions:
+        tokenizer.model_max_length = positions
+    for role in ROLES:
+        length = getattr(module, f"{role}_length", None)
+        if length is not None and length > positions:
+            raise ValueError(
+                f"model {name}: {role}_length is {length}, but the encoder has {positions} "
+                f"positions; train or save it with a {role}_length of at most {positions}"
+            )
+
+
+def _input_vectors(encoder: Any) -> int | None:
+    """Return the number of input vectors of an encoder, or None if it has no table of them."""
+    try:
+        return int(encoder.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def max_positions(module: Any) -> int | None:
+    """Return the longest text in tokens that an encoder with learnt positions reads.
+
+    Args:
+        module: a ``Transformer`` module, or a model that starts with one.
+
+    Returns:
+        The number of positions, or None for encoders with relative or rotary positions.
+    """
+    encoder = getattr(module, "auto_model", None)
+    if encoder is None:
+        first = next(iter(module), None) if hasattr(module, "__iter__") else None
+        encoder = getattr(first, "auto_model", None)
+    for path, table in encoder.named_modules() if encoder is not None else ():
+        if path.rsplit(".", 1)[-1] in _POSITION_TABLES and hasattr(table, "num_embeddings"):
+            # Such encoders number positions from the one after the padding's.
+            padding = getattr(table, "padding_idx", None)
+            return int(table.num_embeddings - (0 if padding is None else padding + 1))
+    return None
+
+
+def check_length(model: Any, max_length: int | None) -> None:
+    """Raise ValueError if a length limit exceeds the positions of a model."""
+    positions = max_positions(model)
+    if None not in (max_length, positions) and max_length > positions:  # type: ignore[operator]
+        raise ValueError(
+            f"max_length: {max_length}, but the encoder has {positions} positions; expected at "
+            f"most {positions}"
+        )
+
+
 def resolve_model(name: str) -> str:
     """Return the folder of a model `package:NAME/FOLDER`; other names are returned unchanged.
 
@@ -130,24 +262,87 @@ def resolve_model(name: str) -> str:
     return str(Path(next(iter(spec.submodule_search_locations))) / folder)
 
 
+def load_multi_vector(
+    name: str | Path, *, query_prompt: str | None = None, document_prompt: str | None = None
+) -> Any:
+    """Load a late-interaction model as it is; plain encoders and dense models are refused.
+
+    Args:
+        name, query_prompt, document_prompt: see :func:`optical.retrieval.dense.load_dense`.
+
+    Raises:
+        ValueError: as in :func:`load_retriever`, or the model returns one vector for each text.
+    """
+    check_model(str(name))
+    if not is_multi_vector(resolve_model(str(name))):
+        if not Path(resolve_model(str(name))).is_dir():
+            from transformers import AutoConfig
+
+            # A name that the hub does not have, or no network.
+            with loading_errors(str(name)):
+                AutoConfig.from_pretrained(str(name), trust_remote_code=False)
+        raise ValueError(
+            f"model {name}: returns no token vectors for retrieval; use the recipe `dense`, or "
+            "train it (`teacher`, `distill`)"
+        )
+    model = load_retriever(name)
+    use_prompts(model, query=query_prompt, document=document_prompt)
+    return model
+
+
 def check_model(name: str) -> None:
-    """Raise ValueError if `name` is a missing folder or one without a model; hub names pass."""
+    """Check a model's name without loading it; names that may be on the hub pass.
+
+    Raises:
+        ValueError: it is a file, a missing folder or one without a model.
+    """
     name = resolve_model(name)
     folder = Path(name)
-    looks_local = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"model {name}: is a file, expected a folder or a hub name")
+    looks_local = folder.is_absolute() or not _HUB_NAME.fullmatch(name)
     if looks_local and not folder.is_dir():
-        raise ValueError(f"model {name}: no such folder; train it first or use a hub name")
+        raise ValueError(
+            f"model {name}: no such folder{_similar(folder)}; train it first or use a hub name"
+        )
+    if not folder.is_dir() and _similar(folder):
+        # The hub would be asked for minutes where there is no network.
+        raise ValueError(f"model {name}: no such folder{_similar(folder)}")
     # A model with a Router has modules.json; its encoders' configurations are one folder deeper.
     if folder.is_dir() and not any((folder / file).exists() for file in _MODEL_FILES):
-        raise ValueError(f"model {name}: no config.json in this folder, so it holds no model")
+        final = folder / "final"
+        hint = f"; did you mean {final}?" if final.is_dir() else ""
+        raise ValueError(f"model {name}: no config.json in this folder, so it holds no model{hint}")
 
 
-def _is_multi_vector(name: str) -> bool:
+def _similar(folder: Path) -> str:
+    """Return "; did you mean X?" if a folder of a very similar name is beside a missing one."""
+    try:
+        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(folder.name, names, n=1, cutoff=0.8)
+    return f"; did you mean {folder.parent / close[0]}?" if close else ""
+
+
+def is_multi_vector(name: str) -> bool:
     """Return whether a saved model yields token vectors; not a plain encoder or one vector."""
-    folder = Path(name)
-    if folder.is_dir():
-        modules = folder / "modules.json"
-        return modules.exists() and "Pooling" not in modules.read_text(encoding="utf-8")
-    from sentence_transformers.util import is_sentence_transformer_model
+    files: list[str] = []
+    if Path(name).is_dir():
+        paths = [Path(name) / file for file in _MODEL_FILES]
+        files = [str(path) for path in paths if path.exists()]
+    else:
+        from sentence_transformers.util import load_file_path
 
-    return bool(is_sentence_transformer_model(name))
+        found = [load_file_path(name, file) for file in _MODEL_FILES]
+        files = [path for path in found if path]
+    texts = {}
+    for file in map(Path, files):
+        try:
+            texts[file.name] = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"model {name}: cannot be loaded ({file.name}: {error})") from None
+    # ColBERT of Stanford has its projection inside the encoder, and no modules.
+    if "HF_ColBERT" in texts.get("config.json", ""):
+        return True
+    return "modules.json" in texts and "Pooling" not in texts["modules.json"]

@@ -5,7 +5,10 @@ A document index (:mod:`optical.retrieval.index`) and the stored vectors of a fr
 
     00000.safetensors   vectors of a few thousand texts (a shard), see :func:`read_shard`
     00000.json          its SHA-256 and a hash of texts and options, written after the shard
+    options.json        options of the store, written first
     index.json          options of the store and SHA-256 of all shards, written last
+
+The options include the fingerprint of the model (:mod:`optical.models.fingerprint`).
 
 An interrupted write keeps the shards that match their SHA-256. Several processes may read or write
 one store: equal vectors give equal files, and readers map shards into memory.
@@ -24,12 +27,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optical.io.files import atomic_file, checksum, read_json, writable_folder, write_json
-from optical.models.encoding import TokenVectors, encode_for_training
+from optical.io.files import (
+    atomic_file,
+    checksum,
+    folder_lock,
+    read_json,
+    writable_folder,
+    write_json,
+)
+from optical.models import fingerprint
+from optical.models.encoding import TokenVectors, check_worker, encode_for_training
+from optical.models.retriever import check_length
 
 logger = logging.getLogger("optical")
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
+# Names of options in messages, where they are not those of the options.
+_OPTION_NAMES = {"model": "model, by its content", "texts": "text or order of texts"}
 
 
 class StoreWriter:
@@ -39,19 +53,45 @@ class StoreWriter:
         folder: folder of the store; created if it does not exist.
         options: settings that determine the vectors, with the key "precision"; saved in
             ``index.json``.
+        partners: fingerprints of the partners of the model, saved there too.
 
     Raises:
-        ValueError: the precision is neither "float32" nor "float16".
+        ValueError: the precision is neither "float32" nor "float16", or the folder holds vectors
+            that were written with other options.
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: str | Path, options: Mapping[str, Any], partners: Sequence[str] = ()
+    ) -> None:
         precision = options["precision"]
         if precision not in PRECISIONS:
             raise ValueError(f"precision: {precision!r}, expected 'float32' or 'float16'")
         self.folder = writable_folder(folder)
         self.options = dict(options)
+        self.partners = list(partners)
         self.checksums: dict[str, str] = {}
+        # Of two writers that start together, the second sees the options of the first.
+        with folder_lock(self.folder, wait=True):
+            self._check_options()
+
+    def _check_options(self) -> None:
+        """Compare the options with those of the folder, or record them in a new one."""
+        path = self.folder / "options.json"
+        try:
+            stored = read_json(path)
+        except (FileNotFoundError, ValueError):
+            # Shards without the file may have other options; is_written compares each of them.
+            if not any(self.folder.glob("*.safetensors")):
+                write_json(path, self.options)
+            return
+        for name in dict.fromkeys([*self.options, *stored]):
+            if stored.get(name) != self.options.get(name):
+                raise ValueError(
+                    f"{self.folder}: holds vectors of another {_OPTION_NAMES.get(name, name)} "
+                    f"({stored.get(name)}, now {self.options.get(name)}); choose another folder, "
+                    "or remove this one"
+                )
 
     def is_written(self, number: int, texts: Any) -> bool:
         """Return whether shard `number` is whole and holds these texts (any JSON value).
@@ -59,13 +99,22 @@ class StoreWriter:
         Raises:
             ValueError: the shard holds other texts or was written with other options.
         """
+        return self.has_shard(number, self.key(texts))
+
+    def has_shard(self, number: int, key: str) -> bool:
+        """Return whether shard `number` is whole and has the :meth:`key` of its texts.
+
+        Raises:
+            ValueError: the shard has another key.
+        """
         path = self._path(number)
         record = _shard_record(path)
         if record is None:
             return False
-        if record.get("key") != self._key(texts):
+        if record.get("key") != key:
             raise ValueError(
-                f"{self.folder}: holds vectors of other texts or options; choose another folder"
+                f"{self.folder}: holds vectors of other texts or options; choose another folder, "
+                "or remove this one"
             )
         digest = record.get("sha256")
         if digest is None or digest != _checksum_or_none(path):
@@ -86,21 +135,21 @@ class StoreWriter:
             # safetensors writes several metadata entries in random order; one keeps files equal.
             file.write(save(tensors, metadata={"ids": "\n".join(ids)}))
         self.checksums[path.name] = checksum(path)
-        record = {"key": self._key(texts), "sha256": self.checksums[path.name]}
+        record = {"key": self.key(texts), "sha256": self.checksums[path.name]}
         write_json(path.with_suffix(".json"), record)
 
     def finish(self, documents: int) -> Path:
         """Write ``index.json`` with the number of texts and return the folder."""
         files = dict(sorted(self.checksums.items()))
-        write_json(
-            self.folder / "index.json", {**self.options, "documents": documents, "files": files}
-        )
+        record = {"partners": self.partners, "documents": documents, "files": files}
+        write_json(self.folder / "index.json", {**self.options, **record})
         return self.folder
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"
 
-    def _key(self, texts: Any) -> str:
+    def key(self, texts: Any) -> str:
+        """Return a digest of the options and the texts of a shard (any JSON value)."""
         return hashlib.sha256(json.dumps([self.options, texts]).encode()).hexdigest()
 
 
@@ -123,12 +172,18 @@ def read_store(folder: str | Path, *, verify: bool) -> dict[str, Any]:
         raise ValueError(f"{folder}: no finished store of token vectors; write it first")
     index: dict[str, Any] = read_json(path)
     for name, digest in index["files"].items():
-        if verify and digest != _checksum_or_none(folder / name):
-            raise ValueError(
-                f"{folder / name}: does not match its checksum; remove {path} and write the store "
-                "again: whole shards are kept"
-            )
+        if verify:
+            check_shard(folder, name, digest)
     return index
+
+
+def check_shard(folder: Path, name: str, digest: str) -> None:
+    """Raise ValueError if a shard does not match its checksum."""
+    if digest != _checksum_or_none(folder / name):
+        raise ValueError(
+            f"{folder / name}: does not match its checksum; remove {folder / 'index.json'} and "
+            "write the store again: whole shards are kept"
+        )
 
 
 def read_shard(path: str | Path) -> tuple[list[str], TokenVectors]:
@@ -216,20 +271,21 @@ def write_vectors(
             not below ``workers``.
         OSError: the folder cannot be written.
     """
-    if not 0 <= worker < workers:
-        raise ValueError(f"worker: {worker}, expected a number from 0 to {workers - 1}")
+    check_worker(worker, workers)
     texts = list(dict.fromkeys(texts))
     if not texts:
         raise ValueError("texts: none given; expected at least one")
+    check_length(model, max_length)
     options = {
         "role": role,
         "max_length": max_length,
         "precision": "float16",
         "dimension": model.get_embedding_dimension(),
+        "model": fingerprint.fingerprints(model)[role],
         "shard_texts": shard_texts,
         "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
     }
-    store = StoreWriter(folder, options)
+    store = StoreWriter(folder, options, fingerprint.partners(model))
     model.eval()
     parts = [texts[start : start + shard_texts] for start in range(0, len(texts), shard_texts)]
     for number in range(worker, len(parts), workers):
@@ -253,11 +309,13 @@ class StoredVectors:
     Args:
         folders: one or more stores, which together hold all texts.
         role, max_length: settings of the training; the stores must have been written with them.
+        model: the teacher, whose content must be that of the model that wrote the stores; None
+            skips the comparison.
         verify: compare every file with its checksum first, which reads all of them.
 
     Raises:
-        ValueError: a folder holds no finished store, one of another role, length or dimension, or
-            a file that does not match its checksum.
+        ValueError: a folder holds no finished store, one of another model, role, length or
+            dimension, or a file that does not match its checksum.
     """
 
     def __init__(
@@ -266,8 +324,10 @@ class StoredVectors:
         *,
         role: str,
         max_length: int | None = None,
+        model: Any = None,
         verify: bool = True,
     ) -> None:
+        expected = None if model is None else fingerprint.fingerprints(model)[role]
         self._shards: list[tuple[TokenVectors, list[int]]] = []
         self._positions: dict[str, tuple[int, int]] = {}
         dimensions = set()
@@ -278,6 +338,11 @@ class StoredVectors:
                 raise ValueError(
                     f"{folder}: vectors of role {stored[0]!r} and max_length {stored[1]}, but the "
                     f"training reads role {role!r} and max_length {max_length}; write them again"
+                )
+            if expected not in (None, index.get("model", expected)):
+                raise ValueError(
+                    f"{folder}: vectors of another teacher (fingerprint {index['model']}, that of "
+                    f"the training is {expected}); write them again"
                 )
             dimensions.add(index["dimension"])
             for name in index["files"]:

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from optical.data.lexicon import Lexicon, tokenize_words
 from optical.models.encoding import encode
+from optical.models.tokenizers import token_spans
 from optical.ot.functional import sinkhorn, sinkhorn_vectors
+
+# Text positions of tokens outside the text.
+_SPECIAL, _PROMPT = -1, -2
 
 
 def align_tokens(
@@ -212,13 +216,18 @@ def _plans(
 
 
 def _encode_batch(model: Any, texts: Sequence[str], role: str) -> tuple[Tensor, list[list[int]]]:
-    """Return padded unit vectors (texts, tokens, dim) and the text positions of the tokens."""
+    """Return padded unit vectors (texts, tokens, dim) and the text positions of the tokens.
+
+    Tokens of the prompt are left out: they are equal in all texts and would draw mass from words.
+    """
+    prompt = (getattr(model, "prompts", None) or {}).get(role) or ""
     encoded = encode(model, texts, role, token_ids=True)
-    vectors = [torch.nn.functional.normalize(x, dim=-1).cpu() for x in encoded.split()]
-    starts = [
-        _token_starts(model.tokenizer, text, ids)
-        for text, ids in zip(texts, encoded.split_token_ids(), strict=True)
-    ]
+    vectors, starts = [], []
+    for text, ids, x in zip(texts, encoded.split_token_ids(), encoded.split(), strict=True):
+        positions = _token_starts(model.tokenizer, text, ids, prompt)
+        kept = [token for token, position in enumerate(positions) if position != _PROMPT]
+        vectors.append(torch.nn.functional.normalize(x[kept], dim=-1).cpu())
+        starts.append([positions[token] for token in kept])
     return torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True), starts
 
 
@@ -229,23 +238,55 @@ def _valid_tokens(vectors: Tensor, starts: Sequence[Sequence[int]]) -> Tensor:
     return valid
 
 
-def _token_starts(tokenizer: Any, text: str, ids: Sequence[int]) -> list[int]:
-    """Return the position in the text at which each token starts; -1 for special tokens."""
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    text_ids, spans = encoding["input_ids"], encoding["offset_mapping"]
+def _token_starts(tokenizer: Any, text: str, ids: Sequence[int], prompt: str = "") -> list[int]:
+    """Return the position in the text at which each token starts.
+
+    Args:
+        tokenizer: a fast Transformers tokenizer.
+        text: the text.
+        ids: tokens that the model has read.
+        prompt: prompt that the model has put before the text.
+
+    Returns:
+        A position for each token: `_SPECIAL` for special tokens, `_PROMPT` for those of the prompt.
+
+    Raises:
+        ValueError: the tokenizer gives no positions.
+    """
+    read = prompt + text
+    spans = token_spans(tokenizer, read, special_tokens=True)
+    read_ids = [token_id for token_id, _ in spans]
     starts, next_token = [], 0
     for token_id in ids:
-        # A model may add tokens (special ones) or drop tokens (skipped ones), but keeps the order.
+        # A model may add tokens (expansion) or drop tokens (skipped ones), but keeps the order.
         try:
-            index = text_ids.index(token_id, next_token)
+            index = read_ids.index(token_id, next_token)
         except ValueError:
-            starts.append(-1)
+            starts.append(_SPECIAL)
             continue
-        start, end = spans[index]
-        # Some tokenizers include the space before a word in the span of its first token.
-        starts.append(next((i for i in range(start, end) if not text[i].isspace()), start))
         next_token = index + 1
+        starts.append(_start(read, spans[index][1], len(prompt)))
     return starts
+
+
+def _start(read: str, span: tuple[int, int] | None, prompt: int) -> int:
+    """Return the position in the text of a token with a span in prompt and text.
+
+    The span may include the space before a word. A token of space alone, such as a lone "▁", is the
+    beginning of the word after it, wherever it stands.
+    """
+    if span is None:
+        return _SPECIAL
+    start, end = span
+    first = _next_letter(read, start)
+    if first < prompt and end > prompt:
+        first = _next_letter(read, prompt)
+    return first - prompt if first >= prompt else _PROMPT
+
+
+def _next_letter(text: str, position: int) -> int:
+    """Return the position of the first character from `position` that is not white space."""
+    return next((i for i in range(position, len(text)) if not text[i].isspace()), len(text))
 
 
 def _word_mass(

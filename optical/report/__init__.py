@@ -2,6 +2,7 @@
 
 from optical.report.figures import draw_figures
 from optical.report.report import write_report
+from optical.report.stored import report_folder
 from optical.report.summary import StudyDescription
 
-__all__ = ["StudyDescription", "draw_figures", "write_report"]
+__all__ = ["StudyDescription", "draw_figures", "report_folder", "write_report"]

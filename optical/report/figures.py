@@ -1,4 +1,4 @@
-"""Figures of a study, drawn from its results table only."""
+"""Figures of a study, drawn from its tables only."""
 
 from __future__ import annotations
 
@@ -8,141 +8,123 @@ from typing import Any
 
 import numpy as np
 
-from optical.io.environment import require
-from optical.io.files import atomic_file
+from optical.report.style import FORMATS, INK, Styles, panels, pyplot, save
 from optical.report.summary import measure_name
-from optical.report.table import PLAN_COLUMNS, Row, read_rows
+from optical.report.table import LOSS_COLUMNS, PLAN_COLUMNS, QUERY_COLUMNS, Row, read_rows
 
-# The palette of Okabe and Ito, which colour-blind readers can distinguish and which prints in grey.
-# Black is left out because it would hide the error bars.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-# Further rounds of the palette are hatched.
-HATCHES = ("", "///", "...", "xxx")
+# The marks of a dot plot, in points, and their vertical distance in inches.
+DOT, SPACING = 5.0, 0.13
 
 
-def draw_figures(table: Path, folder: Path) -> dict[str, Path]:
-    """Draw all figures for which a results table has rows; return their names and files.
+def draw_figures(table: Path, folder: Path, formats: Sequence[str] = FORMATS) -> dict[str, Path]:
+    """Draw all figures for which a study's tables have rows; return their names and first files.
 
     Args:
-        table: ``results.csv`` of a study. An ``alignment.csv`` in the same folder is drawn too.
+        table: ``results.csv`` of a study. ``alignment.csv``, ``losses.csv`` and ``queries.csv`` in
+            the same folder are drawn too.
         folder: folder for the figures; it is created if needed.
+        formats: suffixes of the files, of "png", "svg" and "pdf".
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = read_rows(table)
-    drawings = {
-        "measure_per_language": draw_languages,
-        "gap_per_arm": draw_gaps,
-        "pairs": draw_curves,
+    arms = Styles(_distinct([row for row in rows if row["kind"] == "measure"], "arm"))
+    figures = {
+        "measure_per_language": draw_languages(rows, arms),
+        "gap_per_arm": draw_gaps(rows, arms),
+        "pairs": draw_curves(rows),
     }
+    for name, columns, draw in (
+        ("queries", QUERY_COLUMNS, lambda found: draw_queries(found, rows, arms)),
+        ("losses", LOSS_COLUMNS, draw_losses),
+        ("alignment", PLAN_COLUMNS, draw_alignment),
+    ):
+        path = table.with_name(f"{name}.csv")
+        if path.exists():
+            figures[name] = draw(read_rows(path, columns))
     files = {}
-    for name, draw in drawings.items():
-        if draw(rows, folder / f"{name}.png"):
-            files[name] = folder / f"{name}.png"
-    plan = table.with_name("alignment.csv")
-    if plan.exists():
-        draw_alignment(read_rows(plan, PLAN_COLUMNS), folder / "alignment.png")
-        files["alignment"] = folder / "alignment.png"
+    for name, figure in figures.items():
+        if figure is not None:
+            save(figure, folder / name, formats)
+            files[name] = folder / f"{name}.{formats[0]}"
     return files
 
 
-def draw_languages(rows: Sequence[Row], path: Path) -> bool:
-    """Draw bars of the measure per language and arm, one panel per collection.
+def draw_languages(rows: Sequence[Row], styles: Styles) -> Any:
+    """Draw the measure as dots with intervals, grouped by language, one panel per collection.
 
     Returns:
-        Whether there was anything to draw.
+        The figure, or None if there is nothing to draw.
     """
     with_interval = [row for row in rows if row["low"] is not None]
     measures = [row for row in with_interval if row["kind"] == "measure"]
     ceilings = [row for row in with_interval if row["kind"] == "ceiling"]
     if not measures:
-        return False
-    plt = _pyplot()
-    collections, arms = _distinct(measures, "collection"), _distinct(measures, "arm")
+        return None
+    collections = _distinct(measures, "collection")
     most = len(_distinct(measures, "language"))
-    width = max(6.0, 0.16 * len(arms) * most + 3, 1.3 * most + 2)
-    # High enough for the legend, which is shared by all panels.
-    height = max(3.4 * len(collections), 0.22 * len(arms) + 1.5)
-    figure, axes = plt.subplots(len(collections), 1, figsize=(width, height), squeeze=False)
-    step = 0.8 / max(len(arms), 1)
-    for axis, collection in zip(axes[:, 0], collections, strict=True):
+    height = most * (len(styles.names) * SPACING + 0.25) + 0.9
+    figure, axes = panels(len(collections), 3, 4.2, height, sharex=False)
+    step = 0.8 / max(len(styles.names), 1)
+    for axis, collection in zip(axes, collections, strict=True):
         here = [row for row in measures if row["collection"] == collection]
-        by_arm = {(row["arm"], row["language"]): row for row in here}
         languages = _distinct(here, "language")
-        for index, arm in enumerate(arms):
-            bars = [by_arm[arm, language] for language in languages]
-            positions = np.arange(len(bars)) + (index - (len(arms) - 1) / 2) * step
-            axis.bar(
-                positions,
-                [bar["value"] for bar in bars],
-                0.9 * step,
-                color=COLOURS[index % len(COLOURS)],
-                hatch=HATCHES[index // len(COLOURS) % len(HATCHES)],
-                label=arm,
-                yerr=_errors(bars),
-                error_kw={"elinewidth": 0.8, "ecolor": "#333333"},
-            )
+        for index, arm in enumerate(styles.names):
+            found = [row for row in here if row["arm"] == arm]
+            shift = (index - (len(styles.names) - 1) / 2) * step
+            positions = [languages.index(row["language"]) + shift for row in found]
+            _dots(axis, found, positions, styles, arm)
         for row in ceilings:
             if row["collection"] == collection:
-                axis.axhline(
-                    row["value"], color="#555555", linestyle="--", linewidth=1, label=row["arm"]
-                )
+                axis.axvline(row["value"], color=INK, linestyle="--", linewidth=1, label=row["arm"])
+        for border in range(1, len(languages)):
+            axis.axhline(border - 0.5, color="#dddddd", linewidth=0.8, zorder=0)
         named = {row["language"]: f"{row['name']}\n{row['group']}".strip() for row in here}
-        axis.set_xticks(range(len(languages)), [named[language] for language in languages])
-        axis.set_ylabel(measure_name(here[0]["measure"]))
+        axis.set_yticks(range(len(languages)), [named[language] for language in languages])
+        axis.tick_params(axis="y", length=0)
+        axis.set_ylim(len(languages) - 0.5, -0.5)
+        axis.grid(axis="x", color="#eeeeee")
+        axis.set_axisbelow(True)
+        axis.set_xlabel(measure_name(here[0]["measure"]))
         axis.set_title(collection)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=8)
-    _save(figure, path)
-    return True
+    _legend(axes)
+    return figure
 
 
-def draw_gaps(rows: Sequence[Row], path: Path) -> bool:
-    """Draw bars of the gap, high minus low resource, per arm; return whether there were any."""
+def draw_gaps(rows: Sequence[Row], styles: Styles) -> Any:
+    """Draw the gap, high minus low resource, as a dot per arm, one panel per collection."""
     gaps = [row for row in rows if row["kind"] == "gap"]
     if not gaps:
-        return False
-    plt = _pyplot()
-    arms = _distinct(gaps, "arm")
-    several = len(_distinct(gaps, "collection")) > 1
-    figure, axis = plt.subplots(figsize=(7.0, 0.8 + 0.35 * len(gaps)))
-    axis.barh(
-        [f"{row['collection']}: {row['arm']}" if several else row["arm"] for row in gaps],
-        [row["value"] for row in gaps],
-        color=[COLOURS[arms.index(row["arm"]) % len(COLOURS)] for row in gaps],
-        xerr=_errors(gaps),
-        ecolor="#333333",
-    )
-    axis.axvline(0, color="#333333", linewidth=0.8)
-    axis.invert_yaxis()
-    axis.locator_params(axis="x", nbins=6)
-    axis.set_xlabel(f"{measure_name(gaps[0]['measure'])}, high minus low resource")
-    axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
-    return True
+        return None
+    collections = _distinct(gaps, "collection")
+    arms = [arm for arm in styles.names if any(row["arm"] == arm for row in gaps)]
+    height = 0.28 * len(arms) + 1.0
+    figure, axes = panels(len(collections), 3, 3.6, height, sharey=True, sharex=True)
+    for axis, collection in zip(axes, collections, strict=True):
+        for arm in arms:
+            found = [r for r in gaps if r["arm"] == arm and r["collection"] == collection]
+            _dots(axis, found, [arms.index(arm)] * len(found), styles, arm)
+        axis.axvline(0, color=INK, linewidth=0.8)
+        axis.set_yticks(range(len(arms)), arms)
+        axis.set_ylim(len(arms) - 0.5, -0.5)
+        axis.grid(color="#eeeeee")
+        axis.set_axisbelow(True)
+        axis.locator_params(axis="x", nbins=6)
+        axis.set_xlabel(f"{measure_name(gaps[0]['measure'])}, high minus low")
+        axis.set_title(collection)
+    return figure
 
 
-def draw_curves(rows: Sequence[Row], path: Path) -> bool:
-    """Draw the measure over the number of sentence pairs, one panel per collection and curve.
-
-    Returns:
-        Whether there was anything to draw.
-    """
+def draw_curves(rows: Sequence[Row]) -> Any:
+    """Draw the measure over the number of sentence pairs, one panel per collection and curve."""
     points = [row for row in rows if row["kind"] == "curve" and row["pairs"]]
     if not points:
-        return False
-    plt = _pyplot()
-    panels = list(dict.fromkeys((row["collection"], row["arm"]) for row in points))
-    figure, axes = plt.subplots(
-        1,
-        len(panels),
-        figsize=(1.5 + 3.6 * len(panels), 3.6),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-    )
-    for axis, panel in zip(axes[0], panels, strict=True):
+        return None
+    found = list(dict.fromkeys((row["collection"], row["arm"]) for row in points))
+    languages = _distinct(points, "language")
+    figure, axes = panels(len(found), 3, 3.6, 3.4, sharex=True, sharey=True)
+    for axis, panel in zip(axes, found, strict=True):
         here = [row for row in points if (row["collection"], row["arm"]) == panel]
-        for index, language in enumerate(_distinct(here, "language")):
+        for language in _distinct(here, "language"):
             line = sorted(
                 (row for row in here if row["language"] == language), key=lambda row: row["pairs"]
             )
@@ -150,26 +132,83 @@ def draw_curves(rows: Sequence[Row], path: Path) -> bool:
                 [row["pairs"] for row in line],
                 [row["value"] for row in line],
                 yerr=_errors(line),
-                color=COLOURS[index % len(COLOURS)],
-                linestyle="-" if line[0]["group"] != "high" else "--",
-                marker="o",
-                markersize=3,
+                linestyle="--" if line[0]["group"] == "high" else "-",
+                markersize=4,
                 elinewidth=0.8,
                 label=line[0]["name"],
+                **_language_style(languages, language),
             )
         axis.set_xscale("log")
-        axis.set_xlabel("sentence pairs")
+        # The default writes powers as formulas, which `style.pyplot` turns off.
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter("")
         axis.set_title(f"{panel[1]}, {panel[0]}", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel(measure_name(points[0]["measure"]))
-    axes[0, -1].legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left", fontsize=8)
-    _save(figure, path)
-    return True
+    _label_edges(axes, "sentence pairs", measure_name(points[0]["measure"]))
+    _legend(axes)
+    return figure
 
 
-def draw_alignment(rows: Sequence[Row], path: Path) -> None:
+def draw_queries(values: Sequence[Row], rows: Sequence[Row], styles: Styles) -> Any:
+    """Draw the sorted differences of each arm to another one over queries, a panel per language."""
+    if not values:
+        return None
+    cells = list(dict.fromkeys((row["collection"], row["language"]) for row in values))
+    names = {row["language"]: row["name"] for row in rows if row["name"]}
+    figure, axes = panels(len(cells), 4, 2.9, 2.5, sharey=True)
+    several = len(_distinct(values, "collection")) > 1
+    for axis, cell in zip(axes, cells, strict=True):
+        here = [row for row in values if (row["collection"], row["language"]) == cell]
+        for arm in styles.names:
+            found = sorted((row["difference"] for row in here if row["arm"] == arm), reverse=True)
+            if found:
+                against = next(row["against"] for row in here if row["arm"] == arm)
+                share = (np.arange(len(found)) + 0.5) / len(found)
+                label = f"{arm} – {against}"
+                axis.plot(100 * share, found, label=label, linewidth=1.3, **styles.line(arm))
+        axis.axhline(0, color=INK, linewidth=0.8)
+        axis.set_xlim(0, 100)
+        language = names.get(cell[1], cell[1])
+        axis.set_title(f"{language}, {cell[0]}" if several else language, fontsize=9)
+    _label_edges(axes, "% of the queries", "difference")
+    _legend(axes)
+    return figure
+
+
+def draw_losses(losses: Sequence[Row]) -> Any:
+    """Draw the training loss over steps, one panel per trained arm, one line per training."""
+    if not losses:
+        return None
+    arms = _distinct(losses, "arm")
+    languages = [x for x in _distinct(losses, "language") if x]
+    figure, axes = panels(len(arms), 4, 2.9, 2.3)
+    for axis, arm in zip(axes, arms, strict=True):
+        here = [row for row in losses if row["arm"] == arm]
+        keys = dict.fromkeys((row["language"], row["seed"], row["part"]) for row in here)
+        for language, seed, part in keys:
+            line = [
+                r for r in here if (r["language"], r["seed"], r["part"]) == (language, seed, part)
+            ]
+            colour = _language_style(languages, language)["color"] if language else INK
+            axis.plot(
+                [row["step"] for row in line],
+                [row["loss"] for row in line],
+                color=colour,
+                linestyle="-" if part == "train" else ":",
+                marker="." if len(line) == 1 else "",
+                linewidth=1.1,
+                label=line[0]["name"] or None,
+            )
+        axis.set_title(arm, fontsize=9)
+        axis.locator_params(axis="x", nbins=4)
+        axis.set_ylim(bottom=min(0.0, *(row["loss"] for row in here)))
+    _label_edges(axes, "step", "loss")
+    _legend(axes)
+    return figure
+
+
+def draw_alignment(rows: Sequence[Row]) -> Any:
     """Draw a heat map of a transport plan; each row shows shares of its mass."""
-    plt = _pyplot()
+    plt = pyplot()
     others = [row["other"] for row in rows if row["column"] == 0]
     englishes = [row["english"] for row in rows if row["row"] == 0]
     plan = np.array([row["mass"] for row in rows]).reshape(len(others), len(englishes))
@@ -179,7 +218,55 @@ def draw_alignment(rows: Sequence[Row], path: Path) -> None:
     axis.set_xticks(range(plan.shape[1]), englishes, rotation=60, ha="right")
     axis.set_yticks(range(plan.shape[0]), others)
     figure.colorbar(image, ax=axis, label="share of the row's mass")
-    _save(figure, path)
+    return figure
+
+
+def _dots(
+    axis: Any, rows: Sequence[Row], positions: Sequence[float], styles: Styles, arm: str
+) -> None:
+    """Draw values as points with horizontal intervals."""
+    if rows:
+        axis.errorbar(
+            [row["value"] for row in rows],
+            positions,
+            xerr=_errors(rows),
+            linestyle="",
+            markersize=DOT,
+            elinewidth=0.9,
+            label=arm,
+            **styles.marker(arm),
+        )
+
+
+def _language_style(languages: Sequence[str], language: str) -> dict[str, Any]:
+    """Return a colour of a scale that no arm has, and a marker."""
+    plt = pyplot()
+    place = languages.index(language)
+    colour = plt.get_cmap("viridis")(0.85 * place / max(len(languages) - 1, 1))
+    return {"color": colour, "marker": "osD^vPX*<>"[place % 10]}
+
+
+def _label_edges(axes: Sequence[Any], x: str, y: str) -> None:
+    """Label the lower axis of each column of panels and the left axis of each row."""
+    columns = axes[0].get_subplotspec().get_gridspec().ncols
+    for axis in axes[-columns:]:
+        axis.set_xlabel(x)
+    for axis in axes[::columns]:
+        axis.set_ylabel(y)
+
+
+def _legend(axes: Sequence[Any]) -> None:
+    """Draw one legend for all panels, to the right of the last panel of the first row."""
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    first_row = axes[0].get_subplotspec().get_gridspec().ncols
+    if entries:
+        axes[min(first_row, len(axes)) - 1].legend(
+            list(entries.values()), list(entries), frameon=False, fontsize=8,
+            bbox_to_anchor=(1.02, 1.0), loc="upper left",
+        )  # fmt: skip
 
 
 def _distinct(rows: Sequence[Row], column: str) -> list[Any]:
@@ -189,21 +276,3 @@ def _distinct(rows: Sequence[Row], column: str) -> list[Any]:
 def _errors(rows: Sequence[Row]) -> Any:
     values = np.array([row["value"] for row in rows])
     return np.abs(np.array([[row["low"], row["high"]] for row in rows]).T - values)
-
-
-def _pyplot() -> Any:
-    matplotlib = require("matplotlib", "study", "drawing figures")
-    # The backend that needs no display.
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> None:
-    plt = _pyplot()
-    figure.tight_layout()
-    # Without a time stamp, so that equal numbers give equal files.
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=150, metadata={"Software": None}, format=path.suffix[1:])
-    plt.close(figure)

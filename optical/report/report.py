@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from optical.io.environment import environment
 from optical.io.files import write_text
+from optical.report import sections
+from optical.report.conclusion import conclusion
 from optical.report.figures import draw_figures
 from optical.report.render import (
     Block,
-    Code,
     Figure,
     Heading,
     Table,
     Text,
     to_html,
+    to_latex,
     to_markdown,
 )
-from optical.report.summary import SEED, Estimate, StudyDescription, Summary, measure_name
-from optical.report.table import PLAN_COLUMNS, arm_cost, plan_rows, result_rows, write_rows
-
-ALPHA = 0.05
+from optical.report.sentences import (
+    ALPHA,
+    error_rate_caption,
+    result_sentences,
+    share,
+    signed,
+)
+from optical.report.style import FORMATS
+from optical.report.summary import (
+    LEAST_WHOLE,
+    Comparison,
+    StudyDescription,
+    Summary,
+    measure_name,
+)
+from optical.report.table import (
+    LOSS_COLUMNS,
+    PLAN_COLUMNS,
+    QUERY_COLUMNS,
+    arm_cost,
+    loss_rows,
+    plan_rows,
+    query_rows,
+    result_rows,
+    write_rows,
+)
+from optical.retrieval.statistics import SEED
 
 
 def write_report(
@@ -34,81 +55,94 @@ def write_report(
     results: Sequence[Mapping[str, Any]],
     costs: Mapping[str, Mapping[str, float]],
     output: Path,
+    *,
+    losses: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    unfinished: Sequence[str] = (),
 ) -> Path:
-    """Write the report into `output`: Markdown, HTML, JSON, ``results.csv`` and ``figures/``.
+    """Write the report into `output`: Markdown, HTML, LaTeX, JSON, tables and ``figures/``.
 
     Args:
         study: title, arms, languages and other properties of the study.
         results: rows written by the evaluation and alignment tasks.
         costs: label of a task -> its ``seconds`` and ``peak_mb``.
         output: an existing writable folder.
+        losses: label of a training -> the entries that its trainer logged.
+        unfinished: labels of the tasks without an output.
 
     Returns:
         The path of report.md.
+
+    Raises:
+        ValueError: there is no result of any arm.
     """
     summary = Summary.of(study, results)
+    by_query = query_rows(summary, study.starts)
     write_rows(result_rows(study, summary, costs), output / "results.csv")
-    (output / "alignment.csv").unlink(missing_ok=True)
-    for row in results:
-        if "plan" in row:
-            write_rows(plan_rows(row), output / "alignment.csv", PLAN_COLUMNS)
+    plans = [line for row in results if "plan" in row for line in plan_rows(row)]
+    for name, rows, columns in (
+        ("queries", by_query, QUERY_COLUMNS),
+        ("losses", loss_rows(study, losses or {}), LOSS_COLUMNS),
+        ("alignment", plans, PLAN_COLUMNS),
+    ):
+        (output / f"{name}.csv").unlink(missing_ok=True)
+        if rows:
+            write_rows(rows, output / f"{name}.csv", columns)
     blocks = [
-        *_main_results(study, summary),
+        *_main_results(study, summary, unfinished),
         *_figures(study, summary, results, output),
+        *sections.collections(study, summary),
         *_measures_by_language(study, summary),
         *_gaps(study, summary),
         *_gains(study, summary),
-        *_comparisons(summary),
-        *_all_measures(summary),
+        *sections.pools(study, summary),
+        *_comparisons(study, summary),
+        *sections.queries(study, summary, by_query),
+        *_all_measures(study, summary),
         *_tokenizers(study, summary),
         *_error_rates(study, summary),
         *_costs(summary, costs),
-        *_provenance(study, costs),
+        *sections.provenance(study, costs),
     ]
     write_text(output / "report.json", json.dumps(summary.to_dict(), indent=1) + "\n")
     write_text(output / "report.html", to_html(study.title, blocks))
+    write_text(output / "tables.tex", to_latex(blocks))
     write_text(output / "report.md", to_markdown(blocks))
     return output / "report.md"
 
 
-def _main_results(study: StudyDescription, summary: Summary) -> list[Block]:
+def _main_results(
+    study: StudyDescription, summary: Summary, unfinished: Sequence[str]
+) -> list[Block]:
     blocks: list[Block] = [Heading(study.title, 1)]
     if study.note:
         blocks.append(Text(study.note))
-    name = measure_name(summary.measure)
-    baseline = summary.arms[0]
-    sentences = []
-    for collection in summary.collections:
-        for arm in summary.arms[1:]:
-            against_baseline = [
-                comparison
-                for comparison in summary.comparisons
-                if (comparison.collection, comparison.arm, comparison.against)
-                == (collection, arm, baseline)
-            ]
-            better = sum(c.p_holm < ALPHA and c.difference > 0 for c in against_baseline)
-            means = [_mean_over_languages(summary, collection, a) for a in (arm, baseline)]
-            sentences.append(
-                f"On {collection}, **{arm}** has a mean {name} of {means[0]:.3f} over the "
-                f"languages ({baseline}: {means[1]:.3f}). It is significantly better than "
-                f"{baseline} in {better} of {len(against_baseline)} languages (Holm-corrected "
-                f"p < {ALPHA})."
-            )
-    for gap in summary.gaps:
-        if gap.recovered_low and gap.recovered_high:
-            sentences.append(
-                f"On {gap.collection}, **{gap.arm}** recovers {_share(gap.recovered_low)} of the "
-                f"difference between {baseline} and English documents in the low-resource "
-                f"languages and {_share(gap.recovered_high)} in the high-resource languages. The "
-                f"gap (high minus low) is {_signed(gap.gap)}."
-            )
-    return [*blocks, Heading("Result"), _bullets(sentences)]
+    if unfinished:
+        blocks.append(Text(_missing(unfinished)))
+    return [
+        *blocks,
+        Heading("Conclusion"),
+        _bullets(conclusion(study, summary)),
+        Heading("Result"),
+        _bullets(result_sentences(study, summary)),
+    ]
 
 
-def _mean_over_languages(summary: Summary, collection: str, arm: str) -> float:
-    means = summary.means[summary.measure]
-    languages = summary.languages_of(collection)
-    return float(np.mean([means[collection, arm, language] for language in languages]))
+def _missing(unfinished: Sequence[str]) -> str:
+    """Return how far the study is, with the evaluations that the report lacks."""
+    lacking = [label for label in unfinished if label.startswith("evaluate ")]
+    counts: dict[str, int] = {}
+    for label in lacking:
+        arm, _, _ = label.removeprefix("evaluate ").partition(" seed ")
+        arm = arm.rsplit(" ", 1)[0]
+        counts[arm] = counts.get(arm, 0) + 1
+    text = f"**This study is not finished:** {len(unfinished)} tasks are left. "
+    if not counts:
+        return text + "All searches are evaluated."
+    listed = ", ".join(f"{arm} {count}" for arm, count in counts.items())
+    return text + (
+        f"The report lacks {len(lacking)} evaluations ({listed}); a dash stands for a language "
+        "without one, and means are over the seeds that exist. Every number may still change."
+    )
 
 
 def _figures(
@@ -119,12 +153,16 @@ def _figures(
 ) -> list[Block]:
     name = measure_name(summary.measure)
     captions = {
-        "measure_per_language": f"{name} per language and arm with 95 % intervals. Dashed line: "
-        "English documents.",
+        "measure_per_language": f"{name} per language and arm with 95 % intervals. An arm has the "
+        "same colour and marker in every figure. Dashed line: English documents.",
         "gap_per_arm": f"{name} of high-resource minus low-resource languages per arm, with 95 % "
         "intervals. A smaller gap is fairer.",
         "pairs": f"{name} over the number of sentence pairs, with 95 % intervals. Dashed lines: "
         "high-resource languages.",
+        "queries": f"Difference in {summary.measure} between an arm and the one that it starts "
+        "from, or the first one, for each query, sorted. Above 0: queries that gain.",
+        "losses": "Loss of every training as its trainer logged it. Losses of different recipes "
+        "cannot be compared. Dotted lines: validation.",
     }
     for row in results:
         if "plan" in row:
@@ -133,9 +171,10 @@ def _figures(
                 "English translation (columns). Each row shows shares of its mass. The mean "
                 f"transported cosine distance is {row['value_linear']:.3f}."
             )
-    drawn = draw_figures(output / "results.csv", output / "figures")
+    drawn = draw_figures(output / "results.csv", output / "figures", FORMATS)
     return [
         Heading("Figures"),
+        Text("`figures/` holds every figure as PNG, SVG and PDF, `tables.tex` every table."),
         *(Figure(path, captions[key]) for key, path in drawn.items() if key in captions),
     ]
 
@@ -157,9 +196,14 @@ def _measures_by_language(study: StudyDescription, summary: Summary) -> list[Blo
             ]
             for language in languages
         ]
-        queries = len(summary.scores[collection, summary.arms[0], languages[0]])
-        caption = f"{collection}: {name} with 95 % intervals, {queries} queries."
         head = ["language", "resource", *summary.arms]
+        if len(summary.arms) > len(languages):
+            # A row for each arm is the narrower table.
+            head, *rows = (list(column) for column in zip(head, *rows, strict=True))
+            head[0], rows[0][0] = "arm", "(resource)"
+        queries = [len(values) for key, values in summary.scores.items() if key[0] == collection]
+        counted = " to ".join(map(str, sorted({min(queries), max(queries)})))
+        caption = f"{collection}: {name} with 95 % intervals, {counted} queries."
         blocks.append(Table(head, rows, " ".join([caption, *ceiling])))
     return blocks
 
@@ -179,15 +223,15 @@ def _gaps(study: StudyDescription, summary: Summary) -> list[Block]:
                 gap.arm,
                 f"{gap.low_mean:.3f}",
                 f"{gap.high_mean:.3f}",
-                _signed(gap.gap),
-                *(_share(share) if share else "–" for share in shares),
+                signed(gap.gap),
+                *(share(each) if each else "–" for each in shares),
             ]
         )
     caption = (
         f"{measure_name(summary.measure)}. Low: mean of {', '.join(study.low)}. High: mean of "
         f"{', '.join(study.high)}. Recovered: share of the difference between {baseline} and "
-        "English documents. A share is undefined (–) if the interval of its denominator includes "
-        "zero. 95 % bootstrap intervals over queries and seeds."
+        f"English documents. A share is undefined (–) if its denominator is below {LEAST_WHOLE} or "
+        "hardly above zero. 95 % bootstrap intervals over queries and seeds."
     )
     heading = Heading("The gap between high- and low-resource languages")
     return [heading, Table(head, rows, caption)]
@@ -197,7 +241,7 @@ def _gains(study: StudyDescription, summary: Summary) -> list[Block]:
     if not study.translation or not summary.gaps:
         return []
     rows = [
-        [gap.collection, gap.arm, *(_share(x) if x else "–" for x in (gap.gain_low, gap.gain_high))]
+        [gap.collection, gap.arm, *(share(x) if x else "–" for x in (gap.gain_low, gap.gain_high))]
         for gap in summary.gaps
         if gap.arm != study.translation
     ]
@@ -209,34 +253,52 @@ def _gains(study: StudyDescription, summary: Summary) -> list[Block]:
     return [Heading("Gain over the translation baseline"), Table(head, rows, caption)]
 
 
-def _comparisons(summary: Summary) -> list[Block]:
+def _comparisons(study: StudyDescription, summary: Summary) -> list[Block]:
+    caption = (
+        f"{measure_name(summary.measure)}: two-sided paired randomisation tests over queries, seed "
+        f"{SEED}. The Holm correction covers the whole table. Bold: p < {ALPHA}."
+    )
+    blocks: list[Block] = [
+        Heading("Comparisons"),
+        _comparison_table(study, summary.comparisons, caption),
+    ]
+    if summary.start_comparisons:
+        blocks.append(
+            _comparison_table(
+                study,
+                summary.start_comparisons,
+                f"Arms against those that they start from. {caption}",
+            )
+        )
+    return blocks
+
+
+def _comparison_table(
+    study: StudyDescription, comparisons: Sequence[Comparison], caption: str
+) -> Table:
     head = ["collection", "language", "arms", "difference", "p", "p (Holm)", "queries"]
     rows = []
-    for comparison in summary.comparisons:
+    for comparison in comparisons:
         p_holm = _p(comparison.p_holm)
         rows.append(
             [
                 comparison.collection,
-                comparison.language,
+                study.name_of(comparison.language),
                 f"{comparison.arm} – {comparison.against}",
-                _signed((comparison.difference, comparison.low, comparison.high)),
+                signed((comparison.difference, comparison.low, comparison.high)),
                 _p(comparison.p),
                 f"**{p_holm}**" if comparison.p_holm < ALPHA else p_holm,
                 str(comparison.queries),
             ]
         )
-    caption = (
-        f"{measure_name(summary.measure)}: two-sided paired randomisation tests over queries, seed "
-        f"{SEED}. The Holm correction covers the whole table. Bold: p < {ALPHA}."
-    )
-    return [Heading("Comparisons"), Table(head, rows, caption)]
+    return Table(head, rows, caption)
 
 
-def _all_measures(summary: Summary) -> list[Block]:
+def _all_measures(study: StudyDescription, summary: Summary) -> list[Block]:
     rows = [
         [
             collection,
-            language,
+            study.name_of(language),
             arm,
             *(f"{means[collection, arm, language]:.3f}" for means in summary.means.values()),
         ]
@@ -275,12 +337,7 @@ def _error_rates(study: StudyDescription, summary: Summary) -> list[Block]:
         for language in summary.languages
         if any((arm, language) in summary.error_rates for arm in arms)
     ]
-    caption = (
-        "Alignment error rate of the transport plans between the model of an arm and the teacher, "
-        "measured against the lexicon on sentence pairs that no arm was trained on. Mean over "
-        "seeds."
-    )
-    return [Heading("Word alignment"), Table(["language", *arms], rows, caption)]
+    return [Heading("Word alignment"), Table(["language", *arms], rows, error_rate_caption(study))]
 
 
 def _costs(summary: Summary, costs: Mapping[str, Mapping[str, float]]) -> list[Block]:
@@ -297,42 +354,15 @@ def _costs(summary: Summary, costs: Mapping[str, Mapping[str, float]]) -> list[B
     return [Heading("Cost"), Table(["arm", "minutes", "peak memory in MB"], rows, caption)]
 
 
-def _provenance(study: StudyDescription, costs: Mapping[str, Mapping[str, float]]) -> list[Block]:
-    software = environment()
-    versions = ", ".join(f"{name} {version}" for name, version in software["versions"].items())
-    minutes = sum(cost["seconds"] for cost in costs.values()) / 60
-    facts = [
-        f"Written on {datetime.date.today().isoformat()} by optical, commit {software['commit']}.",
-        f"Python {software['python']}; {versions}.",
-        f"Seeds: {', '.join(map(str, study.seeds))}; scores are averaged over them. "
-        f"Role of the student: {study.role}.",
-        f"Computing time of all tasks: {minutes:.1f} minutes.",
-    ]
-    return [
-        Heading("Provenance"),
-        _bullets(facts),
-        Text("Configuration:"),
-        Code(study.config_text.strip()),
-    ]
-
-
 def _bullets(sentences: Sequence[str]) -> Text:
     return Text("\n".join(f"- {sentence}" for sentence in sentences))
 
 
 def _with_interval(summary: Summary, key: tuple[str, str, str]) -> str:
+    if key not in summary.intervals:
+        return "–"
     low, high = summary.intervals[key]
     return f"{summary.means[summary.measure][key]:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _signed(estimate: Estimate) -> str:
-    value, low, high = estimate
-    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def _share(estimate: Estimate) -> str:
-    value, low, high = estimate
-    return f"{value:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def _p(p: float) -> str:

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from optical.retrieval.statistics import (
-    RESAMPLES,
+    SEED,
+    bootstrap,
     correct,
+    estimate,
     paired_test,
     percentiles,
-    resampled_indices,
 )
 
-SEED = 0
+# A share of less than this is not told: it divides by what is nearly nothing.
+LEAST_WHOLE = 0.02
 
 # Query id -> value of a measure.
 Values = dict[str, float]
-# (collection, arm, language) -> values, averaged over seeds.
-Scores = dict[tuple[str, str, str], Values]
 # A point estimate, followed by its bootstrap draws.
 Draws = np.ndarray[Any, np.dtype[np.float64]]
 # Point estimate, lower and upper end of its 95 % interval.
 Estimate = tuple[float, float, float]
+# (collection, arm, language) -> values, averaged over seeds.
+Scores = dict[tuple[str, str, str], Values]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,14 @@ class StudyDescription:
         low, high: the low-resource and the high-resource languages.
         against: arms with which every other arm is compared; if empty, all pairs are compared.
         translation: arm whose relative gain is reported, or "".
+        starts: arm -> the arms whose models its training starts from.
+        trained_pairs: language -> how many of the aligned sentence pairs a model of the study was
+            trained on, and their number; empty if that was not checked.
         curves: name of a curve -> its arms, in increasing number of sentence pairs.
+        sizes: collection -> language -> numbers of ``queries`` and ``documents``, and the mean
+            number of ``relevant`` documents per query.
+        inputs: file or model -> the SHA-256 of its content, or another identity.
+        environment: software and machine of the study, as of ``optical.io.environment``.
         role: role of the student, "query" or "document".
         seeds: training seeds.
         config_text: text of the configuration file.
@@ -57,14 +65,19 @@ class StudyDescription:
     high: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
     translation: str = ""
+    starts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    trained_pairs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     curves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     role: str = "document"
     seeds: tuple[int, ...] = (0,)
     config_text: str = ""
 
     def name_of(self, language: str) -> str:
-        return self.names.get(language, language)
+        return self.names.get(language) or ("English" if language == "en" else language)
 
     def group_of(self, language: str) -> str:
         """Return "low", "high", or "" for a language in neither group."""
@@ -93,13 +106,14 @@ class Gap:
 
     Attributes:
         gap: mean over the high-resource languages minus mean over the low-resource languages.
-        closed: share of the baseline's gap that the arm closes; None if the interval of the
-            baseline's gap includes zero.
+        narrowed: the baseline's gap minus that of the arm; None for the baseline.
+        closed: share of the baseline's gap that the arm closes; None if the baseline's gap is not
+            meaningfully above zero (:data:`LEAST_WHOLE`).
         recovered_low, recovered_high: share of the difference between English documents and the
             baseline that the arm gains; None for the baseline, without English documents, or if
-            the interval of the difference includes zero.
+            the difference is not meaningfully above zero.
         gain_low, gain_high: relative gain over the translation baseline; None for that baseline,
-            without one, or if its interval includes zero.
+            without one, or if it is not meaningfully above zero.
     """
 
     collection: str
@@ -107,11 +121,35 @@ class Gap:
     low_mean: float
     high_mean: float
     gap: Estimate
+    narrowed: Estimate | None = None
     closed: Estimate | None = None
     recovered_low: Estimate | None = None
     recovered_high: Estimate | None = None
     gain_low: Estimate | None = None
     gain_high: Estimate | None = None
+
+
+@dataclass
+class Pool:
+    """How an arm ranks a pool of documents in several languages.
+
+    Attributes:
+        estimate: mean of the measure over the queries of the pool, and its interval.
+        bias: language -> ``share`` of the first ten documents, ``relevant``, its share of the
+            relevant documents, and ``rank``, the rank bias, all averaged over seeds.
+        queries: number of queries.
+    """
+
+    collection: str
+    arm: str
+    estimate: Estimate
+    bias: dict[str, dict[str, float]]
+    queries: int
+
+    @property
+    def distance(self) -> float:
+        """Share of the first ten places that would have to change language, from 0 to 1."""
+        return sum(abs(own["share"] - own["relevant"]) for own in self.bias.values()) / 2
 
 
 @dataclass
@@ -127,7 +165,11 @@ class Summary:
     means: dict[str, dict[tuple[str, str, str], float]]
     intervals: dict[tuple[str, str, str], tuple[float, float]]
     comparisons: list[Comparison] = field(default_factory=list)
+    # Arms against those that they start from, where `comparisons` lacks the two; a table of its own
+    # for the correction.
+    start_comparisons: list[Comparison] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
+    pools: list[Pool] = field(default_factory=list)
     # (arm, language) -> number of sentence pairs that the arm was trained on.
     pairs: dict[tuple[str, str], int] = field(default_factory=dict)
     # (arm, language) -> alignment error rate, averaged over seeds and roles.
@@ -137,16 +179,27 @@ class Summary:
 
     @classmethod
     def of(cls, study: StudyDescription, results: Sequence[Mapping[str, Any]]) -> Summary:
-        """Summarise the result rows that the tasks of a study wrote."""
+        """Summarise the result rows that the tasks of a study wrote, or those that exist so far.
+
+        Arms and collections without a result are left out.
+
+        Raises:
+            ValueError: there is no result of any arm.
+        """
         rows = [row for row in results if "measures" in row]
+        evaluated = {row["arm"] for row in rows}
+        arms = [arm for arm in study.arms if arm in evaluated]
+        if not arms:
+            raise ValueError(f"{study.title}: no arm has been evaluated, so there is no report yet")
+        searched = {name for row in rows if row["arm"] in arms for name in row["measures"]}
         measures = next(iter(rows[0]["measures"].values())).keys()
         measure = next(iter(measures))
         by_measure = {name: _values_by_seed(rows, name) for name in measures}
-        draws = {key: _bootstrap(seeds, key) for key, seeds in by_measure[measure].items()}
+        draws = {key: bootstrap(seeds, key) for key, seeds in by_measure[measure].items()}
         summary = cls(
-            arms=list(study.arms),
+            arms=arms,
             languages=list(study.languages),
-            collections=list(study.collections),
+            collections=[name for name in study.collections if name in searched],
             measure=measure,
             scores={key: _mean_of_seeds(seeds) for key, seeds in by_measure[measure].items()},
             draws=draws,
@@ -158,23 +211,56 @@ class Summary:
             pairs={(row["arm"], row["language"]): row["pairs"] for row in rows if row.get("pairs")},
             error_rates=_error_rates(results),
             tokens={row["language"]: row["tokens"] for row in results if "tokens" in row},
+            pools=_pools(arms, [row for row in results if "pools" in row], measure),
         )
-        summary.comparisons = summary._compare(study)
+        summary.comparisons = summary._compare(summary._arm_pairs(study.against))
+        compared = {frozenset((one.arm, one.against)) for one in summary.comparisons}
+        summary.start_comparisons = summary._compare(
+            [
+                (arm, start)
+                for arm in summary.arms
+                for start in study.starts.get(arm, ())
+                if start in arms and frozenset((arm, start)) not in compared
+            ]
+        )
         if study.low and study.high:
             summary.gaps = summary._gaps(study)
         return summary
 
     def languages_of(self, collection: str) -> list[str]:
-        """Return the languages in which the arms searched a collection."""
-        arm = self.arms[0]
-        return [x for x in self.languages if (collection, arm, x) in self.scores]
+        """Return the languages in which any arm searched a collection."""
+        return self._languages(collection, any, self.arms)
 
-    def _compare(self, study: StudyDescription) -> list[Comparison]:
+    def common_languages(self, collection: str, *arms: str) -> list[str]:
+        """Return the languages in which all of these arms searched a collection."""
+        return self._languages(collection, all, arms)
+
+    def _languages(
+        self, collection: str, quantifier: Callable[[Iterable[bool]], bool], arms: Sequence[str]
+    ) -> list[str]:
+        return [
+            language
+            for language in self.languages
+            if quantifier((collection, arm, language) in self.scores for arm in arms)
+        ]
+
+    def between(self, collection: str, arm: str, against: str) -> list[tuple[float, float]]:
+        """Return the difference and corrected p of two arms in each language of a collection."""
+        found = []
+        for one in (*self.comparisons, *self.start_comparisons):
+            if one.collection == collection and {one.arm, one.against} == {arm, against}:
+                sign = 1 if one.arm == arm else -1
+                found.append((sign * one.difference, one.p_holm))
+        return found
+
+    def _compare(self, pairs: Sequence[tuple[str, str]]) -> list[Comparison]:
+        """Compare pairs of arms in every language; the correction covers all of them."""
         comparisons = []
-        pairs = self._arm_pairs(study.against)
         searched = [(c, x) for c in self.collections for x in self.languages_of(c)]
         for (collection, language), (arm, against) in itertools.product(searched, pairs):
             keys = (collection, arm, language), (collection, against, language)
+            if not all(key in self.scores for key in keys):
+                continue
             tested = paired_test(*(self.scores[key] for key in keys), seed=SEED)
             # This interval covers queries and seeds; that of the test covers queries only.
             low, high = percentiles((self.draws[keys[0]] - self.draws[keys[1]])[1:])
@@ -191,6 +277,7 @@ class Summary:
 
     def _arm_pairs(self, against: Sequence[str]) -> list[tuple[str, str]]:
         """Return the pairs (arm, arm it is compared with)."""
+        against = [arm for arm in against if arm in self.arms]
         pairs = [(new, old) for old, new in itertools.combinations(self.arms, 2)]
         if not against:
             return pairs
@@ -205,22 +292,30 @@ class Summary:
     def _gaps(self, study: StudyDescription) -> list[Gap]:
         gaps = []
         for collection in self.collections:
-            if not {*study.low, *study.high} <= {*self.languages_of(collection)}:
+            complete = [
+                arm
+                for arm in self.arms
+                if {*study.low, *study.high} <= {*self.common_languages(collection, arm)}
+            ]
+            if self.arms[0] not in complete:
                 continue
             baseline = self._group_means(study, collection, self.arms[0])
             translated = (
-                self._group_means(study, collection, study.translation) if study.translation else []
+                self._group_means(study, collection, study.translation)
+                if study.translation in complete
+                else []
             )
             ceiling = [
                 values
                 for (name, arm, _), values in self.draws.items()
                 if name == collection and arm not in self.arms
             ]
-            for arm in self.arms:
+            for arm in complete:
                 low, high = groups = self._group_means(study, collection, arm)
-                gap = Gap(collection, arm, float(low[0]), float(high[0]), _estimate(high - low))
+                gap = Gap(collection, arm, float(low[0]), float(high[0]), estimate(high - low))
                 if arm != self.arms[0]:
                     baseline_gap = baseline[1] - baseline[0]
+                    gap.narrowed = estimate(baseline_gap - (high - low))
                     gap.closed = _share(baseline_gap - (high - low), baseline_gap)
                     if ceiling:
                         gap.recovered_low, gap.recovered_high = (
@@ -256,12 +351,14 @@ class Summary:
                 for (c, arm, language), (low, high) in self.intervals.items()
             ],
             "comparisons": [vars(comparison) for comparison in self.comparisons],
+            "start_comparisons": [vars(comparison) for comparison in self.start_comparisons],
             "gaps": [vars(gap) for gap in self.gaps],
             "alignment_error_rates": [
                 {"arm": arm, "language": language, "rate": rate}
                 for (arm, language), rate in self.error_rates.items()
             ],
             "tokens": self.tokens,
+            "pools": [vars(pool) | {"distance": pool.distance} for pool in self.pools],
         }
 
 
@@ -293,47 +390,35 @@ def _error_rates(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], 
     return {key: float(np.mean(values)) for key, values in rates.items()}
 
 
-def _bootstrap(seeds: Sequence[Values], key: tuple[str, str, str]) -> Draws:
-    """Return the mean over queries and seeds, followed by its bootstrap draws over both.
-
-    The sampled queries depend on the query ids only. Languages and arms with the same queries are
-    therefore resampled together, and differences between them stay paired. Seeds are sampled
-    independently for each arm and language, because their trainings are independent.
-    """
-    x = np.array([list(values.values()) for values in seeds])
-    means: Draws = x @ _query_counts(tuple(seeds[0])).T / x.shape[1]
-    if len(x) == 1:
-        draws = means[0]
-    else:
-        generator = np.random.default_rng([SEED, *"/".join(key).encode()])
-        sampled_seeds = generator.integers(0, len(x), (RESAMPLES, len(x)))
-        draws = means[sampled_seeds, np.arange(RESAMPLES)[:, None]].mean(axis=1)
-    return np.concatenate([[x.mean()], draws])
-
-
-@functools.lru_cache(maxsize=8)
-def _query_counts(queries: tuple[str, ...]) -> Draws:
-    """Return how often each query occurs in each resample, of shape (RESAMPLES, queries)."""
-    size = len(queries)
-    generator = np.random.default_rng([SEED, *",".join(queries).encode()])
-    counts = []
-    for indices in resampled_indices(generator, size):
-        rows = len(indices)
-        flat = (indices + size * np.arange(rows)[:, None]).ravel()
-        counts.append(np.bincount(flat, minlength=rows * size).reshape(rows, size))
-    return np.concatenate(counts).astype(np.float64)
-
-
-def _estimate(draws: Draws) -> Estimate:
-    return (float(draws[0]), *percentiles(draws[1:]))
+def _pools(arms: Sequence[str], rows: Sequence[Mapping[str, Any]], measure: str) -> list[Pool]:
+    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        for collection, found in row["pools"].items():
+            grouped.setdefault((collection, row["arm"]), []).append(found)
+    pools = []
+    for (collection, arm), seeds in grouped.items():
+        values = [seed["measures"][measure] for seed in seeds]
+        draws = bootstrap(values, (collection, arm, "pool"))
+        bias = {
+            language: {
+                name: float(np.mean([seed["bias"][language][name] for seed in seeds]))
+                for name in own
+            }
+            for language, own in seeds[0]["bias"].items()
+        }
+        pools.append(Pool(collection, arm, estimate(draws), bias, len(values[0])))
+    return sorted(pools, key=lambda pool: (pool.collection, arms.index(pool.arm)))
 
 
 def _share(part: Draws, whole: Draws) -> Estimate | None:
-    """Return the estimate of part / whole, or None if the interval of `whole` includes zero."""
-    if whole[0] <= 0 or np.quantile(whole[1:], 0.025) <= 0:
+    """Return the estimate of part / whole, or None if `whole` is not meaningfully above zero.
+
+    It is if it is at least LEAST_WHOLE and the lower end of its interval a quarter of that.
+    """
+    if whole[0] < LEAST_WHOLE or np.quantile(whole[1:], 0.025) < LEAST_WHOLE / 4:
         return None
     # The share is undefined in the few draws in which the whole is not positive.
-    return _estimate(part[whole > 0] / whole[whole > 0])
+    return estimate(part[whole > 0] / whole[whole > 0])
 
 
 def measure_name(measure: str) -> str:

@@ -7,6 +7,9 @@ The column ``kind`` gives the meaning of a row:
     gap         high minus low resource; `closed`, `recovered_low`, `recovered_high`, `gain_low` and
                 `gain_high` are the shares of ``optical.report.summary.Gap``
     difference  an arm minus the arm in `against`; `p` and `p_holm` are the paired tests
+    pool        a measure of an arm on the mixed-language pool of a collection
+    pool_share, pool_relevant, pool_rank   share of a language in the first ten documents and among
+                the relevant ones of a pool, and its rank bias
     curve       a point of a curve: the arm in `against` is trained on `pairs` sentence pairs
     aer         alignment error rate of an arm's transport plans
     fertility, unknown    tokens per word, and share of unknown tokens, of the tokenizer in `arm`
@@ -29,8 +32,15 @@ COLUMNS = (
     "value", "low", "high", "p", "p_holm",
 )  # fmt: skip
 PLAN_COLUMNS = ("language", "other", "english", "row", "column", "mass", "value_linear")
-# Columns of either table that hold numbers.
-NUMBERS = {"pairs", "value", "low", "high", "p", "p_holm", "row", "column", "mass", "value_linear"}
+# Differences of an arm to the arm in `against` (empty: values of an arm that has none) per query.
+QUERY_COLUMNS = ("collection", "language", "query", "arm", "against", "value", "difference")
+# Losses as trainers log them; `part` is "train" or "validation".
+LOSS_COLUMNS = ("arm", "language", "name", "seed", "part", "step", "loss")
+# Columns of any table that hold numbers.
+NUMBERS = {
+    *("pairs", "value", "low", "high", "p", "p_holm", "row", "column", "mass", "value_linear"),
+    *("difference", "step", "loss"),
+}
 
 Row = dict[str, Any]
 
@@ -57,6 +67,7 @@ def result_rows(
                 "p_holm": comparison.p_holm,
             }
         )
+    rows += _pool_rows(study, summary)
     for (arm, language), rate in summary.error_rates.items():
         language_columns = _language_columns(study, language)
         rows.append({"kind": "aer", "arm": arm, **language_columns, "value": rate})
@@ -109,6 +120,18 @@ def _gap_rows(summary: Summary) -> Iterable[Row]:
                     "low": low,
                     "high": high,
                 }
+
+
+def _pool_rows(study: StudyDescription, summary: Summary) -> Iterable[Row]:
+    for pool in summary.pools:
+        shared = {"collection": pool.collection, "arm": pool.arm}
+        value, low, high = pool.estimate
+        measured = {"measure": summary.measure, "value": value, "low": low, "high": high}
+        yield {"kind": "pool", **shared, **measured}
+        for language, own in pool.bias.items():
+            for name, number in own.items():
+                columns = _language_columns(study, language)
+                yield {"kind": f"pool_{name}", **shared, **columns, "value": number}
 
 
 def arm_cost(arm: str, costs: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
@@ -174,6 +197,59 @@ def plan_rows(aligned: Mapping[str, Any]) -> list[Row]:
         for i, other in enumerate(aligned["other_tokens"])
         for j, english in enumerate(aligned["english_tokens"])
     ]
+
+
+def query_rows(summary: Summary, starts: Mapping[str, Sequence[str]]) -> list[Row]:
+    """Return the value of every query, and its difference to the arm that an arm starts from.
+
+    Arms that start from no arm are set against the first arm of the study.
+    """
+    rows = []
+    for (collection, arm, language), values in summary.scores.items():
+        against = next((x for x in starts.get(arm, ()) if x in summary.arms), summary.arms[0])
+        others = summary.scores.get((collection, against, language))
+        if arm not in summary.arms or arm == against or others is None:
+            continue
+        for query, value in values.items():
+            if query in others:
+                rows.append(
+                    {
+                        "collection": collection,
+                        "language": language,
+                        "query": query,
+                        "arm": arm,
+                        "against": against,
+                        "value": value,
+                        "difference": value - others[query],
+                    }
+                )
+    return rows
+
+
+def loss_rows(
+    study: StudyDescription, logs: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[Row]:
+    """Return the losses of trainings as table rows.
+
+    Args:
+        study: names of the languages.
+        logs: label of a training task, `train ARM LANGUAGE seed SEED`, -> the entries that the
+            trainer logged.
+    """
+    rows = []
+    for label, entries in logs.items():
+        _, arm, language, _, seed, *role = [*label.split(), "", "", ""][:6]
+        shared = {
+            "arm": " ".join([arm, *role]).strip(),
+            "language": language,
+            "name": study.name_of(language),
+            "seed": seed,
+        }
+        for entry in entries:
+            for key, part in (("loss", "train"), ("eval_loss", "validation")):
+                if key in entry:
+                    rows.append({**shared, "part": part, "step": entry["step"], "loss": entry[key]})
+    return rows
 
 
 def _language_columns(study: StudyDescription, language: str) -> Row:

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from subprocess import SubprocessError
 from typing import Any
 
-from optical.data.trec import ranked
+from optical.data.measures import check_measures
+from optical.data.trec import trec_eval_order
 from optical.io.environment import require
-from optical.retrieval.statistics import CORRECTIONS, TESTS, check_choice, correct, paired_test
+from optical.retrieval.statistics import (
+    CORRECTIONS,
+    EXACT_QUERIES,
+    TESTS,
+    check_choice,
+    correct,
+    paired_test,
+)
 
 logger = logging.getLogger("optical")
 
 DEFAULT_MEASURES = ("AP", "nDCG@10", "R@10", "R@100", "RR@10")
-
-_SIMPLE = re.compile(r"(\w+)(?:@([1-9]\d*))?$")
 
 
 @dataclass(frozen=True)
@@ -101,18 +106,21 @@ def evaluate(
     Every judged query with at least one relevant document (grade 1 or more) is evaluated. A query
     without documents in the run counts 0 and is listed. Queries without a relevant document are
     left out, as in :func:`optical.data.collection.load_collection`: every system scores 0 there.
-    All measures use the document order of :func:`optical.data.trec.ranked`; ``ir_measures`` alone
-    breaks ties differently for AP and RR@10.
+    All measures use the order of ``trec_eval``, :func:`optical.data.trec.trec_eval_order`: scores
+    that are equal in float32 are ties. ``ir_measures`` alone breaks ties differently for AP and
+    RR@10.
 
     Args:
         run: query id -> document id -> score.
         qrels: query id -> document id -> grade.
         measures: names as in ``ir_measures``, or one string of names separated by spaces or commas:
             ``AP``, ``nDCG@10``, ``R@100``, ``RR@10``, ``P@5``, ``AP(rel=2)``. ``MAP``, ``MRR@10``,
-            ``NDCG@10`` and ``Recall@10`` are synonyms; results use the names listed first.
+            ``NDCG@10`` and ``Recall@10`` are synonyms, and so are the names of ``trec_eval``
+            (``map``, ``ndcg_cut_10``, ``recip_rank``); results use the names listed first.
 
     Raises:
-        ValueError: a measure is unknown or lacks its cutoff, or no query can be evaluated.
+        ValueError: a measure is unknown or lacks its cutoff; no query can be evaluated; or the run
+            and the judgements have no query in common.
         ImportError: ``ir_measures`` is not installed.
 
     Examples:
@@ -121,11 +129,7 @@ def evaluate(
         {'AP': 0.5, 'RR@10': 0.5}
     """
     ir_measures = require("ir_measures", "eval", "evaluation")
-    if isinstance(measures, str):
-        measures = re.split(r"[,\s]+(?![^(]*\))", measures.strip())
-    if not measures or not all(measures):
-        raise ValueError("no measure given; for example AP, nDCG@10 or R@100")
-    parsed = [_parse_measure(ir_measures, measure) for measure in measures]
+    parsed = check_measures(measures)
     judged = {
         qid: dict(grades) for qid, grades in qrels.items() if max(grades.values(), default=0) > 0
     }
@@ -138,6 +142,11 @@ def evaluate(
     if without_relevant:
         logger.warning("left out %d queries without a relevant document", len(without_relevant))
     ignored = sum(1 for qid in run if qid not in qrels)
+    if run and ignored == len(run):
+        raise ValueError(
+            f"none of the {ignored} queries of the run ({next(iter(run))!r}, …) is judged "
+            f"({next(iter(judged))!r}, …); check that run and judgements belong together"
+        )
     if ignored:
         logger.warning("ignored %d queries of the run that have no judgements", ignored)
     missing = tuple(qid for qid in judged if not run.get(qid))
@@ -145,6 +154,8 @@ def evaluate(
         logger.warning(
             "the run has no documents for %d of %d queries; they count 0", len(missing), len(judged)
         )
+    if not any(docid in qrels[qid] for qid in judged for docid in run.get(qid, ())):
+        logger.warning("none of the documents of the run is judged; check that the ids match")
     per_query = _values_per_query(ir_measures, parsed, run, judged)
     mean = {name: statistics.fmean(values.values()) for name, values in per_query.items()}
     return Evaluation(per_query, mean, missing, ignored, without_relevant)
@@ -159,7 +170,7 @@ def _values_per_query(
     """Return measure -> query id -> value; queries without documents have the value 0."""
     # Ranks replace scores, so that there are no ties and all measures see one order.
     ranks = {
-        qid: {docid: -float(rank) for rank, (docid, _) in enumerate(ranked(run[qid]))}
+        qid: {docid: -float(rank) for rank, (docid, _) in enumerate(trec_eval_order(run[qid]))}
         for qid in judged
         if run.get(qid)
     }
@@ -176,32 +187,6 @@ def _values_per_query(
             f"ir_measures cannot calculate one of {', '.join(names)}: {reason}"
         ) from error
     return per_query
-
-
-def _parse_measure(ir_measures: Any, name: str) -> Any:
-    simple = _SIMPLE.match(name)
-    try:
-        if simple is None:
-            measure = ir_measures.parse_measure(name)
-        else:
-            # parse_measure uses parts of `ast` that Python 3.14 has removed.
-            measure = ir_measures.measures.registry[simple[1]]
-            measure = measure if simple[2] is None else measure @ int(simple[2])
-        if not set(measure.params) <= set(measure.SUPPORTED_PARAMS) or name.endswith("@0"):
-            raise ValueError(f"parameters {measure.params}")
-    except (AttributeError, AssertionError, LookupError, NameError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"unknown measure {name!r}; for example AP, nDCG@10, R@100, RR@10 or P@5 "
-            "(the names of ir_measures)"
-        ) from error
-    try:
-        measure.validate_params()
-    except AssertionError as error:
-        raise ValueError(
-            f"measure {name!r} is incomplete; measures such as R, P and Success need a cutoff, "
-            "as in R@100, and others take none"
-        ) from error
-    return measure
 
 
 @dataclass(frozen=True)
@@ -264,7 +249,10 @@ class Comparison:
                 )
         name = {"randomization": "paired randomisation test", "t": "paired t-test"}[self.test]
         if self.test == "randomization":
-            name += f" ({self.samples} samples, seed {self.seed})"
+            name += (
+                f" (exact where at most {EXACT_QUERIES} queries differ, else {self.samples} "
+                f"samples, seed {self.seed})"
+            )
         note = {
             "holm": f"Holm over {len(self.rows)} comparisons",
             "bonferroni": f"Bonferroni over {len(self.rows)} comparisons",

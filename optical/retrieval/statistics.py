@@ -13,6 +13,7 @@ a table, on earlier calls, or on which system comes first. Needs ``pip install "
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import sys
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
 TESTS = ("randomization", "t")
 CORRECTIONS = ("holm", "bonferroni", "none")
 RESAMPLES = 10_000
+# Seed of the draws of `bootstrap`.
+SEED = 0
 # Quantiles of a 95 % interval.
 TAILS = (0.025, 0.975)
 
 # Up to 2^16 sign patterns are enumerated: exact, and fewer than the default number of samples.
-_EXACT_QUERIES = 16
+EXACT_QUERIES = 16
 # Random numbers drawn at a time, 16 MB as float64. Blocks of signs start a new draw, so the block
 # size affects p-values and must not change.
 _BLOCK = 2**21
@@ -197,6 +200,46 @@ def correct(p: Sequence[float], correction: str = "holm") -> list[float]:
     return corrected
 
 
+def bootstrap(seeds: Sequence[Mapping[str, float]], key: tuple[str, str, str]) -> Floats:
+    """Return the mean over queries and seeds, followed by its bootstrap draws over both.
+
+    The sampled queries depend on the query ids only. Languages and arms with the same queries are
+    therefore resampled together, and differences between them stay paired. Seeds are sampled
+    independently for each arm and language, because their trainings are independent.
+    """
+    np = _numpy()
+    x = np.array([list(values.values()) for values in seeds])
+    means: Floats = x @ _query_counts(tuple(seeds[0])).T / x.shape[1]
+    if len(x) == 1:
+        draws = means[0]
+    else:
+        generator = np.random.default_rng([SEED, *"/".join(key).encode()])
+        sampled_seeds = generator.integers(0, len(x), (RESAMPLES, len(x)))
+        draws = means[sampled_seeds, np.arange(RESAMPLES)[:, None]].mean(axis=1)
+    found: Floats = np.concatenate([[x.mean()], draws])
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _query_counts(queries: tuple[str, ...]) -> Floats:
+    """Return how often each query occurs in each resample, of shape (RESAMPLES, queries)."""
+    np = _numpy()
+    size = len(queries)
+    generator = np.random.default_rng([SEED, *",".join(queries).encode()])
+    counts = []
+    for indices in resampled_indices(generator, size):
+        rows = len(indices)
+        flat = (indices + size * np.arange(rows)[:, None]).ravel()
+        counts.append(np.bincount(flat, minlength=rows * size).reshape(rows, size))
+    found: Floats = np.concatenate(counts).astype(np.float64)
+    return found
+
+
+def estimate(draws: Floats) -> tuple[float, float, float]:
+    """Return the point estimate of draws and its 95 % interval."""
+    return (float(draws[0]), *percentiles(draws[1:]))
+
+
 def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``accepted``."""
     if value not in accepted:
@@ -221,7 +264,7 @@ def _randomization_test(differences: Floats, samples: int, seed: int) -> float:
     groups.flat[:n] = x
     signs = 1.0 - 2.0 * ((np.arange(256)[:, None] >> np.arange(8)) & 1)
     tables = groups @ signs.T
-    if n <= _EXACT_QUERIES:
+    if n <= EXACT_QUERIES:
         sums = tables[0] if len(tables) == 1 else np.add.outer(tables[0], tables[1])
         return int(np.count_nonzero(np.abs(sums) >= threshold)) / int(sums.size)
     generator = _generator(seed, "randomization", x)

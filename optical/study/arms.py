@@ -32,6 +32,20 @@ class BM25Options:
 
 
 @dataclass
+class PretrainedOptions:
+    """Options of an arm that searches with a model as it is.
+
+    Attributes:
+        model: Hugging Face name or folder; `{language}` in it is replaced by each language.
+        query_prompt, document_prompt: text before each query and document; None keeps the model's.
+    """
+
+    model: str = ""
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+
+
+@dataclass
 class NoOptions:
     """The (empty) options of an arm that uses the teacher unchanged."""
 
@@ -45,6 +59,8 @@ RECIPES: dict[str, tuple[type[Any], bool]] = {
     "teacher": (TeacherOptions, True),
     "transfer": (TransferOptions, True),
     "average": (AverageOptions, True),
+    "dense": (PretrainedOptions, False),
+    "multivector": (PretrainedOptions, False),
 }
 
 
@@ -108,6 +124,11 @@ class ArmConfig:
     def trains(self) -> bool:
         """Whether the recipe makes a model."""
         return RECIPES[self.recipe][1]
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the arm searches with a model that is neither the teacher nor trained here."""
+        return RECIPES[self.recipe][0] is PretrainedOptions
 
     def resolve_options(
         self,

@@ -6,19 +6,18 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from optical.io.settings import nearest, parse_yaml, read_layered, typed
-from optical.report.summary import StudyDescription
-from optical.retrieval.evaluation import DEFAULT_MEASURES
 from optical.study.arms import ENCODER, RECIPES, TEACHER, ArmConfig, LexiconConfig
+from optical.study.settings import StudyConfig
 from optical.training.options import WITHOUT_STEPS, EncoderOptions, Role, TeacherOptions
 
 ROLES = get_args(Role)
-COLLECTION_KEYS = ("source", "queries", "documents", "qrels", "role", "languages")
+COLLECTION_KEYS = ("source", "queries", "documents", "qrels", "role", "languages", "pool")
 TEXTS = ("queries", "documents")
 ALIGNMENT_KEYS = ("language", "english", "other")
 REQUIRED_KEYS = ("languages", "collections", "arms", "teacher")
@@ -34,81 +33,6 @@ STRUCTURED_KEYS = (
 )  # fmt: skip
 # Trainer arguments that the study sets itself.
 RESERVED_TRAINER_ARGS = ("output_dir", "seed", "disable_tqdm")
-
-
-@dataclass
-class StudyConfig:
-    """The configuration of a study; docs/study.md documents the YAML keys with an example.
-
-    Attributes that the report needs are described in ``StudyDescription``.
-
-    Attributes:
-        collection_languages: languages of collections that do not exist in all languages.
-        report: folder of the report inside the output folder.
-        store_teacher: compute the teacher's token vectors once per text, for all arms and seeds.
-        ceiling: languages of the monolingual ceiling.
-        phrasebook: whether the study is the embedded demonstration.
-    """
-
-    title: str
-    output: Path
-    languages: tuple[str, ...]
-    collections: dict[str, dict[str, str]]
-    arms: list[ArmConfig]
-    low: tuple[str, ...] = ()
-    high: tuple[str, ...] = ()
-    names: dict[str, str] = field(default_factory=dict)
-    note: str = ""
-    role: Role = "document"
-    seeds: tuple[int, ...] = (0,)
-    encoder: str = ""
-    encoder_options: EncoderOptions | None = None
-    encoder_trainer_args: dict[str, Any] = field(default_factory=dict)
-    teacher: str = ""
-    teacher_options: TeacherOptions | None = None
-    teacher_trainer_args: dict[str, Any] = field(default_factory=dict)
-    lexicons: dict[str, LexiconConfig] = field(default_factory=dict)
-    collection_languages: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    report: str = ""
-    store_teacher: bool = False
-    passage_length: int | None = None
-    passage_stride: int | None = None
-    against: tuple[str, ...] = ()
-    translation: str = ""
-    curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    word_alignment: dict[str, Any] | None = None
-    measures: tuple[str, ...] = DEFAULT_MEASURES
-    ceiling: tuple[str, ...] = ("en",)
-    alignment: dict[str, str] | None = None
-    phrasebook: bool = False
-    config_text: str = ""
-
-    def role_of(self, collection: str) -> str:
-        """Return the role of the student in a collection, "query" or "document"."""
-        return self.collections[collection].get("role", self.role)
-
-    def languages_of(self, collection: str) -> tuple[str, ...]:
-        """Return the languages of a collection, including those of the ceiling."""
-        return self.collection_languages.get(collection, (*self.languages, *self.ceiling))
-
-    @property
-    def roles(self) -> list[str]:
-        """The roles of all collections; the role of the study is first."""
-        roles = {self.role_of(name) for name in self.collections}
-        return sorted(roles, key=lambda role: role != self.role)
-
-    def arm(self, name: str) -> ArmConfig:
-        return next(arm for arm in self.arms if arm.name == name)
-
-    def describe(self) -> StudyDescription:
-        """Return the properties that the report needs."""
-        shared = {entry.name for entry in dataclasses.fields(StudyDescription)}
-        shared -= {"arms", "collections"}
-        return StudyDescription(
-            arms=tuple(arm.name for arm in self.arms),
-            collections=tuple(self.collections),
-            **{name: getattr(self, name) for name in shared},
-        )
 
 
 def read_config(path: str | Path | None, output: str | Path | None = None) -> StudyConfig:
@@ -221,7 +145,7 @@ class _Reader:
             self.check_keys(self.mapping(parts, key), COLLECTION_KEYS, key)
             if "role" in parts:
                 self.one_of(parts["role"], ROLES, f"{key}.role")
-            files = {part: value for part, value in parts.items() if part != "languages"}
+            files = {k: value for k, value in parts.items() if k not in ("languages", "pool")}
             collections[str(name)] = {k: self.resolve_model(str(file)) for k, file in files.items()}
         return collections
 
@@ -233,6 +157,21 @@ class _Reader:
                 for language in languages:
                     self.one_of(language, (*config.languages, *config.ceiling), key)
                 config.collection_languages[str(name)] = languages
+            if parts.get("pool"):
+                self.pool(config, str(name), parts["pool"])
+
+    def pool(self, config: StudyConfig, name: str, value: Any) -> None:
+        key = f"collections.{name}.pool"
+        searched = config.languages_of(name)
+        own = tuple(language for language in config.languages if language in searched)
+        languages = own if value is True else self.string_list(value, key)
+        for language in languages:
+            self.one_of(language, own, key)
+        if len(set(languages)) < 2:
+            raise self.error(f"{key}: {value!r}, expected true, or two languages or more")
+        if config.role_of(name) != "document":
+            raise self.error(f"{key}: the documents of a collection of foreign queries are English")
+        config.pools[name] = languages
 
     def lexicons(self, config: StudyConfig, raw: dict[str, Any]) -> None:
         for name, entry in self.mapping(raw.get("lexicons") or {}, "lexicons").items():
@@ -332,6 +271,10 @@ class _Reader:
                 expected = "two arms or more" if recipe == "average" else "one name at most"
                 raise self.error(f"{key}.start: {start!r}, expected {expected}")
         arm.options = self.options(raw, options_class, key)
+        if arm.pretrained and not arm.options.get("model"):
+            raise self.error(f"{key}: no key `model`; it is required for the recipe {recipe}")
+        if recipe == "dense" and arm.encodes == "role":
+            raise self.error(f"{key}.encodes: a dense model encodes both sides")
         return arm
 
     def text_files(self, raw: Any, key: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from optical.data.collection import Collection
 from optical.data.trec import Run
 from optical.io.files import write_text
 from optical.models.encoding import TokenVectors
+from optical.report.stored import EVALUATIONS
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
 from optical.study.layout import Layout, file_name
 from optical.study.tasks import CEILING, Task
@@ -42,7 +43,7 @@ class EvaluationTasks:
         collections = layout.searched_collections(language, role)
         inputs = layout.evaluation_inputs(arm, model, language, role, collections)
         stem = f"{file_name(arm.name)}-{language}-{seed}-{layout.fingerprints.of(inputs)}"
-        output = layout.output / "results" / f"{stem}.json"
+        output = layout.output / EVALUATIONS / f"{stem}.json"
 
         def run() -> None:
             from optical.data.trec import write_run
@@ -53,8 +54,8 @@ class EvaluationTasks:
             for name in collections:
                 collection = layout.load_collection(name, language)
                 ranking = search(self._with_arm_texts(arm, collection, language, role))
-                path = layout.output / "runs" / f"{name}.{stem}.run.gz"
-                write_run(ranking, path, tag=f"optical-{file_name(arm.name)}")
+                path = self._run_path(name, output)
+                write_run(ranking, path, tag=f"{file_name(arm.name)}-{language}-seed{seed}")
                 evaluation = evaluate(ranking, collection.qrels, layout.config.measures)
                 measures[name] = evaluation.per_query
             row = {"arm": arm.name, "language": language, "seed": seed, "measures": measures}
@@ -63,17 +64,79 @@ class EvaluationTasks:
         label = f"evaluate {arm.name} {language} seed {seed}{layout.role_suffix(role)}"
         return Task(label, "evaluate", output, 1.0, run)
 
+    def _run_path(self, collection: str, evaluated: Path) -> Path:
+        """Return the run of a collection that belongs to the output of an evaluation."""
+        return self.layout.output / "runs" / f"{collection}.{evaluated.stem}.run.gz"
+
+    def pool(self, arm: ArmConfig, seed: int) -> Iterator[Task]:
+        """Yield the task that merges an arm's runs of several languages into one ranking."""
+        layout, config = self.layout, self.layout.config
+        if not config.pools:
+            return
+        evaluated = {
+            language: self.evaluation(arm, language, seed, "document").output
+            for languages in config.pools.values()
+            for language in languages
+        }
+        stems = {language: path.stem for language, path in evaluated.items()}
+        fingerprint = layout.fingerprints.of([stems, config.pools, list(config.measures)])
+        name = f"pool-{file_name(arm.name)}-{seed}-{fingerprint}.json"
+        output = layout.output / EVALUATIONS / name
+
+        def run() -> None:
+            pools = {
+                name: self._pooled(name, {x: evaluated[x] for x in languages}, output)
+                for name, languages in config.pools.items()
+            }
+            _write_row(output, {"arm": arm.name, "seed": seed, "pools": pools})
+
+        yield Task(f"pool {arm.name} seed {seed}", "pool", output, 0.1, run)
+
+    def _pooled(self, name: str, evaluated: dict[str, Path], output: Path) -> dict[str, Any]:
+        """Write the pooled run of a collection; return its measures and its language bias."""
+        from optical.data.trec import read_run, write_run
+        from optical.io.files import read_lines
+        from optical.retrieval.evaluation import evaluate
+        from optical.study.pools import language_bias, merge_qrels, merge_runs
+
+        paths = {x: self._run_path(name, path) for x, path in evaluated.items()}
+        # A search may find nothing, such as BM25 in another script; its run has no lines.
+        runs = {x: read_run(path) if any(read_lines(path)) else {} for x, path in paths.items()}
+        qrels = {x: self.layout.load_collection(name, x).qrels for x in evaluated}
+        # A run does not list queries without a result.
+        runs = {x: {query: run.get(query, {}) for query in qrels[x]} for x, run in runs.items()}
+        pooled, judged = merge_runs(runs), merge_qrels(qrels)
+        if not judged:
+            raise ValueError(
+                f"collections.{name}.pool: no query has a relevant document in each of "
+                f"{', '.join(evaluated)}; remove `pool`, or a language from it"
+            )
+        write_run(pooled, self._run_path(f"{name}-pool", output), tag=output.stem.rsplit("-", 1)[0])
+        return {
+            "measures": evaluate(pooled, judged, self.layout.config.measures).per_query,
+            "bias": language_bias(pooled, judged, tuple(evaluated)),
+        }
+
     def _searcher(self, arm: ArmConfig, model: str, role: str) -> Callable[[Collection], Run]:
         """Return a function that searches a collection with the models of an arm."""
         from optical.models.encoding import encode
-        from optical.models.retriever import load_retriever
+        from optical.models.retriever import load_multi_vector, load_retriever
         from optical.retrieval.bm25 import search_bm25
+        from optical.retrieval.dense import load_dense, search_dense
         from optical.retrieval.exact_search import search
 
         if arm.recipe == "bm25":
             return lambda collection: search_bm25(collection, **arm.options)
         config = self.layout.config
-        student = load_retriever(model)
+        cuts: dict[str, Any] = {
+            "passage_length": config.passage_length,
+            "passage_stride": config.passage_stride,
+        }
+        prompts = {name: arm.options.get(name) for name in ("query_prompt", "document_prompt")}
+        if arm.recipe == "dense":
+            dense = load_dense(model, **prompts)
+            return lambda collection: search_dense(dense, collection, **cuts)
+        student = load_multi_vector(model, **prompts) if arm.pretrained else load_retriever(model)
         teacher = student if arm.encodes == "both" else load_retriever(self.layout.teacher_name)
         queries, documents = (student, teacher) if role == "query" else (teacher, student)
 
@@ -89,8 +152,7 @@ class EvaluationTasks:
                 collection,
                 document_model=documents,
                 query_vectors=query_vectors,
-                passage_length=config.passage_length,
-                passage_stride=config.passage_stride,
+                **cuts,
                 progress=False,
             )
 

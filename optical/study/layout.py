@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from optical.data.collection import Collection, load_collection
 from optical.io.files import writable_folder
+from optical.io.fingerprints import digest_or_name, fingerprint, with_digests
 from optical.phrasebook import corpus
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
-from optical.study.config import StudyConfig
-from optical.training.options import WITHOUT_STEPS
+from optical.study.settings import StudyConfig
+from optical.training.options import WITHOUT_STEPS, default_of
 
 # Stands for the language in the names of multilingual models.
 ALL_LANGUAGES = "all"
@@ -100,6 +97,8 @@ class Layout:
 
     def model_name(self, arm: ArmConfig, language: str, seed: int, role: str = "") -> str:
         """Return the folder of an arm's model; for an arm without a model, the teacher."""
+        if arm.pretrained:
+            return str(fill_languages(arm.options["model"], [language]))
         role = role or self.config.role
         seed = self.effective_seed(arm, seed)
         options = self.options(arm, language, seed, role)
@@ -185,6 +184,8 @@ class Layout:
         ]
         if arm.recipe == "bm25":
             return [*inputs, arm.recipe, arm.options]
+        if arm.pretrained:
+            inputs += [arm.recipe, {**arm.options, "model": ""}]
         models = [self.fingerprints.model(model), self.fingerprints.model(self.teacher_name)]
         return [*inputs, models, arm.encodes, config.passage_length, config.passage_stride]
 
@@ -240,7 +241,7 @@ class Fingerprints:
 
     def of(self, inputs: Any) -> str:
         """Return the fingerprint of plain data, ten hexadecimal digits."""
-        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:10]
+        return fingerprint(inputs)
 
     def options(self, options: Any, without: str = "") -> Any:
         """Return options as plain data in which files and models are replaced by their hashes.
@@ -255,7 +256,7 @@ class Fingerprints:
         inputs = {}
         for entry in dataclasses.fields(options):
             value = getattr(options, entry.name)
-            if entry.name in left_out or value == _default(entry):
+            if entry.name in left_out or value == default_of(entry):
                 continue
             name = FINGERPRINT_NAMES.get((type(options).__name__, entry.name), entry.name)
             inputs[name] = (self.model if entry.name in MODEL_OPTIONS else self.files)(value)
@@ -266,14 +267,7 @@ class Fingerprints:
 
         A string may be `file`, `language=file`, or two aligned files `corpus.en,corpus.sw`.
         """
-        if isinstance(value, Mapping):
-            return {key: self.files(entry) for key, entry in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self.files(entry) for entry in value]
-        if not isinstance(value, str):
-            return value
-        whole = self._named_file(value)
-        return whole if whole != value else ",".join(map(self._named_file, value.split(",")))
+        return with_digests(value, self._file)
 
     def model(self, name: str) -> str:
         """Return an identity of a model or collection.
@@ -287,22 +281,13 @@ class Fingerprints:
         path = Path(name)
         return self._folder(path) if name and path.is_dir() else name
 
-    def _named_file(self, value: str) -> str:
-        whole = self._file(value)
-        name, equals, path = value.partition("=")
-        return whole if whole != value or not equals else f"{name}={self._file(path)}"
-
     def _file(self, value: str) -> str:
         """Return the SHA-256 of the file `value`, or `value` if there is no such file."""
         study_name = self._study_name(value)
         if study_name:
             # The file may not exist yet; its name contains the fingerprint of its content.
             return study_name
-        try:
-            stat = os.stat(value)
-            return _digest(value, stat.st_size, stat.st_mtime_ns)
-        except OSError:
-            return value
+        return digest_or_name(value)
 
     def _study_name(self, value: str) -> str:
         """Return the fingerprinted name of a file of the study, or "" for other files."""
@@ -317,14 +302,3 @@ class Fingerprints:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
         return self.of([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-
-
-@functools.lru_cache(maxsize=1000)
-def _digest(path: str, size: int, time_ns: int) -> str:
-    # Size and time are part of the cache key only: a changed file is read again.
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def _default(entry: dataclasses.Field[Any]) -> Any:
-    factory = entry.default_factory
-    return entry.default if factory is dataclasses.MISSING else factory()

@@ -12,7 +12,8 @@ A study is a list of tasks. Each task writes one output below the output folder:
 The fingerprint hashes everything that the task depends on: its options, the contents of its input
 files and the fingerprints of the tasks before it. A study that was interrupted, or whose
 configuration was extended, therefore continues where it stopped. Finished tasks are not repeated,
-and outputs of changed tasks are not reused. The report is computed from the results only.
+and outputs of changed tasks are not reused. The report is computed from study.json, written before
+the first task, and from the results; ``optical report`` writes it from those that exist.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from optical.io.environment import require
-from optical.io.files import disk_full_errors, folder_lock, read_json, writable_folder
-from optical.study.arms import ArmConfig, fill_languages
-from optical.study.config import StudyConfig, read_config
+from optical.io.environment import environment, require
+from optical.io.files import disk_full_errors, folder_lock, writable_folder
+from optical.report.stored import report_folder, write_study
+from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
+from optical.study.config import read_config
 from optical.study.evaluation_tasks import EvaluationTasks
+from optical.study.inputs import identify_inputs
 from optical.study.layout import Layout
-from optical.study.tasks import Costs, Task, duration, run_tasks
+from optical.study.settings import StudyConfig
+from optical.study.tasks import Task, duration, run_tasks
 from optical.study.training_tasks import TrainingTasks
 
 logger = logging.getLogger("optical")
@@ -69,13 +73,17 @@ class Study:
         self.layout = Layout(config)
         self.training = TrainingTasks(self.layout)
         self.evaluation = EvaluationTasks(self.layout)
+        # Collection -> language -> its numbers of queries and documents; set by `check`.
+        self.sizes: dict[str, dict[str, dict[str, float]]] = {}
 
     def run(self) -> Path:
         """Run the unfinished tasks and write the report; return the path of report.md."""
         tasks = self.tasks()
         start = time.monotonic()
+        folder = self.describe(tasks)
+        logger.info("`optical report %s` reports what is finished, at any time", folder)
         run_tasks(self.config.title, tasks, self.layout.output)
-        report = self.report(tasks)
+        report = report_folder(folder)
         logger.info("%s written in %s", report, duration(time.monotonic() - start))
         return report
 
@@ -85,6 +93,7 @@ class Study:
             *self.training.base_models(),
             *self.evaluation.ceiling(),
             *(task for run in self._runs() for task in self._arm_tasks(*run)),
+            *(task for run in self._pooled_runs() for task in self.evaluation.pool(*run)),
             *self.evaluation.tokens(),
             *self.evaluation.alignment(),
         ]
@@ -110,28 +119,85 @@ class Study:
                         if self.layout.searched_collections(language, role):
                             yield arm, language, seed, role
 
+    def _pooled_runs(self) -> list[tuple[ArmConfig, int]]:
+        """Return every (arm, seed) that searches foreign documents."""
+        found = {(arm.name, seed): arm for arm, _, seed, role in self._runs() if role == "document"}
+        return [(arm, seed) for (_, seed), arm in found.items()]
+
     def _arm_tasks(self, arm: ArmConfig, language: str, seed: int, role: str) -> Iterator[Task]:
         yield from self.training.model(arm, language, seed, role)
         for lexicon in arm.translate.values():
             yield from self.training.lexicon(lexicon, language, role)
         yield self.evaluation.evaluation(arm, language, seed, role)
         word_alignment = self.config.word_alignment
-        if word_alignment and arm.recipe != "bm25":
+        # Models from elsewhere do not share the vector space of the teacher.
+        if word_alignment and arm.recipe != "bm25" and not arm.pretrained:
             yield from self.training.lexicon(word_alignment["lexicon"], language, role)
             yield self.evaluation.word_alignment(arm, language, seed, role)
 
-    def report(self, tasks: list[Task]) -> Path:
-        """Write the report from the outputs of finished tasks."""
-        from optical.report.report import write_report
-
-        results = [
-            read_json(task.output)
-            for task in tasks
-            if task.output.suffix == ".json" and task.output.parent.name == "results"
-        ]
-        costs = Costs(self.layout.output).read(tasks)
+    def describe(self, tasks: list[Task]) -> Path:
+        """Write study.json, from which the report is computed; return its folder."""
         folder = writable_folder(self.layout.output / self.config.report)
-        return write_report(self.config.describe(), results, costs, folder)
+        described = dataclasses.replace(
+            self.config.describe(),
+            starts=self._starts(),
+            trained_pairs=self._trained_alignment_pairs(),
+            sizes=self.sizes,
+            inputs=identify_inputs(self.config),
+            environment=environment(),
+        )
+        listed = [(task.label, task.output) for task in tasks]
+        write_study(described, listed, folder, self.layout.output)
+        return folder
+
+    def _starts(self) -> dict[str, tuple[str, ...]]:
+        """Return the arms that each trained arm starts from.
+
+        The first arm without training stands for the teacher; the encoder has no arm.
+        """
+        arms = self.config.arms
+        unchanged = [
+            arm.name
+            for arm in arms
+            if arm.recipe == "none" and not arm.translate and not arm.replace
+        ]
+        starts = {}
+        for arm in arms:
+            names = arm.start or ((TEACHER,) if arm.trains else ())
+            known = [*(unchanged[:1] if TEACHER in names else ())]
+            known += [name for name in names if name not in (TEACHER, ENCODER)]
+            if known:
+                starts[arm.name] = tuple(known)
+        return starts
+
+    def _trained_alignment_pairs(self) -> dict[str, tuple[int, int]]:
+        """Return language -> aligned sentence pairs that a model was trained on, and their number.
+
+        A pair counts if it is in the bitext of any arm, lexicon or encoder of the study.
+        """
+        from optical.data.pairs import read_bitext_pairs
+
+        config, settings = self.config, self.config.word_alignment
+        if not settings:
+            return {}
+        aligned = {
+            language: read_bitext_pairs(fill_languages(settings["bitext"], [language]))[
+                : settings["max_pairs"]
+            ]
+            for language in config.languages
+        }
+        files = [(path, None) for path in getattr(config.encoder_options, "bitext", ())]
+        for source in (*(arm.options for arm in config.arms), *map(vars, config.lexicons.values())):
+            paths = fill_languages(list(source.get("bitext", ())), config.languages)
+            files += [(path, source.get("max_pairs")) for path in paths]
+        wanted = {pair for pairs in aligned.values() for pair in pairs}
+        trained: set[tuple[str, str]] = set()
+        for path, limit in dict.fromkeys(files):
+            trained |= wanted.intersection(read_bitext_pairs(path)[:limit])
+        return {
+            language: (sum(pair in trained for pair in pairs), len(pairs))
+            for language, pairs in aligned.items()
+        }
 
     def check(self) -> None:
         """Read every input once, so that errors are found before any training."""
@@ -162,7 +228,15 @@ class Study:
                 read_bitext_pairs(path)
         for name in config.collections:
             for language in config.languages_of(name):
-                self.layout.load_collection(name, language)
+                collection = self.layout.load_collection(name, language)
+                relevant = sum(
+                    grade > 0 for grades in collection.qrels.values() for grade in grades.values()
+                )
+                self.sizes.setdefault(name, {})[language] = {
+                    "queries": len(collection.queries),
+                    "documents": len(collection.documents),
+                    "relevant": relevant / len(collection.queries),
+                }
 
     def _check_base_models(self) -> None:
         from optical.data.pairs import read_bitext_pairs, read_training_pairs
@@ -207,6 +281,8 @@ class Study:
             for name in config.collections:
                 if language in config.languages_of(name):
                     read_texts(fill_languages(path, [language]).replace("{collection}", name))
+        if arm.pretrained:
+            _check_pretrained(arm, fill_languages(arm.options["model"], [language]))
         options = arm.resolve_options(language, "teacher", config, start=arm.start)
         if options is None:
             return
@@ -222,3 +298,18 @@ class Study:
             path = entry.split("=", 1)[1]
             if path not in config.lexicons:
                 read_lexicon(path)
+
+
+def _check_pretrained(arm: ArmConfig, name: str) -> None:
+    """Raise ValueError if a model on disk is missing, or of the other kind than the recipe's."""
+    from optical.models.retriever import check_model, is_multi_vector, resolve_model
+
+    check_model(name)
+    folder = resolve_model(name)
+    if Path(folder).is_dir() and is_multi_vector(folder) != (arm.recipe == "multivector"):
+        kind, recipe = (
+            ("one vector", "dense")
+            if arm.recipe == "multivector"
+            else ("token vectors", "multivector")
+        )
+        raise ValueError(f"model {name}: has {kind} for each text; use the recipe `{recipe}`")

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from optical.io.files import write_json
+from optical.report.stored import LOSSES
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
 from optical.study.layout import ALL_LANGUAGES, Layout, file_name
 from optical.study.tasks import Task
-from optical.training.options import WITHOUT_STEPS
+from optical.training.options import TRAINER_DEFAULTS, WITHOUT_STEPS
 
 # Default cost per training token, by recipe; measured times replace it as tasks finish.
 COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0}
@@ -94,17 +96,17 @@ class TrainingTasks:
 
     def _induce_lexicon(self, name: str, language: str, role: str, output: Path) -> None:
         from optical.data.lexicon import induce_lexicon, lexicon_from_links, write_lexicon
-        from optical.data.pairs import read_bitext_pairs
+        from optical.data.pairs import iter_distinct_pairs
         from optical.models.retriever import load_retriever
         from optical.models.word_alignment import word_links
 
         layout, config = self.layout, self.layout.config
         lexicon = config.lexicons[name]
-        pairs = [
+        pairs = (
             pair
             for path in fill_languages(lexicon.bitext, [language])
-            for pair in read_bitext_pairs(path)[: lexicon.max_pairs]
-        ]
+            for pair in iter_distinct_pairs(path, max_pairs=lexicon.max_pairs)
+        )
         limits: dict[str, Any] = {
             "least_probability": lexicon.least_probability,
             "least_count": lexicon.least_count,
@@ -116,7 +118,7 @@ class TrainingTasks:
         models = load_retriever(student), load_retriever(layout.teacher_name)
         links = (
             (english, foreign, share)
-            for pair_links in word_links(*models, pairs, role=role)
+            for pair_links in word_links(*models, list(pairs), role=role)
             for (english, foreign), share in pair_links.items()
         )
         write_lexicon(lexicon_from_links(links, **limits), output)
@@ -178,12 +180,13 @@ def _train(
         runner.save(model, options, recipes.trainer_arguments(**trainer_args))
         return
     if recipe == "encoder":
-        args = TrainingArguments(**{**recipes.TRAINER_DEFAULTS, **trainer_args})
+        args = TrainingArguments(**{**TRAINER_DEFAULTS, **trainer_args})
         trainer = training.encoder_trainer(options, args)
     else:
         trainer = getattr(training, recipe)(options, recipes.trainer_arguments(**trainer_args))
     trainer.add_callback(runner.ProgressLines(label))
     runner.run(trainer, options, resume=True)
+    write_json(folder / LOSSES, trainer.state.log_history)
     # A finished task needs no checkpoints; the optimizer states of many tasks would fill the disk.
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

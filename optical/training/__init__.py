@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optical.training.collator import BitextCollator
     from optical.training.options import (
         AverageOptions,
         CodeswitchOptions,
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     )
     from optical.training.pretraining import encoder_trainer
     from optical.training.recipes import (
-        BitextCollator,
         average,
         codeswitch,
         distill,
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 # The light module comes first, so that options never load the recipes.
-_MODULES = ("options", "recipes", "runner", "pretraining", "vocabulary_transfer")
+_MODULES = ("options", "collator", "recipes", "runner", "pretraining", "vocabulary_transfer")
 
 
 def __getattr__(name: str) -> Any:

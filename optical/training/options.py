@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,6 +17,16 @@ Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
 # Recipes that compute a model without training steps. Of the trainer's arguments they use
 # output_dir alone.
 WITHOUT_STEPS = ("transfer", "average")
+# Changes to the trainer's default arguments, shared by the command line and studies.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",
+    "learning_rate": 2e-5,
+    "per_device_train_batch_size": 64,
+    "warmup_steps": 0.05,
+    "logging_steps": 50,
+    "save_steps": 500,
+    "save_total_limit": 1,
+}
 # Default of a required option; validate() reports an option that still has it.
 REQUIRED: Any = ""
 
@@ -52,6 +63,14 @@ class EncoderOptions:
         """Raise ValueError for invalid options. No file is read."""
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
+        for name in ("vocabulary_size", "hidden_size", "layers", "heads"):
+            _check_positive(name, getattr(self, name))
+        if self.max_tokens < 3:
+            raise ValueError(f"max_tokens: {self.max_tokens}, expected 3 or more")
+        if not 0.0 < self.mask_probability < 1.0:
+            raise ValueError(
+                f"mask_probability: {self.mask_probability}, expected a number between 0 and 1"
+            )
         if self.hidden_size % self.heads:
             raise ValueError(
                 f"heads: {self.heads}, expected a divisor of hidden_size {self.hidden_size}"
@@ -83,6 +102,13 @@ class TeacherOptions:
         0, "Exclude the N most frequent tokens of the training texts from the scores of queries."
     )
     scale: float = _option(1.0, "Factor on the MaxSim scores before the softmax.")
+    validation: list[str] = _list_option(
+        "Files like those of the training. Their loss is computed every save_steps steps, and the "
+        "checkpoint with the lowest one becomes the trained model."
+    )
+    patience: int = _option(
+        0, "Stop after this many evaluations without a lower validation loss; 0 never stops."
+    )
     resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
 
     def validate(self) -> None:
@@ -92,6 +118,13 @@ class TeacherOptions:
             raise ValueError("queries, passages: only one is given, expected both or neither")
         if not self.pairs and not self.queries:
             raise ValueError("pairs: none given; expected --pairs, or --queries with --passages")
+        _check_patience(self)
+        for name in ("dimension", "query_length", "document_length"):
+            _check_positive(name, getattr(self, name))
+        if self.skip_frequent < 0:
+            raise ValueError(f"skip_frequent: {self.skip_frequent}, expected 0 or more")
+        if not 0.0 < self.scale < float("inf"):
+            raise ValueError(f"scale: {self.scale}, expected a number > 0")
 
 
 @dataclass
@@ -167,9 +200,12 @@ class DistillOptions:
     )
     probability: float = _option(0.5, "Probability that a word is replaced by a translation.")
     teacher_vectors: list[str] = _list_option(
-        "Token stores of the teacher, one folder per bitext file, as written by `optical vectors`."
+        "Token stores of the teacher, one folder per file of bitext and validation, as written by "
+        "`optical vectors`."
     )
-    max_pairs: int | None = _option(None, "Maximum number of pairs read from each file.")
+    max_pairs: int | None = _option(
+        None, "Maximum number of pairs read from each file (default: all)."
+    )
     balance: bool = _option(
         False, "Repeat the pairs of smaller files so that all files have equal weight."
     )
@@ -178,6 +214,13 @@ class DistillOptions:
     )
     dimension: int | None = _option(
         None, "Dimension of the token vectors of a new student (default: that of the teacher)."
+    )
+    validation: list[str] = _list_option(
+        "Files like those of the training. Their loss is computed every save_steps steps, and the "
+        "checkpoint with the lowest one becomes the trained model."
+    )
+    patience: int = _option(
+        0, "Stop after this many evaluations without a lower validation loss; 0 never stops."
     )
     resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
 
@@ -194,12 +237,15 @@ class DistillOptions:
             raise ValueError(f"temperature: {self.temperature}, expected a number > 0")
         if not self.bitext:
             raise ValueError("bitext: none given; expected at least one file")
-        if self.teacher_vectors and len(self.teacher_vectors) != len(self.bitext):
+        files = len(self.bitext) + len(self.validation)
+        if self.teacher_vectors and len(self.teacher_vectors) != files:
             raise ValueError(
-                f"teacher_vectors: {len(self.teacher_vectors)} folders for {len(self.bitext)} "
-                "bitext files; expected one folder per file"
+                f"teacher_vectors: {len(self.teacher_vectors)} folders for {files} files of bitext "
+                "and validation; expected one folder per file"
             )
+        _check_patience(self)
         _check_positive("max_pairs", self.max_pairs)
+        _check_positive("dimension", self.dimension)
         if self.stream:
             self._check_streamable()
         check_options(
@@ -239,7 +285,7 @@ class TransferOptions:
     bitext: list[str] = _list_option(
         "One or more files of parallel sentences, `English TAB other`."
     )
-    vocabulary_size: int = _option(40_000, "Number of WordPiece units to learn.")
+    vocabulary_size: int = _option(40_000, "Number of units to learn.")
     keep: bool = _option(
         False, "Keep the units of the retriever and learn only units of the other languages."
     )
@@ -250,7 +296,9 @@ class TransferOptions:
         "bitext",
         "Source of the input vectors of new units: bitext (and spelling), or spelling alone.",
     )
-    max_pairs: int | None = _option(None, "Maximum number of pairs read from each file.")
+    max_pairs: int | None = _option(
+        None, "Maximum number of pairs read from each file (default: all)."
+    )
 
     def validate(self) -> None:
         """Raise ValueError for invalid options. No file is read."""
@@ -282,6 +330,12 @@ def choices_of(options_class: type[Any]) -> dict[str, tuple[str, ...]]:
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
+def default_of(entry: dataclasses.Field[Any]) -> Any:
+    """Return the default of a field of an options class."""
+    factory = entry.default_factory
+    return entry.default if factory is dataclasses.MISSING else factory()
+
+
 def _check_choices(options: Any) -> None:
     for name, accepted in choices_of(type(options)).items():
         value = getattr(options, name)
@@ -300,6 +354,13 @@ def _check_code_switching(lexicon: list[str], probability: float) -> None:
 def _check_positive(name: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise ValueError(f"{name}: {value}, expected 1 or more")
+
+
+def _check_patience(options: Any) -> None:
+    if options.patience < 0:
+        raise ValueError(f"patience: {options.patience}, expected 0 or more")
+    if options.patience and not options.validation:
+        raise ValueError("patience: given without validation, whose loss it watches")
 
 
 def _check_required(name: str, value: str) -> None:

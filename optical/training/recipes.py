@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -24,16 +24,14 @@ from typing import Any, get_type_hints
 import torch
 from datasets import Dataset
 from sentence_transformers import (
-    MultiVectorEncoder,
     MultiVectorEncoderTrainer,
     MultiVectorEncoderTrainingArguments,
 )
 from sentence_transformers.base.sampler import BatchSamplers
-from sentence_transformers.multi_vector_encoder.data_collator import MultiVectorEncoderDataCollator
 from sentence_transformers.multi_vector_encoder.losses import (
     MultiVectorMultipleNegativesRankingLoss,
 )
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, EarlyStoppingCallback, set_seed
 
 from optical.data.lexicon import CodeSwitcher, read_lexicon
 from optical.data.pairs import (
@@ -47,10 +45,13 @@ from optical.io.settings import nearest, typed
 from optical.losses import objectives
 from optical.losses.distillation import DistillationLoss, OTDistillationLoss
 from optical.models.encoding import ROLES
+from optical.models.fingerprint import fingerprints, partners, set_partners
 from optical.models.retriever import load_retriever, resolve_model
 from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
+from optical.training.collator import BitextCollator
 from optical.training.options import (
+    TRAINER_DEFAULTS,
     AverageOptions,
     CodeswitchOptions,
     DistillOptions,
@@ -58,68 +59,6 @@ from optical.training.options import (
 )
 
 logger = logging.getLogger("optical")
-
-
-class BitextCollator(MultiVectorEncoderDataCollator):
-    """Tokenise parallel sentences: the first column for the teacher, the others for the student.
-
-    Args:
-        student, teacher: two ``MultiVectorEncoder`` or two dense ``SentenceTransformer`` models.
-        role: "query" or "document", the role of the student in retrieval. It selects prompts,
-            length limits and mask-token expansion for both models.
-        max_length: maximum length of a sentence in tokens (None: the limits of the models).
-        vectors: token store of the teacher for the first column, used instead of running the
-            teacher. With None the column is tokenised for the teacher.
-    """
-
-    def __init__(
-        self,
-        student: MultiVectorEncoder,
-        teacher: MultiVectorEncoder,
-        *,
-        role: str,
-        max_length: int | None = None,
-        vectors: StoredVectors | None = None,
-    ) -> None:
-        if role not in ROLES:
-            raise ValueError(f"role: {role!r}, expected 'query' or 'document'")
-        super().__init__(preprocess_fn=student.preprocess, max_length=max_length)
-        self.student = student
-        self.teacher = teacher
-        self.role = role
-        self.vectors = vectors
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the tensors of a batch, keyed ``{column}_{name}`` as the trainer expects."""
-        batch: dict[str, Any] = {}
-        limit = {} if self.max_length is None else {"max_length": self.max_length}
-        columns = [name for name in features[0] if name != "dataset_name"]
-        if "dataset_name" in features[0]:
-            batch["dataset_name"] = features[0]["dataset_name"]
-        for position, column in enumerate(columns):
-            model = self.student if position else self.teacher
-            texts = [row[column] for row in features]
-            if self.vectors is not None and not position:
-                tokens = self.vectors.batch(texts)
-            else:
-                tokens = model.preprocess(
-                    texts, prompt=model.prompts.get(self.role), task=self.role, **limit
-                )
-            batch.update({f"{column}_{name}": value for name, value in tokens.items()})
-            batch[f"{column}_task"] = self.role
-        return batch
-
-
-# Changes to the trainer's default arguments, shared by the command line and studies.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "report_to": "none",
-    "learning_rate": 2e-5,
-    "per_device_train_batch_size": 64,
-    "warmup_steps": 0.05,
-    "logging_steps": 50,
-    "save_steps": 500,
-    "save_total_limit": 1,
-}
 
 
 @dataclass
@@ -171,7 +110,8 @@ def teacher(
     """
     options.validate()
     training_pairs = read_training_pairs(options.pairs, options.queries, options.passages)
-    return _contrastive_trainer(options, trainer_args, training_pairs)
+    validation = read_training_pairs(options.validation) if options.validation else []
+    return _contrastive_trainer(options, trainer_args, training_pairs, validation)
 
 
 def codeswitch(
@@ -188,28 +128,42 @@ def codeswitch(
     switch = CodeSwitcher(lexicons, probability=options.probability, seed=trainer_args.seed)
     coverage = switch.coverage([row[-1] for row in rows[:2000]])
     logger.info("code switching: the lexicons contain %.0f %% of the words", 100 * coverage)
-    switched = []
-    for copy in range(options.copies):
-        for index, (query, *passages) in enumerate(rows):
-            key = f"{copy}:{index}"
-            if options.role != "document":
-                query = switch(query, f"{key}:query")
-            if options.role != "query":
-                passages = [switch(text, f"{key}:{i}") for i, text in enumerate(passages)]
-            switched.append((query, *passages))
-    return _contrastive_trainer(options, trainer_args, switched)
+    switched = [
+        pair
+        for copy in range(options.copies)
+        for pair in _switched(rows, switch, options.role, f"{copy}")
+    ]
+    validation = read_training_pairs(options.validation) if options.validation else []
+    validation = list(_switched(validation, switch, options.role, "validation"))
+    return _contrastive_trainer(options, trainer_args, switched, validation)
+
+
+def _switched(
+    rows: Sequence[tuple[str, ...]], switch: CodeSwitcher, role: str, key: str
+) -> Iterator[tuple[str, ...]]:
+    """Yield rows whose texts of a role are code-switched; `key` seeds the draws."""
+    for index, (query, *passages) in enumerate(rows):
+        if role != "document":
+            query = switch(query, f"{key}:{index}:query")
+        if role != "query":
+            passages = [switch(text, f"{key}:{index}:{i}") for i, text in enumerate(passages)]
+        yield query, *passages
 
 
 def _contrastive_trainer(
     options: TeacherOptions,
     trainer_args: MultiVectorEncoderTrainingArguments,
     rows: list[tuple[str, ...]],
+    validation: list[tuple[str, ...]],
 ) -> MultiVectorEncoderTrainer:
     """Configure contrastive training on rows of (query, passage, negatives...)."""
+    callbacks = _evaluate(options, trainer_args)
     set_seed(trainer_args.seed)
     skip_words: list[str] = []
     if options.skip_frequent:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(options.model))
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(options.model), trust_remote_code=False
+        )
         texts = [text for row in rows for text in row]
         skip_words = frequent_tokens(tokenizer, texts, options.skip_frequent)
     model = load_retriever(
@@ -220,16 +174,73 @@ def _contrastive_trainer(
         query_expansion=options.query_expansion,
         skip_words=skip_words,
     )
+    # Training moves the vectors away from those of the models that this one was made from.
+    set_partners(model, ())
     # A passage that occurs twice in a batch would be its own negative.
     trainer_args.batch_sampler = BatchSamplers.NO_DUPLICATES
     names = ["query", "positive", *(f"negative_{i}" for i in range(1, len(rows[0]) - 1))]
-    columns = [list(column) for column in zip(*rows, strict=True)]
+    trainer_args.prompts = _prompts_of_columns(model, trainer_args.prompts, names)
+    if validation and len(validation[0]) < len(names):
+        raise ValueError(
+            f"validation: rows with {len(validation[0]) - 2} negatives, expected the number of the "
+            f"training pairs, {len(names) - 2}"
+        )
     return MultiVectorEncoderTrainer(
         model=model,
         args=trainer_args,
-        train_dataset=Dataset.from_dict(dict(zip(names, columns, strict=True))),
+        train_dataset=_dataset_of_rows(rows, names),
+        eval_dataset=_dataset_of_rows(validation, names) if validation else None,
+        callbacks=callbacks,
         loss=MultiVectorMultipleNegativesRankingLoss(model, scale=options.scale),
     )
+
+
+def _dataset_of_rows(rows: Sequence[tuple[str, ...]], names: Sequence[str]) -> Dataset:
+    columns = zip(*(row[: len(names)] for row in rows), strict=True)
+    return Dataset.from_dict(dict(zip(names, map(list, columns), strict=True)))
+
+
+def _evaluate(
+    options: TeacherOptions | DistillOptions, trainer_args: MultiVectorEncoderTrainingArguments
+) -> list[Any]:
+    """Make a trainer evaluate the validation data at each checkpoint, and keep the best one.
+
+    Returns:
+        The callbacks of early stopping.
+    """
+    if not options.validation:
+        return []
+    if trainer_args.save_strategy == "no":
+        raise ValueError(
+            "validation: given, but save_strategy is no, so there is no checkpoint to choose from"
+        )
+    trainer_args.eval_strategy = trainer_args.save_strategy
+    trainer_args.eval_steps = trainer_args.save_steps
+    trainer_args.load_best_model_at_end = True
+    trainer_args.metric_for_best_model = "eval_loss"
+    trainer_args.greater_is_better = False
+    return [EarlyStoppingCallback(options.patience)] if options.patience else []
+
+
+def _prompts_of_columns(model: Any, given: Any, columns: Sequence[str]) -> dict[str, str] | None:
+    """Return the prompt of each column: those of the model, so that it trains as it encodes.
+
+    Args:
+        model: the model in training, which keeps the given prompts.
+        given: trainer argument ``prompts``: the prompts of the roles query and document, or None.
+        columns: names of the columns; the first holds queries.
+    """
+    if given:
+        if not isinstance(given, dict) or not set(given) <= set(ROLES):
+            raise ValueError(
+                f"prompts: {given!r}, expected those of the roles, "
+                '{"query": "...", "document": "..."}, with which the model is saved'
+            )
+        model.prompts.update(given)
+    query, *passages = columns
+    prompts = {query: model.prompts.get("query") or ""}
+    prompts |= dict.fromkeys(passages, model.prompts.get("document") or "")
+    return prompts if any(prompts.values()) else None
 
 
 def distill(
@@ -241,7 +252,14 @@ def distill(
     unless the options name another model.
     """
     options.validate()
-    dataset = _bitext_dataset(options, trainer_args)
+    if trainer_args.prompts:
+        raise ValueError(
+            "prompts: given, but bitext is read with the prompts of the models; save the student "
+            "with its prompts"
+        )
+    callbacks = _evaluate(options, trainer_args)
+    dataset = _training_bitext(options, trainer_args)
+    validation = [read_bitext_pairs(path) for path in options.validation]
     set_seed(trainer_args.seed)
     teacher_model = load_retriever(options.teacher)
     dimension = options.dimension or teacher_model.get_embedding_dimension()
@@ -254,12 +272,15 @@ def distill(
         document_length=getattr(limits, "document_length", None) or 180,
         query_expansion=bool(getattr(limits, "query_expansion", None)),
     )
+    set_partners(student, fingerprints(teacher_model).values())
     max_length = trainer_args.max_length
     if isinstance(max_length, dict):
         max_length = max_length.get(options.role)
     vectors = None
     if options.teacher_vectors:
-        vectors = StoredVectors(options.teacher_vectors, role=options.role, max_length=max_length)
+        vectors = StoredVectors(
+            options.teacher_vectors, role=options.role, max_length=max_length, model=teacher_model
+        )
     if options.objective == "contrastive":
         # A sentence that occurs twice in a batch would be its own negative.
         trainer_args.batch_sampler = BatchSamplers.NO_DUPLICATES
@@ -267,6 +288,8 @@ def distill(
         model=student,
         args=trainer_args,
         train_dataset=dataset,
+        eval_dataset=_bitext_dataset(options, validation, trainer_args) if validation else None,
+        callbacks=callbacks,
         loss=_distillation_loss(options, student, teacher_model, dataset),
         data_collator=BitextCollator(
             student, teacher_model, role=options.role, max_length=max_length, vectors=vectors
@@ -274,10 +297,10 @@ def distill(
     )
 
 
-def _bitext_dataset(
+def _training_bitext(
     options: DistillOptions, trainer_args: MultiVectorEncoderTrainingArguments
 ) -> Any:
-    """Return the parallel sentences as a dataset with the columns that the student encodes."""
+    """Return the bitext of the training as a dataset, or a stream of it."""
     if options.stream:
         if trainer_args.max_steps < 1:
             raise ValueError("max_steps: none given, and a stream has no end; expected 1 or more")
@@ -289,6 +312,15 @@ def _bitext_dataset(
     files = [read_bitext_pairs(path)[: options.max_pairs] for path in options.bitext]
     if options.balance:
         files = balance_bitexts(files)
+    return _bitext_dataset(options, files, trainer_args)
+
+
+def _bitext_dataset(
+    options: DistillOptions,
+    files: Sequence[Sequence[tuple[str, str]]],
+    trainer_args: MultiVectorEncoderTrainingArguments,
+) -> Any:
+    """Return the parallel sentences as a dataset with the columns that the student encodes."""
     pairs = list(itertools.chain.from_iterable(files))
     dataset = bitext_dataset(pairs)
     if options.reads != "other":
@@ -386,8 +418,10 @@ def average(options: AverageOptions) -> Any:
     first = load_retriever(options.models[0])
     sums = {name: value.double() for name, value in first.state_dict().items()}
     vocabulary = first.tokenizer.get_vocab()
+    common_partners = set(partners(first))
     for name in options.models[1:]:
         model = load_retriever(name)
+        common_partners &= set(partners(model))
         if model.tokenizer.get_vocab() != vocabulary:
             raise ValueError(
                 f"models: {name} has another vocabulary than {options.models[0]}; expected "
@@ -404,4 +438,5 @@ def average(options: AverageOptions) -> Any:
             sums[key] += weights[key]
     # Copying converts each mean to the dtype of its weight, integers included.
     first.load_state_dict({key: total / len(options.models) for key, total in sums.items()})
+    set_partners(first, common_partners)
     return first

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,16 +21,35 @@ from optical.io.files import (
     disk_full_errors,
     find_damaged,
     folder_lock,
+    read_json,
     writable_folder,
     write_checksums,
     write_text,
 )
+from optical.io.fingerprints import with_digests
+from optical.models.fingerprint import fingerprints, save_partners, tokenizer_fingerprint
+from optical.training.model_card import model_card
+from optical.training.options import default_of
 
 logger = logging.getLogger("optical")
 
 # Files of a checkpoint that get checksums. The random states are left out: every process writes its
 # own, possibly after the callback has run.
 SEALED_FILES = ("*.safetensors", "optimizer.pt", "scheduler.pt")
+# Options that a resumed training does not compare: they change nothing, or name models, which are
+# compared by content.
+_NOT_COMPARED = ("resume", "teacher_vectors", "model", "teacher", "student")
+# Inputs that make a training another one. Changes of other options are logged.
+_DEFINING = (
+    *("recipe", "starting_model", "vocabulary", "teacher", "role", "objective", "reads", "mass"),
+    *("text", "bitext", "pairs", "queries", "passages", "lexicon", "max_pairs"),
+)
+# Trainer arguments whose change is logged when a training is resumed.
+_LOGGED_ARGUMENTS = (
+    *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
+    *("num_train_epochs", "warmup_steps", "lr_scheduler_type", "weight_decay", "seed"),
+    *("max_length", "bf16", "fp16"),
+)
 
 
 def run(trainer: Any, options: Any, *, resume: bool) -> Path:
@@ -39,25 +59,36 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
         trainer: trainer returned by a recipe.
         options: options of the recipe, for the record.
         resume: continue from the newest intact checkpoint, if there is one. If False, an output
-            folder with checkpoints is refused, so that none is overwritten by accident.
+            folder with checkpoints is refused, so that none is overwritten by accident. A
+            checkpoint of another role, objective, data or models is refused; other changes of
+            options and trainer arguments are logged.
 
     Returns:
         The folder of the trained model.
 
     Raises:
-        ValueError: another process trains into the folder, or it holds checkpoints and ``resume``
-            is False.
+        ValueError: another process trains into the folder; it holds checkpoints and ``resume`` is
+            False; or they are those of another training.
         OSError: the folder cannot be written, or the disk is full.
     """
     trainer_args = trainer.args
     with _output_folder(trainer_args) as output:
         # Progress bars, or the lines of progress_lines(), already show the losses.
         trainer.remove_callback(PrinterCallback)
+        # The card of the trainer would quote training sentences; model_card() writes another.
+        for callback in [*trainer.callback_handler.callbacks]:
+            if type(callback).__name__.endswith("ModelCardCallback"):
+                trainer.remove_callback(callback)
         trainer.add_callback(SealCheckpoints())
         checkpoint = _checkpoint_to_resume(output, resume)
-        _write_record(output, options, trainer_args)
+        inputs = _inputs(trainer, options)
+        if checkpoint:
+            _check_resumed(output, inputs, trainer_args)
+        _write_record(output, options, trainer_args, inputs)
         trainer.train(resume_from_checkpoint=checkpoint)
-        return _save_final(output, trainer.save_model, trainer_args.should_save)
+        model = trainer.model
+        card = model_card(options, model, getattr(getattr(trainer, "loss", None), "citation", ""))
+        return _save_final(output, trainer.save_model, model, card, trainer_args.should_save)
 
 
 def save(model: Any, options: Any, trainer_args: Any) -> Path:
@@ -78,7 +109,8 @@ def save(model: Any, options: Any, trainer_args: Any) -> Path:
     with _output_folder(trainer_args) as output:
         _checkpoint_to_resume(output, resume=False)
         _write_record(output, options, trainer_args)
-        return _save_final(output, model.save_pretrained, trainer_args.should_save)
+        card = model_card(options, model)
+        return _save_final(output, model.save_pretrained, model, card, trainer_args.should_save)
 
 
 @contextlib.contextmanager
@@ -100,7 +132,9 @@ def _checkpoint_to_resume(output: Path, resume: bool) -> str | None:
     return checkpoint
 
 
-def _save_final(output: Path, save_model: Callable[[str], Any], should_save: bool) -> Path:
+def _save_final(
+    output: Path, save_model: Callable[[str], Any], model: Any, card: str, should_save: bool
+) -> Path:
     final = output / "final"
     if should_save:
         # The rename is atomic: other programs take the existence of the folder as "trained".
@@ -108,14 +142,81 @@ def _save_final(output: Path, save_model: Callable[[str], Any], should_save: boo
             shutil.rmtree(stale)
         partial = output / f".final.{os.getpid()}"
         save_model(str(partial))
+        save_partners(model, partial)
+        write_text(partial / "README.md", card)
         write_checksums(partial, SEALED_FILES)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     return final
 
 
-def _write_record(output: Path, options: Any, trainer_args: Any) -> None:
-    write_text(output / "run.json", json.dumps(record(options, trainer_args), indent=2) + "\n")
+def _inputs(trainer: Any, options: Any) -> dict[str, Any]:
+    """Return what a training depends on: its options, data and models, the latter by content."""
+    inputs: dict[str, Any] = {"recipe": type(options).__name__}
+    for entry in dataclasses.fields(options):
+        value = getattr(options, entry.name)
+        # Options added by a later version leave the checkpoints of earlier ones valid.
+        if entry.name not in _NOT_COMPARED and value != default_of(entry):
+            inputs[entry.name] = with_digests(value)
+    inputs["starting_model"] = fingerprints(trainer.model)
+    if hasattr(trainer.processing_class, "get_vocab"):
+        inputs["vocabulary"] = tokenizer_fingerprint(trainer.processing_class)
+    teacher = getattr(getattr(trainer, "loss", None), "teacher", None)
+    if teacher is not None:
+        inputs["teacher"] = fingerprints(teacher)
+    return inputs
+
+
+def _check_resumed(output: Path, inputs: dict[str, Any], trainer_args: Any) -> None:
+    """Compare a training with the record of the one whose checkpoint it continues."""
+    try:
+        earlier = read_json(output / "run.json")
+    except (FileNotFoundError, ValueError):
+        earlier = {}
+    if "inputs" not in earlier:
+        logger.warning("%s: nothing records the data of its checkpoints; not checked", output)
+        return
+    stored = earlier["inputs"]
+    differing = [
+        name
+        for name in sorted(stored.keys() | inputs.keys())
+        if stored.get(name) != inputs.get(name)
+    ]
+    for name in differing:
+        if name in _DEFINING:
+            raise ValueError(
+                f"output_dir: {output} holds checkpoints of another training: {name} was "
+                f"{_short(stored.get(name))}, now {_short(inputs.get(name))}; choose another "
+                "folder, or remove this one"
+            )
+    changed = [
+        f"{name} {_short(inputs.get(name))} (was {_short(stored.get(name))})" for name in differing
+    ]
+    arguments = json.loads(trainer_args.to_json_string())
+    before = earlier.get("arguments", {})
+    changed += [
+        f"{name} {arguments[name]} (was {before[name]})"
+        for name in _LOGGED_ARGUMENTS
+        if name in before and name in arguments and before[name] != arguments[name]
+    ]
+    if changed:
+        logger.warning("%s: continues with %s", output, ", ".join(changed))
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message; digests are abbreviated."""
+    return re.sub(
+        r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", "the default" if value is None else str(value)
+    )
+
+
+def _write_record(
+    output: Path, options: Any, trainer_args: Any, inputs: dict[str, Any] | None = None
+) -> None:
+    content = record(options, trainer_args)
+    if inputs is not None:
+        content["inputs"] = inputs
+    write_text(output / "run.json", json.dumps(content, indent=2) + "\n")
 
 
 def record(options: Any, trainer_args: Any) -> dict[str, Any]:
@@ -134,6 +235,7 @@ class SealCheckpoints(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
+            save_partners(kwargs.get("model"), folder)
             write_checksums(folder, SEALED_FILES)
 
 
@@ -167,7 +269,8 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 class ProgressLines(TrainerCallback):
     """Trainer callback that logs the step, the loss and the remaining time at intervals.
 
-    It replaces a progress bar in log files and CI output.
+    It replaces a progress bar in log files and CI output. The loss of a line is the mean since the
+    last record of the trainer, which is made to record one for each line.
     """
 
     def __init__(self, label: str, interval_seconds: float = 20.0) -> None:
@@ -177,20 +280,40 @@ class ProgressLines(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start_time = self.last_log_time = time.monotonic()
         self.start_step = state.global_step
+        self.due = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.monotonic()
-        waiting = now - self.last_log_time < self.interval_seconds
-        if waiting or state.global_step >= state.max_steps:
+        waiting = time.monotonic() - self.last_log_time < self.interval_seconds
+        if not waiting and state.global_step < state.max_steps:
+            self.due = control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero:
             return
-        self.last_log_time = now
+        if "eval_loss" in logs:
+            step, loss = state.global_step, logs["eval_loss"]
+            logger.info("    %s: step %d, validation loss %.4f", self.label, step, loss)
+        if not self.due or "loss" not in logs:
+            return
+        self.due = False
+        now = self.last_log_time = time.monotonic()
         seconds_per_step = (now - self.start_time) / (state.global_step - self.start_step)
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         logger.info(
-            "    %s: step %d of %d%s, %.0f s left",
+            "    %s: step %d of %d, loss %.4g, %.0f s left",
             self.label,
             state.global_step,
             state.max_steps,
-            f", loss {losses[-1]:.3f}" if losses else "",
+            float(logs["loss"]),
             seconds_per_step * (state.max_steps - state.global_step),
         )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.best_model_checkpoint and state.is_world_process_zero:
+            logger.info(
+                "    %s: stopped at step %d; the best model is that of %s, validation loss %.4f",
+                self.label,
+                state.global_step,
+                Path(state.best_model_checkpoint).name,
+                state.best_metric,
+            )

@@ -1,18 +1,21 @@
 """The command line: help, output, errors and exit codes."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 import optical
 from optical.cli import main as cli
-from optical.training.options import WITHOUT_STEPS
+from optical.training.options import WITHOUT_STEPS, choices_of
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     *("study", "search", "evaluate", "compare", "lexicon", "vectors", "figures", "info"),
     *("align", "export", "index"),
@@ -80,6 +83,59 @@ def test_help_of_train(capsys):
         assert all(f"{name}  " in out for name in cli.RECIPES)
 
 
+# Command and what it may load beside PyTorch, in this order in one process.
+LIGHT = [
+    ("--help", ()),
+    ("search --help", ()),
+    ("train distill --help", ()),
+    ("train distill --objective absent", ()),
+    ("search ./absent --queries queries.tsv --documents queries.tsv --output x.run", ()),
+    ("index . --documents queries.tsv --output x --device cuda:99", ()),
+    ("figures absent.csv --output figures", ()),
+    ("lexicon bitext.tsv --output lexicon.tsv", ()),
+    ("evaluate one.run --qrels qrels.txt", ("ir_measures",)),
+    ("compare one.run two.run --qrels qrels.txt --samples 100", ("ir_measures",)),
+    ("study absent.yaml", ("ir_measures", "yaml")),
+]
+LOADED = """
+import json, sys
+from optical.cli.main import main
+loaded = []
+for command in json.loads(sys.argv[1]):
+    try:
+        main(command.split())
+    except SystemExit:
+        pass
+    loaded.append(sorted({name.split(".")[0] for name in sys.modules}))
+print("LOADED", json.dumps(loaded))
+"""
+
+
+def test_no_command_imports_a_library_that_it_does_not_need(tmp_path):
+    pytest.importorskip("ir_measures", reason="the extra `eval` is not installed")
+    pytest.importorskip("sentence_transformers", reason="the extra `train` is not installed")
+    (tmp_path / "queries.tsv").write_text("q1\tfish\n")
+    (tmp_path / "bitext.tsv").write_text("".join(f"fish {i}\tsamaki {i}\n" for i in range(9)))
+    (tmp_path / "qrels.txt").write_text("q1 0 d1 1\n")
+    for run, score in (("one", 1.0), ("two", 2.0)):
+        (tmp_path / f"{run}.run").write_text(f"q1 Q0 d1 1 {score} tag\n")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, json.dumps([command for command, _ in LIGHT])],
+        capture_output=True, text=True, cwd=tmp_path, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (tmp_path / "lexicon.tsv").is_file()
+    heavy = {
+        "transformers", "sentence_transformers", "datasets", "tokenizers", "accelerate", "scipy",
+        "sklearn", "pandas", "pyarrow", "lancedb", "ir_measures", "ir_datasets", "matplotlib",
+        "yaml", "triton",
+    }  # fmt: skip
+    for (command, may_load), loaded in zip(
+        LIGHT, json.loads(done.stdout.split("LOADED")[1]), strict=True
+    ):
+        assert not (heavy & set(loaded)) - set(may_load), command
+
+
 @pytest.mark.parametrize("recipe", cli.RECIPES)
 def test_help_of_a_recipe(capsys, recipe):
     pytest.importorskip("sentence_transformers")
@@ -92,8 +148,29 @@ def test_help_of_a_recipe(capsys, recipe):
     assert of_steps & set(out.split()) == shown
     # Every option has a help text.
     assert all(len(line.split()) > 1 for line in out.splitlines() if line.startswith("  --"))
+    # Help texts are whole sentences, with the choices and the default.
+    texts = [" ".join(text.split()) for text in out.split("\n  --")[1:]]
+    texts[-1] = texts[-1].split(" --config")[0]
+    assert all(text.endswith((".", ")")) and "..." not in text for text in texts), texts
+    options = cli.RECIPES[recipe][0]
+    for option, choices in choices_of(options).items():
+        text = next(text for text in texts if text.startswith(f"{option} "))
+        assert all(choice in text for choice in choices)
     assert cli.main(["train", recipe, "--help-all"]) == 0
     assert "--gradient_accumulation_steps" in capsys.readouterr().out
+
+
+def test_help_of_a_recipe_states_the_defaults(capsys):
+    recipes = pytest.importorskip("optical.training.recipes", reason="needs the extra `train`")
+    assert cli.main(["train", "distill", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    options = text.split(" --")[1:]
+    assert all("default: " in option or "Required." in option for option in options[:-2])
+    args = recipes.trainer_arguments("out")
+    for name in ("num_train_epochs", "learning_rate", "warmup_steps", "seed", "save_steps"):
+        (shown,) = (option for option in options if option.startswith(f"{name} "))
+        assert f"(default: {getattr(args, name)})" in shown
+    assert "(default: all)" in text and "envelope (as OPTICAL), implicit or unroll" in text
 
 
 def test_version(capsys):
@@ -132,11 +209,67 @@ def test_interruption_has_exit_code_130(capsys, monkeypatch):
         "info": "nothing was written",
         "study": "continues where it stopped",
         "train": "--resume",
+        "index m --documents d --output o": "continues where it stopped",
+        "export m --format tokens --output o": "continues where it stopped",
+        "export m --format pylate --output o": "nothing was written",
     }
     for command, message in messages.items():
-        monkeypatch.setattr(cli, command, interrupt)
-        assert cli.main([command]) == 130
+        name = command.split()[0]
+        owner = cli.indexing if name == "index" else cli.models if name == "export" else cli
+        monkeypatch.setattr(owner, name, interrupt)
+        assert cli.main(command.split()) == 130
         assert message in capsys.readouterr().err
+
+
+class LanceError(RuntimeError):
+    __module__ = "lancedb.errors"
+
+
+class SafetensorError(Exception):
+    __module__ = "safetensors_rust"
+
+
+class ConnectError(Exception):
+    __module__ = "httpx"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (LanceError("LanceError(IO): No space left on device"), "no room to write (LanceError(IO)"),
+        (RuntimeError("lance error: LanceError(IO): access denied"), "the vector database failed"),
+        (SafetensorError("I/O error: No space left on device"), "no room to write (I/O error"),
+        (SafetensorError("header too large"), "a file of a model cannot be read or written"),
+        (ConnectError("[Errno 111]"), "the network failed ([Errno 111]); try again"),
+        (MemoryError(), "memory ran out (MemoryError); use a smaller batch size"),
+        (
+            RuntimeError("CUDA out of memory. Tried\nto"),
+            "memory ran out (CUDA out of memory. Tried)",
+        ),
+        (RuntimeError("X requires tensorboard to be installed"), "requires tensorboard"),
+        (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
+        (UnicodeEncodeError("ascii", "maji\u20ac", 4, 5, "no"), "set PYTHONUTF8=1"),
+        (ValueError("first\n  second"), "optical: error: first"),
+        (OSError(), "optical: error: OSError"),
+    ],
+)
+def test_foreign_errors_become_one_line(capsys, monkeypatch, error, message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(cli, "info", fail)
+    assert cli.main(["info"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 1 and err.startswith("optical: error: ")
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cli, "info", fail)
+    with pytest.raises(KeyError):
+        cli.main(["info"])
 
 
 def test_info(capsys):
@@ -267,7 +400,7 @@ def test_train_with_a_configuration(capsys, world, tiny_models, tmp_path):
     assert run["options"]["max_iter"] == 7 and len(run["options"]["bitext"]) == 2
 
     fails(capsys, [*argv, "--max_steps", "2"], "holds checkpoints; add --resume to continue")
-    assert cli.main([*argv, "--max_steps", "3", "--resume"]) == 0
+    assert cli.main([*argv, "--max_steps", "3", "--max_iter=7", "--resume"]) == 0
     state = json.loads((out / "checkpoint-3/trainer_state.json").read_text())
     assert state["global_step"] == 3
 
@@ -321,6 +454,9 @@ def test_options_reach_the_recipe(capsys, monkeypatch, tmp_path, recipe, argv, o
         raise ValueError("enough")
 
     monkeypatch.setattr(training, recipe, make)
+    monkeypatch.chdir(tmp_path)
+    for name in "abxy":
+        (tmp_path / name).write_text("water\tmaji\n")
     fails(capsys, ["train", recipe, *argv.split(), "--output_dir", str(tmp_path)], "enough")
     for name, value in options.items():
         assert seen["options"][name] == value, name
@@ -334,6 +470,8 @@ def test_errors_of_train(capsys, world, tmp_path, monkeypatch):
     out = ["--output_dir", "out"]
     usual = ["--teacher", "./t", "--bitext", str(world / "bitext/en-sw.tsv"), "--role", "query"]
     distill = ["train", "distill"]
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/config.json").write_text("{}")
     fails(capsys, [*distill, *usual], "output_dir: none given; expected a folder to write to")
     fails(capsys, [*distill, *usual, *out, "--epsilo", "1"], "unknown option --epsilo; did you mea")
     error = fails(
@@ -343,7 +481,12 @@ def test_errors_of_train(capsys, world, tmp_path, monkeypatch):
     fails(capsys, [*distill, *usual, *out, "--bf16", "x"], "--bf16: Truthy value expected: got x")
     fails(capsys, [*distill, *usual, *out, "--epsilon", "-1"], "epsilon is -1.0; expected a finite")
     fails(capsys, [*distill, *out], "teacher: none given; expected a Hugging Face name or a folder")
-    fails(capsys, [*distill, *usual, *out], r"model \./t: no such folder")
+    missing = [*distill, *usual, *out, "--student", "./u"]
+    fails(capsys, missing, r"model \./u: no such folder")
+    services = [*distill, *usual, *out, "--report_to", "clearml"]
+    fails(capsys, services, "report_to: clearml needs the package clearml: pip install clearml")
+    fails(capsys, [*distill, *usual, *out, "--device", "cuda:99"], "device: cuda:99, but PyTorch")
+    fails(capsys, [*distill, *usual, *out, "--patience", "2"], "patience: given without validation")
     (tmp_path / "empty.tsv").touch()
     argv = [*distill, *usual, "--bitext", "empty.tsv", *out]
     fails(capsys, argv, r"empty\.tsv: no sentence pair in 0 lines")
@@ -397,7 +540,7 @@ def test_lexicon_command(capsys, world, tmp_path):
     lexicon = read_lexicon(tmp_path / "sw.tsv")
     assert lexicon["bread"][0] == "mkate"
     entries = sum(map(len, lexicon.values()))
-    assert f"sw.tsv: {entries} entries from 96 sentence pairs" in capsys.readouterr().out
+    assert f"sw.tsv: {entries} entries, 96 pairs" in capsys.readouterr().out
     fails(capsys, ["lexicon", "no.tsv", "--output", str(tmp_path / "x")], r"no\.tsv: no such file")
 
 

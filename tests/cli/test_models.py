@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -74,6 +76,10 @@ def test_exported_token_vectors_are_searched_without_the_texts(
     fails(capsys, [*both, "--output", tmp_path / "x.run"], "documents: given with --index")
     search = ["search", tiny_models.wide, "--queries", queries, "--index", tmp_path / "index"]
     fails(capsys, [*search, "--output", tmp_path / "x.run"], "vectors of size 16, expected .* 24")
+    search[1] = tiny_models.mixed
+    output = ["--output", tmp_path / "x.run"]
+    fails(capsys, [*search, *output], "its documents were encoded by another model")
+    run_json(capsys, [*search, *output, "--any-model"])
 
 
 def test_index_command_writes_a_database(capsys, world, tiny_models, tmp_path):
@@ -87,6 +93,65 @@ def test_index_command_writes_a_database(capsys, world, tiny_models, tmp_path):
     run = read_run(tmp_path / "a.run")
     assert len(run) == found["queries"] and {len(hits) for hits in run.values()} == {5}
     fails(capsys, ["index", tiny_models.teacher, "--output", base], "--collection or --documents")
+
+
+def test_processes_of_torchrun_divide_the_documents(
+    capsys, world, tiny_models, tmp_path, monkeypatch
+):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    argv = [tiny_models.teacher, "--documents", world / "documents/en.jsonl", "--output"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, added in (("1", 0), ("0", 48)):
+        monkeypatch.setenv("RANK", rank)
+        report = run_json(capsys, ["index", *argv, tmp_path / "base"])
+        assert report == {"output": str(tmp_path / "base"), "added": added, "documents": added}
+    report = run_json(capsys, ["export", "--format", "tokens", *argv, tmp_path / "files"])
+    assert report["documents"] == 48
+    fails(
+        capsys, ["index", *argv, tmp_path / "base", "--approximate"], "given to several processes"
+    )
+    wrong = ["index", *argv, tmp_path / "base", "--worker", "2"]
+    fails(capsys, wrong, "worker: 2, expected a number from 0 to 1")
+    fails(capsys, [*wrong[:-2], "--device", "cuda:7"], "device: cuda:7, but PyTorch finds")
+    fails(capsys, [*wrong[:-2], "--device", "gpu"], "device: 'gpu', expected a name such as cpu")
+
+
+def test_approximate_search_prints_its_recall(capsys, world, tiny_models, tmp_path):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    texts = "".join(f"m{i}\tthe {i} fish {i % 7} water\n" for i in range(300))
+    (tmp_path / "many.tsv").write_text(texts)
+    base, argv = tmp_path / "base", [tiny_models.teacher, "--device", "cpu"]
+    report = run_json(
+        capsys, ["index", *argv, "--documents", tmp_path / "many.tsv", "--output", base]
+    )
+    assert report["added"] == 300
+    search = ["search", *argv, "--queries", world / "queries.tsv", "--index", base]
+    search += ["--output", tmp_path / "a.run", "--depth", 20]
+    fails(capsys, [*search, "--approximate"], "has no approximate index")
+    build = ["index", *argv, "--documents", tmp_path / "many.tsv", "--output", base]
+    assert run_json(capsys, [*build, "--approximate"])["added"] == 0
+    assert 0.5 < run_json(capsys, [*search, "--approximate"])["recall"] <= 1
+    assert "recall" not in run_json(capsys, search)
+    at = search.index("--index")
+    search[at : at + 2] = ["--documents", tmp_path / "many.tsv"]
+    fails(capsys, [*search, "--approximate"], "given without --index")
+
+
+@pytest.mark.slow
+def test_torchrun_writes_one_database(tiny_models, tmp_path):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    texts = "".join(f"m{i}\tthe {i} fish\n" for i in range(1500))
+    (tmp_path / "many.tsv").write_text(texts)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", "-m", "optical.cli", "index", tiny_models.teacher]
+    command += ["--documents", tmp_path / "many.tsv", "--output", tmp_path / "base", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    added = [json.loads(line)["added"] for line in done.stdout.splitlines() if '"added"' in line]
+    assert sorted(added) == [476, 1024]
+    from optical.retrieval.index import LanceIndex
+
+    index = LanceIndex(tmp_path / "base")
+    assert len(index) == index.table.count_rows() == 1500
 
 
 def test_export_for_pylate(capsys, tiny_models, tmp_path):
@@ -110,7 +175,9 @@ def test_training_without_a_terminal_shows_no_progress_bar(
     assert cli.main(list(map(str, argv))) == 0
     out, err = capsys.readouterr()
     assert out.strip() == str(tmp_path / "out" / "final")
-    assert "%|" not in err
+    assert "%|" not in err and "?example" not in err
+    modes = {path.stat().st_mode for path in (tmp_path / "out/final").glob("*.[js]*")}
+    assert len(modes) == 1  # other users can read the weights too
     made = json.loads((tmp_path / "out" / "run.json").read_text())
     assert made["arguments"]["disable_tqdm"] is True and made["options"]["stream"] is True
     again = [*argv[:-6], "--stream", "--output_dir", tmp_path / "two"]

@@ -129,3 +129,25 @@ def test_errors_of_a_malformed_lexicon_name_file_and_line(tmp_path, data, messag
     with pytest.raises(ValueError, match=message) as error:
         read_lexicon(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "water maji\nlife uhai\nwater mvua\n",
+        "water   maji \nlife uhai\nwater mvua\n",
+        "english\tswahili\nwater\tmaji\nlife\tuhai\t0.5\nwater\tmvua\n",
+        "\ufeffsource target\nwater maji\nlife uhai\nwater mvua\n",
+    ],
+    ids=["spaces", "several spaces", "header", "header of words"],
+)
+def test_reads_the_dictionaries_of_muse_and_skips_headers(tmp_path, text):
+    (tmp_path / "en-sw.txt").write_text(text)
+    expected = {"water": ["maji", "mvua"], "life": ["uhai"]}
+    assert read_lexicon(tmp_path / "en-sw.txt") == expected
+
+
+def test_three_words_without_a_tab_are_refused(tmp_path):
+    (tmp_path / "en-sw.txt").write_text("water maji\nmother tongue lugha\n")
+    with pytest.raises(ValueError, match=r"en-sw\.txt:2: expected `English TAB foreign`"):
+        read_lexicon(tmp_path / "en-sw.txt")

@@ -136,7 +136,8 @@ def test_beir_folder(tmp_path, files, suffix, caplog):
     assert (collection.queries, collection.qrels) == ({"q1": "water"}, {"q1": {"d1": 1}})
     assert load_collection(tmp_path / "scifact", split="dev").queries == {"q9": "dev only"}
     with pytest.raises(
-        ValueError, match=r"no qrels/train\.tsv.*available splits: dev, test; select"
+        ValueError,
+        match=r"no qrels/train\.tsv.*available splits: dev, test; select one with --split",
     ):
         load_collection(tmp_path / "scifact", split="train")
 
@@ -159,10 +160,10 @@ def test_empty_texts_are_kept_and_logged(files, caplog):
 @pytest.mark.parametrize(
     ("part", "file", "text", "message"),
     [
-        ("qrels", "r", "q1 0 d1 1\nq8 0 d1 1\nq9 0 d1 1\n",
-         "r:2: judgements name 2 unknown queries ('q8', 'q9'); add them to the queries, or remove"),
-        ("qrels", "r", "q1 0 d1 1\n" + "".join(f"q1 0 x{i} 1\n" for i in range(5)),
-         "r:2: judgements name 5 unknown documents ('x0', 'x1', 'x2', …); add them to the"),
+        ("qrels", "r", "q8 0 d1 1\nq9 0 d1 1\n",
+         "docs.sw: none of the 3 queries has a relevant document"),
+        ("qrels", "r", "".join(f"q1 0 x{i} 1\n" for i in range(5)),
+         "docs.sw: none of the 5 judged documents ('x0', 'x1', 'x2', …) is in the collection"),
         ("qrels", "r", "q1 0 d1 0\n",
          "docs.sw: none of the 3 queries has a relevant document"),
         ("qrels", "r", "q1 d1\n", "r:1: 2 columns, judgements need 4 or 3"),
@@ -382,3 +383,37 @@ def test_the_shipped_wikiclir_sample():
     )
     assert (len(collection.queries), len(collection.documents)) == (40, 200)
     assert collection.queries_without_relevant == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("topics.301-350.txt", "<top>\n<num> 301\n<title> Crime\n</top>\n", {"301": "Crime"}),
+        ("q.txt", '{"id": 1, "text": "a"}\n', {"1": "a"}),
+        ("q", "qid\tquery\n1\ta\n", {"1": "a"}),
+        ("q.tsv", "1\t<b> a\n", {"1": "<b> a"}),
+        ("q.tsv", "{x}\t{y}\n", {"{x}": "{y}"}),
+        ("q.tsv", "id\twater\n", {"id": "water"}),
+        ("q.tsv", "1\ta\n\ufeff2\t\ufeffb\n", {"1": "a", "2": "\ufeffb"}),
+    ],
+)
+def test_formats_are_recognised_by_content(files, name, text, expected):
+    assert read_texts(files(x=(name, text))["x"]) == expected
+
+
+def test_fields_of_json_queries_are_chosen(files):
+    row = '{"id": "q", "title": "sea", "description": "salt water", "text": "both"}\n'
+    path = files(x=("q.jsonl", row))["x"]
+    assert read_texts(path) == {"q": "sea both"}
+    assert read_texts(path, topic_fields=("description",)) == {"q": "salt water"}
+    with pytest.raises(ValueError, match=r"q\.jsonl:1: no field 'narr'"):
+        read_texts(path, topic_fields=("narr",))
+
+
+def test_judgements_may_name_what_is_not_there(files, caplog):
+    paths = files(**parts(qrels=("r", "q1 0 d1 1\nq1 0 gone 1\nlost 0 d1 1\n")))
+    with caplog.at_level(logging.WARNING, "optical"):
+        collection = load_collection(**paths)
+    assert collection.qrels == {"q1": {"d1": 1, "gone": 1}}
+    assert "judgements name 1 unknown documents ('gone'), which count as not" in caplog.text
+    assert "judgements name 1 unknown queries ('lost'), which are ignored" in caplog.text

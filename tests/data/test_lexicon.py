@@ -1,9 +1,13 @@
 """Lexicons: word tokenization, induction, files, inversion and translation."""
 
 import random
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
 
+from optical.data.ibm_model_1 import ibm_model_1
 from optical.data.lexicon import (
     induce_lexicon,
     invert_lexicon,
@@ -13,6 +17,7 @@ from optical.data.lexicon import (
     translate,
     write_lexicon,
 )
+from optical.io.progress import Progress
 
 PAIRS = [
     ("the red book", "kitabu chekundu"),
@@ -112,3 +117,58 @@ def test_a_lexicon_from_links_holds_shares_of_their_weights():
         ("a", "y", 0.25),
         ("b", "x", 1.0),
     ]
+
+
+def random_pairs(count, words=400, length=8):
+    draw = random.Random(1)
+    # Frequent words are drawn more often, as in text.
+    names, weights = [f"w{i}" for i in range(words)], [1 / (i + 1) for i in range(words)]
+    sides = [draw.choices(names, weights, k=length) for _ in range(2 * count)]
+    return [(" ".join(e), " ".join(f)) for e, f in zip(sides[::2], sides[1::2], strict=True)]
+
+
+def test_the_division_into_blocks_does_not_change_the_result():
+    pairs = [(e.split(), f.split()) for e, f in random_pairs(300)]
+    limits = {"iterations": 4, "least_probability": 0.05, "least_count": 2}
+    whole = sorted(ibm_model_1(pairs, **limits))
+    assert len(whole) > 100
+    for block_size in (1, 500):
+        divided = sorted(ibm_model_1(pairs, **limits, block_size=block_size))
+        assert [entry[:2] for entry in divided] == [entry[:2] for entry in whole]
+        assert [entry[2] for entry in divided] == pytest.approx([entry[2] for entry in whole])
+
+
+PEAK = """
+import random, resource, sys
+from optical.cli.main import main
+code = main(["lexicon", sys.argv[1], "--output", sys.argv[2], "--least-probability", "0.1"])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def peak_megabytes(tmp_path, count):
+    file = tmp_path / f"{count}.tsv"
+    file.write_text("".join(f"{e}\t{f}\n" for e, f in random_pairs(count)))
+    command = [sys.executable, "-c", PEAK, str(file), str(tmp_path / "lexicon.tsv")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1]) / 1024
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="ru_maxrss has another unit on macOS")
+def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path):
+    # 18,000 pairs more. They took 200 MB when all candidates were in memory.
+    growth = peak_megabytes(tmp_path, 20_000) - peak_megabytes(tmp_path, 2_000)
+    assert growth < 60
+
+
+def test_progress_is_logged_at_intervals(caplog):
+    now = iter(range(0, 1000, 15))
+    with (
+        mock.patch("optical.io.progress.time.monotonic", lambda: next(now)),
+        caplog.at_level("INFO", logger="optical"),
+    ):
+        progress = Progress("count", 100, "pairs")
+        for _ in range(4):
+            progress.add(25)
+    assert caplog.messages == ["count: 50 of 100 pairs, 30 s left"]

@@ -1,13 +1,24 @@
 """Text files: one-line errors for unreadable files, and atomic writes."""
 
+import bz2
 import gzip
+import lzma
 import os
 import re
 import stat
+import subprocess
+import sys
+import threading
 
 import pytest
 
-from optical.io.files import read_lines, writable_folder, write_text
+from optical.io.files import (
+    read_json_lines,
+    read_lines,
+    writable_file,
+    writable_folder,
+    write_text,
+)
 
 
 def one_line(error):
@@ -138,3 +149,124 @@ def test_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot be written \(Permission denied\)") as error:
         writable_folder(tmp_path)
     one_line(error)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_compression_is_detected_from_the_content(tmp_path, compress):
+    # Two members, as from concatenated files; the second starts with a byte-order mark.
+    data = compress(b"maji\n") + compress("\ufeffपानी\n".encode())
+    (tmp_path / "words").write_bytes(data)
+    assert list(read_lines(tmp_path / "words")) == [(1, "maji"), (2, "पानी")]
+    (tmp_path / "words").write_bytes(data[: len(data) // 3])
+    with pytest.raises(ValueError, match=r"words:\d: damaged (gzip|bz2|xz) data"):
+        list(read_lines(tmp_path / "words"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"PK\x03\x04...", "is a ZIP archive; unpack it with `unzip`"),
+        (b"\x1f\x9d\x90", "is compressed by `compress`; unpack it with `gzip -d`"),
+        (b"PAR1\x15\x04", "is a Parquet file; convert it to JSON lines"),
+        ("a\tb\n".encode("utf-16"), "not UTF-8 but UTF-16; convert it with `iconv -f UTF-16"),
+        ("a\tb\n".encode("utf-32"), "not UTF-8 but UTF-32; convert it with `iconv -f UTF-32"),
+        ("a\tb\n".encode("utf-16-le"), "holds NUL characters.*UTF-16LE"),
+        (gzip.compress(b"PK\x03\x04..."), "is a ZIP archive"),
+    ],
+)
+def test_other_formats_are_refused_by_name(tmp_path, data, message):
+    (tmp_path / "words").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"words:1: {message}") as error:
+        list(read_lines(tmp_path / "words"))
+    one_line(error)
+
+
+def test_zstandard_is_read_or_refused_by_name(tmp_path):
+    (tmp_path / "a.zst").write_bytes(b"\x28\xb5\x2f\xfd\x04\x00\x29\x00\x00maji\n\x00\x00\x00\x00")
+    with pytest.raises(ValueError, match=r"Zstandard.*`zstd -d`|damaged zst data"):
+        list(read_lines(tmp_path / "a.zst"))
+    with pytest.raises(ValueError, match=r"\.zst is not written; expected a name in \.gz"):
+        writable_file(tmp_path / "b.zst")
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [(".bz2", b"BZh"), (".xz", b"\xfd7zXZ")])
+def test_names_of_other_compressions_are_compressed(tmp_path, suffix, magic):
+    path = tmp_path / f"text{suffix}"
+    write_text(path, "maji\n")
+    assert path.read_bytes().startswith(magic) and list(read_lines(path)) == [(1, "maji")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"a": "\\ud83d"}', "half of a character"),
+        ('{"a": 1', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("1" * 5000, "not JSON"),
+    ],
+)
+def test_json_lines_that_are_no_text_are_refused(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text(f'{{"a": "\\ud83d\\ude00"}}\n\n{line}\n')
+    rows = read_json_lines(tmp_path / "a.jsonl")
+    assert next(rows) == (1, {"a": "\U0001f600"})
+    with pytest.raises(ValueError, match=rf"a\.jsonl:3: .*{message}") as error:
+        next(rows)
+    one_line(error)
+
+
+# --- devices, pipes and links --------------------------------------------------------------------
+
+
+def test_a_link_is_followed_and_an_older_file_keeps_its_mode(tmp_path):
+    real, link = tmp_path / "deep" / "real.txt", tmp_path / "link.txt"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    for text in ("new\n", "newer\n"):  # the first one through a dangling link
+        write_text(writable_file(link), text)
+        assert link.is_symlink() and real.read_text() == text
+        real.chmod(0o600)
+    assert stat.S_IMODE(real.stat().st_mode) == 0o600
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(OSError, match="circle cannot be written"):
+        write_text(tmp_path / "circle", "x")
+    with pytest.raises(OSError, match="circle: cannot be read"):
+        list(read_lines(tmp_path / "circle"))
+
+
+def test_a_pipe_is_written_and_read_and_stays_a_pipe(tmp_path):
+    pipe, found = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.extend(read_lines(pipe)))
+    reader.start()
+    write_text(writable_file(pipe), "maji\nuhai\n")
+    reader.join()
+    assert found == [(1, "maji"), (2, "uhai")]
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and os.listdir(tmp_path) == ["pipe"]
+
+
+def test_devices_are_never_replaced(monkeypatch):
+    monkeypatch.setattr(os, "replace", None)
+    write_text(writable_file("/dev/null"), "maji\n")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(OSError, match=r"^/dev/full cannot be written \(No space left"):
+        write_text(writable_file("/dev/full"), "maji\n")
+
+
+def test_standard_output_is_appended_to(tmp_path):
+    code = (
+        "from optical.io.files import write_text\n"
+        "print('first')\nwrite_text('/dev/stdout', 'second\\n')\nprint('third')\n"
+    )
+    with (tmp_path / "out").open("w") as file:
+        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+    assert (tmp_path / "out").read_text() == "first\nsecond\nthird\n"
+
+
+def test_names_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("", ".", str(tmp_path), f"{tmp_path}/a\0b", "x" * 300):
+        with pytest.raises(OSError, match="cannot be written") as error:
+            writable_file(name)
+        one_line(error)
+    write_text(writable_file("x" * 250), "maji\n")
+    assert os.listdir(tmp_path) == ["x" * 250]

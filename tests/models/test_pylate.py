@@ -13,6 +13,7 @@ pytest.importorskip("sentence_transformers", reason="the extra `train` is not in
 
 from optical.models.pylate import export_pylate
 from optical.models.retriever import load_retriever
+from optical.retrieval.index import FileIndex, write_index
 
 TEXTS = ["the teacher buys bread", "fish", "mwalimu ananunua mkate na samaki"]
 # Python with PyLate, which cannot share an environment with Sentence Transformers 6.
@@ -114,3 +115,59 @@ def test_features_that_pylate_lacks_are_refused(tiny_models, tmp_path):
     Path(tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="full: not empty"):
         export_pylate(tiny_models.teacher, tmp_path / "full")
+
+
+class Plaid:
+    """The documented input of ``pylate.indexes.PLAID.add_documents``."""
+
+    def __init__(self):
+        self.documents = {}
+
+    def add_documents(self, documents_ids, documents_embeddings, **kwargs):
+        assert not kwargs and len(documents_ids) == len(documents_embeddings)
+        for key, vectors in zip(documents_ids, documents_embeddings, strict=True):
+            assert isinstance(key, str) and key not in self.documents
+            assert isinstance(vectors, (np.ndarray, torch.Tensor)) and vectors.ndim == 2
+            assert len(vectors) and vectors.dtype in (np.float32, torch.float32)
+            self.documents[key] = np.asarray(vectors)
+        return self
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_token_files_are_input_of_plaid(model, tmp_path, precision):
+    texts = {f"d{i}": text for i, text in enumerate(TEXTS)}
+    retriever = load_retriever(model)
+    folder = write_index(
+        retriever, texts.items(), tmp_path / "files", shard_texts=2, precision=precision
+    )
+    plaid = Plaid()
+    for ids, tokens in FileIndex(folder).shards():
+        plaid.add_documents(documents_ids=ids, documents_embeddings=tokens.split())
+    # As `ColBERT.encode(texts, is_query=False)` of the exported model returns them.
+    exported = encoded(export_pylate(model, tmp_path / "pylate"))["document"]
+    assert list(plaid.documents) == list(texts)
+    error = {"float32": 1e-6, "float16": 1e-3}[precision]
+    for found, expected in zip(plaid.documents.values(), exported, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=error)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=error)
+
+
+def test_the_export_has_the_files_and_keys_that_pylate_reads(model, tmp_path):
+    folder = export_pylate(model, tmp_path / "pylate")
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+    kinds = {
+        "query_prefix": str, "document_prefix": str, "query_length": int, "document_length": int,
+        "do_query_expansion": bool, "attend_to_expansion_tokens": bool, "skiplist_words": list,
+    }  # fmt: skip
+    assert {name: type(settings[name]) for name in kinds} == kinds
+    modules = json.loads((folder / "modules.json").read_text())
+    assert [entry["type"] for entry in modules] == [
+        "sentence_transformers.models.Transformer",
+        "pylate.models.Dense.Dense",
+    ]
+    projection = folder / modules[1]["path"]
+    keys = {"in_features", "out_features", "bias", "activation_function"}
+    assert json.loads((projection / "config.json").read_text()).keys() == keys
+    assert (projection / "model.safetensors").is_file()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (folder / name).is_file()

@@ -11,12 +11,23 @@ import torch
 pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
 
 from sentence_transformers import MultiVectorEncoder
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+    TrainingArguments,
+)
 
 from optical.data.texts import read_sentences
 from optical.models import tokenizers
 from optical.models.retriever import check_model, load_retriever, resolve_model
+from optical.models.token_store import write_vectors
 from optical.models.tokenizers import SPECIAL_TOKENS, frequent_tokens, train_tokenizer
+from optical.training import BitextCollator
 from optical.training.options import EncoderOptions
 from optical.training.pretraining import encoder_trainer
 
@@ -313,3 +324,85 @@ def test_fertility(tiny_models):
     }
     statistics = tokenizers.fertility(tokenizer, ["mwalimu 漢字"])
     assert statistics["unknown"] > 0 and statistics["tokens"] >= 1
+
+
+@pytest.fixture
+def bert(tiny_models, tmp_path):
+    """A plain encoder with 64 learnt positions, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models.mixed)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, max_position_embeddings=64, **sizes
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_lengths_beyond_the_positions_are_refused(bert, tmp_path):
+    with pytest.raises(
+        ValueError, match="document_length is 180, but the encoder has 64 positions"
+    ):
+        load_retriever(bert)
+    with pytest.raises(ValueError, match="query_length is 65, but the encoder has 64 positions"):
+        load_retriever(bert, query_length=65, document_length=64)
+    model = load_retriever(bert, document_length=64)
+    long_text = 100 * "the teacher buys the bread "
+    assert len(encode(model, long_text)["input_ids"]) == 64
+    with pytest.raises(ValueError, match="max_length: 65, but the encoder has 64 positions"):
+        write_vectors(model, [long_text], tmp_path / "store", role="document", max_length=65)
+    with pytest.raises(ValueError, match="max_length: 65, but the encoder has 64 positions"):
+        BitextCollator(model, model, role="document", max_length=65)
+    # A model without its own limits is limited by its positions.
+    model[0].document_length = None
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert len(encode(load_retriever(tmp_path / "saved"), long_text)["input_ids"]) == 64
+    model[0].document_length = 65
+    model.save_pretrained(str(tmp_path / "longer"))
+    with pytest.raises(ValueError, match="longer: document_length is 65, but the encoder has 64"):
+        load_retriever(tmp_path / "longer")
+
+
+def test_encoders_that_number_positions_from_the_padding_have_fewer(bert, tmp_path):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, max_position_embeddings=66, **sizes
+    )
+    RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    with pytest.raises(ValueError, match="document_length is 65, but the encoder has 64 positions"):
+        load_retriever(tmp_path / "roberta", document_length=65)
+    model = load_retriever(tmp_path / "roberta", document_length=64)
+    assert len(encode(model, 100 * "the bread ")["input_ids"]) == 64
+
+
+def test_a_folder_without_tokenizer_files_is_refused(bert):
+    for path in bert.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="tokenizer has no units but the 5 special tokens"):
+        load_retriever(bert, document_length=64)
+
+
+def test_a_tokenizer_with_more_units_than_input_vectors_is_refused(bert):
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["zzyqx"])
+    tokenizer.save_pretrained(bert)
+    message = f"tokenizer has {size + 1} units and its encoder {size} input vectors"
+    with pytest.raises(ValueError, match=message):
+        load_retriever(bert, document_length=64)
+
+
+def test_custom_code_is_refused_without_asking(bert, tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    code = ["from transformers import BertConfig as C", f"open({str(ran)!r}, 'w').close()"]
+    (bert / "custom.py").write_text("\n".join(code))
+    config = json.loads((bert / "config.json").read_text())
+    config |= {"model_type": "unheard", "auto_map": {"AutoConfig": "custom.C"}}
+    (bert / "config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    with pytest.raises(ValueError, match="bert: cannot be loaded"):
+        load_retriever(bert, document_length=64)
+    assert not asked and not ran.exists()

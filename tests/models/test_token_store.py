@@ -50,7 +50,7 @@ def test_a_store_has_documented_files_and_tensors(store, texts):
     index = json.loads((store / "index.json").read_text())
     assert list(index["files"]) == shards and index["documents"] == 30
     assert sorted(os.listdir(store)) == sorted(
-        ["index.json", *shards, *(f"{number:05d}.json" for number in range(4))]
+        ["index.json", "options.json", *shards, *(f"{number:05d}.json" for number in range(4))]
     )
     tensors = load_file(store / "00003.safetensors")
     assert set(tensors) == {"vectors", "lengths", "token_ids"}
@@ -108,7 +108,7 @@ def test_stores_of_other_settings_and_damaged_shards_are_refused(store, teacher,
         StoredVectors([store], role="document", max_length=7)
     with pytest.raises(ValueError, match="no stored vectors of 'never seen'"):
         StoredVectors([store], role="document").batch(["never seen"])
-    with pytest.raises(ValueError, match="holds vectors of other texts or options"):
+    with pytest.raises(ValueError, match="holds vectors of another text or order of texts"):
         write_vectors(teacher, texts[:3], store, role="document", shard_texts=8)
     with pytest.raises(ValueError, match="texts: none given"):
         write_vectors(teacher, [], store, role="document")
@@ -164,3 +164,23 @@ def test_several_workers_write_one_store(teacher, texts, store, tmp_path):
         assert torch.equal(shared.batch(texts)[name], value)
     with pytest.raises(ValueError, match="worker: 2, expected a number from 0 to 1"):
         write_vectors(teacher, texts, folder, worker=2, **together)
+
+
+def test_a_store_belongs_to_one_model_by_content(store, teacher, texts):
+    assert len(StoredVectors([store], role="document", model=teacher)) == 30
+    # A model trained again has the same name, settings and dimension.
+    with torch.no_grad():
+        next(teacher.parameters()).mul_(1.5)
+    with pytest.raises(ValueError, match="store: vectors of another teacher"):
+        StoredVectors([store], role="document", model=teacher)
+    with pytest.raises(ValueError, match="holds vectors of another model, by its content"):
+        write_vectors(teacher, texts, store, role="document", shard_texts=8)
+
+
+def test_a_damaged_record_of_the_options_loses_no_shard(store, teacher, texts, monkeypatch):
+    (store / "options.json").write_text('{"role": "docu')
+    written = record_writes(monkeypatch)
+    write_vectors(teacher, texts, store, role="document", shard_texts=8)
+    assert written == [] and len(StoredVectors([store], role="document")) == 30
+    with pytest.raises(ValueError, match="holds vectors of other texts or options"):
+        write_vectors(teacher, texts, store, role="query", shard_texts=8)

@@ -5,8 +5,13 @@ import torch
 
 pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
 
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
 from optical.data.pairs import read_bitext_pairs
+from optical.models.encoding import encode
 from optical.models.retriever import load_retriever
+from optical.models.tokenizers import token_spans
 from optical.models.word_alignment import (
     _token_starts,
     _word_indices_by_position,
@@ -94,7 +99,11 @@ def test_the_mass_of_tokens_is_summed_over_words():
     torch.testing.assert_close(mass, torch.tensor([[0.9, 0.0], [0.4, 0.1], [0.0, 0.3]]))
 
     def read(text, **_):
-        return {"input_ids": [7, 8], "offset_mapping": [(0, 2), (2, 4)]}
+        return {
+            "input_ids": [1, 7, 8, 2],
+            "offset_mapping": [(0, 0), (0, 2), (2, 4), (0, 0)],
+            "special_tokens_mask": [1, 0, 0, 1],
+        }
 
     # The second token's span includes the space before its word.
     assert _token_starts(read, "ab c", [1, 7, 8, 2]) == [-1, 0, 3, -1]
@@ -118,3 +127,76 @@ def test_links_by_word_index_and_their_pharaoh_format(world, tiny_models):
         [len(x) for x in align_words(model, model, pairs, mutual=m)] for m in (False, True)
     )
     assert all(a >= b for a, b in zip(loose, mutual, strict=True))
+
+
+def make_lookup(folder, learn, texts):
+    """Return a retriever whose token vectors depend on the token alone."""
+    backend = Tokenizer(models.Unigram() if learn == "unigram" else models.BPE())
+    if learn == "unigram":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=SPECIAL, unk_token="<unk>")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=alphabet, special_tokens=SPECIAL
+        )
+    backend.train_from_iterator(texts, trainer)
+    if learn == "trimmed":
+        backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    else:
+        template = [("<s>", 0), ("</s>", 2)]
+        backend.post_processor = processors.TemplateProcessing("<s> $A </s>", None, template)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", model_max_length=64
+    )
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=64, **sizes)
+    torch.manual_seed(1)
+    encoder = transformers.BertModel(config)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "position" in name or "token_type" in name or "output.dense" in name:
+                parameter.zero_()
+    encoder.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_retriever(folder)
+
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+# English, other language, links checked by hand.
+CHECKED = [
+    ("water bread book table", "water bread book table", "0-0 1-1 2-2 3-3"),
+    ("water bread book", "book water bread", "0-1 1-2 2-0"),
+    ("naïve café 😀 x", "x 😀 café naïve", "0-3 1-2 2-1 3-0"),
+    ("  7 book", "book 7 ", "0-1 1-0"),
+]
+
+
+@pytest.mark.parametrize("prompt", ["", "book: ", "query:", "😀 "])
+@pytest.mark.parametrize("learn", ["unigram", "byte level", "trimmed"])
+def test_links_of_any_tokenizer_and_prompt_equal_a_checked_list(learn, prompt, world, tmp_path):
+    texts = (world / "text/en.txt").read_text(encoding="utf-8").splitlines()
+    # Words that were never seen are cut into pieces, of which one is a lone mark of a space.
+    model = make_lookup(tmp_path, learn, [*texts, "naïve café 😀 x 7 table query: passage"])
+    assert any(token in ("▁", "Ġ") for token in model.tokenizer.tokenize("naïve 😀 table"))
+    model.prompts["document"] = prompt
+    for text, _, _ in CHECKED:
+        # Every token of a text belongs to a word, a lone mark to the word after it.
+        (ids,) = encode(model, [text], "document", token_ids=True).split_token_ids()
+        starts = [
+            start for start in _token_starts(model.tokenizer, text, ids, prompt) if start >= 0
+        ]
+        assert None not in _words_of_tokens(_word_indices_by_position(text), starts)
+    pairs = [(english, other) for english, other, _ in CHECKED]
+    found = list(align_words(model, model, pairs, epsilon=0.01, max_iter=500))
+    assert [format_pharaoh(links) for links in found] == [links for _, _, links in CHECKED]
+
+
+def test_a_tokenizer_without_positions_is_refused():
+    class ByteTokenizer:
+        def __call__(self, text, **options):
+            return {"input_ids": list(text.encode())}
+
+    with pytest.raises(ValueError, match="a ByteTokenizer, records no positions in the text"):
+        token_spans(ByteTokenizer(), "the child")

@@ -574,3 +574,18 @@ def test_the_page_states_the_committed_overhead_and_scaling():
         ratios = [float(both[n, name]["ratio"]) for name in ("division", "logsumexp")]
         cells = f"{ours:.3g} ms | {ratios[0]:.0f}× | {ratios[1]:.0f}×"
         assert f"| 8192 × {n} × {n} | {cells} |" in page
+
+
+def test_the_page_states_the_committed_index_of_passages():
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    path = ROOT / "benchmarks" / "results" / "passages.csv"
+    (row,) = csv.DictReader(path.open(encoding="utf-8"))
+    value = {name: float(text) for name, text in row.items() if text[:1].isdigit() and "_" in name}
+    for step, name in (("`optical index`", "write"), ("`--approximate`", "build")):
+        cells = f"{value[f'{name}_cpu_s']:.1f} s | {value[f'{name}_mb']:.0f} MB"
+        assert f"| {step} | {cells} | {value[f'{name}_gb']:.3f} GB |" in page
+    exact = value["exact_cpu_s"] / 50
+    assert f"per query | {exact:.3f} s | {value['exact_mb']:.0f} MB | |" in page
+    for refine in (10, 50, 200):
+        seconds, recall = value[f"refine_{refine}_cpu_s"] / 50, value[f"recall_{refine}"]
+        assert f"| {refine} | {seconds:.3f} s | {recall:.3f} |" in page

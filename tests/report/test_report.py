@@ -13,11 +13,16 @@ pytest.importorskip("matplotlib", reason="needs the extra `study`")
 pytest.importorskip("scipy", reason="needs the extra `eval`")
 
 from optical.report import StudyDescription, write_report
+from optical.report.conclusion import conclusion
+from optical.report.figures import draw_gaps, draw_languages
+from optical.report.sentences import result_sentences
+from optical.report.style import Styles
 from optical.report.summary import Summary
 from optical.report.table import read_rows
 
 CEILING = "English documents"
 COST_KINDS = ("seconds", "peak_mb")
+FIGURES = ("measure_per_language", "gap_per_arm", "queries")
 QUERIES = [f"q{i}" for i in range(40)]
 
 
@@ -25,6 +30,12 @@ COSTS = {
     "train ot sw seed 0": {"seconds": 60.0, "peak_mb": 10.0},
     "evaluate ot sw seed 0": {"seconds": 30.0, "peak_mb": 20.0},
 }
+
+
+@pytest.fixture(autouse=True)
+def one_format(monkeypatch):
+    """Drawing every figure three times would take most of the time of these tests."""
+    monkeypatch.setattr("optical.report.report.FORMATS", ("png",))
 
 
 def describe(arms=("zeroshot", "ot"), collections=("news",), **changes):
@@ -282,14 +293,17 @@ def test_html_escapes_titles_names_and_notes(tmp_path):
     assert "<B>" not in page and "<i>" not in page
 
 
-def test_equal_results_give_identical_files(tmp_path):
+def test_equal_results_give_identical_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("optical.report.report.FORMATS", ("png", "svg", "pdf"))
     found = []
     for name in ("a", "b"):
         folder = tmp_path / name
         folder.mkdir()
         write(folder, describe(), RESULTS)
         found.append({path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
-    assert found[0].keys() == found[1].keys() and len(found[0]) == 6
+    figures = {f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg", "pdf")}
+    texts = {"report.md", "report.html", "report.json", "tables.tex", "results.csv", "queries.csv"}
+    assert found[0].keys() == found[1].keys() == figures | texts
     assert found[0] == found[1]
 
 
@@ -299,6 +313,214 @@ def test_order_of_results_has_no_influence():
     )
     assert forward["comparisons"] == backward["comparisons"]
     assert forward["gaps"] == backward["gaps"]
+
+
+# --- sentences -----------------------------------------------------------------------------------
+
+
+def sentences(study, results):
+    return " ".join(result_sentences(study, Summary.of(study, results)))
+
+
+def test_losses_are_told_as_losses():
+    worse = [*RESULTS[:3], row("ot", "sw", 0.1), row("ot", "de", 0.3)]
+    found = sentences(describe(), worse)
+    assert "It is significantly worse than zeroshot in 2 of 2 languages" in found
+    assert "better" not in found
+    # From .2 to .1 of the way to .8, and from .4 to .3.
+    assert (
+        "loses a further 17% [17%, 17%] of the difference between zeroshot and English documents "
+        "in the low-resource languages and loses a further 25% [25%, 25%] in the high-" in found
+    )
+    mixed = [*RESULTS[:3], row("ot", "sw", 0.1), row("ot", "de", 0.6)]
+    assert (
+        "significantly better than zeroshot in 1, and significantly worse in 1, of 2 languages"
+        in sentences(describe(), mixed)
+    )
+
+
+@pytest.mark.parametrize("against", [(), ("zeroshot",), ("last",)])
+def test_arms_are_set_against_what_they_start_from(tmp_path, against):
+    arms = ("zeroshot", "transfer", "ot", "last")
+    means = {"zeroshot": 0.2, "transfer": 0.6, "ot": 0.5, "last": 0.7}
+    results = [row(arm, x, means[arm]) for arm in arms for x in ("sw", "de")]
+    starts = {"transfer": ("zeroshot",), "ot": ("transfer",), "last": ("transfer",)}
+    study = describe(arms, against=against, starts=starts)
+    found = sentences(study, results)
+    assert "**transfer** has a mean MAP of 0.600 over the languages (zeroshot, from which" in found
+    assert "**ot** loses 0.100 mean MAP over transfer, from which it starts. It is" in found
+    assert "significantly worse than transfer in 2 of 2 languages" in found
+    assert "**last** gains 0.100 mean MAP over transfer, from which it starts. It is" in found
+    assert "significantly better than transfer in 2 of 2 languages" in found
+    text, numbers = write(tmp_path, study, results)
+    own = {(one["arm"], one["against"]) for one in numbers["start_comparisons"]}
+    tested = {frozenset((one["arm"], one["against"])) for one in numbers["comparisons"]}
+    assert own == {(a, s) for a, (s,) in starts.items() if frozenset((a, s)) not in tested}
+    assert ("Arms against those that they start from." in text) == bool(own)
+
+
+def test_an_arm_that_was_not_tested_is_not_told_as_no_better():
+    arms = ("zeroshot", "ot", "more")
+    results = [row(arm, x, 0.2 + 0.1 * i) for i, arm in enumerate(arms) for x in ("sw", "de")]
+    found = sentences(describe(arms, against=("ot",)), results)
+    assert "in 0 of 0" not in found
+    assert "**more** has a mean MAP of 0.400 over the languages (zeroshot: 0.200). The two" in found
+    assert "significantly better than zeroshot in 2 of 2 languages" in found
+
+
+def test_no_share_of_a_difference_that_is_nearly_nothing(tmp_path):
+    # The gap is .009, and certain: without a limit, the arm would close -912 % of it.
+    tiny = [row("zeroshot", "sw", 0.030), row("zeroshot", "de", 0.039)]
+    tiny += [row(CEILING, "en", 0.045), row("ot", "sw", 0.8), row("ot", "de", 0.9)]
+    text, found = write(tmp_path, describe(), tiny)
+    ot = found["gaps"][1]
+    assert ot["closed"] is None and ot["recovered_low"] is None and ot["recovered_high"] is None
+    result = text.split("## Figures")[0]
+    assert "%" not in result and "recovers" not in result
+
+
+def test_the_caption_of_error_rates_tells_what_was_checked(tmp_path):
+    aligned = [{"arm": "ot", "language": x, "aer": 0.2} for x in ("sw", "de")]
+    for pairs, told in (
+        ({}, "Whether an arm was trained on the sentence pairs was not checked."),
+        ({"sw": (0, 90), "de": (0, 80)}, "trained on any of the 170 sentence pairs."),
+        ({"sw": (3, 90), "de": (0, 80)}, "on some of the sentence pairs (3 of 90 in Swahili)"),
+    ):
+        text, _ = write(tmp_path, describe(trained_pairs=pairs), [*RESULTS, *aligned])
+        assert told in text and "no arm was trained on" not in text
+
+
+# --- the conclusion ------------------------------------------------------------------------------
+
+
+def concluded(study, results):
+    return conclusion(study, Summary.of(study, results))
+
+
+def test_the_conclusion_names_the_best_arm_what_training_adds_and_the_gap():
+    arms = ("zeroshot", "transfer", "ot")
+    means = {"zeroshot": (0.2, 0.4), "transfer": (0.7, 0.75), "ot": (0.5, 0.6)}
+    results = [
+        row(arm, language, mean)
+        for arm in arms
+        for language, mean in zip(("sw", "de"), means[arm], strict=True)
+    ]
+    study = describe(arms, starts={"transfer": ("zeroshot",), "ot": ("transfer",)})
+    best, trained, gap = concluded(study, results)
+    assert best == (
+        "**transfer** is best on news with a mean MAP of 0.725 (zeroshot: 0.300), and ot is next "
+        "with 0.550, significantly below in 2 of 2 languages."
+    )
+    assert trained.endswith(
+        "the trained arms are significantly better: transfer (zeroshot, 2 of 2); significantly "
+        "worse: ot (transfer, 2 of 2)."
+    )
+    assert gap == (
+        "The gap between high- and low-resource languages on news is +0.050 [+0.050, +0.050] with "
+        "transfer, narrower by 0.150 than with zeroshot (+0.200 [+0.200, +0.200])."
+    )
+
+
+def test_the_conclusion_without_starts_groups_or_tests():
+    study = describe(low=(), high=(), against=("ot",))
+    best, trained, gap = concluded(study, RESULTS)
+    assert best.startswith("**ot** is best on news with a mean MAP of 0.550 (zeroshot: 0.300)")
+    assert trained == "No trained arm can be set against an arm that it starts from."
+    assert gap == "With ot, MAP on news is 0.500 in Swahili to 0.600 in Deutsch <1>."
+    equal = [row(arm, x, 0.3) for arm in ("zeroshot", "ot") for x in ("sw", "de")]
+    study = describe(starts={"ot": ("zeroshot",)})
+    best, trained, gap = concluded(study, equal)
+    assert "significantly below in none of 2 languages" in best
+    assert "without a significant difference: ot (zeroshot)" in trained
+    assert "not surely another than with" in gap or "high-resource languages of news are" in gap
+
+
+# --- unfinished studies --------------------------------------------------------------------------
+
+
+def test_arms_and_languages_without_results_are_left_out(tmp_path):
+    arms = ("zeroshot", "ot", "more", "last")
+    results = [*RESULTS, row("more", "sw", 0.6)]
+    study = describe(arms, starts={"more": ("ot",), "last": ("more",)}, translation="last")
+    (tmp_path / "figures").mkdir()
+    left = ["train more de seed 0", "evaluate more de seed 0", "evaluate last sw seed 0"]
+    path = write_report(study, results, {}, tmp_path, unfinished=left)
+    text = path.read_text(encoding="utf-8")
+    assert "**This study is not finished:** 3 tasks are left." in text
+    assert "lacks 2 evaluations (more 1, last 1)" in text
+    found = strict((tmp_path / "report.json").read_text())
+    assert {(one["arm"], one["language"]) for one in found["comparisons"]} == {
+        ("ot", "sw"), ("ot", "de"), ("more", "sw")
+    }  # fmt: skip
+    assert [gap["arm"] for gap in found["gaps"]] == ["zeroshot", "ot"]
+    assert "**more** has a mean MAP of 0.600 over 1 of 2 languages (zeroshot: 0.200)" in text
+    # `more` is best in the only language it has, but is not compared over all.
+    assert "**ot** is best on news" in text
+    line = next(line for line in text.splitlines() if line.startswith("| more | 0.600"))
+    assert line.endswith("| – |")
+    with pytest.raises(ValueError, match="no arm has been evaluated"):
+        write_report(study, RESULTS[:1], {}, tmp_path)
+
+
+# --- files for papers ----------------------------------------------------------------------------
+
+
+def test_tables_are_written_as_latex(tmp_path):
+    write(tmp_path, describe(("zeroshot", "ot"), collections=("news",)), RESULTS)
+    tex = (tmp_path / "tables.tex").read_text(encoding="utf-8")
+    for name in ("table", "tabular"):
+        assert tex.count(f"\\begin{{{name}}}") == tex.count(f"\\end{{{name}}}") >= 5
+    assert tex.count(r"\toprule") == tex.count(r"\bottomrule") == tex.count(r"\caption{")
+    assert r"Swahili & low & 0.200 {[}" in tex
+    assert r"Deutsch $<$1$>$" in tex and r"\textbf{" in tex and r"95 \% intervals" in tex
+    labels = re.findall(r"\\label\{(.*?)\}", tex)
+    assert len(labels) == len(set(labels)) and "tab:comparisons" in labels
+    # Nothing is left that LaTeX would take for a command, comment or alignment.
+    for line in tex.splitlines():
+        assert not re.search(r"(?<!\\)[%#_]", line) or line.startswith("%")
+
+
+def test_forty_arms_look_different_and_keep_their_look():
+    styles = Styles(f"arm{i}" for i in range(40))
+    looks = {tuple(sorted(styles.marker(name).items())) for name in styles.names}
+    assert len(looks) >= 28
+    first = [tuple(sorted(styles.marker(name).items())) for name in styles.names[:14]]
+    assert len(set(first)) == 14
+    # In grey, neighbours still differ by marker or filling.
+    grey = {(look["marker"], look["markerfacecolor"] == "white") for look in map(
+        styles.marker, styles.names[:14]
+    )}  # fmt: skip
+    assert len(grey) == 14
+    assert Styles(["arm0", "arm1"]).marker("arm1") == styles.marker("arm1")
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_figures_of_many_arms_and_collections(tmp_path, count):
+    arms = tuple(f"arm_{i}" for i in range(count))
+    collections = ("news", "talks", "wiki", "web")
+    results = [
+        row(arm, x, 0.2 + 0.05 * i, collections=collections)
+        for i, arm in enumerate(arms)
+        for x in ("sw", "de")
+    ]
+    write(tmp_path, describe(arms, collections), results)
+    rows = read_rows(tmp_path / "results.csv")
+    styles = Styles(arms)
+    for draw in (draw_languages, draw_gaps):
+        figure = draw(rows, styles)
+        shown = [axis for axis in figure.axes if axis.get_visible()]
+        assert [axis.get_title() for axis in shown] == list(collections)
+        for axis in shown:
+            colours = {line.get_color() for line in axis.lines}
+            assert {styles.colour(arm) for arm in arms} <= colours
+
+
+def test_sections_are_linked_and_code_is_marked(tmp_path):
+    write(tmp_path, describe(note="see `tables.tex`"), RESULTS)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    links = re.findall(r'href="#(.*?)"', page)
+    assert len(links) > 5 and all(f'id="{link}"' in page for link in links)
+    assert "<code>tables.tex</code>" in page
 
 
 # --- imports -------------------------------------------------------------------------------------
@@ -334,6 +556,6 @@ def test_figures_command_is_light(tmp_path):
     code += "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *drawn, seconds, loaded = done.stdout.splitlines()
-    assert len(drawn) == 2
+    assert len(drawn) == 9
     assert not set(loaded.split()) & set(HEAVY)
     assert float(seconds) < 5

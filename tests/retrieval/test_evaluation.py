@@ -2,10 +2,12 @@
 
 import json
 import logging
+import random
 import sys
 
 import pytest
 
+from optical.data.trec import read_run
 from optical.retrieval.evaluation import DEFAULT_MEASURES, Evaluation, evaluate
 
 pytest.importorskip("ir_measures", reason='needs pip install "optical-ot[eval]"')
@@ -65,7 +67,33 @@ def test_ties_are_broken_by_id_for_every_measure():
     }
     # trec_eval uses float32 scores, in which these two are equal.
     close = {"q1": {"a": 1.0, "z": 1.0 - 1e-12}}
-    assert evaluate(close, {"q1": {"a": 1}}, "AP").mean == {"AP": 1.0}
+    assert evaluate(close, {"q1": {"a": 1}}, "AP").mean == {"AP": 0.5}
+
+
+def test_scores_that_are_equal_in_float32_are_ties_as_in_trec_eval(tmp_path):
+    pytrec_eval = pytest.importorskip("pytrec_eval", reason="pytrec_eval is not installed")
+    generator = random.Random(0)
+    names = {"AP": "map", "nDCG@10": "ndcg_cut_10", "R@10": "recall_10"}
+    for _ in range(25):
+        scores = [
+            generator.choice([0.97, 1e-30, -3.5]) + generator.random() * 1e-8 for _ in "x" * 30
+        ]
+        run = {f"q{i}": {f"d{j}": score for j, score in enumerate(scores)} for i in range(3)}
+        for scores_of_query in run.values():
+            shuffled = list(scores_of_query.values())
+            generator.shuffle(shuffled)
+            scores_of_query.update(zip(scores_of_query, shuffled, strict=True))
+        qrels = {
+            q: {f"d{j}": int(generator.random() < 0.2) for j in range(30)} | {"d0": 1} for q in run
+        }
+        evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"map", "ndcg_cut.10", "recall.10"})
+        truth = evaluator.evaluate(run)
+        lines = [f"{q} Q0 {d} 1 {s!r} t" for q, scores in run.items() for d, s in scores.items()]
+        (tmp_path / "a.run").write_text("\n".join(lines))
+        for tried in (run, read_run(tmp_path / "a.run")):
+            found = evaluate(tried, qrels, list(names)).per_query
+            for name, theirs in names.items():
+                assert found[name] == {q: pytest.approx(truth[q][theirs], abs=1e-12) for q in run}
 
 
 def test_values_equal_those_of_trec_eval():

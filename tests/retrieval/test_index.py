@@ -12,10 +12,20 @@ pytest.importorskip("sentence_transformers", reason="the extra `train` is not in
 from optical.data.collection import Collection
 from optical.data.texts import iter_texts, read_texts
 from optical.models.encoding import encode
+from optical.models.fingerprint import fingerprints, set_partners
 from optical.models.retriever import load_retriever
 from optical.models.token_store import StoreWriter
+from optical.retrieval import database
 from optical.retrieval.exact_search import search, search_vectors
-from optical.retrieval.index import FileIndex, LanceIndex, open_index, write_database, write_index
+from optical.retrieval.index import (
+    FileIndex,
+    LanceIndex,
+    build_approximate,
+    open_index,
+    write_database,
+    write_index,
+)
+from optical.retrieval.origin import Origin
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +122,13 @@ def test_an_interrupted_write_resumes(model, documents, tmp_path, monkeypatch):
     write_index(model, documents.items(), folder, shard_texts=20)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert len(FileIndex(folder, verify=True)) == 48
-    with pytest.raises(ValueError, match="vectors of other texts or options"):
+    with pytest.raises(ValueError, match=r"vectors of another role \(document, now query\)"):
         write_index(model, documents.items(), folder, shard_texts=20, role="query")
+    with pytest.raises(ValueError, match="vectors of other texts or options"):
+        write_index(model, list(documents.items())[1:], folder, shard_texts=20)
 
 
-def test_errors_of_a_damaged_shard_name_the_file(model, documents, tmp_path):
+def test_errors_of_a_damaged_shard_name_the_file(model, documents, queries, tmp_path):
     folder = write_index(model, documents.items(), tmp_path / "index")
     path = folder / "00000.safetensors"
     data = bytearray(path.read_bytes())
@@ -124,6 +136,9 @@ def test_errors_of_a_damaged_shard_name_the_file(model, documents, tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"00000\.safetensors: does not match its checksum"):
         FileIndex(folder, verify=True)
+    # A search reads every file, so it finds the damage too.
+    with pytest.raises(ValueError, match=r"00000\.safetensors: does not match its checksum"):
+        FileIndex(folder).search(*queries, depth=3)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"00000\.safetensors: cannot be read"):
         FileIndex(folder)
@@ -175,7 +190,7 @@ def test_a_file_index_ranks_documents_by_their_best_passage(
     assert index.ids == list(long_documents)
     assert sum(len(ids) for ids, _ in index.shards()) > 2 * len(long_documents)
     assert_equal_runs(index.search(*queries, depth=10), best_passages)
-    with pytest.raises(ValueError, match="vectors of other texts or options"):
+    with pytest.raises(ValueError, match="vectors of another passages"):
         write_index(model, long_documents.items(), folder, shard_texts=20, passage_length=8)
 
 
@@ -208,6 +223,140 @@ def test_a_database_refuses_vectors_that_it_cannot_compare(
     longer = type(vectors)(2 * vectors.vectors, vectors.lengths)
     with pytest.raises(ValueError, match="not of unit length"):
         LanceIndex(location).search(ids, longer)
+
+
+@pytest.fixture
+def retrained(tiny_models):
+    """A model of the same name, dimension and settings as `model`, with other weights."""
+    other = load_retriever(tiny_models.teacher)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    return other
+
+
+def test_an_index_belongs_to_one_model_by_content(model, retrained, documents, tmp_path, caplog):
+    folder = write_index(model, documents.items(), tmp_path / "index")
+    with pytest.raises(ValueError, match="vectors of another model, by its content"):
+        write_index(retrained, documents.items(), folder)
+    FileIndex(folder).origin.check_searchable(model, folder)
+    with pytest.raises(ValueError, match="index: its documents were encoded by another model"):
+        FileIndex(folder).origin.check_searchable(retrained, folder)
+    # A student of the model of the index may search it.
+    set_partners(retrained, fingerprints(model).values())
+    FileIndex(folder).origin.check_searchable(retrained, folder)
+    write_index(model, documents.items(), tmp_path / "queries", role="query")
+    with pytest.raises(ValueError, match="its texts were encoded as queries"):
+        FileIndex(tmp_path / "queries").origin.check_searchable(model, "queries")
+    Origin("", "document").check_searchable(model, "old")
+    assert "old: records no model" in caplog.text
+
+
+def test_a_database_belongs_to_one_model_by_content(model, retrained, documents, tmp_path):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    texts = list(documents.items())
+    write_database(model, texts[:30], tmp_path / "base")
+    with pytest.raises(ValueError, match="vectors of two models cannot be mixed"):
+        write_database(retrained, texts, tmp_path / "base")
+    assert len(LanceIndex(tmp_path / "base")) == 30
+    with pytest.raises(ValueError, match="base: its documents were encoded by another model"):
+        LanceIndex(tmp_path / "base").origin.check_searchable(retrained, tmp_path / "base")
+    LanceIndex(tmp_path / "base").origin.check_searchable(model, tmp_path / "base")
+
+
+def test_two_writers_add_each_document_once(model, documents, tmp_path, monkeypatch):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    location, encode_rows = tmp_path / "base", database.encode_rows
+    second = []
+
+    def interleaved(*arguments):
+        rows = encode_rows(*arguments)
+        if not second:
+            # The second writer adds the chunk that the first has just encoded.
+            second.append(True)
+            second.append(write_database(model, list(documents.items())[:20], location))
+        return rows
+
+    monkeypatch.setattr(database, "encode_rows", interleaved)
+    first = write_database(model, documents.items(), location, chunk_texts=16)
+    index = LanceIndex(location)
+    assert (first, second[1]) == (28, 20)
+    assert len(index) == index.table.count_rows() == 48
+
+
+@pytest.mark.parametrize("kind", ["files", "database"])
+def test_several_workers_write_one_index(model, documents, queries, expected, kind, tmp_path):
+    if kind == "database":
+        pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    location, counts = tmp_path / "index", []
+    for worker in (2, 0, 1, 1):  # the last one repeats its part and adds nothing
+        share = {"worker": worker, "workers": 3}
+        if kind == "files":
+            write_index(model, documents.items(), location, shard_texts=10, **share)
+            counts.append((location / "index.json").is_file())
+        else:
+            counts.append(
+                write_database(model, documents.items(), location, chunk_texts=10, **share)
+            )
+    assert counts == ([False, False, True, True] if kind == "files" else [10, 20, 18, 0])
+    index = open_index(location)
+    assert len(index) == 48
+    if kind == "files":
+        assert index.ids == list(documents)
+    else:
+        assert index.table.count_rows() == 48
+    assert_equal_runs(index.search(*queries, depth=10), expected)
+    write = write_index if kind == "files" else write_database
+    with pytest.raises(ValueError, match="worker: 3, expected a number from 0 to 2"):
+        write(model, documents.items(), location, worker=3, workers=3)
+
+
+def test_approximate_search_finds_most_documents_with_exact_scores(
+    model, documents, queries, tmp_path
+):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    location = tmp_path / "base"
+    words = [word for text in documents.values() for word in text.split()]
+    spans = [(i, length) for length in (4, 6) for i in range(len(words) - 6)]
+    many = {f"m{i}-{length}": " ".join(words[i : i + length]) for i, length in spans}
+    write_database(model, list(many.items())[:100], location)
+    with pytest.raises(ValueError, match="100 rows, but an approximate index needs 256"):
+        build_approximate(location)
+    write_database(model, many.items(), location)
+    ids, vectors = queries
+    with pytest.raises(ValueError, match="base: has no approximate index; build it with"):
+        LanceIndex(location).search(ids, vectors, approximate=True)
+    build_approximate(location)
+    index = LanceIndex(location)
+    exact = index.search(ids, vectors, depth=10)
+    found = index.search(ids, vectors, depth=10, approximate=True)
+    scores = index.search(ids, vectors, depth=len(many))
+    for query, run in found.items():
+        assert len(run) == 10
+        assert run == pytest.approx({key: scores[query][key] for key in run}, abs=1e-4)
+    assert index.recall(ids, vectors, exact, depth=10) == 1
+    assert index.recall(ids, vectors, found, depth=10) > 0.6
+    half = {query: dict(list(run.items())[:5]) for query, run in exact.items()}
+    assert index.recall(ids, vectors, half, depth=10, sample=2) == 0.5
+    # Documents added later are found before the index is built again, which then covers them.
+    write_database(model, documents.items(), location)
+    index = LanceIndex(location)
+    assert index.search(ids, vectors, depth=1000, approximate=True, refine=1)[ids[0]].keys() & (
+        documents.keys()
+    )
+    build_approximate(location)
+    build_approximate(location)
+    assert LanceIndex(location).table.index_stats("vector_idx").num_unindexed_rows == 0
+
+
+def test_a_wrong_score_of_the_database_is_noticed(model, documents, tmp_path, monkeypatch):
+    lancedb = pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    write_database(model, list(documents.items())[:3], tmp_path / "base")
+    LanceIndex(tmp_path / "base")
+    builder = type(lancedb.connect(tmp_path / "base").open_table("documents").search([[0.0] * 16]))
+    # A MaxSim that compares by the Euclidean distance, as if the metric were ignored.
+    monkeypatch.setattr(builder, "distance_type", lambda self, metric: self)
+    with pytest.raises(ValueError, match=r"LanceDB .* gives document 'd0' the score"):
+        LanceIndex(tmp_path / "base")
 
 
 @pytest.fixture

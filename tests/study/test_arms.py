@@ -56,6 +56,8 @@ def configuration(world, tiny_models, folder):
                 "recipe": "bm25",
                 "replace": {"documents": str(folder / "{collection}.{language}.jsonl")},
             },
+            "averaged": {"recipe": "dense", "model": tiny_models.mixed, "query_prompt": "maji "},
+            "other": {"recipe": "multivector", "model": tiny_models.teacher},
             "ot": {**distilled, "start": "zeroshot"},
             "ot-all": {**distilled, "multilingual": True, "seeds": [0, 1]},
             "ot-20": {**distilled, "max_pairs": 20},
@@ -96,6 +98,7 @@ def configuration(world, tiny_models, folder):
                 "queries": str(world / "queries.tsv"),
                 "documents": str(world / "documents/{language}.jsonl"),
                 "qrels": str(world / "qrels.txt"),
+                "pool": True,
             }
         },
         "word_alignment": {"bitext": bitext, "lexicon": lexicon, "max_pairs": 5},
@@ -178,6 +181,78 @@ def test_translation_matches_across_languages(finished):
         assert found["bm25-nmt", language] > 0.5
 
 
+def test_models_as_they_are_search_with_their_own_vectors(finished, world, tiny_models):
+    from optical.data.collection import load_collection
+    from optical.retrieval.dense import load_dense, search_dense
+    from optical.retrieval.evaluation import evaluate
+
+    _, out = finished
+    collection = load_collection(
+        queries=world / "queries.tsv",
+        documents=world / "documents/sw.jsonl",
+        qrels=world / "qrels.txt",
+    )
+    model = load_dense(tiny_models.mixed, query_prompt="maji ")
+    run = search_dense(model, collection, passage_length=5)
+    expected = evaluate(run, collection.qrels, ["AP"]).mean["AP"]
+    assert means(out)["averaged", "sw"] == pytest.approx(expected, abs=1e-4)
+    assert ("other", "de") in means(out)
+    rows = read_rows(out / "results.csv")
+    assert not [row for row in rows if row["kind"] == "aer" and row["arm"] in ("averaged", "other")]
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"recipe": "dense"}, "arms.late: no key `model`"),
+        ({"recipe": "dense", "model": "{teacher}"}, "token vectors .*use the recipe `multivector`"),
+        ({"recipe": "multivector", "model": "{mixed}"}, "one vector .*use the recipe `dense`"),
+        ({"recipe": "multivector", "model": "./no/such/folder"}, "no such folder"),
+        ({"recipe": "dense", "model": "x", "encodes": "role"}, "a dense model encodes both sides"),
+    ],
+)
+def test_models_of_the_wrong_kind_are_refused_before_anything_runs(
+    world, tiny_models, tmp_path, arm, message
+):
+    raw = configuration(world, tiny_models, tmp_path)
+    if "model" in arm:
+        arm = {**arm, "model": arm["model"].format(**vars(tiny_models))}
+    raw["arms"] = {"zeroshot": {"recipe": "none"}, "late": arm}
+    raw |= {"lexicons": {}, "curves": {}, "translation": "", "against": [], "word_alignment": None}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        run_study(path)
+    assert "\n" not in str(error.value)
+
+
+def test_pools_of_all_languages_are_reported(finished):
+    from optical.data.trec import read_run
+
+    _, out = finished
+    found = {pool["arm"]: pool for pool in json.loads((out / "report.json").read_text())["pools"]}
+    assert set(found) == set(configuration_arms(finished))
+    for pool in found.values():
+        assert sum(own["relevant"] for own in pool["bias"].values()) == pytest.approx(1)
+        assert sum(own["share"] for own in pool["bias"].values()) in (0, pytest.approx(1))
+        assert 0 <= pool["distance"] <= 1
+    # Translated queries find the documents of both languages, others none.
+    assert found["bm25"]["estimate"][0] == 0
+    (path,) = (out / "runs").glob("tiny-pool.pool-ot-0-*")
+    pooled = read_run(path)
+    for language in ("sw", "de"):
+        (path,) = (out / "runs").glob(f"tiny.ot-{language}-0-*")
+        for query, scores in read_run(path).items():
+            own = {d: s for d, s in pooled[query].items() if d.startswith(f"{language}:")}
+            assert own == pytest.approx({f"{language}:{d}": s for d, s in scores.items()}, abs=1e-5)
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "## Mixed-language pools" in text and "| arm | MAP | bias | sw | de |" in text
+
+
+def configuration_arms(finished):
+    return yaml.safe_load(finished[0].read_text())["arms"]
+
+
 def test_induced_lexicons_contain_the_translations(finished):
     from optical.data.lexicon import read_lexicon
 
@@ -196,7 +271,7 @@ def test_report_has_the_configured_tables(finished):
     tested = {(row["arm"], row["against"]) for row in found["comparisons"]}
     assert {against for _, against in tested} == {"zeroshot", "ot"}
     assert ("ot", "zeroshot") in tested and ("zeroshot", "ot") not in tested
-    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (21 + 20)
+    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (23 + 22)
     gaps = {row["arm"]: row for row in found["gaps"]}
     assert gaps["ot"]["gain_low"] and gaps["bm25-queries"]["gain_low"] is None
     rates = {(row["arm"], row["language"]): row["rate"] for row in found["alignment_error_rates"]}
@@ -219,12 +294,13 @@ def test_figures_are_drawn_from_the_table_alone(finished, tmp_path, capsys):
     assert [arm for arm, _ in curve] == ["ot", "ot-20"] and curve[1][1] == 20 < curve[0][1]
     seconds = {row["arm"]: row["value"] for row in rows if row["kind"] == "seconds"}
     assert seconds["ot"] > 0 and seconds["bm25"] >= 0
-    for name in ("results.csv", "alignment.csv"):
+    # Two steps are too few for a logged loss.
+    for name in ("results.csv", "alignment.csv", "queries.csv"):
         (tmp_path / name).write_bytes((out / name).read_bytes())
     assert cli.main(["figures", str(tmp_path / "results.csv"), "--output", str(tmp_path)]) == 0
-    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
+    drawn = sorted(path.name for path in tmp_path.glob("*.*") if path.suffix != ".csv")
     assert drawn == sorted(path.name for path in (out / "figures").iterdir())
-    assert len(capsys.readouterr().out.splitlines()) == len(drawn) == 4
+    assert len(capsys.readouterr().out.splitlines()) == len(drawn) == 15
     for name in drawn:
         assert (tmp_path / name).read_bytes() == (out / "figures" / name).read_bytes()
 
@@ -245,7 +321,7 @@ def test_new_arm_adds_only_its_own_tasks(finished, monkeypatch, tmp_path):
         f"{verb} more {language} seed 0"
         for language in ("sw", "de")
         for verb in ("train", "evaluate", "words")
-    ]
+    ] + ["pool more seed 0"]
     assert unfinished(new) == expected
 
 

@@ -141,6 +141,17 @@ def test_starting_models_of_arms(read):
         read("arms.more", {"recipe": "distill", "start": "ot", "multilingual": True})
 
 
+def test_pools_hold_all_languages_or_some_of_them(read):
+    for value in (True, ["de", "sw"]):
+        config = read("collections.news.pool", value)
+        assert (
+            set(config.pools["news"]) == {"sw", "de"} and "pool" not in config.collections["news"]
+        )
+    assert read("collections.news.pool", False).pools == {}
+    with pytest.raises(ValueError, match=r"asked\.pool: the documents of a collection of foreign"):
+        read("collections.asked", {"source": "x", "role": "query", "pool": True})
+
+
 def test_collections_may_have_another_role(read):
     config = read("collections.asked", {"source": "x", "role": "query"})
     assert config.roles == ["document", "query"]
@@ -300,6 +311,9 @@ WRONG = [
     ("arms.ot.multilingual", "yes", "arms.ot.multilingual: 'yes', expected bool"),
     ("arms.zeroshot.seeds", [1], "unknown key `seeds` in arms.zeroshot"),
     ("collections.news.role", "both", "collections.news.role: 'both', expected query or document"),
+    ("collections.news.pool", ["sw"], "collections.news.pool: ['sw'], expected true, or two lang"),
+    ("collections.news.pool", ["sw", "fi"], "collections.news.pool: 'fi', expected sw or de"),
+    ("collections.news.pool", "sw", "collections.news.pool: 'sw', expected a list"),
     ("collections.news.languages", ["fi"], "collections.news.languages: 'fi', expected sw or de"),
     ("against", ["nothing"], "against: 'nothing', expected zeroshot or ot or switched"),
     ("translation", "bm25", "translation: 'bm25', expected zeroshot or ot or switched"),

@@ -1,6 +1,8 @@
 """A miniature study: its report, resuming after interruptions, and invalidation by changes."""
 
 import copy
+import gzip
+import hashlib
 import json
 import logging
 import os
@@ -22,6 +24,8 @@ pytest.importorskip("matplotlib", reason="needs the extra `study`")
 import yaml
 from transformers import TrainerCallback
 
+from optical.cli import main as cli
+from optical.report.table import LOSS_COLUMNS, read_rows
 from optical.study import evaluation_tasks, tasks
 from optical.study.config import read_config
 from optical.study.layout import Fingerprints
@@ -30,7 +34,10 @@ from optical.study.tasks import Costs, Progress, Task
 from optical.training import runner
 from optical.training.options import CodeswitchOptions, DistillOptions, TransferOptions
 
-FIGURES = ("measure_per_language.png", "gap_per_arm.png", "alignment.png")
+FIGURES = (
+    *("measure_per_language.png", "gap_per_arm.png", "queries.png", "losses.png"),
+    "alignment.png",
+)
 
 
 def configuration(world):
@@ -147,12 +154,37 @@ def test_report_contains_all_statistics(finished):
         assert f"](figures/{figure})" in text
 
 
+def test_report_knows_starts_and_the_aligned_pairs_that_arms_learnt_from(world, tmp_path):
+    raw = configuration(world)
+    raw["arms"] |= {
+        "more": {**raw["arms"]["ot"], "start": "ot", "max_pairs": 20},
+        "fresh": {**raw["arms"]["ot"], "start": "encoder"},
+        "translated": {"recipe": "none", "translate": {"queries": str(world / "lexicon")}},
+    }
+    raw["word_alignment"] = {
+        "bitext": str(world / "bitext/en-{language}.tsv"),
+        "lexicon": str(world / "lexicon/en-{language}.tsv"),
+        "max_pairs": 30,
+    }
+    found = Study(read_config(write(tmp_path, raw), tmp_path / "out"))
+    starts = {"ot": ("zeroshot",), "switched": ("zeroshot",), "more": ("ot",)}
+    assert found._starts() == starts
+    assert found._trained_alignment_pairs() == {"sw": (30, 30), "de": (30, 30)}
+    # Only the first pairs are read by an arm with a limit.
+    for name in ("ot", "fresh"):
+        del raw["arms"][name]["bitext"]
+        raw["arms"][name]["bitext"] = str(world / "bitext/en-sw.tsv")
+    raw["arms"]["more"]["start"] = "teacher"
+    found = Study(read_config(write(tmp_path, raw), tmp_path / "out"))
+    assert found._trained_alignment_pairs() == {"sw": (30, 30), "de": (20, 30)}
+
+
 def test_html_page_has_no_external_files(finished):
     _, out = finished
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<h1>A miniature &lt;study&gt;</h1>" in page and "Dogs &amp; cats." in page
-    assert page.count("data:image/png;base64,") == 3
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert page.count("data:image/png;base64,") == len(FIGURES)
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     for tag in ("table", "figure", "ul", "div", "pre", "thead", "tbody"):
         assert page.count(f"<{tag}") == page.count(f"</{tag}>")
 
@@ -175,6 +207,9 @@ def test_runs_and_records_are_stored(finished, world):
     assert len(runs) == 7
     queries = {line.split("\t")[0] for line in (world / "queries.tsv").read_text().splitlines()}
     assert all(read_run(path).keys() == queries for path in runs)
+    tags = {gzip.decompress(path.read_bytes()).split()[5].decode() for path in runs}
+    arms = [f"{arm}-{x}-seed0" for arm in ("zeroshot", "ot", "switched") for x in ("sw", "de")]
+    assert tags == {*arms, "english_documents-en-seed0"}
     records = sorted((out / "models").glob("*/run.json"))
     assert len(records) == 6
     recipes = {json.loads(path.read_text())["recipe"] for path in records}
@@ -186,6 +221,52 @@ def test_runs_and_records_are_stored(finished, world):
     assert total == pytest.approx(1, abs=1e-3) and row["language"] == "sw"
     assert len(row["plan"]) == len(row["other_tokens"])
     assert not list(out.rglob(".*"))
+
+
+def test_report_names_the_data_and_the_machine(finished, world):
+    _, out = finished
+    text = (out / "report.md").read_text(encoding="utf-8")
+    for path in (world / "bitext/en-sw.tsv", world / "qrels.txt", world / "documents/en.jsonl"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        assert f"| {path} | {digest} |" in text
+    assert "threads of PyTorch" in text and "Processor: " in text
+    documents = len((world / "documents/sw.jsonl").read_text().splitlines())
+    queries = len((world / "queries.tsv").read_text().splitlines())
+    assert f"| tiny | Swahili | {queries} | {documents} | " in text
+    pairs = len((world / "bitext/en-sw.tsv").read_text().splitlines())
+    assert f"| Swahili | {pairs} |" in text
+
+
+def test_losses_of_every_training_are_drawn(finished):
+    rows = read_rows(finished[1] / "losses.csv", LOSS_COLUMNS)
+    assert {row["arm"] for row in rows} == {"teacher", "ot", "switched"}
+    of_arm = [row for row in rows if row["arm"] == "ot" and row["language"] == "sw"]
+    assert [row["step"] for row in of_arm] == [1, 2, 3, 4, 5]
+    assert all(row["loss"] > 0 for row in of_arm)
+
+
+def test_an_unfinished_study_is_reported(finished, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished[1], out)
+    for path in out.glob("results/switched-*"):
+        path.unlink()
+    next(out.glob("results/ot-de-*")).unlink()
+    assert cli.main(["report", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out / 'report.md'}\n"
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "**This study is not finished:** 3 tasks are left." in text
+    assert "lacks 3 evaluations (ot 1, switched 2)" in text
+    found = numbers(out)
+    assert [row["arm"] for row in found["gaps"]] == ["zeroshot"]
+    assert {(row["arm"], row["language"]) for row in found["comparisons"]} == {("ot", "sw")}
+    row = next(line for line in text.splitlines() if line.startswith("| de | high"))
+    assert row.endswith("| – |")
+    for path in out.glob("results/*"):
+        path.unlink()
+    assert cli.main(["report", str(out)]) == 2
+    assert "no arm has been evaluated" in capsys.readouterr().err
+    assert cli.main(["report", str(out / "runs")]) == 2
+    assert "no study.json in this folder" in capsys.readouterr().err
 
 
 # --- resuming and invalidation -------------------------------------------------------------------

@@ -14,12 +14,13 @@ import torch
 pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
 
 from safetensors.torch import load_file
-from sentence_transformers import MultiVectorEncoder
+from sentence_transformers import MultiVectorEncoder, MultiVectorEncoderTrainer
 from transformers import TrainerCallback
 
 from optical.data.pairs import read_training_pairs
+from optical.models.fingerprint import fingerprints, share_space
 from optical.models.retriever import load_retriever
-from optical.training import recipes, runner
+from optical.training import BitextCollator, recipes, runner
 
 STEPS = 6
 
@@ -100,7 +101,7 @@ def test_distillation_reduces_the_loss_of_the_student_only(distill, tmp_path):
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
     card = (final / "README.md").read_text(encoding="utf-8")
-    assert "OTDistillationLoss" in card and "huang2023optical" in card and '"epsilon": 0.05' in card
+    assert "huang2023optical" in card and "ot, epsilon 0.05" in card
 
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["recipe"] == "distill"
@@ -178,6 +179,46 @@ class Seen(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps.append(state.global_step)
+
+
+def test_a_resumed_training_has_the_data_options_and_models_of_its_checkpoints(
+    distill, world, tiny_models, tmp_path, caplog
+):
+    bitext = tmp_path / "bitext.tsv"
+    shutil.copy(world / "bitext/en-sw.tsv", bitext)
+    student = tmp_path / "student"
+    shutil.copytree(tiny_models.wide, student)
+
+    def make(max_steps=2, **options):
+        options = {"bitext": [str(bitext)], "student": str(student), **options}
+        return distill(max_steps=max_steps, options=options)
+
+    runner.run(*make(), resume=False)
+    for changed, name in (
+        ({"role": "query"}, "role was document, now query"),
+        ({"objective": "greedy"}, "objective was the default, now greedy"),
+        ({"student": tiny_models.mixed}, "starting_model was"),
+        ({"teacher": tiny_models.mixed}, "(starting_model|teacher) was"),
+        ({"bitext": [str(world / "bitext/en-de.tsv")]}, "bitext was"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoints of another training: {name}"):
+            runner.run(*make(**changed), resume=True)
+    # The content of a file counts, not its name; a longer training is told, not refused.
+    shutil.move(bitext, tmp_path / "moved.tsv")
+    longer = make(bitext=[str(tmp_path / "moved.tsv")], max_steps=3, max_iter=20)
+    with caplog.at_level(logging.WARNING, "optical"):
+        runner.run(*longer, resume=True)
+    assert "continues with max_iter 20 (was the default), max_steps 3 (was 2)" in caplog.text
+    shutil.copy(world / "bitext/en-de.tsv", bitext)
+    with pytest.raises(ValueError, match="checkpoints of another training: bitext was"):
+        runner.run(*make(), resume=True)
+
+
+def test_students_record_their_teacher(distill, tiny_models, tmp_path):
+    teacher = load_retriever(tiny_models.teacher)
+    final = runner.run(*distill(max_steps=1, save_steps=1), resume=False)
+    for folder in (final, tmp_path / "out/checkpoint-1"):
+        assert share_space(load_retriever(folder), fingerprints(teacher)["document"], ())
 
 
 def test_resuming_a_finished_training_changes_nothing(distill, tmp_path):
@@ -308,12 +349,95 @@ def test_invalid_trainer_arguments_are_named(tmp_path):
         recipes.trainer_arguments(tmp_path, learning_rat=1.0)
 
 
+@pytest.fixture
+def collate(tiny_models):
+    model = load_retriever(tiny_models.teacher)
+    other = load_retriever(tiny_models.teacher)
+
+    def call(row, **options):
+        return BitextCollator(model, other, role="document", **options)([row, row])
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["lang", "id", "sentence_id", "source_lang", "domain", "url"])
+def test_metadata_is_not_read_as_a_sentence(collate, name):
+    row = {name: "sw", "source": "the fish", "target": "samaki"}
+    with pytest.raises(ValueError, match=f"column '{name}' would be read as a text; remove it"):
+        collate(row)
+    batch = collate(row, columns=["source", "target"])
+    assert {key.split("_")[0] for key in batch} == {"source", "target"}
+
+
+def test_columns_that_are_no_text_are_named(collate, caplog):
+    with caplog.at_level(logging.INFO, "optical"):
+        batch = collate({"source": "the fish", "target": "samaki", "score": 0.5})
+    assert "the teacher reads source, the student target; score is not read" in caplog.text
+    assert not [key for key in batch if key.startswith("score")]
+    with pytest.raises(ValueError, match="column 'cosine' holds float, expected text"):
+        collate({"source": "the fish", "target": "samaki", "cosine": 0.5})
+    with pytest.raises(ValueError, match="column 'target' holds NoneType, expected text"):
+        collate({"source": "the fish", "target": None})
+    with pytest.raises(ValueError, match=r"columns source of source: expected two or more"):
+        collate({"source": "the fish"})
+    with pytest.raises(ValueError, match=r"columns source, sw of source, target: expected"):
+        collate({"source": "the fish", "target": "samaki"}, columns=["source", "sw"])
+
+
+def test_a_forgotten_collator_is_refused(distill, tmp_path):
+    trainer, _ = distill()
+    forgotten = MultiVectorEncoderTrainer(
+        model=trainer.model,
+        args=recipes.trainer_arguments(tmp_path / "forgotten", max_steps=1, disable_tqdm=True),
+        train_dataset=trainer.train_dataset,
+        loss=trainer.loss,
+    )
+    with pytest.raises(ValueError, match=r"roles document, query; .* give the trainer data_coll"):
+        forgotten.train()
+
+
+def test_prompts_of_the_trainer_are_used_or_refused(distill, world, tiny_models, tmp_path):
+    prompts = {"query": "query: ", "document": "passage: "}
+    with pytest.raises(ValueError, match="prompts: given, but bitext is read with the prompts of"):
+        distill(prompts=prompts)
+    options = recipes.TeacherOptions(model=tiny_models.mixed, pairs=[str(world / "teacher.tsv")])
+    arguments = {"max_steps": 1, "disable_tqdm": True}
+    with pytest.raises(ValueError, match="expected those of the roles"):
+        recipes.teacher(
+            options, recipes.trainer_arguments(tmp_path, prompts={"positive": "x"}, **arguments)
+        )
+    args = recipes.trainer_arguments(tmp_path / "prompts", prompts=prompts, **arguments)
+    trainer = recipes.teacher(options, args)
+    row = trainer.train_dataset[0]
+    batch = trainer.data_collator([row])
+    read = trainer.model.tokenizer.decode(batch["positive_input_ids"][0])
+    assert "passage :" in read or "passage:" in read or "[UNK]" in read
+    plain = trainer.model.preprocess([row["positive"]], task="document")["input_ids"]
+    assert batch["positive_input_ids"].shape[1] > plain.shape[1]
+    # The model encodes as it was trained.
+    assert load_retriever(runner.run(trainer, options, resume=False)).prompts == prompts
+
+
+def test_negatives_that_are_left_out_are_counted(tmp_path, caplog):
+    lines = [{"query": f"q{i}", "pos": ["p"], "neg": ["n1", "n2"]} for i in range(5)]
+    lines += [{"query": "q", "pos": ["p"], "neg": []}, {"query": "q", "pos": []}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    rows = read_training_pairs([str(path)])
+    assert [len(row) for row in rows] == [2] * 6
+    assert "1 of 6 rows have only 0 negatives, so 10 negatives of the other rows" in caplog.text
+    assert "a.jsonl: left out 1 lines with an empty `pos`" in caplog.text
+    path.write_text(json.dumps({"query": "", "pos": ["p"]}))
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: expected JSON .* and no empty text"):
+        read_training_pairs([str(path)])
+
+
 def test_collator_tokenises_for_each_model(tiny_models):
     teacher = load_retriever(tiny_models.mixed, query_length=5, document_length=9)
     student = load_retriever(tiny_models.wide, query_length=6, document_length=10)
     rows = [{"source": "water " * 20, "target": "maji " * 20, "other": "samaki"}] * 2
     for role, lengths in (("query", (5, 6)), ("document", (9, 10))):
-        batch = recipes.BitextCollator(student, teacher, role=role)(rows)
+        batch = BitextCollator(student, teacher, role=role)(rows)
         assert batch["source_task"] == batch["target_task"] == batch["other_task"] == role
         assert (batch["source_input_ids"].shape, batch["target_input_ids"].shape) == (
             (2, lengths[0]),
@@ -322,17 +446,17 @@ def test_collator_tokenises_for_each_model(tiny_models):
         for column, model, text in (("source", teacher, "water"), ("target", student, "maji")):
             decoded = model.tokenizer.decode(batch[f"{column}_input_ids"][0])
             assert decoded.startswith(f"[CLS] {text} ")
-    short = recipes.BitextCollator(student, teacher, role="document", max_length=4)(rows)
+    short = BitextCollator(student, teacher, role="document", max_length=4)(rows)
     assert short["source_input_ids"].shape == short["target_input_ids"].shape == (2, 4)
     with pytest.raises(ValueError, match="role: 'passage', expected 'query' or 'document'"):
-        recipes.BitextCollator(student, teacher, role="passage")
+        BitextCollator(student, teacher, role="passage")
 
 
 def test_prompts_and_expansion_follow_the_role(tiny_models):
     teacher = load_retriever(tiny_models.mixed, query_length=8, query_expansion=True)
     student = load_retriever(tiny_models.wide, query_length=8, query_expansion=True)
     teacher.prompts = {"query": "water: ", "document": "fish: "}
-    batch = recipes.BitextCollator(student, teacher, role="query")([{"a": "book", "b": "kitabu"}])
+    batch = BitextCollator(student, teacher, role="query")([{"a": "book", "b": "kitabu"}])
     for column, model in (("a", teacher), ("b", student)):
         assert batch[f"{column}_input_ids"].shape == (1, 8)
         assert model.tokenizer.mask_token_id in batch[f"{column}_input_ids"]
@@ -383,7 +507,7 @@ def test_teacher_recipe_saves_its_options(tiny_models, pairs, tmp_path):
     the = model.tokenizer.convert_tokens_to_ids("the")
     assert torch.equal(query["attention_mask"].bool(), query["input_ids"] != the)
     card = (tmp_path / "out/final/README.md").read_text()
-    assert "MultiVectorMultipleNegativesRankingLoss" in card
+    assert "trained on pairs of queries and passages" in card and "`teacher.tsv`" in card
     assert json.loads((tmp_path / "out/run.json").read_text())["recipe"] == "teacher"
 
 
@@ -494,7 +618,7 @@ def test_training_pairs_are_read(tmp_path):
         ("a.tsv", "", "no training pair in it"),
         ("a.tsv", "q\tp\nq p\n", r"a\.tsv:2: expected `query TAB passage"),
         ("a.tsv", "q\t\n", r"a\.tsv:1: expected `query TAB passage"),
-        ("a.jsonl", '{"query": "q", "pos": ["p"]}\n{', r"a\.jsonl:2: expected JSON with"),
+        ("a.jsonl", '{"query": "q", "pos": ["p"]}\n{', r"a\.jsonl:2: not JSON \(Expecting"),
         ("a.jsonl", '{"query": "q"}', r"a\.jsonl:1: expected JSON with `query`, `pos`"),
         ("a.jsonl", '{"query": "q", "pos": "passage"}', r"a\.jsonl:1: expected JSON with"),
         ("a.jsonl", '{"query": "q", "pos": [1]}', r"a\.jsonl:1: expected JSON with"),
@@ -530,7 +654,97 @@ def test_progress_is_logged_with_step_loss_and_time(distill, caplog):
         "step 1 of 3",
         "step 2 of 3",
     ]
-    assert "loss 0." in lines[1] and " s left" in lines[1]
+    assert all(" loss 0." in line and " s left" in line for line in lines)
+
+
+def test_every_line_of_progress_has_a_loss(distill, caplog):
+    # The trainer itself would record the first loss after 50 steps.
+    trainer, options = distill(max_steps=4, logging_steps=50, save_strategy="no")
+    trainer.add_callback(runner.ProgressLines("sw", interval_seconds=0.0))
+    with caplog.at_level(logging.INFO, "optical"):
+        runner.run(trainer, options, resume=False)
+    lines = [line for line in caplog.messages if line.startswith("    sw: step")]
+    assert len(lines) == 3 and all(", loss 0." in line for line in lines)
+
+
+# --- validation, early stopping, model card ------------------------------------------------------
+
+
+def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(distill, world, tmp_path, caplog):
+    trainer, options = distill(
+        options={"validation": [str(world / "bitext/en-sw.tsv")], "patience": 2},
+        max_steps=40,
+        save_steps=2,
+    )
+    trainer.add_callback(runner.ProgressLines("sw"))
+    evaluate, pretended, true = trainer.evaluation_loop, iter([3.0, 1.0, 2.0, 2.0]), []
+
+    def pretend(*arguments, **options):
+        output = evaluate(*arguments, **options)
+        true.append(output.metrics["eval_loss"])
+        output.metrics["eval_loss"] = next(pretended)
+        return output
+
+    trainer.evaluation_loop = pretend
+    with caplog.at_level(logging.INFO, "optical"):
+        final = runner.run(trainer, options, resume=False)
+    # It stops after two evaluations without a lower loss, and the best checkpoint alone remains.
+    assert trainer.state.global_step == 8
+    best = tmp_path / "out/checkpoint-4"
+    assert [*tmp_path.glob("out/checkpoint-*")] == [best]
+    assert_same(*({key.split("/")[1]: value for key, value in weights(folder).items()}
+                  for folder in (final, best)))  # fmt: skip
+    # The true loss of these sentences, which are those of the training, falls.
+    assert len(true) == 4 and true[3] < true[0]
+    assert "sw: step 2, validation loss 3.0000" in caplog.text
+    assert "stopped at step 8; the best model is that of checkpoint-4" in caplog.text
+
+
+def test_invalid_validation_is_refused(distill, world):
+    bitext = {"validation": [str(world / "bitext/en-de.tsv")]}
+    with pytest.raises(ValueError, match="validation: given, but save_strategy is no"):
+        distill(options=bitext, save_strategy="no")
+    with pytest.raises(ValueError, match="patience: given without validation"):
+        distill(options={"patience": 2})
+    with pytest.raises(ValueError, match="patience: -1, expected 0 or more"):
+        distill(options=bitext | {"patience": -1})
+    with pytest.raises(ValueError, match="1 folders for 2 files of bitext and validation"):
+        distill(options=bitext | {"teacher_vectors": ["v"]})
+
+
+def test_training_pairs_have_a_validation_loss_too(tiny_models, pairs, world, tmp_path):
+    for name, more in (
+        ("teacher", {}),
+        ("codeswitch", {"lexicon": [f"sw={world / 'lexicon/en-sw.tsv'}"], "probability": 1.0}),
+    ):
+        settings = {"model": tiny_models.mixed, "pairs": pairs, "validation": pairs}
+        trainer, options = recipe(name, tmp_path / name, **settings, **more)
+        trainer.args.save_steps = trainer.args.eval_steps = 1
+        runner.run(trainer, options, resume=False)
+        assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
+    # Validation texts are code-switched like those of the training.
+    assert "mwalimu" in str(list(trainer.eval_dataset["positive"]))
+
+
+@pytest.mark.parametrize("role", ["query", "document"])
+def test_the_model_card_encodes_each_side_with_the_right_model(
+    distill, world, tiny_models, tmp_path, role
+):
+    trainer, options = distill(options={"role": role}, max_steps=1)
+    final = runner.run(trainer, options, resume=False)
+    card = (final / "README.md").read_text()
+    assert "distilled from a frozen teacher" in card and "widget" not in card
+    assert '- "en"' in card and '- "sw"' in card and "`en-sw.tsv`" in card
+    assert f"`{tiny_models.teacher}`" in card and f"`{tiny_models.wide}`" in card
+    english, foreign = (world / "bitext/en-sw.tsv").read_text().split("\n")[0].split("\t")
+    assert english not in card and foreign not in card
+    other = "document" if role == "query" else "query"
+    assert f"model.encode_{role}(" in card and f"teacher.encode_{other}(" in card
+    # The example runs.
+    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(final))
+    names = {}
+    exec(code, names)
+    assert names["scores"].shape == (1, 1)
 
 
 # --- training texts of a student, objectives and masses ------------------------------------------
@@ -569,7 +783,10 @@ def test_student_may_encode_plain_or_codeswitched_english(distill, world):
         ({"temperature": 0.0}, "temperature: 0.0, expected a number > 0"),
         ({"skip_frequent": -1}, "skip_frequent: -1, expected 0 or more"),
         ({"rho": -1.0}, "rho is -1.0; expected numbers > 0"),
-        ({"teacher_vectors": ["a", "b"]}, "teacher_vectors: 2 folders for 1 bitext files"),
+        (
+            {"teacher_vectors": ["a", "b"]},
+            "teacher_vectors: 2 folders for 1 files of bitext and validation",
+        ),
     ],
 )
 def test_invalid_combinations_of_options(distill, changes, message):
