@@ -2,7 +2,8 @@
 
 Nothing is tuned at run time: text lengths vary freely, and a search per length would cost seconds
 each. The entries were chosen by compiling each of them for every target and reading registers and
-instruction counts off the machine code (``tests/kernels/test_compile.py``). None was timed on a GPU.
+instruction counts off the machine code (``tests/kernels/test_compile.py``). None was timed on a
+GPU.
 """
 
 from typing import NamedTuple
