@@ -70,7 +70,7 @@ def load_retriever(
     if is_multi_vector(name):
         with loading_errors(name):
             model = MultiVectorEncoder(name, trust_remote_code=False)
-        load_partners(model, name)
+            load_partners(model, name)
         use_prompts(model)
         for module in model.modules():
             if isinstance(module, Transformer):

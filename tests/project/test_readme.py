@@ -218,7 +218,7 @@ def test_the_commands_of_the_command_line_page_run(world, tmp_path, monkeypatch)
         "en-sw.align",
         "en-sw.lexicon.tsv",
         "runs/vectors/index.json",
-        "figures/gap_per_arm.png",
+        "figures/gap_per_arm.pdf",
     )
     assert [name for name in expected if not Path(name).is_file()] == []
 
