@@ -42,6 +42,9 @@ def check_hot_loops(rows, kinds=FORWARD):
     bounds = {"pair": 1.8, "four": 2.4}
     bounds |= {"warp": 1.5, "square": 1.5, "block": 2.0, "cluster": 2.5}
     half_bounds = {"fast_warp": 1.0, "fast_square": 1.0, "fast_block": 1.2, "fast_cluster": 1.5}
+    # For 10.0 and 12.0 the compiler keeps the sums over 2, 4 and 8 blocks of a cluster in line, so
+    # that all three count as taken, of which an iteration executes one.
+    in_line = {("100f", "fast_cluster"): 144, ("120", "fast_cluster"): 144}
     for row in rows:
         kind = row["kernel"].removeprefix("optical_forward_")
         if kind in (*bounds, *half_bounds):
@@ -50,7 +53,8 @@ def check_hot_loops(rows, kinds=FORWARD):
             spilled = dict.fromkeys(half_bounds, allowed) | {"cluster": 2, "fast_warp": 36}
             assert int(row["ldl_stl"]) <= spilled.get(kind, 0), row
             floor = cuda_resources.ITERATION[kind.removeprefix("fast_")]
-            assert int(row["taken"]) <= (bounds | half_bounds)[kind] * floor, row
+            taken = int(row["taken"]) - in_line.get((row["architecture"], kind), 0)
+            assert taken <= (bounds | half_bounds)[kind] * floor, row
 
 
 def test_the_committed_table_is_complete_and_within_bounds():
