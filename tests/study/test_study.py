@@ -558,7 +558,7 @@ WRONG = {
     "pairs": ({"teacher.pairs": "{tmp}/empty.tsv"}, r"empty\.tsv'\]: no training pair in it"),
     "no pairs": ({"teacher.pairs": []}, "pairs: none given; expected"),
     "documents": ({"collections.tiny.documents": "{tmp}/no.jsonl"}, r"no\.jsonl"),
-    "judgements": ({"collections.tiny.qrels": "{tmp}/wrong.qrels"}, "d9999"),
+    "judgements": ({"collections.tiny.qrels": "{tmp}/wrong.qrels"}, "none of the 1 judged"),
     "measure": ({"measures": ["AP", "nDGC@10"]}, r"measure.*'nDGC@10'"),
     "trainer argument": (
         {"arms.ot.arguments.lr_scheduler_type": "linaer"},
@@ -578,8 +578,7 @@ def test_errors_are_found_before_any_training(world, tmp_path, monkeypatch, case
     changes, message = WRONG[case]
     (tmp_path / "empty.tsv").touch()
     (tmp_path / "damaged.gz").write_bytes(b"\x1f\x8b\x08")
-    qrels = (world / "qrels.txt").read_text()
-    (tmp_path / "wrong.qrels").write_text(f"{qrels}q0 0 d9999 1\n")
+    (tmp_path / "wrong.qrels").write_text("q0 0 d9999 1\n")
     for kind in ("bitext", "lexicon"):
         (tmp_path / kind).mkdir()
         shutil.copy(world / kind / "en-sw.tsv", tmp_path / kind)
