@@ -56,7 +56,7 @@ Key = tuple[str, str, str, str, str]
 
 @dataclass(frozen=True)
 class Variant:
-    """What Triton's launcher hands to its compiler."""
+    """A kernel with the arguments that Triton's launcher hands to its compiler."""
 
     kernel: Any
     signature: dict[str, str]

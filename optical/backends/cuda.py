@@ -166,7 +166,7 @@ class Cubins:
 
 
 class Answer(NamedTuple):
-    """What a device answers: its limits, and its compute capability, such as 90."""
+    """Limits of a device, and its compute capability, such as 90."""
 
     limits: nvrtc.Device
     capability: int

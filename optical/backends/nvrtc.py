@@ -265,7 +265,7 @@ class Launch(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What of a problem decides its launches; n and m are upper bounds if it is packed."""
+    """Sizes that decide the launches of a problem; n and m are upper bounds if it is packed."""
 
     n: int
     m: int

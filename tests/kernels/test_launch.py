@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(
-    not (sys.platform == "linux" and shutil.which(os.environ.get("CC", "cc"))),
-    reason="the idle driver needs Linux and a C compiler",
-)
+MISSING = sys.platform != "linux" or shutil.which(os.environ.get("CC", "cc")) is None
+pytestmark = pytest.mark.skipif(MISSING, reason="the idle driver needs Linux and a C compiler")
 
 SETUP = """
 import ctypes

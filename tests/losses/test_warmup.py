@@ -136,10 +136,8 @@ train(optical.OTAlignmentLoss(backend="triton", **options), limit, 120, dtype)
 print(len(compiled), len(variants - compiled), sorted(variants - compiled))
 """
 
-idle = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which(os.environ.get("CC", "cc")) is None,
-    reason="the idle driver needs Linux and a C compiler",
-)
+MISSING = sys.platform != "linux" or shutil.which(os.environ.get("CC", "cc")) is None
+idle = pytest.mark.skipif(MISSING, reason="the idle driver needs Linux and a C compiler")
 
 
 def count(limit, warm, options):

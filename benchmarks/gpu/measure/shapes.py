@@ -86,7 +86,7 @@ REHEARSED = _by_name(
 
 @dataclass
 class Machine:
-    """What a measurement runs on, and how long. A rehearsal changes the one instance.
+    """The device and the length of a measurement. A rehearsal changes the one instance.
 
     Attributes:
         rounds: timed runs of a graph.

@@ -183,7 +183,7 @@ def norm_kernel(
 
 
 class Norms(NamedTuple):
-    """What the kernels need to know of each token; placeholders where the cost does not need it.
+    """Norms and scales of all tokens; placeholders where the cost does not need them.
 
     Attributes:
         centre: (B, dim), the mean of a problem's valid tokens, for squared distances.

@@ -31,7 +31,7 @@ _NAMES = re.search(r"enum Operation \{(.*?)\}", _HEADER, re.DOTALL)[1].replace("
 OPERATIONS = {name.strip(): i for i, name in enumerate(_NAMES) if name.strip()}
 
 
-class Unsupported(NotImplementedError):
+class Unsupported(Exception):
     """The machine does not know an instruction."""
 
 
