@@ -8,10 +8,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from optical.ot.checks import check_options
-from optical.ot.functional import Gradient
-
 Role = Literal["query", "document"]
+# As `optical.ot.functional.Gradient`, whose module imports PyTorch.
+Gradient = Literal["envelope", "implicit", "unroll"]
 Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
 
 # Recipes that compute a model without training steps. Of the trainer's arguments they use
@@ -248,6 +247,8 @@ class DistillOptions:
         _check_positive("dimension", self.dimension)
         if self.stream:
             self._check_streamable()
+        from optical.ot.checks import check_options
+
         check_options(
             "distill",
             epsilon=self.epsilon,
