@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from optical import __version__
-from optical.cli import indexing, models, retrieval
+from optical.cli import evaluation, indexing, models, retrieval
 from optical.cli.arguments import at_least, check_inputs, number
 from optical.cli.errors import explain, was_interrupted
 from optical.cli.shared import (
@@ -142,6 +142,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     subparsers.add_parser("train", help=f"Train a model: {recipes}.", add_help=False)
     _register_study(subparsers)
     retrieval.register(subparsers)
+    evaluation.register(subparsers)
     indexing.register(subparsers)
     models.register(subparsers)
     _register_report(subparsers)

@@ -39,6 +39,21 @@ def add_json_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", dest="as_json", help="Print JSON.")
 
 
+def add_split_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--split", default="test", help="Judgements of a BEIR folder to use (default: test)."
+    )
+
+
+def add_identical_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ignore-identical-ids",
+        action="store_true",
+        help="Leave out of each ranking the document with the id of the query, as for ArguAna and "
+        "Quora in BEIR.",
+    )
+
+
 def add_encoding_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size",

@@ -341,6 +341,24 @@ def test_command_line_runs_as_a_module():
 # --- evaluate and compare ------------------------------------------------------------------------
 
 
+def test_identical_ids_are_left_out(capsys, tmp_path):
+    """In ArguAna, a query is a document of the collection and would be its own best result."""
+    pytest.importorskip("ir_measures")
+    (tmp_path / "qrels").write_text("q1 0 d1 1\n")
+    for name, best in (("own", "q1"), ("other", "d2")):
+        (tmp_path / name).write_text(f"q1 Q0 {best} 1 3.0 tag\nq1 Q0 d1 2 2.0 tag\n")
+    words = ["--qrels", str(tmp_path / "qrels"), "--measures", "AP", "--json"]
+    found = []
+    for more in ([], ["--ignore-identical-ids"]):
+        assert cli.main(["evaluate", str(tmp_path / "own"), *words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["mean"]["AP"])
+        runs = [str(tmp_path / name) for name in ("other", "own")]
+        assert cli.main(["compare", *runs, *words, *more, "--samples", "10"]) == 0
+        (one,) = json.loads(capsys.readouterr().out)["comparisons"]
+        found.append(one["difference"])
+    assert found == pytest.approx([0.5, 0.0, 1.0, 0.5])
+
+
 def test_evaluate(capsys, judged):
     pytest.importorskip("ir_measures")
     qrels, old, new = judged
