@@ -85,7 +85,9 @@ class EvaluationTasks:
             for language in languages
         }
         stems = {language: path.stem for language, path in evaluated.items()}
-        fingerprint = layout.fingerprints.of([stems, config.pools, list(config.measures)])
+        # The last entry changes with the definition of the language bias.
+        inputs = [stems, config.pools, list(config.measures), "only queries with a result"]
+        fingerprint = layout.fingerprints.of(inputs)
         name = f"pool-{file_name(arm.name)}-{seed}-{fingerprint}.json"
         output = layout.output / EVALUATIONS / name
 

@@ -354,7 +354,7 @@ def test_identical_ids_are_left_out(capsys, tmp_path):
         found.append(json.loads(capsys.readouterr().out)["mean"]["AP"])
         runs = [str(tmp_path / name) for name in ("other", "own")]
         assert cli.main(["compare", *runs, *words, *more, "--samples", "10"]) == 0
-        (one,) = json.loads(capsys.readouterr().out)["comparisons"]
+        (one,) = json.loads(capsys.readouterr().out)["rows"]
         found.append(one["difference"])
     assert found == pytest.approx([0.5, 0.0, 1.0, 0.5])
 

@@ -267,6 +267,24 @@ def test_reports_of_studies_without_groups_comparisons_or_ceiling(tmp_path, grou
     assert (tmp_path / "figures/gap_per_arm.png").exists() == (groups != "none")
 
 
+def test_a_pool_without_results_has_no_bias(tmp_path):
+    measures = {"AP": values(0.0, 0.0), "RR@10": values(0.0, 0.0)}
+    bias = {x: {"share": None, "relevant": 0.5, "rank": None} for x in ("sw", "de")}
+    full = {x: {"share": 0.5, "relevant": 0.5, "rank": 0.0} for x in ("sw", "de")}
+    pools = [
+        {"arm": arm, "seed": 0, "pools": {"news": {"measures": measures, "bias": own}}}
+        for arm, own in (("zeroshot", full), ("ot", bias))
+    ]
+    text, found = write(tmp_path, describe(), [*RESULTS, *pools])
+    assert "| ot | 0.000 [0.000, 0.000] | – | – (–) | – (–) |" in text
+    assert "| zeroshot | 0.000 [0.000, 0.000] | 0% | 50% (+0.00) | 50% (+0.00) |" in text
+    assert "of a search that returned no document is not defined (–)." in text
+    assert [pool["distance"] for pool in found["pools"]] == [0.0, None]
+    rows = read_rows(tmp_path / "results.csv")
+    shares = [row["value"] for row in rows if row["kind"] == "pool_share"]
+    assert shares == [0.5, 0.5, None, None]
+
+
 def test_alignment_is_drawn(tmp_path):
     alignment = {
         "language": "sw",
