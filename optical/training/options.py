@@ -94,8 +94,16 @@ class TeacherOptions:
     dimension: int | None = _option(
         None, "Dimension of the token vectors (default: the width of the encoder)."
     )
-    query_length: int = _option(32, "Maximum length of a query in tokens.")
-    document_length: int = _option(180, "Maximum length of a passage in tokens.")
+    query_length: int | None = _option(
+        None,
+        "Maximum length of a query in tokens (default: 32, or the positions of the encoder if they "
+        "are fewer).",
+    )
+    document_length: int | None = _option(
+        None,
+        "Maximum length of a passage in tokens (default: 180, or the positions of the encoder if "
+        "they are fewer).",
+    )
     query_expansion: bool = _option(False, "Pad queries to query_length with mask tokens.")
     skip_frequent: int = _option(
         0, "Exclude the N most frequent tokens of the training texts from the scores of queries."
