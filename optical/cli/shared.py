@@ -175,6 +175,7 @@ def quiet_libraries() -> None:
     import warnings
 
     import datasets
+    import huggingface_hub
     from transformers.utils import logging as transformers_logging
 
     silence: Any = transformers_logging
@@ -182,6 +183,8 @@ def quiet_libraries() -> None:
     silence.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     datasets.disable_progress_bars()
+    # Without a network it would report each of its attempts.
+    huggingface_hub.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 

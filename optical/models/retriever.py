@@ -300,12 +300,6 @@ def load_multi_vector(
     """
     check_model(str(name))
     if not is_multi_vector(resolve_model(str(name))):
-        if not Path(resolve_model(str(name))).is_dir():
-            from transformers import AutoConfig
-
-            # A name that the hub does not have, or no network.
-            with loading_errors(str(name)):
-                AutoConfig.from_pretrained(str(name), trust_remote_code=False)
         raise ValueError(
             f"model {name}: returns no token vectors for retrieval; use the recipe `dense`, or "
             "train it (`teacher`, `distill`)"
@@ -351,23 +345,55 @@ def _similar(folder: Path) -> str:
 
 
 def is_multi_vector(name: str) -> bool:
-    """Return whether a saved model yields token vectors; not a plain encoder or one vector."""
-    files: list[str] = []
-    if Path(name).is_dir():
-        paths = [Path(name) / file for file in _MODEL_FILES]
-        files = [str(path) for path in paths if path.exists()]
-    else:
-        from sentence_transformers.util import load_file_path
+    """Return whether a saved model yields token vectors; not a plain encoder or one vector.
 
-        found = [load_file_path(name, file) for file in _MODEL_FILES]
-        files = [path for path in found if path]
-    texts = {}
-    for file in map(Path, files):
-        try:
-            texts[file.name] = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"model {name}: cannot be loaded ({file.name}: {error})") from None
+    Raises:
+        ValueError: as of :func:`configuration_files`.
+    """
+    texts = configuration_files(name)
     # ColBERT of Stanford has its projection inside the encoder, and no modules.
     if "HF_ColBERT" in texts.get("config.json", ""):
         return True
     return "modules.json" in texts and "Pooling" not in texts["modules.json"]
+
+
+def configuration_files(name: str) -> dict[str, str]:
+    """Return file -> text of those configuration files that a model has, without its weights.
+
+    Args:
+        name: a folder, or a name on the hub, whose small files are read from the local copy or
+            downloaded.
+
+    Raises:
+        ValueError: a file cannot be read, or the hub has no such model or cannot be reached.
+    """
+    texts = {}
+    local = Path(name).is_dir()
+    for file in _MODEL_FILES:
+        path = Path(name) / file if local else _hub_file(name, file, texts)
+        if path is None or not path.exists():
+            continue
+        try:
+            texts[file] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"model {name}: cannot be loaded ({file}: {error})") from None
+    if not texts and not local:
+        raise ValueError(f"model {name}: has no {' or '.join(_MODEL_FILES)} on the hub")
+    return texts
+
+
+def _hub_file(name: str, file: str, found: Mapping[str, str]) -> Path | None:
+    """Return the local copy of a file of the hub, or None if the model has no such file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with loading_errors(name):
+        try:
+            return Path(hf_hub_download(name, file))
+        except LocalEntryNotFoundError:
+            # No network. A local copy of another file is one of the whole model.
+            if not found:
+                raise
+        except EntryNotFoundError:
+            pass
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import itertools
 import time
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.csv_files import append_row
 from benchmarks.gpu.measure import gate
 from benchmarks.gpu.measure.clock import Quantiles, call_times, captured, device_times
 from benchmarks.gpu.measure.rows import RowFile, new_row, stamp
@@ -237,24 +237,19 @@ def tune(shape: Shape, rows: RowFile, end: float, folder: Path) -> None:
     problems = [case.problem(backend="triton") for case in cases]
     forward = BACKENDS["triton"].load().forward
     path = folder / f"{rows.path.stem.removesuffix('rows')}tuning.csv"
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(["device", "shape", *tuned._fields, "tuned", "us_p50", "note"])
-        for tile in _tiles(tuned):
-            if time.monotonic() > end:
-                break
-            tuning.TILES[size] = tile
-            try:
-                graph = captured(lambda: [forward(problem) for problem in problems])
-                result = [f"{device_times(graph.replay, len(problems)).p50:.4g}", ""]
-                del graph
-            except Exception as error:
-                result = ["", f"{type(error).__name__}: {error}"[:200]]
-            finally:
-                tuning.TILES[size] = tuned
-            row = [stamp()["device"], shape.problem, *tile, tile == tuned, *result]
-            writer.writerow(row)
-            file.flush()
-            print("tile", *row, flush=True)
+    for tile in _tiles(tuned):
+        if time.monotonic() > end:
+            break
+        tuning.TILES[size] = tile
+        try:
+            graph = captured(lambda: [forward(problem) for problem in problems])
+            result = {"us_p50": f"{device_times(graph.replay, len(problems)).p50:.4g}", "note": ""}
+            del graph
+        except Exception as error:
+            result = {"us_p50": "", "note": f"{type(error).__name__}: {error}"[:200]}
+        finally:
+            tuning.TILES[size] = tuned
+        row = {"device": stamp()["device"], "shape": shape.problem, **tile._asdict()}
+        row |= {"tuned": tile == tuned, **result}
+        append_row(path, row)
+        print("tile", *row.values(), flush=True)
