@@ -198,11 +198,13 @@ def _load_texts(
     """Return the collection to search, which needs no relevance judgements."""
     from optical.data.collection import Collection, load_collection
     from optical.data.texts import read_texts
-    from optical.models.retriever import check_model
 
     if not collection and not (queries and documents):
         raise ValueError("nothing to search; expected --collection, or --queries with --documents")
     check_inputs([queries, documents])
+    logger.info("reading the queries and documents")
+    from optical.models.retriever import check_model
+
     for name in models:
         if name is not None:
             check_model(name)
@@ -255,6 +257,7 @@ def _search_index(
 
     With `refine`, the search is approximate.
     """
+    logger.info("opening the index %s", index)
     from optical.models.retriever import check_model
     from optical.retrieval.index import LanceIndex, open_index
 

@@ -112,10 +112,10 @@ def add_device_argument(command: argparse.ArgumentParser) -> None:
 
 def check_device(device: str | None) -> None:
     """Raise ValueError for a name that is no device, or for a device that is not here."""
-    import torch
-
     if device is None:
         return
+    import torch
+
     try:
         kind = torch.device(device)
     except RuntimeError:

@@ -565,6 +565,41 @@ def test_errors_of_train(capsys, world, tmp_path, monkeypatch):
         fails(capsys, argv, f"output folder {folder} cannot be written .*; choose another one")
 
 
+@pytest.mark.parametrize(
+    ("settings", "words", "told"),
+    [
+        ("device: cpu\njson: true\n", [], {"use_cpu": True, "json": True}),
+        ("device: cpu\njson: yes\n", ["--json", "false"], {"use_cpu": True, "json": False}),
+        ("device: cuda:99\n", ["--device", "cpu"], {"use_cpu": True, "json": False}),
+        ("device:\njson:\nmax_pairs:\n", [], {"use_cpu": False, "json": False}),
+        ("device: cuda:99\n", [], "device: cuda:99, but PyTorch finds 0 CUDA devices here"),
+        ("device: gpu\n", [], "device: 'gpu', expected a name such as cpu, cuda or cuda:1"),
+        ("json: maybe\n", [], r"c\.yaml: --json: .*got maybe but expected one of yes/no"),
+    ],
+)
+def test_a_configuration_holds_the_options_of_the_command(
+    capsys, monkeypatch, tmp_path, settings, words, told
+):
+    import torch
+
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").write_text("water\tmaji\n")
+    (tmp_path / "c.yaml").write_text("teacher: t\nbitext: b\nrole: query\n" + settings)
+    seen = []
+    monkeypatch.setattr(
+        "optical.cli.train._train", lambda recipe, options, kind, values: seen.append(values) or "o"
+    )
+    argv = ["train", "distill", "--config", "c.yaml", "--output_dir", "o", *words]
+    if isinstance(told, str):
+        fails(capsys, argv, told)
+        return
+    assert cli.main(argv) == 0
+    assert seen[0]["use_cpu"] == told["use_cpu"] and seen[0]["max_pairs"] is None
+    assert capsys.readouterr().out == ('{"output": "o"}\n' if told["json"] else "o\n")
+
+
 def test_invalid_configurations_of_train(capsys, tmp_path, monkeypatch):
     pytest.importorskip("yaml")
     pytest.importorskip("sentence_transformers")
