@@ -172,6 +172,7 @@ def study(config: str | None, output: str | None) -> int:
     from optical.study.config import read_config
 
     if config is not None:
+        logger.info("reading %s", config)
         # Errors of the file are found before the libraries are loaded.
         read_config(config, output)
     logger.info("loading the libraries")

@@ -303,13 +303,12 @@ def test_an_interrupt_during_any_import_is_one_line(tmp_path, entry):
     for name in ("one", "two"):
         (tmp_path / f"{name}.run").write_text("q1 Q0 d1 1 1.0 tag\n")
     (tmp_path / "qrels.txt").write_text("q1 0 d1 1\n")
-    for folder, command in (
-        (early, "--help"),
-        (tmp_path, "evaluate one.run --qrels qrels.txt"),
-        (
-            tmp_path,
-            "search . --queries qrels.txt --documents qrels.txt --output x.run --device cpu",
-        ),
+    search = "search . --queries qrels.txt --documents qrels.txt --output x.run"
+    for folder, command, said in (
+        (early, "--help", ""),
+        (tmp_path, "evaluate one.run --qrels qrels.txt", ""),
+        (tmp_path, f"{search} --device cpu", ""),
+        (tmp_path, search, "reading the queries and documents\n"),
     ):
         done = subprocess.run(
             [sys.executable, *entry, *command.split()],
@@ -317,7 +316,7 @@ def test_an_interrupt_during_any_import_is_one_line(tmp_path, entry):
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
         )  # fmt: skip
         told = (done.returncode, done.stdout, done.stderr)
-        assert told == (130, "", "interrupted; nothing was written\n"), command
+        assert told == (130, "", f"{said}interrupted; nothing was written\n"), command
 
 
 def test_background_jobs_ignore_interrupts_as_their_shell_tells_them(tmp_path):
