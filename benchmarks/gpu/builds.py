@@ -192,13 +192,16 @@ def describe() -> None:
             print(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             print(package, "is not installed")
-    commands = (["nvidia-smi"], ["nvcc", "--version"], ["ncu", "--version"], ["git", "log", "-1"])
+    commands = (["nvidia-smi"], ["nvcc", "--version"], ["ncu", "--version"])
     for command in commands:
         if shutil.which(command[0]) is None:
             print(command[0], "is not on the path")
             continue
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         print(done.stdout.strip() or done.stderr.strip(), flush=True)
+    git = shutil.which("git")
+    done = subprocess.run([git or "false", "log", "-1"], capture_output=True, text=True, cwd=ROOT)
+    print(done.stdout.strip() or "the commit is unknown: this is no clone", flush=True)
 
 
 def main() -> int:

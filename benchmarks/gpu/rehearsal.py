@@ -56,12 +56,10 @@ def build_stand_ins(work: Path) -> None:
         builds._compile([*compiler, "-O1", "-shared", "-fPIC", str(source)], target)
 
 
-def environment(work: Path) -> dict[str, str]:
-    """Variables under which processes find the stand-ins."""
-    folder = stand_ins(work)
-    path = os.environ.get("PATH", "")
+def environment(work: Path, path: str) -> dict[str, str]:
+    """Variables under which processes find the stand-ins of the tools, before those of ``path``."""
     return {
-        "PATH": f"{folder}{os.pathsep}{path}",
+        "PATH": f"{stand_ins(work)}{os.pathsep}{path}",
         "TRITON_INTERPRET": "1",
         LIBRARY_VARIABLE: str(builds.emulated_library(work)),
     }

@@ -78,6 +78,32 @@ def test_every_test_file_of_a_command_exists():
     assert named and [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_only_the_probe_finds_the_driver_of_a_rehearsal(monkeypatch):
+    """A CUDA build of PyTorch would load it, and Triton would crash in it."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/own")
+    work = Path("work")
+    assert "LD_LIBRARY_PATH" not in gpu._environment(work, rehearse=True)
+    probe, driver = str(builds.probe_binary(work)), f"{rehearsal.stand_ins(work)}:/own"
+    for step in steps(rehearse=True):
+        expected = driver if probe in step.command else None
+        assert step.environment.get("LD_LIBRARY_PATH") == expected, step.name
+    assert all("LD_LIBRARY_PATH" not in step.environment for step in steps())
+
+
+def test_the_tools_of_cuda_are_found_beside_the_path(monkeypatch):
+    monkeypatch.setenv("PATH", "/own")
+    assert gpu._environment(Path("work"), rehearse=False)["PATH"] == f"/own:{gpu.CUDA_TOOLS}"
+    path = gpu._environment(Path("work"), rehearse=True)["PATH"].split(":")
+    assert path == [str(rehearsal.stand_ins(Path("work"))), "/own", gpu.CUDA_TOOLS]
+
+
+def test_a_copy_without_history_is_described(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(builds, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    builds.describe()
+    assert capsys.readouterr().out.endswith("the commit is unknown: this is no clone\n")
+
+
 def test_a_machine_without_a_gpu_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "_has_device", lambda: False)
     assert gpu.main(["--output", str(tmp_path / "results"), "--work", str(tmp_path / "w")]) == 2
