@@ -114,12 +114,26 @@ def test_triton_is_asked_once_whether_it_compiles(machine):
     asked = []
     probe = types.SimpleNamespace(obstacle=lambda device: asked.append(device) or "no C compiler")
     machine.patch(registry.importlib, "import_module", lambda name: probe)
-    machine.patch(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert registry._triton_device_obstacle(0) is None  # nothing is loaded during a capture
     machine.patch(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(3):
         assert registry._triton_device_obstacle(0) == "no C compiler"
     assert asked == [0]
+
+
+def test_triton_is_left_alone_in_a_capture_before_its_first_use(machine):
+    """Its code cannot be loaded then; the CUDA kernels can, and PyTorch fills the masses."""
+    with FakeTensorMode():
+        x = torch.empty(1, 3, 4, device="cuda")
+    probe = types.SimpleNamespace(obstacle=lambda device: None)
+    machine.patch(registry.importlib, "import_module", lambda name: probe)
+    machine.patch(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not registry.runs_triton(x)
+    with pytest.raises(registry.BackendUnsupported, match="being captured.*make one call first"):
+        registry.choose("triton", example_problem(x))
+    machine.patch(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert registry.runs_triton(x)
+    machine.patch(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert registry.runs_triton(x)
 
 
 def test_an_installed_library_is_probed_once(machine):
