@@ -128,7 +128,7 @@ def test_triton_is_left_alone_in_a_capture_before_its_first_use(machine):
     machine.patch(registry.importlib, "import_module", lambda name: probe)
     machine.patch(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not registry.runs_triton(x)
-    with pytest.raises(registry.BackendUnsupported, match="being captured.*make one call first"):
+    with pytest.raises(registry.BackendUnsupported, match=r"being captured.*make one call first"):
         registry.choose("triton", example_problem(x))
     machine.patch(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert registry.runs_triton(x)
