@@ -34,7 +34,7 @@ SHAPES = ("T3", "L2", "T1", "T2", "T4", "T5", "T6", "T7", "T8", "T9")
 PEER_SHAPES = ("T3", "T1", "T2", "T5", "T6")
 PROFILED_SHAPES = ("T3", "T1", "T6")
 GRADIENT_SHAPES = ("T3", "T1", "T2", "L2")
-TUNED_SHAPES = ("T3", "T2", "T1")
+TUNED_SHAPES = ("T3", "T5", "T2", "T1")
 # Where nvcc, ncu and compute-sanitizer are if they are not on the path.
 CUDA_TOOLS = "/usr/local/cuda/bin"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")

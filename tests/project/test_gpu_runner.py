@@ -115,6 +115,7 @@ def test_steps_are_listed_without_a_gpu(capsys):
     assert gpu.main(["--list", "--steps", "tune"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "tune-T3",
+        "tune-T5",
         "tune-T2",
         "tune-T1",
     ]
@@ -286,6 +287,31 @@ def test_the_other_measurements_write_rows_without_failures(step, stand_in, tmp_
     timed = [row for row in rows if row["note"] == ""]
     assert all(row["graph_us"] and row["call_us"] for row in timed)
     assert [row["provider"] for row in rows if row["note"]] in ([], ["ott"])
+
+
+@pytest.mark.parametrize("name", ["T5", "T6", "T2"])
+def test_tuning_changes_tiles_or_the_way_to_stream(name):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from optical.kernels import tuning
+
+    shape, seen = shapes.SHAPES[name], []
+    before = dict(tuning.TILES), tuning.PROGRAMS
+    for tile, tuned, way, changed in ours._candidates(shape):
+        with changed:
+            together = shape.batch > tuning.PROGRAMS
+            seen.append((tile, way, together, tuned))
+            assert name != "T2" or tuning.TILES[64] == tile
+        assert before == (tuning.TILES, tuning.PROGRAMS)
+    if name == "T2":
+        assert len({tile for tile, *_ in seen}) == len(seen) > 10
+        assert [tuned for *_, tuned in seen] == [True] + [False] * (len(seen) - 1)
+    else:
+        tuned = name == "T5"  # streamed in one launch today
+        stream = tuning.STREAM
+        assert seen == [
+            (stream, "one launch", True, tuned),
+            (stream, "stepwise", False, not tuned),
+        ]
 
 
 def test_a_wrong_result_has_the_error_and_no_time(stand_in, tmp_path, monkeypatch):
