@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def install(work: Path) -> None:
     """Replace the device, and the kernels of both backends, in this process."""
     from tests.kernels.interpreted import patch_once
 
+    # Interpreted kernels compute with infinities, of which NumPy warns.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
     use_emulated_kernels(builds.emulated_library(work))
     patch_once(setattr)
     replace_device(setattr)
