@@ -49,7 +49,7 @@ def test_every_request_is_known_to_the_measuring_process():
 
 
 def test_the_names_of_the_shapes_are_repeated_correctly():
-    assert tuple(shapes.SHAPES) == tuple(shapes.REHEARSED) == gpu.SHAPES
+    assert tuple(shapes.SHAPES) == tuple(shapes.REHEARSED) == builds.SHAPES
 
 
 def test_at_most_eight_files_are_written():
@@ -60,7 +60,7 @@ def test_at_most_eight_files_are_written():
 def test_a_rehearsal_has_every_step_but_most_compilations():
     rehearsed = {step.name for step in steps(rehearse=True)}
     missing = {step.name for step in steps()} - rehearsed
-    assert missing == {f"warm-{name}" for name in gpu.SHAPES if name != "T1"}
+    assert missing == {f"warm-{name}" for name in builds.SHAPES if name != "T1"}
 
 
 def test_every_file_with_tests_for_a_gpu_is_run():
