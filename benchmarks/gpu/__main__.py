@@ -29,8 +29,6 @@ SECONDS = 535.0
 PREFIX_OF_REHEARSAL = "rehearsal-"
 # Emulated kernels are slow: a rehearsal has this multiple of all time limits.
 PATIENCE = 6
-# Names of ``benchmarks.gpu.measure.shapes``, which imports PyTorch; most valuable first.
-SHAPES = ("T3", "L2", "T1", "T2", "T4", "T5", "T6", "T7", "T8", "T9")
 PEER_SHAPES = ("T3", "T1", "T2", "T5", "T6")
 PROFILED_SHAPES = ("T3", "T1", "T6")
 GRADIENT_SHAPES = ("T3", "T1", "T2", "L2")
@@ -95,9 +93,7 @@ def _driver(work: Path, rehearse: bool) -> dict[str, str]:
     """
     if not rehearse:
         return {}
-    from benchmarks.gpu import rehearsal
-
-    return {"LD_LIBRARY_PATH": _path_with(rehearsal.stand_ins(work), "LD_LIBRARY_PATH")}
+    return {"LD_LIBRARY_PATH": _path_with(builds.stand_ins(work), "LD_LIBRARY_PATH")}
 
 
 def _first_steps(work: Path, rows: Path, rehearse: bool) -> list[Step]:
@@ -111,7 +107,7 @@ def _first_steps(work: Path, rows: Path, rehearse: bool) -> list[Step]:
     # rehearsal compiles those of the smallest shape, for a driver that does nothing.
     variables = {"TRITON_INTERPRET": "0"} if rehearse else {}
     options: dict[str, Any] = {"output": "versions.txt", "background": True}
-    for name in SHAPES if not rehearse else ("T1",):
+    for name in builds.SHAPES if not rehearse else ("T1",):
         request = json.dumps({"step": "warm", "shape": name, "seconds": 90})
         command = (*_measure(work, rows, rehearse), "--once", request)
         command += ("--idle-driver",) if rehearse else ()
@@ -130,7 +126,7 @@ def _timings() -> list[Step]:
             request=_request("times", name),
             alone=True,
         )
-        for name in SHAPES
+        for name in builds.SHAPES
     ]
 
 

@@ -49,7 +49,7 @@ def test_every_request_is_known_to_the_measuring_process():
 
 
 def test_the_names_of_the_shapes_are_repeated_correctly():
-    assert tuple(shapes.SHAPES) == tuple(shapes.REHEARSED) == gpu.SHAPES
+    assert tuple(shapes.SHAPES) == tuple(shapes.REHEARSED) == builds.SHAPES
 
 
 def test_at_most_eight_files_are_written():
@@ -60,7 +60,7 @@ def test_at_most_eight_files_are_written():
 def test_a_rehearsal_has_every_step_but_most_compilations():
     rehearsed = {step.name for step in steps(rehearse=True)}
     missing = {step.name for step in steps()} - rehearsed
-    assert missing == {f"warm-{name}" for name in gpu.SHAPES if name != "T1"}
+    assert missing == {f"warm-{name}" for name in builds.SHAPES if name != "T1"}
 
 
 def test_every_file_with_tests_for_a_gpu_is_run():
@@ -83,7 +83,7 @@ def test_only_the_probe_finds_the_driver_of_a_rehearsal(monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", "/own")
     work = Path("work")
     assert "LD_LIBRARY_PATH" not in gpu._environment(work, rehearse=True)
-    probe, driver = str(builds.probe_binary(work)), f"{rehearsal.stand_ins(work)}:/own"
+    probe, driver = str(builds.probe_binary(work)), f"{builds.stand_ins(work)}:/own"
     for step in steps(rehearse=True):
         expected = driver if probe in step.command else None
         assert step.environment.get("LD_LIBRARY_PATH") == expected, step.name
@@ -94,7 +94,7 @@ def test_the_tools_of_cuda_are_found_beside_the_path(monkeypatch):
     monkeypatch.setenv("PATH", "/own")
     assert gpu._environment(Path("work"), rehearse=False)["PATH"] == f"/own:{gpu.CUDA_TOOLS}"
     path = gpu._environment(Path("work"), rehearse=True)["PATH"].split(":")
-    assert path == [str(rehearsal.stand_ins(Path("work"))), "/own", gpu.CUDA_TOOLS]
+    assert path == [str(builds.stand_ins(Path("work"))), "/own", gpu.CUDA_TOOLS]
 
 
 def test_a_copy_without_history_is_described(monkeypatch, tmp_path, capsys):
