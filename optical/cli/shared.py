@@ -184,7 +184,8 @@ def quiet_libraries() -> None:
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     datasets.disable_progress_bars()
     # Without a network it would report each of its attempts.
-    huggingface_hub.logging.set_verbosity_error()
+    hub_logging: Any = huggingface_hub.logging
+    hub_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 

@@ -367,7 +367,7 @@ def configuration_files(name: str) -> dict[str, str]:
     Raises:
         ValueError: a file cannot be read, or the hub has no such model or cannot be reached.
     """
-    texts = {}
+    texts: dict[str, str] = {}
     local = Path(name).is_dir()
     for file in _MODEL_FILES:
         path = Path(name) / file if local else _hub_file(name, file, texts)

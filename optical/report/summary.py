@@ -150,9 +150,13 @@ class Pool:
     @property
     def distance(self) -> float | None:
         """Share of the first ten places that would have to change language, from 0 to 1."""
-        pairs = [(own["share"], own["relevant"]) for own in self.bias.values()]
-        known = [abs(share - wanted) for share, wanted in pairs if None not in (share, wanted)]
-        return sum(known) / 2 if len(known) == len(pairs) else None
+        total = 0.0
+        for own in self.bias.values():
+            share, wanted = own["share"], own["relevant"]
+            if share is None or wanted is None:
+                return None
+            total += abs(share - wanted)
+        return total / 2
 
 
 @dataclass
