@@ -6,7 +6,7 @@ imports PyTorch, which is all that the package needs. Importing the package quer
 compiles nothing, and loads neither Triton nor the compiled libraries.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optical.io.lazy import on_demand
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # The command line imports this package first, and most of its commands need no PyTorch.
-__getattr__ = on_demand(
+_names = on_demand(
     __name__,
     {
         "backends.problem": ("Status",),
@@ -59,6 +59,11 @@ __getattr__ = on_demand(
         "training",
     ),
 )
+
+
+def __getattr__(name: str) -> Any:
+    value = globals()[name] = _names(name)  # From now on, the name needs no function.
+    return value
 
 
 def __dir__() -> list[str]:

@@ -328,7 +328,7 @@ def test_figures_are_drawn_from_the_table_alone(finished, tmp_path, capsys):
     assert cli.main(["figures", str(tmp_path / "results.csv"), "--output", str(tmp_path)]) == 0
     drawn = sorted(path.name for path in tmp_path.glob("*.*") if path.suffix != ".csv")
     assert drawn == sorted(path.name for path in (out / "figures").iterdir())
-    assert len(capsys.readouterr().out.splitlines()) == len(drawn) == 15
+    assert len(capsys.readouterr().out.splitlines()) == len(drawn) == 5
     for name in drawn:
         assert (tmp_path / name).read_bytes() == (out / "figures" / name).read_bytes()
 
