@@ -61,9 +61,11 @@ _names = on_demand(
 )
 
 
-def __getattr__(name: str) -> Any:
-    value = globals()[name] = _names(name)  # From now on, the name needs no function.
-    return value
+if not TYPE_CHECKING:  # a type checker would accept any name
+
+    def __getattr__(name: str) -> Any:
+        value = globals()[name] = _names(name)  # From now on, the name needs no function.
+        return value
 
 
 def __dir__() -> list[str]:

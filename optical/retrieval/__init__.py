@@ -25,12 +25,13 @@ __all__ = [
     "write_index",
 ]
 
-__getattr__ = on_demand(
-    __name__,
-    {
-        "bm25": ("search_bm25",),
-        "evaluation": ("Evaluation", "compare", "evaluate"),
-        "exact_search": ("search", "search_vectors"),
-        "index": ("open_index", "write_database", "write_index"),
-    },
-)
+if not TYPE_CHECKING:  # a type checker would accept any name
+    __getattr__ = on_demand(
+        __name__,
+        {
+            "bm25": ("search_bm25",),
+            "evaluation": ("Evaluation", "compare", "evaluate"),
+            "exact_search": ("search", "search_vectors"),
+            "index": ("open_index", "write_database", "write_index"),
+        },
+    )

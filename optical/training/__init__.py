@@ -48,21 +48,22 @@ __all__ = [
     "transfer",
 ]
 
-__getattr__ = on_demand(
-    __name__,
-    {
-        "collator": ("BitextCollator",),
-        "options": (
-            "AverageOptions",
-            "CodeswitchOptions",
-            "DistillOptions",
-            "EncoderOptions",
-            "TeacherOptions",
-            "TransferOptions",
-        ),
-        "pretraining": ("encoder_trainer",),
-        "recipes": ("average", "codeswitch", "distill", "teacher", "trainer_arguments"),
-        "runner": ("run", "save"),
-        "vocabulary_transfer": ("transfer",),
-    },
-)
+if not TYPE_CHECKING:  # a type checker would accept any name
+    __getattr__ = on_demand(
+        __name__,
+        {
+            "collator": ("BitextCollator",),
+            "options": (
+                "AverageOptions",
+                "CodeswitchOptions",
+                "DistillOptions",
+                "EncoderOptions",
+                "TeacherOptions",
+                "TransferOptions",
+            ),
+            "pretraining": ("encoder_trainer",),
+            "recipes": ("average", "codeswitch", "distill", "teacher", "trainer_arguments"),
+            "runner": ("run", "save"),
+            "vocabulary_transfer": ("transfer",),
+        },
+    )
