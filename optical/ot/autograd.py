@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from optical.backends import reference
-from optical.backends.problem import Problem, Solution
+from optical.backends.problem import FIRST_OPTION, Problem, Solution
 from optical.ot import operator, transforms
 from optical.ot.checks import CONCRETE, tracing
 
 _OPS: Any = torch.ops.optical
-_FIRST_OPTION = Problem._fields.index("g0") + 1
 
 
 def solve(problem: Problem, values_only: bool = False) -> Solution:
@@ -129,8 +128,8 @@ def _keep(
     Saving and unpacking a tensor costs microseconds. What cannot require a gradient is therefore
     kept with its version counters, which are compared as autograd would do.
     """
-    x, y, kind, cu_a, cu_b, log_a, log_b, epsilon, f0, g0 = problem[:_FIRST_OPTION]
-    ctx.kind, ctx.options = kind, problem[_FIRST_OPTION:]
+    x, y, kind, cu_a, cu_b, log_a, log_b, epsilon, f0, g0 = problem[:FIRST_OPTION]
+    ctx.kind, ctx.options = kind, problem[FIRST_OPTION:]
     ctx.kept = (cu_a, cu_b, epsilon, f0, g0, *kept)
     ctx.versions = versions(ctx.kept)
     ctx.save_for_backward(x, y, log_a, log_b, *saved)

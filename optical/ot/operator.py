@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optical.backends import reference, registry
 from optical.backends.dense import PaddedProblem, cost_backward
-from optical.backends.problem import Gradients, Problem, Solution
+from optical.backends.problem import FIRST_OPTION, Gradients, Problem, Solution
 
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -75,16 +75,12 @@ def _choose(problem: Problem, gradient: bool = False) -> tuple[registry.Backend,
         return backend, problem
     changed: dict[str, Any] = {
         name: field.contiguous()
-        for name, field in zip(Problem._fields[:_TENSORS], problem, strict=False)
+        for name, field in zip(Problem._fields[:FIRST_OPTION], problem, strict=False)
         if isinstance(field, Tensor) and not field.is_contiguous()
     }
     if problem.y is None:
         changed.pop("x", None)
     return backend, problem._replace(**changed) if changed else problem
-
-
-# Fields from this one on are no tensors.
-_TENSORS = Problem._fields.index("max_iter")
 
 
 def _contiguous(value: Tensor | None) -> Any:
@@ -112,7 +108,7 @@ def forward(problem: Problem, values_only: bool = False, kept: list[Any] | None 
     with _without_autocast(problem.x.device.type):
         if backend.dense:
             return PaddedProblem(problem).forward(solve)
-        solution: Solution = solve(problem, *((kept,) if backend.keeps else ()))
+        solution: Solution = solve(problem, *((values_only, kept) if backend.keeps else ()))
     return solution
 
 
