@@ -161,9 +161,8 @@ class LaunchProblem(Layout):
     def __init__(self, problem: Problem, norms: Norms | None = None) -> None:
         self.problem = problem
         x, y, unused = problem.x, problem.y, problem.epsilon
-        if y is None:
-            about = 0, (x.dtype,), x.stride()
-        else:
+        about: tuple[Any, ...] = 0, (x.dtype,), x.stride()
+        if y is not None:
             about = x.shape[-1], (x.dtype, y.dtype), (0, 0, 0)
         shapes = unused.shape, problem.log_a.shape, problem.log_b.shape
         self.layout = _layout(problem.kind, problem.cu_a is not None, *shapes, *about)

@@ -88,26 +88,15 @@ def forward(
 
 
 @functools.lru_cache(maxsize=4096)
-def _launches(
-    layout: Layout,
-    start: bool,
-    max_iter: int,
-    tol: float,
-    rho_a: float,
-    rho_b: float,
-    omega: float,
-    _anderson: int,
-    anneal_start: float,
-    anneal_ratio: float,
-    *_others: Any,
-) -> tuple[list[KeptLaunch], bool]:
+def _launches(layout: Layout, start: bool, *options: Any) -> tuple[list[KeptLaunch], bool]:
     """Return the launches of the runs on chip, and whether some problems are streamed.
 
     Args:
         layout: that of the batch.
-        start: the run starts from given potentials.
-        max_iter, tol, rho_a, rho_b, omega, anneal_start, anneal_ratio: as in a ``Problem``.
+        start: whether the run starts from given potentials.
+        *options: the fields of a ``Problem`` from ``max_iter`` on.
     """
+    max_iter, tol, rho_a, rho_b, omega, _, anneal_start, anneal_ratio = options[:8]
     general = omega != 1 or min(rho_a, rho_b) < math.inf
     roomy = general or anneal_start > 0 or layout.precision.startswith("tf32")
     tiles = choose_tiles(layout, tuning.ROOMY if roomy else tuning.TILES)

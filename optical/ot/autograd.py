@@ -244,19 +244,19 @@ class _TransportCost(torch.autograd.Function):
 
 
 def _gradients(
-    ctx: Any, upstream: tuple[Tensor | None, ...], problem: Problem, saved: Iterable[Tensor]
+    ctx: Any, upstream: tuple[Any, ...], problem: Problem, saved: Iterable[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, y, log_a and log_b as needed, and None for two more arguments.
 
     ``saved`` are f, g, w, z and n_iter of the solution.
     """
     need_x, need_y, need_a, need_b = ctx.needs_input_grad[:4]
-    arguments = (*saved, need_x, need_y, need_a or need_b, ctx.kept_by_backend)
+    arguments: tuple[Any, ...] = (*saved, need_x, need_y, need_a or need_b, ctx.kept_by_backend)
     if torch.is_grad_enabled():
         leaves = (*upstream, problem.x, problem.y, problem.log_a, problem.log_b)
         gradients = transforms.apply(_SolveGradient, *leaves, problem, arguments)
     else:
-        gradients = operator.backward(*upstream, problem, *arguments)
+        gradients = operator.backward(*upstream, problem, *arguments)  # type: ignore[call-arg]
     grad_x, grad_y, grad_log_a, grad_log_b = gradients
     return (
         *(grad_x if need_x else None, grad_y if need_y else None),
@@ -272,7 +272,7 @@ class _SolveGradient(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
         leaves: tuple[Any, ...] = arguments[:4]
         problem, saved = arguments[-2:]
-        return operator.backward(*leaves, problem, *saved)
+        return operator.backward(*leaves, problem, *saved)  # type: ignore[call-arg]
 
     backward = staticmethod(reference.no_second_derivative)
 

@@ -323,10 +323,8 @@ def ot_alignment(
         >>> ot_alignment(teacher.flip(1), teacher).round(decimals=3)   # the order of tokens is free
         tensor([0.])
     """
-    problem, lead = alignment_problem(
-        *(student, teacher, student_mask, teacher_mask, cost, epsilon),
-        **{"max_iter": max_iter, "tol": tol, **options},
-    )
+    given = student, teacher, student_mask, teacher_mask, cost, epsilon
+    problem, lead = alignment_problem(*given, max_iter=max_iter, tol=tol, **options)
     return unfold(autograd.transport_cost(problem), lead)
 
 

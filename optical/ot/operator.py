@@ -71,16 +71,21 @@ def _choose(problem: Problem, gradient: bool = False) -> tuple[registry.Backend,
     if not (problem.x.numel() and problem.log_a.numel() and problem.log_b.numel()):
         # Kernels need not handle launches without entries.
         backend = registry.BACKENDS["reference"]
-    if backend.native:
-        return backend, problem
-    changed: dict[str, Any] = {
-        name: field.contiguous()
-        for name, field in zip(Problem._fields[:FIRST_OPTION], problem, strict=False)
-        if isinstance(field, Tensor) and not field.is_contiguous()
-    }
-    if problem.y is None:
-        changed.pop("x", None)
-    return backend, problem._replace(**changed) if changed else problem
+    return backend, problem if backend.native else _contiguous_fields(problem)
+
+
+def _contiguous_fields(problem: Problem) -> Problem:
+    """Return the problem with contiguous tensors, except for a given cost."""
+    fields: tuple[Any, ...] = problem[:FIRST_OPTION]
+    x, y, _, *others = fields
+    for tensor in (None if y is None else x, y, *others):
+        if tensor is not None and not tensor.is_contiguous():
+            break
+    else:
+        return problem
+    x = x if y is None else x.contiguous()
+    y, *others = map(_contiguous, (y, *others))
+    return Problem(x, y, problem.kind, *others, *problem[FIRST_OPTION:])
 
 
 def _contiguous(value: Tensor | None) -> Any:
@@ -91,7 +96,10 @@ def _without_autocast(device: str) -> Any:
     """Disable autocast where it is enabled; entering a context costs as much as a small solve."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return _UNCHANGED
+
+
+_UNCHANGED = contextlib.nullcontext()
 
 
 def forward(problem: Problem, values_only: bool = False, kept: list[Any] | None = None) -> Solution:

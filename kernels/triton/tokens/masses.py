@@ -144,10 +144,7 @@ def equal_masses(
             padding. Lengths below 0 or above the size make the masses NaN.
         device: where the tensors are allocated.
     """
-    given = (
-        *(None if mask is None else _numbers(mask) for mask in (mask_a, mask_b)),
-        *(None if lengths is None else lengths.contiguous() for lengths in (lengths_a, lengths_b)),
-    )
+    given = _numbers(mask_a), _numbers(mask_b), _adjacent(lengths_a), _adjacent(lengths_b)
     facts = [None if tensor is None else (tensor.dtype, tensor.stride()) for tensor in given]
     start_b, start_epsilon, launch = _launch(batch, n, m, dtype, epsilon, *facts)
     memory = torch.empty(start_epsilon + batch, dtype=dtype, device=device)
@@ -200,5 +197,9 @@ def _launch(
     return start_b, start_epsilon, launch
 
 
-def _numbers(mask: Tensor) -> Tensor:
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+def _numbers(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.dtype != torch.bool else mask.view(torch.uint8)
+
+
+def _adjacent(lengths: Tensor | None) -> Tensor | None:
+    return None if lengths is None else lengths.contiguous()
