@@ -61,8 +61,11 @@ def forward(
         launch = LaunchProblem(problem)
         if kept is not None and problem.y is not None:
             kept.append(launch.norms)
-        start = problem.f0 is not None
-        onchip, streamed = _launches(launch.layout, start, *problem[FIRST_OPTION:])
+        general = problem.omega != 1 or min(problem.rho_a, problem.rho_b) < math.inf
+        roomy = general or problem.anneal_start > 0 or launch.precision.startswith("tf32")
+        tiles = choose_tiles(launch, tuning.ROOMY if roomy else tuning.TILES)
+        longer = launch.packed and max(launch.n, launch.m) > tuning.RESIDENT
+        streamed = longer or not tiles
         # Other kernels and gradients read more than the values.
         values_only = values_only and not streamed and problem.gradient == "envelope"
         solution = Solution.allocate(problem, values_only)
@@ -78,48 +81,40 @@ def forward(
                 _solve_in_one_launch(launch, f, g, outputs)
             else:
                 StepwiseSolve(launch, f, g, outputs).run()
-        if onchip:
+        if tiles:
             tensors = *launch.pointers(), *initial_potentials(problem), f, g, *outputs
-            for solve in onchip:
-                solve(*tensors)
+            options = general, problem.f0 is not None, *problem[FIRST_OPTION:]
+            for side, tile in tiles:
+                _onchip_launch(launch.layout, side, tile, *options)(*tensors)
         if problem.gradient == "implicit":
             _solve_adjoint(launch, f, g, w, z, residual)
     return solution
 
 
 @functools.lru_cache(maxsize=4096)
-def _launches(layout: Layout, start: bool, *options: Any) -> tuple[list[KeptLaunch], bool]:
-    """Return the launches of the runs on chip, and whether some problems are streamed.
+def _onchip_launch(
+    layout: Layout, side: int, tile: tuning.Tile, general: bool, start: bool, *options: Any
+) -> KeptLaunch:
+    """The launch that solves problems of up to ``side`` rows or columns on chip.
 
-    Args:
-        layout: that of the batch.
-        start: whether the run starts from given potentials.
-        *options: the fields of a ``Problem`` from ``max_iter`` on.
+    ``start``: from given potentials. ``options`` are the fields of a ``Problem`` from ``max_iter``.
     """
     max_iter, tol, rho_a, rho_b, omega, _, anneal_start, anneal_ratio = options[:8]
-    general = omega != 1 or min(rho_a, rho_b) < math.inf
-    roomy = general or anneal_start > 0 or layout.precision.startswith("tf32")
-    tiles = choose_tiles(layout, tuning.ROOMY if roomy else tuning.TILES)
-    onchip = [
-        KeptLaunch(
-            resident_kernel,
-            (layout.size,),
-            *layout.sizes(),
-            *(max_iter, tol, 1 / rho_a, 1 / rho_b, omega, anneal_start, anneal_ratio),
-            0 if side == min(tuning.TILES) else side // 2 + 1,
-            side,
-            START=start,
-            GENERAL=general,
-            ANNEAL=anneal_start > 0,
-            STEPS=1 if general or tol > 0 else tuning.STEPS,
-            NVIDIA=layout.nvidia,
-            PART=tile.part,
-            **tile_options(layout, tile),
-        )
-        for side, tile in tiles
-    ]
-    longer = layout.packed and max(layout.n, layout.m) > tuning.RESIDENT
-    return onchip, longer or not tiles
+    return KeptLaunch(
+        resident_kernel,
+        (layout.size,),
+        *layout.sizes(),
+        *(max_iter, tol, 1 / rho_a, 1 / rho_b, omega, anneal_start, anneal_ratio),
+        0 if side == min(tuning.TILES) else side // 2 + 1,
+        side,
+        START=start,
+        GENERAL=general,
+        ANNEAL=anneal_start > 0,
+        STEPS=1 if general or tol > 0 else tuning.STEPS,
+        NVIDIA=layout.nvidia,
+        PART=tile.part,
+        **tile_options(layout, tile),
+    )
 
 
 def _solve_adjoint(
