@@ -6,6 +6,8 @@ imports PyTorch, which is all that the package needs. Importing the package quer
 compiles nothing, and loads neither Triton nor the compiled libraries.
 """
 
+import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from optical.io.lazy import on_demand
@@ -70,3 +72,8 @@ if not TYPE_CHECKING:  # a type checker would accept any name
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Where PyTorch is loaded already, register the operators, which `torch.export.load` looks up.
+if "torch" in sys.modules:
+    importlib.import_module("optical.ot")
