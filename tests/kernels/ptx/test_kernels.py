@@ -26,7 +26,8 @@ from optical.testing.tolerance import (
     assert_close_to_truth,
     solve,
 )
-from tests.kernels.ptx.driver import NOISY_UNITS, TRUNCATED_SUMS, PtxMachine
+from tests.kernels.ptx.driver import NOISY_UNITS, TRUNCATED_SUMS
+from tests.kernels.ptx.triton_device import TritonMachine as PtxMachine
 
 FORWARD = importlib.import_module("optical.kernels.forward")
 BACKWARD_UNROLLED = importlib.import_module("optical.kernels.backward_unrolled")

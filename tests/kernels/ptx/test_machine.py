@@ -17,7 +17,8 @@ from optical.backends import registry
 from optical.kernels import tuning
 from optical.testing.cases import random_case
 from optical.testing.tolerance import solve
-from tests.kernels.ptx.driver import NOISY_UNITS, PtxMachine
+from tests.kernels.ptx.driver import NOISY_UNITS
+from tests.kernels.ptx.triton_device import TritonMachine as PtxMachine
 
 
 @pytest.fixture(scope="module")
