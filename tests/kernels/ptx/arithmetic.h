@@ -14,21 +14,25 @@ using Wide = __int128;
 
 enum Kind { UNSIGNED, SIGNED, FLOAT, BFLOAT, TFLOAT };
 enum Operation {
-    FMA, DIV, REM, MIN, MAX, AND, OR, XOR, SHL, SHR, BFI, PRMT, SELP, SETP, CVT, EX2, LG2, RCP,
+    FMA, DIV, REM, MIN, MAX, AND, OR, XOR, SHL, SHR, BFE, BFI, PRMT, SELP, SETP, CVT, EX2, LG2, RCP,
     SQRT, RSQRT, LOAD, STORE, JUMP, COPY, COMMIT, AWAIT,
     // Carried out by all lanes of a mask together; the mask is their last source.
-    SHUFFLE, REDUCE, SYNC, MULTIPLY, LDMATRIX, STMATRIX,
+    SHUFFLE, REDUCE, MULTIPLY, LDMATRIX, STMATRIX, MEET_LANES, MEET_BLOCK, MEET_CLUSTER,
+};
+// The first registers. VOTE: of the last barrier; SHARED, STACK: where these are mapped.
+enum Special {
+    CTAID_X, CTAID_Y, CTAID_Z, NCTAID_X, NCTAID_Y, NCTAID_Z, TID_X, NTID_X, CLUSTER_CTARANK,
+    CLUSTER_NCTARANK, VOTE, SHARED, STACK, CALLER,
 };
 enum Comparison { LESS = 1, EQUAL = 2, GREATER = 4, UNORDERED = 8 };
 enum Mode { EXACT, APPROXIMATE, FLOOR, TRUNCATE };
-enum Scope { LANES, BLOCK, CLUSTER, NONE };  // whom a barrier holds up
 
 struct Type { int32_t kind, bits; };
 struct Instruction {
     int32_t operation;
     Type type, to;              // of the sources, and of the result
     int32_t flush;              // subnormal numbers become 0
-    int32_t mode, count;        // of single operations, as assembly.py documents them
+    int32_t mode;               // of single operations
     int32_t predicate, unless;  // the register that enables the lane (-1: none), or disables it
     int32_t results, sources, first;  // operands
     int32_t line;
@@ -128,6 +132,7 @@ inline u64 of_integers(const Instruction& in, Wide x, Wide y, const u64* raw) {
         case XOR: return raw[0] ^ raw[1];
         case SHL: return u64(Wide(raw[0]) << std::min<u64>(raw[1], 64));
         case SHR: return u64(x >> std::min<u64>(raw[1], 64));
+        case BFE: return u64(integer({in.type.kind, int(raw[2])}, raw[0] >> raw[1]));
         case SELP: return raw[2] & 1 ? raw[0] : raw[1];
         case CVT: return in.to.kind >= FLOAT ? pack(in.to, double(x)) : u64(x);
         case BFI: {  // a field, the number that receives it, position, length

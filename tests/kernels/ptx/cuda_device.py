@@ -18,7 +18,8 @@ from optical.backends import cuda, library, nvrtc, structs
 from optical.io import nvidia
 from optical.io import nvrtc as compiler
 from tests.backends import doubles
-from tests.kernels.ptx.driver import PtxMachine
+from tests.kernels.ptx.assembly import Assembly
+from tests.kernels.ptx.driver import Block, PtxMachine
 
 
 class PtxCompiler:
@@ -61,10 +62,10 @@ class CudaMachine(PtxMachine):
             return address(tensor)
 
         kernels = nvrtc.Kernels(nvidia.Driver(_Driver(self)), self._compile)
-        self._replace(cuda, "load", lambda device=None: library.Loaded(kernels, None))
-        self._replace(cuda, "DEVICE", "cpu")
-        self._replace(cuda, "_call", record_call)
-        self._replace(structs, "address", record_address)
+        self.replace(cuda, "load", lambda device=None: library.Loaded(kernels, None))
+        self.replace(cuda, "DEVICE", "cpu")
+        self.replace(cuda, "_call", record_call)
+        self.replace(structs, "address", record_address)
         cuda._fits.cache_clear()
         self._stack.callback(cuda._fits.cache_clear)
         return self
@@ -82,15 +83,16 @@ class _Driver(doubles.Driver):  # type: ignore[misc]
         self.machine, self.kernels = machine, []
 
     def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:
-        self.kernels.append(self.machine.load(name.decode(), self.loaded[-1].decode()))
+        text = self.machine.rewrite(name.decode(), self.loaded[-1].decode())
+        self.kernels.append((name.decode(), Assembly(text)))
         function._obj.value = len(self.kernels)
         return 0
 
     def cuLaunchKernelEx(self, config: Any, function: Any, addresses: Any, extra: Any) -> int:
-        c, kernel = config._obj, self.kernels[function.value - 1]
-        sizes = (size for _, size in kernel.assembly.parameters)
+        c, (name, assembly) = config._obj, self.kernels[function.value - 1]
+        sizes = (size for _, size in assembly.parameters)
         values = [ctypes.string_at(*pair) for pair in zip(addresses, sizes, strict=True)]
-        blocks = c.attributes[0].value[0] if c.count else 1
-        options = {"blocks": blocks, "threads": c.bx, "shared": c.shared}
-        self.machine.run(kernel, (c.gx, c.gy, c.gz), values, self.machine._tensors, **options)
+        block = Block(c.attributes[0].value[0] if c.count else 1, c.bx, c.shared)
+        tensors = self.machine._tensors
+        self.machine.run(name, assembly, (c.gx, c.gy, c.gz), block, values, tensors)
         return 0

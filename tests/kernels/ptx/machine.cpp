@@ -7,7 +7,6 @@
 //
 // Not modelled: the asynchronous proxy (wgmma reads its operands where it is issued, and cp.async
 // reads global memory there), TMA, mbarriers, atomics.
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -18,44 +17,46 @@
 
 using std::vector;
 
-struct Operand { int32_t reg, negated; u64 immediate; };
-struct Program { vector<Instruction> code; vector<Operand> operands; int registers; };
+struct Operand { int64_t reg; u64 immediate; };
 struct Access { u32 thread, time; };  // threads count from 1; 0: none
 struct Shadow { Access write, first_read, last_read; };
 struct Region { u64 from, to; unsigned char* host; Shadow* shadow; };  // addresses and their memory
 struct Copy { u64 to; int bytes, thread, group; unsigned char data[16]; };
-struct Report { char text[4096]; int64_t races, faults, instructions; };
+struct Report { int64_t races, faults, instructions; char text[4096]; };
 struct Launch {
-    int32_t grid[3], blocks, threads, shared, stack, seed, noise;  // blocks: of a cluster
-    int64_t parameter_bytes, tensor_count;
+    const Instruction* code;
+    int64_t length;
+    const Operand* operands;
+    int64_t register_count, grid[3], blocks, threads, shared, stack, seed, noise;
     unsigned char* parameters;
+    int64_t parameter_bytes;
     const u64* tensors;  // first address and end of each
+    int64_t tensor_count;
 };
 
-// Memory other than that of the host has addresses from here on. Shared memory of a block begins at
-// an offset: the runtime keeps the bytes below for itself.
-constexpr u64 SHARED = u64(1) << 60, STACK = u64(2) << 60, PARAMETERS = u64(3) << 60;
+// Memory other than that of the host is mapped here. Shared memory of a block begins at an offset:
+// the runtime keeps the bytes below for itself.
+constexpr u64 SHARED_AT = u64(1) << 60, STACK_AT = u64(2) << 60, PARAMETERS_AT = u64(3) << 60;
 constexpr u64 WINDOW = 1 << 24, SHARED_ORIGIN = 1024;
-// The first registers. VOTE: of the last barrier; SHARED_BASE, STACK_BASE: where they are mapped.
-enum { CTAID, NCTAID = 3, TID = 6, NTID, RANK, RANKS, VOTE, SHARED_BASE, STACK_BASE };
 
+// The blocks of a cluster, which run together. A launch without clusters has one block in each.
 struct Cluster {
-    const Program& program;
     const Launch& launch;
     Report& report;
-    const Region *tensors, *tensors_end;
+    const vector<Region>& tensors;
     const int64_t index;
-    const int blocks = launch.blocks, size = launch.threads * blocks;  // threads of the cluster
-    const int warps = size / 32, end = program.code.size();
+    const int threads = launch.threads, blocks = launch.blocks, size = threads * blocks;
+    const int warps = size / 32, end = launch.length;
     const u64 block_bytes = SHARED_ORIGIN + launch.shared;
-    vector<u64> registers = vector<u64>(size_t(program.registers) * size, 0xdeadbeefdeadbeef);
+    vector<u64> registers = vector<u64>(launch.register_count * size, 0xdeadbeefdeadbeef);
     // Memory that nothing has written is NaN.
     vector<unsigned char> shared = vector<unsigned char>(block_bytes * blocks, 0xff);
-    vector<unsigned char> stack = vector<unsigned char>(size_t(launch.stack) * size, 0xff);
+    vector<unsigned char> stack = vector<unsigned char>(launch.stack * size, 0xff);
     vector<Shadow> shadows = vector<Shadow>(shared.size());
-    vector<int> at = vector<int>(size, 0), waits = vector<int>(warps, NONE);
-    vector<int> votes = vector<int>(blocks, 0), groups = vector<int>(warps, 0);
+    // Of each thread its place in the program, of each warp the barrier that it waits at.
+    vector<int> at = vector<int>(size), waits = vector<int>(warps), votes = vector<int>(blocks);
     vector<vector<Copy>> copies = vector<vector<Copy>>(warps);
+    vector<int> groups = vector<int>(warps);
     // When two lanes of a warp, the threads of a block, and all threads met last.
     vector<u32> lanes_met = vector<u32>(32 * size), block_met = vector<u32>(blocks);
     u32 cluster_met = 0;
@@ -66,20 +67,15 @@ struct Cluster {
     int first_thread = 0;
     u32 active = 0;
 
-    bool say(int64_t& count, const char* what, ...) {
-        const size_t used = strlen(report.text);
-        if (++count > 6 || used > sizeof report.text - 256) return false;
-        va_list values;
-        va_start(values, what);
-        char* text = report.text + used;
-        text += snprintf(text, 64, "line %d: ", in ? in->line : 0);
-        text += vsnprintf(text, 160, what, values);
-        snprintf(text, 16, "\n");
-        va_end(values);
+    template <class... Values> bool say(int64_t& count, const char* what, Values... values) {
+        const size_t used = strlen(report.text), left = sizeof report.text - used;
+        if (++count > 6 || left < 256) return false;
+        const int line = snprintf(report.text + used, left, "line %d: ", in ? in->line : 0);
+        snprintf(report.text + used + line, left - line, what, values...);
         return false;
     }
 
-    u64& reg(int number, int thread) { return registers[size_t(number) * size + thread]; }
+    u64& reg(int64_t number, int thread) { return registers[number * size + thread]; }
     u64 get(const Operand& x, int thread) { return x.reg < 0 ? x.immediate : reg(x.reg, thread); }
     void set(const Operand& x, int thread, u64 value) {
         if (x.reg >= 0) reg(x.reg, thread) = low_bits(value, in->to.bits);
@@ -96,8 +92,8 @@ struct Cluster {
         const u32 first = other.thread - 1, second = thread - 1, local = second % size;
         if (first / size != second / size) return true;
         u32 met = cluster_met;
-        if (first / launch.threads == second / launch.threads)
-            met = std::max(met, block_met[local / launch.threads]);
+        if (first / threads == second / threads)
+            met = std::max(met, block_met[local / threads]);
         if (first / 32 == second / 32) met = std::max(met, lanes_met[32 * local + first % 32]);
         return other.time >= met;
     }
@@ -108,31 +104,31 @@ struct Cluster {
         if (write && concurrent(shadow.last_read, thread)) other = &shadow.last_read;
         if (other)
             say(report.races, "threads %u and %u of blocks %u and %u race in %s memory",
-                (other->thread - 1) % launch.threads, (thread - 1) % launch.threads,
-                (other->thread - 1) / launch.threads, (thread - 1) / launch.threads, space);
+                (other->thread - 1) % threads, (thread - 1) % threads,
+                (other->thread - 1) / threads, (thread - 1) / threads, space);
         if (write) shadow.write = now;
         else if (concurrent(shadow.first_read, thread)) shadow.last_read = now;
         else shadow.first_read = now;
     }
     // Where an address is mapped: its region, or one without memory.
     Region region(u64 address) {
-        if (address >= PARAMETERS)
-            return {PARAMETERS, PARAMETERS + launch.parameter_bytes, launch.parameters, nullptr};
-        if (address >= STACK) return {STACK, STACK + stack.size(), stack.data(), nullptr};
-        if (address >= SHARED) {
-            const u64 rank = (address - SHARED) / WINDOW, from = SHARED + rank * WINDOW;
+        if (address >= PARAMETERS_AT)
+            return {PARAMETERS_AT, PARAMETERS_AT + launch.parameter_bytes, launch.parameters, nullptr};
+        if (address >= STACK_AT) return {STACK_AT, STACK_AT + stack.size(), stack.data(), nullptr};
+        if (address >= SHARED_AT) {
+            const u64 rank = (address - SHARED_AT) / WINDOW, from = SHARED_AT + rank * WINDOW;
             if (rank >= u64(blocks) || address < from + SHARED_ORIGIN) return {};
             const u64 first = rank * block_bytes;
             return {from, from + block_bytes, &shared[first], &shadows[first]};
         }
         const auto after = [](u64 x, const Region& tensor) { return x < tensor.from; };
-        const Region* next = std::upper_bound(tensors, tensors_end, address, after);
-        return next == tensors ? Region{} : next[-1];
+        const auto next = std::upper_bound(tensors.begin(), tensors.end(), address, after);
+        return next == tensors.begin() ? Region{} : next[-1];
     }
     // Every access of a thread to memory. Returns false, with a report, where it is not allowed.
     bool access(int thread, u64 address, int bytes, void* data, bool write) {
         const Region place = region(address);
-        const char* space = address < SHARED ? "global" : address < STACK ? "shared" : "other";
+        const char* space = address < SHARED_AT ? "global" : address < STACK_AT ? "shared" : "other";
         if (address % bytes)
             return say(report.faults, "%llx in %s memory is not aligned", address, space);
         if (address < place.from || address + bytes > place.to)
@@ -152,29 +148,29 @@ struct Cluster {
         return from[0].reg < 0 ? offset : get(from[0], thread) + u32(offset);
     }
 
-    // ld and st of `count` values; those of st follow the address.
+    // ld and st of one or several values; those of st follow the address.
     void load_or_store() {
-        const int bytes = in->type.bits / 8;
         const bool write = in->operation == STORE;
+        const int bytes = in->type.bits / 8, count = write ? in->sources - 3 : in->results;
         each([&](int thread) {
-            unsigned char data[16];
-            for (int i = 0; write && i < in->count; ++i) {
+            u64 data[2] = {};
+            for (int i = 0; write && i < count; ++i) {
                 const u64 value = get(source[3 + i], thread);
-                memcpy(data + i * bytes, &value, bytes);
+                memcpy((char*)data + i * bytes, &value, bytes);
             }
-            if (!access(thread, address(source, thread), bytes * in->count, data, write)) return;
-            for (int i = 0; !write && i < in->count; ++i) {
+            if (!access(thread, address(source, thread), bytes * count, data, write)) return;
+            for (int i = 0; i < in->results; ++i) {
                 u64 value = 0;
-                memcpy(&value, data + i * bytes, bytes);
+                memcpy(&value, (char*)data + i * bytes, bytes);
                 set(result[i], thread, u64(integer(in->type, value)));
             }
         });
     }
-    // ldmatrix and stmatrix of `count` 8 x 8 matrices of 16 bits, one row per address of eight lanes
-    // each. A lane holds two neighbours of a row, or with `mode` of a column.
+    // ldmatrix and stmatrix of 8 x 8 matrices of 16 bits, one row per address of eight lanes each. A
+    // lane holds two neighbours of a row, or with `mode` of a column.
     void move_matrices() {
         const bool write = in->operation == STMATRIX;
-        for (int item = 0; item < 32 * in->count; ++item) {
+        for (int item = 0; item < 32 * (write ? in->sources - 4 : in->results); ++item) {
             const int lane = item % 32, matrix = item / 32, thread = first_thread + lane;
             u32 pair = write ? get(source[3 + matrix], thread) : 0;
             for (int k = 0; k < 2; ++k) {
@@ -187,26 +183,25 @@ struct Cluster {
             if (!write) set(result[matrix], thread, pair);
         }
     }
-    // cp.async of `count` bytes, of which the last operand says how many exist: they arrive when
-    // their group is awaited and are NaN until then.
+    // cp.async: to, from, bytes, and how many of them exist. They arrive when their group is awaited
+    // and are NaN until then.
     void copy_async() {
         each([&](int thread) {
-            const int warp = thread / 32;
-            Copy copy = {address(source, thread), in->count, thread, groups[warp], {}};
+            const int bytes = get(source[6], thread), warp = thread / 32;
+            Copy copy = {address(source, thread), bytes, thread, groups[warp], {}};
             unsigned char missing[16];
             memset(missing, 0xff, sizeof missing);
-            const u32 bytes = get(source[6], thread);
-            if (bytes && !access(thread, address(source + 3, thread), bytes, copy.data, false))
-                return;
-            if (access(thread, copy.to, copy.bytes, missing, true)) copies[warp].push_back(copy);
+            const int present = get(source[7], thread);
+            if (!present || access(thread, address(source + 3, thread), present, copy.data, false))
+                if (access(thread, copy.to, bytes, missing, true)) copies[warp].push_back(copy);
         });
     }
-    // Completes the groups of a warp but the last `count`; -1: and what is in no group yet.
+    // Completes the groups of a warp but the last ones; if but -1: and what is in no group yet.
     void await_copies(int warp) {
-        const auto late = [&](const Copy& copy) { return copy.group + in->count < groups[warp]; };
+        const int last = groups[warp] - int(source[0].immediate);
         for (Copy& copy : copies[warp])
-            if (late(copy)) access(copy.thread, copy.to, copy.bytes, copy.data, true);
-        std::erase_if(copies[warp], late);
+            if (copy.group < last) access(copy.thread, copy.to, copy.bytes, copy.data, true);
+        std::erase_if(copies[warp], [&](const Copy& copy) { return copy.group < last; });
     }
 
     // --- tensor cores ---------------------------------------------------------------------------
@@ -221,7 +216,7 @@ struct Cluster {
         u32 place = start + across / 8 * stride + across % 8 * row;
         place += along / row * leading + along % row;
         if (swizzle) place ^= (place >> 7 & ((16 >> swizzle) - 1)) << 4;
-        return reg(SHARED_BASE, first_thread) + place;
+        return reg(SHARED, first_thread) + place;
     }
     // Element (outer, k) of A or B: in registers, of which each holds its part of eight rows, of
     // `tiles` times eight rows in all; or in shared memory, as bit 1 of `where` says (2: transposed).
@@ -239,11 +234,11 @@ struct Cluster {
         }
         return real(in->type, value);
     }
-    // D = A B + C of 16 rows per warp and `count` columns, exact until it is rounded to float32. The
+    // D = A B + C of 16 rows per warp and 8 columns per four results, exact until it is rounded to float32. The
     // bits of `mode` say where A (2 bits) and B (2 bits) are. The sources are those of A, of B, the
     // predicate that adds C, and C.
     void multiply() {
-        const int depth = 256 / in->type.bits, columns = in->count;
+        const int depth = 256 / in->type.bits, columns = 2 * in->results;
         const int where_a = in->mode & 3, where_b = in->mode >> 2, row0 = first_thread / 32 % 4 * 16;
         const Operand *of_b = source + (where_a ? 1 : 4), *adds = of_b + (where_b ? 1 : 2);
         vector<double> a(16 * depth), b(columns * depth);
@@ -299,38 +294,35 @@ struct Cluster {
         });
         each([&](int thread) { set(result[0], thread, totals[thread % 32]); });
     }
-    // Barriers; `mode` is their scope. Those of a block may collect the votes of its threads.
-    void synchronise(int warp) {
+    // Barriers. That of a block may collect the votes of its threads.
+    void meet(int warp) {
         each([&](int thread) {
             const u32 mask = get(source[in->sources - 1], thread);
             for (int lane = 0; lane < 32; ++lane)
                 if (mask >> lane & 1) lanes_met[32 * thread + lane] = report.instructions;
-            if (in->sources > 1) votes[thread / launch.threads] |= get(source[0], thread);
+            if (in->sources > 1) votes[thread / threads] |= get(source[0], thread);
         });
-        if (in->mode != LANES) waits[warp] = in->mode;
+        if (in->operation != MEET_LANES) waits[warp] = in->operation;
     }
-    // Lets the warps from `first` on go if all of them that have not ended wait for each other.
-    bool release(int first, int count, int scope) {
+    // Lets the warps of a block, or of all, go on if all of them that have not ended wait.
+    bool release(int block, int first, int stop, int barrier) {
         int waiting = 0;
-        for (int warp = first; warp < first + count; ++warp) {
-            if (waits[warp] != scope && at[32 * warp] < end) return false;
-            waiting += waits[warp] == scope;
+        for (int warp = first; warp < stop; ++warp) {
+            if (waits[warp] != barrier && at[32 * warp] < end) return false;
+            waiting += waits[warp] == barrier;
         }
-        for (int warp = first; warp < first + count; ++warp) waits[warp] = NONE;
-        if (scope == CLUSTER) cluster_met = report.instructions;
-        else {
-            const int block = 32 * first / launch.threads;
-            for (int i = 0; i < launch.threads; ++i) reg(VOTE, 32 * first + i) = votes[block];
-            block_met[block] = report.instructions, votes[block] = 0;
-        }
+        std::fill(&waits[first], &waits[first] + (stop - first), 0);
+        (barrier == MEET_BLOCK ? block_met[block] : cluster_met) = report.instructions;
+        for (int i = 32 * first; i < 32 * stop; ++i) reg(VOTE, i) = votes[block];
+        votes[block] = 0;
         return waiting;
     }
 
     // The lanes at a place that can carry out its instruction now: an instruction of several lanes
     // waits for all lanes of its mask. Writes the lanes at the place to `together`.
     u32 lanes_at(int place, u32& together) {
-        in = &program.code[place];
-        result = &program.operands[in->first], source = result + in->results;
+        in = &launch.code[place];
+        result = &launch.operands[in->first], source = result + in->results;
         u32 enabled = together = 0;
         for (int lane = 0; lane < 32; ++lane) {
             if (at[first_thread + lane] != place) continue;
@@ -371,7 +363,7 @@ struct Cluster {
             case AWAIT: await_copies(warp); break;
             case SHUFFLE: shuffle(); break;
             case REDUCE: reduce(); break;
-            case SYNC: synchronise(warp); break;
+            case MEET_LANES: case MEET_BLOCK: case MEET_CLUSTER: meet(warp); break;
             case MULTIPLY: if (active) multiply(); break;
             case LDMATRIX: case STMATRIX: if (active) move_matrices(); break;
             default:
@@ -381,35 +373,35 @@ struct Cluster {
                     set(result[0], thread, compute(*in, raw));
                 });
         }
-        return waits[warp] == NONE && !report.faults;
+        return !waits[warp] && !report.faults;
     }
 
     void run(std::mt19937& random) {
         for (int thread = 0; thread < size; ++thread) {
-            const u64 rank = thread / launch.threads, block = index * blocks + rank;
-            const u64 x = launch.grid[0], y = launch.grid[1];
-            const u64 first[] = {
-                block % x, block / x % y, block / x / y, x, y, u64(launch.grid[2]),
-                u64(thread % launch.threads), u64(launch.threads), rank, u64(blocks), 0,
-                SHARED + rank * WINDOW, STACK + u64(thread) * launch.stack};
-            for (int i = CTAID; i <= STACK_BASE; ++i) reg(i, thread) = first[i];
+            const int64_t rank = thread / threads, block = index * blocks + rank;
+            const int64_t x = launch.grid[0], y = launch.grid[1];
+            const u64 values[] = {
+                u64(block % x), u64(block / x % y), u64(block / x / y), u64(x), u64(y),
+                u64(launch.grid[2]), u64(thread % threads), u64(threads), u64(rank), u64(blocks), 0,
+                SHARED_AT + rank * WINDOW, STACK_AT + u64(thread) * launch.stack};
+            for (int i = CTAID_X; i <= STACK; ++i) reg(i, thread) = values[i];
         }
         while (!report.faults) {
             vector<int> ready;
-            bool waiting = false, released = false;
+            bool ended = true, released = false;
             for (int warp = 0; warp < warps; ++warp) {
                 const auto lanes = at.begin() + 32 * warp;
-                if (waits[warp] != NONE) waiting = true;
-                else if (*std::min_element(lanes, lanes + 32) < end) ready.push_back(warp);
+                const bool runs = *std::min_element(lanes, lanes + 32) < end;
+                if (runs && !waits[warp]) ready.push_back(warp);
+                ended &= !runs && !waits[warp];
             }
-            if (ready.empty()) {
-                if (!waiting) break;
-                for (int block = 0; block < blocks; ++block)
-                    released |= release(block * warps / blocks, warps / blocks, BLOCK);
-                if (!released && !release(0, warps, CLUSTER))
-                    say(report.faults, "warps wait at a barrier that others do not reach");
-                continue;
-            }
+            if (ended) return;
+            const int each = warps / blocks;
+            for (int i = 0; ready.empty() && i < blocks; ++i)
+                released |= release(i, i * each, (i + 1) * each, MEET_BLOCK);
+            if (ready.empty() && !released && !release(0, 0, warps, MEET_CLUSTER))
+                say(report.faults, "warps wait at a barrier that others do not reach");
+            if (ready.empty()) continue;
             const int warp = ready[random() % ready.size()];
             for (int left = 1 + random() % 200; left > 0 && step(warp); --left) {}
             if (report.instructions > 4'000'000'000) say(report.faults, "the program does not end");
@@ -417,13 +409,7 @@ struct Cluster {
     }
 };
 
-extern "C" {
-Program* ptx_program(const Instruction* code, int64_t length, const Operand* operands,
-                     int64_t count, int registers) {
-    return new Program{{code, code + length}, {operands, operands + count}, registers};
-}
-
-void ptx_run(const Program* program, const Launch* launch, Report* report) {
+extern "C" void ptx_run(const Launch* launch, Report* report) {
     noise = launch->noise;
     u64 bytes = 0;
     vector<Region> tensors;
@@ -436,9 +422,7 @@ void ptx_run(const Program* program, const Launch* launch, Report* report) {
                                                            free);
     for (Region& tensor : tensors) tensor.shadow = shadows.get() + (tensor.shadow - (Shadow*)0);
     std::mt19937 random(launch->seed);
-    const int64_t blocks = int64_t(launch->grid[0]) * launch->grid[1] * launch->grid[2];
-    for (int64_t i = 0; i < blocks / launch->blocks && !report->faults; ++i)
-        Cluster{*program, *launch, *report, tensors.data(), tensors.data() + tensors.size(), i}
-            .run(random);
-}
+    const int64_t clusters = launch->grid[0] * launch->grid[1] * launch->grid[2] / launch->blocks;
+    for (int64_t i = 0; i < clusters && !report->faults; ++i)
+        Cluster{*launch, *report, tensors, i}.run(random);
 }

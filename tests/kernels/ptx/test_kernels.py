@@ -26,8 +26,7 @@ from optical.testing.tolerance import (
     assert_close_to_truth,
     solve,
 )
-from tests.kernels.ptx.driver import NOISY_UNITS, TRUNCATED_SUMS
-from tests.kernels.ptx.triton_device import TritonMachine as PtxMachine
+from tests.kernels.ptx.driver import NOISY_UNITS, TRUNCATED_SUMS, TritonMachine
 
 FORWARD = importlib.import_module("optical.kernels.forward")
 BACKWARD_UNROLLED = importlib.import_module("optical.kernels.backward_unrolled")
@@ -43,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(params=NOISES)
 def machine(request, folder):
-    with PtxMachine(folder, noise=NOISES[request.param]) as machine:
+    with TritonMachine(folder, noise=NOISES[request.param]) as machine:
         yield machine
     assert not machine.messages
 
