@@ -12,7 +12,7 @@ import numpy as np
 # results and sources. a to e are the arguments of the instruction, {a} all registers of a list, and
 # [a] an address: the base of its memory, a register and an offset. Numbers have the last type.
 FORMS = """
-add: FMA a = b 1 c                             mma: MULTIPLY {a} = {b} {c} 1 {d} all
+add: FMA a = b 1 c                             mma: MULTIPLY {a} = {b} {c} true {d} all
 sub: FMA a = c -1 b                            wgmma.mma_async: MULTIPLY {a} = {b} c d {a} all
 mul: FMA a = b c -0                            cp.async.ca: COPY = [a] global[b] c last
 neg: FMA a = b -1 -0                           cp.async.cg: COPY = [a] global[b] c last
@@ -296,6 +296,6 @@ class Assembly:
             return [self._operand(word)]
         bits = form.kind[1]
         signs = 0x80008000 if form.text.endswith("x2") else 1 << (bits - 1)
-        values = {"all": 2**32 - 1, "next": len(self._code) + 2}
+        values = {"all": 2**32 - 1, "true": 1, "next": len(self._code) + 2}
         values["magnitude"] = (1 << bits) - 1 - signs
         return [(-1, values[word]) if word in values else constant(word, *form.kind)]
