@@ -14,8 +14,8 @@ using Wide = __int128;
 
 enum Kind { UNSIGNED, SIGNED, FLOAT, BFLOAT, TFLOAT };
 enum Operation {
-    FMA, DIV, REM, MIN, MAX, AND, OR, XOR, SHL, SHR, BFE, BFI, PRMT, SELP, SETP, CVT, EX2, LG2, RCP,
-    SQRT, RSQRT, LOAD, STORE, JUMP, COPY, COMMIT, AWAIT,
+    FMA, DIV, REM, MIN, MAX, AND, OR, XOR, SHL, SHR, BFE, BFI, PRMT, SELP, SETP, CVT, JOIN, EX2, LG2,
+    RCP, SQRT, RSQRT, LOAD, STORE, JUMP, COPY, COMMIT, AWAIT,
     // Carried out by all lanes of a mask together; the mask is their last source.
     SHUFFLE, REDUCE, MULTIPLY, LDMATRIX, STMATRIX, MEET_LANES, MEET_BLOCK, MEET_CLUSTER,
 };
@@ -151,8 +151,19 @@ inline u64 of_integers(const Instruction& in, Wide x, Wide y, const u64* raw) {
         }
     }
 }
+// Joins values of one width, the lowest first.
+inline u64 join(const Instruction& in, const u64* raw) {
+    const Type part = {in.to.kind, in.to.bits / in.sources};
+    u64 joined = 0;
+    for (int i = 0; i < in.sources; ++i) {
+        const u64 x = in.type.kind < FLOAT ? raw[i] : pack(part, real(in.type, raw[i]));
+        joined |= low_bits(x, part.bits) << part.bits * i;
+    }
+    return joined;
+}
 inline u64 compute(const Instruction& in, const u64* raw) {
     const Type type = in.type;
+    if (in.operation == JOIN) return join(in, raw);
     if (type.kind < FLOAT) {
         const Wide x = integer(type, raw[0]), y = integer(type, raw[1]);
         return in.operation == SETP ? (in.mode & outcome(x, y)) != 0 : of_integers(in, x, y, raw);

@@ -30,7 +30,8 @@ mapa: BFI a = c b 24 4                         call: CVT (caller) = next; JUMP =
 ld: LOAD {a} = [b]                             ret: JUMP = return
 st: STORE = [a] {b}                            barrier.cluster.arrive fence wgmma.fence:
 ldmatrix: LDMATRIX {a} = [b] all               wgmma.commit_group wgmma.wait_group:
-stmatrix: STMATRIX = [a] {b} all
+stmatrix: STMATRIX = [a] {b} all               (join): JOIN a = {b}
+(join2): JOIN a = c b
 """
 _HEADER = Path(__file__).with_name("arithmetic.h").read_text(encoding="utf-8")
 OPERATIONS, SPECIAL = (
@@ -53,10 +54,9 @@ MODES |= {"lt": 1, "eq": 2, "le": 3, "gt": 4, "ne": 5, "ge": 6, "num": 7, "nan":
 MODES |= {name + "u": MODES[name] | 8 for name in ("lt", "eq", "le", "gt", "ne", "ge")}
 COMBINED = {"add": "FMA", "min": "MIN", "max": "MAX", "or": "OR", "any": "OR"}
 MODES |= {name: OPERATIONS[operation] for name, operation in COMBINED.items()}
-KNOWN = {*"rn rna ftz lo wide to global shared param local sync aligned row col idx uni".split()}
-KNOWN |= {"acquire"}
+KNOWN = "rn rna ftz lo wide to global shared param local sync aligned row col idx uni acquire"
 
-FIELDS = "operation kind bits to_kind to_bits flush mode predicate unless results sources first line"
+FIELDS = "operation kind bits to_kind to_bits flush mode guard unless results sources first line"
 INSTRUCTION = np.dtype([(name, "<i4") for name in FIELDS.split()])
 OPERAND = np.dtype([("register", "<i8"), ("immediate", "<u8")])
 FUNCTION = re.compile(r"\.(entry|func)\s+(\w+)\s*\(([^)]*)\)[^;{}]*\{")
@@ -104,13 +104,15 @@ def decode(text: str) -> Form:
     types = [match.groups() for part in rest if (match := TYPE.fullmatch(part))]
     kinds = [(KINDS[kind], int(bits or 1) * (2 if two else 1)) for kind, bits, two in types]
     others = [x for x in rest if not TYPE.fullmatch(x) and not re.fullmatch(r"[vx\dmnk]+", x)]
-    mode = sum(MODES[x] for x in others if x not in KNOWN)
+    mode = sum(MODES[x] for x in others if x not in KNOWN.split())
     kind = kinds[-2 if name == "mma" else -1] if kinds else (0, 64)
     to = {"cvt": kinds[:1], "setp": [(0, 1)]}.get(name, [kind])[0]
     if "wide" in rest:
         to = kind[0], 2 * kind[1]
     if name in BITWISE:
         kind = to = 0, kind[1]
+    if name == "cvt" and types[0][2]:
+        name = "(join2)"
     return Form(name, kind, to, "ftz" in rest, mode, text)
 
 
@@ -205,26 +207,11 @@ class Assembly:
         return -1, self._symbols.get(text, ("", text))[1]
 
     def _emit(
-        self,
-        operation: str,
-        results: list[Operand],
-        sources: list[Operand],
-        kind: tuple[int, int] = (0, 64),
-        to: tuple[int, int] = (0, 64),
-        flush: int = 0,
-        mode: int = 0,
+        self, operation: str, results: list[Operand], sources: list[Operand], *types: int
     ) -> None:
         places = len(results), len(sources), len(self._operands), self._line
-        self._code.append((OPERATIONS[operation], *kind, *to, flush, mode, *self._guard, *places))
+        self._code.append((OPERATIONS[operation], *types, *self._guard, *places))
         self._operands += results + sources
-
-    def _pack(self, result: Operand, parts: list[Operand], bits: int) -> None:
-        """Join registers of ``bits`` bits, the lowest first."""
-        shifted = (self._new_register(), 0)
-        self._emit("CVT", [result], parts[:1])
-        for i, part in enumerate(parts[1:], 1):
-            self._emit("SHL", [shifted], [part, (-1, bits * i)])
-            self._emit("OR", [result], [result, shifted])
 
     def _read_instruction(self, text: str) -> None:
         name, arguments = "", []
@@ -238,23 +225,16 @@ class Assembly:
             raise Unsupported(f"line {self._line}: {text} ({error!r})") from error
 
     def _read_parts(self, form: Form, arguments: list[str]) -> None:
-        name, kind, to, flush, mode, text = form
+        name, kind, to, flush, mode, _ = form
         if name == "mov" and arguments[0].startswith("{"):
             results, source = (self._list(x) for x in arguments)
-            each = kind[1] // len(results)
+            bits = kind[1] // len(results)
             for i, result in enumerate(results):
-                self._emit("SHR", [result], [*source, (-1, each * i)], kind, (0, each))
+                shift = [*source, (-1, bits * i)]
+                self._emit("SHR", [result], shift, *kind, 0, bits, 0, 0)
             return
         if name == "mov" and arguments[1].startswith("{"):
-            registers = self._list(arguments[1])
-            self._pack(self._operand(arguments[0]), registers, kind[1] // len(registers))
-            return
-        if name == "cvt" and "x2" in text:
-            halves = [(self._new_register(), 0) for _ in range(2)]
-            for half, source in zip(halves, arguments[:0:-1], strict=True):
-                self._emit("CVT", [half], self._list(source), kind, (to[0], 16))
-            self._pack(self._operand(arguments[0]), halves, 16)
-            return
+            name = "(join)"
         if name == "wgmma.mma_async":
             # Bits: A in shared memory, A transposed, the same of B. With A in registers only the
             # transposition of B is given.
@@ -273,7 +253,7 @@ class Assembly:
             ]
             operation = operation.replace("NAME", name.upper())
             width = (0, 64) if operation in UNTYPED else to
-            self._emit(operation, *resolved, kind, width, flush, mode)
+            self._emit(operation, *resolved, *kind, *width, flush, mode)
 
     def _list(self, text: str) -> list[Operand]:
         return [self._operand(x.split("|")[0]) for x in text.strip("{} ").split(",")]
@@ -285,7 +265,8 @@ class Assembly:
             if match[2] != "[":
                 return self._list(text)
             name, _, offset = text.strip("[] ").partition("+")
-            base = "(shared)" if ".shared" in form.text else "(stack)" if ".local" in form.text else ""
+            spaces = {".shared": "(shared)", ".local": "(stack)"}
+            base = next((x for part, x in spaces.items() if part in form.text), "")
             base = self._symbols.get(name.strip(), ("" if match[1] else base, 0))[0]
             return [self._operand(x) for x in (base or "0", name, offset or "0")]
         if word == "last":

@@ -1,11 +1,4 @@
-"""The CUDA kernels on the PTX machine: compiled by NVRTC, launched through a driver's double.
-
-    with CudaMachine(folder) as machine:
-        optical.sinkhorn(cost, epsilon=0.1, backend="cuda")
-    assert not machine.messages
-"""
-
-from __future__ import annotations
+"""The CUDA kernels on the PTX machine: compiled by NVRTC, launched through a driver's double."""
 
 import ctypes
 import functools
@@ -46,7 +39,7 @@ def compile_ptx(kernel: str) -> bytes:
 class CudaMachine(PtxMachine):
     """A machine that serves the "cuda" backend; see ``PtxMachine``."""
 
-    def __enter__(self) -> CudaMachine:
+    def __enter__(self) -> "CudaMachine":
         self._tensors: list[Tensor] = []
         call, address = cuda._call, structs.address
 
@@ -78,7 +71,7 @@ class CudaMachine(PtxMachine):
 class _Driver(doubles.Driver):  # type: ignore[misc]
     """A driver whose launches run on the machine."""
 
-    def __init__(self, machine: CudaMachine) -> None:
+    def __init__(self, machine: "CudaMachine") -> None:
         super().__init__()
         self.machine, self.kernels = machine, []
 

@@ -102,8 +102,9 @@ class PtxMachine:
         parameters = np.zeros(sum(assembly.parameters[-1]), np.uint8)
         for (offset, size), value in zip(assembly.parameters, values, strict=False):
             parameters[offset : offset + size] = np.frombuffer(value[:size], np.uint8)
-        ranges = merged_storages(tensors)
-        tables = assembly.code, assembly.operands, parameters, ranges
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        ranges = sorted({(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages})
+        tables = assembly.code, assembly.operands, parameters, np.array(ranges, np.uint64)
         code, operands, *rest = ((table.ctypes.data, len(table)) for table in tables)
         sizes = assembly.registers, *grid, *block, assembly.stack, self.seed, self.noise
         launch = np.array([*code, operands[0], *sizes, *rest[0], *rest[1]], np.uint64)
@@ -116,18 +117,6 @@ class PtxMachine:
             self.messages.append(f"{name}: {text.decode()}")
         if faults:
             raise RuntimeError(self.messages[-1])
-
-
-def merged_storages(tensors: Sequence[Tensor]) -> Any:
-    """First addresses and ends of the memory of tensors, with those that overlap joined."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    merged: list[list[int]] = []
-    for start, stop in sorted((x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages):
-        if merged and start < merged[-1][1]:
-            merged[-1][1] = max(stop, merged[-1][1])
-        else:
-            merged.append([start, stop])
-    return np.array(merged, np.uint64).reshape(-1, 2)
 
 
 class TritonMachine(PtxMachine):
