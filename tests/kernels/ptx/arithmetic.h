@@ -14,8 +14,8 @@ using Wide = __int128;
 
 enum Kind { UNSIGNED, SIGNED, FLOAT, BFLOAT, TFLOAT };
 enum Operation {
-    FMA, DIV, REM, MIN, MAX, AND, OR, XOR, SHL, SHR, BFE, BFI, PRMT, SELP, SETP, CVT, JOIN, EX2, LG2,
-    RCP, SQRT, RSQRT, LOAD, STORE, JUMP, COPY, COMMIT, AWAIT,
+    FMA, DIV, REM, MIN, MAX, AND, OR, XOR, SHL, SHR, BFE, BFI, PRMT, SELP, SETP, CVT, JOIN, EX2,
+    LG2, RCP, SQRT, RSQRT, LOAD, STORE, JUMP, COPY, COMMIT, AWAIT,
     // Carried out by all lanes of a mask together; the mask is their last source.
     SHUFFLE, REDUCE, MULTIPLY, LDMATRIX, STMATRIX, MEET_LANES, MEET_BLOCK, MEET_CLUSTER,
 };

@@ -139,7 +139,7 @@ class Assembly:
             self._symbols[name] = "(shared)", SHARED_ORIGIN
         for function in sorted(FUNCTION.finditer(text), key=lambda match: match[1] != "entry"):
             self._read_function(text, function)
-        resolved = [(register, self._labels.get(x, x)) for register, x in self._operands]
+        resolved = [(i, self._labels[x] if isinstance(x, str) else x) for i, x in self._operands]
         self.code, self.operands = np.array(self._code, INSTRUCTION), np.array(resolved, OPERAND)
 
     def _read_function(self, text: str, function: re.Match[str]) -> None:

@@ -2,14 +2,13 @@
 //
 // Warps are interleaved at random between barriers. Every byte of memory that threads share records
 // who touched it and when: two threads race if one of them writes, the byte changes, and they have
-// not met at a barrier since. Lanes of one warp meet at bar.warp.sync only, clusters never. Accesses
-// must be aligned and stay within the tensors of the launch, shared memory, or the stack.
+// not met at a barrier since. Lanes of one warp meet at barriers only, threads of two clusters never.
+// Accesses must be aligned and stay within the tensors of the launch, shared memory, or the stack.
 //
 // Not modelled: the asynchronous proxy (wgmma reads its operands where it is issued, and cp.async
 // reads global memory there), TMA, mbarriers, atomics.
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <random>
 #include <vector>
 
@@ -71,7 +70,8 @@ struct Cluster {
         const size_t used = strlen(report.text), left = sizeof report.text - used;
         if (++count > 6 || left < 256) return false;
         const int line = snprintf(report.text + used, left, "line %d: ", in ? in->line : 0);
-        snprintf(report.text + used + line, left - line, what, values...);
+        snprintf(report.text + used + line, left - line - 1, what, values...);
+        strcat(report.text, "\n");
         return false;
     }
 
@@ -92,8 +92,7 @@ struct Cluster {
         const u32 first = other.thread - 1, second = thread - 1, local = second % size;
         if (first / size != second / size) return true;
         u32 met = cluster_met;
-        if (first / threads == second / threads)
-            met = std::max(met, block_met[local / threads]);
+        if (first / threads == second / threads) met = std::max(met, block_met[local / threads]);
         if (first / 32 == second / 32) met = std::max(met, lanes_met[32 * local + first % 32]);
         return other.time >= met;
     }
@@ -112,8 +111,9 @@ struct Cluster {
     }
     // Where an address is mapped: its region, or one without memory.
     Region region(u64 address) {
+        const u64 parameters_end = PARAMETERS_AT + launch.parameter_bytes;
         if (address >= PARAMETERS_AT)
-            return {PARAMETERS_AT, PARAMETERS_AT + launch.parameter_bytes, launch.parameters, nullptr};
+            return {PARAMETERS_AT, parameters_end, launch.parameters, nullptr};
         if (address >= STACK_AT) return {STACK_AT, STACK_AT + stack.size(), stack.data(), nullptr};
         if (address >= SHARED_AT) {
             const u64 rank = (address - SHARED_AT) / WINDOW, from = SHARED_AT + rank * WINDOW;
@@ -128,7 +128,8 @@ struct Cluster {
     // Every access of a thread to memory. Returns false, with a report, where it is not allowed.
     bool access(int thread, u64 address, int bytes, void* data, bool write) {
         const Region place = region(address);
-        const char* space = address < SHARED_AT ? "global" : address < STACK_AT ? "shared" : "other";
+        const bool is_global = address < SHARED_AT, is_shared = !is_global && address < STACK_AT;
+        const char* space = is_global ? "global" : is_shared ? "shared" : "other";
         if (address % bytes)
             return say(report.faults, "%llx in %s memory is not aligned", address, space);
         if (address < place.from || address + bytes > place.to)
@@ -166,8 +167,8 @@ struct Cluster {
             }
         });
     }
-    // ldmatrix and stmatrix of 8 x 8 matrices of 16 bits, one row per address of eight lanes each. A
-    // lane holds two neighbours of a row, or with `mode` of a column.
+    // ldmatrix and stmatrix of 8 x 8 matrices of 16 bits, one row per address of eight lanes each.
+    // A lane holds two neighbours of a row, or with `mode` of a column.
     void move_matrices() {
         const bool write = in->operation == STMATRIX;
         for (int item = 0; item < 32 * (write ? in->sources - 4 : in->results); ++item) {
@@ -183,8 +184,8 @@ struct Cluster {
             if (!write) set(result[matrix], thread, pair);
         }
     }
-    // cp.async: to, from, bytes, and how many of them exist. They arrive when their group is awaited
-    // and are NaN until then.
+    // cp.async: to, from, bytes, and how many of them exist. They arrive when their group is
+    // awaited and are NaN until then.
     void copy_async() {
         each([&](int thread) {
             const int bytes = get(source[6], thread), warp = thread / 32;
@@ -219,7 +220,7 @@ struct Cluster {
         return reg(SHARED, first_thread) + place;
     }
     // Element (outer, k) of A or B: in registers, of which each holds its part of eight rows, of
-    // `tiles` times eight rows in all; or in shared memory, as bit 1 of `where` says (2: transposed).
+    // `tiles` times eight rows in all; or, with bit 0 of `where`, in shared memory (1: transposed).
     double element(const Operand* from, int tiles, int where, int outer, int k) {
         const int bits = in->type.bits, packed = 32 / bits, half = 4 * packed;
         u32 value = 0;
@@ -234,16 +235,17 @@ struct Cluster {
         }
         return real(in->type, value);
     }
-    // D = A B + C of 16 rows per warp and 8 columns per four results, exact until it is rounded to float32. The
-    // bits of `mode` say where A (2 bits) and B (2 bits) are. The sources are those of A, of B, the
-    // predicate that adds C, and C.
+    // D = A B + C of 16 rows per warp and 8 columns per four results, exact until it is rounded to
+    // float32. `mode` says where A (2 bits) and B (2 bits) are. The sources are those of A, of B,
+    // the predicate that adds C, and C.
     void multiply() {
         const int depth = 256 / in->type.bits, columns = 2 * in->results;
-        const int where_a = in->mode & 3, where_b = in->mode >> 2, row0 = first_thread / 32 % 4 * 16;
+        const int where_a = in->mode & 3, where_b = in->mode >> 2;
+        const int first_row = where_a ? first_thread / 32 % 4 * 16 : 0;
         const Operand *of_b = source + (where_a ? 1 : 4), *adds = of_b + (where_b ? 1 : 2);
         vector<double> a(16 * depth), b(columns * depth);
         for (int i = 0; i < 16 * depth; ++i)
-            a[i] = element(source, 2, where_a, i / depth + (where_a ? row0 : 0), i % depth);
+            a[i] = element(source, 2, where_a, first_row + i / depth, i % depth);
         for (int i = 0; i < columns * depth; ++i)
             b[i] = element(of_b, 1, where_b, i / depth, i % depth);
         for (int i = 0; i < 16 * columns; ++i) {
@@ -412,17 +414,16 @@ struct Cluster {
 extern "C" void ptx_run(const Launch* launch, Report* report) {
     noise = launch->noise;
     u64 bytes = 0;
+    const u64 *first = launch->tensors, *last = first + 2 * launch->tensor_count;
+    for (const u64* x = first; x < last; x += 2) bytes += x[1] - x[0];
+    // The system gives memory, which is zero, only to what is touched.
+    Shadow *const shadows = (Shadow*)calloc(bytes + 1, sizeof(Shadow)), *next = shadows;
     vector<Region> tensors;
-    for (const u64* x = launch->tensors; x < launch->tensors + 2 * launch->tensor_count; x += 2) {
-        tensors.push_back({x[0], x[1], (unsigned char*)x[0], (Shadow*)nullptr + bytes});
-        bytes += x[1] - x[0];
-    }
-    // The system gives zeroed memory only to what is touched.
-    const std::unique_ptr<Shadow, void (*)(void*)> shadows((Shadow*)calloc(bytes, sizeof(Shadow)),
-                                                           free);
-    for (Region& tensor : tensors) tensor.shadow = shadows.get() + (tensor.shadow - (Shadow*)0);
+    for (const u64* x = first; x < last; next += x[1] - x[0], x += 2)
+        tensors.push_back({x[0], x[1], (unsigned char*)x[0], next});
     std::mt19937 random(launch->seed);
     const int64_t clusters = launch->grid[0] * launch->grid[1] * launch->grid[2] / launch->blocks;
     for (int64_t i = 0; i < clusters && !report->faults; ++i)
         Cluster{*launch, *report, tensors, i}.run(random);
+    free(shadows);
 }
