@@ -2,8 +2,8 @@
 //
 // Warps are interleaved at random between barriers. Every byte of memory that threads share records
 // who touched it and when: two threads race if one of them writes, the byte changes, and they have
-// not met at a barrier since. Lanes of one warp meet at barriers only, threads of two clusters never.
-// Accesses must be aligned and stay within the tensors of the launch, shared memory, or the stack.
+// not met at a barrier since. Lanes of one warp meet at barriers only, clusters never. Accesses
+// must be aligned and stay within the tensors of the launch, shared memory, or the stack.
 //
 // Not modelled: the asynchronous proxy (wgmma reads its operands where it is issued, and cp.async
 // reads global memory there), TMA, mbarriers, atomics.

@@ -18,7 +18,12 @@ if nvrtc.find() is None:
 from optical.backends.problem import GRADIENTS
 from optical.testing.cases import all_cases, packed, random_case, random_vector_case
 from optical.testing.tolerance import FIELDS, assert_backend_correct, solve
-from tests.backends.test_cuda_emulated import FAST, HALVES, assert_within_tolerance
+from tests.backends.test_cuda_emulated import (
+    FAST,
+    HALVES,
+    assert_within_tolerance,
+    skip_unless_supported,
+)
 from tests.kernels.ptx.cuda_device import CudaMachine
 from tests.kernels.ptx.driver import NOISY_UNITS, TRUNCATED_SUMS
 
@@ -137,8 +142,7 @@ def test_every_problem(name, gradient, machine, poisoned_memory):
     case = CASES[name]
     if case.x.shape[0] > 100:
         pytest.skip(reason="the same problem 4099 times takes minutes on the machine")
-    if gradient == "unroll" and case.anneal_start > 0:
-        pytest.skip(reason="gradient='unroll' does not undo annealing in the CUDA kernels")
+    skip_unless_supported(case, gradient)
     assert_backend_correct("cuda", case, torch.float32, gradients=(gradient,))
 
 
@@ -151,6 +155,7 @@ def test_every_regime(n, m, kind, gradient, machine, poisoned_memory):
     case = random_case("", 1, n, m, **options)
     if kind != "given":
         case = random_vector_case("", kind, batch=1, n=n, m=m, dim=19, epsilon=1.0, **options)
+    skip_unless_supported(case, gradient)
     assert_backend_correct("cuda", case, torch.float32, gradients=(gradient,))
 
 
@@ -160,6 +165,7 @@ def test_every_regime(n, m, kind, gradient, machine, poisoned_memory):
 @pytest.mark.parametrize(("n", "m"), [(12, 30), (40, 50), (66, 40), (100, 128), (140, 400)])
 def test_every_regime_of_half_vectors(n, m, half, gradient, machine, poisoned_memory):
     problem = half_vectors(half, n, m, dim=40)
+    skip_unless_supported(problem, gradient)
     for each in (problem, packed(problem)) if m < 400 else (problem,):
         assert_within_tolerance("half", each, gradient)
 
