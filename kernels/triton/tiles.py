@@ -264,6 +264,16 @@ def quotient(x, y, NVIDIA: tl.constexpr):
 
 
 @triton.jit
+def step_factor(relaxation, temperature, inverse_rho):
+    """Compute the factor of the soft-min in an update of a potential: relaxation / (1 + T / rho).
+
+    It is rounded correctly. Triton's division may be off by two units in the last place, which
+    over-relaxation and reverse sweeps would multiply in every iteration.
+    """
+    return tl.div_rn(relaxation, 1 + temperature * inverse_rho)
+
+
+@triton.jit
 def times_exp2(log_mass, exponent):
     """Multiply a log2 mass with 2 ** exponent; the mass may underflow, the power overflow."""
     excess = tl.maximum(exponent - 115, 0.0)

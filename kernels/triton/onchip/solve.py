@@ -35,6 +35,7 @@ from optical.kernels.tiles import (
     log_sum_exp2,
     overflows,
     quotient,
+    step_factor,
     swap_sides,
     target_marginal,
     times_log2,
@@ -183,8 +184,8 @@ def resident_kernel(
             temperature = tl.maximum(epsilon, annealing)
             annealing *= anneal_ratio
         relaxation = tl.where((iteration == 0) | (temperature != epsilon), 1.0, omega)
-        beta_a = relaxation / (1 + temperature * inverse_rho_a)
-        beta_b = relaxation / (1 + temperature * inverse_rho_b)
+        beta_a = step_factor(relaxation, temperature, inverse_rho_a)
+        beta_b = step_factor(relaxation, temperature, inverse_rho_b)
         A = load_log_mass(log_a_ptr, rows + loop_zero, n)
         B = load_log_mass(log_b_ptr, columns + loop_zero, m)
         if BLOCK_N > BLOCK_M:
@@ -268,8 +269,8 @@ def resident_kernel(
         rebuilt_at = iteration
         # Numerators of the scalings: the masses, or with penalties or relaxation their logarithms.
         if GENERAL:
-            beta_a = omega / (1 + strength_a)
-            beta_b = omega / (1 + strength_b)
+            beta_a = step_factor(omega, epsilon, inverse_rho_a)
+            beta_b = step_factor(omega, epsilon, inverse_rho_b)
             a = tl.where(row_has_pair, beta_a * A + (beta_a - omega) * F, -INFINITY)
             b = tl.where(column_has_pair, beta_b * B + (beta_b - omega) * G_next, -INFINITY)
         else:

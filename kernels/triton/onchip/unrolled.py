@@ -28,6 +28,7 @@ from optical.kernels.tiles import (
     log_sum_exp2,
     penalty_slopes,
     plan_tile,
+    step_factor,
     swap_sides,
     without_mass,
 )
@@ -232,9 +233,9 @@ def unrolled_kernel(
         temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
         relaxation = tl.where((k == 0) | (temperature != epsilon), 1.0, omega)
         softmin, _ = half_step(cost, g, B, temperature, 1)
-        f = (1 - relaxation) * f + relaxation / (1 + temperature * inverse_rho_a) * softmin
+        f = (1 - relaxation) * f + step_factor(relaxation, temperature, inverse_rho_a) * softmin
         softmin, _ = half_step(cost, f, A, temperature, 0)
-        g = (1 - relaxation) * g + relaxation / (1 + temperature * inverse_rho_b) * softmin
+        g = (1 - relaxation) * g + step_factor(relaxation, temperature, inverse_rho_b) * softmin
         tl.store(path_f_ptr + (k + 1) * n, f, mask=mask_a)
         tl.store(path_g_ptr + (k + 1) * m, g, mask=mask_b)
 
@@ -278,8 +279,8 @@ def unrolled_kernel(
         k = steps - 1 - reverse_step
         temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
         relaxation = tl.where((k == 0) | (temperature != epsilon), 1.0, omega)
-        beta_a = relaxation / (1 + temperature * inverse_rho_a)
-        beta_b = relaxation / (1 + temperature * inverse_rho_b)
+        beta_a = step_factor(relaxation, temperature, inverse_rho_a)
+        beta_b = step_factor(relaxation, temperature, inverse_rho_b)
         f = tl.load(path_f_ptr + (k + 1) * n, mask=mask_a, other=0.0)
         _, softmax = half_step(cost, f, A, temperature, 0)
         flow = softmax * (beta_b * bar_g)[None, :]

@@ -22,7 +22,7 @@ from optical.kernels.streamed.potentials import (
     update_potential,
     write_outputs,
 )
-from optical.kernels.tiles import INFINITY, LOG2_E, extent, locate_cost, swap_sides
+from optical.kernels.tiles import INFINITY, LOG2_E, extent, locate_cost, step_factor, swap_sides
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "max_iter", "least"])
@@ -162,7 +162,7 @@ def loop_kernel(
         at_epsilon = temperature == epsilon
         if stop == 0:
             tl.debug_barrier()
-            beta = relaxation / (1 + temperature * inverse_rho_a)
+            beta = step_factor(relaxation, temperature, inverse_rho_a)
             change = update_potential(rows, n, relaxation, beta, state, FAST, BLOCK)
             tl.debug_barrier()
             half_step(
@@ -181,7 +181,7 @@ def loop_kernel(
                 TILE,
             )
             tl.debug_barrier()
-            beta = relaxation / (1 + temperature * inverse_rho_b)
+            beta = step_factor(relaxation, temperature, inverse_rho_b)
             change_b = update_potential(columns, m, relaxation, beta, state, FAST, BLOCK)
             if (tol > 0) & (omega != 1):
                 # Over-relaxation leaves the columns inexact, too.

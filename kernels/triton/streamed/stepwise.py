@@ -35,7 +35,7 @@ from optical.kernels.streamed.potentials import (
     update_potential,
     write_outputs,
 )
-from optical.kernels.tiles import INFINITY, LOG2_E, extent, load_epsilon, locate_cost
+from optical.kernels.tiles import INFINITY, LOG2_E, extent, load_epsilon, locate_cost, step_factor
 
 
 @triton.jit(do_not_specialize=["n", "m", "stride_n", "stride_m", "row_count"])
@@ -334,7 +334,7 @@ def turn_kernel(
         tl.store(stopped_ptr + problem, 1)
     else:
         relaxation = tl.where((iteration == 0) | (temperature != epsilon), 1.0, omega)
-        beta = relaxation / (1 + temperature * inverse_rho)
+        beta = step_factor(relaxation, temperature, inverse_rho)
         tl.debug_barrier()
         change = update_potential(side, n, relaxation, beta, state, FAST, BLOCK)
         if FAST and ROWS:

@@ -30,6 +30,7 @@ from optical.kernels.tiles import (
     locate_cost,
     penalty_slopes,
     plan_tile,
+    step_factor,
     without_mass,
 )
 
@@ -101,7 +102,7 @@ def relaxation_factors(epsilon, annealing_ptr, k, omega, inverse_rho):
     """Return the temperature of iteration k and the factors of old potential and soft-min."""
     temperature = tl.maximum(epsilon, tl.load(annealing_ptr + k))
     relaxation = tl.where((k == 0) | (temperature != epsilon), 1.0, omega)
-    return temperature, 1 - relaxation, relaxation / (1 + temperature * inverse_rho)
+    return temperature, 1 - relaxation, step_factor(relaxation, temperature, inverse_rho)
 
 
 @triton.jit
