@@ -183,9 +183,10 @@ def resident_kernel(
         if ANNEAL:
             temperature = tl.maximum(epsilon, annealing)
             annealing *= anneal_ratio
-        relaxation = tl.where((iteration == 0) | (temperature != epsilon), 1.0, omega)
-        beta_a = step_factor(relaxation, temperature, inverse_rho_a)
-        beta_b = step_factor(relaxation, temperature, inverse_rho_b)
+        if GENERAL:
+            relaxation = tl.where((iteration == 0) | (temperature != epsilon), 1.0, omega)
+            beta_a = step_factor(relaxation, temperature, inverse_rho_a)
+            beta_b = step_factor(relaxation, temperature, inverse_rho_b)
         A = load_log_mass(log_a_ptr, rows + loop_zero, n)
         B = load_log_mass(log_b_ptr, columns + loop_zero, m)
         if BLOCK_N > BLOCK_M:
@@ -222,12 +223,18 @@ def resident_kernel(
         stop = at_epsilon & (tol > 0) & (error + column_error <= tol)
         at_epsilon = temperature == epsilon
         halt = stop | empty | invalid | (iteration >= max_iter)
-        F = tl.where(halt, F, (1 - relaxation) * F + beta_a * softmin)
+        F_next = softmin
+        if GENERAL:
+            F_next = (1 - relaxation) * F + beta_a * softmin
+        F = tl.where(halt, F, F_next)
         T += (A + F * ratio)[:, None]
         total, column_has_pair = log_sum_exp2(T, 0)
         isolated_b = tl.max(tl.where(column_has_pair, 0, tl.where(B != -INFINITY, 1, 0)), 0) > 0
         softmin = tl.where(column_has_pair, G + (B - total) / ratio, 0.0)
-        G_next = tl.where(halt, G, (1 - relaxation) * G + beta_b * softmin)
+        G_next = softmin
+        if GENERAL:
+            G_next = (1 - relaxation) * G + beta_b * softmin
+        G_next = tl.where(halt, G, G_next)
         G_next = tl.where(column_has_pair, G_next, 0.0)
         if GENERAL and (tol > 0) & (omega != 1):
             excess = tl.where(column_has_pair, tl.exp2(B + (G_next - softmin) * ratio), 0.0)
