@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -29,8 +30,9 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def whole_number(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text}, expected {least} or more")
+        if not least <= value <= sys.maxsize:
+            limit = f"{least} or more" if value < least else f"{sys.maxsize} or less"
+            raise argparse.ArgumentTypeError(f"{text}, expected {limit}")
         return value
 
     whole_number.__name__ = "int"  # argparse names the type: "invalid int value"

@@ -28,6 +28,7 @@ logger = logging.getLogger("optical")
 _TABLE, _INDEX = "documents", "vector_idx"
 # Keys of the table's metadata: how documents were cut, and the model that encoded them.
 _PASSAGES, _ORIGIN = "passages", "origin"
+_PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 # Quantisation learns 256 codes from as many rows.
 LEAST_ROWS = 256
 # An approximate search reads this many lists of the index, and scores this many times as many rows
@@ -104,7 +105,9 @@ def _open_or_create(location: str | Path, dimension: int, passages: str, origin:
     """Open the table of documents, or create it, and check how its vectors were made."""
     pyarrow: Any = require("pyarrow", "index", "an index in LanceDB")
     vector = pyarrow.list_(pyarrow.list_(pyarrow.float32(), dimension))
-    fields = [("id", pyarrow.string()), ("vector", vector)]
+    # Of two commits that insert a key, LanceDB then repeats the later one, which finds it present.
+    key = pyarrow.field("id", pyarrow.string(), nullable=False, metadata=_PRIMARY_KEY)
+    fields = [key, pyarrow.field("vector", vector)]
     metadata = {_PASSAGES: passages, _ORIGIN: origin.to_json()}
     database = _connect(location)
     with _writing(location):
@@ -112,7 +115,8 @@ def _open_or_create(location: str | Path, dimension: int, passages: str, origin:
             table = database.open_table(_TABLE)
         except (ValueError, FileNotFoundError):
             schema = pyarrow.schema(fields, metadata=metadata)
-            table = database.create_table(_TABLE, schema=schema)
+            # Another process may create it meanwhile where there are no locks.
+            table = database.create_table(_TABLE, schema=schema, exist_ok=True)
     stored_dimension = _dimension(table)
     if stored_dimension != dimension:
         raise ValueError(
@@ -166,10 +170,12 @@ def _add_rows(table: Any, ids: Sequence[str], tokens: TokenVectors) -> int:
     present = set(found.column("id").to_pylist())
     columns = {"id": [key for key, _ in rows], "vector": [list(vectors) for _, vectors in rows]}
     # The database compares once more when it commits, which an object store without locks needs.
-    table.merge_insert("id").when_not_matched_insert_all().execute(
-        pyarrow.table(columns, schema=table.schema)
+    result = (
+        table.merge_insert("id")
+        .when_not_matched_insert_all()
+        .execute(pyarrow.table(columns, schema=table.schema))
     )
-    return len({key for key, _ in rows} - present)
+    return min(len({key for key, _ in rows} - present), result.num_inserted_rows)
 
 
 def build_approximate(location: str | Path) -> None:
@@ -355,6 +361,11 @@ class LanceIndex:
 
 
 def _connect(location: str | Path) -> Any:
+    if str(location).startswith("memory:"):
+        raise ValueError(
+            f"{location}: a database in memory ends with its connection; expected a folder, or an "
+            "address such as s3://bucket/name"
+        )
     return require("lancedb", "index", "an index in LanceDB").connect(str(location))
 
 

@@ -27,6 +27,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "save_steps": 500,
     "save_total_limit": 1,
 }
+LARGEST_VOCABULARY = 10_000_000
 # Default of a required option; validate() reports an option that still has it.
 REQUIRED: Any = ""
 
@@ -63,7 +64,8 @@ class EncoderOptions:
         """Raise ValueError for invalid options. No file is read."""
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
-        for name in ("vocabulary_size", "hidden_size", "layers", "heads"):
+        _check_vocabulary_size(self.vocabulary_size)
+        for name in ("hidden_size", "layers", "heads"):
             _check_positive(name, getattr(self, name))
         if self.max_tokens < 3:
             raise ValueError(f"max_tokens: {self.max_tokens}, expected 3 or more")
@@ -306,7 +308,7 @@ class TransferOptions:
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
         _check_choices(self)
-        _check_positive("vocabulary_size", self.vocabulary_size)
+        _check_vocabulary_size(self.vocabulary_size)
         _check_positive("max_pairs", self.max_pairs)
 
 
@@ -352,8 +354,17 @@ def _check_code_switching(lexicon: list[str], probability: float) -> None:
 
 
 def _check_positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name}: {value}, expected 1 or more")
+    # Libraries hold such numbers in 32 bits.
+    if value is not None and not 1 <= value < 2**31:
+        limit = "1 or more" if value < 1 else f"{2**31 - 1} or less"
+        raise ValueError(f"{name}: {value}, expected {limit}")
+
+
+def _check_vocabulary_size(value: int) -> None:
+    # The tokenizers library reserves memory for all units, and aborts the process if it cannot.
+    if not 1 <= value <= LARGEST_VOCABULARY:
+        limit = "1 or more" if value < 1 else f"{LARGEST_VOCABULARY} or less"
+        raise ValueError(f"vocabulary_size: {value}, expected {limit}")
 
 
 def _check_patience(options: Any) -> None:

@@ -249,6 +249,8 @@ class ConnectError(Exception):
         (RuntimeError("X requires tensorboard to be installed"), "requires tensorboard"),
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
         (UnicodeEncodeError("ascii", "maji\u20ac", 4, 5, "no"), "set PYTHONUTF8=1"),
+        (OverflowError("int too big to convert"), "a number is too large (int too big"),
+        (RuntimeError("value cannot be converted without overflow"), "a number is too large"),
         (ValueError("first\n  second"), "optical: error: first"),
         (OSError(), "optical: error: OSError"),
     ],

@@ -216,6 +216,14 @@ BAD_OPTIONS = {
     "search without files": (["--queries", "q.tsv"], "nothing to search"),
     "search --queries none": (["--queries", "x", "--documents", "d.tsv"], "x: no such file"),
     "search -- no model": ([*FILES], r"model m: no config\.json in this folder"),
+    "search --depth 10**30": ([*FILES, "--depth", 10**30], "0, expected 9223372036854775807"),
+    "train teacher --query_length 10**30": (
+        f"--model hub --pairs b.tsv --output_dir o --query_length {10**30}", "0, expected 2147"
+    ),
+    "train distill --max_pairs 10**30": (
+        "--teacher hub --bitext b.tsv --role query --output_dir o --max_pairs "
+        f"{10**30}", "max_pairs: 10+, expected 2147483647 or less"
+    ),
     "compare --seed -1": ("a b --qrels q --seed -1", "--seed: -1, expected 0 or more"),
     "compare --samples 0": ("a b --qrels q --samples 0", "--samples: 0, expected 1 or more"),
     "lexicon --max-pairs -5": ("b.tsv --output o --max-pairs -5", "--max-pairs: -5, expected 1"),
@@ -247,6 +255,10 @@ BAD_OPTIONS = {
     ),
     "train encoder --vocabulary_size -5": (
         "--text t --output_dir o --vocabulary_size -5", "vocabulary_size: -5, expected 1"
+    ),
+    # Tokenizers would abort the process.
+    "train encoder --vocabulary_size 10**12": (
+        "--text t --output_dir o --vocabulary_size 1000000000000", "0, expected 10000000 or less"
     ),
     "train encoder --max_steps 0": (
         "--text t --output_dir o --max_steps 0", "max_steps: 0, expected 1 or more, or -1"

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import threading
 import weakref
 
 import pytest
@@ -281,6 +282,30 @@ def test_two_writers_add_each_document_once(model, documents, tmp_path, monkeypa
     index = LanceIndex(location)
     assert (first, second[1]) == (28, 20)
     assert len(index) == index.table.count_rows() == 48
+
+
+def test_two_writers_may_create_one_database_in_an_object_store(model, documents, bucket):
+    """Nothing locks an object store, so both may find no table and create it."""
+    ready, added = threading.Barrier(2), []
+
+    def write():
+        ready.wait()
+        added.append(write_database(model, documents.items(), f"{bucket}/two", chunk_texts=16))
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    index = LanceIndex(f"{bucket}/two")
+    assert sum(added) == len(index) == index.table.count_rows() == 48 and len(added) == 2
+
+
+def test_a_database_in_memory_is_refused(model, documents):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    for use in (open_index, lambda address: write_database(model, documents.items(), address)):
+        with pytest.raises(ValueError, match="memory://base: a database in memory ends with its"):
+            use("memory://base")
 
 
 @pytest.mark.parametrize("kind", ["files", "database"])

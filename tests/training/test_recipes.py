@@ -667,6 +667,14 @@ def test_every_line_of_progress_has_a_loss(distill, caplog):
     assert len(lines) == 3 and all(", loss 0." in line for line in lines)
 
 
+@pytest.mark.parametrize("save", ["steps", "epoch", "no"])
+def test_a_training_that_diverges_saves_nothing(distill, tmp_path, save):
+    trainer, options = distill(learning_rate=1e30, max_steps=4, save_strategy=save, save_steps=4)
+    with pytest.raises(ValueError, match=r"the training diverged: .* is NaN or infinite"):
+        runner.run(trainer, options, resume=False)
+    assert not list(tmp_path.glob("out/checkpoint-*")) and not (tmp_path / "out/final").exists()
+
+
 # --- validation, early stopping, model card ------------------------------------------------------
 
 
