@@ -29,9 +29,8 @@ from optical.retrieval.statistics import CORRECTIONS, TESTS
 
 logger = logging.getLogger("optical")
 
-# The recall of an approximate search is that of this many best documents. It scores ten times as
-# many candidates as it returns.
-RECALL_DEPTH, REFINE = 100, 10
+# The recall of an approximate search is that of this many best documents.
+RECALL_DEPTH = 100
 
 
 def register(subparsers: Any) -> None:
@@ -126,7 +125,8 @@ def _add_index_arguments(command: argparse.ArgumentParser) -> None:
         "--refine",
         type=at_least(1),
         help="With --approximate, number of candidates that are scored by their vectors, as a "
-        f"multiple of --depth (default: {REFINE}). More of them raise the recall and the time.",
+        "multiple of --depth (default: 10, or as many as make 1000). More of them raise the recall "
+        "and the time.",
     )
 
 
@@ -249,7 +249,8 @@ def search(
             depth=searched_depth,
             batch_size=batch_size,
             any_model=any_model,
-            refine=(refine or REFINE) if approximate else None,
+            approximate=approximate,
+            refine=refine,
             device=device,
         )
     else:
@@ -330,19 +331,17 @@ def _search_index(
     depth: int,
     batch_size: int,
     any_model: bool,
+    approximate: bool,
     refine: int | None,
     device: str | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Search stored token vectors; return the run, and the number of documents or the recall.
-
-    With `refine`, the search is approximate.
-    """
+    """Search stored token vectors; return the run, and the number of documents or the recall."""
     from optical.models.retriever import check_model
     from optical.retrieval.index import LanceIndex, open_index
 
     check_model(model)
     opened = open_index(index)
-    if refine:
+    if approximate:
         if not isinstance(opened, LanceIndex):
             raise ValueError(f"approximate: {index} is no database of `optical index`")
         opened.check_approximate()
@@ -359,7 +358,7 @@ def _search_index(
         opened.origin.check_searchable(retriever, index)
     logger.info("searching %d documents for %d queries", len(opened), len(texts))
     vectors = encode(retriever, list(texts.values()), "query", batch_size=batch_size)
-    if not refine or not isinstance(opened, LanceIndex):
+    if not approximate or not isinstance(opened, LanceIndex):
         return opened.search(list(texts), vectors, depth=depth), {"documents searched": len(opened)}
     run = opened.search(list(texts), vectors, depth=depth, approximate=True, refine=refine)
     best = min(depth, RECALL_DEPTH)

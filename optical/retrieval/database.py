@@ -31,9 +31,11 @@ _PASSAGES, _ORIGIN = "passages", "origin"
 _PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 # Quantisation learns 256 codes from as many rows.
 LEAST_ROWS = 256
-# An approximate search reads this many lists of the index, and scores this many times as many rows
-# as it returns by their vectors.
-PROBES, REFINE = 20, 10
+# An approximate search reads this many lists of the index.
+PROBES = 20
+# It scores this many times as many rows as it returns by their vectors, and never fewer than a
+# thousand: the best ten of a large index are often not among its first hundred candidates.
+REFINE, LEAST_CANDIDATES = 10, 1000
 
 
 def write_database(
@@ -273,7 +275,7 @@ class LanceIndex:
         depth: int = 1000,
         approximate: bool = False,
         probes: int = PROBES,
-        refine: int = REFINE,
+        refine: int | None = None,
     ) -> Run:
         """Return the best ``depth`` documents of each query, like ``search_vectors``.
 
@@ -285,7 +287,8 @@ class LanceIndex:
             approximate: search with the index of :func:`build_approximate`, which may miss
                 documents, instead of comparing every document.
             probes: lists of the index that are read for each query token.
-            refine: candidates scored by their vectors, as a multiple of `depth`.
+            refine: candidates scored by their vectors, as a multiple of `depth` (None: 10, or as
+                many as make 1000 candidates).
 
         Raises:
             ValueError: ``approximate`` without such an index.
@@ -293,6 +296,8 @@ class LanceIndex:
         _require_unit_length(queries)
         if approximate:
             self.check_approximate()
+        if refine is None:
+            refine = max(REFINE, -(-LEAST_CANDIDATES // depth))
         settings = (probes, refine) if approximate else None
         run: Run = {}
         progress = Progress(self.location, len(query_ids), "queries searched")
