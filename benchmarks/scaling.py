@@ -7,8 +7,9 @@
 
 The costs of a million sentence pairs are measured on a small sample and extrapolated linearly. The
 index holds the given number of synthetic passages and is measured as a whole. With `--index`, a
-database of `optical index --approximate` is searched with real queries. CPU times of the process are summed over its threads, so other programs on the machine have little effect. The models
-have random weights, because the cost does not depend on the weights.
+database of `optical index --approximate` is searched with real queries. CPU times of the process
+are summed over its threads, so other programs on the machine have little effect. The models of the
+first two have random weights, because the cost does not depend on the weights.
 """
 
 from __future__ import annotations

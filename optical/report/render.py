@@ -63,7 +63,7 @@ def _markdown_block(block: Block) -> str:
 
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
   color: #1b1b1b; background: #fff; }
 table { border-collapse: collapse; margin: 1rem 0 0.3rem; font-size: 0.9rem;
   font-variant-numeric: tabular-nums; }

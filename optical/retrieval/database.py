@@ -177,7 +177,7 @@ def _add_rows(table: Any, ids: Sequence[str], tokens: TokenVectors) -> int:
         .when_not_matched_insert_all()
         .execute(pyarrow.table(columns, schema=table.schema))
     )
-    return min(len({key for key, _ in rows} - present), result.num_inserted_rows)
+    return min(len({key for key, _ in rows} - present), int(result.num_inserted_rows))
 
 
 def build_approximate(location: str | Path) -> None:

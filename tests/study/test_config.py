@@ -359,7 +359,9 @@ def test_errors_are_one_line_with_the_key(read, tmp_path, key, value, message):
         (b"a: b: c\n", r"study\.yaml:1: not YAML"),
         (b"\ttitle: a\n", r"study\.yaml:1: not YAML"),
         (b"- a\n- b\n", r"study\.yaml: expected keys and values, found list"),
-        (b"", r"study\.yaml: expected keys and values, found NoneType"),
+        (b"", r"study\.yaml: expected keys and values, found nothing"),
+        (b"title: a\nseeds: [0]\ntitle: b\n", r"study\.yaml:3: key `title` appears a second time"),
+        (b"teacher: {model: a, model: b}\n", r"study\.yaml:1: key `model` appears a second time"),
         ("title: Müller\n".encode("latin-1"), r"study\.yaml:1: not UTF-8"),
     ],
 )
@@ -398,3 +400,8 @@ def test_importing_the_configuration_loads_no_training_library():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"transformers", "sentence_transformers", "datasets", "matplotlib", "yaml"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_merged_keys_may_be_overridden():
+    merged = parse_yaml("a: &a {x: 1, y: 1}\nb: {<<: *a, x: 2}\nc: {<<: *a}\n", "f")
+    assert merged["b"] == {"x": 2, "y": 1} and merged["c"] == merged["a"]
