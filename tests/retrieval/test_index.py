@@ -284,6 +284,14 @@ def test_two_writers_add_each_document_once(model, documents, tmp_path, monkeypa
     assert len(index) == index.table.count_rows() == 48
 
 
+def test_a_database_refuses_a_document_whose_text_has_changed(model, documents, tmp_path):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    write_database(model, documents.items(), tmp_path / "base")
+    with pytest.raises(ValueError, match="base: document 'd3' had another text when it was added"):
+        write_database(model, (documents | {"d3": "another text"}).items(), tmp_path / "base")
+    assert write_database(model, (documents | {"e": "new"}).items(), tmp_path / "base") == 1
+
+
 def test_two_writers_may_create_one_database_in_an_object_store(model, documents, bucket):
     """Nothing locks an object store, so both may find no table and create it."""
     ready, added = threading.Barrier(2), []
