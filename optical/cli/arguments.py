@@ -87,6 +87,15 @@ def check_inputs(paths: Iterable[str | None]) -> None:
             check_readable(path)
 
 
+def check_not_input(output: str, inputs: Iterable[str | None]) -> None:
+    """Raise ValueError if writing a file would destroy an input; pairs of files have a comma."""
+    target = Path(output)
+    for name in inputs:
+        for path in (name, *name.split(",")) if name and target.is_file() else ():
+            if Path(path).is_file() and target.samefile(path):
+                raise ValueError(f"output: {output} is an input of this command; choose another")
+
+
 def check_output_folder(path: str) -> None:
     """Raise OSError unless a folder, which need not exist, can be written."""
     folder = Path(path)

@@ -11,6 +11,7 @@ from typing import Any
 from optical.cli.arguments import (
     at_least,
     check_inputs,
+    check_not_input,
     check_passages,
     check_tag,
 )
@@ -220,6 +221,7 @@ def search(
     tag = check_tag(tag, model)
     check_passages(passage_length, passage_stride)
     writable_file(output)
+    check_not_input(output, [queries, documents])
     check_device(device)
     if any_model and not index:
         raise ValueError("any_model: given without --index, which alone records a model")
@@ -345,6 +347,8 @@ def _search_index(
         if not isinstance(opened, LanceIndex):
             raise ValueError(f"approximate: {index} is no database of `optical index`")
         opened.check_approximate()
+    if not len(opened):
+        raise ValueError(f"{index}: the index holds no documents; write it again")
     retriever = load_model(model, device)
     from optical.models.encoding import encode
 

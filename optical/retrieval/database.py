@@ -179,6 +179,8 @@ def _writing(location: str | Path) -> Iterator[None]:
         yield
         return
     Path(location).mkdir(parents=True, exist_ok=True)
+    if any((Path(location) / name).exists() for name in ("options.json", "index.json")):
+        raise ValueError(f"{location}: holds token vectors in files; choose another folder")
     with folder_lock(location, wait=True):
         yield
 

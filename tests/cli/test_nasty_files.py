@@ -188,6 +188,17 @@ def test_pipes_are_read(tmp_path, capfd):
     assert json.loads(capfd.readouterr().out)["mean"]["AP"] == 0.75
 
 
+def test_a_training_reads_a_pipe(tmp_path, capfd):
+    pytest.importorskip("sentence_transformers", reason="the extra `train` is not installed")
+    os.mkfifo(tmp_path / "t")
+    writer = threading.Thread(target=(tmp_path / "t").write_text, args=("cold water\n" * 9,))
+    writer.daemon = True  # were the pipe read again, nobody would write to it
+    writer.start()
+    argv = ["train", "encoder", "--text", tmp_path / "t", "--output_dir", tmp_path / "out"]
+    sizes = ["--hidden_size", 8, "--layers", 1, "--vocabulary_size", 20, "--max_steps", 1]
+    assert run([*argv, *sizes]) == 0, capfd.readouterr()
+
+
 def test_names_of_trec_eval_are_accepted(tmp_path, capfd):
     pytest.importorskip("ir_measures", reason="the extra `eval` is not installed")
     argv = ["evaluate", put(tmp_path, "r", RUN), "--qrels", put(tmp_path, "q", QRELS), "--json"]
@@ -210,6 +221,11 @@ BAD_OPTIONS = {
     "search --tag ''": ([*FILES, "--tag", ""], r"tag: '', expected one word"),
     "search --output ''": ([*FILES, "--output", ""], r"cannot be written \(Is a directory\)"),
     "search --output .": ([*FILES, "--output", "."], r"cannot be written \(Is a directory\)"),
+    "search --output q.tsv": ([*FILES, "--output", "q.tsv"], "output: q.tsv is an input of this"),
+    "search --output ./d.tsv": ([*FILES, "--output", "./d.tsv"], r"output: \./d.tsv is an input"),
+    "lexicon --output b.tsv": ("b.tsv --output b.tsv", "output: b.tsv is an input of this command"),
+    "lexicon --output d.tsv": ("q.tsv,d.tsv --output d.tsv", "output: d.tsv is an input of this"),
+    "align --output b.tsv": ("m --bitext b.tsv --output b.tsv", "output: b.tsv is an input"),
     "search --output q.tsv/a": ([*FILES, "--output", "q.tsv/a"], "output folder q.tsv cannot be"),
     "search --output a.zst": ([*FILES, "--output", "a.zst"], r"\.zst is not written"),
     "search --passage-stride 3": ([*FILES, "--passage-stride", "3"], "without passage_length"),

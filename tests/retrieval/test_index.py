@@ -15,7 +15,7 @@ from optical.data.texts import iter_texts, read_texts
 from optical.models.encoding import encode
 from optical.models.fingerprint import fingerprints, set_partners
 from optical.models.retriever import load_retriever
-from optical.models.token_store import StoreWriter
+from optical.models.token_store import StoreWriter, write_vectors
 from optical.retrieval import database
 from optical.retrieval.exact_search import search, search_vectors
 from optical.retrieval.index import (
@@ -146,6 +146,33 @@ def test_errors_of_a_damaged_shard_name_the_file(model, documents, queries, tmp_
     # Writing again replaces the damaged shard.
     write_index(model, documents.items(), folder)
     assert len(FileIndex(folder, verify=True)) == 48
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "null", "{}", '{"files": 1}', '{"files": {}, "dimension": 16, "role": "document"}'),
+        '{"files": {"../x": "0"}, "dimension": 16, "role": "document"}',
+        '{"files": {"x": "0"}, "dimension": "16", "role": "document"}',
+    ],
+)
+def test_an_index_file_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json: is no index of token vectors; write"):
+        open_index(tmp_path)
+
+
+def test_a_folder_holds_one_kind_of_vectors(model, documents, tmp_path):
+    write_vectors(model, ["a text"], tmp_path / "teacher", role="document")
+    with pytest.raises(ValueError, match="teacher: holds a teacher's vectors for training"):
+        open_index(tmp_path / "teacher")
+    write_index(model, documents.items(), tmp_path / "files")
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    with pytest.raises(ValueError, match="files: holds token vectors in files; choose another"):
+        write_database(model, documents.items(), tmp_path / "files")
+    write_database(model, documents.items(), tmp_path / "base")
+    with pytest.raises(ValueError, match="base: holds a database of `optical index`; choose"):
+        write_index(model, documents.items(), tmp_path / "base")
 
 
 def test_opening_a_missing_index_is_refused(tmp_path):
