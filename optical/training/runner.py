@@ -144,6 +144,8 @@ def _save_final(
             shutil.rmtree(stale)
         partial = output / f".final.{os.getpid()}"
         save_model(str(partial))
+        # A pickle of the trainer's arguments with the paths of this machine; run.json has them.
+        (partial / "training_args.bin").unlink(missing_ok=True)
         save_partners(model, partial)
         write_text(partial / "README.md", card)
         write_checksums(partial, SEALED_FILES)

@@ -214,6 +214,11 @@ def test_a_resumed_training_has_the_data_options_and_models_of_its_checkpoints(
         runner.run(*make(), resume=True)
 
 
+def test_a_saved_model_holds_no_pickle(distill, tmp_path):
+    final = runner.run(*distill(max_steps=1), resume=False)
+    assert not [path for path in final.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
 def test_students_record_their_teacher(distill, tiny_models, tmp_path):
     teacher = load_retriever(tiny_models.teacher)
     final = runner.run(*distill(max_steps=1, save_steps=1), resume=False)
