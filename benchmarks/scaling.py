@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import itertools
 import os
 import random
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from benchmarks.csv_files import append_row
 from benchmarks.operator.rows import current_commit, device_name
 from optical.data.texts import read_texts
 from optical.io.environment import version
@@ -248,12 +248,7 @@ def _report(row: dict[str, Any], load: float, output: str | None) -> None:
     shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()}
     print("\n".join(f"{name}: {value}" for name, value in shown.items()))
     if output:
-        new = not Path(output).exists()
-        with open(output, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, shown, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(shown)
+        append_row(Path(output), shown)
 
 
 def main(arguments: Sequence[str]) -> int:
