@@ -13,6 +13,7 @@ from optical.ot.functional import Gradient
 
 Role = Literal["query", "document"]
 Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
+Embeddings = Literal["auto", "all", "occurring", "none"]
 
 # Recipes that compute a model without training steps. Of the trainer's arguments they use
 # output_dir alone.
@@ -102,6 +103,12 @@ class TeacherOptions:
         0, "Exclude the N most frequent tokens of the training texts from the scores of queries."
     )
     scale: float = _option(1.0, "Factor on the MaxSim scores before the softmax.")
+    embeddings: Embeddings = _option(
+        "auto",
+        "Input vectors to train: all; those of subwords that occur in the training texts, which "
+        "gives the same model without weight decay (occurring); or none. auto is occurring if that "
+        "changes no result and leaves out half of them or more, else all.",
+    )
     validation: list[str] = _list_option(
         "Files like those of the training. Their loss is computed every save_steps steps, and the "
         "checkpoint with the lowest one becomes the trained model."
@@ -114,6 +121,7 @@ class TeacherOptions:
     def validate(self) -> None:
         """Raise ValueError for invalid options. No file is read."""
         _check_required("model", self.model)
+        _check_choices(self)
         if bool(self.queries) != bool(self.passages):
             raise ValueError("queries, passages: only one is given, expected both or neither")
         if not self.pairs and not self.queries:
@@ -148,7 +156,6 @@ class CodeswitchOptions(TeacherOptions):
         if not self.lexicon:
             raise ValueError("lexicon: none given; expected at least one `language=file`")
         _check_code_switching(self.lexicon, self.probability)
-        _check_choices(self)
         _check_positive("copies", self.copies)
 
 
@@ -214,6 +221,12 @@ class DistillOptions:
     )
     dimension: int | None = _option(
         None, "Dimension of the token vectors of a new student (default: that of the teacher)."
+    )
+    embeddings: Embeddings = _option(
+        "auto",
+        "Input vectors to train: all; those of subwords that occur in the training texts, which "
+        "gives the same model without weight decay (occurring); or none. auto is occurring if that "
+        "changes no result and leaves out half of them or more, else all.",
     )
     validation: list[str] = _list_option(
         "Files like those of the training. Their loss is computed every save_steps steps, and the "
