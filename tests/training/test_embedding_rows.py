@@ -32,8 +32,12 @@ def train(world, tiny_models, tmp_path):
             settings = {"model": tiny_models.teacher, "pairs": [str(few)]}
             options = recipes.TeacherOptions(**settings | dict(changes))
         usual = {
-            **{"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 2},
-            **{"disable_tqdm": True, "save_steps": 1, "use_cpu": True},
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 2,
+            "disable_tqdm": True,
+            "save_steps": 1,
+            "use_cpu": True,
         }
         args = recipes.trainer_arguments(tmp_path / folder, **usual | arguments)
         trainer = getattr(recipes, recipe)(options, args)
@@ -133,7 +137,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(train):
 def test_checkpoints_of_other_trained_rows_are_refused(train):
     with pytest.raises(KeyboardInterrupt):
         train("out", max_steps=4, callback=Stop())
-    with pytest.raises(ValueError, match="trained_input_vectors was [0-9]+, now the default"):
+    with pytest.raises(ValueError, match=r"trained_input_vectors was [0-9]+, now the default"):
         train("out", max_steps=4, resume=True, changes={"embeddings": "all"})
 
 
