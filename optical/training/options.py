@@ -216,6 +216,9 @@ class DistillOptions:
     balance: bool = _option(
         False, "Repeat the pairs of smaller files so that all files have equal weight."
     )
+    group_by_length: bool = _option(
+        False, "Put sentences of similar length into a batch, which saves computing padding."
+    )
     stream: bool = _option(
         False, "Read the bitext from disk during training instead of holding it in memory."
     )
@@ -259,6 +262,11 @@ class DistillOptions:
         _check_patience(self)
         _check_positive("max_pairs", self.max_pairs)
         _check_positive("dimension", self.dimension)
+        if self.group_by_length and self.objective == "contrastive":
+            raise ValueError(
+                "group_by_length: given, but the objective 'contrastive' needs batches without "
+                "repeated sentences"
+            )
         if self.stream:
             self._check_streamable()
         check_options(
@@ -273,7 +281,8 @@ class DistillOptions:
 
     def _check_streamable(self) -> None:
         """Refuse options that need the whole bitext before the first step."""
-        required = {"mass": "uniform", "skip_frequent": 0, "reads": "other", "max_pairs": None}
+        required: dict[str, Any] = {"mass": "uniform", "skip_frequent": 0, "reads": "other"}
+        required |= {"max_pairs": None, "group_by_length": False}
         for name, value in required.items():
             if getattr(self, name) != value:
                 raise ValueError(

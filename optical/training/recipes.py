@@ -49,7 +49,7 @@ from optical.models.fingerprint import fingerprints, partners, set_partners
 from optical.models.retriever import load_retriever, resolve_model
 from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
-from optical.training.collator import BitextCollator
+from optical.training.collator import BitextCollator, LengthBatchSampler
 from optical.training.embedding_rows import restrict_embeddings
 from optical.training.options import (
     TRAINER_DEFAULTS,
@@ -288,6 +288,8 @@ def distill(
     if options.objective == "contrastive":
         # A sentence that occurs twice in a batch would be its own negative.
         trainer_args.batch_sampler = BatchSamplers.NO_DUPLICATES
+    elif options.group_by_length:
+        trainer_args.batch_sampler = LengthBatchSampler
     return MultiVectorEncoderTrainer(
         model=student,
         args=trainer_args,
