@@ -126,8 +126,8 @@ def restrict_embeddings(
     """
     if choice == "all":
         return
-    encoder = getattr(model[0], "auto_model", model)
-    full = encoder.get_input_embeddings() if encoder is not model else None
+    encoder: Any = getattr(model[0], "auto_model", None)
+    full: Any = None if encoder is None else encoder.get_input_embeddings()
     if choice == "none" and full is not None:
         full.requires_grad_(False)
         return

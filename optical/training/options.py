@@ -307,7 +307,9 @@ class TransferOptions:
     bitext: list[str] = _list_option(
         "One or more files of parallel sentences, `English TAB other`."
     )
-    vocabulary_size: int = _option(40_000, "Number of units to learn.")
+    vocabulary_size: int = _option(
+        40_000, "Number of units to learn; 0, with keep, leaves the vocabulary as it is."
+    )
     keep: bool = _option(
         False, "Keep the units of the retriever and learn only units of the other languages."
     )
@@ -317,6 +319,11 @@ class TransferOptions:
     initialize_from: Literal["bitext", "spelling"] = _option(
         "bitext",
         "Source of the input vectors of new units: bitext (and spelling), or spelling alone.",
+    )
+    prior: float = _option(
+        0.0,
+        "Least weight of a kept unit's own input vector, in occurrences of the unit in the pairs. "
+        "Large values keep the vectors of a multilingual retriever.",
     )
     max_pairs: int | None = _option(
         None, "Maximum number of pairs read from each file (default: all)."
@@ -328,7 +335,11 @@ class TransferOptions:
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
         _check_choices(self)
-        _check_positive("vocabulary_size", self.vocabulary_size)
+        if self.vocabulary_size < (not self.keep):
+            expected = "0 or more" if self.keep else "1 or more"
+            raise ValueError(f"vocabulary_size: {self.vocabulary_size}, expected {expected}")
+        if not 0.0 <= self.prior < float("inf"):
+            raise ValueError(f"prior: {self.prior}, expected a number of at least 0")
         _check_positive("max_pairs", self.max_pairs)
 
 
