@@ -1,10 +1,10 @@
 """Restrict training to the input vectors of the subwords that occur in the training data.
 
-Of the 250,000 subwords of a multilingual vocabulary, a training in a few languages reads a quarter.
+Of the 250,000 subwords of a multilingual vocabulary, a training in a few languages reads a fifth.
 The others have no gradient, but an optimizer keeps two moments of each entry and updates all of
-them in every step: for a small encoder that is most of the time and memory of a step. Their input
-vectors are frozen here, in the module and not in the vocabulary, so that the tokenizer, the
-segmentation of every text and the saved model stay those of the whole table.
+them in every step: for a small encoder half of the memory of a training. Their input vectors are
+frozen here, in the module and not in the vocabulary, so that the tokenizer, the segmentation of
+every text and the saved model stay those of the whole table.
 """
 
 from __future__ import annotations
