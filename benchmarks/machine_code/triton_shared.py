@@ -34,6 +34,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.csv_files import write_table
 from optical.backends import registry
 from optical.kernels import tuning
 from optical.kernels.tokens import masses
@@ -229,11 +230,9 @@ def read(path: Path) -> dict[tuple[Key, int], int]:
 
 def write(path: Path, rows: dict[tuple[Key, int], int]) -> None:
     """Write a table, sorted by key."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*FIELDS, "capability", "bytes"])
-        for (key, capability), size in sorted(rows.items()):
-            writer.writerow([*key, capability, size])
+    columns = (*FIELDS, "capability", "bytes")
+    cells = ((*key, capability, size) for (key, capability), size in sorted(rows.items()))
+    write_table(path, columns, (dict(zip(columns, row, strict=True)) for row in cells))
 
 
 def main() -> None:

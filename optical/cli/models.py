@@ -10,8 +10,10 @@ from typing import Any
 
 from optical.cli.arguments import (
     FIGURE_SUFFIXES,
+    ROLES,
     at_least,
     check_inputs,
+    check_not_input,
     check_output_folder,
     check_passages,
     number,
@@ -30,7 +32,6 @@ from optical.cli.shared import (
     workers_of,
 )
 from optical.io.files import atomic_text, writable_file
-from optical.models.encoding import ROLES
 
 ALIGNMENT_FORMATS = ("pharaoh", "tsv", "lexicon", "figure")
 EXPORT_FORMATS = ("pylate", "tokens")
@@ -178,6 +179,7 @@ def lexicon(
     from optical.data.pairs import check_bitext, iter_distinct_pairs
 
     writable_file(output)
+    check_not_input(output, bitext)
     for path in bitext:
         check_bitext(path, max_pairs)
     pair_count = itertools.count()
@@ -217,6 +219,7 @@ def align(
     from optical.models.retriever import check_model
 
     writable_file(output)
+    check_not_input(output, [bitext])
     check_device(device)
     for name in (model, teacher):
         if name is not None:

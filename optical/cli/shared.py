@@ -39,6 +39,21 @@ def add_json_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", dest="as_json", help="Print JSON.")
 
 
+def add_split_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--split", default="test", help="Judgements of a BEIR folder to use (default: test)."
+    )
+
+
+def add_identical_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ignore-identical-ids",
+        action="store_true",
+        help="Leave out of each ranking the document with the id of the query, as for ArguAna and "
+        "Quora in BEIR.",
+    )
+
+
 def add_encoding_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size",
@@ -79,12 +94,20 @@ def workers_of(worker: int | None, workers: int | None) -> tuple[int, int]:
         ValueError: the numbers do not fit.
     """
     if workers is None:
-        workers = int(os.environ.get("WORLD_SIZE", 1))
+        workers = _from_environment("WORLD_SIZE", 1)
     if worker is None:
-        worker = int(os.environ.get("RANK", 0)) if workers > 1 else 0
+        worker = _from_environment("RANK", 0) if workers > 1 else 0
     if worker >= workers:
         raise ValueError(f"worker: {worker}, expected a number from 0 to {workers - 1}")
     return worker, workers
+
+
+def _from_environment(name: str, least: int) -> int:
+    """Return the number in a variable of the environment, by default the least one."""
+    text = os.environ.get(name) or str(least)
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name}: {text!r} in the environment, expected a number from {least}")
+    return int(text)
 
 
 def add_device_argument(command: argparse.ArgumentParser) -> None:
@@ -97,10 +120,10 @@ def add_device_argument(command: argparse.ArgumentParser) -> None:
 
 def check_device(device: str | None) -> None:
     """Raise ValueError for a name that is no device, or for a device that is not here."""
-    import torch
-
     if device is None:
         return
+    import torch
+
     try:
         kind = torch.device(device)
     except RuntimeError:
@@ -122,7 +145,7 @@ def load_model(name: str, device: str | None = None) -> Any:
     quiet_libraries()
     model = load_retriever(name)
     if device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+        device = f"cuda:{_from_environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     return model if device is None else model.to(device)
 
 
@@ -160,6 +183,7 @@ def quiet_libraries() -> None:
     import warnings
 
     import datasets
+    import huggingface_hub
     from transformers.utils import logging as transformers_logging
 
     silence: Any = transformers_logging
@@ -167,6 +191,9 @@ def quiet_libraries() -> None:
     silence.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     datasets.disable_progress_bars()
+    # Without a network it would report each of its attempts.
+    hub_logging: Any = huggingface_hub.logging
+    hub_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 

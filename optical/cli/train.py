@@ -117,12 +117,12 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def _own_arguments(argv: list[str]) -> tuple[list[str], bool, str | None]:
+def _own_arguments(argv: list[str], prefix: str = "") -> tuple[list[str], bool, str | None]:
     """Return the other arguments, whether to print JSON, and the device."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--json", nargs="?", const=True, default=False, type=truth)
     parser.add_argument("--device")
-    known, rest = _parse_known(parser, argv)
+    known, rest = _parse_known(parser, argv, prefix)
     return rest, known.json, known.device
 
 
@@ -170,7 +170,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str], config: _Config) ->
     for key in config.settings:
         if key not in accepted:
             raise ValueError(f"{config.path}: unknown key `{key}`{nearest(key, accepted)}")
-    _parse_known(parser, config.words, f"{config.path}: ")
+    _check_words(parser, config)
     # The parser converts the values of the file, and the command line overrides them.
     argv = [*config.words, *argv]
     parser.set_defaults(output_dir=None)
@@ -241,10 +241,18 @@ def _check_early(recipe: str, argv: list[str], config: _Config) -> bool:
     _, unknown = _parse_known(parser, argv)
     if unknown or not config.settings.keys() <= names:
         return False
-    _parse_known(parser, config.words, f"{config.path}: ")
+    _check_words(parser, config)
     values, _ = _parse_known(parser, [*config.words, *argv])
     check_training(recipe, options_class, vars(values))
     return True
+
+
+def _check_words(parser: argparse.ArgumentParser, config: _Config) -> None:
+    """Raise ValueError for a value in the file that its option does not take."""
+    _, unknown = _parse_known(parser, config.words, f"{config.path}: ")
+    for key, value in config.settings.items():
+        if unknown and isinstance(value, list) and unknown[0] in map(str, value):
+            raise ValueError(f"{config.path}: {key}: {value!r}, expected one value")
 
 
 def _parse_known(
@@ -275,14 +283,18 @@ def _read_config(argv: list[str]) -> tuple[_Config, list[str]]:
     if known.config is None:
         return _Config(None, {}, []), rest
     settings, _ = read_yaml(known.config)
-    # The command line comes last, because it overrides the file.
-    rest = [f"--{name}={settings.pop(name)}" for name in _OWN if name in settings] + rest
+    found = {name: settings.pop(name) for name in _OWN if name in settings}
+    own = [f"--{name}={value}" for name, value in found.items() if value is not None]
+    _own_arguments(own, f"{known.config}: ")
     words: list[str] = []
     for key, value in settings.items():
+        if value is None:  # the default
+            continue
         values = value if isinstance(value, list) else [value]
         words.append(f"--{key}")
         words += [json.dumps(entry) if isinstance(entry, dict) else str(entry) for entry in values]
-    return _Config(known.config, settings, words), rest
+    # The command line comes last, because it overrides the file.
+    return _Config(known.config, settings, words), own + rest
 
 
 def _print_help(recipe: str) -> None:

@@ -8,10 +8,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from optical.ot.checks import check_options
-from optical.ot.functional import Gradient
-
 Role = Literal["query", "document"]
+# As `optical.ot.functional.Gradient`, whose module imports PyTorch.
+Gradient = Literal["envelope", "implicit", "unroll"]
 Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
 Embeddings = Literal["auto", "all", "occurring", "none"]
 
@@ -28,6 +27,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "save_steps": 500,
     "save_total_limit": 1,
 }
+LARGEST_VOCABULARY = 10_000_000
 # Default of a required option; validate() reports an option that still has it.
 REQUIRED: Any = ""
 
@@ -64,7 +64,8 @@ class EncoderOptions:
         """Raise ValueError for invalid options. No file is read."""
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
-        for name in ("vocabulary_size", "hidden_size", "layers", "heads"):
+        _check_vocabulary_size(self.vocabulary_size)
+        for name in ("hidden_size", "layers", "heads"):
             _check_positive(name, getattr(self, name))
         if self.max_tokens < 3:
             raise ValueError(f"max_tokens: {self.max_tokens}, expected 3 or more")
@@ -96,8 +97,16 @@ class TeacherOptions:
     dimension: int | None = _option(
         None, "Dimension of the token vectors (default: the width of the encoder)."
     )
-    query_length: int = _option(32, "Maximum length of a query in tokens.")
-    document_length: int = _option(180, "Maximum length of a passage in tokens.")
+    query_length: int | None = _option(
+        None,
+        "Maximum length of a query in tokens (default: 32, or the positions of the encoder if they "
+        "are fewer).",
+    )
+    document_length: int | None = _option(
+        None,
+        "Maximum length of a passage in tokens (default: 180, or the positions of the encoder if "
+        "they are fewer).",
+    )
     query_expansion: bool = _option(False, "Pad queries to query_length with mask tokens.")
     skip_frequent: int = _option(
         0, "Exclude the N most frequent tokens of the training texts from the scores of queries."
@@ -269,6 +278,8 @@ class DistillOptions:
             )
         if self.stream:
             self._check_streamable()
+        from optical.ot.checks import check_options
+
         check_options(
             "distill",
             epsilon=self.epsilon,
@@ -335,9 +346,7 @@ class TransferOptions:
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
         _check_choices(self)
-        if self.vocabulary_size < (not self.keep):
-            expected = "0 or more" if self.keep else "1 or more"
-            raise ValueError(f"vocabulary_size: {self.vocabulary_size}, expected {expected}")
+        _check_vocabulary_size(self.vocabulary_size, least=0 if self.keep else 1)
         if not 0.0 <= self.prior < float("inf"):
             raise ValueError(f"prior: {self.prior}, expected a number of at least 0")
         _check_positive("max_pairs", self.max_pairs)
@@ -385,8 +394,17 @@ def _check_code_switching(lexicon: list[str], probability: float) -> None:
 
 
 def _check_positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name}: {value}, expected 1 or more")
+    # Libraries hold such numbers in 32 bits.
+    if value is not None and not 1 <= value < 2**31:
+        limit = "1 or more" if value < 1 else f"{2**31 - 1} or less"
+        raise ValueError(f"{name}: {value}, expected {limit}")
+
+
+def _check_vocabulary_size(value: int, least: int = 1) -> None:
+    # The tokenizers library reserves memory for all units, and aborts the process if it cannot.
+    if not least <= value <= LARGEST_VOCABULARY:
+        limit = f"{least} or more" if value < least else f"{LARGEST_VOCABULARY} or less"
+        raise ValueError(f"vocabulary_size: {value}, expected {limit}")
 
 
 def _check_patience(options: Any) -> None:

@@ -152,6 +152,15 @@ def test_pools_hold_all_languages_or_some_of_them(read):
         read("collections.asked", {"source": "x", "role": "query", "pool": True})
 
 
+def test_collections_choose_judgements_and_fields(read):
+    parts = {"source": "beir/{language}", "split": "dev", "query_fields": ["title", "desc"]}
+    config = read("collections.news", {**parts, "ignore_identical_ids": True})
+    assert config.collections["news"] == {**parts, "ignore_identical_ids": True}
+    # Defaults leave the fingerprints of finished tasks as they are.
+    off = {"source": "x", "query_fields": [], "ignore_identical_ids": False}
+    assert read("collections.news", off).collections["news"] == {"source": "x"}
+
+
 def test_collections_may_have_another_role(read):
     config = read("collections.asked", {"source": "x", "role": "query"})
     assert config.roles == ["document", "query"]
@@ -313,6 +322,17 @@ WRONG = [
     ("collections.news.role", "both", "collections.news.role: 'both', expected query or document"),
     ("collections.news.pool", ["sw"], "collections.news.pool: ['sw'], expected true, or two lang"),
     ("collections.news.pool", ["sw", "fi"], "collections.news.pool: 'fi', expected sw or de"),
+    (
+        "collections.news.query_fields",
+        "title",
+        "collections.news.query_fields: 'title', expected a",
+    ),
+    ("collections.news.split", "dev", "collections.news.split: selects judgements of a `source`"),
+    (
+        "collections.news.ignore_identical_ids",
+        "yes",
+        "collections.news.ignore_identical_ids: 'yes', expected bool",
+    ),
     ("collections.news.pool", "sw", "collections.news.pool: 'sw', expected a list"),
     ("collections.news.languages", ["fi"], "collections.news.languages: 'fi', expected sw or de"),
     ("against", ["nothing"], "against: 'nothing', expected zeroshot or ot or switched"),
@@ -359,7 +379,9 @@ def test_errors_are_one_line_with_the_key(read, tmp_path, key, value, message):
         (b"a: b: c\n", r"study\.yaml:1: not YAML"),
         (b"\ttitle: a\n", r"study\.yaml:1: not YAML"),
         (b"- a\n- b\n", r"study\.yaml: expected keys and values, found list"),
-        (b"", r"study\.yaml: expected keys and values, found NoneType"),
+        (b"", r"study\.yaml: expected keys and values, found nothing"),
+        (b"title: a\nseeds: [0]\ntitle: b\n", r"study\.yaml:3: key `title` appears a second time"),
+        (b"teacher: {model: a, model: b}\n", r"study\.yaml:1: key `model` appears a second time"),
         ("title: Müller\n".encode("latin-1"), r"study\.yaml:1: not UTF-8"),
     ],
 )
@@ -416,3 +438,8 @@ def test_importing_the_configuration_loads_no_training_library():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"transformers", "sentence_transformers", "datasets", "matplotlib", "yaml"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_merged_keys_may_be_overridden():
+    merged = parse_yaml("a: &a {x: 1, y: 1}\nb: {<<: *a, x: 2}\nc: {<<: *a}\n", "f")
+    assert merged["b"] == {"x": 2, "y": 1} and merged["c"] == merged["a"]

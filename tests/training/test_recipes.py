@@ -217,6 +217,11 @@ def test_a_resumed_training_has_the_data_options_and_models_of_its_checkpoints(
         runner.run(*make(), resume=True)
 
 
+def test_a_saved_model_holds_no_pickle(distill, tmp_path):
+    final = runner.run(*distill(max_steps=1), resume=False)
+    assert not [path for path in final.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
 def test_students_record_their_teacher(distill, tiny_models, tmp_path):
     teacher = load_retriever(tiny_models.teacher)
     final = runner.run(*distill(max_steps=1, save_steps=1), resume=False)
@@ -698,6 +703,14 @@ def test_every_line_of_progress_has_a_loss(distill, caplog):
         runner.run(trainer, options, resume=False)
     lines = [line for line in caplog.messages if line.startswith("    sw: step")]
     assert len(lines) == 3 and all(", loss 0." in line for line in lines)
+
+
+@pytest.mark.parametrize("save", ["steps", "epoch", "no"])
+def test_a_training_that_diverges_saves_nothing(distill, tmp_path, save):
+    trainer, options = distill(learning_rate=1e30, max_steps=4, save_strategy=save, save_steps=4)
+    with pytest.raises(ValueError, match=r"the training diverged: .* is NaN or infinite"):
+        runner.run(trainer, options, resume=False)
+    assert not list(tmp_path.glob("out/checkpoint-*")) and not (tmp_path / "out/final").exists()
 
 
 # --- validation, early stopping, model card ------------------------------------------------------

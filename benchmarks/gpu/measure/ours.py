@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import itertools
 import time
@@ -15,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.csv_files import append_row
 from benchmarks.gpu.measure import gate
 from benchmarks.gpu.measure.clock import Quantiles, call_times, captured, device_times
 from benchmarks.gpu.measure.rows import RowFile, new_row, stamp
@@ -248,29 +248,22 @@ def _candidates(shape: Shape) -> Iterator[tuple[Any, bool, str, Any]]:
 
 def tune(shape: Shape, rows: RowFile, end: float, folder: Path) -> None:
     """Time the forward pass of Triton with other tiles, or streamed both ways, as CUDA graphs."""
-    from optical.kernels import tuning
 
     cases = draw_sets(shape, BFLOAT16)
     problems = [case.problem(backend="triton") for case in cases]
     forward = BACKENDS["triton"].load().forward
     path = folder / f"{rows.path.stem.removesuffix('rows')}tuning.csv"
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            fields = tuning.Tile._fields
-            writer.writerow(["device", "shape", *fields, "way", "tuned", "us_p50", "note"])
-        for tile, tuned, way, changed in _candidates(shape):
-            if time.monotonic() > end:
-                break
-            try:
-                with changed:
-                    graph = captured(lambda: [forward(problem) for problem in problems])
-                    result = [f"{device_times(graph.replay, len(problems)).p50:.4g}", ""]
-                del graph
-            except Exception as error:
-                result = ["", f"{type(error).__name__}: {error}"[:200]]
-            row = [stamp()["device"], shape.problem, *tile, way, tuned, *result]
-            writer.writerow(row)
-            file.flush()
-            print("tile", *row, flush=True)
+    for tile, tuned, way, changed in _candidates(shape):
+        if time.monotonic() > end:
+            break
+        try:
+            with changed:
+                graph = captured(lambda: [forward(problem) for problem in problems])
+                result = (f"{device_times(graph.replay, len(problems)).p50:.4g}", "")
+            del graph
+        except Exception as error:
+            result = ("", f"{type(error).__name__}: {error}"[:200])
+        row = {"device": stamp()["device"], "shape": shape.problem, **tile._asdict(), "way": way}
+        row |= {"tuned": tuned, "us_p50": result[0], "note": result[1]}
+        append_row(path, row)
+        print("tile", *row.values(), flush=True)
