@@ -28,6 +28,7 @@ from optical.io.files import (
 )
 from optical.io.fingerprints import with_digests
 from optical.models.fingerprint import fingerprints, save_partners, tokenizer_fingerprint
+from optical.training.embedding_rows import trained_rows
 from optical.training.model_card import model_card
 from optical.training.options import default_of
 
@@ -38,11 +39,12 @@ logger = logging.getLogger("optical")
 SEALED_FILES = ("*.safetensors", "optimizer.pt", "scheduler.pt")
 # Options that a resumed training does not compare: they change nothing, or name models, which are
 # compared by content.
-_NOT_COMPARED = ("resume", "teacher_vectors", "model", "teacher", "student")
+_NOT_COMPARED = ("resume", "teacher_vectors", "model", "teacher", "student", "embeddings")
 # Inputs that make a training another one. Changes of other options are logged.
 _DEFINING = (
     *("recipe", "starting_model", "vocabulary", "teacher", "role", "objective", "reads", "mass"),
     *("text", "bitext", "pairs", "queries", "passages", "lexicon", "max_pairs"),
+    "trained_input_vectors",
 )
 # Trainer arguments whose change is logged when a training is resumed.
 _LOGGED_ARGUMENTS = (
@@ -168,6 +170,9 @@ def _inputs(trainer: Any, options: Any) -> dict[str, Any]:
     teacher = getattr(getattr(trainer, "loss", None), "teacher", None)
     if teacher is not None:
         inputs["teacher"] = fingerprints(teacher)
+    rows = trained_rows(trainer.model)
+    if rows is not None:
+        inputs["trained_input_vectors"] = rows
     return inputs
 
 

@@ -409,10 +409,28 @@ def test_options_are_plain_data(read):
     assert json.dumps(config.teacher_trainer_args) and json.dumps(config.arms[1].options)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("clir_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_is_valid(path, monkeypatch):
     monkeypatch.setenv("OPTICAL_DATA", "/data")
     assert read_config(path).arms
+
+
+def test_the_model_of_the_multilingual_examples_is_a_variable(monkeypatch):
+    path = EXAMPLES / "multilingual.yaml"
+    monkeypatch.setenv("OPTICAL_DATA", "/data")
+    monkeypatch.delenv("OPTICAL_MULTILINGUAL", raising=False)
+    for expected in ("intfloat/multilingual-e5-small", "/models/other"):
+        config = read_config(path)
+        assert config.teacher_options.model == expected
+        assert config.arm("dense").options["model"] == expected
+        monkeypatch.setenv("OPTICAL_MULTILINGUAL", "/models/other")
+
+
+def test_variables_may_have_a_default(read, monkeypatch):
+    assert read("note", "in ${NO_SUCH_VARIABLE:-a - b} and ${LEXICA:-elsewhere}").note == (
+        "in a - b and /lexica"
+    )
+    assert read("note", "${NO_SUCH_VARIABLE:-}").note == ""
 
 
 def test_importing_the_configuration_loads_no_training_library():

@@ -1,9 +1,11 @@
 """The training recipes: objectives, training texts, options, checkpoints and resuming."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
+import random
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from optical.data.pairs import read_training_pairs
 from optical.models.fingerprint import fingerprints, share_space
 from optical.models.retriever import load_retriever
 from optical.training import BitextCollator, recipes, runner
+from optical.training.collator import LengthBatchSampler
 
 STEPS = 6
 
@@ -305,6 +308,31 @@ def test_balance_repeats_pairs_of_smaller_files(distill, tmp_path):
     assert list(trainer.train_dataset["target"])[4:6] == ["moja", "namba 0"]
 
 
+def test_grouped_batches_hold_sentences_of_similar_length(distill, tmp_path):
+    lengths = list(range(1, 201))
+    random.Random(0).shuffle(lengths)
+    bitext = tmp_path / "lengths.tsv"
+    bitext.write_text("".join(f"one {n}\t{'a' * n}\n" for n in lengths))
+    options = {"bitext": [str(bitext)], "group_by_length": True}
+    trainer, chosen = distill(options=options, max_steps=2, per_device_train_batch_size=3)
+    dataset = trainer.train_dataset
+    sampler = LengthBatchSampler(dataset, batch_size=3, drop_last=False, seed=1)
+    epochs = []
+    for epoch in (0, 0, 1):
+        sampler.set_epoch(epoch)
+        epochs.append([[len(dataset["target"][row]) for row in batch] for batch in sampler])
+        # In random batches of three the mean spread is about 100.
+        assert sum(max(batch) - min(batch) for batch in epochs[-1]) < 10 * len(epochs[-1])
+        assert sorted(itertools.chain(*epochs[-1])) == sorted(lengths)
+        assert len(sampler) == len(epochs[-1]) == 67
+    assert epochs[0] == epochs[1] != epochs[2]
+    assert [batch[0] for batch in epochs[0]] != sorted(batch[0] for batch in epochs[0])
+    full = LengthBatchSampler(dataset, batch_size=3, drop_last=True, seed=1)
+    assert {len(batch) for batch in full} == {3} and len(list(full)) == len(full) == 66
+    runner.run(trainer, chosen, resume=False)
+    assert type(trainer.get_train_dataloader().batch_sampler).__name__ == "LengthBatchSampler"
+
+
 def test_student_of_another_dimension_is_refused(distill, tiny_models, tmp_path):
     load_retriever(tiny_models.wide).save_pretrained(str(tmp_path / "student"))
     with pytest.raises(ValueError, match="size 16, the student of size 24; give the student a Den"):
@@ -332,6 +360,11 @@ def test_unwritable_output_folder_is_refused(distill, tmp_path):
         ({"epsilon": "small"}, "epsilon is a str; expected a float"),
         ({"max_iter": -1}, "max_iter is -1"),
         ({"gradient": "none"}, "gradient: 'none', expected envelope or"),
+        (
+            {"objective": "contrastive", "group_by_length": True},
+            "group_by_length: given, but the objective 'contrastive' needs batches without",
+        ),
+        ({"stream": True, "group_by_length": True}, "group_by_length: True, expected False, bec"),
         ({"backend": "gpu"}, "backend is 'gpu'"),
         ({"max_pairs": 0}, "max_pairs: 0, expected 1 or more"),
     ],
