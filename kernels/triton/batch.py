@@ -201,6 +201,10 @@ def choose_tiles(
         for tile in tuning.OBLONG:
             if launch.n <= tile.rows and launch.m <= tile.columns:
                 return [(longest, tile)]
+    if launch.problem.gradient == "implicit":
+        table = {
+            side: tile for side, tile in table.items() if side >= tuning.IMPLICIT_SIDE
+        } or table
     fitting = [(side, tile) for side, tile in table.items() if side >= longest]
     if not launch.packed:
         return fitting[:1]

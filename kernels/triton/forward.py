@@ -69,15 +69,21 @@ def forward(problem: Problem, kept: list[Norms] | None = None) -> Solution:
             else:
                 StepwiseSolve(launch, f, g, outputs).run()
         for side, tile in tiles:
-            _solve_onchip(launch, side, tile, general, (f, g, *outputs))
+            least = 0 if side == tiles[0][0] else side // 2 + 1
+            _solve_onchip(launch, (least, side), tile, general, (f, g, *outputs))
         if problem.gradient == "implicit":
             _solve_adjoint(launch, f, g, w, z, residual)
     return solution
 
 
 def _solve_onchip(
-    launch: LaunchProblem, side: int, tile: tuning.Tile, general: bool, outputs: tuple[Tensor, ...]
+    launch: LaunchProblem,
+    sides: tuple[int, int],
+    tile: tuning.Tile,
+    general: bool,
+    outputs: tuple[Tensor, ...],
 ) -> None:
+    """Solve the packed problems whose longest side is within ``sides``, or all padded ones."""
     problem = launch.problem
     launch_kernel(
         resident_kernel,
@@ -93,8 +99,7 @@ def _solve_onchip(
         problem.omega,
         problem.anneal_start,
         problem.anneal_ratio,
-        0 if side == min(tuning.TILES) else side // 2 + 1,
-        side,
+        *sides,
         START=problem.f0 is not None,
         GENERAL=general,
         ANNEAL=problem.anneal_start > 0,
