@@ -211,9 +211,9 @@ private:
                           problem.rho_b, origin);
     }
 
-    // The changes of the row sums since g was old_g, in row_cost: the sums of P (1 - exp((old_g -
-    // g) / epsilon)). They add up to the difference of the masses of both sides, which removes the
-    // rounding errors that they share.
+    // The changes of the row sums since g was old_g, relative to the sums before, in row_cost. The
+    // changes are the sums of P (1 - exp((old_g - g) / epsilon)), and add up to the difference of
+    // the masses of both sides, which removes the rounding errors that they share.
     void measure_changes(const T* old_g) {
         T *const change = work.row_cost, *const moved = col_scale;
         problem.own_columns([&](int64_t j) {
@@ -243,21 +243,21 @@ private:
             }
         sync(problem.team);
         problem.own_rows([&](int64_t i) {
-            S::store(change + i,
-                     S::load(change + i) + (T)(missing / mass) * S::load(work.row_mass + i));
+            const Vector sum = S::load(work.row_mass + i);
+            const Vector all = S::load(change + i) + (T)(missing / mass) * sum;
+            S::store(change + i, all / (sum - all));
         });
         sync(problem.team);
     }
     static double required_mass(T log_mass, T potential, T rho) {
         return __builtin_exp((double)log_mass - (double)potential / (double)rho);
     }
-    // Whether the last iteration says how far a sum is from mass exp(-potential / rho), in which
-    // case `change` receives the difference. `changes` is null if there is none.
-    bool change_is_known(T sum, double wanted, T mass, const T* changes, int64_t i,
-                         double& change) const {
-        change = changes && sums_known ? (double)changes[i] : 0;
-        return sums_known && sum > 0 && mass > Bounds<T>::least_divisor &&
-               __builtin_fabs(change) < wanted / 4;
+    // sum / (mass exp(-potential / rho)) - 1, or infinity if the last iteration does not say.
+    // `changes` is null where it is 0.
+    double known_change(T sum, T mass, const T* changes, int64_t i) const {
+        const double change = changes && sums_known ? (double)changes[i] : 0;
+        const bool known = sums_known && sum > 0 && mass > Bounds<T>::least_divisor;
+        return known && __builtin_fabs(change) < 0.25 ? change : Number<double>::infinity;
     }
     // Derivative of the dual value with respect to the mass of a marginal: the potential and the
     // contribution of a penalty, less `origin`. A large rho magnifies the rounding errors of the
@@ -266,12 +266,13 @@ private:
                       const T* changes, T rho, double origin) const {
         Vector slope;
         for (int lane = 0; lane < width; ++lane, ++i) {
-            double all = (double)potential[i] - origin, change;
+            double all = (double)potential[i] - origin;
             if (rho < Number<T>::infinity && sum[i] > 0) {
-                const double wanted =
-                    (double)mass[i] * __builtin_exp(-(double)potential[i] / (double)rho);
-                if (change_is_known(sum[i], wanted, mass[i], changes, i, change))
-                    all = (double)rho * __builtin_log1p(change / wanted) - origin;
+                const double change = known_change(sum[i], mass[i], changes, i);
+                if (change == 0)
+                    all = -origin;
+                else if (change < 1)
+                    all = (double)rho * __builtin_log1p(change) - origin;
                 else
                     all += (double)rho * Objective<T>::log_ratio(sum[i], mass[i], log_mass[i]);
             }
@@ -284,11 +285,12 @@ private:
                          int64_t i, T rho) const {
         Vector slope;
         for (int lane = 0; lane < width; ++lane, ++i) {
-            double missing = (double)mass[i] - (double)sum[i], change;
-            const double lost =
-                -(double)mass[i] * __builtin_expm1(-(double)potential[i] / (double)rho);
-            if (change_is_known(sum[i], (double)mass[i] - lost, mass[i], changes, i, change))
-                missing = lost - change;
+            double missing = (double)mass[i] - (double)sum[i];
+            const double change = known_change(sum[i], mass[i], changes, i);
+            if (change < 1) {
+                const double factor = __builtin_expm1(-(double)potential[i] / (double)rho);
+                missing = -(double)mass[i] * (factor + (1 + factor) * change);
+            }
             slope[lane] = (T)((double)rho * missing);
         }
         return slope;
