@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.csv_files import write_table
 from benchmarks.operator import measure, meter
 from benchmarks.operator.rows import Row as TimedRow
 from benchmarks.operator.rows import current_commit, device_name
@@ -171,10 +172,7 @@ def write(rows: list[Row], path: Path) -> None:
         with path.open(newline="") as file:
             old = [Row(**record) for record in csv.DictReader(file)]  # type: ignore[arg-type]
     merged = {row.key: row for row in (*old, *rows)}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in merged.values())
+    write_table(path, [field.name for field in fields(Row)], map(asdict, merged.values()))
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ agree with the float64 reference.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import gc
 import statistics
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.csv_files import write_table
 from benchmarks.operator.rows import current_commit, device_name
 from optical import OTAlignmentLoss, ot_alignment, sinkhorn
 
@@ -208,10 +208,7 @@ def main() -> None:
             f"{row.kernels} kernels"
         )
     if args.output:
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write_table(args.output, [field.name for field in fields(Row)], map(asdict, rows))
 
 
 if __name__ == "__main__":

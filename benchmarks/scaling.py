@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import itertools
 import os
 import random
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from benchmarks.csv_files import append_row
 from benchmarks.operator.rows import current_commit, device_name
 from optical.io.environment import version
 from optical.models import tokenizers
@@ -211,12 +211,7 @@ def measure_index(args: argparse.Namespace) -> None:
     shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()}
     print("\n".join(f"{name}: {value}" for name, value in shown.items()))
     if args.output:
-        new = not Path(args.output).exists()
-        with open(args.output, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, shown, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(shown)
+        append_row(Path(args.output), shown)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -29,20 +29,20 @@ SECONDS = 535.0
 PREFIX_OF_REHEARSAL = "rehearsal-"
 # Emulated kernels are slow: a rehearsal has this multiple of all time limits.
 PATIENCE = 6
-# Names of ``benchmarks.gpu.measure.shapes``, which imports PyTorch; most valuable first.
-SHAPES = ("T3", "L2", "T1", "T2", "T4", "T5", "T6", "T7", "T8", "T9")
 PEER_SHAPES = ("T3", "T1", "T2", "T5", "T6")
 PROFILED_SHAPES = ("T3", "T1", "T6")
 GRADIENT_SHAPES = ("T3", "T1", "T2", "L2")
-TUNED_SHAPES = ("T3", "T2", "T1")
+TUNED_SHAPES = ("T3", "T5", "T2", "T1")
+# Where nvcc, ncu and compute-sanitizer are if they are not on the path.
+CUDA_TOOLS = "/usr/local/cuda/bin"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 METRICS = (
     "gpu__time_duration.sum",
     "smsp__inst_executed.sum",
     "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "dram__bytes_read.sum",
-    "sm__inst_executed_pipe_tensor.sum",
-    "smsp__average_warp_latency_issue_stalled_no_instruction.ratio",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "smsp__average_warps_issue_stalled_no_instruction_per_issue_active.ratio",
     "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
 )
@@ -85,6 +85,17 @@ def _probe(work: Path, rehearse: bool, only: str, runs: int) -> tuple[str, ...]:
     return (*command, "--runs", str(runs), "--only", only)
 
 
+def _driver(work: Path, rehearse: bool) -> dict[str, str]:
+    """Where the probe finds the CUDA driver.
+
+    No other step may find the stand-in of a rehearsal: a CUDA build of PyTorch would load it, and
+    Triton would launch through it instead of the driver that does nothing.
+    """
+    if not rehearse:
+        return {}
+    return {"LD_LIBRARY_PATH": _path_with(builds.stand_ins(work), "LD_LIBRARY_PATH")}
+
+
 def _first_steps(work: Path, rows: Path, rehearse: bool) -> list[Step]:
     python = (sys.executable, "-m", "benchmarks.gpu.builds", "--work", str(work))
     build = (*python, "--only", _only(rehearse), *(("--rehearse",) if rehearse else ()))
@@ -96,14 +107,15 @@ def _first_steps(work: Path, rows: Path, rehearse: bool) -> list[Step]:
     # rehearsal compiles those of the smallest shape, for a driver that does nothing.
     variables = {"TRITON_INTERPRET": "0"} if rehearse else {}
     options: dict[str, Any] = {"output": "versions.txt", "background": True}
-    for name in SHAPES if not rehearse else ("T1",):
+    for name in builds.SHAPES if not rehearse else ("T1",):
         request = json.dumps({"step": "warm", "shape": name, "seconds": 90})
         command = (*_measure(work, rows, rehearse), "--once", request)
         command += ("--idle-driver",) if rehearse else ()
         step = Step(f"warm-{name}", 75, command, environment=variables, **options)
         result.insert(len(result) - 1, step)
     probe = _probe(work, rehearse, _only(rehearse), runs=3)
-    return [*result, Step("probe", 45, probe, output="probe.txt")]
+    driver = _driver(work, rehearse)
+    return [*result, Step("probe", 45, probe, output="probe.txt", environment=driver)]
 
 
 def _timings() -> list[Step]:
@@ -114,7 +126,7 @@ def _timings() -> list[Step]:
             request=_request("times", name),
             alone=True,
         )
-        for name in SHAPES
+        for name in builds.SHAPES
     ]
 
 
@@ -126,7 +138,8 @@ def _tests(work: Path, rehearse: bool) -> list[Step]:
         only = _only(rehearse) or ("cosine" if tool == "racecheck" else "")
         options = ("--tool", tool, "--error-exitcode", "9", "--print-limit", "30")
         command = ("compute-sanitizer", *options, *_probe(work, rehearse, only, runs=1))
-        result.append(Step(tool, 170, command, output="sanitizers.txt", background=True))
+        step = Step(tool, 170, command, output="sanitizers.txt", background=True)
+        result.append(replace(step, environment=_driver(work, rehearse)))
     pytest: tuple[str, ...] = (
         sys.executable,
         "-m",
@@ -200,6 +213,8 @@ def _path_with(folder: Path, variable: str) -> str:
 
 def _environment(work: Path, rehearse: bool) -> dict[str, str]:
     variables = {
+        # Last, since an environment may have tools of its own.
+        "PATH": os.pathsep.join(filter(None, (os.environ.get("PATH"), CUDA_TOOLS))),
         "PYTHONPATH": _path_with(ROOT, "PYTHONPATH"),
         "PYTHONUNBUFFERED": "1",
         "XDG_CACHE_HOME": str(work / "cache"),
@@ -209,8 +224,7 @@ def _environment(work: Path, rehearse: bool) -> dict[str, str]:
     if rehearse:
         from benchmarks.gpu import rehearsal
 
-        variables |= rehearsal.environment(work)
-        variables["LD_LIBRARY_PATH"] = _path_with(rehearsal.stand_ins(work), "LD_LIBRARY_PATH")
+        variables |= rehearsal.environment(work, variables["PATH"])
     return variables
 
 

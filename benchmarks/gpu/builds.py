@@ -30,7 +30,21 @@ from benchmarks.gpu.runner import ROOT
 PROBE = ROOT / "benchmarks" / "gpu" / "probe"
 # Where no device is found, the library is built for this one.
 DEFAULT_ARCHITECTURES = ("90a",)
+# The shapes of the window, most valuable first; ``benchmarks.gpu.measure.shapes`` has their sizes.
+SHAPES = ("T3", "L2", "T1", "T2", "T4", "T5", "T6", "T7", "T8", "T9")
 PACKAGES = ("torch", "triton", "jax", "ott-jax", "numpy", "pytest", "pytest-xdist", "POT")
+# A tool's stand-in drops the options of the tool and runs the command after them.
+TOOL = """\
+#!/bin/sh
+name=$(basename "$0")
+while [ "$#" -gt 0 ]; do
+    case "$1" in *python*|*/probe-*) break ;; esac
+    shift
+done
+echo "== $name is a stand-in (rehearsal, no measurement)"
+exec "$@"
+"""
+TOOLS = ("ncu", "compute-sanitizer")
 
 
 def sources_hash() -> str:
@@ -138,6 +152,29 @@ def _specific(architecture: str, known: Iterable[str]) -> str:
     return next((name for name in known if name.rstrip("af") == architecture), architecture)
 
 
+def stand_ins(work: Path) -> Path:
+    """The folder of the tools and the driver."""
+    return work / "stand-ins"
+
+
+def build_stand_ins(work: Path) -> None:
+    """Write the tools and compile the driver."""
+    from optical.backends import library
+
+    folder = stand_ins(work)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOOLS:
+        path = folder / name
+        path.write_text(TOOL)
+        path.chmod(0o755)
+    compiler = library.find_compiler()
+    if compiler is None:
+        raise RuntimeError("no C++ compiler was found")
+    source, target = PROBE / "stand_in_driver.cpp", folder / "libcuda.so.1"
+    if not target.exists():
+        _compile([*compiler, "-O1", "-shared", "-fPIC", str(source)], target)
+
+
 def build_all(work: Path, rehearse: bool, only: str) -> int:
     """Build everything, the CUDA library beside the rest; the number of failures."""
     work.mkdir(parents=True, exist_ok=True)
@@ -148,14 +185,9 @@ def build_all(work: Path, rehearse: bool, only: str) -> int:
         build_emulated(work)
         build_expected(work, only)
 
-    def rehearsal() -> None:
-        from benchmarks.gpu import rehearsal
-
-        rehearsal.build_stand_ins(work)
-
     tasks = {"probe": probe_and_outputs, "library": lambda: build_library(work)}
     if rehearse:
-        tasks["library"] = rehearsal
+        tasks["library"] = lambda: build_stand_ins(work)
     with ThreadPoolExecutor() as pool:
         start = time.monotonic()
         futures = {name: pool.submit(task) for name, task in tasks.items()}
@@ -171,8 +203,6 @@ def build_all(work: Path, rehearse: bool, only: str) -> int:
 
 def fill_tritons_cache(work: Path) -> int:
     """Compile the Triton kernels of the timings, one shape after the other; failed shapes."""
-    from benchmarks.gpu.__main__ import SHAPES
-
     work.mkdir(parents=True, exist_ok=True)
     variables = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(work / "triton")}
     command = [sys.executable, "-m", "benchmarks.gpu.measure", "--idle-driver"]
@@ -192,13 +222,16 @@ def describe() -> None:
             print(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             print(package, "is not installed")
-    commands = (["nvidia-smi"], ["nvcc", "--version"], ["ncu", "--version"], ["git", "log", "-1"])
+    commands = (["nvidia-smi"], ["nvcc", "--version"], ["ncu", "--version"])
     for command in commands:
         if shutil.which(command[0]) is None:
             print(command[0], "is not on the path")
             continue
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         print(done.stdout.strip() or done.stderr.strip(), flush=True)
+    git = shutil.which("git")
+    done = subprocess.run([git or "false", "log", "-1"], capture_output=True, text=True, cwd=ROOT)
+    print(done.stdout.strip() or "the commit is unknown: this is no clone", flush=True)
 
 
 def main() -> int:

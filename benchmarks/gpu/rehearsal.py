@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,49 +20,12 @@ from benchmarks.gpu import builds
 
 DEVICE_NAME = "emulated on a CPU (rehearsal, no measurement)"
 LIBRARY_VARIABLE = "OPTICAL_REHEARSED_LIBRARY"
-# A tool's stand-in drops the options of the tool and runs the command after them.
-TOOL = """\
-#!/bin/sh
-name=$(basename "$0")
-while [ "$#" -gt 0 ]; do
-    case "$1" in *python*|*/probe-*) break ;; esac
-    shift
-done
-echo "== $name is a stand-in (rehearsal, no measurement)"
-exec "$@"
-"""
-TOOLS = ("ncu", "compute-sanitizer")
 
 
-def stand_ins(work: Path) -> Path:
-    """The folder of the tools and the driver."""
-    return work / "stand-ins"
-
-
-def build_stand_ins(work: Path) -> None:
-    """Write the tools and compile the driver."""
-    from optical.backends import library
-
-    folder = stand_ins(work)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in TOOLS:
-        path = folder / name
-        path.write_text(TOOL)
-        path.chmod(0o755)
-    compiler = library.find_compiler()
-    if compiler is None:
-        raise RuntimeError("no C++ compiler was found")
-    source, target = builds.PROBE / "stand_in_driver.cpp", folder / "libcuda.so.1"
-    if not target.exists():
-        builds._compile([*compiler, "-O1", "-shared", "-fPIC", str(source)], target)
-
-
-def environment(work: Path) -> dict[str, str]:
-    """Variables under which processes find the stand-ins."""
-    folder = stand_ins(work)
-    path = os.environ.get("PATH", "")
+def environment(work: Path, path: str) -> dict[str, str]:
+    """Variables under which processes find the stand-ins of the tools, before those of ``path``."""
     return {
-        "PATH": f"{folder}{os.pathsep}{path}",
+        "PATH": f"{builds.stand_ins(work)}{os.pathsep}{path}",
         "TRITON_INTERPRET": "1",
         LIBRARY_VARIABLE: str(builds.emulated_library(work)),
     }
@@ -71,6 +35,8 @@ def install(work: Path) -> None:
     """Replace the device, and the kernels of both backends, in this process."""
     from tests.kernels.interpreted import patch_once
 
+    # Interpreted kernels compute with infinities, of which NumPy warns.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
     use_emulated_kernels(builds.emulated_library(work))
     patch_once(setattr)
     replace_device(setattr)

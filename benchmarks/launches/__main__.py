@@ -11,7 +11,6 @@ both ways launch as many kernels.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import gc
 import importlib
@@ -23,6 +22,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.csv_files import write_table
 from benchmarks.launches import idle_driver
 
 LIBRARY = idle_driver.install()
@@ -66,12 +66,12 @@ def calls() -> dict[tuple[str, str], tuple[Callable[[], Any], float | str]]:
 @contextmanager
 def tritons_own_launches() -> Iterator[None]:
     """Launch through ``JITFunction.run``."""
-    prepare = launch._prepare
-    launch._prepare = lambda *arguments: None
+    observed = launch._observed
+    launch._observed = lambda kernel: True
     try:
         yield
     finally:
-        launch._prepare = prepare
+        launch._observed = observed
 
 
 def count(call: Callable[[], Any]) -> int:
@@ -152,12 +152,7 @@ def main() -> None:
             f"{row.launches:4d} launches {bar}"
         )
     if args.output:
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(
-                file, [field.name for field in fields(Row)], lineterminator="\n"
-            )
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write_table(args.output, [field.name for field in fields(Row)], map(asdict, rows))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.csv_files import write_table
 from optical.backends import library
 
 TABLE = Path(__file__).parents[1] / "results" / "cuda_resources.csv"
@@ -175,10 +176,7 @@ def write(output: Path, architecture: str, new: list[dict[str, Any]]) -> None:
     table = sorted(
         table + new, key=lambda row: library.CUDA_ARCHITECTURES.index(row["architecture"])
     )
-    with open(output, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    write_table(output, COLUMNS, table)
 
 
 class Shape(NamedTuple):

@@ -29,6 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.csv_files import write_table
 from benchmarks.machine_code.triton_configurations import Configuration, configurations, identity
 from optical.kernels import tuning
 
@@ -249,10 +250,9 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
 
 def write(path: Path, rows: dict[tuple[str, ...], Row]) -> None:
     """Write a table, sorted by key."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [item.name for item in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(vars(rows[key]) for key in sorted(rows))
+    write_table(
+        path, [item.name for item in fields(Row)], (vars(rows[key]) for key in sorted(rows))
+    )
 
 
 def main() -> None:

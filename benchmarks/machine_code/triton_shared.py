@@ -36,6 +36,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.csv_files import write_table
 from optical.backends import registry
 from optical.kernels import tuning
 from optical.kernels.tokens import masses
@@ -51,7 +52,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# The targets with rows of all variants, and the bytes from which on others have rows of the largest.
+# Targets with rows of all variants, and the bytes from which on others have rows of the largest.
 COMPLETE, LARGE = ("sm_80", "sm_90"), 32768
 KINDS = ("given", "cosine", "sqeuclidean", "dot")
 # One size of each class: the tiles of TILES, both OBLONG ones, and streamed problems.
@@ -273,11 +274,9 @@ def read(path: Path) -> dict[tuple[Key, str], int]:
 
 def write(path: Path, rows: dict[tuple[Key, str], int]) -> None:
     """Write a table, sorted by key."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*FIELDS, "target", "bytes"])
-        for (key, target), size in sorted(rows.items()):
-            writer.writerow([*key, target, size])
+    columns = (*FIELDS, "target", "bytes")
+    cells = ((*key, target, size) for (key, target), size in sorted(rows.items()))
+    write_table(path, columns, (dict(zip(columns, row, strict=True)) for row in cells))
 
 
 def main() -> None:

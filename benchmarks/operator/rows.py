@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.csv_files import write_table
 from benchmarks.operator import jobs
 from benchmarks.operator.jobs import ROOT, Task
 
@@ -186,11 +187,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
     """Write the rows into a CSV file, each in place of an older row with the same key."""
     merged = {row.key: row for row in read(path)}
     merged.update({row.key: row for row in rows})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in merged.values())
+    write_table(path, [field.name for field in fields(Row)], map(asdict, merged.values()))
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -3,6 +3,7 @@
 Kernels are launched without synchronising with the device.
 """
 
+import functools
 import math
 
 import torch
@@ -11,9 +12,15 @@ from torch import Tensor
 from optical.backends.problem import Problem
 from optical.kernels import tuning
 from optical.kernels.backward_unrolled import Upstream, unroll
-from optical.kernels.batch import LaunchProblem, ceil_div, cost_options, next_power_of_2
+from optical.kernels.batch import (
+    LaunchProblem,
+    Layout,
+    ceil_div,
+    cost_options,
+    next_power_of_2,
+)
 from optical.kernels.gradients import cost_gradient_kernel, vector_gradient_kernel
-from optical.kernels.launch import launch_kernel
+from optical.kernels.launch import KeptLaunch, launch_kernel
 from optical.kernels.plan_products import mass_gradient_kernel, plan_kernel, product_kernel
 from optical.kernels.tokens.norms import Norms
 
@@ -104,31 +111,41 @@ def _vector_gradient(
     implicit: bool,
 ) -> Tensor:
     grad = torch.empty_like(vectors)
-    n, m = (launch.m, launch.n) if swapped else (launch.n, launch.m)
-    for tile, least, most in tuning.gradient_tiles(m, launch.packed, launch.single):
-        parts = 1 if tile.whole else ceil_div(launch.dim, tile.entries)
-        launch_kernel(
+    tensors = *launch.pointers(swapped), *potentials, *upstream, grad
+    for differentiate in _vector_launches(launch.layout, swapped, vectors.dtype, implicit):
+        differentiate(*tensors)
+    return grad
+
+
+@functools.lru_cache(maxsize=4096)
+def _vector_launches(
+    layout: Layout, swapped: bool, dtype: torch.dtype, implicit: bool
+) -> list[KeptLaunch]:
+    """The launches that compute the gradient of the vectors of one side, which have ``dtype``."""
+    n, m = (layout.m, layout.n) if swapped else (layout.n, layout.m)
+    return [
+        KeptLaunch(
             vector_gradient_kernel,
-            (launch.size, launch.blocks(n, tile.rows), parts),
-            *launch.pointers(swapped),
-            *potentials,
-            *upstream,
-            grad,
-            *launch.sizes(swapped),
-            least,
-            most,
+            (
+                layout.size,
+                layout.blocks(n, tile.rows),
+                1 if tile.whole else ceil_div(layout.dim, tile.entries),
+            ),
+            *layout.sizes(swapped),
+            *(least, most),
             IMPLICIT=implicit,
             WHOLE=tile.whole,
             BLOCK_N=tile.rows,
             BLOCK_M=tile.columns,
             BLOCK_D=tile.depth,
             BLOCK_G=tile.entries,
-            **launch.gradient_dot(vectors.dtype),
-            **cost_options(launch),
-            num_warps=launch.warps(tile.warps),
+            **layout.gradient_dot(dtype),
+            **cost_options(layout),
+            num_warps=layout.warps(tile.warps),
             num_stages=tile.stages,
         )
-    return grad
+        for tile, least, most in tuning.gradient_tiles(m, layout.packed, layout.single)
+    ]
 
 
 def _mass_gradient(

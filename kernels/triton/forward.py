@@ -4,24 +4,27 @@ Problems that fit in the registers of one program run in ``onchip``, larger ones
 Kernels are launched without synchronising with the device.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from optical.backends.problem import Problem, Solution
+from optical.backends.problem import FIRST_OPTION, Problem, Solution
 from optical.kernels import tuning
 from optical.kernels.batch import (
     LaunchProblem,
+    Layout,
     annealing_temperatures,
     ceil_div,
     choose_tiles,
     cost_options,
     initial_potentials,
+    onchip_table,
     tile_options,
 )
-from optical.kernels.launch import RepeatedLaunch, launch_kernel
+from optical.kernels.launch import KeptLaunch, RepeatedLaunch, launch_kernel
 from optical.kernels.onchip.adjoint import adjoint_kernel
 from optical.kernels.onchip.solve import resident_kernel
 from optical.kernels.streamed.adjoint import adjoint_loop_kernel
@@ -47,66 +50,77 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem, kept: list[Norms] | None = None) -> Solution:
+def forward(
+    problem: Problem, values_only: bool = False, kept: list[Norms] | None = None
+) -> Solution:
     """Solve the problems, which must be supported, as the ``forward`` of every backend does.
 
+    With ``values_only``, what only describes the run may be left out; see ``Solution.allocate``.
     ``kept`` receives what ``backward`` would otherwise compute again.
     """
     with torch.cuda.device_of(problem.x):
         launch = LaunchProblem(problem)
         if kept is not None and problem.y is not None:
             kept.append(launch.norms)
-        solution = Solution.allocate(problem)
-        value, value_linear, f, g, error, n_iter, status, w, z, residual = solution
-        outputs = value, value_linear, error, n_iter, status, residual
         general = problem.omega != 1 or min(problem.rho_a, problem.rho_b) < math.inf
         roomy = general or problem.anneal_start > 0 or launch.precision.startswith("tf32")
-        tiles = choose_tiles(launch, tuning.ROOMY if roomy else tuning.TILES)
-        if not tiles or (launch.packed and max(launch.n, launch.m) > tuning.RESIDENT):
+        table = tuning.ROOMY if roomy else tuning.TILES
+        tiles = choose_tiles(launch, onchip_table(launch, table))
+        longer = launch.packed and max(launch.n, launch.m) > tuning.RESIDENT
+        streamed = longer or not tiles
+        # Other kernels and gradients read more than the values.
+        values_only = values_only and not streamed and problem.gradient == "envelope"
+        solution = Solution.allocate(problem, values_only)
+        value, value_linear, f, g, error, n_iter, status, w, z, residual = solution
+        if values_only:
+            # The kernel still writes what nobody reads.
+            error = residual = torch.empty_like(value)
+            n_iter = status = torch.empty_like(value, dtype=torch.int32)
+        outputs = value, value_linear, error, n_iter, status, residual
+        if streamed:
             # One program per problem where the sizes are unknown or the problems are many.
             if launch.size > (1 if launch.packed else tuning.PROGRAMS):
                 _solve_in_one_launch(launch, f, g, outputs)
             else:
                 StepwiseSolve(launch, f, g, outputs).run()
-        for side, tile in tiles:
-            least = 0 if side == tiles[0][0] else side // 2 + 1
-            _solve_onchip(launch, (least, side), tile, general, (f, g, *outputs))
+        if tiles:
+            tensors = *launch.pointers(), *initial_potentials(problem), f, g, *outputs
+            options = general, problem.f0 is not None, *problem[FIRST_OPTION:]
+            for side, tile in tiles:
+                least = 0 if side == tiles[0][0] else side // 2 + 1
+                _onchip_launch(launch.layout, (least, side), tile, *options)(*tensors)
         if problem.gradient == "implicit":
             _solve_adjoint(launch, f, g, w, z, residual)
     return solution
 
 
-def _solve_onchip(
-    launch: LaunchProblem,
+@functools.lru_cache(maxsize=4096)
+def _onchip_launch(
+    layout: Layout,
     sides: tuple[int, int],
     tile: tuning.Tile,
     general: bool,
-    outputs: tuple[Tensor, ...],
-) -> None:
-    """Solve the packed problems whose longest side is within ``sides``, or all padded ones."""
-    problem = launch.problem
-    launch_kernel(
+    start: bool,
+    *options: Any,
+) -> KeptLaunch:
+    """The launch that solves problems whose longest side is within ``sides`` on chip.
+
+    ``start``: from given potentials. ``options`` are the fields of a ``Problem`` from ``max_iter``.
+    """
+    max_iter, tol, rho_a, rho_b, omega, _, anneal_start, anneal_ratio = options[:8]
+    return KeptLaunch(
         resident_kernel,
-        (launch.size,),
-        *launch.pointers(),
-        *initial_potentials(problem),
-        *outputs,
-        *launch.sizes(),
-        problem.max_iter,
-        problem.tol,
-        1 / problem.rho_a,
-        1 / problem.rho_b,
-        problem.omega,
-        problem.anneal_start,
-        problem.anneal_ratio,
+        (layout.size,),
+        *layout.sizes(),
+        *(max_iter, tol, 1 / rho_a, 1 / rho_b, omega, anneal_start, anneal_ratio),
         *sides,
-        START=problem.f0 is not None,
+        START=start,
         GENERAL=general,
-        ANNEAL=problem.anneal_start > 0,
-        STEPS=1 if general or problem.tol > 0 else tuning.STEPS,
-        NVIDIA=launch.nvidia,
+        ANNEAL=anneal_start > 0,
+        STEPS=1 if general or tol > 0 else tuning.STEPS,
+        NVIDIA=layout.nvidia,
         PART=tile.part,
-        **tile_options(launch, tile),
+        **tile_options(layout, tile),
     )
 
 

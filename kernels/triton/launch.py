@@ -40,15 +40,14 @@ class _Parameters(NamedTuple):
 
 
 class _Handle(NamedTuple):
-    """A compiled variant: its launcher, the function on the device, and constant arguments."""
+    """A compiled variant: its launcher, the arguments that name it, and its constant arguments."""
 
     run: Callable[..., None]
-    function: Any
-    metadata: Any
+    function: tuple[Any, ...]
     constants: tuple[Any, ...]
 
 
-_dtype = operator.attrgetter("dtype")
+_dtype, _address = operator.attrgetter("dtype"), Tensor.data_ptr
 # By the identity of a kernel: hashing one hashes its source. Kernels live as long as this module.
 _parameters: dict[int, _Parameters] = {}
 _handles: dict[tuple[Any, ...], _Handle] = {}
@@ -69,7 +68,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options
     if ready is None:
         kernel[grid](*arguments, **options)
     else:
-        ready.run(*ready.before, *ready.numbers, *ready.constants)
+        ready.run(*ready.before, *ready.after)
 
 
 class RepeatedLaunch:
@@ -89,40 +88,68 @@ class RepeatedLaunch:
             if self.ready is None:
                 self.kernel[self.grid](*arguments, **self.options)
                 return
-        self.ready.run(*self.ready.before, *numbers, *self.ready.constants)
+        self.ready.run(*self.ready.before, *numbers, *self.ready.handle.constants)
+
+
+class KeptLaunch:
+    """A launch that calls repeat with the same numbers, and other tensors of the same dtypes.
+
+    Its variant depends on nothing but the device and the alignment of the addresses.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: float, **options: Any) -> None:
+        self.kernel, self.grid, self.numbers, self.options = kernel, grid, numbers, options
+        self.handles: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch with these tensors for the pointers of the kernel."""
+        kernel = self.kernel
+        if not _observed(kernel):
+            pointers = tuple(map(_address, tensors))
+            driver = triton.runtime.driver.active
+            device = driver.get_current_device()
+            key = driver, device, _alignment(pointers)
+            kept = self.handles.get(key)
+            if kept is not None:
+                run, grid, function, after = kept
+                run(*grid, driver.get_current_stream(device), *function, *pointers, *after)
+                return
+            ready = _prepare(kernel, self.grid, (*tensors, *self.numbers), self.options)
+            if ready is not None:
+                kept = ready.run, ready.before[:3], ready.handle.function, ready.after
+                self.handles[key] = kept
+                ready.run(*ready.before, *ready.after)
+                return
+        kernel[self.grid](*tensors, *self.numbers, **self.options)
 
 
 class _Ready(NamedTuple):
-    """A launch whose variant is known: ``run(*before, *numbers, *constants)``."""
+    """A launch whose variant is known: ``run(*before, *after)``."""
 
     run: Callable[..., None]
+    handle: _Handle
     before: tuple[Any, ...]
-    numbers: tuple[float, ...]
-    constants: tuple[Any, ...]
+    after: tuple[Any, ...]
 
 
 def _prepare(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> _Ready | None:
     """Find the handle of a launch; None if Triton has to launch it, or its interpreter."""
+    if _observed(kernel):
+        return None
     parameters = _parameters.get(id(kernel))
     if parameters is None:
-        if not isinstance(kernel, triton.JITFunction):
-            return None
         parameters = _parameters[id(kernel)] = _parameters_of(kernel)
-    if kernel.pre_run_hooks or _profiled():
-        return None
     tensors, numbers = arguments[: parameters.pointers], arguments[parameters.pointers :]
-    pointers = tuple(map(Tensor.data_ptr, tensors))
-    # New tensors are aligned, so most launches need no more than this.
-    aligned = functools.reduce(operator.or_, pointers) % _ALIGNMENT == 0
+    pointers = tuple(map(_address, tensors))
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     key = (
         id(kernel),
         driver,
         device,
-        aligned or tuple(pointer % _ALIGNMENT == 0 for pointer in pointers),
+        _alignment(pointers),
         *map(_dtype, tensors),
         *[
             -1
@@ -139,13 +166,25 @@ def _prepare(
         # A hook of Triton's may keep it from compiling; another launcher takes tensors alone.
         if compiled is None or not type(compiled.run).__module__.startswith("triton."):
             return None
+        # No metadata and no hooks: a launch that is observed goes through Triton.
+        function = compiled.function, compiled.packed_metadata, None, None, None
         constants = tuple(options[name] for name in parameters.constants)
-        handle = _Handle(compiled.run, compiled.function, compiled.packed_metadata, constants)
-        _handles[key] = handle
-    # No metadata and no hooks: a launch that is observed goes through Triton.
-    launch = (*(*grid, 1, 1)[:3], driver.get_current_stream(device), handle.function)
-    before = (*launch, handle.metadata, None, None, None, *pointers)
-    return _Ready(handle.run, before, numbers, handle.constants)
+        handle = _handles[key] = _Handle(compiled.run, function, constants)
+    launch = (*(*grid, 1, 1)[:3], driver.get_current_stream(device))
+    before = (*launch, *handle.function, *pointers)
+    return _Ready(handle.run, handle, before, (*numbers, *handle.constants))
+
+
+def _alignment(pointers: tuple[int, ...]) -> Any:
+    """What the addresses decide about a variant. New tensors are aligned, as most are."""
+    if functools.reduce(operator.or_, pointers) % _ALIGNMENT == 0:
+        return True
+    return tuple(pointer % _ALIGNMENT == 0 for pointer in pointers)
+
+
+def _observed(kernel: Any) -> bool:
+    """Whether Triton itself has to launch a kernel: in its interpreter, or because of hooks."""
+    return not isinstance(kernel, triton.JITFunction) or bool(kernel.pre_run_hooks) or _profiled()
 
 
 def _profiled() -> bool:

@@ -92,6 +92,10 @@ class Problem(NamedTuple):
         return self.cu_a is not None
 
 
+# Fields before this one are what is to be solved, the others how.
+FIRST_OPTION = Problem._fields.index("max_iter")
+
+
 class Solution(NamedTuple):
     """Output of the operator; ``optical.SinkhornResult`` documents the first seven fields.
 

@@ -101,14 +101,18 @@ def _triton_device_obstacle(device: int) -> str | None:
     if obstacle is not None:
         return obstacle
     if device not in _triton_probes:
-        # Code is not loaded while a CUDA graph is captured.
+        # CUDA refuses to load Triton's code during a capture, which would end it.
         if torch.cuda.is_current_stream_capturing():
-            return None
+            return CAPTURED_TOO_EARLY
         probe = importlib.import_module("optical.kernels.launch")
         _triton_probes[device] = probe.obstacle(device)
     return _triton_probes[device]
 
 
+CAPTURED_TOO_EARLY = (
+    "a CUDA graph is being captured, and no Triton kernel has been loaded before; make one call "
+    "first"
+)
 # Device -> the reason Triton cannot compile for it, or None; asked once per device.
 _triton_probes: dict[int, str | None] = {}
 

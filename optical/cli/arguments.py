@@ -11,6 +11,8 @@ from pathlib import Path
 from optical.io.files import check_readable, writable_folder
 
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
+# As `optical.models.encoding.ROLES`, whose module imports PyTorch.
+ROLES = ("query", "document")
 # Value of --report_to -> packages, one of which it needs.
 _REPORTERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from optical import BackendUnsupported
 from optical.io.files import DISK_FULL_PATTERNS
 
-# Errors with a message for the user.
-_PLAIN = (ValueError, TypeError, OSError, ImportError, BackendUnsupported)
+# Errors with a message for the user, and those told by their names: their modules import PyTorch.
+_PLAIN = (ValueError, TypeError, OSError, ImportError)
+_PLAIN_NAMES = ("BackendUnsupported",)
 # Packages whose errors are failures of a network, and those that store vectors or models.
 _NETWORK = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub", "botocore")
 _OUT_OF_MEMORY = re.compile(r"out of memory|not enough memory|DefaultCPUAllocator|bad_alloc", re.I)
@@ -28,7 +28,7 @@ def explain(error: Exception) -> str | None:
         return cause if isinstance(error, OSError) else f"no room to write ({cause}); free some"
     if isinstance(error, RecursionError):
         return f"an input is nested too deeply ({cause})"
-    if isinstance(error, _PLAIN):
+    if isinstance(error, _PLAIN) or type(error).__name__ in _PLAIN_NAMES:
         return cause
     if package in _NETWORK:
         return f"the network failed ({cause}); try again, or use a folder on this machine"
@@ -41,6 +41,15 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and _MISSING.search(cause):
         return cause
     return None
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Return whether an interrupt led to an error: extension modules that it hits while they are
+    imported raise an ImportError instead.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from optical.cli.arguments import at_least, check_inputs, check_output_folder, check_passages
+from optical.cli.arguments import (
+    ROLES,
+    at_least,
+    check_inputs,
+    check_output_folder,
+    check_passages,
+)
 from optical.cli.models import BITEXT_HELP
 from optical.cli.shared import (
     add_command,
@@ -19,7 +25,6 @@ from optical.cli.shared import (
     report_output,
     workers_of,
 )
-from optical.models.encoding import ROLES
 
 
 def register(subparsers: Any) -> None:

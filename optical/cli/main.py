@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from optical import __version__
-from optical.cli import indexing, models, retrieval
+from optical.cli import evaluation, indexing, models, retrieval
 from optical.cli.arguments import at_least, check_inputs, number
-from optical.cli.errors import explain
+from optical.cli.errors import explain, was_interrupted
 from optical.cli.shared import (
     add_command,
     add_json_argument,
@@ -61,13 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(arguments[1:])
         return _run_command(arguments)
     except KeyboardInterrupt:
-        print(f"interrupted; {_after_interrupt(arguments)}", file=sys.stderr)
-        return 130
+        return _interrupted(arguments)
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if was_interrupted(error):
+            return _interrupted(arguments)
         message = explain(error)
         if message is None or sys.flags.dev_mode:  # python -X dev -m optical.cli ...
             raise
@@ -105,6 +106,12 @@ def _is_measure(word: str) -> bool:
     return not word.startswith("-") and not os.path.exists(word) and "/" not in word
 
 
+def _interrupted(arguments: list[str]) -> int:
+    """Say what an interruption leaves behind; return the exit code."""
+    print(f"interrupted; {_after_interrupt(arguments)}", file=sys.stderr)
+    return 130
+
+
 def _after_interrupt(arguments: list[str]) -> str:
     if arguments[:1] == ["train"]:
         return "with --resume the same command continues from its last checkpoint"
@@ -135,6 +142,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     subparsers.add_parser("train", help=f"Train a model: {recipes}.", add_help=False)
     _register_study(subparsers)
     retrieval.register(subparsers)
+    evaluation.register(subparsers)
     indexing.register(subparsers)
     models.register(subparsers)
     _register_report(subparsers)
@@ -164,6 +172,7 @@ def study(config: str | None, output: str | None) -> int:
     from optical.study.config import read_config
 
     if config is not None:
+        logger.info("reading %s", config)
         # Errors of the file are found before the libraries are loaded.
         read_config(config, output)
     logger.info("loading the libraries")
@@ -180,17 +189,21 @@ def _register_report(subparsers: Any) -> None:
         "report",
         report,
         "Write the report of a study, from the tasks that are finished.",
-        "optical report runs/pack",
+        "optical report runs/pack --format pdf",
     )
     command.add_argument("folder", help="Output folder of a study that has started.")
+    _add_format_argument(
+        command,
+        "Formats of the figures beside PNG; those that exist are drawn again (default: none).",
+    )
 
 
-def report(folder: str) -> int:
+def report(folder: str, format: list[str] | None) -> int:
     """Write the report of a study and print its path."""
     check_installed("matplotlib", "study", "a report with figures")
     from optical.report import report_folder
 
-    print(report_folder(folder))
+    print(report_folder(folder, format or ()))
     return 0
 
 
@@ -204,11 +217,16 @@ def _register_figures(subparsers: Any) -> None:
     )
     command.add_argument("results", help="File results.csv of a study.")
     command.add_argument("--output", required=True, help="Folder for the figures.")
+    _add_format_argument(command, "Formats of the files (default: png).")
+
+
+def _add_format_argument(command: argparse.ArgumentParser, help_text: str) -> None:
     command.add_argument(
         "--format",
-        action="append",
+        nargs="+",
+        action="extend",
         choices=("png", "svg", "pdf"),
-        help="Format of the files; may be repeated (default: all three).",
+        help=help_text,
     )
 
 
@@ -219,7 +237,7 @@ def figures(results: str, output: str, format: list[str] | None) -> int:
     from optical.report import draw_figures
 
     check_inputs([results])
-    formats = format or ("png", "svg", "pdf")
+    formats = list(dict.fromkeys(format or ["png"]))
     for path in draw_figures(Path(results), writable_folder(output), formats).values():
         for suffix in formats:
             print(path.with_suffix(f".{suffix}"))
@@ -334,7 +352,3 @@ def info(seconds: float, as_json: bool) -> int:
     report = selftest.inspect(seconds)
     print(json.dumps(report, indent=1) if as_json else selftest.to_text(report))
     return 1 if report["passed"] is False else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

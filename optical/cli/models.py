@@ -10,6 +10,7 @@ from typing import Any
 
 from optical.cli.arguments import (
     FIGURE_SUFFIXES,
+    ROLES,
     at_least,
     check_inputs,
     check_output_folder,
@@ -30,7 +31,6 @@ from optical.cli.shared import (
     workers_of,
 )
 from optical.io.files import atomic_text, writable_file
-from optical.models.encoding import ROLES
 
 ALIGNMENT_FORMATS = ("pharaoh", "tsv", "lexicon", "figure")
 EXPORT_FORMATS = ("pylate", "tokens")

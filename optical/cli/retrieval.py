@@ -1,9 +1,8 @@
-"""The commands `search`, `evaluate` and `compare`."""
+"""The command `search`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,14 @@ from optical.cli.shared import (
     add_command,
     add_device_argument,
     add_encoding_arguments,
+    add_identical_argument,
     add_json_argument,
+    add_split_argument,
     check_device,
     check_installed,
     load_model,
     report_output,
 )
-from optical.retrieval.evaluation import DEFAULT_MEASURES
-from optical.retrieval.statistics import CORRECTIONS, TESTS
 
 logger = logging.getLogger("optical")
 
@@ -35,23 +34,6 @@ RECALL_DEPTH, REFINE = 100, 10
 
 
 def register(subparsers: Any) -> None:
-    _register_search(subparsers)
-    command = add_command(
-        subparsers,
-        "evaluate",
-        evaluate,
-        "Compute effectiveness measures of a run.",
-        'optical evaluate sw.run --qrels wikiclir/sw --measures "AP nDCG@10" --json',
-    )
-    command.add_argument("run_file", metavar="run", help="TREC run, plain or gzip.")
-    _add_judgement_arguments(command)
-    command.add_argument(
-        "--per-query", action="store_true", help="Print the values of each query too."
-    )
-    _register_compare(subparsers)
-
-
-def _register_search(subparsers: Any) -> None:
     command = add_command(
         subparsers,
         "search",
@@ -67,7 +49,7 @@ def _register_search(subparsers: Any) -> None:
         help="Model of the documents, if it is another one than that of the queries.",
     )
     command.add_argument("--collection", help="Collection: an ir_datasets id or a BEIR folder.")
-    _add_split_argument(command)
+    add_split_argument(command)
     command.add_argument(
         "--query-field",
         action="append",
@@ -75,12 +57,7 @@ def _register_search(subparsers: Any) -> None:
         help="Field that forms the query, such as title, desc or narr; may be repeated (default: "
         "the title of TREC topics, the text of other queries).",
     )
-    command.add_argument(
-        "--ignore-identical-ids",
-        action="store_true",
-        help="Leave out of each ranking the document with the id of the query, as for ArguAna and "
-        "Quora in BEIR.",
-    )
+    add_identical_argument(command)
     command.add_argument(
         "--queries",
         help="File of queries: TSV, JSON lines or TREC topics. Replaces those of the collection.",
@@ -127,65 +104,6 @@ def _add_index_arguments(command: argparse.ArgumentParser) -> None:
         type=at_least(1),
         help="With --approximate, number of candidates that are scored by their vectors, as a "
         f"multiple of --depth (default: {REFINE}). More of them raise the recall and the time.",
-    )
-
-
-def _register_compare(subparsers: Any) -> None:
-    command = add_command(
-        subparsers,
-        "compare",
-        compare,
-        "Test the differences between runs by paired tests over queries.",
-        "optical compare zeroshot.run sw.run --qrels wikiclir/sw",
-    )
-    command.add_argument("runs", nargs="+", help="TREC runs; the first is the baseline.")
-    _add_judgement_arguments(command)
-    command.add_argument("--baseline", help="Another baseline, one of the runs.")
-    command.add_argument(
-        "--test",
-        choices=TESTS,
-        default="randomization",
-        help="Paired test (default: randomization).",
-    )
-    command.add_argument(
-        "--correction",
-        choices=CORRECTIONS,
-        default="holm",
-        help="Correction for multiple comparisons (default: holm).",
-    )
-    command.add_argument(
-        "--samples",
-        type=at_least(1),
-        default=100_000,
-        help="Number of random sign patterns of the randomization test (default: 100000).",
-    )
-    command.add_argument(
-        "--seed",
-        type=at_least(0),
-        default=0,
-        help="Seed of the sign patterns and intervals (default: 0).",
-    )
-
-
-def _add_judgement_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--qrels",
-        required=True,
-        help="Relevance judgements: a TREC file, an ir_datasets id or a BEIR folder.",
-    )
-    _add_split_argument(command)
-    command.add_argument(
-        "--measures",
-        default=" ".join(DEFAULT_MEASURES),
-        help="Names of measures as in ir_measures (nDCG@10) or trec_eval (ndcg_cut_10), separated "
-        f"by spaces (default: {' '.join(DEFAULT_MEASURES)}).",
-    )
-    add_json_argument(command)
-
-
-def _add_split_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--split", default="test", help="Judgements of a BEIR folder to use (default: test)."
     )
 
 
@@ -280,11 +198,13 @@ def _load_texts(
     """Return the collection to search, which needs no relevance judgements."""
     from optical.data.collection import Collection, load_collection
     from optical.data.texts import read_texts
-    from optical.models.retriever import check_model
 
     if not collection and not (queries and documents):
         raise ValueError("nothing to search; expected --collection, or --queries with --documents")
     check_inputs([queries, documents])
+    logger.info("reading the queries and documents")
+    from optical.models.retriever import check_model
+
     for name in models:
         if name is not None:
             check_model(name)
@@ -337,6 +257,7 @@ def _search_index(
 
     With `refine`, the search is approximate.
     """
+    logger.info("opening the index %s", index)
     from optical.models.retriever import check_model
     from optical.retrieval.index import LanceIndex, open_index
 
@@ -366,70 +287,3 @@ def _search_index(
     recall = opened.recall(list(texts), vectors, run, depth=best)
     logger.info("recall of the %d best documents of an exact search: %.3f", best, recall)
     return run, {"documents": len(opened), "recall": round(recall, 4)}
-
-
-def evaluate(
-    run_file: str, qrels: str, split: str, measures: str, as_json: bool, per_query: bool
-) -> int:
-    """Print the measures of a run."""
-    check_installed("ir_measures", "eval", "evaluation")
-    from optical.data.collection import load_judgements
-    from optical.data.measures import check_measures
-    from optical.data.trec import read_run
-    from optical.retrieval.evaluation import evaluate as evaluate_run
-
-    check_measures(measures)
-    check_inputs([run_file])
-    judgements = load_judgements(qrels, split=split)
-    evaluation = evaluate_run(read_run(run_file), judgements, measures)
-    if as_json:
-        print(json.dumps(evaluation.to_dict(per_query=per_query), indent=1))
-        return 0
-    print(evaluation.to_table())
-    if per_query:
-        print("\t".join(["query", *evaluation.measures]))
-        for query in evaluation.queries:
-            values = [f"{evaluation.per_query[name][query]:.4f}" for name in evaluation.measures]
-            print("\t".join([query, *values]))
-    return 0
-
-
-def compare(
-    runs: list[str],
-    qrels: str,
-    split: str,
-    measures: str,
-    as_json: bool,
-    baseline: str | None,
-    test: str,
-    correction: str,
-    samples: int,
-    seed: int,
-) -> int:
-    """Print a comparison of runs with a baseline."""
-    if len(set(runs)) < 2:
-        raise ValueError("runs: one given, expected at least two different ones")
-    if baseline is not None and baseline not in runs:
-        raise ValueError(f"baseline: {baseline!r}, expected one of the runs: {', '.join(runs)}")
-    check_installed("ir_measures", "eval", "evaluation")
-    check_installed("numpy", "eval", "a comparison of runs")
-    if test == "t":
-        check_installed("scipy", "eval", "the t-test")
-    from optical.data.collection import load_judgements
-    from optical.data.measures import check_measures
-    from optical.data.trec import read_run
-    from optical.retrieval import evaluation
-
-    check_measures(measures)
-    check_inputs(runs)
-    judgements = load_judgements(qrels, split=split)
-    comparison = evaluation.compare(
-        {path: evaluation.evaluate(read_run(path), judgements, measures) for path in runs},
-        baseline=baseline,
-        test=test,
-        correction=correction,
-        samples=samples,
-        seed=seed,
-    )
-    print(json.dumps(comparison.to_dict(), indent=1) if as_json else comparison.to_markdown())
-    return 0

@@ -39,6 +39,21 @@ def add_json_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", dest="as_json", help="Print JSON.")
 
 
+def add_split_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--split", default="test", help="Judgements of a BEIR folder to use (default: test)."
+    )
+
+
+def add_identical_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--ignore-identical-ids",
+        action="store_true",
+        help="Leave out of each ranking the document with the id of the query, as for ArguAna and "
+        "Quora in BEIR.",
+    )
+
+
 def add_encoding_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size",
@@ -97,10 +112,10 @@ def add_device_argument(command: argparse.ArgumentParser) -> None:
 
 def check_device(device: str | None) -> None:
     """Raise ValueError for a name that is no device, or for a device that is not here."""
-    import torch
-
     if device is None:
         return
+    import torch
+
     try:
         kind = torch.device(device)
     except RuntimeError:
@@ -160,6 +175,7 @@ def quiet_libraries() -> None:
     import warnings
 
     import datasets
+    import huggingface_hub
     from transformers.utils import logging as transformers_logging
 
     silence: Any = transformers_logging
@@ -167,6 +183,9 @@ def quiet_libraries() -> None:
     silence.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     datasets.disable_progress_bars()
+    # Without a network it would report each of its attempts.
+    hub_logging: Any = huggingface_hub.logging
+    hub_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 

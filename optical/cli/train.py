@@ -117,12 +117,12 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def _own_arguments(argv: list[str]) -> tuple[list[str], bool, str | None]:
+def _own_arguments(argv: list[str], prefix: str = "") -> tuple[list[str], bool, str | None]:
     """Return the other arguments, whether to print JSON, and the device."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--json", nargs="?", const=True, default=False, type=truth)
     parser.add_argument("--device")
-    known, rest = _parse_known(parser, argv)
+    known, rest = _parse_known(parser, argv, prefix)
     return rest, known.json, known.device
 
 
@@ -275,14 +275,18 @@ def _read_config(argv: list[str]) -> tuple[_Config, list[str]]:
     if known.config is None:
         return _Config(None, {}, []), rest
     settings, _ = read_yaml(known.config)
-    # The command line comes last, because it overrides the file.
-    rest = [f"--{name}={settings.pop(name)}" for name in _OWN if name in settings] + rest
+    found = {name: settings.pop(name) for name in _OWN if name in settings}
+    own = [f"--{name}={value}" for name, value in found.items() if value is not None]
+    _own_arguments(own, f"{known.config}: ")
     words: list[str] = []
     for key, value in settings.items():
+        if value is None:  # the default
+            continue
         values = value if isinstance(value, list) else [value]
         words.append(f"--{key}")
         words += [json.dumps(entry) if isinstance(entry, dict) else str(entry) for entry in values]
-    return _Config(known.config, settings, words), rest
+    # The command line comes last, because it overrides the file.
+    return _Config(known.config, settings, words), own + rest
 
 
 def _print_help(recipe: str) -> None:

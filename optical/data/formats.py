@@ -26,6 +26,9 @@ _SUFFIXES = {
     **dict.fromkeys((".jsonl", ".json", ".ndjson"), "jsonl"),
     **dict.fromkeys((".trec", ".sgml", ".sgm", ".xml"), "trec"),
 }
+# The start of an array of JSON objects.
+_ARRAY = re.compile(r"\s*\[\s*(\{|$)")
+_WHITE = re.compile(r"\s*")
 _MARKUP = re.compile(r"\s*<(\?xml|!|[A-Za-z][\w-]*(\s[^>]*)?>)")
 
 
@@ -57,6 +60,9 @@ _GRADES = _set("score grade relevance rel label judgement judgment")
 def recognise(path: str | os.PathLike[str]) -> tuple[str, Lines]:
     """Return the format of a file, ``tsv``, ``jsonl`` or ``trec``, and its lines.
 
+    A JSON array is ``jsonl`` too: each of its elements is one line, with the number of the line on
+    which it begins.
+
     Raises:
         FileNotFoundError, ValueError: as :func:`optical.io.files.read_lines`.
     """
@@ -74,7 +80,10 @@ def recognise(path: str | os.PathLike[str]) -> tuple[str, Lines]:
         kind = "trec"
     elif kind in ("", "tsv") and _is_object(first):
         kind = "jsonl"
-    return kind or "tsv", itertools.chain(read, lines)
+    every: Lines = itertools.chain(read, lines)
+    if kind != "trec" and _ARRAY.match(first):
+        return "jsonl", _elements(path, every)
+    return kind or "tsv", every
 
 
 def _is_object(line: str) -> bool:
@@ -84,6 +93,48 @@ def _is_object(line: str) -> bool:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _elements(path: str | os.PathLike[str], lines: Lines) -> Lines:
+    """Yield the elements of a JSON array, each as one line, with only one line in memory.
+
+    Raises:
+        ValueError: the array is malformed or cut off; the message names file and line.
+    """
+    decoder = json.JSONDecoder()
+    # What was read and not yet yielded is text[place:], which begins on the line `start`.
+    text, place, start, number = "", 0, 1, 0
+    expected = "["  # marks that may come next; without them, the next element
+    for number, line in lines:
+        # Line ends are white space in JSON, except inside of a text, where they are not allowed.
+        text, place, start = (text[place:] + "\n" + line, 0, start) if text else (line, 0, number)
+        while True:
+            white = _WHITE.match(text, place)
+            assert white is not None
+            start += text.count("\n", place, white.end())
+            place = white.end()
+            if place == len(text):
+                text = ""
+                break
+            mark = text[place]
+            if mark in expected:
+                place += 1
+                expected = {"[": "]", ",": "", "]": "\0"}[mark]
+                continue
+            try:
+                if expected in ("[", ",]", "\0"):
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, place)
+                _, end = decoder.raw_decode(text, place)
+            except json.JSONDecodeError as error:
+                if error.pos >= len(text.rstrip()) and expected in ("", "]"):
+                    break  # the element goes on in the next line
+                at = start + text.count("\n", place, error.pos)
+                raise ValueError(f"{path}:{at}: not a JSON array ({error.msg})") from None
+            yield start, text[place:end].replace("\n", " ")
+            start += text.count("\n", place, end)
+            place, expected = end, ",]"
+    if expected != "\0":
+        raise ValueError(f"{path}:{number}: the JSON array is not closed; the file may be cut off")
 
 
 def is_text_header(columns: Sequence[str]) -> bool:

@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 
 from optical.data.formats import is_bitext_header, skip_header
-from optical.data.ibm_model_1 import ibm_model_1
 from optical.io.files import read_lines, write_text
 
 # Lower-case English word to its translations, the most probable first.
@@ -151,6 +150,8 @@ def induce_lexicon(
         >>> [(e, f) for e, f, _ in induce_lexicon(bitext)]
         [('book', 'kitabu'), ('red', 'nyekundu')]
     """
+    from optical.data.ibm_model_1 import ibm_model_1
+
     entries = ibm_model_1(
         ((tokenize_words(english), tokenize_words(foreign)) for english, foreign in bitext),
         iterations=iterations,

@@ -45,8 +45,8 @@ def read_bitext(path: str | Path, *, max_pairs: int | None = None) -> Any:
 def read_bitext_pairs(path: str | Path) -> list[SentencePair]:
     """Read bitext as a list of sentence pairs (English, other language).
 
-    Accepted formats, plain or compressed: lines ``English TAB other [TAB anything]``; JSON lines
-    with the keys ``source``/``target``, ``english``/``non_english`` (Sentence
+    Accepted formats, plain or compressed: lines ``English TAB other [TAB anything]``; JSON lines or
+    a JSON array with the keys ``source``/``target``, ``english``/``non_english`` (Sentence
     Transformers) or ``translation`` (OPUS on the Hugging Face hub); two aligned files with one
     sentence per line (Moses), given as ``corpus.en,corpus.sw``. Pairs with an empty side are
     dropped and counted in the log; exact duplicates are removed.
@@ -253,7 +253,7 @@ def read_training_pairs(
 
     Args:
         pairs: files with TAB-separated lines ``query TAB passage [TAB negative ...]``, or with JSON
-            lines that have the keys ``query``, ``pos`` (a list) and optionally ``neg``
+            (lines or an array) that has the keys ``query``, ``pos`` (a list) and optionally ``neg``
             (FlagEmbedding).
         queries: alternative or additional file with lines ``query id TAB passage id TAB query``.
         passages: texts of the passage ids in `queries`, as in

@@ -14,7 +14,7 @@ from typing import Any
 from optical.data.formats import Lines, is_text_header, recognise, skip_header
 from optical.io.files import parse_json_line
 
-_ID_KEYS = ("id", "_id", "docid", "doc_id", "qid", "query_id")
+_ID_KEYS = ("id", "_id", "docid", "doc_id", "qid", "query_id", "topic_id")
 _TEXT_KEYS = ("text", "contents")
 # Names of topic fields in ir_datasets -> those in TREC markup.
 _FIELDS = {"description": "desc", "narrative": "narr"}
@@ -40,9 +40,10 @@ def read_texts(path: str | os.PathLike[str], *, topic_fields: Sequence[str] = ()
     The suffix and the first line determine the format, see :func:`optical.data.formats.recognise`.
 
     - ``.tsv``, ``.txt``: ``id TAB text``. A header line such as ``id TAB text`` is skipped.
-    - ``.jsonl``, ``.json``: one object per line, ``{"id": …, "text": …}``; ``_id``, ``docid``,
-      ``doc_id``, ``qid``, ``query_id`` and ``contents`` are accepted too, and a ``title`` is
-      prepended to the text. A text that is null is empty.
+    - ``.jsonl``, ``.json``: one object per line, or an array of objects, ``{"id": …, "text": …}``;
+      ``_id``, ``docid``, ``doc_id``, ``qid``, ``query_id``, ``topic_id`` and ``contents`` are
+      accepted too, and a ``title`` is prepended to the text. A text that is null is empty. Topics
+      of HC4 and NeuCLIR are read in English.
     - ``.trec``, ``.sgml``, ``.sgm``, ``.xml``: ``<DOC>`` elements with a ``<DOCNO>``, or ``<top>``
       elements with a ``<num>``. The text of a document is its titles, headlines and body.
 
@@ -117,13 +118,26 @@ def _read_jsonl(path: Path, lines: Lines, fields: Sequence[str]) -> Iterator[tup
         location = f"{path}:{number}"
         record = parse_json_line(line, location)
         key = _field(record, _ID_KEYS, (str, int), location).strip()
-        if fields:
-            texts = [_field(record, (name,), (str,), location) for name in fields]
+        names = fields
+        if isinstance(topics := record.get("topics"), list):
+            record, names = _english_topic(topics, location), fields or ("title",)
+        if names:
+            texts = [_field(record, (name,), (str,), location) for name in names]
         else:
             text = _field(record, _TEXT_KEYS, (str,), location)
             title = _field(record, ("title",), (str,), location) if record.get("title") else ""
             texts = [title, text]
         yield number, key, " ".join(texts).strip()
+
+
+def _english_topic(topics: list[Any], location: str) -> dict[str, Any]:
+    """Return the fields of the English version of a topic of HC4 or NeuCLIR."""
+    for version in topics:
+        if isinstance(version, dict) and version.get("lang") in ("eng", "en"):
+            return {str(name).removeprefix("topic_"): text for name, text in version.items()}
+    raise ValueError(
+        f"{location}: no topic in English (`lang` eng) among its {len(topics)} versions"
+    )
 
 
 def _field(record: Any, names: Sequence[str], types: tuple[type, ...], location: str) -> str:
@@ -224,7 +238,7 @@ def _strip_markup(markup: str) -> str:
 
 
 def read_sentences(path: str | Path) -> list[str]:
-    """Read the non-empty lines of a text file, or the key `text` of a JSON lines file.
+    """Read the non-empty lines of a text file, or the key `text` of JSON lines or a JSON array.
 
     Raises:
         ValueError: a malformed line or an empty file; the message names file and line.

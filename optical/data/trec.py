@@ -144,8 +144,10 @@ def write_run(
         logger.info("%s: lowered %d scores that are equal in float32", path, lowered)
 
 
-def without_identical_ids(run: Mapping[str, Mapping[str, float]], depth: int) -> Run:
+def without_identical_ids(run: Mapping[str, Mapping[str, float]], depth: int | None = None) -> Run:
     """Return the best ``depth`` documents per query without the one that has the query's id.
+
+    Without a depth, all others are returned.
 
     In ArguAna and Quora, the queries are documents of the collection.
     """

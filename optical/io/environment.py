@@ -14,8 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 # Name on the package index; the import name is `optical`.
 DISTRIBUTION = "optical-ot"
 # Git sets these for hooks of the repository that it works in, which may not be ours.
@@ -56,6 +54,8 @@ def environment() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Return the name of the processor, PyTorch's threads, and the names of the GPUs."""
+    import torch
+
     gpus = []
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -78,6 +78,8 @@ def _processor() -> str:
 def version(package: str) -> str:
     """Return the version of an installed package, or "not installed"."""
     if package == "torch":
+        import torch
+
         # Includes the build, such as +cpu or +cu130, which the metadata may lack.
         return str(torch.__version__)
     if package == "optical":

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from optical.ot.checks import check_options
-from optical.ot.functional import AlignmentOptions, Cost, ot_alignment
+from optical.ot.autograd import transport_cost
+from optical.ot.checks import check_options, unfold
+from optical.ot.functional import AlignmentOptions, Cost, alignment_problem
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -81,12 +82,13 @@ class OTAlignmentLoss(nn.Module):
         Returns:
             A scalar, or (batch,) with ``reduction="none"``.
         """
-        costs = ot_alignment(student, teacher, student_mask, teacher_mask, **self.options)
+        problem, lead = alignment_problem(
+            student, teacher, student_mask, teacher_mask, **self.options
+        )
         if self.reduction == "mean":
-            return costs.mean()
-        if self.reduction == "sum":
-            return costs.sum()
-        return costs
+            return transport_cost(problem, mean=True)
+        costs = transport_cost(problem)
+        return costs.sum() if self.reduction == "sum" else unfold(costs, lead)
 
     def extra_repr(self) -> str:
         """Return the options, as shown by ``repr``."""

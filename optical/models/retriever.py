@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import logging
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from optical.io.files import find_damaged
 from optical.models.encoding import ROLES
 from optical.models.fingerprint import load_partners
 
+logger = logging.getLogger("optical")
+
+# Length limits of queries and documents, in tokens.
+DEFAULT_LENGTHS = (32, 180)
 # Prefix of models that are installed as data of a Python package.
 PACKAGE_PREFIX = "package:"
 # A folder with one of these files holds a model.
@@ -33,10 +38,11 @@ def load_retriever(
     name: str | Path,
     *,
     dimension: int | None = None,
-    query_length: int = 32,
-    document_length: int = 180,
+    query_length: int | None = None,
+    document_length: int | None = None,
     query_expansion: bool = False,
     skip_words: Sequence[str] = (),
+    default_lengths: tuple[int, int] = DEFAULT_LENGTHS,
 ) -> Any:
     """Load a `MultiVectorEncoder`, or build one from a plain encoder.
 
@@ -49,16 +55,18 @@ def load_retriever(
             encoders.
         dimension: dimension of the token vectors; None keeps the encoder's width without a
             projection.
-        query_length, document_length: length limits in tokens, special tokens included.
+        query_length, document_length: length limits in tokens, special tokens included. None takes
+            the default, or all positions of the encoder if they are fewer.
         query_expansion: pad queries with mask tokens to `query_length` (ColBERT; OPTICAL's
             equal-length alignment). Needs a mask token.
         skip_words: query tokens that are not scored, such as function words and punctuation, which
             match documents of another language by accident.
+        default_lengths: default limits of queries and documents.
 
     Raises:
         ImportError: Sentence Transformers is not installed (extra ``train``).
         ValueError: there is no such model; it is damaged or needs custom code; it has no tokenizer
-            or one with more units than input vectors; or a length limit exceeds its positions.
+            or one with more units than input vectors; or a given limit exceeds its positions.
     """
     check_model(str(name))
     name = resolve_model(str(name))
@@ -76,16 +84,21 @@ def load_retriever(
             if isinstance(module, Transformer):
                 _check_encoder(name, module)
         return model
-    expansion = {"strategy": "fixed", "length": query_length} if query_expansion else None
+    lengths = [
+        given or default
+        for given, default in zip((query_length, document_length), default_lengths, strict=True)
+    ]
+    expansion = {"strategy": "fixed", "length": lengths[0]} if query_expansion else None
     with loading_errors(name):
         encoder = Transformer(
             name,
-            query_length=query_length,
-            document_length=document_length,
+            query_length=lengths[0],
+            document_length=lengths[1],
             query_expansion=expansion,
             # Transformers would otherwise ask on the terminal whether to run the code.
             **dict.fromkeys(("model_kwargs", "config_kwargs", "processor_kwargs"), _NO_CODE),
         )
+    _limit_lengths(name, encoder, {"query": query_length, "document": document_length})
     _check_encoder(name, encoder)
     if query_expansion and getattr(encoder.tokenizer, "mask_token", None) is None:
         raise ValueError(
@@ -166,6 +179,18 @@ def _build_retriever(encoder: Any, dimension: int | None, skip_words: Sequence[s
         Normalize(module_input_name="token_embeddings"),
     ]
     return MultiVectorEncoder(modules=modules)
+
+
+def _limit_lengths(name: str, module: Any, given: Mapping[str, int | None]) -> None:
+    """Lower the limits that nobody gave to the positions of the encoder, and log that."""
+    positions = max_positions(module)
+    for role in ROLES:
+        limit = f"{role}_length"
+        if given[role] is None and positions is not None and getattr(module, limit) > positions:
+            if role == "query" and module.query_expansion is not None:
+                module.query_expansion = {**module.query_expansion, "length": positions}
+            setattr(module, limit, positions)
+            logger.info("model %s: %s is %d, all positions of the encoder", name, limit, positions)
 
 
 def _check_encoder(name: str, module: Any) -> None:
@@ -275,12 +300,6 @@ def load_multi_vector(
     """
     check_model(str(name))
     if not is_multi_vector(resolve_model(str(name))):
-        if not Path(resolve_model(str(name))).is_dir():
-            from transformers import AutoConfig
-
-            # A name that the hub does not have, or no network.
-            with loading_errors(str(name)):
-                AutoConfig.from_pretrained(str(name), trust_remote_code=False)
         raise ValueError(
             f"model {name}: returns no token vectors for retrieval; use the recipe `dense`, or "
             "train it (`teacher`, `distill`)"
@@ -326,23 +345,55 @@ def _similar(folder: Path) -> str:
 
 
 def is_multi_vector(name: str) -> bool:
-    """Return whether a saved model yields token vectors; not a plain encoder or one vector."""
-    files: list[str] = []
-    if Path(name).is_dir():
-        paths = [Path(name) / file for file in _MODEL_FILES]
-        files = [str(path) for path in paths if path.exists()]
-    else:
-        from sentence_transformers.util import load_file_path
+    """Return whether a saved model yields token vectors; not a plain encoder or one vector.
 
-        found = [load_file_path(name, file) for file in _MODEL_FILES]
-        files = [path for path in found if path]
-    texts = {}
-    for file in map(Path, files):
-        try:
-            texts[file.name] = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"model {name}: cannot be loaded ({file.name}: {error})") from None
+    Raises:
+        ValueError: as of :func:`configuration_files`.
+    """
+    texts = configuration_files(name)
     # ColBERT of Stanford has its projection inside the encoder, and no modules.
     if "HF_ColBERT" in texts.get("config.json", ""):
         return True
     return "modules.json" in texts and "Pooling" not in texts["modules.json"]
+
+
+def configuration_files(name: str) -> dict[str, str]:
+    """Return file -> text of those configuration files that a model has, without its weights.
+
+    Args:
+        name: a folder, or a name on the hub, whose small files are read from the local copy or
+            downloaded.
+
+    Raises:
+        ValueError: a file cannot be read, or the hub has no such model or cannot be reached.
+    """
+    texts: dict[str, str] = {}
+    local = Path(name).is_dir()
+    for file in _MODEL_FILES:
+        path = Path(name) / file if local else _hub_file(name, file, texts)
+        if path is None or not path.exists():
+            continue
+        try:
+            texts[file] = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"model {name}: cannot be loaded ({file}: {error})") from None
+    if not texts and not local:
+        raise ValueError(f"model {name}: has no {' or '.join(_MODEL_FILES)} on the hub")
+    return texts
+
+
+def _hub_file(name: str, file: str, found: Mapping[str, str]) -> Path | None:
+    """Return the local copy of a file of the hub, or None if the model has no such file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with loading_errors(name):
+        try:
+            return Path(hf_hub_download(name, file))
+        except LocalEntryNotFoundError:
+            # No network. A local copy of another file is one of the whole model.
+            if not found:
+                raise
+        except EntryNotFoundError:
+            pass
+    return None

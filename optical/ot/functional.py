@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optical.backends.problem import Problem, Solution
 from optical.ot import autograd, masses, validation
-from optical.ot.checks import check_options, refuse_unknown, split_penalties, unfold
+from optical.ot.checks import Lead, check_options, refuse_unknown, split_penalties, unfold
 from optical.ot.masses import Masses
 from optical.ot.result import SinkhornResult
 from optical.ot.validation import Posed
@@ -323,9 +323,25 @@ def ot_alignment(
         >>> ot_alignment(teacher.flip(1), teacher).round(decimals=3)   # the order of tokens is free
         tensor([0.])
     """
-    checked = check_options(
-        "ot_alignment", epsilon=epsilon, max_iter=max_iter, tol=tol, cost=cost, **options
-    )
+    given = student, teacher, student_mask, teacher_mask, cost, epsilon
+    problem, lead = alignment_problem(*given, max_iter=max_iter, tol=tol, **options)
+    return unfold(autograd.transport_cost(problem), lead)
+
+
+def alignment_problem(
+    student: Tensor,
+    teacher: Tensor,
+    student_mask: Tensor | None,
+    teacher_mask: Tensor | None,
+    cost: Cost,
+    epsilon: float | Tensor,
+    **options: Any,
+) -> tuple[Problem, Lead | None]:
+    """Return the problem whose transport cost ``ot_alignment`` computes, and its folded dimensions.
+
+    The arguments are those of ``ot_alignment``, which says what is raised.
+    """
+    checked = check_options("ot_alignment", epsilon=epsilon, cost=cost, **options)
     rows = Masses(masses.STUDENT, None, student_mask)
     columns = Masses(masses.TEACHER, None, teacher_mask)
     problem, lead, learnt, _ = validation.problem_of_vectors(
@@ -336,7 +352,7 @@ def ot_alignment(
             "epsilon requires grad, which the transport cost does not give; expected "
             "epsilon.detach(), or the value of sinkhorn_vectors"
         )
-    return unfold(autograd.solve(problem, values_only=True).value_linear, lead)
+    return problem, lead
 
 
 def _solve(posed: Posed) -> SinkhornResult:

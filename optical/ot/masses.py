@@ -197,6 +197,8 @@ class Masses(NamedTuple):
         if not isinstance(mask, Tensor):
             found = type(mask).__name__
             raise TypeError(f"{names.mask} is a {found}; expected a bool tensor {tuple(shape)}")
+        if mask.shape == shape and mask.device == source.device and not mask.is_complex():
+            return
         check_shape(names.mask, mask, shape, f"(batch, {names.size}) of {names.source}")
         check_device(names.mask, mask, names.source, source)
         if mask.is_complex():
@@ -288,13 +290,13 @@ def in_one_launch(
         return None
     batch, n, m = shape
     for side, size in ((rows, n), (columns, m)):
-        if side.mask is not None:
+        if side.lengths is not None:
             side._check_combination()
+            side._check_lengths(side.lengths, source, (batch, size))
+        elif side.mask is not None:
             side._check_mask(side.mask, source, (batch, size))
             if source.is_cpu:
                 _check_binary(side.names.mask, side.mask)
-        elif side.lengths is not None:
-            side._check_lengths(side.lengths, source, (batch, size))
     made: tuple[Tensor, Tensor, Tensor] = _triton_masses().equal_masses(
         batch, n, m, dtype, float(epsilon), *given, device=source.device
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optical.backends import reference, registry
 from optical.backends.dense import PaddedProblem, cost_backward
-from optical.backends.problem import Gradients, Problem, Solution
+from optical.backends.problem import FIRST_OPTION, Gradients, Problem, Solution
 
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -71,20 +71,21 @@ def _choose(problem: Problem, gradient: bool = False) -> tuple[registry.Backend,
     if not (problem.x.numel() and problem.log_a.numel() and problem.log_b.numel()):
         # Kernels need not handle launches without entries.
         backend = registry.BACKENDS["reference"]
-    if backend.native:
-        return backend, problem
-    changed: dict[str, Any] = {
-        name: field.contiguous()
-        for name, field in zip(Problem._fields[:_TENSORS], problem, strict=False)
-        if isinstance(field, Tensor) and not field.is_contiguous()
-    }
-    if problem.y is None:
-        changed.pop("x", None)
-    return backend, problem._replace(**changed) if changed else problem
+    return backend, problem if backend.native else _contiguous_fields(problem)
 
 
-# Fields from this one on are no tensors.
-_TENSORS = Problem._fields.index("max_iter")
+def _contiguous_fields(problem: Problem) -> Problem:
+    """Return the problem with contiguous tensors, except for a given cost."""
+    fields: tuple[Any, ...] = problem[:FIRST_OPTION]
+    x, y, _, *others = fields
+    for tensor in (None if y is None else x, y, *others):
+        if tensor is not None and not tensor.is_contiguous():
+            break
+    else:
+        return problem
+    x = x if y is None else x.contiguous()
+    y, *others = map(_contiguous, (y, *others))
+    return Problem(x, y, problem.kind, *others, *problem[FIRST_OPTION:])
 
 
 def _contiguous(value: Tensor | None) -> Any:
@@ -95,7 +96,10 @@ def _without_autocast(device: str) -> Any:
     """Disable autocast where it is enabled; entering a context costs as much as a small solve."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return _UNCHANGED
+
+
+_UNCHANGED = contextlib.nullcontext()
 
 
 def forward(problem: Problem, values_only: bool = False, kept: list[Any] | None = None) -> Solution:
@@ -112,7 +116,7 @@ def forward(problem: Problem, values_only: bool = False, kept: list[Any] | None 
     with _without_autocast(problem.x.device.type):
         if backend.dense:
             return PaddedProblem(problem).forward(solve)
-        solution: Solution = solve(problem, *((kept,) if backend.keeps else ()))
+        solution: Solution = solve(problem, *((values_only, kept) if backend.keeps else ()))
     return solution
 
 

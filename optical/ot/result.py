@@ -92,7 +92,9 @@ class SinkhornResult:
         if lead is not None:
             outputs = tuple(unfold(x, lead) for x in outputs)
         kept = None if potentials[0] is solution.f else potentials
-        fields = (*outputs, problem, lead, constant, versions, kept)
+        fields: tuple[Any, ...] = (*outputs, problem, lead, constant, versions, kept)
+        if tracing():  # which PyTorch 2.11 and older do not do below
+            return cls(*fields)
         # The constructor of a frozen class sets every field by a call.
         result = object.__new__(cls)
         result.__dict__.update(zip(_FIELDS, fields, strict=True))

@@ -16,7 +16,9 @@ from optical.report.table import LOSS_COLUMNS, PLAN_COLUMNS, QUERY_COLUMNS, Row,
 DOT, SPACING = 5.0, 0.13
 
 
-def draw_figures(table: Path, folder: Path, formats: Sequence[str] = FORMATS) -> dict[str, Path]:
+def draw_figures(
+    table: Path, folder: Path, formats: Sequence[str] = FORMATS[:1]
+) -> dict[str, Path]:
     """Draw all figures for which a study's tables have rows; return their names and first files.
 
     Args:

@@ -58,6 +58,7 @@ def write_report(
     *,
     losses: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     unfinished: Sequence[str] = (),
+    formats: Sequence[str] = (),
 ) -> Path:
     """Write the report into `output`: Markdown, HTML, LaTeX, JSON, tables and ``figures/``.
 
@@ -68,6 +69,8 @@ def write_report(
         output: an existing writable folder.
         losses: label of a training -> the entries that its trainer logged.
         unfinished: labels of the tasks without an output.
+        formats: formats of the figures beside PNG, of "svg" and "pdf". Those that the folder holds
+            already are drawn again too, so that no figure is older than the report.
 
     Returns:
         The path of report.md.
@@ -89,7 +92,7 @@ def write_report(
             write_rows(rows, output / f"{name}.csv", columns)
     blocks = [
         *_main_results(study, summary, unfinished),
-        *_figures(study, summary, results, output),
+        *_figures(study, summary, results, output, formats),
         *sections.collections(study, summary),
         *_measures_by_language(study, summary),
         *_gaps(study, summary),
@@ -150,6 +153,7 @@ def _figures(
     summary: Summary,
     results: Sequence[Mapping[str, Any]],
     output: Path,
+    formats: Sequence[str],
 ) -> list[Block]:
     name = measure_name(summary.measure)
     captions = {
@@ -171,10 +175,18 @@ def _figures(
                 "English translation (columns). Each row shows shares of its mass. The mean "
                 f"transported cosine distance is {row['value_linear']:.3f}."
             )
-    drawn = draw_figures(output / "results.csv", output / "figures", FORMATS)
+    folder = output / "figures"
+    present = {path.suffix[1:] for path in folder.glob("*.*") if path.stem in captions}
+    wanted = [kind for kind in FORMATS if kind == FORMATS[0] or kind in {*formats, *present}]
+    drawn = draw_figures(output / "results.csv", folder, wanted)
+    *others, last = (kind.upper() for kind in wanted)
+    listed = f"{', '.join(others)} and {last}" if others else last
     return [
         Heading("Figures"),
-        Text("`figures/` holds every figure as PNG, SVG and PDF, `tables.tex` every table."),
+        Text(
+            f"`figures/` holds every figure as {listed}, `tables.tex` every table. `optical report "
+            "--format svg pdf` adds vector graphics."
+        ),
         *(Figure(path, captions[key]) for key, path in drawn.items() if key in captions),
     ]
 

@@ -87,6 +87,10 @@ def queries(study: StudyDescription, summary: Summary, rows: Sequence[Row]) -> l
     return [Heading(f"Queries: {measure_name(summary.measure)}"), Table(head, table, caption)]
 
 
+def _told(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
 def pools(study: StudyDescription, summary: Summary) -> list[Block]:
     """Return the effectiveness and the language bias of each arm on mixed-language pools."""
     blocks: list[Block] = []
@@ -97,13 +101,13 @@ def pools(study: StudyDescription, summary: Summary) -> list[Block]:
         for pool in here:
             value, low, high = pool.estimate
             shares = [
-                f"{own['share']:.0%} ({own['rank']:+.2f})"
+                f"{_told(own['share'], '.0%')} ({_told(own['rank'], '+.2f')})"
                 for own in (pool.bias[language] for language in languages)
             ]
-            row = [pool.arm, f"{value:.3f} [{low:.3f}, {high:.3f}]", f"{pool.distance:.0%}"]
+            row = [pool.arm, f"{value:.3f} [{low:.3f}, {high:.3f}]", _told(pool.distance, ".0%")]
             rows.append([*row, *shares])
         relevant = ", ".join(
-            f"{own['relevant']:.0%} {study.name_of(language)}"
+            f"{_told(own['relevant'], '.0%')} {study.name_of(language)}"
             for language, own in here[0].bias.items()
         )
         name = measure_name(summary.measure)
@@ -115,6 +119,8 @@ def pools(study: StudyDescription, summary: Summary) -> list[Block]:
             "Bias: share of the first ten places that would have to change language to match the "
             f"relevant documents ({relevant})."
         )
+        if any(pool.distance is None for pool in here):
+            caption += " The bias of a search that returned no document is not defined (–)."
         head = ["arm", name, "bias", *map(study.name_of, languages)]
         blocks.append(Table(head, rows, caption))
     return [Heading("Mixed-language pools"), *blocks] if blocks else []

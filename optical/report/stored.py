@@ -41,12 +41,13 @@ def write_study(
     write_text(folder / FILE, json.dumps(content, indent=1) + "\n")
 
 
-def report_folder(folder: str | Path) -> Path:
+def report_folder(folder: str | Path, formats: Sequence[str] = ()) -> Path:
     """Write the report of a study, finished or not, into its folder; return report.md's path.
 
     Args:
         folder: the folder with ``study.json``: the output folder of a study, or the folder of its
             report in there.
+        formats: formats of the figures beside PNG, as of ``write_report``.
 
     Raises:
         ValueError: the folder holds no study, or no arm has been evaluated yet.
@@ -84,6 +85,7 @@ def report_folder(folder: str | Path) -> Path:
         folder,
         losses=_losses(root, done),
         unfinished=[label for name, label in tasks.items() if name not in done],
+        formats=formats,
     )
 
 

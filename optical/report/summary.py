@@ -136,20 +136,27 @@ class Pool:
     Attributes:
         estimate: mean of the measure over the queries of the pool, and its interval.
         bias: language -> ``share`` of the first ten documents, ``relevant``, its share of the
-            relevant documents, and ``rank``, the rank bias, all averaged over seeds.
+            relevant documents, and ``rank``, the rank bias, all averaged over seeds; None if the
+            searches returned nothing.
         queries: number of queries.
     """
 
     collection: str
     arm: str
     estimate: Estimate
-    bias: dict[str, dict[str, float]]
+    bias: dict[str, dict[str, float | None]]
     queries: int
 
     @property
-    def distance(self) -> float:
+    def distance(self) -> float | None:
         """Share of the first ten places that would have to change language, from 0 to 1."""
-        return sum(abs(own["share"] - own["relevant"]) for own in self.bias.values()) / 2
+        total = 0.0
+        for own in self.bias.values():
+            share, wanted = own["share"], own["relevant"]
+            if share is None or wanted is None:
+                return None
+            total += abs(share - wanted)
+        return total / 2
 
 
 @dataclass
@@ -401,13 +408,18 @@ def _pools(arms: Sequence[str], rows: Sequence[Mapping[str, Any]], measure: str)
         draws = bootstrap(values, (collection, arm, "pool"))
         bias = {
             language: {
-                name: float(np.mean([seed["bias"][language][name] for seed in seeds]))
+                name: _mean_of_known([seed["bias"][language][name] for seed in seeds])
                 for name in own
             }
             for language, own in seeds[0]["bias"].items()
         }
         pools.append(Pool(collection, arm, estimate(draws), bias, len(values[0])))
     return sorted(pools, key=lambda pool: (pool.collection, arms.index(pool.arm)))
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _share(part: Draws, whole: Draws) -> Estimate | None:

@@ -17,7 +17,10 @@ from optical.study.settings import StudyConfig
 from optical.training.options import WITHOUT_STEPS, EncoderOptions, Role, TeacherOptions
 
 ROLES = get_args(Role)
-COLLECTION_KEYS = ("source", "queries", "documents", "qrels", "role", "languages", "pool")
+COLLECTION_KEYS = (
+    "source", "queries", "documents", "qrels", "role", "languages", "pool", "split",
+    "query_fields", "ignore_identical_ids",
+)  # fmt: skip
 TEXTS = ("queries", "documents")
 ALIGNMENT_KEYS = ("language", "english", "other")
 REQUIRED_KEYS = ("languages", "collections", "arms", "teacher")
@@ -136,7 +139,7 @@ class _Reader:
             return self.one_of(value, get_args(hint), key)
         return str(value or "") if hint is str else self.typed(value, hint, key)
 
-    def collections(self, raw: Any) -> dict[str, dict[str, str]]:
+    def collections(self, raw: Any) -> dict[str, dict[str, Any]]:
         if not isinstance(raw, dict):
             raise self.error("collections: expected names with their files")
         collections = {}
@@ -145,8 +148,17 @@ class _Reader:
             self.check_keys(self.mapping(parts, key), COLLECTION_KEYS, key)
             if "role" in parts:
                 self.one_of(parts["role"], ROLES, f"{key}.role")
-            files = {k: value for k, value in parts.items() if k not in ("languages", "pool")}
+            if "split" in parts and "source" not in parts:
+                raise self.error(f"{key}.split: selects judgements of a `source`, which is missing")
+            own = ("languages", "pool", "query_fields", "ignore_identical_ids")
+            files = {k: value for k, value in parts.items() if k not in own}
             collections[str(name)] = {k: self.resolve_model(str(file)) for k, file in files.items()}
+            if parts.get("query_fields"):
+                fields = self.string_list(parts["query_fields"], f"{key}.query_fields")
+                collections[str(name)]["query_fields"] = list(fields)
+            ignore = parts.get("ignore_identical_ids", False)
+            if self.typed(ignore, bool, f"{key}.ignore_identical_ids"):
+                collections[str(name)]["ignore_identical_ids"] = True
         return collections
 
     def collection_languages(self, config: StudyConfig, raw: dict[str, Any]) -> None:

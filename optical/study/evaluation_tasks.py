@@ -16,6 +16,7 @@ from optical.models.encoding import TokenVectors
 from optical.report.stored import EVALUATIONS
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
 from optical.study.layout import Layout, file_name
+from optical.study.pools import DEPTH
 from optical.study.tasks import CEILING, Task
 
 
@@ -46,14 +47,19 @@ class EvaluationTasks:
         output = layout.output / EVALUATIONS / f"{stem}.json"
 
         def run() -> None:
-            from optical.data.trec import write_run
+            from optical.data.trec import without_identical_ids, write_run
             from optical.retrieval.evaluation import evaluate
 
             measures: dict[str, Any] = {}
             search = self._searcher(arm, model, role)
             for name in collections:
                 collection = layout.load_collection(name, language)
-                ranking = search(self._with_arm_texts(arm, collection, language, role))
+                texts = self._with_arm_texts(arm, collection, language, role)
+                # The document that is left out must not shorten the ranking.
+                ignored = bool(layout.config.collections[name].get("ignore_identical_ids"))
+                ranking = search(texts, DEPTH + ignored)
+                if ignored:
+                    ranking = without_identical_ids(ranking, DEPTH)
                 path = self._run_path(name, output)
                 write_run(ranking, path, tag=f"{file_name(arm.name)}-{language}-seed{seed}")
                 evaluation = evaluate(ranking, collection.qrels, layout.config.measures)
@@ -79,7 +85,9 @@ class EvaluationTasks:
             for language in languages
         }
         stems = {language: path.stem for language, path in evaluated.items()}
-        fingerprint = layout.fingerprints.of([stems, config.pools, list(config.measures)])
+        # The last entry changes with the definition of the language bias.
+        inputs = [stems, config.pools, list(config.measures), "only queries with a result"]
+        fingerprint = layout.fingerprints.of(inputs)
         name = f"pool-{file_name(arm.name)}-{seed}-{fingerprint}.json"
         output = layout.output / EVALUATIONS / name
 
@@ -117,8 +125,8 @@ class EvaluationTasks:
             "bias": language_bias(pooled, judged, tuple(evaluated)),
         }
 
-    def _searcher(self, arm: ArmConfig, model: str, role: str) -> Callable[[Collection], Run]:
-        """Return a function that searches a collection with the models of an arm."""
+    def _searcher(self, arm: ArmConfig, model: str, role: str) -> Callable[[Collection, int], Run]:
+        """Return a function that searches a collection, to a depth, with the models of an arm."""
         from optical.models.encoding import encode
         from optical.models.retriever import load_multi_vector, load_retriever
         from optical.retrieval.bm25 import search_bm25
@@ -126,7 +134,7 @@ class EvaluationTasks:
         from optical.retrieval.exact_search import search
 
         if arm.recipe == "bm25":
-            return lambda collection: search_bm25(collection, **arm.options)
+            return lambda collection, depth: search_bm25(collection, depth=depth, **arm.options)
         config = self.layout.config
         cuts: dict[str, Any] = {
             "passage_length": config.passage_length,
@@ -135,12 +143,12 @@ class EvaluationTasks:
         prompts = {name: arm.options.get(name) for name in ("query_prompt", "document_prompt")}
         if arm.recipe == "dense":
             dense = load_dense(model, **prompts)
-            return lambda collection: search_dense(dense, collection, **cuts)
+            return lambda collection, depth: search_dense(dense, collection, depth=depth, **cuts)
         student = load_multi_vector(model, **prompts) if arm.pretrained else load_retriever(model)
         teacher = student if arm.encodes == "both" else load_retriever(self.layout.teacher_name)
         queries, documents = (student, teacher) if role == "query" else (teacher, student)
 
-        def search_collection(collection: Collection) -> Run:
+        def search_collection(collection: Collection, depth: int) -> Run:
             query_vectors = None
             if queries is teacher and teacher is not student:
                 texts = tuple(collection.queries.values())
@@ -150,6 +158,7 @@ class EvaluationTasks:
             return search(
                 queries,
                 collection,
+                depth=depth,
                 document_model=documents,
                 query_vectors=query_vectors,
                 **cuts,

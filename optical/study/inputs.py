@@ -10,7 +10,7 @@ from typing import Any
 from optical.io.fingerprints import file_digest, fingerprint
 from optical.models.retriever import resolve_model
 from optical.study.arms import fill_languages
-from optical.study.settings import StudyConfig
+from optical.study.settings import COLLECTION_FILES, StudyConfig
 
 # Digits of a SHA-256 that the report shows.
 DIGITS = 12
@@ -38,7 +38,9 @@ def _names(config: StudyConfig, languages: tuple[str, ...]) -> Iterator[str]:
     for arm in config.arms:
         sources += [arm.options, arm.replace, arm.translate]
     sources += [vars(lexicon) for lexicon in config.lexicons.values()]
-    sources += [config.word_alignment or {}, *config.collections.values()]
+    sources.append(config.word_alignment or {})
+    for parts in config.collections.values():
+        sources.append([parts[part] for part in COLLECTION_FILES if part in parts])
     for text in _strings(sources):
         for collection in config.collections if "{collection}" in text else [""]:
             for name in fill_languages([text.replace("{collection}", collection)], languages):

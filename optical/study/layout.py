@@ -12,7 +12,7 @@ from optical.io.files import writable_folder
 from optical.io.fingerprints import digest_or_name, fingerprint, with_digests
 from optical.phrasebook import corpus
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
-from optical.study.settings import StudyConfig
+from optical.study.settings import COLLECTION_FILES, StudyConfig
 from optical.training.options import WITHOUT_STEPS, default_of
 
 # Stands for the language in the names of multilingual models.
@@ -51,12 +51,17 @@ class Layout:
     def load_collection(self, name: str, language: str) -> Collection:
         """Load a collection with the documents or queries of one language."""
         parts = self.config.collections[name]
-        files = {
-            part: fill_languages(value, [language])
-            for part, value in parts.items()
-            if part != "role"
+        given = {
+            part: fill_languages(parts[part], [language])
+            for part in (*COLLECTION_FILES, "split")
+            if part in parts
         }
-        return load_collection(files.pop("source", None), name=name, **files)
+        return load_collection(
+            given.pop("source", None),
+            name=name,
+            topic_fields=parts.get("query_fields", ()),
+            **given,
+        )
 
     @property
     def encoder_folder(self) -> Path:

@@ -64,31 +64,37 @@ def language_bias(run: Run, qrels: Qrels, languages: tuple[str, ...]) -> dict[st
         share of the relevant documents; and ``rank``, the rank bias: where its relevant documents
         stand among all relevant ones of the query, from +.5 (before all others) to -.5, with 0 for
         a ranking that does not see the language. Documents that are not retrieved share the last
-        places.
+        places. Queries without a single result tell nothing of ``share`` and ``rank``, which are
+        None if no query is left.
     """
-    totals = {x: {"share": 0.0, "relevant": 0.0, "rank": 0.0} for x in languages}
-    with_relevant = dict.fromkeys(languages, 0)
+    shares: dict[str, list[float]] = {x: [] for x in languages}
+    relevances: dict[str, list[float]] = {x: [] for x in languages}
+    ranks: dict[str, list[float]] = {x: [] for x in languages}
     for query, judged in qrels.items():
         order = [docid for docid, _ in trec_eval_order(run.get(query, {}))]
         top = order[:TOP]
         relevant = [docid for docid, grade in judged.items() if grade > 0]
         places = _places(order, relevant)
-        for language, total in totals.items():
+        for language in languages:
             prefix = pooled_id(language, "")
             own = [docid for docid in relevant if docid.startswith(prefix)]
-            total["share"] += sum(docid.startswith(prefix) for docid in top) / max(len(top), 1)
-            total["relevant"] += len(own) / len(relevant)
-            if own:
-                total["rank"] += 0.5 - sum(places[docid] for docid in own) / len(own)
-                with_relevant[language] += 1
+            relevances[language].append(len(own) / len(relevant))
+            if top:
+                shares[language].append(sum(docid.startswith(prefix) for docid in top) / len(top))
+            if top and own:
+                ranks[language].append(0.5 - sum(places[docid] for docid in own) / len(own))
     return {
         language: {
-            "share": total["share"] / len(qrels),
-            "relevant": total["relevant"] / len(qrels),
-            "rank": total["rank"] / max(with_relevant[language], 1),
+            "share": _mean(shares[language]),
+            "relevant": _mean(relevances[language]),
+            "rank": _mean(ranks[language]),
         }
-        for language, total in totals.items()
+        for language in languages
     }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _places(order: list[str], relevant: list[str]) -> dict[str, float]:

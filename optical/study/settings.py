@@ -12,6 +12,9 @@ from optical.retrieval.evaluation import DEFAULT_MEASURES
 from optical.study.arms import ArmConfig, LexiconConfig
 from optical.training.options import EncoderOptions, Role, TeacherOptions
 
+# Keys of a collection that name a file, a folder or an id.
+COLLECTION_FILES = ("source", "queries", "documents", "qrels")
+
 
 @dataclass
 class StudyConfig:
@@ -31,7 +34,7 @@ class StudyConfig:
     title: str
     output: Path
     languages: tuple[str, ...]
-    collections: dict[str, dict[str, str]]
+    collections: dict[str, dict[str, Any]]
     arms: list[ArmConfig]
     low: tuple[str, ...] = ()
     high: tuple[str, ...] = ()
@@ -64,7 +67,7 @@ class StudyConfig:
 
     def role_of(self, collection: str) -> str:
         """Return the role of the student in a collection, "query" or "document"."""
-        return self.collections[collection].get("role", self.role)
+        return str(self.collections[collection].get("role", self.role))
 
     def languages_of(self, collection: str) -> tuple[str, ...]:
         """Return the languages of a collection, including those of the ceiling."""

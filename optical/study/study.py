@@ -241,13 +241,12 @@ class Study:
     def _check_base_models(self) -> None:
         from optical.data.pairs import read_bitext_pairs, read_training_pairs
         from optical.data.texts import read_sentences
-        from optical.models.retriever import check_model
         from optical.training.recipes import trainer_arguments
 
         config = self.config
         for name in (config.encoder, config.teacher):
             if name:
-                check_model(name)
+                _check_model(name)
         if config.encoder_options:
             config.encoder_options.validate()
             for path in config.encoder_options.text:
@@ -258,7 +257,7 @@ class Study:
             teacher = config.teacher_options
             dataclasses.replace(teacher, model=self.layout.teacher_start).validate()
             if teacher.model:
-                check_model(teacher.model)
+                _check_model(teacher.model)
             trainer_arguments(self.layout.output, **config.teacher_trainer_args)
             read_training_pairs(teacher.pairs, teacher.queries, teacher.passages)
 
@@ -266,7 +265,6 @@ class Study:
         from optical.data.lexicon import read_lexicon
         from optical.data.pairs import read_bitext_pairs
         from optical.data.texts import read_sentences, read_texts
-        from optical.models.retriever import check_model
         from optical.training.recipes import trainer_arguments
 
         config = self.config
@@ -289,7 +287,7 @@ class Study:
         options.validate()
         trainer_arguments(self.layout.output, **arm.trainer_args)
         if "student" in arm.options:
-            check_model(options.student)
+            _check_model(options.student)
         for path in getattr(options, "bitext", []):
             read_bitext_pairs(path)
         for path in getattr(options, "text", []):
@@ -300,13 +298,23 @@ class Study:
                 read_lexicon(path)
 
 
-def _check_pretrained(arm: ArmConfig, name: str) -> None:
-    """Raise ValueError if a model on disk is missing, or of the other kind than the recipe's."""
-    from optical.models.retriever import check_model, is_multi_vector, resolve_model
+def _check_model(name: str) -> None:
+    """Raise ValueError for a model that is neither here nor on the hub, before anything is made."""
+    from optical.models.retriever import check_model, configuration_files, resolve_model
 
     check_model(name)
     folder = resolve_model(name)
-    if Path(folder).is_dir() and is_multi_vector(folder) != (arm.recipe == "multivector"):
+    if not Path(folder).is_dir():
+        logger.info("looking for the model %s on the hub", name)
+    configuration_files(folder)
+
+
+def _check_pretrained(arm: ArmConfig, name: str) -> None:
+    """Raise ValueError if a model is missing, or of the other kind than the recipe's."""
+    from optical.models.retriever import is_multi_vector, resolve_model
+
+    _check_model(name)
+    if is_multi_vector(resolve_model(name)) != (arm.recipe == "multivector"):
         kind, recipe = (
             ("one vector", "dense")
             if arm.recipe == "multivector"

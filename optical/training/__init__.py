@@ -4,8 +4,9 @@ Names are imported on first use: the options are light, while the recipes import
 Transformers.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from optical.io.lazy import on_demand
 
 if TYPE_CHECKING:
     from optical.training.collator import BitextCollator
@@ -47,14 +48,22 @@ __all__ = [
     "transfer",
 ]
 
-# The light module comes first, so that options never load the recipes.
-_MODULES = ("options", "collator", "recipes", "runner", "pretraining", "vocabulary_transfer")
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for module in _MODULES:
-            namespace = vars(importlib.import_module(f"{__name__}.{module}"))
-            if name in namespace:
-                return namespace[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would accept any name
+    __getattr__ = on_demand(
+        __name__,
+        {
+            "collator": ("BitextCollator",),
+            "options": (
+                "AverageOptions",
+                "CodeswitchOptions",
+                "DistillOptions",
+                "EncoderOptions",
+                "TeacherOptions",
+                "TransferOptions",
+            ),
+            "pretraining": ("encoder_trainer",),
+            "recipes": ("average", "codeswitch", "distill", "teacher", "trainer_arguments"),
+            "runner": ("run", "save"),
+            "vocabulary_transfer": ("transfer",),
+        },
+    )

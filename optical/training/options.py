@@ -8,10 +8,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from optical.ot.checks import check_options
-from optical.ot.functional import Gradient
-
 Role = Literal["query", "document"]
+# As `optical.ot.functional.Gradient`, whose module imports PyTorch.
+Gradient = Literal["envelope", "implicit", "unroll"]
 Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
 
 # Recipes that compute a model without training steps. Of the trainer's arguments they use
@@ -95,8 +94,16 @@ class TeacherOptions:
     dimension: int | None = _option(
         None, "Dimension of the token vectors (default: the width of the encoder)."
     )
-    query_length: int = _option(32, "Maximum length of a query in tokens.")
-    document_length: int = _option(180, "Maximum length of a passage in tokens.")
+    query_length: int | None = _option(
+        None,
+        "Maximum length of a query in tokens (default: 32, or the positions of the encoder if they "
+        "are fewer).",
+    )
+    document_length: int | None = _option(
+        None,
+        "Maximum length of a passage in tokens (default: 180, or the positions of the encoder if "
+        "they are fewer).",
+    )
     query_expansion: bool = _option(False, "Pad queries to query_length with mask tokens.")
     skip_frequent: int = _option(
         0, "Exclude the N most frequent tokens of the training texts from the scores of queries."
@@ -248,6 +255,8 @@ class DistillOptions:
         _check_positive("dimension", self.dimension)
         if self.stream:
             self._check_streamable()
+        from optical.ot.checks import check_options
+
         check_options(
             "distill",
             epsilon=self.epsilon,

@@ -46,7 +46,7 @@ from optical.losses import objectives
 from optical.losses.distillation import DistillationLoss, OTDistillationLoss
 from optical.models.encoding import ROLES
 from optical.models.fingerprint import fingerprints, partners, set_partners
-from optical.models.retriever import load_retriever, resolve_model
+from optical.models.retriever import DEFAULT_LENGTHS, load_retriever, resolve_model
 from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
 from optical.training.collator import BitextCollator
@@ -268,9 +268,11 @@ def distill(
     student = load_retriever(
         options.student or options.teacher,
         dimension=dimension,
-        query_length=getattr(limits, "query_length", None) or 32,
-        document_length=getattr(limits, "document_length", None) or 180,
         query_expansion=bool(getattr(limits, "query_expansion", None)),
+        default_lengths=(
+            getattr(limits, "query_length", None) or DEFAULT_LENGTHS[0],
+            getattr(limits, "document_length", None) or DEFAULT_LENGTHS[1],
+        ),
     )
     set_partners(student, fingerprints(teacher_model).values())
     max_length = trainer_args.max_length

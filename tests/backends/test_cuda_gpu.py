@@ -61,6 +61,21 @@ def test_half_precision_within_its_tolerance(n, m):
     assert torch.equal(out["f"], solve("cuda", fast)["f"])
 
 
+@pytest.mark.parametrize("options", [{}, {"anneal_start": 1.0, "anneal_ratio": 0.8, "tol": 1e-3}])
+@pytest.mark.parametrize("m", [150, 1100])
+def test_streamed_problems_have_the_same_bits_in_any_batch(m, options):
+    """In one launch, half-step by half-step, and with columns shared out among programs.
+
+    The assembler may contract products and sums, and the kernels must come out alike.
+    """
+    case = random_case("streamed", 129, 140, m, max_iter=12)
+    batch = on_device(replace(case, **options), backend="triton")
+    together = solve("triton", batch)
+    alone = solve("triton", batch.select(128))
+    for field in ("f", "g", "value", "value_linear", "marginal_error", "n_iter", "status"):
+        assert torch.equal(together[field][128:], alone[field]), field
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kernels_run_on_the_current_stream(backend):
     problem = on_device(random_case("stream", 64, 100, 100, max_iter=2000), backend=backend)

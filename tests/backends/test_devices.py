@@ -5,10 +5,11 @@ import re
 import subprocess
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from optical.backends import cuda, library, nvrtc, registry, structs
 from optical.backends.problem import example_problem
@@ -84,6 +85,13 @@ def reason(n=3, m=4, **options):
     return cuda.supports(example_problem(torch.zeros(1, n, m), **options))
 
 
+def tensor_on_a_device():
+    """Make a fake tensor; a CUDA build of PyTorch would look for the driver of a real one."""
+    absent = mock.patch.object(torch.cuda, "is_available", lambda: False)
+    with absent, FakeTensorMode() as mode:
+        return FakeTensor(mode, torch.empty(1, 3, 4, device="meta"), torch.device("cuda:0"))
+
+
 TOO_OLD = "Tesla T4 has compute capability 7.5; the kernels need 8.0 or newer"
 
 
@@ -101,8 +109,7 @@ def test_an_old_device_is_refused_by_both_backends(machine):
 def test_auto_falls_back_on_an_old_device(machine):
     machine.capability = (7, 5)
     machine.patch(cuda, "DEVICE", "cuda")
-    with FakeTensorMode():
-        problem = example_problem(torch.empty(1, 3, 4, device="cuda"))
+    problem = example_problem(tensor_on_a_device())
     with pytest.warns(RuntimeWarning, match=re.escape(f"cuda: {TOO_OLD}; triton: {TOO_OLD}")):
         assert registry.choose("auto", problem).name == "reference"
     assert registry.choose("auto", problem, gradient=True).name == "reference"
@@ -114,12 +121,25 @@ def test_triton_is_asked_once_whether_it_compiles(machine):
     asked = []
     probe = types.SimpleNamespace(obstacle=lambda device: asked.append(device) or "no C compiler")
     machine.patch(registry.importlib, "import_module", lambda name: probe)
-    machine.patch(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert registry._triton_device_obstacle(0) is None  # nothing is loaded during a capture
     machine.patch(torch.cuda, "is_current_stream_capturing", lambda: False)
     for _ in range(3):
         assert registry._triton_device_obstacle(0) == "no C compiler"
     assert asked == [0]
+
+
+def test_triton_is_left_alone_in_a_capture_before_its_first_use(machine):
+    """Its code cannot be loaded then; the CUDA kernels can, and PyTorch fills the masses."""
+    x = tensor_on_a_device()
+    probe = types.SimpleNamespace(obstacle=lambda device: None)
+    machine.patch(registry.importlib, "import_module", lambda name: probe)
+    machine.patch(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not registry.runs_triton(x)
+    with pytest.raises(registry.BackendUnsupported, match=r"being captured.*make one call first"):
+        registry.choose("triton", example_problem(x))
+    machine.patch(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert registry.runs_triton(x)
+    machine.patch(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert registry.runs_triton(x)
 
 
 def test_an_installed_library_is_probed_once(machine):

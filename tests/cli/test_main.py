@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import textwrap
@@ -83,19 +84,20 @@ def test_help_of_train(capsys):
         assert all(f"{name}  " in out for name in cli.RECIPES)
 
 
-# Command and what it may load beside PyTorch, in this order in one process.
+# Command and what it may load for the first time, in this order in one process.
 LIGHT = [
     ("--help", ()),
     ("search --help", ()),
     ("train distill --help", ()),
-    ("train distill --objective absent", ()),
+    ("figures absent.csv --output figures", ()),
+    ("report absent", ()),
+    ("evaluate one.run --qrels qrels.txt", ("ir_measures",)),
+    ("compare one.run two.run --qrels qrels.txt --samples 100", ()),
+    ("train distill --objective absent", ("torch",)),
     ("search ./absent --queries queries.tsv --documents queries.tsv --output x.run", ()),
     ("index . --documents queries.tsv --output x --device cuda:99", ()),
-    ("figures absent.csv --output figures", ()),
     ("lexicon bitext.tsv --output lexicon.tsv", ()),
-    ("evaluate one.run --qrels qrels.txt", ("ir_measures",)),
-    ("compare one.run two.run --qrels qrels.txt --samples 100", ("ir_measures",)),
-    ("study absent.yaml", ("ir_measures", "yaml")),
+    ("study absent.yaml", ("yaml",)),
 ]
 LOADED = """
 import json, sys
@@ -128,12 +130,14 @@ def test_no_command_imports_a_library_that_it_does_not_need(tmp_path):
     heavy = {
         "transformers", "sentence_transformers", "datasets", "tokenizers", "accelerate", "scipy",
         "sklearn", "pandas", "pyarrow", "lancedb", "ir_measures", "ir_datasets", "matplotlib",
-        "yaml", "triton",
+        "yaml", "triton", "torch",
     }  # fmt: skip
+    before = set()
     for (command, may_load), loaded in zip(
         LIGHT, json.loads(done.stdout.split("LOADED")[1]), strict=True
     ):
-        assert not (heavy & set(loaded)) - set(may_load), command
+        assert not (heavy & set(loaded)) - before - set(may_load), command
+        before |= set(may_load)
 
 
 @pytest.mark.parametrize("recipe", cli.RECIPES)
@@ -280,6 +284,52 @@ def test_info(capsys):
     assert "self-test" not in out
 
 
+# The start of the console script, which an environment without an installation lacks.
+INTERRUPT = "import os, signal; os.kill(os.getpid(), signal.SIGINT)\n"
+SCRIPT = ["-c", "import sys; from optical.cli.__main__ import run; sys.exit(run())"]
+
+
+@pytest.mark.parametrize("entry", [["-m", "optical"], ["-m", "optical.cli"], SCRIPT])
+def test_an_interrupt_during_any_import_is_one_line(tmp_path, entry):
+    """Packages that send themselves the signal while they are imported stand for a Ctrl-C then."""
+    (tmp_path / "torch.py").write_text(INTERRUPT)
+    # As extension modules do that are interrupted.
+    (tmp_path / "ir_measures.py").write_text(
+        f"try:\n    {INTERRUPT}except KeyboardInterrupt:\n    raise ImportError('it failed')\n"
+    )
+    early = tmp_path / "early"  # `argparse` imports this one
+    early.mkdir()
+    (early / "gettext.py").write_text(INTERRUPT)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.run").write_text("q1 Q0 d1 1 1.0 tag\n")
+    (tmp_path / "qrels.txt").write_text("q1 0 d1 1\n")
+    search = "search . --queries qrels.txt --documents qrels.txt --output x.run"
+    for folder, command, said in (
+        (early, "--help", ""),
+        (tmp_path, "evaluate one.run --qrels qrels.txt", ""),
+        (tmp_path, f"{search} --device cpu", ""),
+        (tmp_path, search, "reading the queries and documents\n"),
+    ):
+        done = subprocess.run(
+            [sys.executable, *entry, *command.split()],
+            cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
+        )  # fmt: skip
+        told = (done.returncode, done.stdout, done.stderr)
+        assert told == (130, "", f"{said}interrupted; nothing was written\n"), command
+
+
+def test_background_jobs_ignore_interrupts_as_their_shell_tells_them(tmp_path):
+    (tmp_path / "gettext.py").write_text(INTERRUPT)
+    done = subprocess.run(
+        [sys.executable, "-m", "optical", "--version"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    # The replaced module lacks what argparse needs, which is where the command ends.
+    assert done.returncode == 1 and "interrupted" not in done.stderr
+
+
 def test_command_line_runs_as_a_module():
     command = [sys.executable, "-m", "optical.cli", "evaluate", "no.run", "--qrels", "no.qrels"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -288,6 +338,24 @@ def test_command_line_runs_as_a_module():
 
 
 # --- evaluate and compare ------------------------------------------------------------------------
+
+
+def test_identical_ids_are_left_out(capsys, tmp_path):
+    """In ArguAna, a query is a document of the collection and would be its own best result."""
+    pytest.importorskip("ir_measures")
+    (tmp_path / "qrels").write_text("q1 0 d1 1\n")
+    for name, best in (("own", "q1"), ("other", "d2")):
+        (tmp_path / name).write_text(f"q1 Q0 {best} 1 3.0 tag\nq1 Q0 d1 2 2.0 tag\n")
+    words = ["--qrels", str(tmp_path / "qrels"), "--measures", "AP", "--json"]
+    found = []
+    for more in ([], ["--ignore-identical-ids"]):
+        assert cli.main(["evaluate", str(tmp_path / "own"), *words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["mean"]["AP"])
+        runs = [str(tmp_path / name) for name in ("other", "own")]
+        assert cli.main(["compare", *runs, *words, *more, "--samples", "10"]) == 0
+        (one,) = json.loads(capsys.readouterr().out)["rows"]
+        found.append(one["difference"])
+    assert found == pytest.approx([0.5, 0.0, 1.0, 0.5])
 
 
 def test_evaluate(capsys, judged):
@@ -494,6 +562,41 @@ def test_errors_of_train(capsys, world, tmp_path, monkeypatch):
     for folder in ("file", "file/deeper"):
         argv = [*distill, *usual, "--output_dir", folder]
         fails(capsys, argv, f"output folder {folder} cannot be written .*; choose another one")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words", "told"),
+    [
+        ("device: cpu\njson: true\n", [], {"use_cpu": True, "json": True}),
+        ("device: cpu\njson: yes\n", ["--json", "false"], {"use_cpu": True, "json": False}),
+        ("device: cuda:99\n", ["--device", "cpu"], {"use_cpu": True, "json": False}),
+        ("device:\njson:\nmax_pairs:\n", [], {"use_cpu": False, "json": False}),
+        ("device: cuda:99\n", [], "device: cuda:99, but PyTorch finds 0 CUDA devices here"),
+        ("device: gpu\n", [], "device: 'gpu', expected a name such as cpu, cuda or cuda:1"),
+        ("json: maybe\n", [], r"c\.yaml: --json: .*got maybe but expected one of yes/no"),
+    ],
+)
+def test_a_configuration_holds_the_options_of_the_command(
+    capsys, monkeypatch, tmp_path, settings, words, told
+):
+    import torch
+
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").write_text("water\tmaji\n")
+    (tmp_path / "c.yaml").write_text("teacher: t\nbitext: b\nrole: query\n" + settings)
+    seen = []
+    monkeypatch.setattr(
+        "optical.cli.train._train", lambda recipe, options, kind, values: seen.append(values) or "o"
+    )
+    argv = ["train", "distill", "--config", "c.yaml", "--output_dir", "o", *words]
+    if isinstance(told, str):
+        fails(capsys, argv, told)
+        return
+    assert cli.main(argv) == 0
+    assert seen[0]["use_cpu"] == told["use_cpu"] and seen[0]["max_pairs"] is None
+    assert capsys.readouterr().out == ('{"output": "o"}\n' if told["json"] else "o\n")
 
 
 def test_invalid_configurations_of_train(capsys, tmp_path, monkeypatch):

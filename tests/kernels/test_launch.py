@@ -67,8 +67,12 @@ for change in changes:
     repeated = launch.RepeatedLaunch(add_kernel, (4, 2), arguments[:2], **options)
     repeated(*arguments[2:])
     functions.append(latest())
+    kept = launch.KeptLaunch(add_kernel, (4, 2), *arguments[2:], **options)
+    for _ in range(2):
+        kept(*arguments[:2])
+        functions.append(latest())
     add_kernel[(4, 2)](*arguments, **options)
-    assert functions[-3:] == [latest()] * 3, change
+    assert functions[-5:] == [latest()] * 5, change
 variants = len(add_kernel.device_caches[0][0])
 print(len(launch._handles), len(set(functions)), variants)
 """
@@ -80,19 +84,38 @@ def test_the_variants_are_those_of_triton(tmp_path):
     assert handles == functions == variants == 11
 
 
+ALIGNMENT = """
+kept = launch.KeptLaunch(add_kernel, (1,), 7, 3, 2.0, BLOCK=16)
+a, b = torch.zeros(64), torch.zeros(64)
+for tensors in ((a, b), (a[1:], b), (a, b[1:]), (a[1:], b[1:]), (a, b)):
+    kept(*tensors)
+    function = latest()
+    add_kernel[(1,)](*tensors, 7, 3, 2.0, BLOCK=16)
+    assert function == latest(), tensors
+print(len(kept.handles))
+"""
+
+
+def test_a_kept_launch_takes_tensors_of_any_alignment(tmp_path):
+    assert run(tmp_path, ALIGNMENT) == ["4"]
+
+
 HOOKS = """
 seen = []
 arguments = torch.zeros(64), torch.zeros(64), 7, 3, 2.0
 for _ in range(2):
     launch.launch_kernel(add_kernel, (1,), *arguments, BLOCK=16)
+kept = launch.KeptLaunch(add_kernel, (1,), *arguments[2:], BLOCK=16)
+kept(*arguments[:2])
 knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(metadata.get()["name"]))
 launch.launch_kernel(add_kernel, (1,), *arguments, BLOCK=16)
+kept(*arguments[:2])
 print(*seen)
 """
 
 
 def test_a_profiler_sees_every_launch(tmp_path):
-    assert run(tmp_path, HOOKS) == ["add_kernel"]
+    assert run(tmp_path, HOOKS) == ["add_kernel"] * 2
 
 
 COUNTS = """

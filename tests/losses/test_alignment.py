@@ -20,6 +20,34 @@ def test_reduces_the_costs_of_the_pairs(reduction):
     assert torch.equal(actual, {"mean": pairs.mean(), "sum": pairs.sum(), "none": pairs}[reduction])
 
 
+@pytest.mark.parametrize("gradient", ["envelope", "implicit", "unroll"])
+def test_the_gradient_of_the_mean_is_that_of_the_costs(gradient):
+    student, teacher, mask = clouds()
+    options = {"epsilon": 0.1, "max_iter": 7, "gradient": gradient}
+    mean = 3 * OTAlignmentLoss(**options)(student, teacher, mask)
+    costs = ot_alignment(student, teacher, mask, **options)
+    found, wanted = (torch.autograd.grad(x, student)[0] for x in (mean, 3 * costs.mean()))
+    assert torch.equal(found, wanted)
+    assert torch.equal(mean, 3 * costs.mean())
+
+
+def test_the_mean_has_no_second_derivative():
+    student, teacher, mask = clouds()
+    loss = OTAlignmentLoss()(student, teacher, mask)
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.square().sum().backward()
+
+
+def test_temperatures_that_change_before_backward_are_noticed():
+    student, teacher, mask = clouds()
+    epsilon = torch.full((3,), 0.1)
+    loss = OTAlignmentLoss(epsilon=epsilon)(student, teacher, mask)
+    epsilon.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_has_no_state_and_prints_its_options():
     loss = OTAlignmentLoss(epsilon=0.1, reduction="sum")
     assert not list(loss.parameters()) and not loss.state_dict()

@@ -343,7 +343,7 @@ def test_lengths_beyond_the_positions_are_refused(bert, tmp_path):
     with pytest.raises(
         ValueError, match="document_length is 180, but the encoder has 64 positions"
     ):
-        load_retriever(bert)
+        load_retriever(bert, document_length=180)
     with pytest.raises(ValueError, match="query_length is 65, but the encoder has 64 positions"):
         load_retriever(bert, query_length=65, document_length=64)
     model = load_retriever(bert, document_length=64)
@@ -361,6 +361,17 @@ def test_lengths_beyond_the_positions_are_refused(bert, tmp_path):
     model.save_pretrained(str(tmp_path / "longer"))
     with pytest.raises(ValueError, match="longer: document_length is 65, but the encoder has 64"):
         load_retriever(tmp_path / "longer")
+
+
+def test_default_lengths_end_at_the_positions(bert, caplog):
+    caplog.set_level("INFO", logger="optical")
+    model = load_retriever(bert)
+    assert (model[0].query_length, model[0].document_length) == (32, 64)
+    (line,) = [record.message for record in caplog.records if "positions" in record.message]
+    assert line == f"model {bert}: document_length is 64, all positions of the encoder"
+    model = load_retriever(bert, query_expansion=True, default_lengths=(100, 50))
+    assert (model[0].query_length, model[0].document_length) == (64, 50)
+    assert model[0].query_expansion["length"] == 64
 
 
 def test_encoders_that_number_positions_from_the_padding_have_fewer(bert, tmp_path):

@@ -1,6 +1,8 @@
 """The registered ops: registration, derivatives, compilation, batching and threads."""
 
 import math
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -404,6 +406,9 @@ def test_exports_with_dynamic_shapes_and_loads_again(tmp_path):
     loaded = torch.export.load(tmp_path / "distance.pt2").module()
     other = inputs(4, 6)
     torch.testing.assert_close(loaded(*other), Distance()(*other))
+    # Importing the package after PyTorch is enough for a process that only loads the program.
+    code = "import sys, torch, optical; torch.export.load(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "distance.pt2")], check=True)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

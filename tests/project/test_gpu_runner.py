@@ -49,7 +49,7 @@ def test_every_request_is_known_to_the_measuring_process():
 
 
 def test_the_names_of_the_shapes_are_repeated_correctly():
-    assert tuple(shapes.SHAPES) == tuple(shapes.REHEARSED) == gpu.SHAPES
+    assert tuple(shapes.SHAPES) == tuple(shapes.REHEARSED) == builds.SHAPES
 
 
 def test_at_most_eight_files_are_written():
@@ -60,7 +60,7 @@ def test_at_most_eight_files_are_written():
 def test_a_rehearsal_has_every_step_but_most_compilations():
     rehearsed = {step.name for step in steps(rehearse=True)}
     missing = {step.name for step in steps()} - rehearsed
-    assert missing == {f"warm-{name}" for name in gpu.SHAPES if name != "T1"}
+    assert missing == {f"warm-{name}" for name in builds.SHAPES if name != "T1"}
 
 
 def test_every_file_with_tests_for_a_gpu_is_run():
@@ -78,6 +78,32 @@ def test_every_test_file_of_a_command_exists():
     assert named and [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_only_the_probe_finds_the_driver_of_a_rehearsal(monkeypatch):
+    """A CUDA build of PyTorch would load it, and Triton would crash in it."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/own")
+    work = Path("work")
+    assert "LD_LIBRARY_PATH" not in gpu._environment(work, rehearse=True)
+    probe, driver = str(builds.probe_binary(work)), f"{builds.stand_ins(work)}:/own"
+    for step in steps(rehearse=True):
+        expected = driver if probe in step.command else None
+        assert step.environment.get("LD_LIBRARY_PATH") == expected, step.name
+    assert all("LD_LIBRARY_PATH" not in step.environment for step in steps())
+
+
+def test_the_tools_of_cuda_are_found_beside_the_path(monkeypatch):
+    monkeypatch.setenv("PATH", "/own")
+    assert gpu._environment(Path("work"), rehearse=False)["PATH"] == f"/own:{gpu.CUDA_TOOLS}"
+    path = gpu._environment(Path("work"), rehearse=True)["PATH"].split(":")
+    assert path == [str(builds.stand_ins(Path("work"))), "/own", gpu.CUDA_TOOLS]
+
+
+def test_a_copy_without_history_is_described(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(builds, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    builds.describe()
+    assert capsys.readouterr().out.endswith("the commit is unknown: this is no clone\n")
+
+
 def test_a_machine_without_a_gpu_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "_has_device", lambda: False)
     assert gpu.main(["--output", str(tmp_path / "results"), "--work", str(tmp_path / "w")]) == 2
@@ -89,6 +115,7 @@ def test_steps_are_listed_without_a_gpu(capsys):
     assert gpu.main(["--list", "--steps", "tune"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "tune-T3",
+        "tune-T5",
         "tune-T2",
         "tune-T1",
     ]
@@ -260,6 +287,31 @@ def test_the_other_measurements_write_rows_without_failures(step, stand_in, tmp_
     timed = [row for row in rows if row["note"] == ""]
     assert all(row["graph_us"] and row["call_us"] for row in timed)
     assert [row["provider"] for row in rows if row["note"]] in ([], ["ott"])
+
+
+@pytest.mark.parametrize("name", ["T5", "T6", "T2"])
+def test_tuning_changes_tiles_or_the_way_to_stream(name):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from optical.kernels import tuning
+
+    shape, seen = shapes.SHAPES[name], []
+    before = dict(tuning.TILES), tuning.PROGRAMS
+    for tile, tuned, way, changed in ours._candidates(shape):
+        with changed:
+            together = shape.batch > tuning.PROGRAMS
+            seen.append((tile, way, together, tuned))
+            assert name != "T2" or tuning.TILES[64] == tile
+        assert before == (tuning.TILES, tuning.PROGRAMS)
+    if name == "T2":
+        assert len({tile for tile, *_ in seen}) == len(seen) > 10
+        assert [tuned for *_, tuned in seen] == [True] + [False] * (len(seen) - 1)
+    else:
+        tuned = name == "T5"  # streamed in one launch today
+        stream = tuning.STREAM
+        assert seen == [
+            (stream, "one launch", True, tuned),
+            (stream, "stepwise", False, not tuned),
+        ]
 
 
 def test_a_wrong_result_has_the_error_and_no_time(stand_in, tmp_path, monkeypatch):

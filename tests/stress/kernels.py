@@ -88,12 +88,12 @@ def run(arguments: Sequence[str]) -> int:
     if name not in NAMES:
         sys.exit(f"the first argument is {name!r}; expected {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     if name == "triton-ptx":
-        from tests.kernels.ptx.driver import NOISY_UNITS, TRUNCATED_SUMS, PtxMachine
+        from tests.kernels.ptx.driver import NOISY_UNITS, TRUNCATED_SUMS, TritonMachine
 
         noise = NOISY_UNITS | TRUNCATED_SUMS
         with (
             tempfile.TemporaryDirectory() as folder,
-            PtxMachine(Path(folder), noise=noise) as machine,
+            TritonMachine(Path(folder), noise=noise) as machine,
         ):
             return _check_calls(name, options, machine.messages)
     use(name)

@@ -152,6 +152,15 @@ def test_pools_hold_all_languages_or_some_of_them(read):
         read("collections.asked", {"source": "x", "role": "query", "pool": True})
 
 
+def test_collections_choose_judgements_and_fields(read):
+    parts = {"source": "beir/{language}", "split": "dev", "query_fields": ["title", "desc"]}
+    config = read("collections.news", {**parts, "ignore_identical_ids": True})
+    assert config.collections["news"] == {**parts, "ignore_identical_ids": True}
+    # Defaults leave the fingerprints of finished tasks as they are.
+    off = {"source": "x", "query_fields": [], "ignore_identical_ids": False}
+    assert read("collections.news", off).collections["news"] == {"source": "x"}
+
+
 def test_collections_may_have_another_role(read):
     config = read("collections.asked", {"source": "x", "role": "query"})
     assert config.roles == ["document", "query"]
@@ -313,6 +322,17 @@ WRONG = [
     ("collections.news.role", "both", "collections.news.role: 'both', expected query or document"),
     ("collections.news.pool", ["sw"], "collections.news.pool: ['sw'], expected true, or two lang"),
     ("collections.news.pool", ["sw", "fi"], "collections.news.pool: 'fi', expected sw or de"),
+    (
+        "collections.news.query_fields",
+        "title",
+        "collections.news.query_fields: 'title', expected a",
+    ),
+    ("collections.news.split", "dev", "collections.news.split: selects judgements of a `source`"),
+    (
+        "collections.news.ignore_identical_ids",
+        "yes",
+        "collections.news.ignore_identical_ids: 'yes', expected bool",
+    ),
     ("collections.news.pool", "sw", "collections.news.pool: 'sw', expected a list"),
     ("collections.news.languages", ["fi"], "collections.news.languages: 'fi', expected sw or de"),
     ("against", ["nothing"], "against: 'nothing', expected zeroshot or ot or switched"),

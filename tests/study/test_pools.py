@@ -50,9 +50,18 @@ def test_extremes_and_balance():
     balanced = bias([one for pair in zip(swahili, german, strict=True) for one in pair])
     assert balanced["sw"]["share"] == 0.5
     assert abs(balanced["sw"]["rank"]) == pytest.approx(0.0125)
-    # Nothing is retrieved: all documents share one place.
-    nothing = language_bias({}, {"q": dict.fromkeys([*swahili, *german], 1)}, LANGUAGES)
-    assert nothing["sw"] == {"share": 0.0, "relevant": 0.5, "rank": 0.0}
+
+
+def test_queries_without_a_result_have_no_bias():
+    qrels = {query: {"sw:a": 1, "de:a": 1} for query in ("answered", "not")}
+    nothing = language_bias({}, qrels, LANGUAGES)
+    assert nothing["sw"] == {"share": None, "relevant": 0.5, "rank": None}
+    found = language_bias({"answered": {"sw:a": 1.0}, "not": {}}, qrels, LANGUAGES)
+    assert (found["sw"]["share"], found["de"]["share"]) == (1.0, 0.0)
+    assert (found["sw"]["rank"], found["de"]["rank"]) == pytest.approx((0.25, -0.25))
+    # A language without relevant documents has no places.
+    only = language_bias({"q": {"sw:a": 1.0}}, {"q": {"sw:a": 1}}, LANGUAGES)
+    assert only["de"] == {"share": 0.0, "relevant": 0.0, "rank": None}
 
 
 def test_a_ranking_that_does_not_see_the_language_has_no_bias():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import itertools
 import time
@@ -10,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks.csv_files import append_row
 from benchmarks.gpu.measure import gate
 from benchmarks.gpu.measure.clock import Quantiles, call_times, captured, device_times
 from benchmarks.gpu.measure.rows import RowFile, new_row, stamp
@@ -225,36 +226,44 @@ def _tiles(tuned: Any) -> Iterator[Any]:
             yield tile
 
 
-def tune(shape: Shape, rows: RowFile, end: float, folder: Path) -> None:
-    """Time the on-chip forward pass of Triton with other tiles, as CUDA graphs."""
+def _candidates(shape: Shape) -> Iterator[tuple[Any, bool, str, Any]]:
+    """Tiles for a shape, or the ways to stream it.
+
+    Yields:
+        The tile, whether it is used today, the way, and a context in which the kernels use it.
+    """
     from optical.kernels import tuning
 
     size = min((s for s in tuning.TILES if s >= max(shape.n, shape.m)), default=None)
-    if size is None:
-        print(f"{shape.name} does not stay on chip", flush=True)
+    if size is not None:
+        tuned = tuning.TILES[size]
+        for tile in _tiles(tuned):
+            yield tile, tile == tuned, "", mock.patch.dict(tuning.TILES, {size: tile})
         return
-    tuned, cases = tuning.TILES[size], draw_sets(shape, BFLOAT16)
+    together = shape.batch > tuning.PROGRAMS
+    for way, limit in (("one launch", 0), ("stepwise", shape.batch)):
+        changed = mock.patch.object(tuning, "PROGRAMS", limit)
+        yield tuning.STREAM, together == (limit == 0), way, changed
+
+
+def tune(shape: Shape, rows: RowFile, end: float, folder: Path) -> None:
+    """Time the forward pass of Triton with other tiles, or streamed both ways, as CUDA graphs."""
+
+    cases = draw_sets(shape, BFLOAT16)
     problems = [case.problem(backend="triton") for case in cases]
     forward = BACKENDS["triton"].load().forward
     path = folder / f"{rows.path.stem.removesuffix('rows')}tuning.csv"
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(["device", "shape", *tuned._fields, "tuned", "us_p50", "note"])
-        for tile in _tiles(tuned):
-            if time.monotonic() > end:
-                break
-            tuning.TILES[size] = tile
-            try:
+    for tile, tuned, way, changed in _candidates(shape):
+        if time.monotonic() > end:
+            break
+        try:
+            with changed:
                 graph = captured(lambda: [forward(problem) for problem in problems])
-                result = [f"{device_times(graph.replay, len(problems)).p50:.4g}", ""]
-                del graph
-            except Exception as error:
-                result = ["", f"{type(error).__name__}: {error}"[:200]]
-            finally:
-                tuning.TILES[size] = tuned
-            row = [stamp()["device"], shape.problem, *tile, tile == tuned, *result]
-            writer.writerow(row)
-            file.flush()
-            print("tile", *row, flush=True)
+                result = (f"{device_times(graph.replay, len(problems)).p50:.4g}", "")
+            del graph
+        except Exception as error:
+            result = ("", f"{type(error).__name__}: {error}"[:200])
+        row = {"device": stamp()["device"], "shape": shape.problem, **tile._asdict(), "way": way}
+        row |= {"tuned": tuned, "us_p50": result[0], "note": result[1]}
+        append_row(path, row)
+        print("tile", *row.values(), flush=True)

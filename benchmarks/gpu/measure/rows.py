@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import functools
 import importlib.metadata
-import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+from benchmarks.csv_files import append_row
 from benchmarks.gpu.measure.shapes import MACHINE, Shape
 from benchmarks.operator.rows import current_commit
 
@@ -108,14 +107,7 @@ class RowFile:
 
     def add(self, row: Row) -> None:
         self.failures += row.note.startswith("failed")
-        new = not self.path.exists()
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(asdict(_rounded(row)))
-            file.flush()
-            os.fsync(file.fileno())
+        append_row(self.path, asdict(_rounded(row)))
         shown = {k: v for k, v in asdict(_rounded(row)).items() if v != "" and k not in stamp()}
         print("row", " ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
 

@@ -56,7 +56,7 @@ def _by_name(*shapes: Shape) -> dict[str, Shape]:
     return {shape.name: shape for shape in shapes}
 
 
-# Most valuable first; ``SHAPES`` of ``benchmarks.gpu.__main__`` repeats the names.
+# Most valuable first; ``SHAPES`` of ``benchmarks.gpu.builds`` repeats the names.
 SHAPES = _by_name(
     Shape("T3", 512, 128, 128, 768, 50, floor_us=56),
     Shape("L2", 1, 128, 128, 768, 50),

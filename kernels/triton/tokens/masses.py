@@ -1,5 +1,6 @@
 """Equal masses of both sides of a batch, and its temperatures, in one launch."""
 
+import functools
 import struct
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from optical.kernels import tuning
-from optical.kernels.launch import launch_kernel
+from optical.kernels.launch import KeptLaunch
 from optical.kernels.tiles import INFINITY
 
 
@@ -143,42 +144,62 @@ def equal_masses(
             padding. Lengths below 0 or above the size make the masses NaN.
         device: where the tensors are allocated.
     """
-    # Each tensor starts at a multiple of 128 bytes.
-    unit = 128 // dtype.itemsize
-    start_b = -(-batch * n // unit) * unit
-    start_epsilon = start_b + -(-batch * m // unit) * unit
+    given = _numbers(mask_a), _numbers(mask_b), _adjacent(lengths_a), _adjacent(lengths_b)
+    facts = [None if tensor is None else (tensor.dtype, tensor.stride()) for tensor in given]
+    start_b, start_epsilon, launch = _launch(batch, n, m, dtype, epsilon, *facts)
     memory = torch.empty(start_epsilon + batch, dtype=dtype, device=device)
     log_a = memory.as_strided((batch, n), (n, 1), 0)
     log_b = memory.as_strided((batch, m), (m, 1), start_b)
     temperatures = memory.as_strided((batch,), (1,), start_epsilon)
-    if not batch:
-        return log_a, log_b, temperatures
-    masks = [memory if mask is None else _numbers(mask) for mask in (mask_a, mask_b)]
-    lengths = [memory if x is None else x.contiguous() for x in (lengths_a, lengths_b)]
-    strides = [(0, 0) if mask is memory else mask.stride() for mask in masks]
-    with torch.cuda.device_of(memory):
-        launch_kernel(
-            equal_masses_kernel,
-            (batch, 2),
-            *masks,
-            *lengths,
-            log_a,
-            log_b,
-            temperatures,
-            # A float argument would be rounded to float32.
-            struct.unpack("<q", struct.pack("<d", epsilon))[0],
-            n,
-            m,
-            *strides[0],
-            *strides[1],
-            MASK_A=mask_a is not None,
-            MASK_B=mask_b is not None,
-            LENGTHS_A=lengths_a is not None,
-            LENGTHS_B=lengths_b is not None,
-            BLOCK=tuning.VECTOR_BLOCK,
-        )
+    if batch:
+        tensors = [memory if tensor is None else tensor for tensor in given]
+        with torch.cuda.device_of(memory):
+            launch(*tensors, log_a, log_b, temperatures)
     return log_a, log_b, temperatures
 
 
-def _numbers(mask: Tensor) -> Tensor:
-    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+_Facts = tuple[torch.dtype, tuple[int, ...]] | None
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    batch: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    epsilon: float,
+    mask_a: _Facts,
+    mask_b: _Facts,
+    lengths_a: _Facts,
+    lengths_b: _Facts,
+) -> tuple[int, int, KeptLaunch]:
+    """Where log_b and the temperatures start, and the launch, by dtypes and strides of the input.
+
+    Each tensor starts at a multiple of 128 bytes.
+    """
+    unit = 128 // dtype.itemsize
+    start_b = -(-batch * n // unit) * unit
+    start_epsilon = start_b + -(-batch * m // unit) * unit
+    launch = KeptLaunch(
+        equal_masses_kernel,
+        (batch, 2),
+        # A float argument would be rounded to float32.
+        struct.unpack("<q", struct.pack("<d", epsilon))[0],
+        *(n, m),
+        *(mask_a[1] if mask_a else (0, 0)),
+        *(mask_b[1] if mask_b else (0, 0)),
+        MASK_A=mask_a is not None,
+        MASK_B=mask_b is not None,
+        LENGTHS_A=lengths_a is not None,
+        LENGTHS_B=lengths_b is not None,
+        BLOCK=tuning.VECTOR_BLOCK,
+    )
+    return start_b, start_epsilon, launch
+
+
+def _numbers(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.dtype != torch.bool else mask.view(torch.uint8)
+
+
+def _adjacent(lengths: Tensor | None) -> Tensor | None:
+    return None if lengths is None else lengths.contiguous()

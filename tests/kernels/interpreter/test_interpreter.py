@@ -342,14 +342,16 @@ def test_products_with_the_plan(name, transpose, poisoned_memory):
     torch.testing.assert_close(*products, rtol=1e-5, atol=1e-6)
 
 
-def test_gradient_through_the_loss():
+@pytest.mark.parametrize("gradient", ["envelope", "implicit", "unroll"])
+def test_gradient_through_the_loss(gradient):
     gradients = []
     mask = torch.arange(5) < torch.tensor([[5], [2], [0]])
     teacher = torch.randn(3, 7, 8)
     for backend in ("triton", "reference"):
         student = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
         student = student.masked_fill(~mask[:, :, None], math.nan).requires_grad_()
-        ot_alignment(student, teacher, mask, max_iter=8, backend=backend).sum().backward()
+        options = {"max_iter": 8, "gradient": gradient, "backend": backend}
+        ot_alignment(student, teacher, mask, **options).sum().backward()
         assert not student.grad[~mask].any()
         gradients.append(student.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

@@ -1,287 +1,282 @@
-"""Parses the PTX of one kernel into the tables of ``machine.cpp``.
+"""Parses PTX into the tables of ``machine.cpp``: records of integers, with every name resolved."""
 
-Triton writes one instruction per line; inline assembly may hold several, in braces.
-"""
-
+import functools
 import re
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-KINDS = {"b": 0, "s": 1, "u": 2, "f": 3, "bf": 4, "tf": 5, "pred": 6}
-COMPARISONS = {"eq": 0, "ne": 1, "lt": 2, "le": 3, "gt": 4, "ge": 5, "num": 6, "nan": 7}
-UNORDERED = 8
-COMBINATIONS = {"and": 1, "or": 2, "xor": 3}
-ROUNDING = {"rmi": 1, "rpi": 2, "rzi": 3, "rni": 4}
-# Operations with the same operands in PTX and in the machine, by the name in PTX.
-PLAIN = {*("mov", "add", "sub", "mul", "mad", "fma", "div", "rem", "min", "max", "neg", "abs")}
-PLAIN |= {*("and", "or", "xor", "not", "shl", "shr", "bfe", "prmt", "selp")}
-PLAIN |= {*("ex2", "lg2", "rcp", "sqrt", "rsqrt")}
-IGNORED = ("fence", "membar", "griddepcontrol", "setmaxnreg")
-SPECIAL = [f"%{name}.{axis}" for name in ("ctaid", "nctaid", "tid", "ntid") for axis in "xyz"]
-SHARED_ORIGIN = 1024
-
-FIELDS = "operation kind bits from_kind from_bits flush mode detail predicate unless"
-FIELDS += " results sources first vector line"
-INSTRUCTION = np.dtype([(name, "<i4") for name in FIELDS.split()])
-OPERAND = np.dtype([("reg", "<i4"), ("negated", "<i4"), ("immediate", "<u8")])
+# How instructions are carried out, by the first parts of their names: operations, each with its
+# results and sources. a to e are the arguments of the instruction, {a} all registers of a list, and
+# [a] an address: the base of its memory, a register and an offset. Numbers have the last type.
+FORMS = """
+add: FMA a = b 1 c                             mma: MULTIPLY {a} = {b} {c} true {d} all
+sub: FMA a = c -1 b                            wgmma.mma_async: MULTIPLY {a} = {b} c d {a} all
+mul: FMA a = b c -0                            cp.async.ca: COPY = [a] global[b] c last
+neg: FMA a = b -1 -0                           cp.async.cg: COPY = [a] global[b] c last
+fma mad: FMA a = b c d                         cp.async.commit_group: COMMIT =
+not: XOR a = b -1                              cp.async.wait_group: AWAIT = a
+abs: AND a = b magnitude                       cp.async.wait_all: AWAIT = -1
+mov cvta: CVT a = b                            shfl: SHUFFLE a = b c d e
+cvta.shared: FMA a = b 1 (shared)              redux vote: REDUCE a = b c
+div rem min max: NAME a = b c                  bar.warp.sync: MEET_LANES = a
+and or xor shl shr setp: NAME a = b c          bar.sync: MEET_BLOCK = all
+selp prmt bfe: NAME a = b c d                  bar.red: MEET_BLOCK = c all; CVT a = (vote)
+cvt ex2 lg2 rcp sqrt rsqrt: NAME a = b         barrier.cluster.wait: MEET_CLUSTER = all
+bfi: BFI a = b c d e                           bra: JUMP = a
+mapa: BFI a = c b 24 4                         call: CVT (caller) = next; JUMP = a
+ld: LOAD {a} = [b]                             ret: JUMP = return
+st: STORE = [a] {b}                            barrier.cluster.arrive fence wgmma.fence:
+ldmatrix: LDMATRIX {a} = [b] all               wgmma.commit_group wgmma.wait_group:
+stmatrix: STMATRIX = [a] {b} all               (join): JOIN a = {b}
+(join2): JOIN a = c b
+"""
 _HEADER = Path(__file__).with_name("arithmetic.h").read_text(encoding="utf-8")
-_NAMES = re.search(r"enum Operation \{(.*?)\}", _HEADER, re.DOTALL)[1].replace("\n", " ").split(",")
-OPERATIONS = {name.strip(): i for i, name in enumerate(_NAMES) if name.strip()}
+OPERATIONS, SPECIAL = (
+    {name: i for i, name in enumerate(re.findall(r"\w+", re.sub("//.*", "", body)))}
+    for body in re.findall(r"enum (?:Operation|Special) {(.*?)}", _HEADER, re.DOTALL)
+)
+ROWS = [row.partition(":") for row in re.split(r"\n|  +", FORMS) if row]
+STEPS = {
+    name: [[side.split() for side in step.split("=")] for step in body.split(";") if step.strip()]
+    for names, _, body in ROWS
+    for name in names.split()
+}
+# Numbers of Kind; operations on bits do not look at it.
+KINDS = {"b": 0, "u": 0, "pred": 0, "s": 1, "f": 2, "bf": 3, "tf": 4}
+BITWISE = {"mov", "selp", "and", "or", "xor", "not", "shl", "abs"}
+UNTYPED = {"LOAD", "SHUFFLE", "LDMATRIX", "MULTIPLY"}  # results have up to 64 bits
+# Parts of names that change what an operation does add up to its mode; others are known.
+MODES = {"approx": 1, "full": 1, "rmi": 2, "rzi": 3, "trans": 1, "bfly": 1}
+MODES |= {"lt": 1, "eq": 2, "le": 3, "gt": 4, "ne": 5, "ge": 6, "num": 7, "nan": 8}
+MODES |= {name + "u": MODES[name] | 8 for name in ("lt", "eq", "le", "gt", "ne", "ge")}
+COMBINED = {"add": "FMA", "min": "MIN", "max": "MAX", "or": "OR", "any": "OR"}
+MODES |= {name: OPERATIONS[operation] for name, operation in COMBINED.items()}
+KNOWN = "rn rna ftz lo wide to global shared param local sync aligned row col idx uni acquire"
+
+FIELDS = "operation kind bits to_kind to_bits flush mode guard unless results sources first line"
+INSTRUCTION = np.dtype([(name, "<i4") for name in FIELDS.split()])
+OPERAND = np.dtype([("register", "<i8"), ("immediate", "<u8")])
+FUNCTION = re.compile(r"\.(entry|func)\s+(\w+)\s*\(([^)]*)\)[^;{}]*\{")
+STATEMENT = re.compile(r"\s*([{}]|[$\w]+:|[^;{}]*(?:\{[^{}]*\}[^;{}]*)*;)")
+TYPE = re.compile(r"(pred|b|u|s|f|bf|tf)(\d*)(x2)?")
+SHARED_ORIGIN, PARAMETERS, END = 1024, 3 << 60, 1 << 30  # END: a place behind all instructions
+Operand = tuple[int, int | str]  # a register (-1: none) and a number, or the name of a label
+
+
+class Form(NamedTuple):
+    """A decoded name of an instruction: types of its sources and of its result, and modifiers."""
+
+    name: str
+    kind: tuple[int, int]
+    to: tuple[int, int]
+    flush: bool
+    mode: int
+    text: str
 
 
 class Unsupported(Exception):
     """The machine does not know an instruction."""
 
 
-def type_of(name: str) -> tuple[int, int]:
-    """Kind and bits of a type such as ``b32``, ``bf16x2`` or ``pred``."""
-    if name == "pred":
-        return KINDS["pred"], 1
-    match = re.fullmatch(r"(b|s|u|f|bf|tf)(\d+)(x2)?", name)
-    if match is None:
-        raise Unsupported(f"the type {name}")
-    # TF32 is a float32 whose last bits do not count.
-    return KINDS[match[1]], int(match[2])
+def constant(number: str, kind: int, bits: int) -> Operand:
+    """A number of a type, from its decimal digits."""
+    if kind < KINDS["f"]:
+        return -1, int(number) & (2**64 - 1)
+    return -1, int.from_bytes(struct.pack("<f" if bits == 32 else "<d", float(number)), "little")
 
 
-def split(text: str) -> list[str]:
-    """Split operands at the commas outside of brackets."""
-    parts = re.findall(r"(?:\{[^}]*\}|\[[^]]*\]|[^,{\[])+", text)
-    return [part.strip() for part in parts if part.strip()]
+@functools.cache
+def decode(text: str) -> Form:
+    """Decode the name of an instruction.
+
+    Raises:
+        Unsupported, LookupError: the machine does not know it.
+    """
+    parts = text.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    name = next((x for x in prefixes if x in STEPS), "")
+    if not name:
+        raise Unsupported(text)
+    rest = parts[name.count(".") + 1 :] if STEPS[name] else []
+    types = [match.groups() for part in rest if (match := TYPE.fullmatch(part))]
+    kinds = [(KINDS[kind], int(bits or 1) * (2 if two else 1)) for kind, bits, two in types]
+    others = [x for x in rest if not TYPE.fullmatch(x) and not re.fullmatch(r"[vx\dmnk]+", x)]
+    mode = sum(MODES[x] for x in others if x not in KNOWN.split())
+    kind = kinds[-2 if name == "mma" else -1] if kinds else (0, 64)
+    to = {"cvt": kinds[:1], "setp": [(0, 1)]}.get(name, [kind])[0]
+    if "wide" in rest:
+        to = kind[0], 2 * kind[1]
+    if name in BITWISE:
+        kind = to = 0, kind[1]
+    if name == "cvt" and types[0][2]:
+        name = "(join2)"
+    return Form(name, kind, to, "ftz" in rest, mode, text)
 
 
 class Assembly:
-    """The instructions of a kernel.
+    """A program. Functions get their parameters on the stack, and calls do not nest.
 
     Attributes:
         code, operands: arrays of INSTRUCTION and OPERAND.
-        registers: number of registers, special ones included.
-        parameters: (offset, bytes) of each parameter of the kernel, and in all ``parameter_bytes``.
-        threads: threads per block.
+        registers: their number, special ones included.
+        parameters: offset and bytes of each parameter of the kernel.
+        stack: bytes of the stack of a thread.
     """
 
     def __init__(self, text: str) -> None:
-        self._registers = {name: i for i, name in enumerate(SPECIAL)}
+        text = re.sub(r"//.*|^\s*\.loc\s.*$", "", text, flags=re.MULTILINE)
         self._code: list[tuple[int, ...]] = []
-        self._operands: list[tuple[int, int, int]] = []
+        self._operands: list[Operand] = []
         self._labels: dict[str, int] = {}
-        self._branches: list[tuple[int, str]] = []
-        self._offsets: dict[str, int] = {}
         self.parameters: list[tuple[int, int]] = []
-        self.threads = int(re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", text)[1])
-        head, body = text[text.index(".entry") :].split("{", 1)
-        self._read_parameters(head)
-        first_line = text[: text.index(body)].count("\n") + 1
-        for i, line in enumerate(re.sub(r"/\*.*?\*/", "", body).split("\n")):
-            self._line = first_line + i
-            for statement in line.split("//")[0].split(";"):
-                self._read_statement(statement.strip())
-        for place, label in self._branches:
-            row = list(self._code[place])
-            row[FIELDS.split().index("mode")] = self._labels[label]
-            self._code[place] = tuple(row)
-        self.code = np.array(self._code, INSTRUCTION)
-        self.operands = np.array(self._operands, OPERAND)
-        self.registers = len(self._registers)
+        self.registers, self.stack = len(SPECIAL), 256
+        # The memory that a name belongs to, and its place there.
+        self._symbols: dict[str, tuple[str, int]] = {}
+        for name in re.findall(r"\.extern\s+\.shared\s[^;]*?(\w+)\[\]", text):
+            self._symbols[name] = "(shared)", SHARED_ORIGIN
+        for function in sorted(FUNCTION.finditer(text), key=lambda match: match[1] != "entry"):
+            self._read_function(text, function)
+        resolved = [(i, self._labels[x] if isinstance(x, str) else x) for i, x in self._operands]
+        self.code, self.operands = np.array(self._code, INSTRUCTION), np.array(resolved, OPERAND)
 
-    def _read_parameters(self, head: str) -> None:
-        end = 0
-        for kind, name in re.findall(r"\.param\s+\.(\w+)[^,)]*?(\w+_param_\d+)", head):
-            size = type_of(kind)[1] // 8
-            start = -(-end // size) * size
-            self._offsets[name], end = start, start + size
-            self.parameters.append((start, size))
-        self.parameter_bytes = end
+    def _read_function(self, text: str, function: re.Match[str]) -> None:
+        self._is_entry = function[1] == "entry"
+        self._labels[function[2]] = len(self._code)
+        self._scopes = [{re.sub("_(.)$", r".\1", f"%{x.lower()}"): i for x, i in SPECIAL.items()}]
+        for parameter in filter(None, map(str.strip, function[3].split(","))):
+            self._read_declaration(parameter)
+        self._line = text.count("\n", 0, function.end()) + 1
+        for match in STATEMENT.finditer(text, function.end()):
+            self._line += match[0].count("\n")
+            statement = " ".join(match[1].strip(";").split())
+            if statement == "{":
+                self._scopes.append({})
+            elif statement == "}":
+                self._scopes.pop()
+                if not self._scopes:
+                    return
+            elif statement.endswith(":"):
+                self._labels[statement[:-1]] = len(self._code)
+            elif statement.startswith("."):
+                self._read_declaration(statement)
+            else:
+                self._read_instruction(statement)
 
-    def _operand(self, text: str, negated: int = 0) -> tuple[int, int, int]:
-        if text.startswith("!"):
-            return self._operand(text[1:], 1)
+    def _read_declaration(self, text: str) -> None:
+        """Place parameters and arrays; give names to the registers of an inner scope."""
+        names = re.sub(r"^.* ", "", re.sub(r",\s*", ",", text))
+        name, count = re.fullmatch(r"(.*?)(?:\[(\d+)\])?", names).groups()
+        align, kind = re.match(r"\.\w+ (?:\.align (\d+) )?(?:\.\w(\d+))?", text).groups()
+        if text.startswith(".reg") and len(self._scopes) > 1:
+            self._scopes[-1] |= {local: self._new_register() for local in name.split(",")}
+        elif text.startswith(".local"):
+            self._symbols[name] = "(stack)", self.stack
+            self.stack += -(-int(count) // 16) * 16
+        elif text.startswith(".param") and self._is_entry and len(self._scopes) == 1:
+            size = int(kind) // 8
+            start = -(-sum((self.parameters or [(0, 0)])[-1]) // int(align or size))
+            start *= int(align or size)
+            self.parameters.append((start, size * int(count or 1)))
+            self._symbols[name] = "", PARAMETERS + start
+        elif text.startswith(".param"):  # of a function, or the value of one in a call
+            self._symbols[name] = "(stack)", 8 * int(re.search(r"\d+$", name)[0])
+
+    def _new_register(self) -> int:
+        self.registers += 1
+        return self.registers - 1
+
+    def _operand(self, text: str) -> Operand:
+        text = text.strip()
+        for scope in reversed(self._scopes):
+            if text in scope:
+                return scope[text], 0
+        if text.startswith("%"):
+            self._scopes[0][text] = self._new_register()
+            return self._scopes[0][text], 0
         if text == "_":
-            return -1, 0, 0
-        if text == "global_smem":
-            return -1, 0, SHARED_ORIGIN
-        if text.startswith(("0f", "0F", "0d", "0D")):
-            return -1, 0, int(text[2:], 16)
+            return -1, 0
+        if text.startswith("("):
+            return SPECIAL[text.strip("()").upper()], 0
+        if re.match("0[fFdD]", text):
+            return -1, int(text[2:], 16)
         if re.match(r"-?\d", text):
-            number = struct.unpack("<Q", struct.pack("<d", float(text)))[0] if "." in text else None
-            return -1, 0, (int(text.rstrip("U"), 0) & (2**64 - 1)) if number is None else number
-        return self._registers.setdefault(text, len(self._registers)), negated, 0
-
-    def _list(self, text: str) -> list[tuple[int, int, int]]:
-        return [self._operand(x.strip()) for x in text.strip("{}").split(",")]
-
-    def _address(self, text: str) -> list[tuple[int, int, int]]:
-        base, _, offset = text.strip("[]").replace(" ", "").partition("+")
-        return [self._operand(base), self._operand(offset or "0")]
-
-    def _read_statement(self, text: str) -> None:
-        # Inline assembly puts braces around its registers.
-        if text.count("{") > text.count("}"):
-            text = text.lstrip("{ ")
-        elif text.count("}") > text.count("{"):
-            text = text.rstrip("} ")
-        while match := re.match(r"([$\w]+):\s*", text):
-            self._labels[match[1]] = len(self._code)
-            text = text[match.end() :]
-        if text.startswith((".", ")")) or not text.strip("{} "):
-            return
-        self._guard = (-1, 0)
-        if match := re.match(r"@(!?)(%?\w+)\s+", text):
-            self._guard = self._operand(match[2])[0], int(match[1] == "!")
-            text = text[match.end() :]
-        name, _, rest = text.partition(" ")
-        parts = name.split(".")
-        if parts[0] in IGNORED:
-            return
-        arguments = split(rest)
-        read = getattr(self, f"_read_{parts[0]}", self._read_plain)
-        try:
-            read(parts, arguments)
-        except (Unsupported, KeyError, IndexError) as error:
-            raise Unsupported(f"line {self._line}: {text} ({error})") from error
+            return -1, int(text.rstrip("U"), 0) & (2**64 - 1)
+        return -1, self._symbols.get(text, ("", text))[1]
 
     def _emit(
-        self,
-        operation: str,
-        results: list[tuple[int, int, int]],
-        sources: list[tuple[int, int, int]],
-        type_name: str = "b64",
-        source_type: str = "b64",
-        **options: int,
+        self, operation: str, results: list[Operand], sources: list[Operand], *types: int
     ) -> None:
-        values = {"operation": OPERATIONS[operation], "line": self._line, "vector": 1}
-        values["kind"], values["bits"] = type_of(type_name)
-        values["from_kind"], values["from_bits"] = type_of(source_type)
-        values["predicate"], values["unless"] = self._guard
-        values |= {"results": len(results), "sources": len(sources), "first": len(self._operands)}
-        values |= options
-        self._code.append(tuple(int(values.get(field, 0)) for field in FIELDS.split()))
+        places = len(results), len(sources), len(self._operands), self._line
+        self._code.append((OPERATIONS[operation], *types, *self._guard, *places))
         self._operands += results + sources
 
-    def _read_plain(self, parts: list[str], arguments: list[str]) -> None:
-        name, modifiers = parts[0], parts[1:-1]
-        if name not in PLAIN or {"sat", "NaN", "cc", "hi", "up", "down"} & set(modifiers):
-            raise Unsupported(".".join(parts))
-        result, *sources = (self._operand(x) for x in arguments)
-        operation = name.upper() + ("WIDE" if "wide" in modifiers else "")
-        options = {"flush": "ftz" in modifiers, "mode": bool({"full", "approx"} & set(modifiers))}
-        self._emit(operation, [result], sources, parts[-1], **options)
+    def _read_instruction(self, text: str) -> None:
+        name, arguments = "", []
+        try:
+            guard = re.match(r"@(!?)(%\w+)\s+", text)
+            self._guard = (self._operand(guard[2])[0], int(guard[1] == "!")) if guard else (-1, 0)
+            name, _, rest = text[guard.end() if guard else 0 :].partition(" ")
+            arguments = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s][^,]*", rest)
+            self._read_parts(decode(name), arguments)
+        except (Unsupported, LookupError, ValueError) as error:
+            raise Unsupported(f"line {self._line}: {text} ({error!r})") from error
 
-    def _read_mov(self, parts: list[str], arguments: list[str]) -> None:
-        to, source = arguments
-        bits = type_of(parts[-1])[1]
-        if to.startswith("{"):
-            results = self._list(to)
-            self._emit("UNPACK", results, [self._operand(source)], f"b{bits // len(results)}")
-        elif source.startswith("{"):
-            sources = self._list(source)
-            self._emit("PACK", [self._operand(to)], sources, f"b{bits // len(sources)}")
-        else:
-            self._read_plain(parts, arguments)
-
-    def _read_ld(self, parts: list[str], arguments: list[str]) -> None:
-        results = self._list(arguments[0])
-        if "param" in parts:
-            name, _, offset = arguments[1].strip("[]").partition("+")
-            place = (-1, 0, self._offsets[name.strip()] + int(offset or 0))
-            self._emit("PARAM", results, [place], parts[-1])
-        elif {"global", "shared"} & set(parts):
-            options = {"mode": "shared" in parts, "vector": len(results)}
-            self._emit("LOAD", results, self._address(arguments[1]), parts[-1], **options)
-        else:
-            raise Unsupported("a generic address")
-
-    def _read_st(self, parts: list[str], arguments: list[str]) -> None:
-        if not {"global", "shared"} & set(parts):
-            raise Unsupported("a generic address")
-        values = self._list(arguments[1])
-        options = {"mode": "shared" in parts, "vector": len(values)}
-        self._emit("STORE", [], self._address(arguments[0]) + values, parts[-1], **options)
-
-    def _read_setp(self, parts: list[str], arguments: list[str]) -> None:
-        comparison, combination = parts[1], COMBINATIONS.get(parts[2], 0)
-        # Unsigned comparisons have names of their own.
-        comparison = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(comparison, comparison)
-        if comparison in COMPARISONS:
-            mode = COMPARISONS[comparison]
-        else:
-            mode = COMPARISONS[comparison[:-1]] + UNORDERED
-        result, *sources = (self._operand(x) for x in arguments)
-        options = {"mode": mode, "detail": combination, "flush": "ftz" in parts}
-        self._emit("SETP", [result], sources, parts[-1], **options)
-
-    def _read_cvt(self, parts: list[str], arguments: list[str]) -> None:
-        result, *sources = (self._operand(x) for x in arguments)
-        mode = next((ROUNDING[part] for part in parts if part in ROUNDING), 0)
-        options = {"mode": mode, "flush": "ftz" in parts}
-        operation = "CVTPACK" if parts[-2].endswith("x2") else "CVT"
-        self._emit(operation, [result], sources, *parts[-2:], **options)
-
-    def _read_shfl(self, parts: list[str], arguments: list[str]) -> None:
-        result = self._operand(arguments[0].split("|")[0])
-        sources = [self._operand(x) for x in arguments[1:3]]
-        self._emit("SHFL", [result], sources, parts[-1], mode={"bfly": 0, "idx": 1}[parts[2]])
-
-    def _read_redux(self, parts: list[str], arguments: list[str]) -> None:
-        result, source, _ = (self._operand(x) for x in arguments)
-        self._emit("REDUX", [result], [source], parts[-1], mode=OPERATIONS[parts[2].upper()])
-
-    def _read_bra(self, _parts: list[str], arguments: list[str]) -> None:
-        self._branches.append((len(self._code), arguments[0]))
-        self._emit("BRA", [], [])
-
-    def _read_ret(self, _parts: list[str], _arguments: list[str]) -> None:
-        self._emit("RET", [], [])
-
-    def _read_bar(self, parts: list[str], arguments: list[str]) -> None:
-        if "warp" in parts:
-            self._emit("WARPBAR", [], [])
-        else:
-            self._emit("BAR", [], [], mode=int(arguments[0], 0))
-
-    def _read_mma(self, parts: list[str], arguments: list[str]) -> None:
-        shape, kind = parts[3], parts[-2]
-        if parts[-1] != "f32" or shape != ("m16n8k8" if kind == "tf32" else "m16n8k16"):
-            raise Unsupported(".".join(parts))
-        result, a, b, c = (self._list(x) for x in arguments)
-        self._emit("MMA", result, a + b + c, source_type=kind, vector=8)
-
-    def _read_wgmma(self, parts: list[str], arguments: list[str]) -> None:
-        if parts[1] != "mma_async":
+    def _read_parts(self, form: Form, arguments: list[str]) -> None:
+        name, kind, to, flush, mode, _ = form
+        if name == "mov" and arguments[0].startswith("{"):
+            results, source = (self._list(x) for x in arguments)
+            bits = kind[1] // len(results)
+            for i, result in enumerate(results):
+                shift = [*source, (-1, bits * i)]
+                self._emit("SHR", [result], shift, *kind, 0, bits, 0, 0)
             return
-        result, a, b, add, scale_a, scale_b, *transposed = arguments
-        columns = int(re.search(r"n(\d+)k", ".".join(parts))[1])
-        in_registers = a.startswith("{")
-        if (scale_a, scale_b) != ("1", "1"):
-            raise Unsupported("a negated operand")
-        # With A in registers only the transposition of B is given.
-        flags = [0, 0, *(int(x) for x in transposed)][-2:]
-        detail = int(in_registers) | 2 * flags[0] | 4 * flags[1]
-        sources = [*self._list(a), self._operand(b), self._operand(add)]
-        options = {"detail": detail, "vector": columns}
-        self._emit("WGMMA", self._list(result), sources, source_type=parts[-1], **options)
+        if name == "mov" and arguments[1].startswith("{"):
+            name = "(join)"
+        if name == "wgmma.mma_async":
+            # Bits: A in shared memory, A transposed, the same of B. With A in registers only the
+            # transposition of B is given.
+            flags = [0, 0, *map(int, arguments[6:])][-2:]
+            if arguments[4:6] != ["1", "1"]:
+                raise Unsupported("a negated operand")
+            mode = 4 + 8 * flags[1] + (0 if arguments[1].startswith("{") else 1 + 2 * flags[0])
+        if name.startswith("barrier.cluster"):
+            if name.endswith("wait") and self._arrival != len(self._code):
+                raise Unsupported("an instruction between arrival and wait")
+            self._arrival = len(self._code)
+        for (operation, *results), sources in STEPS[name]:
+            resolved = [
+                [x for word in words for x in self._resolve(word, form, arguments)]
+                for words in (results, sources)
+            ]
+            operation = operation.replace("NAME", name.upper())
+            width = (0, 64) if operation in UNTYPED else to
+            self._emit(operation, *resolved, *kind, *width, flush, mode)
 
-    def _read_ldmatrix(self, parts: list[str], arguments: list[str]) -> None:
-        registers = self._list(arguments[0])
-        options = {"mode": "trans" in parts, "vector": len(registers)}
-        self._emit("LDMATRIX", registers, self._address(arguments[1]), **options)
+    def _list(self, text: str) -> list[Operand]:
+        return [self._operand(x.split("|")[0]) for x in text.strip("{} ").split(",")]
 
-    def _read_stmatrix(self, parts: list[str], arguments: list[str]) -> None:
-        registers = self._list(arguments[1])
-        options = {"mode": "trans" in parts, "vector": len(registers)}
-        self._emit("STMATRIX", [], self._address(arguments[0]) + registers, **options)
-
-    def _read_cp(self, parts: list[str], arguments: list[str]) -> None:
-        if parts[2] == "commit_group":
-            self._emit("CPCOMMIT", [], [])
-        elif parts[2] == "wait_group":
-            self._emit("CPWAIT", [], [], mode=int(arguments[0], 0))
-        elif parts[2] in ("ca", "cg"):
-            to, source, size, *copied = arguments
-            sources = self._address(to) + self._address(source)
-            sources += [self._operand(x) for x in copied]
-            self._emit("CPASYNC", [], sources, mode=int(size, 0))
-        else:
-            raise Unsupported(".".join(parts))
+    def _resolve(self, word: str, form: Form, arguments: list[str]) -> list[Operand]:
+        """The operands that a word of a form stands for."""
+        if match := re.fullmatch(r"(global)?(\W?)([a-e])\W?", word):
+            text = arguments["abcde".index(match[3])]
+            if match[2] != "[":
+                return self._list(text)
+            name, _, offset = text.strip("[] ").partition("+")
+            spaces = {".shared": "(shared)", ".local": "(stack)"}
+            base = next((x for part, x in spaces.items() if part in form.text), "")
+            base = self._symbols.get(name.strip(), ("" if match[1] else base, 0))[0]
+            return [self._operand(x) for x in (base or "0", name, offset or "0")]
+        if word == "last":
+            return [self._operand(arguments[-1])]
+        if word == "return":
+            return [(-1, END) if self._is_entry else self._operand("(caller)")]
+        if word.startswith("("):
+            return [self._operand(word)]
+        bits = form.kind[1]
+        signs = 0x80008000 if form.text.endswith("x2") else 1 << (bits - 1)
+        values = {"all": 2**32 - 1, "true": 1, "next": len(self._code) + 2}
+        values["magnitude"] = (1 << bits) - 1 - signs
+        return [(-1, values[word]) if word in values else constant(word, *form.kind)]

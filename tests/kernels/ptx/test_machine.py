@@ -17,7 +17,7 @@ from optical.backends import registry
 from optical.kernels import tuning
 from optical.testing.cases import random_case
 from optical.testing.tolerance import solve
-from tests.kernels.ptx.driver import NOISY_UNITS, PtxMachine
+from tests.kernels.ptx.driver import NOISY_UNITS, TritonMachine
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_it_computes_and_leaves_nothing_behind(folder):
     x = torch.linspace(-3, 3, 100)
     before = triton.runtime.driver._active
     refused = registry.BACKENDS["triton"].supports(random_case("", 1, 3, 4).problem())
-    with PtxMachine(folder) as machine:
+    with TritonMachine(folder) as machine:
         y = torch.empty_like(x)
         exp2_kernel[(2,)](x, y, 100, BLOCK=64)
         torch.testing.assert_close(y, x.exp2(), rtol=2e-7, atol=0)
@@ -68,7 +68,7 @@ def test_it_computes_and_leaves_nothing_behind(folder):
 def test_approximate_units_err_by_at_most_two_units(folder):
     x, exact = torch.linspace(-3, 3, 1024), torch.empty(1024)
     noisy, again = torch.empty(1024), torch.empty(1024)
-    with PtxMachine(folder) as machine:
+    with TritonMachine(folder) as machine:
         exp2_kernel[(1,)](x, exact, 1024, BLOCK=1024)
         machine.noise = NOISY_UNITS
         exp2_kernel[(1,)](x, noisy, 1024, BLOCK=1024)
@@ -81,27 +81,27 @@ def test_approximate_units_err_by_at_most_two_units(folder):
 def test_threads_that_exchange_without_a_barrier_are_reported(folder):
     for barrier in (True, False):
         x = torch.arange(256.0)
-        with PtxMachine(folder) as machine:
+        with TritonMachine(folder) as machine:
             rotate_kernel[(1,)](x, BLOCK=256, BARRIER=barrier)
         assert bool(machine.messages) != barrier
     assert "race in global memory" in machine.messages[0]
 
 
 def test_blocks_that_exchange_are_reported(folder):
-    with PtxMachine(folder) as machine:
+    with TritonMachine(folder) as machine:
         collide_kernel[(2,)](torch.zeros(1))
-    assert "races with another" in machine.messages[0]
+    assert "of blocks 0 and 1 race" in machine.messages[0]
 
 
 def test_an_access_outside_of_every_tensor_stops_the_machine(folder):
     x, y = torch.zeros(64), torch.zeros(63)
-    with PtxMachine(folder), pytest.raises(RuntimeError, match="outside every tensor"):
+    with TritonMachine(folder), pytest.raises(RuntimeError, match="outside every tensor"):
         exp2_kernel[(1,)](x, y, 64, BLOCK=64)
 
 
 def test_a_kernel_that_needs_too_much_shared_memory_is_refused(folder):
     with (
-        PtxMachine(folder, shared_limit=8),
+        TritonMachine(folder, shared_limit=8),
         pytest.raises(triton.runtime.errors.OutOfResources, match="shared memory"),
     ):
         sum_kernel[(1,)](torch.zeros(256), BLOCK=256)
@@ -131,10 +131,10 @@ def test_kernels_without_their_barriers_are_reported(kernel, folder, monkeypatch
     case = replace(random_case("", 1, size, size, max_iter=2), rho_a=1.0)
     if kernel == "loop_kernel":
         case = replace(case, rho_a=float("inf"))
-    with PtxMachine(folder) as machine:
+    with TritonMachine(folder) as machine:
         solve("triton", case.to(torch.float32))
         assert not machine.messages
-    with PtxMachine(folder) as machine:
+    with TritonMachine(folder) as machine:
         machine.rewrite = without_barriers(kernel)
         solve("triton", case.to(torch.float32))
     assert any(kernel in text and "race" in text for text in machine.messages)
