@@ -2,11 +2,14 @@
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --documents 100000 --output benchmarks/results/passages.csv
+    python -m benchmarks.scaling --index runs/base --model MODEL --ask queries.tsv \\
+        --output benchmarks/results/recall.csv
 
 The costs of a million sentence pairs are measured on a small sample and extrapolated linearly. The
-index holds the given number of synthetic passages and is measured as a whole. CPU times of the
-process are summed over its threads, so other programs on the machine have little effect. The models
-have random weights, because the cost does not depend on the weights.
+index holds the given number of synthetic passages and is measured as a whole. With `--index`, a
+database of `optical index --approximate` is searched with real queries. CPU times of the process
+are summed over its threads, so other programs on the machine have little effect. The models of the
+first two have random weights, because the cost does not depend on the weights.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from transformers import TrainerCallback
 
 from benchmarks.csv_files import append_row
 from benchmarks.operator.rows import current_commit, device_name
+from optical.data.texts import read_texts
 from optical.io.environment import version
 from optical.models import tokenizers
 from optical.models.encoding import encode
@@ -42,6 +46,7 @@ MODELS = (("2 layers of 128", 128, 2, 2), ("6 layers of 384", 384, 6, 6))
 WORDS_PER_SENTENCE, DIMENSION, STEPS = 20, 128, 4
 # Candidates of an approximate search as multiples of its depth.
 REFINE = (10, 50, 200)
+RECALLED = ((10, 1), (10, 10), (10, 50), (10, 100), (100, 1), (100, 10))
 
 
 class StepClock(TrainerCallback):
@@ -176,6 +181,28 @@ def index_costs(count: int, words: int, width: int, queries: int) -> dict[str, A
         return row
 
 
+def recall_rows(location: str, model: str, queries: str, count: int) -> Iterator[dict[str, Any]]:
+    """Yield time and recall of an approximate search for each depth and refine factor."""
+    index, texts = LanceIndex(location), list(read_texts(queries).values())
+    chosen = texts[:: -(-len(texts) // count)]
+    ids = [f"q{number}" for number in range(len(chosen))]
+    vectors = encode(load_retriever(model), chosen, "query")
+    start = time.process_time()
+    exact = index.search(ids, vectors, depth=100)
+    exact_seconds = (time.process_time() - start) / len(ids)
+    for depth, refine in RECALLED:
+        start = time.process_time()
+        found = index.search(ids, vectors, depth=depth, approximate=True, refine=refine)
+        seconds = (time.process_time() - start) / len(ids)
+        kept = sum(key in found[query] for query in ids for key in list(exact[query])[:depth])
+        yield {
+            "model": Path(model).parent.name if Path(model).name == "model" else Path(model).name,
+            "passages": len(index), "dimension": index.dimension, "queries": len(ids),
+            "exact_cpu_s": exact_seconds, "depth": depth, "refine": refine,
+            "recall": kept / (depth * len(ids)), "cpu_s": seconds,
+        }  # fmt: skip
+
+
 class _Clock:
     """Add wall-clock seconds, CPU seconds and peak memory of named steps to a row."""
 
@@ -200,7 +227,17 @@ def _gigabytes(folder: Path) -> float:
 def measure_index(args: argparse.Namespace) -> None:
     """Print a row of :func:`index_costs`, and append it to the table of `--output`."""
     load = os.getloadavg()[0]
-    row = index_costs(args.documents, args.words, args.width, args.queries)
+    _report(index_costs(args.documents, args.words, args.width, args.queries), load, args.output)
+
+
+def measure_recall(args: argparse.Namespace) -> None:
+    """Print the rows of :func:`recall_rows`, and append them to the table of `--output`."""
+    for row in recall_rows(args.index, args.model, args.ask, args.queries):
+        _report(row, os.getloadavg()[0], args.output)
+
+
+def _report(row: dict[str, Any], load: float, output: str | None) -> None:
+    """Add the machine and versions to a row, print it and append it to a table."""
     row |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": load}
     row |= {"device": device_name("cpu"), "commit": current_commit()}
     row |= {
@@ -210,8 +247,8 @@ def measure_index(args: argparse.Namespace) -> None:
     }
     shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()}
     print("\n".join(f"{name}: {value}" for name, value in shown.items()))
-    if args.output:
-        append_row(Path(args.output), shown)
+    if output:
+        append_row(Path(output), shown)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -238,10 +275,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--queries", type=int, default=50, help="queries of the index (default: %(default)s)"
     )
+    parser.add_argument("--index", help="measure the recall in this database instead")
+    parser.add_argument("--model", help="model that encoded the database of --index")
+    parser.add_argument("--ask", help="file of queries for --index")
     parser.add_argument("--output", help="table of results to append the row of the index to")
     args = parser.parse_args(arguments)
-    if args.documents:
-        measure_index(args)
+    if args.documents or args.index:
+        (measure_index if args.documents else measure_recall)(args)
         return 0
     threads = torch.get_num_threads()
     print(f"per million pairs of {WORDS_PER_SENTENCE} words, {threads} thread(s)\n")

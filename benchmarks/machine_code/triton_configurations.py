@@ -88,11 +88,12 @@ def _onchip_solvers() -> Iterator[Configuration]:
 
 def _onchip_adjoints() -> Iterator[Configuration]:
     """The solvers of the implicit gradient and the reversed iterations of the unrolled one."""
-    for size, tile in tuning.ADJOINT.items():
+    for size, tile in tuning.UNROLLED.items():
         name = f"{size}x{size}"
         for kind, dtype in (("given", "fp32"), ("cosine", "bf16")):
             options: dict[str, Any] = {"PACKED": False}
-            yield _tiled(adjoint.adjoint_kernel, name, tile, kind, dtype, **options)
+            if size in tuning.ADJOINT:
+                yield _tiled(adjoint.adjoint_kernel, name, tile, kind, dtype, **options)
             options |= {"START": False, "POTENTIALS": True, "NEED_X": True}
             options |= {"NEED_Y": kind != "given", "BLOCK_G": 32}
             options |= {"DOT_DTYPE": tl.bfloat16, "DOT_PRECISION": "ieee", "ROWS": tile.rows}

@@ -1,9 +1,11 @@
 """Shared memory of every variant of the Triton kernels that a call can launch, without a GPU.
 
 Calls of every size class, kind of cost, pair of dtypes and option are made on CPU tensors, while a
-stand-in for Triton's driver records what they would compile, specialised arguments included. Of
-each variant only the shared memory is computed, by the passes of the compiler that allocate it;
-registers and instructions are in ``triton_resources.csv``.
+stand-in for Triton's driver records what they would compile, specialised arguments included: once
+for NVIDIA devices and once for AMD ones, which have other precisions and fewer warps. Of each
+variant only the shared memory is computed, by the passes of the compiler that allocate it;
+registers and instructions are in ``triton_resources.csv``. Compute capabilities 8.0 and 9.0 have
+rows of all variants, other targets those that need most of it, by kernel and tile.
 
 Variants of one key differ by options that add loads or stores of vectors only: packed problems,
 initial potentials, annealing, which gradients are needed, which side is swapped, which dtype of 16
@@ -28,7 +30,7 @@ from unittest import mock
 
 import torch
 from triton import knobs
-from triton._C.libtriton import ir, nvidia, passes
+from triton._C.libtriton import amd, ir, nvidia, passes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
@@ -42,9 +44,16 @@ from optical.ot import autograd
 from optical.testing.cases import Case, packed, random_case, random_vector_case
 from optical.testing.tolerance import solve
 
-# Shared memory that a program may have, by the compute capability that Triton compiles for. 8.6 and
-# 8.9 have less than the 166912 bytes of 8.0, and Triton compiles the same code for them.
-LIMITS = {80: 101376, 90: 232448}
+# Triton compiles the same code for 8.6 and 8.9 as for 8.0, and for 10.3 as for 10.0.
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Targets with rows of all variants, and the bytes from which on others have rows of the largest.
+COMPLETE, LARGE = ("sm_80", "sm_90"), 32768
 KINDS = ("given", "cosine", "sqeuclidean", "dot")
 # One size of each class: the tiles of TILES, both OBLONG ones, and streamed problems.
 SIZES = ((9, 12), (20, 30), (50, 60), (100, 128), (100, 200), (200, 100), (140, 150))
@@ -100,8 +109,11 @@ class Variant:
 
 
 @contextmanager
-def recording() -> Iterator[dict[Key, Variant]]:
-    """Record the variants that calls of the "triton" backend would compile; nothing is run."""
+def recording(vendor: str = "cuda") -> Iterator[dict[Key, Variant]]:
+    """Record the variants that calls of the "triton" backend would compile; nothing is run.
+
+    ``vendor`` is "cuda" or "hip". All devices of one have the same variants.
+    """
     found: dict[Key, Variant] = {}
 
     def record(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
@@ -120,8 +132,11 @@ def recording() -> Iterator[dict[Key, Variant]]:
 
     stand_in = mock.Mock()
     stand_in.get_current_device.return_value = 0
-    stand_in.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    stand_in.get_current_target.return_value = next(
+        target for target in TARGETS.values() if target.backend == vendor
+    )
     with (
+        mock.patch.object(torch.version, "hip", "7.0" if vendor == "hip" else None),
         mock.patch.object(driver, "_active", stand_in),
         mock.patch.object(registry, "runs_triton", lambda tensor: True),
         mock.patch.object(knobs.runtime, "jit_cache_hook", record),
@@ -137,9 +152,9 @@ def _forget_targets() -> None:
             function.device_caches.clear()
 
 
-def reachable() -> dict[Key, Variant]:
-    """Every variant of the kernels that a call can reach, one per key."""
-    with recording() as found:
+def reachable(vendor: str) -> dict[Key, Variant]:
+    """Every variant of the kernels that a call can reach on devices of a vendor, one per key."""
+    with recording(vendor) as found:
         for case in _cases():
             _call(case)
         for programs in (0, 10**6):
@@ -181,6 +196,7 @@ def _call(case: Case) -> None:
     if case.log_a.shape[-1] != SIZES[0][0]:
         return
     # These kernels have one tile for all sizes.
+    solve("triton", replace(case, anneal_start=1.0), "unroll")
     problem = case.problem("envelope", "triton")
     v = torch.zeros(*case.log_b.shape, 64)
     autograd.apply_plan(problem, case.log_a, case.log_b, v, False)
@@ -188,9 +204,9 @@ def _call(case: Case) -> None:
         autograd.plan(problem, case.log_a, case.log_b, False)
 
 
-def shared_bytes(variant: Variant, capability: int) -> int:
-    """Compile a variant as far as the allocation of its shared memory."""
-    target = GPUTarget("cuda", capability, 32)
+def shared_bytes(variant: Variant, name: str) -> int:
+    """Compile a variant for the target ``name`` as far as the allocation of its shared memory."""
+    target = TARGETS[name]
     backend = make_backend(target)
     chosen = {"num_warps": variant.warps, "num_stages": variant.stages}
     options = backend.parse_options(chosen)
@@ -206,32 +222,60 @@ def shared_bytes(variant: Variant, capability: int) -> int:
     generators = backend.get_codegen_implementation(options)
     module = source.make_ir(target, options, generators, backend.get_module_map(), context)
     metadata = {"target": target, **options.__dict__}
-    module = backend.make_ttir(module, metadata, options, capability)
-    module = backend.make_ttgir(module, metadata, options, capability)
+    amd_target = target.backend == "hip"
+    # Only NVIDIA's passes take the compute capability.
+    capability = () if amd_target else (target.arch,)
+    module = backend.make_ttir(module, metadata, options, *capability)
+    module = backend.make_ttgir(module, metadata, options, *capability)
     manager = ir.pass_manager(module.context)
-    passes.ttgpuir.add_combine_tensor_select_and_if(manager)
-    passes.ttgpuir.add_allocate_warp_groups(manager)
-    passes.convert.add_scf_to_cf(manager)
-    nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, capability, 80)
+    if amd_target:
+        amd.passes.ttgpuir.add_update_async_wait_count(manager, target.arch)
+        amd.passes.ttgpuir.add_optimize_lds_usage(manager, target.arch, 0)
+        passes.convert.add_scf_to_cf(manager)
+        passes.convert.add_index_to_llvmir(manager)
+        amd.passes.ttgpuir.add_allocate_shared_memory(manager)
+    else:
+        passes.ttgpuir.add_combine_tensor_select_and_if(manager)
+        passes.ttgpuir.add_allocate_warp_groups(manager)
+        passes.convert.add_scf_to_cf(manager)
+        nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, target.arch, 80)
     manager.run(module, "allocate")
     return int(module.get_int_attr("ttg.shared"))
 
 
-def read(path: Path) -> dict[tuple[Key, int], int]:
-    """Read a table: bytes by key and compute capability."""
+def wanted(
+    variants: dict[Key, Variant], target: str, rows: dict[tuple[Key, str], int]
+) -> dict[Key, Variant]:
+    """The variants, of a target's vendor, that the table holds for it, from its complete rows."""
+    if target in COMPLETE:
+        return variants
+    largest: dict[tuple[str, ...], tuple[int, tuple[str, ...]]] = {}
+    for (key, of), size in rows.items():
+        if of in COMPLETE and size >= LARGE:
+            place = _operands(key)[:2]
+            largest[place] = min(largest.get(place, (0, ())), (-size, _operands(key)))
+    chosen = {operands for _, operands in largest.values()}
+    return {key: variant for key, variant in variants.items() if _operands(key) in chosen}
+
+
+def _operands(key: Key) -> tuple[str, ...]:
+    """Kernel, tile, cost and vectors of a key: warps and options differ between vendors."""
+    kernel, tile, kind, vectors, _ = key
+    return kernel, tile.split()[0], kind, vectors
+
+
+def read(path: Path) -> dict[tuple[Key, str], int]:
+    """Read a table: bytes by key and target."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     keys: list[Key] = [tuple(row[name] for name in FIELDS) for row in rows]  # type: ignore[misc]
-    return {
-        (key, int(row["capability"])): int(row["bytes"])
-        for key, row in zip(keys, rows, strict=True)
-    }
+    return {(key, row["target"]): int(row["bytes"]) for key, row in zip(keys, rows, strict=True)}
 
 
-def write(path: Path, rows: dict[tuple[Key, int], int]) -> None:
+def write(path: Path, rows: dict[tuple[Key, str], int]) -> None:
     """Write a table, sorted by key."""
-    columns = (*FIELDS, "capability", "bytes")
-    cells = ((*key, capability, size) for (key, capability), size in sorted(rows.items()))
+    columns = (*FIELDS, "target", "bytes")
+    cells = ((*key, target, size) for (key, target), size in sorted(rows.items()))
     write_table(path, columns, (dict(zip(columns, row, strict=True)) for row in cells))
 
 
@@ -246,15 +290,17 @@ def main() -> None:
         "--missing", action="store_true", help="compile only rows that are missing in the CSV"
     )
     args = parser.parse_args()
-    variants = reachable()
     rows = read(args.output) if args.missing and args.output.exists() else {}
-    rows = {row: size for row, size in rows.items() if row[0] in variants}
-    for capability in LIMITS:
-        for key in sorted(variants):
-            if (key, capability) not in rows:
-                rows[key, capability] = shared_bytes(variants[key], capability)
-                print(*key, capability, rows[key, capability], flush=True)
-                write(args.output, rows)
+    variants = {vendor: reachable(vendor) for vendor in ("cuda", "hip")}
+    kept: dict[tuple[Key, str], int] = {}
+    for name, target in TARGETS.items():
+        for key, variant in sorted(wanted(variants[target.backend], name, kept).items()):
+            known = rows.get((key, name))
+            kept[key, name] = shared_bytes(variant, name) if known is None else known
+            if known is None:
+                print(*key, name, kept[key, name], flush=True)
+        write(args.output, {**rows, **kept})
+    write(args.output, kept)
 
 
 if __name__ == "__main__":

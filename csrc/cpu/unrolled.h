@@ -60,13 +60,17 @@ struct Unrolled {
         const int32_t steps = run_again(batch, out.n_iter[index], a, b);
         const T omega = (T)batch.omega;
         iteration.set_step(steps == 1 ? (T)1 : omega);
+        // Without over-relaxation, the last iteration says what the sums are: those of columns are b
+        // exp(-g / rho), and those of rows were a exp(-f / rho) before g changed.
+        sums_known = steps == 1 || (steps > 1 && omega == 1);
+        if (sums_known && problem.penalty_a())
+            measure_changes(history_at(steps - 1) + problem.row_count);
         start(out, a.first, b.first, steps > 0 ? iteration.share_b : (T)0);
 
         int used = 0;        // columns of the low-rank sum
         bool based = false;  // K is that of a base near the current step
         for (int32_t k = steps - 1; k >= 0; --k) {
-            const int64_t size = problem.row_count + problem.col_count;
-            const T *before = work.history + k * size, *after = before + size;
+            const T *before = history_at(k), *after = history_at(k + 1);
             const T *f = after, *g = after + problem.row_count;
             const T* old_g = before + problem.row_count;
             iteration.set_step(k == 0 ? (T)1 : omega);
@@ -103,6 +107,12 @@ private:
     T *row_scale, *col_scale;
     T *row_flow, *col_flow;  // scaled adjoints of the rows and the columns, to be multiplied with K
     T *left, *right;  // factors of the low-rank sum
+    bool sums_known;
+
+    // The potentials after iteration k: f, then g.
+    const T* history_at(int32_t k) const {
+        return work.history + k * (problem.row_count + problem.col_count);
+    }
 
     // Runs the iterations of the forward pass again, with their history. Returns their number.
     int32_t run_again(const optical_problem& batch, int32_t ran, const Side& a, const Side& b) {
@@ -134,8 +144,7 @@ private:
                 S::select(mass > Bounds<T>::least_divisor, sum / mass, S::all(0));
             deviation =
                 S::select(S::absolute(deviation) < Number<T>::infinity, deviation, S::all(0));
-            const Vector q = up.value * dual_slope(work.g, work.col_mass, problem.mass_b,
-                                                   problem.log_b, j, problem.rho_b, -common);
+            const Vector q = up.value * column_slope(j, -common);
             S::store(mean + j, q + deviation);
             S::store(shift + j, (1 - taken) * q - taken * deviation);
         });
@@ -146,7 +155,9 @@ private:
             const Vector mass = S::load(work.row_mass + i), moved = S::load(row_flow + i);
             S::store(bar_f + i, moved * scale + gathered(grad_f, problem.row_index, i, problem.n));
             Vector direct = epsilon * (S::load(problem.mass_a + i) * (T)problem.total_b - mass);
-            if (problem.penalty_a()) direct += problem.rho_a * (S::load(problem.mass_a + i) - mass);
+            if (problem.penalty_a())
+                direct += penalty_slope(work.f, work.row_mass, problem.mass_a, work.row_cost, i,
+                                        problem.rho_a);
             S::store(bar_a + i, moved + up.value * direct);
         });
         problem.own_columns([&](int64_t j) {
@@ -157,7 +168,9 @@ private:
             S::store(bar_g + j, rest * scale + gathered(grad_g, problem.col_index, j, problem.m));
             S::store(work.col_cost + j, all * scale);
             Vector direct = epsilon * (S::load(problem.mass_b + j) * (T)problem.total_a - mass);
-            if (problem.penalty_b()) direct += problem.rho_b * (S::load(problem.mass_b + j) - mass);
+            if (problem.penalty_b())
+                direct += penalty_slope(work.g, work.col_mass, problem.mass_b, nullptr, j,
+                                        problem.rho_b);
             S::store(bar_b + j, (all + rest) + up.value * direct);
         });
     }
@@ -173,7 +186,7 @@ private:
     void set_row_slopes(T* slope, double origin) {
         problem.own_rows([&](int64_t i) {
             S::store(slope + i, dual_slope(work.f, work.row_mass, problem.mass_a, problem.log_a, i,
-                                           problem.rho_a, origin));
+                                           work.row_cost, problem.rho_a, origin));
         });
         sync(problem.team);
     }
@@ -193,16 +206,92 @@ private:
         return common;
     }
 
+    Vector column_slope(int64_t j, double origin) const {
+        return dual_slope(work.g, work.col_mass, problem.mass_b, problem.log_b, j, nullptr,
+                          problem.rho_b, origin);
+    }
+
+    // The changes of the row sums since g was old_g, relative to the sums before, in row_cost. The
+    // changes are the sums of P (1 - exp((old_g - g) / epsilon)), and add up to the difference of
+    // the masses of both sides, which removes the rounding errors that they share.
+    void measure_changes(const T* old_g) {
+        T *const change = work.row_cost, *const moved = col_scale;
+        problem.own_columns([&](int64_t j) {
+            for (int64_t k = j; k < j + width; ++k) {
+                const double exponent = ((double)old_g[k] - (double)work.g[k]) / problem.epsilon;
+                moved[k] = work.bv[k] * (T)-__builtin_expm1(exponent);
+            }
+        });
+        sync(problem.team);
+        kernel.sweep(
+            moved, work.f_next,
+            [&](auto lanes, int64_t i, auto sum) {
+                typedef decltype(lanes) L;
+                L::store(change + i, L::load(work.au + i) * sum);
+                return L::all(0);
+            },
+            [&](int64_t, Vector) {});
+        sync(problem.team);
+        double missing = 0, mass = 0;
+        for (int64_t j = 0; j < problem.m; ++j)
+            if (work.unmatched_b[j] == 0)
+                missing += required_mass(problem.log_b[j], work.g[j], problem.rho_b);
+        for (int64_t i = 0; i < problem.n; ++i)
+            if (work.unmatched_a[i] == 0) {
+                missing -= required_mass(problem.log_a[i], work.f[i], problem.rho_a);
+                missing -= (double)change[i], mass += (double)work.row_mass[i];
+            }
+        sync(problem.team);
+        problem.own_rows([&](int64_t i) {
+            const Vector sum = S::load(work.row_mass + i);
+            const Vector all = S::load(change + i) + (T)(missing / mass) * sum;
+            S::store(change + i, all / (sum - all));
+        });
+        sync(problem.team);
+    }
+    static double required_mass(T log_mass, T potential, T rho) {
+        return __builtin_exp((double)log_mass - (double)potential / (double)rho);
+    }
+    // sum / (mass exp(-potential / rho)) - 1, or infinity if the last iteration does not say.
+    // `changes` is null where it is 0.
+    double known_change(T sum, T mass, const T* changes, int64_t i) const {
+        const double change = changes && sums_known ? (double)changes[i] : 0;
+        const bool known = sums_known && sum > 0 && mass > Bounds<T>::least_divisor;
+        return known && __builtin_fabs(change) < 0.25 ? change : Number<double>::infinity;
+    }
     // Derivative of the dual value with respect to the mass of a marginal: the potential and the
-    // contribution of a penalty, less `origin`.
-    static Vector dual_slope(const T* potential, const T* sum, const T* mass, const T* log_mass,
-                             int64_t i, T rho, double origin) {
+    // contribution of a penalty, less `origin`. A large rho magnifies the rounding errors of the
+    // sum, so a known change is preferred.
+    Vector dual_slope(const T* potential, const T* sum, const T* mass, const T* log_mass, int64_t i,
+                      const T* changes, T rho, double origin) const {
         Vector slope;
         for (int lane = 0; lane < width; ++lane, ++i) {
             double all = (double)potential[i] - origin;
-            if (rho < Number<T>::infinity && sum[i] > 0)
-                all += (double)rho * Objective<T>::log_ratio(sum[i], mass[i], log_mass[i]);
+            if (rho < Number<T>::infinity && sum[i] > 0) {
+                const double change = known_change(sum[i], mass[i], changes, i);
+                if (change == 0)
+                    all = -origin;
+                else if (change < 1)
+                    all = (double)rho * __builtin_log1p(change) - origin;
+                else
+                    all += (double)rho * Objective<T>::log_ratio(sum[i], mass[i], log_mass[i]);
+            }
             slope[lane] = (T)all;
+        }
+        return slope;
+    }
+    // Derivative of a penalty with respect to the log-mass, with opposite sign: rho (mass - sum).
+    Vector penalty_slope(const T* potential, const T* sum, const T* mass, const T* changes,
+                         int64_t i, T rho) const {
+        Vector slope;
+        for (int lane = 0; lane < width; ++lane, ++i) {
+            double missing = (double)mass[i] - (double)sum[i];
+            const double change = known_change(sum[i], mass[i], changes, i);
+            if (change < 1) {
+                const double factor = __builtin_expm1(-(double)potential[i] / (double)rho);
+                missing = -(double)mass[i] * (factor + (1 + factor) * change);
+            }
+            slope[lane] = (T)((double)rho * missing);
         }
         return slope;
     }

@@ -252,8 +252,8 @@ struct ThreadGrid {
     // The same sums for the iteration of a cluster. A trip through the network between
     // multiprocessors takes about 200 clocks, so all blocks are asked before the first answer is
     // used: the zero that starts the sums depends on all answers, or the compiler would use one
-    // answer before it asks for the next.
-    template <int BLOCKS>
+    // answer before it asks for the next. One loop serves 2, 4 and 8 blocks, where absent ones add
+    // zeros: a loop for each number doubled the code of the iteration.
     OPTICAL_DEVICE void add_blocks(const float* parts, float (&out)[OJ]) const {
         struct alignas(4 * OJ) Part {
             float values[OJ];
@@ -263,26 +263,31 @@ struct ThreadGrid {
         for (int o = 0; o < OJ; ++o) out[o] = 0;
         OPTICAL_KEEP_LOOP
         for (int w = 0; w < down; ++w, local += across * 32 * OJ) {
-            Part of_block[BLOCKS];
+            Part of_block[max_blocks] = {};
             unsigned bits = 0;
             OPTICAL_UNROLL_LOOP
-            for (int b = 0; b < BLOCKS; ++b) of_block[b] = *remote((const Part*)local, b);
+            for (int b = 0; b < 2; ++b) of_block[b] = *remote((const Part*)local, b);
+            if (blocks > 2) {
+                OPTICAL_UNROLL_LOOP
+                for (int b = 2; b < 4; ++b) of_block[b] = *remote((const Part*)local, b);
+                if (blocks > 4)
+                    OPTICAL_UNROLL_LOOP
+                    for (int b = 4; b < 8; ++b) of_block[b] = *remote((const Part*)local, b);
+            }
             OPTICAL_UNROLL_LOOP
-            for (int b = 0; b < BLOCKS; ++b) bits ^= bits_of(of_block[b].values[0]);
+            for (int b = 0; b < max_blocks; ++b) bits ^= bits_of(of_block[b].values[0]);
             const float zero = bits == 0x7fffffffu ? 0.0f : -0.0f;
             OPTICAL_UNROLL_LOOP
             for (int o = 0; o < OJ; ++o) {
                 out[o] += zero;
                 OPTICAL_UNROLL_LOOP
-                for (int b = 0; b < BLOCKS; ++b) out[o] += of_block[b].values[o];
+                for (int b = 0; b < max_blocks; ++b) out[o] += of_block[b].values[o];
             }
         }
     }
     OPTICAL_DEVICE void add_all_columns(const float* parts, float (&out)[OJ]) const {
-        if (span != Span::cluster || !has_clusters) add_columns<Sum>(parts, out);
-        else if (blocks == 8) add_blocks<8>(parts, out);
-        else if (blocks == 4) add_blocks<4>(parts, out);
-        else add_blocks<2>(parts, out);
+        if (span == Span::cluster && has_clusters) add_blocks(parts, out);
+        else add_columns<Sum>(parts, out);
     }
     // Calls use(report) in one lane for every warp w < count of every block: report w * step.
     template <typename Use>
@@ -404,6 +409,7 @@ struct ThreadGrid {
         if (lane == 0) all[warp * scalars_per_warp] = (double)bits;
         sync();
         unsigned bits_of_all = 0;
+        OPTICAL_KEEP_LOOP
         for (int b = 0; b < blocks; ++b)
             if (lane < warps) bits_of_all |= (unsigned)at_block(all, b)[lane * scalars_per_warp];
         return warp_or<lanes>(bits_of_all);

@@ -60,16 +60,17 @@ def unroll(
     grad_log_a, grad_log_b = torch.empty_like(problem.log_a), torch.empty_like(problem.log_b)
     buffers = GradientBuffers(grad_x, grad_y, grad_log_a, grad_log_b, need_x, need_y)
     steps = max(1, problem.max_iter)
-    annealing = problem.log_a.new_empty(steps)
-    launch_kernel(
-        annealing_kernel,
-        (1,),
-        annealing,
-        steps,
-        problem.anneal_start,
-        problem.anneal_ratio,
-        num_warps=1,
-    )
+    annealing = problem.log_a.new_zeros(steps)
+    if problem.anneal_start > 0:
+        launch_kernel(
+            annealing_kernel,
+            (1,),
+            annealing,
+            steps,
+            problem.anneal_start,
+            problem.anneal_ratio,
+            num_warps=1,
+        )
     _unroll_onchip(launch, upstream, buffers, f, n_iter, annealing)
     if max(launch.n, launch.m) > tuning.RESIDENT:
         StreamedUnroll(launch, upstream, buffers, f, n_iter, annealing).run()
@@ -86,7 +87,7 @@ def _unroll_onchip(
 ) -> None:
     problem = launch.problem
     potentials = upstream.f is not None and upstream.g is not None
-    tiles = choose_tiles(launch, tuning.ADJOINT)
+    tiles = choose_tiles(launch, tuning.UNROLLED)
     steps = problem.max_iter + 1 if tiles else 0
     path_f, path_g = (x.new_empty(steps * x.numel()) for x in (problem.log_a, problem.log_b))
     for side, tile in tiles:
@@ -113,7 +114,7 @@ def _unroll_onchip(
             1 / problem.rho_a,
             1 / problem.rho_b,
             problem.omega,
-            0 if side == min(tuning.ADJOINT) else side // 2 + 1,
+            0 if side == min(tuning.UNROLLED) else side // 2 + 1,
             side,
             START=problem.f0 is not None,
             POTENTIALS=potentials,

@@ -241,6 +241,14 @@ def choose_tiles(launch: Layout, table: dict[int, tuning.Tile]) -> list[tuple[in
     return [(side, tile) for side, tile in table.items() if side <= last]
 
 
+def onchip_table(launch: LaunchProblem, table: dict[int, tuning.Tile]) -> dict[int, tuning.Tile]:
+    """The table of tiles of the iterations, without the smallest ones for implicit gradients."""
+    least = tuning.IMPLICIT_SIDE if launch.problem.gradient == "implicit" else 0
+    if not launch.packed and max(launch.n, launch.m) >= least:
+        return table
+    return {side: tile for side, tile in table.items() if side >= least} or table
+
+
 def initial_potentials(problem: Problem) -> tuple[Tensor, Tensor]:
     """``f0`` and ``g0``, or placeholders where the run starts from zero."""
     unused = problem.epsilon

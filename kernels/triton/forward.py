@@ -21,6 +21,7 @@ from optical.kernels.batch import (
     choose_tiles,
     cost_options,
     initial_potentials,
+    onchip_table,
     tile_options,
 )
 from optical.kernels.launch import KeptLaunch, RepeatedLaunch, launch_kernel
@@ -63,7 +64,8 @@ def forward(
             kept.append(launch.norms)
         general = problem.omega != 1 or min(problem.rho_a, problem.rho_b) < math.inf
         roomy = general or problem.anneal_start > 0 or launch.precision.startswith("tf32")
-        tiles = choose_tiles(launch, tuning.ROOMY if roomy else tuning.TILES)
+        table = tuning.ROOMY if roomy else tuning.TILES
+        tiles = choose_tiles(launch, onchip_table(launch, table))
         longer = launch.packed and max(launch.n, launch.m) > tuning.RESIDENT
         streamed = longer or not tiles
         # Other kernels and gradients read more than the values.
@@ -85,7 +87,8 @@ def forward(
             tensors = *launch.pointers(), *initial_potentials(problem), f, g, *outputs
             options = general, problem.f0 is not None, *problem[FIRST_OPTION:]
             for side, tile in tiles:
-                _onchip_launch(launch.layout, side, tile, *options)(*tensors)
+                least = 0 if side == tiles[0][0] else side // 2 + 1
+                _onchip_launch(launch.layout, (least, side), tile, *options)(*tensors)
         if problem.gradient == "implicit":
             _solve_adjoint(launch, f, g, w, z, residual)
     return solution
@@ -93,9 +96,14 @@ def forward(
 
 @functools.lru_cache(maxsize=4096)
 def _onchip_launch(
-    layout: Layout, side: int, tile: tuning.Tile, general: bool, start: bool, *options: Any
+    layout: Layout,
+    sides: tuple[int, int],
+    tile: tuning.Tile,
+    general: bool,
+    start: bool,
+    *options: Any,
 ) -> KeptLaunch:
-    """The launch that solves problems of up to ``side`` rows or columns on chip.
+    """The launch that solves problems whose longest side is within ``sides`` on chip.
 
     ``start``: from given potentials. ``options`` are the fields of a ``Problem`` from ``max_iter``.
     """
@@ -105,8 +113,7 @@ def _onchip_launch(
         (layout.size,),
         *layout.sizes(),
         *(max_iter, tol, 1 / rho_a, 1 / rho_b, omega, anneal_start, anneal_ratio),
-        0 if side == min(tuning.TILES) else side // 2 + 1,
-        side,
+        *sides,
         START=start,
         GENERAL=general,
         ANNEAL=anneal_start > 0,

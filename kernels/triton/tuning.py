@@ -55,13 +55,16 @@ ROOMY = TILES | {
     64: Tile(64, 64, 32, 32, 2, 1, 2),
     128: Tile(128, 128, 32, 32, 4, 2, 2),
 }
-# Tiles of the linear system behind implicit gradients, whose sums are float64.
-ADJOINT = {
-    16: Tile(16, 16, 32, 16, 1, 1, 2),
-    32: Tile(32, 32, 32, 32, 1, 1, 2),
+# Tiles of the reverse sweep of unrolled gradients.
+UNROLLED = TILES | {
     64: Tile(64, 64, 32, 32, 2, 2, 2),
     128: Tile(128, 128, 32, 32, 4, 2, 2),
 }
+# Tiles of the linear system behind implicit gradients, whose sums are float64, and the smallest
+# side of the iterations before it. A training on texts of all lengths compiles every tile of both,
+# so these leave the smallest ones out.
+ADJOINT = {side: UNROLLED[side] for side in (64, 128)}
+IMPLICIT_SIDE = 32
 
 
 class GradientTile(NamedTuple):

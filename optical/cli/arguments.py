@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -31,8 +32,9 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def whole_number(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text}, expected {least} or more")
+        if not least <= value <= sys.maxsize:
+            limit = f"{least} or more" if value < least else f"{sys.maxsize} or less"
+            raise argparse.ArgumentTypeError(f"{text}, expected {limit}")
         return value
 
     whole_number.__name__ = "int"  # argparse names the type: "invalid int value"
@@ -85,6 +87,15 @@ def check_inputs(paths: Iterable[str | None]) -> None:
     for path in paths:
         if path is not None:
             check_readable(path)
+
+
+def check_not_input(output: str, inputs: Iterable[str | None]) -> None:
+    """Raise ValueError if writing a file would destroy an input; pairs of files have a comma."""
+    target = Path(output)
+    for name in inputs:
+        for path in (name, *name.split(",")) if name and target.is_file() else ():
+            if Path(path).is_file() and target.samefile(path):
+                raise ValueError(f"output: {output} is an input of this command; choose another")
 
 
 def check_output_folder(path: str) -> None:

@@ -26,6 +26,8 @@ def explain(error: Exception) -> str | None:
         return f"memory ran out ({cause}); use a smaller batch size, shorter texts or fewer of them"
     if any(re.search(pattern, str(error)) for pattern in DISK_FULL_PATTERNS):
         return cause if isinstance(error, OSError) else f"no room to write ({cause}); free some"
+    if isinstance(error, OverflowError) or "without overflow" in cause:
+        return f"a number is too large ({cause}); choose a smaller one"
     if isinstance(error, RecursionError):
         return f"an input is nested too deeply ({cause})"
     if isinstance(error, _PLAIN) or type(error).__name__ in _PLAIN_NAMES:

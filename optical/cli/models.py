@@ -13,6 +13,7 @@ from optical.cli.arguments import (
     ROLES,
     at_least,
     check_inputs,
+    check_not_input,
     check_output_folder,
     check_passages,
     number,
@@ -178,6 +179,7 @@ def lexicon(
     from optical.data.pairs import check_bitext, iter_distinct_pairs
 
     writable_file(output)
+    check_not_input(output, bitext)
     for path in bitext:
         check_bitext(path, max_pairs)
     pair_count = itertools.count()
@@ -217,6 +219,7 @@ def align(
     from optical.models.retriever import check_model
 
     writable_file(output)
+    check_not_input(output, [bitext])
     check_device(device)
     for name in (model, teacher):
         if name is not None:

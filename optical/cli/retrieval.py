@@ -10,6 +10,7 @@ from typing import Any
 from optical.cli.arguments import (
     at_least,
     check_inputs,
+    check_not_input,
     check_passages,
     check_tag,
 )
@@ -28,9 +29,8 @@ from optical.cli.shared import (
 
 logger = logging.getLogger("optical")
 
-# The recall of an approximate search is that of this many best documents. It scores ten times as
-# many candidates as it returns.
-RECALL_DEPTH, REFINE = 100, 10
+# The recall of an approximate search is that of this many best documents.
+RECALL_DEPTH = 100
 
 
 def register(subparsers: Any) -> None:
@@ -103,7 +103,8 @@ def _add_index_arguments(command: argparse.ArgumentParser) -> None:
         "--refine",
         type=at_least(1),
         help="With --approximate, number of candidates that are scored by their vectors, as a "
-        f"multiple of --depth (default: {REFINE}). More of them raise the recall and the time.",
+        "multiple of --depth (default: 10, or as many as make 1000). More of them raise the recall "
+        "and the time.",
     )
 
 
@@ -138,6 +139,7 @@ def search(
     tag = check_tag(tag, model)
     check_passages(passage_length, passage_stride)
     writable_file(output)
+    check_not_input(output, [queries, documents])
     check_device(device)
     if any_model and not index:
         raise ValueError("any_model: given without --index, which alone records a model")
@@ -167,7 +169,8 @@ def search(
             depth=searched_depth,
             batch_size=batch_size,
             any_model=any_model,
-            refine=(refine or REFINE) if approximate else None,
+            approximate=approximate,
+            refine=refine,
             device=device,
         )
     else:
@@ -250,23 +253,23 @@ def _search_index(
     depth: int,
     batch_size: int,
     any_model: bool,
+    approximate: bool,
     refine: int | None,
     device: str | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Search stored token vectors; return the run, and the number of documents or the recall.
-
-    With `refine`, the search is approximate.
-    """
+    """Search stored token vectors; return the run, and the number of documents or the recall."""
     logger.info("opening the index %s", index)
     from optical.models.retriever import check_model
     from optical.retrieval.index import LanceIndex, open_index
 
     check_model(model)
     opened = open_index(index)
-    if refine:
+    if approximate:
         if not isinstance(opened, LanceIndex):
             raise ValueError(f"approximate: {index} is no database of `optical index`")
         opened.check_approximate()
+    if not len(opened):
+        raise ValueError(f"{index}: the index holds no documents; write it again")
     retriever = load_model(model, device)
     from optical.models.encoding import encode
 
@@ -280,7 +283,7 @@ def _search_index(
         opened.origin.check_searchable(retriever, index)
     logger.info("searching %d documents for %d queries", len(opened), len(texts))
     vectors = encode(retriever, list(texts.values()), "query", batch_size=batch_size)
-    if not refine or not isinstance(opened, LanceIndex):
+    if not approximate or not isinstance(opened, LanceIndex):
         return opened.search(list(texts), vectors, depth=depth), {"documents searched": len(opened)}
     run = opened.search(list(texts), vectors, depth=depth, approximate=True, refine=refine)
     best = min(depth, RECALL_DEPTH)

@@ -94,12 +94,20 @@ def workers_of(worker: int | None, workers: int | None) -> tuple[int, int]:
         ValueError: the numbers do not fit.
     """
     if workers is None:
-        workers = int(os.environ.get("WORLD_SIZE", 1))
+        workers = _from_environment("WORLD_SIZE", 1)
     if worker is None:
-        worker = int(os.environ.get("RANK", 0)) if workers > 1 else 0
+        worker = _from_environment("RANK", 0) if workers > 1 else 0
     if worker >= workers:
         raise ValueError(f"worker: {worker}, expected a number from 0 to {workers - 1}")
     return worker, workers
+
+
+def _from_environment(name: str, least: int) -> int:
+    """Return the number in a variable of the environment, by default the least one."""
+    text = os.environ.get(name) or str(least)
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{name}: {text!r} in the environment, expected a number from {least}")
+    return int(text)
 
 
 def add_device_argument(command: argparse.ArgumentParser) -> None:
@@ -137,7 +145,7 @@ def load_model(name: str, device: str | None = None) -> Any:
     quiet_libraries()
     model = load_retriever(name)
     if device is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+        device = f"cuda:{_from_environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     return model if device is None else model.to(device)
 
 

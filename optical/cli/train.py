@@ -170,7 +170,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str], config: _Config) ->
     for key in config.settings:
         if key not in accepted:
             raise ValueError(f"{config.path}: unknown key `{key}`{nearest(key, accepted)}")
-    _parse_known(parser, config.words, f"{config.path}: ")
+    _check_words(parser, config)
     # The parser converts the values of the file, and the command line overrides them.
     argv = [*config.words, *argv]
     parser.set_defaults(output_dir=None)
@@ -241,10 +241,18 @@ def _check_early(recipe: str, argv: list[str], config: _Config) -> bool:
     _, unknown = _parse_known(parser, argv)
     if unknown or not config.settings.keys() <= names:
         return False
-    _parse_known(parser, config.words, f"{config.path}: ")
+    _check_words(parser, config)
     values, _ = _parse_known(parser, [*config.words, *argv])
     check_training(recipe, options_class, vars(values))
     return True
+
+
+def _check_words(parser: argparse.ArgumentParser, config: _Config) -> None:
+    """Raise ValueError for a value in the file that its option does not take."""
+    _, unknown = _parse_known(parser, config.words, f"{config.path}: ")
+    for key, value in config.settings.items():
+        if unknown and isinstance(value, list) and unknown[0] in map(str, value):
+            raise ValueError(f"{config.path}: {key}: {value!r}, expected one value")
 
 
 def _parse_known(

@@ -16,8 +16,14 @@ from optical.io.files import parse_json_line
 
 _ID_KEYS = ("id", "_id", "docid", "doc_id", "qid", "query_id", "topic_id")
 _TEXT_KEYS = ("text", "contents")
-# Names of topic fields in ir_datasets -> those in TREC markup.
-_FIELDS = {"description": "desc", "narrative": "narr"}
+# Other names of the fields of topics -> those in TREC markup.
+_FIELDS = {
+    "description": "desc",
+    "narrative": "narr",
+    "query": "title",
+    "number": "num",
+    "identifier": "num",
+}
 
 # Elements with the text of an article in the newswire collections of TREC and CLEF. All others
 # (dates, sections, by-lines, lengths) are metadata.
@@ -30,7 +36,10 @@ _DOCNO = re.compile(r"<DOCNO\b[^>]*>(.*?)</DOCNO\s*>", re.IGNORECASE | re.DOTALL
 _TAG = re.compile(r"</?[A-Za-z!][^>]*>")
 # Fields of a topic may lack closing tags (TREC) or have them (CLEF), and CLEF prefixes names with a
 # language, as in <EN-title>. A field ends at the start of the next field or the end of the topic.
-_TOPIC_FIELD = re.compile(r"<(?:[A-Za-z]{2}-)?(num|title|desc|narr)\b[^>]*>", re.IGNORECASE)
+_TOPIC_FIELDS = "num|title|desc|narr|question|" + "|".join(_FIELDS)
+_TOPIC_FIELD = re.compile(rf"<(?:[A-Za-z]{{2}}-)?({_TOPIC_FIELDS})\b[^>]*>", re.IGNORECASE)
+# Topics in XML, as in <topic number="1">, may have their number here.
+_TOPIC_NUMBER = re.compile(r"""\b(?:number|id)\s*=\s*["']([^"']*)["']""", re.IGNORECASE)
 _TOPIC_LABEL = re.compile(r"^\s*(number|topic|description|narrative)\s*:", re.IGNORECASE)
 
 
@@ -45,7 +54,8 @@ def read_texts(path: str | os.PathLike[str], *, topic_fields: Sequence[str] = ()
       accepted too, and a ``title`` is prepended to the text. A text that is null is empty. Topics
       of HC4 and NeuCLIR are read in English.
     - ``.trec``, ``.sgml``, ``.sgm``, ``.xml``: ``<DOC>`` elements with a ``<DOCNO>``, or ``<top>``
-      elements with a ``<num>``. The text of a document is its titles, headlines and body.
+      elements with a ``<num>``, or ``<topic number="…">``. The text of a document is its titles,
+      headlines and body.
 
     Args:
         path: the file, which may be a pipe.
@@ -164,17 +174,21 @@ def _field(record: Any, names: Sequence[str], types: tuple[type, ...], location:
 def _read_trec(
     path: Path, lines: Lines, topic_fields: Sequence[str]
 ) -> Iterator[tuple[int, str, str]]:
-    for number, kind, block in _trec_blocks(path, lines):
+    for number, (kind, attributes), block in _trec_blocks(path, lines):
         if kind == "DOC":
             yield number, *_trec_document(block, path, number)
         else:
-            yield number, *_trec_topic(block, topic_fields or ("title",), path, number)
+            fields = topic_fields or ("title",)
+            yield number, *_trec_topic(block, attributes, fields, path, number)
 
 
-def _trec_blocks(path: Path, lines: Lines) -> Iterator[tuple[int, str, str]]:
-    """Yield line number, ``DOC`` or ``TOP``, and content of each element, one at a time."""
-    opening = re.compile(r"<(DOC|TOP)(?:\s[^>]*)?>", re.IGNORECASE)
-    kind = ""
+def _trec_blocks(path: Path, lines: Lines) -> Iterator[tuple[int, tuple[str, str], str]]:
+    """Yield line number, name with attributes, and content of each element, one at a time.
+
+    Names are ``DOC``, ``TOP`` and ``TOPIC``.
+    """
+    opening = re.compile(r"<(DOC|TOPIC|TOP)(\s[^>]*)?>", re.IGNORECASE)
+    kind = attributes = ""
     start = 0
     block: list[str] = []
     for number, line in lines:
@@ -183,10 +197,10 @@ def _trec_blocks(path: Path, lines: Lines) -> Iterator[tuple[int, str, str]]:
                 match = opening.search(line)
                 if match is None:
                     break
-                kind, start, block = match[1].upper(), number, []
+                kind, attributes, start, block = match[1].upper(), match[2] or "", number, []
                 line = line[match.end() :]
             closing = re.search(rf"</{kind}\s*>", line, re.IGNORECASE)
-            reopening = opening.search(line)
+            reopening = re.search(rf"<{kind}(\s[^>]*)?>", line, re.IGNORECASE)
             if reopening is not None and (closing is None or reopening.start() < closing.start()):
                 raise ValueError(
                     f"{path}:{start}: <{kind}> is not closed before the next element starts on "
@@ -196,7 +210,7 @@ def _trec_blocks(path: Path, lines: Lines) -> Iterator[tuple[int, str, str]]:
                 block.append(line)
                 break
             block.append(line[: closing.start()])
-            yield start, kind, "\n".join(block)
+            yield start, (kind, attributes), "\n".join(block)
             kind, line = "", line[closing.end() :]
     if kind:
         raise ValueError(
@@ -213,14 +227,18 @@ def _trec_document(block: str, path: Path, number: int) -> tuple[str, str]:
 
 
 def _trec_topic(
-    block: str, topic_fields: Sequence[str], path: Path, number: int
+    block: str, attributes: str, topic_fields: Sequence[str], path: Path, number: int
 ) -> tuple[str, str]:
     tags = list(_TOPIC_FIELD.finditer(block))
-    ends = [tag.start() for tag in tags[1:]] + [len(block)]
-    fields: dict[str, str] = {}
+    ends = [*(tag.start() for tag in tags), len(block)][1:]
+    fields: dict[str, str] = {} if tags else {"title": _strip_markup(block)}
+    if (given := _TOPIC_NUMBER.search(attributes)) is not None:
+        fields["num"] = html.unescape(given[1]).strip()
     for tag, end in zip(tags, ends, strict=True):
-        text = _strip_markup(block[tag.end() : end])
-        fields[tag[1].lower()] = _TOPIC_LABEL.sub("", text).strip()
+        name = tag[1].lower()
+        closing = re.compile(rf"</[^>]*{name}\s*>", re.IGNORECASE)
+        text = _strip_markup(closing.split(block[tag.end() : end])[0])
+        fields.setdefault(_FIELDS.get(name, name), _TOPIC_LABEL.sub("", text).strip())
     if not fields.get("num"):
         raise ValueError(f"{path}:{number}: <top> without <num>; every topic needs a number")
     missing = [field for field in topic_fields if field not in fields]

@@ -17,6 +17,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from optical.data.formats import is_grade_header, skip_header
 from optical.io.files import atomic_text, read_lines
@@ -29,7 +30,10 @@ Run = dict[str, dict[str, float]]
 Qrels = dict[str, dict[str, int]]
 """Query id -> document id -> grade; 1 and above is relevant, 0 and below judged not relevant."""
 
+_Number = TypeVar("_Number", int, float)
 _LARGEST_FLOAT32 = 3.4028234663852886e38
+# trec_eval counts the documents of every grade up to the highest one.
+LARGEST_GRADE = 1_000_000
 
 
 def ranked(scores: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -83,11 +87,8 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         if not run and is_grade_header(columns[:5]):
             skip_header(path, number, line)
             continue
-        try:
-            score = float(score_text)
-        except ValueError:
-            score = math.nan
-        if not math.isfinite(score):
+        score = _parse(float, score_text)
+        if score is None or not math.isfinite(score):
             raise ValueError(
                 f"{path}:{number}: score {score_text!r} is not a finite number; "
                 "the score is the fifth column"
@@ -201,13 +202,13 @@ def iter_qrels(path: str | os.PathLike[str]) -> Iterator[tuple[int, str, str, in
                 f"{path}:{number}: {len(columns)} columns, judgements need {expected}: "
                 "`qid 0 docid grade` or `qid docid grade` (ids without spaces)"
             )
-        try:
-            grade = int(columns[-1])
-        except ValueError:
+        grade = _parse(int, columns[-1])
+        if grade is None or abs(grade) > LARGEST_GRADE:
+            cause = "is not a whole number" if grade is None else f"is beyond {LARGEST_GRADE}"
             raise ValueError(
-                f"{path}:{number}: grade {columns[-1]!r} is not a whole number; "
+                f"{path}:{number}: grade {columns[-1]!r} {cause}; "
                 "the grade is the last column, 0 means not relevant"
-            ) from None
+            )
         empty = False
         yield number, columns[0], columns[-2], grade
     if empty:
@@ -226,6 +227,16 @@ def write_qrels(qrels: Mapping[str, Mapping[str, int]], path: str | os.PathLike[
             for docid, grade in grades.items():
                 _require_word(docid, "document id")
                 file.write(f"{qid} 0 {docid} {int(grade)}\n")
+
+
+def _parse(kind: type[_Number], text: str) -> _Number | None:
+    """Return a number of ASCII digits, or None; Python reads ``1_0`` and digits of any script."""
+    if not text.isascii() or "_" in text:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        return None
 
 
 def _require_word(value: str, name: str) -> None:

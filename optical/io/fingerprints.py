@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optical.io.files import checksum
+from optical.io.streams import is_stream
 
 
 def fingerprint(inputs: Any) -> str:
@@ -56,7 +57,9 @@ def with_digests(value: Any, digest: Callable[[str], str] | None = None) -> Any:
 
 
 def digest_or_name(value: str) -> str:
-    """Return the SHA-256 of the file `value`, or `value` if there is no such file."""
+    """Return the SHA-256 of the file `value`, or `value` if it is no file or a pipe."""
+    if is_stream(Path(value)):  # its content can be read once only
+        return value
     try:
         return file_digest(value)
     except OSError:

@@ -68,7 +68,12 @@ def parse_yaml(text: str, location: str) -> dict[str, Any]:
     loader: Any = type("Loader", (yaml.SafeLoader,), {})
     loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
     try:
-        raw = yaml.load(text, loader)
+        reader = loader(text)
+        node = reader.get_single_node()
+        raw = None
+        if node is not None:
+            _check_keys(node, location, set())
+            raw = reader.construct_document(node)
     except RecursionError:
         raise ValueError(f"{location}: not YAML that can be read (nested too deeply)") from None
     except yaml.YAMLError as error:
@@ -76,8 +81,25 @@ def parse_yaml(text: str, location: str) -> dict[str, Any]:
         suffix = f":{line + 1}" if line is not None else ""
         raise ValueError(f"{location}{suffix}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{location}: expected keys and values, found {type(raw).__name__}")
+        found = "nothing" if raw is None else type(raw).__name__
+        raise ValueError(f"{location}: expected keys and values, found {found}")
     return raw
+
+
+def _check_keys(node: Any, location: str, seen: set[int]) -> None:
+    """Raise ValueError for a key that stands twice; PyYAML would keep the last one in silence."""
+    if id(node) in seen or not isinstance(node.value, list):
+        return
+    seen.add(id(node))
+    keys: set[str] = set()
+    for entry in node.value:
+        key, value = entry if isinstance(entry, tuple) else (None, entry)
+        if isinstance(getattr(key, "value", None), str):
+            if key.value in keys:
+                line = key.start_mark.line + 1
+                raise ValueError(f"{location}:{line}: key `{key.value}` appears a second time")
+            keys.add(key.value)
+        _check_keys(value, location, seen)
 
 
 def nearest(key: str, keys: Iterable[str]) -> str:

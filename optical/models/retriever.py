@@ -210,17 +210,20 @@ def _check_encoder(name: str, module: Any) -> None:
             f"model {name}: its tokenizer has {units} units and its encoder {table} input vectors; "
             "save the tokenizer that the encoder was trained with"
         )
-    positions = max_positions(module)
-    if positions is None:
-        return
-    if tokenizer.model_max_length > positions:
+    positions, added = max_positions(module), _special_tokens(tokenizer)
+    if positions is not None and tokenizer.model_max_length > positions:
         tokenizer.model_max_length = positions
     for role in ROLES:
         length = getattr(module, f"{role}_length", None)
-        if length is not None and length > positions:
+        if None not in (length, positions) and length > positions:  # type: ignore[operator]
             raise ValueError(
                 f"model {name}: {role}_length is {length}, but the encoder has {positions} "
                 f"positions; train or save it with a {role}_length of at most {positions}"
+            )
+        if length is not None and length <= added:
+            raise ValueError(
+                f"model {name}: {role}_length is {length}, all of which the {added} special "
+                f"tokens take; train or save it with a {role}_length above {added}"
             )
 
 
@@ -254,13 +257,25 @@ def max_positions(module: Any) -> int | None:
 
 
 def check_length(model: Any, max_length: int | None) -> None:
-    """Raise ValueError if a length limit exceeds the positions of a model."""
+    """Raise ValueError if a length limit exceeds a model's positions or leaves no room for text."""
+    special = _special_tokens(getattr(model, "tokenizer", None))
+    if max_length is not None and max_length <= special:
+        raise ValueError(
+            f"max_length: {max_length}, but the tokenizer adds {special} special tokens to a text; "
+            f"expected {special + 1} or more"
+        )
     positions = max_positions(model)
     if None not in (max_length, positions) and max_length > positions:  # type: ignore[operator]
         raise ValueError(
             f"max_length: {max_length}, but the encoder has {positions} positions; expected at "
             f"most {positions}"
         )
+
+
+def _special_tokens(tokenizer: Any) -> int:
+    """Return the number of tokens that a tokenizer adds to every text."""
+    count = getattr(tokenizer, "num_special_tokens_to_add", None)
+    return count() if count is not None else 0
 
 
 def resolve_model(name: str) -> str:

@@ -68,6 +68,10 @@ class StoreWriter:
         if precision not in PRECISIONS:
             raise ValueError(f"precision: {precision!r}, expected 'float32' or 'float16'")
         self.folder = writable_folder(folder)
+        if any(self.folder.glob("*.lance")):
+            raise ValueError(
+                f"{self.folder}: holds a database of `optical index`; choose another folder"
+            )
         self.options = dict(options)
         self.partners = list(partners)
         self.checksums: dict[str, str] = {}
@@ -164,17 +168,28 @@ def read_store(folder: str | Path, *, verify: bool) -> dict[str, Any]:
         The options of the store, "documents" (number of texts) and "files" (name to SHA-256).
 
     Raises:
-        ValueError: there is no finished store, or a shard does not match its checksum.
+        ValueError: there is no finished store, its ``index.json`` is none of this package, or a
+            shard does not match its checksum.
     """
     folder = Path(folder)
     path = folder / "index.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no finished store of token vectors; write it first")
-    index: dict[str, Any] = read_json(path)
-    for name, digest in index["files"].items():
+    index: Any = read_json(path)
+    files = index.get("files") if isinstance(index, dict) else None
+    if (
+        not isinstance(files, dict)
+        or not files
+        or not all(name == Path(name).name for name in files)
+        or not isinstance(index.get("dimension"), int)
+        or not isinstance(index.get("role"), str)
+    ):
+        raise ValueError(f"{path}: is no index of token vectors; write the store again")
+    for name, digest in files.items():
         if verify:
             check_shard(folder, name, digest)
-    return index
+    checked: dict[str, Any] = index
+    return checked
 
 
 def check_shard(folder: Path, name: str, digest: str) -> None:

@@ -45,6 +45,7 @@ def align_tokens(
     other_tokens, x = _encode_sentence(student, other, role)
     english_tokens, y = _encode_sentence(teacher, english, role)
     result = sinkhorn((1 - x @ y.T)[None], epsilon=epsilon, max_iter=max_iter)
+    _check_mass(result.plan()[0], epsilon)
     return {
         "other_tokens": other_tokens,
         "english_tokens": english_tokens,
@@ -212,7 +213,19 @@ def _plans(
             max_iter=max_iter,
         )
         for plan, rows, columns, pair in zip(result.plan(), x_starts, y_starts, batch, strict=True):
+            if rows and columns:
+                _check_mass(plan, epsilon)
             yield plan[: len(rows), : len(columns)], rows, columns, pair
+
+
+def _check_mass(plan: Tensor, epsilon: float) -> None:
+    """Raise ValueError for a plan that float32 could not compute, whose links would be random."""
+    mass = float(plan.sum())
+    if not 0.9 < mass < 1.1:
+        raise ValueError(
+            f"epsilon: {epsilon}, which is beyond the precision of float32 (the plan holds a mass "
+            f"of {mass:.3g}, expected 1); choose a value such as 0.05"
+        )
 
 
 def _encode_batch(model: Any, texts: Sequence[str], role: str) -> tuple[Tensor, list[list[int]]]:

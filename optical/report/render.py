@@ -63,16 +63,25 @@ def _markdown_block(block: Block) -> str:
 
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
   color: #1b1b1b; background: #fff; }
-table { border-collapse: collapse; margin: 1rem 0 0.3rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: left;
+table { border-collapse: collapse; margin: 1rem 0 0.3rem; font-size: 0.9rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: left;
   white-space: nowrap; }
 nav { columns: 16rem; font-size: 0.9rem; } nav a { display: block; color: #0072b2; }
 th { border-bottom: 2px solid #444; } figure { margin: 1.5rem 0; } img { max-width: 100%; }
 .caption, figcaption { color: #555; font-size: 0.9rem; }
 pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; }
-.wide { overflow-x: auto; }
+/* A shadow at an edge says that more of a table is there; white covers it at the end. */
+.wide, figure { overflow-x: auto; background:
+  linear-gradient(to right, #fff 30%, #fff0) 0 / 3rem 100% no-repeat local,
+  linear-gradient(to left, #fff 30%, #fff0) 100% / 3rem 100% no-repeat local,
+  linear-gradient(to right, #0003, #0000) 0 / 0.7rem 100% no-repeat scroll,
+  linear-gradient(to left, #0003, #0000) 100% / 0.7rem 100% no-repeat scroll; }
+/* Labels of a figure cannot be read when it is shrunk to the width of a telephone. */
+@media (max-width: 40rem) { figure img { max-width: none; width: 40rem; mix-blend-mode: multiply; }
+  figcaption { position: sticky; left: 0; width: calc(100vw - 2rem); } }
 """
 
 

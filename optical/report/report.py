@@ -239,11 +239,12 @@ def _gaps(study: StudyDescription, summary: Summary) -> list[Block]:
                 *(share(each) if each else "–" for each in shares),
             ]
         )
+    low, high = (", ".join(map(study.name_of, group)) for group in (study.low, study.high))
     caption = (
-        f"{measure_name(summary.measure)}. Low: mean of {', '.join(study.low)}. High: mean of "
-        f"{', '.join(study.high)}. Recovered: share of the difference between {baseline} and "
-        f"English documents. A share is undefined (–) if its denominator is below {LEAST_WHOLE} or "
-        "hardly above zero. 95 % bootstrap intervals over queries and seeds."
+        f"{measure_name(summary.measure)}. Low: mean of {low}. High: mean of {high}. Recovered: "
+        f"share of the difference between {baseline} and English documents. A share is undefined "
+        f"(–) if its denominator is below {LEAST_WHOLE} or hardly above zero. 95 % bootstrap "
+        "intervals over queries and seeds."
     )
     heading = Heading("The gap between high- and low-resource languages")
     return [heading, Table(head, rows, caption)]

@@ -7,10 +7,11 @@ vectors, and several processes may add documents to it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,16 @@ logger = logging.getLogger("optical")
 _TABLE, _INDEX = "documents", "vector_idx"
 # Keys of the table's metadata: how documents were cut, and the model that encoded them.
 _PASSAGES, _ORIGIN = "passages", "origin"
+# Column with a digest of the document's text.
+_DIGEST = "digest"
+_PRIMARY_KEY = {"lance-schema:unenforced-primary-key": "true"}
 # Quantisation learns 256 codes from as many rows.
 LEAST_ROWS = 256
-# An approximate search reads this many lists of the index, and scores this many times as many rows
-# as it returns by their vectors.
-PROBES, REFINE = 20, 10
+# An approximate search reads this many lists of the index.
+PROBES = 20
+# It scores this many times as many rows as it returns by their vectors, and never fewer than a
+# thousand: the best ten of a large index are often not among its first hundred candidates.
+REFINE, LEAST_CANDIDATES = 10, 1000
 
 
 def write_database(
@@ -50,7 +56,8 @@ def write_database(
 ) -> int:
     """Encode texts into a LanceDB database; documents whose ids it already holds are skipped.
 
-    A document has one row, or one for each of its passages. Several processes may write one
+    A document has one row, or one for each of its passages. One that had another text when it was
+    added is refused. Several processes may write one
     database; a document that two of them encode is added once. With `workers`, they divide the
     documents, and each is encoded once.
 
@@ -74,8 +81,8 @@ def write_database(
     Raises:
         ImportError: LanceDB is not installed (extra ``index``).
         ValueError: the vectors are not of unit length; their size, the passage settings, the role
-            or the content of the model differ from those of the database; or ``worker`` is not
-            below ``workers``.
+            or the content of the model differ from those of the database; a document had another
+            text when it was added; or ``worker`` is not below ``workers``.
     """
     check_worker(worker, workers)
     table = _open_or_create(
@@ -84,27 +91,56 @@ def write_database(
         f"{passage_length} {passage_stride}",
         Origin.of_model(model, role),
     )
-    known_ids = _document_ids(table)
+    known = _digests(table)
     added = 0
     # The division does not depend on known ids, which change while others write.
     own = itertools.islice(chunks(documents, chunk_texts), worker, None, workers)
     pairs = (pair for ids, texts in own for pair in zip(ids, texts, strict=True))
-    for ids, texts in chunks((pair for pair in pairs if pair[0] not in known_ids), chunk_texts):
+    for ids, texts in chunks(_new_documents(pairs, known, location), chunk_texts):
         row_ids, tokens = encode_rows(
             model, ids, texts, role, batch_size, passage_length, passage_stride
         )
         _require_unit_length(tokens)
         with _writing(location):
-            added += _add_rows(table, row_ids, tokens)
+            digests = dict(zip(ids, map(_digest, texts), strict=True))
+            added += _add_rows(table, row_ids, tokens, digests)
         logger.info("%s: %d documents added", location, added)
     return added
+
+
+def _new_documents(
+    pairs: Iterable[tuple[str, str]], known: Mapping[str, str | None], location: str | Path
+) -> Iterator[tuple[str, str]]:
+    """Yield the documents that the database lacks; refuse one whose text has changed since."""
+    for key, text in pairs:
+        if key not in known:
+            yield key, text
+        elif known[key] not in (None, _digest(text)):
+            raise ValueError(
+                f"{location}: document {key!r} had another text when it was added; choose another "
+                "location, or give the changed document a new id"
+            )
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _digests(table: Any) -> dict[str, str | None]:
+    """Return the digest of each document's text; None in databases that record none."""
+    if _DIGEST not in table.schema.names:
+        return dict.fromkeys(_document_ids(table))
+    found = table.search().select(["id", _DIGEST]).to_arrow()
+    return dict(zip(found.column("id").to_pylist(), found.column(_DIGEST).to_pylist(), strict=True))
 
 
 def _open_or_create(location: str | Path, dimension: int, passages: str, origin: Origin) -> Any:
     """Open the table of documents, or create it, and check how its vectors were made."""
     pyarrow: Any = require("pyarrow", "index", "an index in LanceDB")
     vector = pyarrow.list_(pyarrow.list_(pyarrow.float32(), dimension))
-    fields = [("id", pyarrow.string()), ("vector", vector)]
+    # Of two commits that insert a key, LanceDB then repeats the later one, which finds it present.
+    key = pyarrow.field("id", pyarrow.string(), nullable=False, metadata=_PRIMARY_KEY)
+    fields = [key, pyarrow.field("vector", vector), pyarrow.field(_DIGEST, pyarrow.string())]
     metadata = {_PASSAGES: passages, _ORIGIN: origin.to_json()}
     database = _connect(location)
     with _writing(location):
@@ -112,7 +148,8 @@ def _open_or_create(location: str | Path, dimension: int, passages: str, origin:
             table = database.open_table(_TABLE)
         except (ValueError, FileNotFoundError):
             schema = pyarrow.schema(fields, metadata=metadata)
-            table = database.create_table(_TABLE, schema=schema)
+            # Another process may create it meanwhile where there are no locks.
+            table = database.create_table(_TABLE, schema=schema, exist_ok=True)
     stored_dimension = _dimension(table)
     if stored_dimension != dimension:
         raise ValueError(
@@ -142,11 +179,15 @@ def _writing(location: str | Path) -> Iterator[None]:
         yield
         return
     Path(location).mkdir(parents=True, exist_ok=True)
+    if any((Path(location) / name).exists() for name in ("options.json", "index.json")):
+        raise ValueError(f"{location}: holds token vectors in files; choose another folder")
     with folder_lock(location, wait=True):
         yield
 
 
-def _add_rows(table: Any, ids: Sequence[str], tokens: TokenVectors) -> int:
+def _add_rows(
+    table: Any, ids: Sequence[str], tokens: TokenVectors, digests: Mapping[str, str]
+) -> int:
     """Add the rows that have tokens in one transaction and return their number of documents.
 
     Documents that another process has added since are left out.
@@ -165,11 +206,15 @@ def _add_rows(table: Any, ids: Sequence[str], tokens: TokenVectors) -> int:
     found = table.search().where(f"id IN ({listed})").select(["id"]).to_arrow()
     present = set(found.column("id").to_pylist())
     columns = {"id": [key for key, _ in rows], "vector": [list(vectors) for _, vectors in rows]}
+    if _DIGEST in table.schema.names:
+        columns[_DIGEST] = [digests[key] for key, _ in rows]
     # The database compares once more when it commits, which an object store without locks needs.
-    table.merge_insert("id").when_not_matched_insert_all().execute(
-        pyarrow.table(columns, schema=table.schema)
+    result = (
+        table.merge_insert("id")
+        .when_not_matched_insert_all()
+        .execute(pyarrow.table(columns, schema=table.schema))
     )
-    return len({key for key, _ in rows} - present)
+    return min(len({key for key, _ in rows} - present), int(result.num_inserted_rows))
 
 
 def build_approximate(location: str | Path) -> None:
@@ -267,7 +312,7 @@ class LanceIndex:
         depth: int = 1000,
         approximate: bool = False,
         probes: int = PROBES,
-        refine: int = REFINE,
+        refine: int | None = None,
     ) -> Run:
         """Return the best ``depth`` documents of each query, like ``search_vectors``.
 
@@ -279,7 +324,8 @@ class LanceIndex:
             approximate: search with the index of :func:`build_approximate`, which may miss
                 documents, instead of comparing every document.
             probes: lists of the index that are read for each query token.
-            refine: candidates scored by their vectors, as a multiple of `depth`.
+            refine: candidates scored by their vectors, as a multiple of `depth` (None: 10, or as
+                many as make 1000 candidates).
 
         Raises:
             ValueError: ``approximate`` without such an index.
@@ -287,6 +333,8 @@ class LanceIndex:
         _require_unit_length(queries)
         if approximate:
             self.check_approximate()
+        if refine is None:
+            refine = max(REFINE, -(-LEAST_CANDIDATES // depth))
         settings = (probes, refine) if approximate else None
         run: Run = {}
         progress = Progress(self.location, len(query_ids), "queries searched")
@@ -355,6 +403,11 @@ class LanceIndex:
 
 
 def _connect(location: str | Path) -> Any:
+    if str(location).startswith("memory:"):
+        raise ValueError(
+            f"{location}: a database in memory ends with its connection; expected a folder, or an "
+            "address such as s3://bucket/name"
+        )
     return require("lancedb", "index", "an index in LanceDB").connect(str(location))
 
 

@@ -11,11 +11,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from subprocess import SubprocessError
 from typing import Any
 
 from optical.data.measures import check_measures
-from optical.data.trec import trec_eval_order
+from optical.data.trec import LARGEST_GRADE, trec_eval_order
 from optical.io.environment import require
 from optical.retrieval.statistics import (
     CORRECTIONS,
@@ -119,8 +120,9 @@ def evaluate(
             (``map``, ``ndcg_cut_10``, ``recip_rank``); results use the names listed first.
 
     Raises:
-        ValueError: a measure is unknown or lacks its cutoff; no query can be evaluated; or the run
-            and the judgements have no query in common.
+        ValueError: a measure is unknown or lacks its cutoff; a score is NaN; a grade is no whole
+            number up to a million; no query can be evaluated; or the run and the judgements have no
+            query in common.
         ImportError: ``ir_measures`` is not installed.
 
     Examples:
@@ -130,6 +132,7 @@ def evaluate(
     """
     ir_measures = require("ir_measures", "eval", "evaluation")
     parsed = check_measures(measures)
+    _check_values(run, qrels)
     judged = {
         qid: dict(grades) for qid, grades in qrels.items() if max(grades.values(), default=0) > 0
     }
@@ -161,6 +164,26 @@ def evaluate(
     return Evaluation(per_query, mean, missing, ignored, without_relevant)
 
 
+def _check_values(
+    run: Mapping[str, Mapping[str, float]], qrels: Mapping[str, Mapping[str, int]]
+) -> None:
+    """Raise ValueError for scores without an order, and for grades that no measure can count."""
+    for qid, scores in run.items():
+        for docid, score in scores.items():
+            if score != score:
+                raise ValueError(
+                    f"run: the score of document {docid!r} for query {qid!r} is NaN, expected a "
+                    "number"
+                )
+    for qid, grades in qrels.items():
+        for docid, grade in grades.items():
+            if not isinstance(grade, Integral) or abs(grade) > LARGEST_GRADE:
+                raise ValueError(
+                    f"qrels: the grade of document {docid!r} for query {qid!r} is {grade!r}, "
+                    f"expected a whole number up to {LARGEST_GRADE}"
+                )
+
+
 def _values_per_query(
     ir_measures: Any,
     measures: Sequence[Any],
@@ -168,18 +191,21 @@ def _values_per_query(
     judged: Mapping[str, Mapping[str, int]],
 ) -> dict[str, dict[str, float]]:
     """Return measure -> query id -> value; queries without documents have the value 0."""
+    # Numbers replace query ids: gdeval.pl, which computes ERR, takes `sw-1` and `fi-1` for one.
+    ids = {str(number): qid for number, qid in enumerate(judged, start=1)}
+    grades = {number: {d: int(g) for d, g in judged[qid].items()} for number, qid in ids.items()}
     # Ranks replace scores, so that there are no ties and all measures see one order.
     ranks = {
-        qid: {docid: -float(rank) for rank, (docid, _) in enumerate(trec_eval_order(run[qid]))}
-        for qid in judged
+        number: {docid: -float(rank) for rank, (docid, _) in enumerate(trec_eval_order(run[qid]))}
+        for number, qid in ids.items()
         if run.get(qid)
     }
     names = list(dict.fromkeys(str(measure) for measure in measures))
     per_query = {name: dict.fromkeys(judged, 0.0) for name in names}
     try:
         # Some providers reject an empty run; its values are the zeros above.
-        for metric in ir_measures.iter_calc(set(measures), judged, ranks) if ranks else ():
-            per_query[str(metric.measure)][metric.query_id] = float(metric.value)
+        for metric in ir_measures.iter_calc(set(measures), grades, ranks) if ranks else ():
+            per_query[str(metric.measure)][ids[metric.query_id]] = float(metric.value)
     except (RuntimeError, SubprocessError, ValueError) as error:
         # Some measures are computed by external programs, which may be absent or fail.
         reason = " ".join(str(error).split())

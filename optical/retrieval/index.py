@@ -117,12 +117,18 @@ class FileIndex:
         verify: compare every file with its checksum now.
 
     Raises:
-        ValueError: the folder holds no finished index, or a file does not match its checksum.
+        ValueError: the folder holds no finished index of documents, or a file does not match its
+            checksum.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
         self.folder = Path(folder)
         index = read_store(self.folder, verify=verify)
+        if "texts" in index:
+            raise ValueError(
+                f"{self.folder}: holds a teacher's vectors for training (`optical vectors`), no "
+                "documents; write an index with `optical index` or `optical export`"
+            )
         self.files: dict[str, str] = index["files"]
         self.dimension: int = index["dimension"]
         self.origin = Origin.of(index)

@@ -41,10 +41,11 @@ RESERVED_TRAINER_ARGS = ("output_dir", "seed", "disable_tqdm")
 def read_config(path: str | Path | None, output: str | Path | None = None) -> StudyConfig:
     """Read and check a configuration; with None, that of the embedded demonstration.
 
-    ``${NAME}`` in a value is replaced by an environment variable and ``{language}`` by each
-    language. Paths that begin with ``./`` or ``../`` are relative to the configuration file. Other
-    paths, and the output folder, are relative to the current folder. ``base`` names another file
-    in the same folder, whose keys are overridden level by level.
+    ``${NAME}`` in a value is replaced by an environment variable, ``${NAME:-TEXT}`` by TEXT if it
+    is not set, and ``{language}`` by each language. Paths that begin with ``./`` or ``../`` are
+    relative to the configuration file. Other paths, and the output folder, are relative to the
+    current folder. ``base`` names another file in the same folder, whose keys are overridden level
+    by level.
 
     Raises:
         FileNotFoundError, ValueError: no such file, invalid YAML, an unknown key (the message
@@ -83,11 +84,14 @@ class _Reader:
         if isinstance(value, list):
             return [self.expand(entry) for entry in value]
         if isinstance(value, str):
-            return re.sub(r"\$\{(\w+)\}", lambda match: self.variable(match[1]), value)
+            pattern = r"\$\{(\w+)(?::-([^}]*))?\}"
+            return re.sub(pattern, lambda match: self.variable(match[1], match[2]), value)
         return value
 
-    def variable(self, name: str) -> str:
+    def variable(self, name: str, default: str | None) -> str:
         if name not in self.variables:
+            if default is not None:
+                return default
             raise self.error(
                 f"the environment variable {name} is not set; set it to the folder of the data, "
                 f"`export {name}=...`"

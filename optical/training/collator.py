@@ -1,13 +1,15 @@
-"""The collator of bitext, which tokenises each column of a batch for its own model."""
+"""Batches of bitext: texts of similar length, and each column tokenised for its own model."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.multi_vector_encoder.data_collator import MultiVectorEncoderDataCollator
 
 from optical.models.encoding import ROLES
@@ -20,6 +22,43 @@ logger = logging.getLogger("optical")
 _METADATA = re.compile(
     r"(.*_)?(id|ids|idx|index|lang|language|langs|url|uri)|domain|dataset|corpus|split|source_file"
 )
+
+# Batches among which sentences are sorted by length.
+_POOL = 50
+
+
+class LengthBatchSampler(DefaultBatchSampler):
+    """Batch sampler that puts sentences of similar length into a batch, which keeps padding low.
+
+    In each epoch the rows are shuffled. Of each pool of 50 batches the rows are sorted by the
+    characters of the columns that the student reads, all but the first, and cut into batches. The
+    batches are shuffled. Use it as trainer argument ``batch_sampler``.
+    """
+
+    def __init__(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(dataset, *args, **kwargs)
+        columns = [dataset[name] for name in dataset.column_names[1:]]
+        self.lengths = [sum(map(len, texts)) for texts in zip(*columns, strict=True)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        rows = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if self.drop_last:
+            del rows[len(rows) - len(rows) % self.batch_size :]
+        batches = []
+        for start in range(0, len(rows), _POOL * self.batch_size):
+            pool = rows[start : start + _POOL * self.batch_size]
+            pool.sort(key=self.lengths.__getitem__)
+            batches += [
+                pool[first : first + self.batch_size]
+                for first in range(0, len(pool), self.batch_size)
+            ]
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[index]
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.lengths), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
 
 
 class BitextCollator(MultiVectorEncoderDataCollator):

@@ -12,6 +12,7 @@ Role = Literal["query", "document"]
 # As `optical.ot.functional.Gradient`, whose module imports PyTorch.
 Gradient = Literal["envelope", "implicit", "unroll"]
 Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
+Embeddings = Literal["auto", "all", "occurring", "none"]
 
 # Recipes that compute a model without training steps. Of the trainer's arguments they use
 # output_dir alone.
@@ -26,6 +27,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "save_steps": 500,
     "save_total_limit": 1,
 }
+LARGEST_VOCABULARY = 10_000_000
 # Default of a required option; validate() reports an option that still has it.
 REQUIRED: Any = ""
 
@@ -62,7 +64,8 @@ class EncoderOptions:
         """Raise ValueError for invalid options. No file is read."""
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
-        for name in ("vocabulary_size", "hidden_size", "layers", "heads"):
+        _check_vocabulary_size(self.vocabulary_size)
+        for name in ("hidden_size", "layers", "heads"):
             _check_positive(name, getattr(self, name))
         if self.max_tokens < 3:
             raise ValueError(f"max_tokens: {self.max_tokens}, expected 3 or more")
@@ -109,6 +112,12 @@ class TeacherOptions:
         0, "Exclude the N most frequent tokens of the training texts from the scores of queries."
     )
     scale: float = _option(1.0, "Factor on the MaxSim scores before the softmax.")
+    embeddings: Embeddings = _option(
+        "auto",
+        "Input vectors to train: all; those of subwords that occur in the training texts, which "
+        "gives the same model without weight decay (occurring); or none. auto is occurring if that "
+        "changes no result and leaves out half of them or more, else all.",
+    )
     validation: list[str] = _list_option(
         "Files like those of the training. Their loss is computed every save_steps steps, and the "
         "checkpoint with the lowest one becomes the trained model."
@@ -121,6 +130,7 @@ class TeacherOptions:
     def validate(self) -> None:
         """Raise ValueError for invalid options. No file is read."""
         _check_required("model", self.model)
+        _check_choices(self)
         if bool(self.queries) != bool(self.passages):
             raise ValueError("queries, passages: only one is given, expected both or neither")
         if not self.pairs and not self.queries:
@@ -155,7 +165,6 @@ class CodeswitchOptions(TeacherOptions):
         if not self.lexicon:
             raise ValueError("lexicon: none given; expected at least one `language=file`")
         _check_code_switching(self.lexicon, self.probability)
-        _check_choices(self)
         _check_positive("copies", self.copies)
 
 
@@ -216,11 +225,20 @@ class DistillOptions:
     balance: bool = _option(
         False, "Repeat the pairs of smaller files so that all files have equal weight."
     )
+    group_by_length: bool = _option(
+        False, "Put sentences of similar length into a batch, which saves computing padding."
+    )
     stream: bool = _option(
         False, "Read the bitext from disk during training instead of holding it in memory."
     )
     dimension: int | None = _option(
         None, "Dimension of the token vectors of a new student (default: that of the teacher)."
+    )
+    embeddings: Embeddings = _option(
+        "auto",
+        "Input vectors to train: all; those of subwords that occur in the training texts, which "
+        "gives the same model without weight decay (occurring); or none. auto is occurring if that "
+        "changes no result and leaves out half of them or more, else all.",
     )
     validation: list[str] = _list_option(
         "Files like those of the training. Their loss is computed every save_steps steps, and the "
@@ -253,6 +271,11 @@ class DistillOptions:
         _check_patience(self)
         _check_positive("max_pairs", self.max_pairs)
         _check_positive("dimension", self.dimension)
+        if self.group_by_length and self.objective == "contrastive":
+            raise ValueError(
+                "group_by_length: given, but the objective 'contrastive' needs batches without "
+                "repeated sentences"
+            )
         if self.stream:
             self._check_streamable()
         from optical.ot.checks import check_options
@@ -269,7 +292,8 @@ class DistillOptions:
 
     def _check_streamable(self) -> None:
         """Refuse options that need the whole bitext before the first step."""
-        required = {"mass": "uniform", "skip_frequent": 0, "reads": "other", "max_pairs": None}
+        required: dict[str, Any] = {"mass": "uniform", "skip_frequent": 0, "reads": "other"}
+        required |= {"max_pairs": None, "group_by_length": False}
         for name, value in required.items():
             if getattr(self, name) != value:
                 raise ValueError(
@@ -294,7 +318,9 @@ class TransferOptions:
     bitext: list[str] = _list_option(
         "One or more files of parallel sentences, `English TAB other`."
     )
-    vocabulary_size: int = _option(40_000, "Number of units to learn.")
+    vocabulary_size: int = _option(
+        40_000, "Number of units to learn; 0, with keep, leaves the vocabulary as it is."
+    )
     keep: bool = _option(
         False, "Keep the units of the retriever and learn only units of the other languages."
     )
@@ -304,6 +330,11 @@ class TransferOptions:
     initialize_from: Literal["bitext", "spelling"] = _option(
         "bitext",
         "Source of the input vectors of new units: bitext (and spelling), or spelling alone.",
+    )
+    prior: float = _option(
+        0.0,
+        "Least weight of a kept unit's own input vector, in occurrences of the unit in the pairs. "
+        "Large values keep the vectors of a multilingual retriever.",
     )
     max_pairs: int | None = _option(
         None, "Maximum number of pairs read from each file (default: all)."
@@ -315,7 +346,9 @@ class TransferOptions:
         if not self.text and not self.bitext:
             raise ValueError("text, bitext: no file given, expected at least one")
         _check_choices(self)
-        _check_positive("vocabulary_size", self.vocabulary_size)
+        _check_vocabulary_size(self.vocabulary_size, least=0 if self.keep else 1)
+        if not 0.0 <= self.prior < float("inf"):
+            raise ValueError(f"prior: {self.prior}, expected a number of at least 0")
         _check_positive("max_pairs", self.max_pairs)
 
 
@@ -361,8 +394,17 @@ def _check_code_switching(lexicon: list[str], probability: float) -> None:
 
 
 def _check_positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name}: {value}, expected 1 or more")
+    # Libraries hold such numbers in 32 bits.
+    if value is not None and not 1 <= value < 2**31:
+        limit = "1 or more" if value < 1 else f"{2**31 - 1} or less"
+        raise ValueError(f"{name}: {value}, expected {limit}")
+
+
+def _check_vocabulary_size(value: int, least: int = 1) -> None:
+    # The tokenizers library reserves memory for all units, and aborts the process if it cannot.
+    if not least <= value <= LARGEST_VOCABULARY:
+        limit = f"{least} or more" if value < least else f"{LARGEST_VOCABULARY} or less"
+        raise ValueError(f"vocabulary_size: {value}, expected {limit}")
 
 
 def _check_patience(options: Any) -> None:

@@ -49,7 +49,8 @@ from optical.models.fingerprint import fingerprints, partners, set_partners
 from optical.models.retriever import DEFAULT_LENGTHS, load_retriever, resolve_model
 from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
-from optical.training.collator import BitextCollator
+from optical.training.collator import BitextCollator, LengthBatchSampler
+from optical.training.embedding_rows import restrict_embeddings
 from optical.training.options import (
     TRAINER_DEFAULTS,
     AverageOptions,
@@ -185,10 +186,12 @@ def _contrastive_trainer(
             f"validation: rows with {len(validation[0]) - 2} negatives, expected the number of the "
             f"training pairs, {len(names) - 2}"
         )
+    dataset = _dataset_of_rows(rows, names)
+    restrict_embeddings(model, options.embeddings, trainer_args, dataset)
     return MultiVectorEncoderTrainer(
         model=model,
         args=trainer_args,
-        train_dataset=_dataset_of_rows(rows, names),
+        train_dataset=dataset,
         eval_dataset=_dataset_of_rows(validation, names) if validation else None,
         callbacks=callbacks,
         loss=MultiVectorMultipleNegativesRankingLoss(model, scale=options.scale),
@@ -283,9 +286,12 @@ def distill(
         vectors = StoredVectors(
             options.teacher_vectors, role=options.role, max_length=max_length, model=teacher_model
         )
+    restrict_embeddings(student, options.embeddings, trainer_args, dataset, options.role)
     if options.objective == "contrastive":
         # A sentence that occurs twice in a batch would be its own negative.
         trainer_args.batch_sampler = BatchSamplers.NO_DUPLICATES
+    elif options.group_by_length:
+        trainer_args.batch_sampler = LengthBatchSampler
     return MultiVectorEncoderTrainer(
         model=student,
         args=trainer_args,

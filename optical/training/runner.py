@@ -28,6 +28,7 @@ from optical.io.files import (
 )
 from optical.io.fingerprints import with_digests
 from optical.models.fingerprint import fingerprints, save_partners, tokenizer_fingerprint
+from optical.training.embedding_rows import trained_rows
 from optical.training.model_card import model_card
 from optical.training.options import default_of
 
@@ -38,11 +39,12 @@ logger = logging.getLogger("optical")
 SEALED_FILES = ("*.safetensors", "optimizer.pt", "scheduler.pt")
 # Options that a resumed training does not compare: they change nothing, or name models, which are
 # compared by content.
-_NOT_COMPARED = ("resume", "teacher_vectors", "model", "teacher", "student")
+_NOT_COMPARED = ("resume", "teacher_vectors", "model", "teacher", "student", "embeddings")
 # Inputs that make a training another one. Changes of other options are logged.
 _DEFINING = (
     *("recipe", "starting_model", "vocabulary", "teacher", "role", "objective", "reads", "mass"),
     *("text", "bitext", "pairs", "queries", "passages", "lexicon", "max_pairs"),
+    "trained_input_vectors",
 )
 # Trainer arguments whose change is logged when a training is resumed.
 _LOGGED_ARGUMENTS = (
@@ -68,7 +70,7 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
 
     Raises:
         ValueError: another process trains into the folder; it holds checkpoints and ``resume`` is
-            False; or they are those of another training.
+            False; they are those of another training; or the training diverged.
         OSError: the folder cannot be written, or the disk is full.
     """
     trainer_args = trainer.args
@@ -80,6 +82,7 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
             if type(callback).__name__.endswith("ModelCardCallback"):
                 trainer.remove_callback(callback)
         trainer.add_callback(SealCheckpoints())
+        trainer.add_callback(StopDiverged())
         checkpoint = _checkpoint_to_resume(output, resume)
         inputs = _inputs(trainer, options)
         if checkpoint:
@@ -87,6 +90,7 @@ def run(trainer: Any, options: Any, *, resume: bool) -> Path:
         _write_record(output, options, trainer_args, inputs)
         trainer.train(resume_from_checkpoint=checkpoint)
         model = trainer.model
+        _check_finite(model, trainer.state.global_step)
         card = model_card(options, model, getattr(getattr(trainer, "loss", None), "citation", ""))
         return _save_final(output, trainer.save_model, model, card, trainer_args.should_save)
 
@@ -142,6 +146,8 @@ def _save_final(
             shutil.rmtree(stale)
         partial = output / f".final.{os.getpid()}"
         save_model(str(partial))
+        # A pickle of the trainer's arguments with the paths of this machine; run.json has them.
+        (partial / "training_args.bin").unlink(missing_ok=True)
         save_partners(model, partial)
         write_text(partial / "README.md", card)
         write_checksums(partial, SEALED_FILES)
@@ -164,6 +170,9 @@ def _inputs(trainer: Any, options: Any) -> dict[str, Any]:
     teacher = getattr(getattr(trainer, "loss", None), "teacher", None)
     if teacher is not None:
         inputs["teacher"] = fingerprints(teacher)
+    rows = trained_rows(trainer.model)
+    if rows is not None:
+        inputs["trained_input_vectors"] = rows
     return inputs
 
 
@@ -237,6 +246,25 @@ class SealCheckpoints(TrainerCallback):
         if args.should_save and folder.is_dir():
             save_partners(kwargs.get("model"), folder)
             write_checksums(folder, SEALED_FILES)
+
+
+class StopDiverged(TrainerCallback):
+    """Trainer callback that ends a training before it logs or saves weights that are no numbers."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_log or control.should_save:
+            _check_finite(kwargs["model"], state.global_step)
+
+    on_epoch_end = on_step_end
+
+
+def _check_finite(model: Any, step: int) -> None:
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"the training diverged: {name} is NaN or infinite after step {step}; use a "
+                "smaller learning_rate or more warmup_steps; earlier checkpoints are kept"
+            )
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

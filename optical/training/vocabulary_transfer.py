@@ -9,13 +9,15 @@ by bitext      the English units of the same sentence pairs, weighted by their p
                IBM model 1 (trans-tokenization: Remy et al., arXiv 2408.04303).
 
 Both sources are weighted by how often they observe the unit: in English text, or in the foreign
-sentences of the pairs. Such a student still needs vocabulary training but keeps the teacher's
-encoder.
+sentences of the pairs. A multilingual retriever has vectors of its own for units of other
+languages, which a prior weight keeps. Such a student still needs vocabulary training but keeps the
+teacher's encoder.
 """
 
 from __future__ import annotations
 
 import collections
+import copy
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,7 +83,7 @@ def transfer(options: TransferOptions) -> Any:
     for pairs in bitext if options.initialize_from == "bitext" else ():
         means.add_pairs(_token_ids(pairs, new, old))
     paired = int((means.weights > 0).sum())
-    means.add_spelling(new, old, token_counts(new, english or texts))
+    means.add_spelling(new, old, token_counts(new, english or texts), options.prior)
     new_vectors = means.means()
     for name in SPECIAL_IDS:
         special_id = _special_id(old, name)
@@ -113,6 +115,8 @@ def _train_vocabulary(
 ) -> Any:
     """Learn the new tokenizer; with the option `keep` it contains the units of the old one."""
     pairs = itertools.chain.from_iterable(balance_bitexts(bitext) if options.balance else bitext)
+    if options.keep and not options.vocabulary_size:
+        return copy.deepcopy(old)
     # English needs no new units if the old ones are kept.
     sentences = (pair[1:] if options.keep else pair for pair in pairs)
     read = itertools.chain(texts, itertools.chain.from_iterable(sentences))
@@ -172,18 +176,22 @@ class _Means:
             self.sums.index_add_(0, unit, weight[:, None] * self.vectors[counterpart])
             self.weights.index_add_(0, unit, weight)
 
-    def add_spelling(self, new: Any, old: Any, count: collections.Counter[int]) -> None:
+    def add_spelling(
+        self, new: Any, old: Any, count: collections.Counter[int], prior: float
+    ) -> None:
         """Add the English units that spell a new unit, weighted by its count in English text.
 
-        Units without any vector so far are always spelt.
+        Units without any vector so far are always spelt. A unit of the old vocabulary spells
+        itself, with the weight `prior` at least.
         """
         old_vocabulary = old.get_vocab()
         for text, unit in new.get_vocab().items():
-            if not count[unit] and self.weights[unit]:
+            own = prior if text in old_vocabulary else 0.0
+            if not count[unit] and not own and self.weights[unit]:
                 continue
             pieces = _spelling(text, new, old, old_vocabulary)
             if pieces:
-                weight = float(max(count[unit], 1))
+                weight = float(max(count[unit], own or 1.0))
                 self.sums[unit] += weight * self.vectors[pieces].mean(0)
                 self.weights[unit] += weight
 

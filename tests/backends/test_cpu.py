@@ -356,6 +356,21 @@ def test_implicit_gradients_of_large_penalties(rho):
 
 
 @needs_library
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("rho", [1e3, 1e5, 1e7])
+def test_unrolled_gradients_of_large_penalties(rho, both):
+    """They do not magnify the rounding errors of the sums."""
+    problem = random_case("strong", 3, 40, 50, epsilon=0.05, max_iter=10, seed=0)
+    problem = replace(problem, rho_a=rho, rho_b=2 * rho if both else math.inf).to(torch.float32)
+    out, single = solve("cpu", problem, "unroll"), solve("reference", problem, "unroll")
+    truth = solve("reference", problem.to(torch.float64), "unroll")
+    for name in ("grad_x", "grad_log_a", "grad_log_b"):
+        scale = max(1.0, truth[name].abs().max().item())
+        options = {"dtype": torch.float32, "scale": scale, "name": name}
+        assert_close_to_truth(out[name], truth[name], single[name], **options)
+
+
+@needs_library
 @pytest.mark.parametrize("gradient", ["envelope", "implicit", "unroll"])
 @pytest.mark.parametrize("name", ["everything", "cosine_ragged", "rho", "omega", "clusters"])
 def test_gradients_have_the_same_bits_alone_and_on_any_thread(name, gradient, threads):

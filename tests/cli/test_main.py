@@ -253,6 +253,8 @@ class ConnectError(Exception):
         (RuntimeError("X requires tensorboard to be installed"), "requires tensorboard"),
         (RecursionError("maximum recursion depth exceeded"), "nested too deeply"),
         (UnicodeEncodeError("ascii", "maji\u20ac", 4, 5, "no"), "set PYTHONUTF8=1"),
+        (OverflowError("int too big to convert"), "a number is too large (int too big"),
+        (RuntimeError("value cannot be converted without overflow"), "a number is too large"),
         (ValueError("first\n  second"), "optical: error: first"),
         (OSError(), "optical: error: OSError"),
     ],
@@ -611,6 +613,9 @@ def test_invalid_configurations_of_train(capsys, tmp_path, monkeypatch):
         (b"- a\n", r"c\.yaml: expected keys and values, found list"),
         (b"\xff\n", r"c\.yaml:1: not UTF-8"),
         (b"epsilon: small\n", r"c\.yaml: --epsilon: invalid float value: 'small'"),
+        (b"epsilon: [0.1, 0.2]\n", r"c\.yaml: epsilon: \[0.1, 0.2\], expected one value"),
+        (b"optim: [sgd, sgd]\n", r"c\.yaml: optim: \['sgd', 'sgd'\], expected one value"),
+        (b"epsilon: 1\nepsilon: 2\n", r"c\.yaml:2: key `epsilon` appears a second time"),
         (b"learning_rate: fast\n", r"c\.yaml: --learning_rate: invalid float value: 'fast'"),
         (b"lr_scheduler_type: fast\n", r"c\.yaml: --lr_scheduler_type: invalid choice: 'fast'"),
     ):

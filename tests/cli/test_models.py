@@ -11,6 +11,7 @@ pytest.importorskip("sentence_transformers", reason="the extra `train` is not in
 
 from optical.cli import main as cli
 from optical.data.trec import read_run
+from optical.retrieval.index import LanceIndex
 
 
 def run_json(capsys, argv):
@@ -183,3 +184,27 @@ def test_training_without_a_terminal_shows_no_progress_bar(
     again = [*argv[:-6], "--stream", "--output_dir", tmp_path / "two"]
     fails(capsys, again, "max_steps: none given, and a stream has no end")
     fails(capsys, [*argv, "--mass", "idf"], "mass: 'idf', expected 'uniform', because stream")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "-1")]
+)
+def test_numbers_of_the_environment_are_checked(capsys, world, monkeypatch, name, value):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    argv = ["vectors", "m", "--bitext", str(world / "bitext/en-sw.tsv"), "--role", "query"]
+    monkeypatch.setattr("optical.models.retriever.check_model", lambda name: None)
+    fails(capsys, [*argv, "--output", "v"], f"{name}: '{value}' in the environment, expected a")
+
+
+def test_an_empty_index_is_not_searched(capsys, world, tiny_models, tmp_path):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    (tmp_path / "none.tsv").write_text("d1\twater\n")
+    base = str(tmp_path / "base")
+    index = ["index", tiny_models.teacher, "--documents", str(tmp_path / "none.tsv")]
+    assert cli.main([*index, "--output", base]) == 0
+    LanceIndex(base).table.delete("true")
+    argv = ["search", tiny_models.teacher, "--index", base, "--queries", str(world / "queries.tsv")]
+    fails(
+        capsys, [*argv, "--output", str(tmp_path / "o.run")], "base: the index holds no documents"
+    )

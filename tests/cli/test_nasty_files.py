@@ -188,6 +188,17 @@ def test_pipes_are_read(tmp_path, capfd):
     assert json.loads(capfd.readouterr().out)["mean"]["AP"] == 0.75
 
 
+def test_a_training_reads_a_pipe(tmp_path, capfd):
+    pytest.importorskip("sentence_transformers", reason="the extra `train` is not installed")
+    os.mkfifo(tmp_path / "t")
+    writer = threading.Thread(target=(tmp_path / "t").write_text, args=("cold water\n" * 9,))
+    writer.daemon = True  # were the pipe read again, nobody would write to it
+    writer.start()
+    argv = ["train", "encoder", "--text", tmp_path / "t", "--output_dir", tmp_path / "out"]
+    sizes = ["--hidden_size", 8, "--layers", 1, "--vocabulary_size", 20, "--max_steps", 1]
+    assert run([*argv, *sizes]) == 0, capfd.readouterr()
+
+
 def test_names_of_trec_eval_are_accepted(tmp_path, capfd):
     pytest.importorskip("ir_measures", reason="the extra `eval` is not installed")
     argv = ["evaluate", put(tmp_path, "r", RUN), "--qrels", put(tmp_path, "q", QRELS), "--json"]
@@ -210,12 +221,25 @@ BAD_OPTIONS = {
     "search --tag ''": ([*FILES, "--tag", ""], r"tag: '', expected one word"),
     "search --output ''": ([*FILES, "--output", ""], r"cannot be written \(Is a directory\)"),
     "search --output .": ([*FILES, "--output", "."], r"cannot be written \(Is a directory\)"),
+    "search --output q.tsv": ([*FILES, "--output", "q.tsv"], "output: q.tsv is an input of this"),
+    "search --output ./d.tsv": ([*FILES, "--output", "./d.tsv"], r"output: \./d.tsv is an input"),
+    "lexicon --output b.tsv": ("b.tsv --output b.tsv", "output: b.tsv is an input of this command"),
+    "lexicon --output d.tsv": ("q.tsv,d.tsv --output d.tsv", "output: d.tsv is an input of this"),
+    "align --output b.tsv": ("m --bitext b.tsv --output b.tsv", "output: b.tsv is an input"),
     "search --output q.tsv/a": ([*FILES, "--output", "q.tsv/a"], "output folder q.tsv cannot be"),
     "search --output a.zst": ([*FILES, "--output", "a.zst"], r"\.zst is not written"),
     "search --passage-stride 3": ([*FILES, "--passage-stride", "3"], "without passage_length"),
     "search without files": (["--queries", "q.tsv"], "nothing to search"),
     "search --queries none": (["--queries", "x", "--documents", "d.tsv"], "x: no such file"),
     "search -- no model": ([*FILES], r"model m: no config\.json in this folder"),
+    "search --depth 10**30": ([*FILES, "--depth", 10**30], "0, expected 9223372036854775807"),
+    "train teacher --query_length 10**30": (
+        f"--model hub --pairs b.tsv --output_dir o --query_length {10**30}", "0, expected 2147"
+    ),
+    "train distill --max_pairs 10**30": (
+        "--teacher hub --bitext b.tsv --role query --output_dir o --max_pairs "
+        f"{10**30}", "max_pairs: 10+, expected 2147483647 or less"
+    ),
     "compare --seed -1": ("a b --qrels q --seed -1", "--seed: -1, expected 0 or more"),
     "compare --samples 0": ("a b --qrels q --samples 0", "--samples: 0, expected 1 or more"),
     "lexicon --max-pairs -5": ("b.tsv --output o --max-pairs -5", "--max-pairs: -5, expected 1"),
@@ -247,6 +271,10 @@ BAD_OPTIONS = {
     ),
     "train encoder --vocabulary_size -5": (
         "--text t --output_dir o --vocabulary_size -5", "vocabulary_size: -5, expected 1"
+    ),
+    # Tokenizers would abort the process.
+    "train encoder --vocabulary_size 10**12": (
+        "--text t --output_dir o --vocabulary_size 1000000000000", "0, expected 10000000 or less"
     ),
     "train encoder --max_steps 0": (
         "--text t --output_dir o --max_steps 0", "max_steps: 0, expected 1 or more, or -1"

@@ -98,13 +98,23 @@ def test_trec_documents_without_known_elements_keep_all_text(files):
         '<top lang="en"><num>301</num>\n<EN-title> Crime </EN-title>\n'
         "<EN-desc>Who is it?</EN-desc>\n"
         "<EN-narr>long</EN-narr></top>\n",
+        # XML: the number is an attribute or an element, and fields have their full names.
+        '<?xml version="1.0"?>\n<topics task="x"><topic number="301" type="faceted"><query>Crime'
+        "</query>\n<description>Who is it?</description><subtopic>x</subtopic></topic></topics>",
+        '<topics>\n<topic lang="en">\n<identifier>301</identifier>\n<title>Crime</title>\n'
+        "<description>Who is\nit?</description><narrative>long</narrative>\n</topic>\n</topics>",
     ],
-    ids=["trec", "clef"],
+    ids=["trec", "clef", "web", "xml"],
 )
 def test_topics(files, topics):
     path = files(x=("topics.trec", topics))["x"]
     assert read_texts(path) == {"301": "Crime"}
     assert read_texts(path, topic_fields=("title", "desc")) == {"301": "Crime Who is it?"}
+
+
+def test_topics_may_be_plain_text(files):
+    topics = '<topics><topic number="1">A man with a cough.</topic></topics>'
+    assert read_texts(files(x=("topics.xml", topics))["x"]) == {"1": "A man with a cough."}
 
 
 def test_collection_of_three_files(files, caplog):

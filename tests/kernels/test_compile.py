@@ -25,7 +25,7 @@ ALL = list(resources.configurations())
 QUICK = [
     ("resident", "64x64", "given", "fp32", ""),
     ("resident", "128x128", "cosine", "bf16", ""),
-    ("adjoint", "32x32", "given", "fp32", ""),
+    ("adjoint", "64x64", "given", "fp32", ""),
     ("vector_gradient", "64x128x64", "cosine", "bf16", "whole"),
     ("walk", "64x64", "cosine", "bf16", "seen=0"),
     ("walk", "64x64", "cosine", "bf16", "fast rows"),

@@ -1,5 +1,6 @@
 """Every variant of the Triton kernels that a call can launch fits in the memory of its devices."""
 
+import functools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,14 @@ from optical.testing.tolerance import solve
 
 TABLE = Path(triton_shared.__file__).parents[1] / "results" / "triton_shared.csv"
 ROWS = triton_shared.read(TABLE)
-# Capability of the code, bytes per block, devices. Code for 8.0 also runs on 8.6 and 8.9.
+# Target of the code, bytes per block, devices. Code for 8.0 also runs on 8.6 and 8.9.
 DEVICES = [
-    (80, 101376, "RTX 30 and 40, A10, L4, L40"),
-    (80, 166912, "A100"),
-    (90, 232448, "H100, H200"),
+    ("sm_80", 101376, "RTX 30 and 40, A10, L4, L40"),
+    ("sm_80", 166912, "A100"),
+    ("sm_90", 232448, "H100, H200"),
+    ("sm_100", 232448, "B200, B300"),
+    ("sm_120", 101376, "RTX 50, RTX PRO 6000"),
+    ("gfx942", 65536, "MI300"),
 ]
 # Compiled anew as far as the allocation of shared memory: the largest, and one of each way to
 # multiply.
@@ -38,30 +42,45 @@ MIXED = [(torch.float32, half) for half in HALVES] + [(half, torch.float32) for 
 MIXED += [HALVES, HALVES[::-1]]
 
 
-@pytest.fixture(scope="module")
-def variants():
-    return triton_shared.reachable()
+reachable = functools.cache(triton_shared.reachable)
+vendors = pytest.mark.parametrize("vendor", ["cuda", pytest.param("hip", marks=pytest.mark.slow)])
 
 
-def test_every_variant_has_a_row(variants):
-    expected = {(key, capability) for key in variants for capability in triton_shared.LIMITS}
-    assert set(ROWS) == expected, (
+def targets(vendor):
+    return [name for name, target in triton_shared.TARGETS.items() if target.backend == vendor]
+
+
+@vendors
+def test_every_variant_has_a_row(vendor):
+    found = {row for row in ROWS if row[1] in targets(vendor)}
+    expected = {
+        (key, target)
+        for target in targets(vendor)
+        for key in triton_shared.wanted(reachable(vendor), target, ROWS)
+    }
+    assert found == expected, (
         "run python -m benchmarks.machine_code.triton_shared --missing: "
-        f"{sorted(set(ROWS) ^ expected)[:5]}"
+        f"{sorted(found ^ expected)[:5]}"
     )
 
 
-@pytest.mark.parametrize(("capability", "limit", "devices"), DEVICES, ids=[d[2] for d in DEVICES])
-def test_every_variant_fits(capability, limit, devices):
-    too_large = {row: size for row, size in ROWS.items() if row[1] == capability and size > limit}
-    assert not too_large
+@pytest.mark.parametrize(("target", "limit", "devices"), DEVICES, ids=[d[2] for d in DEVICES])
+def test_every_variant_fits(target, limit, devices):
+    sizes = {row: size for row, size in ROWS.items() if row[1] == target}
+    assert sizes
+    assert not {row: size for row, size in sizes.items() if size > limit}
+
+
+def test_every_target_has_a_limit():
+    assert {target for target, *_ in DEVICES} == set(triton_shared.TARGETS)
 
 
 @pytest.mark.parametrize("key", SAMPLE, ids=" ".join)
-def test_rows_are_what_the_compiler_allocates(key, variants):
-    for capability in triton_shared.LIMITS:
-        found = triton_shared.shared_bytes(variants[key], capability)
-        assert found == ROWS[key, capability]
+def test_rows_are_what_the_compiler_allocates(key):
+    for target in targets("cuda"):
+        if (key, target) in ROWS:
+            found = triton_shared.shared_bytes(reachable("cuda")[key], target)
+            assert found == ROWS[key, target]
 
 
 @pytest.mark.parametrize("dtypes", MIXED, ids=str)
@@ -73,11 +92,13 @@ def test_every_pair_of_dtypes_compiles(kind, dtypes):
         solve("triton", replace(case, x=x, y=y))
     (resident,) = [variant for key, variant in variants.items() if key[0] == "resident"]
     assert resident.signature["x_ptr"] != resident.signature["y_ptr"]
-    triton_shared.shared_bytes(resident, 90)
+    triton_shared.shared_bytes(resident, "sm_90")
 
 
 @pytest.mark.slow
-def test_every_row_is_what_the_compiler_allocates(variants):
-    for key, capability in ROWS:
-        found = triton_shared.shared_bytes(variants[key], capability)
-        assert found == ROWS[key, capability], key
+@pytest.mark.parametrize("target", triton_shared.TARGETS)
+def test_every_row_is_what_the_compiler_allocates(target):
+    variants = reachable(triton_shared.TARGETS[target].backend)
+    for key, of in ROWS:
+        if of == target:
+            assert triton_shared.shared_bytes(variants[key], target) == ROWS[key, target], key

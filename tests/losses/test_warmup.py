@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import optical
+from optical.backends.problem import GRADIENTS
 from optical.cli.main import main
 from optical.io import nvidia
 
@@ -152,8 +153,9 @@ def count(limit, warm, options):
 
 
 @idle
-def test_a_ragged_training_compiles_at_most_ten_variants():
-    _, variants, names = count(128, False, "{}")
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_ragged_training_compiles_at_most_ten_variants(gradient):
+    _, variants, names = count(128, False, f"dict(gradient={gradient!r})")
     assert 5 <= variants <= 10, names
 
 

@@ -339,6 +339,14 @@ def bert(tiny_models, tmp_path):
     return tmp_path / "bert"
 
 
+def test_lengths_without_room_for_a_token_are_refused(bert, tmp_path):
+    with pytest.raises(ValueError, match="query_length is 2, all of which the 2 special tokens"):
+        load_retriever(bert, query_length=2, document_length=64)
+    model = load_retriever(bert, document_length=64)
+    with pytest.raises(ValueError, match="max_length: 1, but the tokenizer adds 2 special tokens"):
+        write_vectors(model, ["a"], tmp_path / "v", role="document", max_length=1)
+
+
 def test_lengths_beyond_the_positions_are_refused(bert, tmp_path):
     with pytest.raises(
         ValueError, match="document_length is 180, but the encoder has 64 positions"

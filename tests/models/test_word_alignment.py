@@ -30,6 +30,16 @@ def teacher(tiny_models):
     return load_retriever(tiny_models.teacher)
 
 
+@pytest.mark.parametrize("epsilon", [1e-300, 1e-10])
+def test_an_epsilon_beyond_float32_is_refused(teacher, epsilon):
+    """The plan is NaN, or holds a mass of thousands, and no link of it means anything."""
+    pairs = [("the teacher buys the bread", "the lamp carries a fish")]
+    with pytest.raises(ValueError, match=r"epsilon: 1e-\d+, which is beyond the precision"):
+        list(align_words(teacher, teacher, pairs, epsilon=epsilon))
+    with pytest.raises(ValueError, match=r"epsilon: 1e-\d+, which is beyond the precision"):
+        align_tokens(teacher, teacher, *pairs[0], epsilon=epsilon)
+
+
 def test_identical_sentences_link_identical_words(teacher):
     pairs = [("the teacher buys the bread", "the teacher buys the bread"), ("the lamp", "the lamp")]
     for role in ("document", "query"):

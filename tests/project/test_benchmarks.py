@@ -589,3 +589,13 @@ def test_the_page_states_the_committed_index_of_passages():
     for refine in (10, 50, 200):
         seconds, recall = value[f"refine_{refine}_cpu_s"] / 50, value[f"recall_{refine}"]
         assert f"| {refine} | {seconds:.3f} s | {recall:.3f} |" in page
+
+
+def test_the_page_states_the_committed_recall():
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    path = ROOT / "benchmarks" / "results" / "recall.csv"
+    for row in csv.DictReader(path.open(encoding="utf-8")):
+        recall, seconds = float(row["recall"]), float(row["cpu_s"])
+        cells = f"{row['depth']} | {row['refine']} | {seconds:.2f} s | {recall:.3f}"
+        assert f"| {cells} |" in page
+        assert f"Exact search took {float(row['exact_cpu_s']):.2f} s of" in page

@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import shutil
 import sys
 
 import pytest
@@ -151,3 +152,34 @@ def test_missing_ir_measures_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ir_measures", None)
     with pytest.raises(ImportError, match=r'pip install "optical-ot\[eval\]"'):
         evaluate(RUN, QRELS)
+
+
+@pytest.mark.parametrize(
+    ("run", "qrels", "message"),
+    [
+        ({"q": {"a": float("nan")}}, {"q": {"a": 1}}, "run: the score of document 'a' .* is NaN"),
+        (
+            {"q": {"a": 1.0}},
+            {"q": {"a": 0.5}},
+            "qrels: the grade of document 'a' .* is 0.5",
+        ),
+        ({"q": {"a": 1.0}}, {"q": {"a": "1"}}, "qrels: the grade of document 'a' .* is '1'"),
+        # trec_eval would count a thousand million grades.
+        ({"q": {"a": 1.0}}, {"q": {"a": 10**9}}, "is 1000000000, expected a whole number up to"),
+    ],
+)
+def test_values_that_no_measure_can_use_are_refused(run, qrels, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(run, qrels, "AP")
+
+
+@pytest.mark.skipif(shutil.which("perl") is None, reason="ERR is computed by a Perl script")
+def test_query_ids_of_any_form_are_kept_apart():
+    """gdeval.pl refuses ids without a number, and reads `sw-1` and `fi-1` as one query."""
+    qrels = {"sw-1": {"a": 2, "b": 1}, "fi-1": {"a": 1}, "q\u00e4": {"a": 1}}
+    run = {"sw-1": {"a": 2.0, "b": 1.0}, "fi-1": {"x": 2.0, "a": 1.0}, "q\u00e4": {"a": 1.0}}
+    found = evaluate(run, qrels, "ERR@20").per_query["ERR@20"]
+    alone = {
+        key: evaluate({"1": run[key]}, {"1": qrels[key]}, "ERR@20").mean["ERR@20"] for key in run
+    }
+    assert found == alone and found["sw-1"] > found["q\u00e4"] > found["fi-1"]

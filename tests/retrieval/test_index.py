@@ -2,6 +2,7 @@
 
 import gc
 import json
+import threading
 import weakref
 
 import pytest
@@ -14,7 +15,7 @@ from optical.data.texts import iter_texts, read_texts
 from optical.models.encoding import encode
 from optical.models.fingerprint import fingerprints, set_partners
 from optical.models.retriever import load_retriever
-from optical.models.token_store import StoreWriter
+from optical.models.token_store import StoreWriter, write_vectors
 from optical.retrieval import database
 from optical.retrieval.exact_search import search, search_vectors
 from optical.retrieval.index import (
@@ -145,6 +146,33 @@ def test_errors_of_a_damaged_shard_name_the_file(model, documents, queries, tmp_
     # Writing again replaces the damaged shard.
     write_index(model, documents.items(), folder)
     assert len(FileIndex(folder, verify=True)) == 48
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "null", "{}", '{"files": 1}', '{"files": {}, "dimension": 16, "role": "document"}'),
+        '{"files": {"../x": "0"}, "dimension": 16, "role": "document"}',
+        '{"files": {"x": "0"}, "dimension": "16", "role": "document"}',
+    ],
+)
+def test_an_index_file_of_something_else_is_refused(tmp_path, content):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json: is no index of token vectors; write"):
+        open_index(tmp_path)
+
+
+def test_a_folder_holds_one_kind_of_vectors(model, documents, tmp_path):
+    write_vectors(model, ["a text"], tmp_path / "teacher", role="document")
+    with pytest.raises(ValueError, match="teacher: holds a teacher's vectors for training"):
+        open_index(tmp_path / "teacher")
+    write_index(model, documents.items(), tmp_path / "files")
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    with pytest.raises(ValueError, match="files: holds token vectors in files; choose another"):
+        write_database(model, documents.items(), tmp_path / "files")
+    write_database(model, documents.items(), tmp_path / "base")
+    with pytest.raises(ValueError, match="base: holds a database of `optical index`; choose"):
+        write_index(model, documents.items(), tmp_path / "base")
 
 
 def test_opening_a_missing_index_is_refused(tmp_path):
@@ -281,6 +309,38 @@ def test_two_writers_add_each_document_once(model, documents, tmp_path, monkeypa
     index = LanceIndex(location)
     assert (first, second[1]) == (28, 20)
     assert len(index) == index.table.count_rows() == 48
+
+
+def test_a_database_refuses_a_document_whose_text_has_changed(model, documents, tmp_path):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    write_database(model, documents.items(), tmp_path / "base")
+    with pytest.raises(ValueError, match="base: document 'd3' had another text when it was added"):
+        write_database(model, (documents | {"d3": "another text"}).items(), tmp_path / "base")
+    assert write_database(model, (documents | {"e": "new"}).items(), tmp_path / "base") == 1
+
+
+def test_two_writers_may_create_one_database_in_an_object_store(model, documents, bucket):
+    """Nothing locks an object store, so both may find no table and create it."""
+    ready, added = threading.Barrier(2), []
+
+    def write():
+        ready.wait()
+        added.append(write_database(model, documents.items(), f"{bucket}/two", chunk_texts=16))
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    index = LanceIndex(f"{bucket}/two")
+    assert sum(added) == len(index) == index.table.count_rows() == 48 and len(added) == 2
+
+
+def test_a_database_in_memory_is_refused(model, documents):
+    pytest.importorskip("lancedb", reason="the extra `index` is not installed")
+    for use in (open_index, lambda address: write_database(model, documents.items(), address)):
+        with pytest.raises(ValueError, match="memory://base: a database in memory ends with its"):
+            use("memory://base")
 
 
 @pytest.mark.parametrize("kind", ["files", "database"])

@@ -379,7 +379,9 @@ def test_errors_are_one_line_with_the_key(read, tmp_path, key, value, message):
         (b"a: b: c\n", r"study\.yaml:1: not YAML"),
         (b"\ttitle: a\n", r"study\.yaml:1: not YAML"),
         (b"- a\n- b\n", r"study\.yaml: expected keys and values, found list"),
-        (b"", r"study\.yaml: expected keys and values, found NoneType"),
+        (b"", r"study\.yaml: expected keys and values, found nothing"),
+        (b"title: a\nseeds: [0]\ntitle: b\n", r"study\.yaml:3: key `title` appears a second time"),
+        (b"teacher: {model: a, model: b}\n", r"study\.yaml:1: key `model` appears a second time"),
         ("title: Müller\n".encode("latin-1"), r"study\.yaml:1: not UTF-8"),
     ],
 )
@@ -407,10 +409,28 @@ def test_options_are_plain_data(read):
     assert json.dumps(config.teacher_trainer_args) and json.dumps(config.arms[1].options)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("clir_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_is_valid(path, monkeypatch):
     monkeypatch.setenv("OPTICAL_DATA", "/data")
     assert read_config(path).arms
+
+
+def test_the_model_of_the_multilingual_examples_is_a_variable(monkeypatch):
+    path = EXAMPLES / "multilingual.yaml"
+    monkeypatch.setenv("OPTICAL_DATA", "/data")
+    monkeypatch.delenv("OPTICAL_MULTILINGUAL", raising=False)
+    for expected in ("intfloat/multilingual-e5-small", "/models/other"):
+        config = read_config(path)
+        assert config.teacher_options.model == expected
+        assert config.arm("dense").options["model"] == expected
+        monkeypatch.setenv("OPTICAL_MULTILINGUAL", "/models/other")
+
+
+def test_variables_may_have_a_default(read, monkeypatch):
+    assert read("note", "in ${NO_SUCH_VARIABLE:-a - b} and ${LEXICA:-elsewhere}").note == (
+        "in a - b and /lexica"
+    )
+    assert read("note", "${NO_SUCH_VARIABLE:-}").note == ""
 
 
 def test_importing_the_configuration_loads_no_training_library():
@@ -418,3 +438,8 @@ def test_importing_the_configuration_loads_no_training_library():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"transformers", "sentence_transformers", "datasets", "matplotlib", "yaml"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_merged_keys_may_be_overridden():
+    merged = parse_yaml("a: &a {x: 1, y: 1}\nb: {<<: *a, x: 2}\nc: {<<: *a}\n", "f")
+    assert merged["b"] == {"x": 2, "y": 1} and merged["c"] == merged["a"]

@@ -1,9 +1,11 @@
 """The training recipes: objectives, training texts, options, checkpoints and resuming."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
+import random
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from optical.data.pairs import read_training_pairs
 from optical.models.fingerprint import fingerprints, share_space
 from optical.models.retriever import load_retriever
 from optical.training import BitextCollator, recipes, runner
+from optical.training.collator import LengthBatchSampler
 
 STEPS = 6
 
@@ -214,6 +217,11 @@ def test_a_resumed_training_has_the_data_options_and_models_of_its_checkpoints(
         runner.run(*make(), resume=True)
 
 
+def test_a_saved_model_holds_no_pickle(distill, tmp_path):
+    final = runner.run(*distill(max_steps=1), resume=False)
+    assert not [path for path in final.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
 def test_students_record_their_teacher(distill, tiny_models, tmp_path):
     teacher = load_retriever(tiny_models.teacher)
     final = runner.run(*distill(max_steps=1, save_steps=1), resume=False)
@@ -300,6 +308,31 @@ def test_balance_repeats_pairs_of_smaller_files(distill, tmp_path):
     assert list(trainer.train_dataset["target"])[4:6] == ["moja", "namba 0"]
 
 
+def test_grouped_batches_hold_sentences_of_similar_length(distill, tmp_path):
+    lengths = list(range(1, 201))
+    random.Random(0).shuffle(lengths)
+    bitext = tmp_path / "lengths.tsv"
+    bitext.write_text("".join(f"one {n}\t{'a' * n}\n" for n in lengths))
+    options = {"bitext": [str(bitext)], "group_by_length": True}
+    trainer, chosen = distill(options=options, max_steps=2, per_device_train_batch_size=3)
+    dataset = trainer.train_dataset
+    sampler = LengthBatchSampler(dataset, batch_size=3, drop_last=False, seed=1)
+    epochs = []
+    for epoch in (0, 0, 1):
+        sampler.set_epoch(epoch)
+        epochs.append([[len(dataset["target"][row]) for row in batch] for batch in sampler])
+        # In random batches of three the mean spread is about 100.
+        assert sum(max(batch) - min(batch) for batch in epochs[-1]) < 10 * len(epochs[-1])
+        assert sorted(itertools.chain(*epochs[-1])) == sorted(lengths)
+        assert len(sampler) == len(epochs[-1]) == 67
+    assert epochs[0] == epochs[1] != epochs[2]
+    assert [batch[0] for batch in epochs[0]] != sorted(batch[0] for batch in epochs[0])
+    full = LengthBatchSampler(dataset, batch_size=3, drop_last=True, seed=1)
+    assert {len(batch) for batch in full} == {3} and len(list(full)) == len(full) == 66
+    runner.run(trainer, chosen, resume=False)
+    assert type(trainer.get_train_dataloader().batch_sampler).__name__ == "LengthBatchSampler"
+
+
 def test_student_of_another_dimension_is_refused(distill, tiny_models, tmp_path):
     load_retriever(tiny_models.wide).save_pretrained(str(tmp_path / "student"))
     with pytest.raises(ValueError, match="size 16, the student of size 24; give the student a Den"):
@@ -327,6 +360,11 @@ def test_unwritable_output_folder_is_refused(distill, tmp_path):
         ({"epsilon": "small"}, "epsilon is a str; expected a float"),
         ({"max_iter": -1}, "max_iter is -1"),
         ({"gradient": "none"}, "gradient: 'none', expected envelope or"),
+        (
+            {"objective": "contrastive", "group_by_length": True},
+            "group_by_length: given, but the objective 'contrastive' needs batches without",
+        ),
+        ({"stream": True, "group_by_length": True}, "group_by_length: True, expected False, bec"),
         ({"backend": "gpu"}, "backend is 'gpu'"),
         ({"max_pairs": 0}, "max_pairs: 0, expected 1 or more"),
     ],
@@ -665,6 +703,14 @@ def test_every_line_of_progress_has_a_loss(distill, caplog):
         runner.run(trainer, options, resume=False)
     lines = [line for line in caplog.messages if line.startswith("    sw: step")]
     assert len(lines) == 3 and all(", loss 0." in line for line in lines)
+
+
+@pytest.mark.parametrize("save", ["steps", "epoch", "no"])
+def test_a_training_that_diverges_saves_nothing(distill, tmp_path, save):
+    trainer, options = distill(learning_rate=1e30, max_steps=4, save_strategy=save, save_steps=4)
+    with pytest.raises(ValueError, match=r"the training diverged: .* is NaN or infinite"):
+        runner.run(trainer, options, resume=False)
+    assert not list(tmp_path.glob("out/checkpoint-*")) and not (tmp_path / "out/final").exists()
 
 
 # --- validation, early stopping, model card ------------------------------------------------------

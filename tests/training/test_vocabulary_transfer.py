@@ -136,6 +136,43 @@ def test_kept_units_keep_their_segmentation_and_vectors(world, tiny_models, tmp_
         torch.testing.assert_close(vector(student, word), vector(teacher, word))
 
 
+def test_a_prior_keeps_the_vectors_of_a_multilingual_retriever(world, tiny_models, tmp_path):
+    """Without new units, vectors move from the retriever's own to those of the pairs."""
+    teacher = load_retriever(tiny_models.teacher)
+    bitext = [str(world / "bitext/en-sw.tsv")]
+    moved = []
+    for prior in (1e9, 10.0, 0.0):
+        student = transferred(
+            world,
+            tiny_models.teacher,
+            tmp_path / f"{prior}",
+            bitext=bitext,
+            vocabulary_size=0,
+            keep=True,
+            prior=prior,
+        )
+        assert student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
+        assert student.tokenizer.tokenize("Samaki!") == teacher.tokenizer.tokenize("Samaki!")
+        unit = "samaki" if "samaki" in teacher.tokenizer.get_vocab() else "mkate"
+        moved.append(float((vector(student, unit) - vector(teacher, unit)).norm()))
+        torch.testing.assert_close(vector(student, "the"), vector(teacher, "the"))
+    assert moved[0] < 1e-4 < moved[1] < moved[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocabulary_size": 0}, "vocabulary_size: 0, expected 1 or more"),
+        ({"vocabulary_size": -1, "keep": True}, "vocabulary_size: -1, expected 0 or more"),
+        ({"prior": -1.0}, "prior: -1.0, expected a number of at least 0"),
+        ({"prior": float("nan")}, "prior: nan, expected a number of at least 0"),
+    ],
+)
+def test_invalid_sizes_and_priors_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TransferOptions(**{"model": "a", "text": ["b"]} | changes).validate()
+
+
 def test_keep_refuses_other_tokenizer_models(world, tiny_models, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
