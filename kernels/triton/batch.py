@@ -29,7 +29,7 @@ def next_power_of_2(size: int) -> int:
 
 
 class Layout:
-    """What the host knows of a batch beside its tensors; batches of the same shapes share one.
+    """A batch without its tensors, as the host knows it; batches of the same shapes share one.
 
     Attributes:
         size: number of problems.

@@ -176,7 +176,7 @@ def _prepare(
 
 
 def _alignment(pointers: tuple[int, ...]) -> Any:
-    """What the addresses decide about a variant. New tensors are aligned, as most are."""
+    """Return what addresses decide about a variant. New tensors are aligned, as most are."""
     if functools.reduce(operator.or_, pointers) % _ALIGNMENT == 0:
         return True
     return tuple(pointer % _ALIGNMENT == 0 for pointer in pointers)

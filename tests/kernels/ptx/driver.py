@@ -145,7 +145,7 @@ class TritonMachine(PtxMachine):
         return self
 
     def get_device_properties(self, number: int) -> dict[str, int]:
-        """What Triton asks of its driver."""
+        """Answers to what Triton asks of its driver."""
         return {"max_shared_mem": self.shared_limit}
 
     def load_binary(self, name: str, binary: bytes, shared: int, number: int) -> tuple[Any, ...]:
