@@ -30,6 +30,17 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 LARGEST_VOCABULARY = 10_000_000
 # Default of a required option; validate() reports an option that still has it.
 REQUIRED: Any = ""
+# Help texts of options that several recipes have.
+_EMBEDDINGS = (
+    "Input vectors to train: all; those of subwords that occur in the training texts, which gives "
+    "the same model without weight decay (occurring); or none. auto is occurring if that changes "
+    "no result and leaves out half of them or more, else all."
+)
+_VALIDATION = (
+    "Files like those of the training. Their loss is computed every save_steps steps, and the "
+    "checkpoint with the lowest one becomes the trained model."
+)
+_PATIENCE = "Stop after this many evaluations without a lower validation loss; 0 never stops."
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -112,19 +123,9 @@ class TeacherOptions:
         0, "Exclude the N most frequent tokens of the training texts from the scores of queries."
     )
     scale: float = _option(1.0, "Factor on the MaxSim scores before the softmax.")
-    embeddings: Embeddings = _option(
-        "auto",
-        "Input vectors to train: all; those of subwords that occur in the training texts, which "
-        "gives the same model without weight decay (occurring); or none. auto is occurring if that "
-        "changes no result and leaves out half of them or more, else all.",
-    )
-    validation: list[str] = _list_option(
-        "Files like those of the training. Their loss is computed every save_steps steps, and the "
-        "checkpoint with the lowest one becomes the trained model."
-    )
-    patience: int = _option(
-        0, "Stop after this many evaluations without a lower validation loss; 0 never stops."
-    )
+    embeddings: Embeddings = _option("auto", _EMBEDDINGS)
+    validation: list[str] = _list_option(_VALIDATION)
+    patience: int = _option(0, _PATIENCE)
     resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
 
     def validate(self) -> None:
@@ -234,19 +235,9 @@ class DistillOptions:
     dimension: int | None = _option(
         None, "Dimension of the token vectors of a new student (default: that of the teacher)."
     )
-    embeddings: Embeddings = _option(
-        "auto",
-        "Input vectors to train: all; those of subwords that occur in the training texts, which "
-        "gives the same model without weight decay (occurring); or none. auto is occurring if that "
-        "changes no result and leaves out half of them or more, else all.",
-    )
-    validation: list[str] = _list_option(
-        "Files like those of the training. Their loss is computed every save_steps steps, and the "
-        "checkpoint with the lowest one becomes the trained model."
-    )
-    patience: int = _option(
-        0, "Stop after this many evaluations without a lower validation loss; 0 never stops."
-    )
+    embeddings: Embeddings = _option("auto", _EMBEDDINGS)
+    validation: list[str] = _list_option(_VALIDATION)
+    patience: int = _option(0, _PATIENCE)
     resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
 
     def validate(self) -> None:
