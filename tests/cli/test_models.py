@@ -131,7 +131,8 @@ def test_approximate_search_prints_its_recall(capsys, world, tiny_models, tmp_pa
     fails(capsys, [*search, "--approximate"], "has no approximate index")
     build = ["index", *argv, "--documents", tmp_path / "many.tsv", "--output", base]
     assert run_json(capsys, [*build, "--approximate"])["added"] == 0
-    assert 0.5 < run_json(capsys, [*search, "--approximate"])["recall"] <= 1
+    # Every document is a candidate, so what is left is the noise of equal scores.
+    assert 0.9 < run_json(capsys, [*search, "--approximate"])["recall"] <= 1
     assert "recall" not in run_json(capsys, search)
     at = search.index("--index")
     search[at : at + 2] = ["--documents", tmp_path / "many.tsv"]
