@@ -38,6 +38,13 @@ def tokenize_words(text: str) -> list[str]:
     return "".join(map(_word_character, text.lower())).split()
 
 
+def share_unseen(texts: Iterable[str], known: Iterable[str]) -> float:
+    """Return the share of the running words of texts that no known text contains, from 0 to 1."""
+    vocabulary = {word for text in known for word in tokenize_words(text)}
+    words = [word for text in texts for word in tokenize_words(text)]
+    return sum(word not in vocabulary for word in words) / max(len(words), 1)
+
+
 @cache
 def _word_character(character: str) -> str:
     """Return the character if it belongs to words, else a space."""

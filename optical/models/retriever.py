@@ -154,6 +154,24 @@ def use_prompts(model: Any, *, query: str | None = None, document: str | None = 
     model.prompts = prompts
 
 
+def set_dropout(model: Any, probability: float | None) -> None:
+    """Set the probability of dropout in all places of a model; None keeps its configuration's.
+
+    Only the loaded modules change, not the configuration that is saved with the model.
+    """
+    if probability is None:
+        return
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        # Some encoders hand a number to the attention function instead.
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, probability)
+
+
 def _build_retriever(encoder: Any, dimension: int | None, skip_words: Sequence[str]) -> Any:
     """Build a `MultiVectorEncoder` from a ``Transformer`` module."""
     from sentence_transformers import MultiVectorEncoder

@@ -335,7 +335,15 @@ def _tokenizers(study: StudyDescription, summary: Summary) -> list[Block]:
         for tokenizer, statistics in tokenizers.items()
     ]
     head = ["language", "tokenizer of", "tokens per word", "unknown tokens"]
-    return [Heading("Tokenizers"), Table(head, rows, "Tokenisation of the collections' texts.")]
+    blocks: list[Block] = [
+        Heading("Tokenizers"),
+        Table(head, rows, "Tokenisation of the collections' texts."),
+    ]
+    if summary.unseen:
+        rows = [[study.name_of(x), f"{share:.1%}"] for x, share in summary.unseen.items()]
+        caption = "Running words of the collections' texts that no sentence pair contains."
+        blocks.append(Table(["language", "unseen words"], rows, caption))
+    return blocks
 
 
 def _error_rates(study: StudyDescription, summary: Summary) -> list[Block]:

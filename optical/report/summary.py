@@ -183,6 +183,8 @@ class Summary:
     error_rates: dict[tuple[str, str], float] = field(default_factory=dict)
     # Language -> tokenizer -> tokens per word and share of unknown tokens.
     tokens: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    # Language -> share of the running words of its texts that no sentence pair contains.
+    unseen: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, study: StudyDescription, results: Sequence[Mapping[str, Any]]) -> Summary:
@@ -218,6 +220,7 @@ class Summary:
             pairs={(row["arm"], row["language"]): row["pairs"] for row in rows if row.get("pairs")},
             error_rates=_error_rates(results),
             tokens={row["language"]: row["tokens"] for row in results if "tokens" in row},
+            unseen={row["language"]: row["unseen"] for row in results if "unseen" in row},
             pools=_pools(arms, [row for row in results if "pools" in row], measure),
         )
         summary.comparisons = summary._compare(summary._arm_pairs(study.against))
@@ -365,6 +368,7 @@ class Summary:
                 for (arm, language), rate in self.error_rates.items()
             ],
             "tokens": self.tokens,
+            "unseen": self.unseen,
             "pools": [vars(pool) | {"distance": pool.distance} for pool in self.pools],
         }
 

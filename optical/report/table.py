@@ -13,6 +13,7 @@ The column ``kind`` gives the meaning of a row:
     curve       a point of a curve: the arm in `against` is trained on `pairs` sentence pairs
     aer         alignment error rate of an arm's transport plans
     fertility, unknown    tokens per word, and share of unknown tokens, of the tokenizer in `arm`
+    unseen      share of the running words of a language's texts that no sentence pair contains
     seconds, peak_mb      cost of an arm, over all its languages and seeds
 """
 
@@ -76,6 +77,8 @@ def result_rows(
             shared = {"arm": tokenizer, **_language_columns(study, language)}
             rows.append({"kind": "fertility", **shared, "value": statistics["tokens"]})
             rows.append({"kind": "unknown", **shared, "value": statistics["unknown"]})
+    for language, share in summary.unseen.items():
+        rows.append({"kind": "unseen", **_language_columns(study, language), "value": share})
     for arm in summary.arms:
         seconds, peak_mb = arm_cost(arm, costs)
         rows.append({"kind": "seconds", "arm": arm, "value": seconds})

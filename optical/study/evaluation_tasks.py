@@ -274,20 +274,30 @@ class EvaluationTasks:
         if any(ENCODER in arm.start for arm in config.arms):
             models[ENCODER] = layout.encoder_name
         models |= self._vocabularies(language)
+        bitext = config.bitext_of(language)
         inputs = [
             {key: layout.fingerprints.model(name) for key, name in models.items()},
             layout.collection_inputs(collections, language),
+            *([layout.fingerprints.files(bitext)] if bitext else []),
         ]
         name = f"tokens-{language}-{layout.fingerprints.of(inputs)}.json"
         output = layout.output / "results" / name
-        run = functools.partial(self._measure_tokens, language, collections, models, output)
+        run = functools.partial(self._measure_tokens, language, collections, models, bitext, output)
         return Task(f"tokens {language}", "words", output, 0.1, run)
 
     def _measure_tokens(
-        self, language: str, collections: list[str], models: dict[str, str], output: Path
+        self,
+        language: str,
+        collections: list[str],
+        models: dict[str, str],
+        bitext: list[str],
+        output: Path,
     ) -> None:
+        """Measure how tokenizers split a language, and the words that its bitext lacks."""
         from transformers import AutoTokenizer
 
+        from optical.data.lexicon import share_unseen
+        from optical.data.pairs import read_bitext_pairs
         from optical.models.retriever import resolve_model
         from optical.models.tokenizers import fertility
 
@@ -300,7 +310,11 @@ class EvaluationTasks:
             key: fertility(AutoTokenizer.from_pretrained(resolve_model(name)), texts)
             for key, name in models.items()
         }
-        _write_row(output, {"language": language, "tokens": statistics})
+        row: dict[str, Any] = {"language": language, "tokens": statistics}
+        if bitext:
+            foreign = (other for path in bitext for _, other in read_bitext_pairs(path))
+            row["unseen"] = share_unseen(texts, foreign)
+        _write_row(output, row)
 
     def _vocabularies(self, language: str) -> dict[str, str]:
         """Return arm -> model of the arms with a new vocabulary, one arm per vocabulary."""

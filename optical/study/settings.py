@@ -9,7 +9,7 @@ from typing import Any
 
 from optical.report.summary import StudyDescription
 from optical.retrieval.evaluation import DEFAULT_MEASURES
-from optical.study.arms import ArmConfig, LexiconConfig
+from optical.study.arms import ArmConfig, LexiconConfig, fill_languages
 from optical.training.options import EncoderOptions, Role, TeacherOptions
 
 # Keys of a collection that name a file, a folder or an id.
@@ -72,6 +72,13 @@ class StudyConfig:
     def languages_of(self, collection: str) -> tuple[str, ...]:
         """Return the languages of a collection, including those of the ceiling."""
         return self.collection_languages.get(collection, (*self.languages, *self.ceiling))
+
+    def bitext_of(self, language: str) -> list[str]:
+        """Return the files of parallel sentences of a language that any arm is trained on."""
+        if language not in self.languages:
+            return []
+        files = (fill_languages(arm.options.get("bitext", []), [language]) for arm in self.arms)
+        return sorted({path for paths in files for path in paths})
 
     @property
     def roles(self) -> list[str]:

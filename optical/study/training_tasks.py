@@ -68,7 +68,10 @@ class TrainingTasks:
         if isinstance(max_length, dict):
             max_length = max_length.get(role)
         if config.store_teacher and arm.recipe == "distill":
-            stores = [self.teacher_vectors(path, role, max_length) for path in options.bitext]
+            stores = [
+                self.teacher_vectors(path, role, max_length, options.max_pairs)
+                for path in options.bitext
+            ]
             options.teacher_vectors = [str(task.output.parent) for task in stores]
             yield from stores
         languages = ALL_LANGUAGES if arm.multilingual else language
@@ -123,8 +126,15 @@ class TrainingTasks:
         )
         write_lexicon(lexicon_from_links(links, **limits), output)
 
-    def teacher_vectors(self, bitext: str, role: str, max_length: int | None) -> Task:
-        """Return the task that stores the teacher's token vectors of one bitext file."""
+    def teacher_vectors(
+        self, bitext: str, role: str, max_length: int | None, max_pairs: int | None
+    ) -> Task:
+        """Return the task that stores the teacher's token vectors of one bitext file.
+
+        Args:
+            bitext, max_pairs: file of parallel sentences, and how many of them are read.
+            role, max_length: role and length limit in which the teacher reads them.
+        """
         layout = self.layout
         fingerprints = layout.fingerprints
         inputs = [
@@ -132,6 +142,7 @@ class TrainingTasks:
             fingerprints.model(layout.teacher_name),
             role,
             max_length,
+            *([max_pairs] if max_pairs else []),
         ]
         stem = file_name(Path(bitext.split(",")[-1]).name.split(".")[0])
         folder = layout.output / "vectors" / f"{stem}-{fingerprints.of(inputs)}"
@@ -141,7 +152,7 @@ class TrainingTasks:
             from optical.models.retriever import load_retriever
             from optical.models.token_store import write_vectors
 
-            english = [source for source, _ in read_bitext_pairs(bitext)]
+            english = [source for source, _ in read_bitext_pairs(bitext)[:max_pairs]]
             model = load_retriever(layout.teacher_name)
             write_vectors(model, english, folder, role=role, max_length=max_length)
 

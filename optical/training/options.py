@@ -36,6 +36,10 @@ _EMBEDDINGS = (
     "the same model without weight decay (occurring); or none. auto is occurring if that changes "
     "no result and leaves out half of them or more, else all."
 )
+_DROPOUT = (
+    "Probability of dropout in training, in all places of the model (default: that of its "
+    "configuration)."
+)
 _VALIDATION = (
     "Files like those of the training. Their loss is computed every save_steps steps, and the "
     "checkpoint with the lowest one becomes the trained model."
@@ -124,6 +128,7 @@ class TeacherOptions:
     )
     scale: float = _option(1.0, "Factor on the MaxSim scores before the softmax.")
     embeddings: Embeddings = _option("auto", _EMBEDDINGS)
+    dropout: float | None = _option(None, _DROPOUT)
     validation: list[str] = _list_option(_VALIDATION)
     patience: int = _option(0, _PATIENCE)
     resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
@@ -137,6 +142,7 @@ class TeacherOptions:
         if not self.pairs and not self.queries:
             raise ValueError("pairs: none given; expected --pairs, or --queries with --passages")
         _check_patience(self)
+        _check_dropout(self.dropout)
         for name in ("dimension", "query_length", "document_length"):
             _check_positive(name, getattr(self, name))
         if self.skip_frequent < 0:
@@ -236,6 +242,7 @@ class DistillOptions:
         None, "Dimension of the token vectors of a new student (default: that of the teacher)."
     )
     embeddings: Embeddings = _option("auto", _EMBEDDINGS)
+    dropout: float | None = _option(None, _DROPOUT)
     validation: list[str] = _list_option(_VALIDATION)
     patience: int = _option(0, _PATIENCE)
     resume: bool = _option(False, "Continue from the last checkpoint in output_dir.")
@@ -260,6 +267,7 @@ class DistillOptions:
                 "and validation; expected one folder per file"
             )
         _check_patience(self)
+        _check_dropout(self.dropout)
         _check_positive("max_pairs", self.max_pairs)
         _check_positive("dimension", self.dimension)
         if self.group_by_length and self.objective == "contrastive":
@@ -382,6 +390,11 @@ def _check_code_switching(lexicon: list[str], probability: float) -> None:
             raise ValueError(f"lexicon: {entry!r}, expected `language=file`")
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"probability: {probability}, expected a number from 0 to 1")
+
+
+def _check_dropout(probability: float | None) -> None:
+    if probability is not None and not 0.0 <= probability < 1.0:
+        raise ValueError(f"dropout: {probability}, expected a number from 0 to below 1")
 
 
 def _check_positive(name: str, value: int | None) -> None:

@@ -46,7 +46,7 @@ from optical.losses import objectives
 from optical.losses.distillation import DistillationLoss, OTDistillationLoss
 from optical.models.encoding import ROLES
 from optical.models.fingerprint import fingerprints, partners, set_partners
-from optical.models.retriever import DEFAULT_LENGTHS, load_retriever, resolve_model
+from optical.models.retriever import DEFAULT_LENGTHS, load_retriever, resolve_model, set_dropout
 from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
 from optical.training.collator import BitextCollator, LengthBatchSampler
@@ -120,8 +120,8 @@ def codeswitch(
 ) -> MultiVectorEncoderTrainer:
     """Configure the teacher recipe on code-switched text (Litschko et al., arXiv 2305.05295).
 
-    One lexicon gives the bilingual variant of the paper, several give the multilingual one. Texts
-    of the role that is not code-switched stay unchanged.
+    One lexicon gives the paper's bilingual variant, several the multilingual one. Texts of the role
+    that is not code-switched stay unchanged.
     """
     options.validate()
     rows = read_training_pairs(options.pairs, options.queries, options.passages)
@@ -162,9 +162,8 @@ def _contrastive_trainer(
     set_seed(trainer_args.seed)
     skip_words: list[str] = []
     if options.skip_frequent:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model(options.model), trust_remote_code=False
-        )
+        name = resolve_model(options.model)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         texts = [text for row in rows for text in row]
         skip_words = frequent_tokens(tokenizer, texts, options.skip_frequent)
     model = load_retriever(
@@ -177,6 +176,7 @@ def _contrastive_trainer(
     )
     # Training moves the vectors away from those of the models that this one was made from.
     set_partners(model, ())
+    set_dropout(model, options.dropout)
     # A passage that occurs twice in a batch would be its own negative.
     trainer_args.batch_sampler = BatchSamplers.NO_DUPLICATES
     names = ["query", "positive", *(f"negative_{i}" for i in range(1, len(rows[0]) - 1))]
@@ -257,8 +257,7 @@ def distill(
     options.validate()
     if trainer_args.prompts:
         raise ValueError(
-            "prompts: given, but bitext is read with the prompts of the models; save the student "
-            "with its prompts"
+            "prompts: given, but bitext is read with the models' prompts; save the student with its"
         )
     callbacks = _evaluate(options, trainer_args)
     dataset = _training_bitext(options, trainer_args)
@@ -266,18 +265,19 @@ def distill(
     set_seed(trainer_args.seed)
     teacher_model = load_retriever(options.teacher)
     dimension = options.dimension or teacher_model.get_embedding_dimension()
-    # A student made from a plain encoder gets the length limits of its teacher.
     limits = teacher_model[0]
     student = load_retriever(
         options.student or options.teacher,
         dimension=dimension,
         query_expansion=bool(getattr(limits, "query_expansion", None)),
+        # A student made from a plain encoder gets the length limits of its teacher.
         default_lengths=(
             getattr(limits, "query_length", None) or DEFAULT_LENGTHS[0],
             getattr(limits, "document_length", None) or DEFAULT_LENGTHS[1],
         ),
     )
     set_partners(student, fingerprints(teacher_model).values())
+    set_dropout(student, options.dropout)
     max_length = trainer_args.max_length
     if isinstance(max_length, dict):
         max_length = max_length.get(options.role)
@@ -404,7 +404,7 @@ def _token_mass(model: Any, texts: Sequence[str], options: DistillOptions) -> to
     frequency[list(counts)] = torch.tensor([float(count) for count in counts.values()])
     mass = torch.ones(size)
     if options.mass == "idf":
-        # Exactly zero for tokens of every text: rounding could give a small or negative mass.
+        # Exactly zero for tokens of every text, despite rounding.
         mass = ((len(texts) + 1) / (frequency + 1)).log().where(frequency < len(texts), 0.0)
     if options.skip_frequent:
         # Ties are broken by token id. The special tokens are the most frequent ones.

@@ -13,6 +13,7 @@ from optical.data.lexicon import (
     invert_lexicon,
     lexicon_from_links,
     read_lexicon,
+    share_unseen,
     tokenize_words,
     translate,
     write_lexicon,
@@ -172,3 +173,10 @@ def test_progress_is_logged_at_intervals(caplog):
         for _ in range(4):
             progress.add(25)
     assert caplog.messages == ["count: 50 of 100 pairs, 30 s left"]
+
+
+def test_share_of_unseen_running_words():
+    # "Moto" is known in another case, "zuri" occurs twice and is not known.
+    assert share_unseen(["Maji zuri", "MOTO zuri."], ["maji, moto"]) == 0.5
+    assert share_unseen([], ["maji"]) == 0.0
+    assert share_unseen(["maji"], []) == 1.0

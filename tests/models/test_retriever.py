@@ -24,7 +24,7 @@ from transformers import (
 
 from optical.data.texts import read_sentences
 from optical.models import tokenizers
-from optical.models.retriever import check_model, load_retriever, resolve_model
+from optical.models.retriever import check_model, load_retriever, resolve_model, set_dropout
 from optical.models.token_store import write_vectors
 from optical.models.tokenizers import SPECIAL_TOKENS, frequent_tokens, train_tokenizer
 from optical.training import BitextCollator
@@ -425,3 +425,29 @@ def test_custom_code_is_refused_without_asking(bert, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="bert: cannot be loaded"):
         load_retriever(bert, document_length=64)
     assert not asked and not ran.exists()
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta", "distilbert", "modernbert"])
+def test_dropout_of_all_places_of_an_encoder(family):
+    """With probability 0, training mode computes what evaluation mode computes."""
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if family == "distilbert":
+        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1}
+    config = AutoConfig.for_model(family, vocab_size=50, sep_token_id=2, **sizes, **tokens)
+    for name in list(vars(config)):
+        if "dropout" in name and name != "classifier_dropout":
+            setattr(config, name, 0.3)
+    encoder = AutoModel.from_config(config)
+    ids = torch.arange(3, 23)[None]
+    expected = encoder.eval()(ids).last_hidden_state
+    encoder.train()
+    assert (encoder(ids).last_hidden_state - expected).abs().max() > 0.01
+    set_dropout(encoder, None)
+    assert (encoder(ids).last_hidden_state - expected).abs().max() > 0.01
+    set_dropout(encoder, 0.0)
+    torch.testing.assert_close(encoder(ids).last_hidden_state, expected)
+    set_dropout(encoder, 0.3)
+    assert (encoder(ids).last_hidden_state - expected).abs().max() > 0.01

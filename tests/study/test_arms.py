@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib", reason="needs the extra `study`")
 import yaml
 
 from optical.cli import main as cli
+from optical.data.pairs import read_bitext_pairs
 from optical.report.table import read_rows
 from optical.study.config import read_config
 from optical.study.study import Study, run_study
@@ -165,10 +166,14 @@ def test_each_arm_has_the_configured_options(finished, world):
     assert re.fullmatch(r"sw=.*/lexicons/plan-sw-[0-9a-f]{10}\.tsv", entry)
 
 
-def test_teacher_vectors_are_stored_once_per_bitext(finished):
+def test_teacher_vectors_are_stored_once_per_bitext_and_number_of_pairs(finished, world):
     _, out = finished
-    stores = sorted(path.name.rsplit("-", 1)[0] for path in (out / "vectors").iterdir())
-    assert stores == ["en-de", "en-sw"]
+    stores = sorted(
+        (path.parent.name.rsplit("-", 1)[0], json.loads(path.read_text())["documents"])
+        for path in out.glob("vectors/*/index.json")
+    )
+    pairs = {x: len(read_bitext_pairs(world / f"bitext/en-{x}.tsv")) for x in ("de", "sw")}
+    assert stores == [("en-de", 20), ("en-de", pairs["de"]), ("en-sw", 20), ("en-sw", pairs["sw"])]
 
 
 def test_translation_matches_across_languages(finished):
@@ -308,6 +313,11 @@ def test_report_has_the_configured_tables(finished):
     assert found["tokens"]["sw"]["teacher"]["tokens"] >= 1
     vocabularies = [arm for arm in found["tokens"]["sw"] if arm not in ("teacher", "encoder")]
     assert vocabularies == ["transfer"]
+    # Few words of the documents are in no sentence pair.
+    assert set(found["unseen"]) == {"sw", "de"} and 0 <= found["unseen"]["sw"] < 0.5
+    unseen = {r["language"]: r["value"] for r in read_rows(out / "results.csv")
+              if r["kind"] == "unseen"}  # fmt: skip
+    assert unseen == pytest.approx(found["unseen"])
 
     text = (out / "report.md").read_text(encoding="utf-8")
     for part in ("Gain over the translation baseline", "Tokenizers", "Word alignment", "Cost"):

@@ -440,7 +440,7 @@ def test_a_forgotten_collator_is_refused(distill, tmp_path):
 
 def test_prompts_of_the_trainer_are_used_or_refused(distill, world, tiny_models, tmp_path):
     prompts = {"query": "query: ", "document": "passage: "}
-    with pytest.raises(ValueError, match="prompts: given, but bitext is read with the prompts of"):
+    with pytest.raises(ValueError, match="prompts: given, but bitext is read with the models"):
         distill(prompts=prompts)
     options = recipes.TeacherOptions(model=tiny_models.mixed, pairs=[str(world / "teacher.tsv")])
     arguments = {"max_steps": 1, "disable_tqdm": True}
@@ -760,6 +760,24 @@ def test_invalid_validation_is_refused(distill, world):
         distill(options=bitext | {"patience": -1})
     with pytest.raises(ValueError, match="1 folders for 2 files of bitext and validation"):
         distill(options=bitext | {"teacher_vectors": ["v"]})
+
+
+def test_dropout_is_that_of_the_option(distill, tiny_models, pairs, tmp_path):
+    def probabilities(model):
+        return {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+
+    assert probabilities(distill()[0].model) != {0.25}
+    trainer, options = distill(options={"dropout": 0.25})
+    assert probabilities(trainer.model) == {0.25}
+    # The teacher reads without dropout, and the saved configuration is that of the student.
+    saved = load_retriever(runner.run(trainer, options, resume=False))
+    assert probabilities(saved) == probabilities(distill()[0].model)
+    settings = recipes.TeacherOptions(model=tiny_models.teacher, pairs=pairs, dropout=0.0)
+    trainer = recipes.teacher(settings, recipes.trainer_arguments(tmp_path / "teacher"))
+    assert probabilities(trainer.model) == {0.0}
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"dropout: .*, expected a number from 0 to below 1"):
+            distill(options={"dropout": wrong})
 
 
 def test_training_pairs_have_a_validation_loss_too(tiny_models, pairs, world, tmp_path):
