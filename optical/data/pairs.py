@@ -197,6 +197,21 @@ def _read_moses(path: str) -> Iterator[tuple[str, str]]:
         )
 
 
+def join_pairs(pairs: Iterable[SentencePair], characters: int) -> list[SentencePair]:
+    """Join neighbouring sentence pairs into passages of up to `characters` on either side.
+
+    A pair that is longer stays alone. With 0 nothing is joined.
+    """
+    joined: list[SentencePair] = []
+    for pair in pairs:
+        longer = [" ".join(sides) for sides in zip(joined[-1], pair, strict=True)] if joined else []
+        if longer and max(map(len, longer)) <= characters:
+            joined[-1] = longer[0], longer[1]
+        else:
+            joined.append(pair)
+    return joined
+
+
 def balance_bitexts(bitexts: Sequence[Sequence[SentencePair]]) -> list[list[SentencePair]]:
     """Repeat the pairs of smaller bitexts until each has as many as the largest."""
     largest = max(map(len, bitexts), default=0)

@@ -73,6 +73,9 @@ def _modules(model: Any, role: str) -> dict[str, list[Any]]:
             f"the model's modules are {', '.join(by_class)}; PyLate has a Transformer, projections "
             "and normalised vectors"
         )
+    kinds = [type(module).__name__ for module in modules]
+    if "Dense" in kinds[kinds.index("Normalize") :]:
+        raise ValueError("the model projects normalised vectors; PyLate normalises only at the end")
     unsupported = by_class.keys() - {"Transformer", "Dense", "MultiVectorMask", "Normalize"}
     if unsupported:
         raise ValueError(f"the model has a module {sorted(unsupported)[0]}, which PyLate lacks")

@@ -182,7 +182,8 @@ class ArmConfig:
         names = ["pairs", "queries", "passages", "scale"]
         if self.recipe == "teacher":
             # A new retriever has the same length limits as the teacher.
-            names += ["query_length", "document_length", "query_expansion", "skip_frequent"]
+            names += ["query_length", "document_length", "query_expansion"]
+            names += ["skip_frequent", "center"]
         return {name: getattr(study.teacher_options, name) for name in names}
 
     def induced_lexicons(self, study: StudyDefaults) -> list[str]:

@@ -14,7 +14,7 @@ from optical.report.stored import LOSSES
 from optical.study.arms import ENCODER, TEACHER, ArmConfig, fill_languages
 from optical.study.layout import ALL_LANGUAGES, Layout, file_name
 from optical.study.tasks import Task
-from optical.training.options import TRAINER_DEFAULTS, WITHOUT_STEPS
+from optical.training.options import TRAINER_DEFAULTS, WITHOUT_STEPS, DistillOptions
 
 # Default cost per training token, by recipe; measured times replace it as tasks finish.
 COST = {"encoder": 4.0, "teacher": 2.0, "codeswitch": 2.0, "distill": 1.0}
@@ -68,10 +68,7 @@ class TrainingTasks:
         if isinstance(max_length, dict):
             max_length = max_length.get(role)
         if config.store_teacher and arm.recipe == "distill":
-            stores = [
-                self.teacher_vectors(path, role, max_length, options.max_pairs)
-                for path in options.bitext
-            ]
+            stores = [self.teacher_vectors(path, options, max_length) for path in options.bitext]
             options.teacher_vectors = [str(task.output.parent) for task in stores]
             yield from stores
         languages = ALL_LANGUAGES if arm.multilingual else language
@@ -126,15 +123,15 @@ class TrainingTasks:
         )
         write_lexicon(lexicon_from_links(links, **limits), output)
 
-    def teacher_vectors(
-        self, bitext: str, role: str, max_length: int | None, max_pairs: int | None
-    ) -> Task:
+    def teacher_vectors(self, bitext: str, options: DistillOptions, max_length: int | None) -> Task:
         """Return the task that stores the teacher's token vectors of one bitext file.
 
         Args:
-            bitext, max_pairs: file of parallel sentences, and how many of them are read.
-            role, max_length: role and length limit in which the teacher reads them.
+            bitext: file of parallel sentences.
+            options: options of the arm, which reads the sentences in its role.
+            max_length: length limit of the arm, in tokens.
         """
+        role, max_pairs, characters = options.role, options.max_pairs, options.join_characters
         layout = self.layout
         fingerprints = layout.fingerprints
         inputs = [
@@ -142,17 +139,18 @@ class TrainingTasks:
             fingerprints.model(layout.teacher_name),
             role,
             max_length,
-            *([max_pairs] if max_pairs else []),
+            *([max_pairs, characters] if max_pairs or characters else []),
         ]
         stem = file_name(Path(bitext.split(",")[-1]).name.split(".")[0])
         folder = layout.output / "vectors" / f"{stem}-{fingerprints.of(inputs)}"
 
         def run() -> None:
-            from optical.data.pairs import read_bitext_pairs
+            from optical.data.pairs import join_pairs, read_bitext_pairs
             from optical.models.retriever import load_retriever
             from optical.models.token_store import write_vectors
 
-            english = [source for source, _ in read_bitext_pairs(bitext)[:max_pairs]]
+            pairs = join_pairs(read_bitext_pairs(bitext)[:max_pairs], characters)
+            english = [source for source, _ in pairs]
             model = load_retriever(layout.teacher_name)
             write_vectors(model, english, folder, role=role, max_length=max_length)
 

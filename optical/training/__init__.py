@@ -19,15 +19,10 @@ if TYPE_CHECKING:
         TransferOptions,
     )
     from optical.training.pretraining import encoder_trainer
-    from optical.training.recipes import (
-        average,
-        codeswitch,
-        distill,
-        teacher,
-        trainer_arguments,
-    )
+    from optical.training.recipes import codeswitch, distill, teacher, trainer_arguments
     from optical.training.runner import run, save
     from optical.training.vocabulary_transfer import transfer
+    from optical.training.weight_average import average
 
 __all__ = [
     "AverageOptions",
@@ -62,8 +57,9 @@ if not TYPE_CHECKING:  # a type checker would accept any name
                 "TransferOptions",
             ),
             "pretraining": ("encoder_trainer",),
-            "recipes": ("average", "codeswitch", "distill", "teacher", "trainer_arguments"),
+            "recipes": ("codeswitch", "distill", "teacher", "trainer_arguments"),
             "runner": ("run", "save"),
             "vocabulary_transfer": ("transfer",),
+            "weight_average": ("average",),
         },
     )

@@ -126,6 +126,11 @@ class TeacherOptions:
     skip_frequent: int = _option(
         0, "Exclude the N most frequent tokens of the training texts from the scores of queries."
     )
+    center: bool = _option(
+        False,
+        "Subtract the mean token vector of the training passages, which makes the vectors of a "
+        "pre-trained encoder less alike.",
+    )
     scale: float = _option(1.0, "Factor on the MaxSim scores before the softmax.")
     embeddings: Embeddings = _option("auto", _EMBEDDINGS)
     dropout: float | None = _option(None, _DROPOUT)
@@ -229,6 +234,11 @@ class DistillOptions:
     max_pairs: int | None = _option(
         None, "Maximum number of pairs read from each file (default: all)."
     )
+    join_characters: int = _option(
+        0,
+        "Join neighbouring sentence pairs of a file into passages of up to N characters, as long "
+        "as documents (0: single sentences).",
+    )
     balance: bool = _option(
         False, "Repeat the pairs of smaller files so that all files have equal weight."
     )
@@ -254,8 +264,9 @@ class DistillOptions:
         if self.lexicon and self.reads == "other":
             raise ValueError("lexicon: given, but the student reads no English; set reads to both")
         _check_code_switching(self.lexicon, self.probability)
-        if self.skip_frequent < 0:
-            raise ValueError(f"skip_frequent: {self.skip_frequent}, expected 0 or more")
+        for name in ("skip_frequent", "join_characters"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected 0 or more")
         if not self.temperature > 0:
             raise ValueError(f"temperature: {self.temperature}, expected a number > 0")
         if not self.bitext:
@@ -292,7 +303,7 @@ class DistillOptions:
     def _check_streamable(self) -> None:
         """Refuse options that need the whole bitext before the first step."""
         required: dict[str, Any] = {"mass": "uniform", "skip_frequent": 0, "reads": "other"}
-        required |= {"max_pairs": None, "group_by_length": False}
+        required |= {"max_pairs": None, "join_characters": 0, "group_by_length": False}
         for name, value in required.items():
             if getattr(self, name) != value:
                 raise ValueError(

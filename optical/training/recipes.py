@@ -3,13 +3,12 @@
 teacher     English late interaction from (query, passage) pairs, in-batch softmax  (recipe R0)
 distill     a student distilled from a frozen teacher on parallel sentences  (recipes R1 to R4)
 codeswitch  the teacher recipe on text code-switched through lexicons  (recipe R5)
-average     the mean of the weights of students fine-tuned from one model
 
-The recipe ``transfer`` is in ``optical.training.vocabulary_transfer``. A recipe that trains returns
-a trainer, which the caller may change before ``optical.training.run`` trains, resumes and saves. A
-recipe without training steps returns a model for ``optical.training.save``. The package has no
-training loop: checkpoints, precision, seeds, progress bars, multi-GPU training and model cards are
-those of the trainer.
+The recipes ``transfer`` and ``average``, in modules of their own, have no training steps. A recipe
+that trains returns a trainer, which the caller may change before ``optical.training.run`` trains,
+resumes and saves. A recipe without training steps returns a model for ``optical.training.save``.
+The package has no training loop: checkpoints, precision, seeds, progress bars, multi-GPU training
+and model cards are those of the trainer.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from optical.data.lexicon import CodeSwitcher, read_lexicon
 from optical.data.pairs import (
     balance_bitexts,
     bitext_dataset,
+    join_pairs,
     read_bitext_pairs,
     read_training_pairs,
     stream_bitext,
@@ -44,8 +44,9 @@ from optical.data.pairs import (
 from optical.io.settings import nearest, typed
 from optical.losses import objectives
 from optical.losses.distillation import DistillationLoss, OTDistillationLoss
+from optical.models.centering import center_vectors
 from optical.models.encoding import ROLES
-from optical.models.fingerprint import fingerprints, partners, set_partners
+from optical.models.fingerprint import fingerprints, set_partners
 from optical.models.retriever import DEFAULT_LENGTHS, load_retriever, resolve_model, set_dropout
 from optical.models.token_store import StoredVectors
 from optical.models.tokenizers import frequent_tokens, token_counts
@@ -53,13 +54,15 @@ from optical.training.collator import BitextCollator, LengthBatchSampler
 from optical.training.embedding_rows import restrict_embeddings
 from optical.training.options import (
     TRAINER_DEFAULTS,
-    AverageOptions,
     CodeswitchOptions,
     DistillOptions,
     TeacherOptions,
 )
 
 logger = logging.getLogger("optical")
+
+# Passages whose token vectors have the mean that `center` subtracts.
+_CENTERED_TEXTS = 1000
 
 
 @dataclass
@@ -174,6 +177,9 @@ def _contrastive_trainer(
         query_expansion=options.query_expansion,
         skip_words=skip_words,
     )
+    if options.center:
+        passages = dict.fromkeys(row[1] for row in rows)
+        model = center_vectors(model, list(passages)[:_CENTERED_TEXTS])
     # Training moves the vectors away from those of the models that this one was made from.
     set_partners(model, ())
     set_dropout(model, options.dropout)
@@ -261,7 +267,9 @@ def distill(
         )
     callbacks = _evaluate(options, trainer_args)
     dataset = _training_bitext(options, trainer_args)
-    validation = [read_bitext_pairs(path) for path in options.validation]
+    validation = [
+        join_pairs(read_bitext_pairs(path), options.join_characters) for path in options.validation
+    ]
     set_seed(trainer_args.seed)
     teacher_model = load_retriever(options.teacher)
     dimension = options.dimension or teacher_model.get_embedding_dimension()
@@ -317,7 +325,10 @@ def _training_bitext(
         accelerator_config: Any = trainer_args.accelerator_config
         accelerator_config.dispatch_batches = False
         return stream_bitext(options.bitext, seed=trainer_args.seed)
-    files = [read_bitext_pairs(path)[: options.max_pairs] for path in options.bitext]
+    files = [
+        join_pairs(read_bitext_pairs(path)[: options.max_pairs], options.join_characters)
+        for path in options.bitext
+    ]
     if options.balance:
         files = balance_bitexts(files)
     return _bitext_dataset(options, files, trainer_args)
@@ -410,41 +421,3 @@ def _token_mass(model: Any, texts: Sequence[str], options: DistillOptions) -> to
         # Ties are broken by token id. The special tokens are the most frequent ones.
         mass[(-frequency).argsort(stable=True)[: options.skip_frequent]] = 0.0
     return mass
-
-
-def average(options: AverageOptions) -> Any:
-    """Average the weights of retrievers fine-tuned from one model ("model soup").
-
-    Returns:
-        The first retriever with the mean of all weights, each in its own dtype.
-
-    Raises:
-        FileNotFoundError, ValueError: no such model, or a model whose vocabulary or weight shapes
-            differ from those of the first, which therefore has another starting point.
-    """
-    options.validate()
-    first = load_retriever(options.models[0])
-    sums = {name: value.double() for name, value in first.state_dict().items()}
-    vocabulary = first.tokenizer.get_vocab()
-    common_partners = set(partners(first))
-    for name in options.models[1:]:
-        model = load_retriever(name)
-        common_partners &= set(partners(model))
-        if model.tokenizer.get_vocab() != vocabulary:
-            raise ValueError(
-                f"models: {name} has another vocabulary than {options.models[0]}; expected "
-                "students of one model"
-            )
-        weights = model.state_dict()
-        for key in sums.keys() | weights.keys():
-            shapes = [tuple(part[key].shape) if key in part else None for part in (weights, sums)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"models: {key} of {name} has the shape {shapes[0]}, expected that of "
-                    f"{options.models[0]}, {shapes[1]}"
-                )
-            sums[key] += weights[key]
-    # Copying converts each mean to the dtype of its weight, integers included.
-    first.load_state_dict({key: total / len(options.models) for key, total in sums.items()})
-    set_partners(first, common_partners)
-    return first

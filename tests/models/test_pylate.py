@@ -11,6 +11,10 @@ import torch
 
 pytest.importorskip("sentence_transformers", reason="the extra `train` is not installed")
 
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base.modules import Normalize
+
+from optical.models.centering import center_vectors
 from optical.models.pylate import export_pylate
 from optical.models.retriever import load_retriever
 from optical.retrieval.index import FileIndex, write_index
@@ -29,14 +33,17 @@ for role in ("query", "document"):
 """
 
 
-@pytest.fixture(params=["plain", "projected", "expanded"])
+@pytest.fixture(params=["plain", "projected", "expanded", "centred"])
 def model(request, tiny_models, tmp_path):
     settings = {
         "plain": {},
         "projected": {"dimension": 8, "document_length": 6},
         "expanded": {"query_expansion": True, "query_length": 12},
+        "centred": {"dimension": 8},
     }[request.param]
     retriever = load_retriever(tiny_models.mixed, **settings)
+    if request.param == "centred":
+        retriever = center_vectors(retriever, TEXTS)
     retriever.save_pretrained(str(tmp_path / "model"))
     return str(tmp_path / "model")
 
@@ -117,6 +124,14 @@ def test_features_that_pylate_lacks_are_refused(tiny_models, tmp_path):
         export_pylate(tiny_models.teacher, tmp_path / "full")
 
 
+def test_a_projection_of_normalised_vectors_is_refused(tiny_models, tmp_path):
+    encoder, projection, *rest = load_retriever(tiny_models.mixed, dimension=8)
+    modules = [encoder, Normalize(module_input_name="token_embeddings"), projection, *rest]
+    MultiVectorEncoder(modules=modules).save_pretrained(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="projects normalised vectors"):
+        export_pylate(tmp_path / "model", tmp_path / "pylate")
+
+
 class Plaid:
     """The documented input of ``pylate.indexes.PLAID.add_documents``."""
 
@@ -161,9 +176,11 @@ def test_the_export_has_the_files_and_keys_that_pylate_reads(model, tmp_path):
     }  # fmt: skip
     assert {name: type(settings[name]) for name in kinds} == kinds
     modules = json.loads((folder / "modules.json").read_text())
+    # A model without a projection gets the identity.
+    projections = sum(type(module).__name__ == "Dense" for module in load_retriever(model))
     assert [entry["type"] for entry in modules] == [
         "sentence_transformers.models.Transformer",
-        "pylate.models.Dense.Dense",
+        *["pylate.models.Dense.Dense"] * max(projections, 1),
     ]
     projection = folder / modules[1]["path"]
     keys = {"in_features", "out_features", "bias", "activation_function"}

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="needs the extra `study`")
 import yaml
 
 from optical.cli import main as cli
-from optical.data.pairs import read_bitext_pairs
+from optical.data.pairs import join_pairs, read_bitext_pairs
 from optical.report.table import read_rows
 from optical.study.config import read_config
 from optical.study.study import Study, run_study
@@ -62,7 +62,7 @@ def configuration(world, tiny_models, folder):
             "other": {"recipe": "multivector", "model": tiny_models.teacher},
             "ot": {**distilled, "start": "zeroshot"},
             "ot-all": {**distilled, "multilingual": True, "seeds": [0, 1]},
-            "ot-20": {**distilled, "max_pairs": 20},
+            "ot-20": {**distilled, "max_pairs": 20, "join_characters": 60},
             "ot-idf": {**distilled, "mass": "idf", "rho": 0.5, "gradient": "implicit"},
             "position": {**distilled, "objective": "position"},
             "pooled": {**distilled, "objective": "pooled", "reads": "both"},
@@ -172,8 +172,10 @@ def test_teacher_vectors_are_stored_once_per_bitext_and_number_of_pairs(finished
         (path.parent.name.rsplit("-", 1)[0], json.loads(path.read_text())["documents"])
         for path in out.glob("vectors/*/index.json")
     )
-    pairs = {x: len(read_bitext_pairs(world / f"bitext/en-{x}.tsv")) for x in ("de", "sw")}
-    assert stores == [("en-de", 20), ("en-de", pairs["de"]), ("en-sw", 20), ("en-sw", pairs["sw"])]
+    read = {x: read_bitext_pairs(world / f"bitext/en-{x}.tsv") for x in ("de", "sw")}
+    pairs = {x: len(found) for x, found in read.items()}
+    joined = {x: len(join_pairs(found[:20], 60)) for x, found in read.items()}
+    assert stores == [(f"en-{x}", n) for x in read for n in (joined[x], pairs[x])]
 
 
 def test_translation_matches_across_languages(finished):

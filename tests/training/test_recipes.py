@@ -312,6 +312,18 @@ def test_balance_repeats_pairs_of_smaller_files(distill, tmp_path):
     assert list(trainer.train_dataset["target"])[4:6] == ["moja", "namba 0"]
 
 
+def test_joined_pairs_are_passages_of_neighbouring_sentences(distill, tmp_path):
+    pairs = ["one\tmoja", "two\tmbili", "three\ttatu na nyingine", "four\tnne"]
+    (tmp_path / "few.tsv").write_text("".join(f"{pair}\n" for pair in pairs))
+    bitext = {"bitext": [str(tmp_path / "few.tsv")]}
+    trainer, _ = distill(options=bitext | {"join_characters": 10})
+    # The third sentence is longer than ten characters.
+    assert list(trainer.train_dataset["source"]) == ["one two", "three", "four"]
+    assert list(trainer.train_dataset["target"]) == ["moja mbili", "tatu na nyingine", "nne"]
+    trainer, _ = distill(options=bitext | {"join_characters": 10, "max_pairs": 1})
+    assert list(trainer.train_dataset["source"]) == ["one"]
+
+
 def test_grouped_batches_hold_sentences_of_similar_length(distill, tmp_path):
     lengths = list(range(1, 201))
     random.Random(0).shuffle(lengths)
@@ -371,6 +383,8 @@ def test_unwritable_output_folder_is_refused(distill, tmp_path):
         ({"stream": True, "group_by_length": True}, "group_by_length: True, expected False, bec"),
         ({"backend": "gpu"}, "backend is 'gpu'"),
         ({"max_pairs": 0}, "max_pairs: 0, expected 1 or more"),
+        ({"join_characters": -1}, "join_characters: -1, expected 0 or more"),
+        ({"stream": True, "join_characters": 9}, "join_characters: 9, expected 0, because"),
     ],
 )
 def test_invalid_options_of_distillation(change, message):

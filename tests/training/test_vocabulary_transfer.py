@@ -13,6 +13,7 @@ from optical.models.retriever import load_retriever
 from optical.training import recipes, runner
 from optical.training.options import AverageOptions, TransferOptions
 from optical.training.vocabulary_transfer import transfer
+from optical.training.weight_average import average
 
 NOUNS = ("bread", "water", "fish", "basket", "book", "lamp", "teacher", "farmer", "doctor")
 
@@ -228,7 +229,7 @@ def test_distillation_starts_from_a_transferred_model(world, tiny_models, models
 
 def averaged(folder, *models):
     options = AverageOptions(models=[str(model) for model in models])
-    model = recipes.average(options)
+    model = average(options)
     return load_retriever(runner.save(model, options, recipes.trainer_arguments(folder)))
 
 
