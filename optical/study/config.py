@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -42,7 +43,8 @@ def read_config(path: str | Path | None, output: str | Path | None = None) -> St
     """Read and check a configuration; with None, that of the embedded demonstration.
 
     ``${NAME}`` in a value is replaced by an environment variable, ``${NAME:-TEXT}`` by TEXT if it
-    is not set, and ``{language}`` by each language. Paths that begin with ``./`` or ``../`` are
+    is not set, and ``{language}`` by each language. A value that is one variable alone may become a
+    number or a truth value, as if its text stood there. Paths that begin with ``./`` or ``../`` are
     relative to the configuration file. Other paths, and the output folder, are relative to the
     current folder. ``base`` names another file in the same folder, whose keys are overridden level
     by level.
@@ -69,6 +71,10 @@ def read_config(path: str | Path | None, output: str | Path | None = None) -> St
     return config
 
 
+# Truth values and numbers, which JSON and YAML write alike.
+_SCALAR = re.compile(r"true|false|-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
+
+
 @dataclass
 class _Reader:
     """Converts parsed YAML into a configuration; `key` arguments name the value in errors."""
@@ -85,7 +91,9 @@ class _Reader:
             return [self.expand(entry) for entry in value]
         if isinstance(value, str):
             pattern = r"\$\{(\w+)(?::-([^}]*))?\}"
-            return re.sub(pattern, lambda match: self.variable(match[1], match[2]), value)
+            filled = re.sub(pattern, lambda match: self.variable(match[1], match[2]), value)
+            alone = re.fullmatch(pattern, value) is not None
+            return json.loads(filled) if alone and _SCALAR.fullmatch(filled) else filled
         return value
 
     def variable(self, name: str, default: str | None) -> str:

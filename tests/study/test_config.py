@@ -433,6 +433,23 @@ def test_variables_may_have_a_default(read, monkeypatch):
     assert read("note", "${NO_SUCH_VARIABLE:-}").note == ""
 
 
+def test_a_variable_alone_may_be_a_number_or_a_truth_value(read, monkeypatch):
+    for text, value in (("true", True), ("false", False)):
+        monkeypatch.setenv("STORE", text)
+        assert read("store_teacher", "${STORE}").store_teacher is value
+    assert read("store_teacher", "${NO_SUCH_VARIABLE:-true}").store_teacher is True
+    monkeypatch.setenv("LENGTH", "64")
+    assert read("passage_length", "${LENGTH}").passage_length == 64
+    # Other text stays text, as does a variable inside a longer one.
+    for text in ("no", "007", "1.", "maybe"):
+        monkeypatch.setenv("NOTE", text)
+        assert read("note", "${NOTE}").note == text
+    assert read("note", "${LENGTH} words").note == "64 words"
+    monkeypatch.setenv("STORE", "maybe")
+    with pytest.raises(ValueError, match="store_teacher: 'maybe', expected"):
+        read("store_teacher", "${STORE}")
+
+
 def test_importing_the_configuration_loads_no_training_library():
     code = "import sys, optical.study.config; print(*{n.split('.')[0] for n in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
