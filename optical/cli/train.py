@@ -201,8 +201,9 @@ def _train(recipe: str, options: Any, args_class: type[Any], values: dict[str, A
 
 def _run_recipe(recipe: str, options: Any, args_class: type[Any], values: dict[str, Any]) -> str:
     from optical import training
-    from optical.training import runner
+    from optical.training import recipes, runner
 
+    values |= recipes.device_arguments()
     names = {entry.name for entry in dataclasses.fields(args_class) if entry.init}
     trainer_args = args_class(**{name: values[name] for name in names & set(values)})
     if recipe in WITHOUT_STEPS:

@@ -23,7 +23,7 @@ def center_vectors(model: Any, texts: Sequence[str]) -> Any:
 
     Args:
         model: a ``MultiVectorEncoder`` whose vectors are normalised last. Its modules are shared.
-        texts: documents in the language of the retriever; a thousand suffice.
+        texts: documents in the language of the retriever; some hundred suffice.
 
     Returns:
         The modules of the model and, before the normalisation, a ``Dense`` whose weight is the

@@ -105,6 +105,23 @@ def encode(
     return _concatenate([(piece, None) for piece in pieces])
 
 
+def use_bfloat16(model: Any) -> None:
+    """Make the encoder of a model compute in bfloat16, with weights and results in float32.
+
+    Faster on GPUs and on processors with AVX512-BF16 or AMX, and slower on others.
+    """
+    encoder = model[0]
+    forward = encoder.forward
+
+    def in_bfloat16(features: Any, **options: Any) -> Any:
+        with torch.autocast(model.device.type, torch.bfloat16):
+            output = forward(features, **options)
+        output["token_embeddings"] = output["token_embeddings"].float()
+        return output
+
+    encoder.forward = in_bfloat16
+
+
 def encode_for_training(
     model: Any,
     texts: Sequence[str],

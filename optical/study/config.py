@@ -28,7 +28,7 @@ REQUIRED_KEYS = ("languages", "collections", "arms", "teacher")
 # Keys whose values are read by the type of their field in StudyConfig.
 PLAIN_KEYS = (
     "languages", "low", "high", "note", "role", "seeds", "measures", "ceiling", "report",
-    "store_teacher", "passage_length", "passage_stride", "against",
+    "store_teacher", "passage_length", "passage_stride", "encode_bf16", "against",
 )  # fmt: skip
 # Keys with a structure of their own.
 STRUCTURED_KEYS = (

@@ -127,7 +127,7 @@ class EvaluationTasks:
 
     def _searcher(self, arm: ArmConfig, model: str, role: str) -> Callable[[Collection, int], Run]:
         """Return a function that searches a collection, to a depth, with the models of an arm."""
-        from optical.models.encoding import encode
+        from optical.models.encoding import encode, use_bfloat16
         from optical.models.retriever import load_multi_vector, load_retriever
         from optical.retrieval.bm25 import search_bm25
         from optical.retrieval.dense import load_dense, search_dense
@@ -143,9 +143,15 @@ class EvaluationTasks:
         prompts = {name: arm.options.get(name) for name in ("query_prompt", "document_prompt")}
         if arm.recipe == "dense":
             dense = load_dense(model, **prompts)
+            if config.encode_bf16:
+                use_bfloat16(dense)
             return lambda collection, depth: search_dense(dense, collection, depth=depth, **cuts)
         student = load_multi_vector(model, **prompts) if arm.pretrained else load_retriever(model)
         teacher = student if arm.encodes == "both" else load_retriever(self.layout.teacher_name)
+        for searcher in (
+            {id(x): x for x in (student, teacher)}.values() if config.encode_bf16 else ()
+        ):
+            use_bfloat16(searcher)
         queries, documents = (student, teacher) if role == "query" else (teacher, student)
 
         def search_collection(collection: Collection, depth: int) -> Run:

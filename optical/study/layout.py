@@ -192,7 +192,8 @@ class Layout:
         if arm.pretrained:
             inputs += [arm.recipe, {**arm.options, "model": ""}]
         models = [self.fingerprints.model(model), self.fingerprints.model(self.teacher_name)]
-        return [*inputs, models, arm.encodes, config.passage_length, config.passage_stride]
+        inputs += [models, arm.encodes, config.passage_length, config.passage_stride]
+        return [*inputs, "bfloat16"] if config.encode_bf16 else inputs
 
     def collection_inputs(self, collections: list[str], language: str) -> Any:
         """Return the content hashes of the files of collections."""

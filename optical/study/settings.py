@@ -27,6 +27,7 @@ class StudyConfig:
         pools: collection -> languages whose documents are also searched as one pool.
         report: folder of the report inside the output folder.
         store_teacher: compute the teacher's token vectors once per text, for all arms and seeds.
+        encode_bf16: run encoders in bfloat16 to search; scores stay in float32.
         ceiling: languages of the monolingual ceiling.
         phrasebook: whether the study is the embedded demonstration.
     """
@@ -55,6 +56,7 @@ class StudyConfig:
     store_teacher: bool = False
     passage_length: int | None = None
     passage_stride: int | None = None
+    encode_bf16: bool = False
     against: tuple[str, ...] = ()
     translation: str = ""
     curves: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -189,7 +189,8 @@ def _train(
         runner.save(model, options, recipes.trainer_arguments(**trainer_args))
         return
     if recipe == "encoder":
-        args = TrainingArguments(**{**TRAINER_DEFAULTS, **trainer_args})
+        defaults = TRAINER_DEFAULTS | recipes.device_arguments()
+        args = TrainingArguments(**{**defaults, **trainer_args})
         trainer = training.encoder_trainer(options, args)
     else:
         trainer = getattr(training, recipe)(options, recipes.trainer_arguments(**trainer_args))

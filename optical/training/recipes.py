@@ -62,7 +62,7 @@ from optical.training.options import (
 logger = logging.getLogger("optical")
 
 # Passages whose token vectors have the mean that `center` subtracts.
-_CENTERED_TEXTS = 1000
+_CENTERED_TEXTS = 256
 
 
 @dataclass
@@ -99,8 +99,16 @@ def trainer_arguments(
             raise ValueError(f"trainer argument {name!r} is unknown{nearest(name, hints)}")
         typed(value, hints[name], name)
     return MultiVectorEncoderTrainingArguments(
-        output_dir=str(output_dir), **{**TRAINER_DEFAULTS, **changes}
+        output_dir=str(output_dir), **{**TRAINER_DEFAULTS, **device_arguments(), **changes}
     )
+
+
+def device_arguments() -> dict[str, bool]:
+    """Return the trainer arguments of a machine without a GPU.
+
+    The trainer refuses bfloat16 on a CPU that nobody asked for, even if there is nothing else.
+    """
+    return {} if torch.accelerator.is_available() else {"use_cpu": True}
 
 
 def teacher(

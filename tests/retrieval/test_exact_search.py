@@ -9,7 +9,7 @@ import torch
 
 from optical.data.collection import Collection
 from optical.data.trec import ranked
-from optical.models.encoding import TokenVectors, cut_passages, encode
+from optical.models.encoding import TokenVectors, cut_passages, encode, use_bfloat16
 from optical.retrieval.exact_search import search, search_vectors
 from optical.retrieval.maxsim import EMPTY_DOCUMENT_SCORE
 
@@ -259,6 +259,19 @@ def test_encode_records_token_ids_on_request(model):
     ]
     with pytest.raises(ValueError, match="token_ids were not recorded"):
         plain.split_token_ids()
+
+
+def test_an_encoder_may_compute_in_bfloat16(make_model):
+    model = make_model()
+    texts = ["the teacher buys the bread", "maji"]
+    expected = encode(model, texts, "document").vectors
+    use_bfloat16(model)
+    found = encode(model, texts, "document").vectors
+    assert found.dtype == torch.float32 and found.shape == expected.shape
+    error = (found - expected).abs().max()
+    assert 1e-5 < error < 0.05
+    # Weights stay in float32.
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
 
 
 def test_queries_may_be_encoded_in_advance(model, collection):

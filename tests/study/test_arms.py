@@ -42,6 +42,7 @@ def configuration(world, tiny_models, folder):
         "measures": ["AP", "R@10"],
         "store_teacher": True,
         "passage_length": 5,
+        "encode_bf16": True,
         "arguments": {"learning_rate": 0.01, "per_device_train_batch_size": 8, "max_length": 16},
         "encoder": tiny_models.mixed,
         "teacher": {"pairs": str(world / "teacher.tsv"), "document_length": 24, "arguments": STEPS},

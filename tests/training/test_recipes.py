@@ -279,7 +279,7 @@ def test_gradient_accumulation_equals_a_larger_batch(distill):
 
 
 def test_mixed_precision_keeps_float32_weights(distill):
-    trainer, options = distill(bf16=True, use_cpu=True, max_steps=3)
+    trainer, options = distill(bf16=True, max_steps=3)
     assert trainer.args.bf16
     final = runner.run(trainer, options, resume=False)
     assert all(math.isfinite(loss) for loss in losses(trainer))
