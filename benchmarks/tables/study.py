@@ -4,26 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.operator.jobs import ROOT
 from benchmarks.tables import operator as operator_tables
 from optical.report.figures import draw_curves, draw_figures
-from optical.report.style import COLOURS, save
+from optical.report.style import COLOURS, panels, save
 from optical.report.table import Row, read_rows
 
 STUDIES = ROOT / "examples" / "results"
-RESULTS = STUDIES / "clir_cpu" / "results.csv"
-FURTHER = STUDIES / "clir_further" / "results.csv"
 PAGE = ROOT / "docs" / "results.md"
-FIGURES = ROOT / "docs" / "figures" / "clir_cpu"
-CURVES = ROOT / "docs" / "figures" / "clir_further" / "pairs.png"
-OVERVIEW = ROOT / "docs" / "figures" / "overview.svg"
-# Names of the marked blocks: three of docs/results.md, then the README's.
-BLOCK, FURTHER_BLOCK, HELD_OUT_BLOCK, README_BLOCK = "results", "further", "heldout", "answer"
+FIGURES = ROOT / "docs" / "figures"
+OVERVIEW = FIGURES / "overview.svg"
+README_BLOCK = "answer"
 # The development collection, the measure, and the two arms that others are compared with.
 COLLECTION, MEASURE, BASELINE, OURS = "first-sentence", "AP", "zeroshot", "ot"
 ALPHA = 0.05
+
+
+class Part(NamedTuple):
+    """A part of docs/results.md: a study, and studies with its models.
+
+    Attributes:
+        main: folder of the study in `STUDIES`, and of its figures.
+        prefix: beginning of the names of the part's marked blocks.
+        further: folder of a study with more arms, if there is one.
+        held_out: folders of studies of collections that no choice was based on.
+    """
+
+    main: str
+    prefix: str
+    further: str = ""
+    held_out: tuple[str, ...] = ()
+
+    def rows(self) -> list[Row]:
+        """The results of the study."""
+        return read_rows(STUDIES / self.main / "results.csv")
+
+    def blocks(self) -> dict[str, str]:
+        """Name of each marked block -> its content."""
+        found = {"results": main_block(self)}
+        if self.further:
+            found["further"] = further(self)
+        if self.held_out:
+            found["heldout"] = held_out(self)
+        return {self.prefix + name: content for name, content in found.items()}
+
+
+ENGLISH = Part("clir_cpu", "", "clir_further", ("clir_heldout", "clir_queries"))
+PARTS = (ENGLISH,)
 # Rows of the README's table: arm -> description.
 README_ARMS = {
     "zeroshot": "zero-shot student",
@@ -41,25 +70,34 @@ OVERVIEW_ARMS = {
 }
 
 
-def block(rows: Sequence[Row]) -> str:
-    """The main study: measures, differences from optimal transport, and links to the figures."""
-    here = _of_collection(rows)
-    return "\n\n".join([measures(here), differences(here), *_figures()])
+def main_block(part: Part) -> str:
+    """The study: measures, differences from optimal transport, and links to the figures."""
+    here = _of_collection(part.rows())
+    pooled = [pools(here)] if any(row["kind"] == "pool" for row in here) else []
+    return "\n\n".join([measures(here), differences(here), *pooled, *_figures(part)])
 
 
-def further() -> str:
+def further(part: Part) -> str:
     """Arms of the second study that the main table lacks, and curves over sentence pairs."""
-    shown = {row["arm"] for row in read_rows(RESULTS)}
-    rows = _of_collection(read_rows(FURTHER))
+    shown = {row["arm"] for row in part.rows()}
+    rows = _of_collection(read_rows(STUDIES / part.further / "results.csv"))
     arms = {row["arm"] for row in rows} - shown
-    curves = f"![MAP over the number of sentence pairs]({CURVES.relative_to(PAGE.parent)})"
+    curves = _link("MAP over the number of sentence pairs", _curves(part))
     return "\n\n".join([measures(rows, arms), curves])
 
 
-def held_out_studies() -> str:
-    """The collections that no choice was based on."""
-    studies = ("clir_heldout", "clir_queries")
-    return held_out([row for name in studies for row in read_rows(STUDIES / name / "results.csv")])
+def held_out(part: Part) -> str:
+    """MAP of every arm on the collections that no choice was based on."""
+    paths = [STUDIES / name / "results.csv" for name in part.held_out]
+    return held_out_table([row for path in paths for row in read_rows(path)])
+
+
+def _curves(part: Part) -> Path:
+    return FIGURES / part.further / "pairs.png"
+
+
+def _link(title: str, figure: Path) -> str:
+    return f"![{title}]({figure.relative_to(PAGE.parent)})"
 
 
 def answer(rows: Sequence[Row]) -> str:
@@ -79,7 +117,7 @@ def answer(rows: Sequence[Row]) -> str:
 
 
 def draw_overview(rows: Sequence[Row], path: Path) -> None:
-    """Draw the README's figure: MAP of four arms in low- and high-resource languages."""
+    """Draw the README's figure: MAP of some arms in low- and high-resource languages."""
     here = _of_collection(rows)
     ceiling = _ceiling(here)
 
@@ -121,7 +159,7 @@ def group_mean(rows: Sequence[Row], arm: str, group: str) -> float:
     return sum(values) / len(values)
 
 
-def held_out(rows: Sequence[Row]) -> str:
+def held_out_table(rows: Sequence[Row]) -> str:
     """MAP of every arm on each collection and language of several studies."""
     rows = [row for row in rows if row["measure"] == MEASURE]
     values = {(r["arm"], r["collection"]): r for r in rows if r["kind"] == "measure"}
@@ -216,14 +254,88 @@ def differences(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", caption])
 
 
-def _figures() -> Iterable[str]:
+def pools(rows: Sequence[Row]) -> str:
+    """MAP and language bias of every arm on the pool of all languages."""
+    cells = {(r["kind"], r["arm"], r["language"]): r["value"] for r in rows}
+    groups = {r["language"]: r["group"] for r in rows if r["kind"] == "pool_share"}
+    lines = [
+        operator_tables.table_row("arm", "MAP", "low-resource share", "displaced"),
+        operator_tables.table_row("---", *["---:"] * 3),
+    ]
+    for arm, pool in _by_arm(rows, "pool").items():
+        shares = {x: cells["pool_share", arm, x] for x in groups}
+        wanted = {x: cells["pool_relevant", arm, x] for x in groups}
+        if None in (*shares.values(), *wanted.values()):
+            continue
+        low = sum(share for x, share in shares.items() if groups[x] == "low")
+        displaced = sum(abs(shares[x] - wanted[x]) for x in groups) / 2
+        lines.append(
+            operator_tables.table_row(f"`{arm}`", _interval(pool), f"{low:.0%}", f"{displaced:.0%}")
+        )
+    fair = sum(group == "low" for group in groups.values()) / max(len(groups), 1)
+    caption = (
+        "*All languages in one list. Low-resource share: of the first ten documents, "
+        f"{fair:.0%} without bias. Displaced: share of the first ten places that would have to "
+        "change language to equal the relevant documents.*"
+    )
+    return "\n".join([*lines, "", caption]).replace("%", " %")
+
+
+def _figures(part: Part) -> Iterable[str]:
     titles = {
         "gap_per_arm": "MAP, high- minus low-resource mean, per arm",
+        "gains": "Gain of distillation over properties of the languages",
         "alignment": "A transport plan of the trained student",
     }
     for name, title in titles.items():
-        if (FIGURES / f"{name}.png").exists():
-            yield f"![{title}]({(FIGURES / name).relative_to(PAGE.parent)}.png)"
+        figure = FIGURES / part.main / f"{name}.png"
+        if figure.exists():
+            yield _link(title, figure)
+
+
+def draw_gains(rows: Sequence[Row]) -> Any:
+    """Draw the gain of optimal transport over properties of the languages, or return None.
+
+    The properties are the measure before the training, the tokens per word of the tokenizer that
+    all models share, and the share of words that no sentence pair contains.
+    """
+    here = _of_collection(rows)
+    gains = {
+        row["language"]: row
+        for row in here
+        if row["kind"] == "difference" and (row["arm"], row["against"]) == (OURS, BASELINE)
+    }
+    properties = {
+        "MAP of the zero-shot model": ("measure", BASELINE),
+        "tokens per word": ("fertility", "teacher"),
+        "share of words in no sentence pair": ("unseen", ""),
+    }
+    values = {
+        title: {
+            row["language"]: row["value"]
+            for row in here
+            if row["kind"] == kind and row["arm"] == arm and row["language"] in gains
+        }
+        for title, (kind, arm) in properties.items()
+    }
+    if not all(values.values()):
+        return None
+    figure, axes = panels(len(values), len(values), 3.2, 3.0, sharey=True)
+    for axis, (title, places) in zip(axes, values.items(), strict=True):
+        for language, gain in gains.items():
+            group = next(r["group"] for r in here if r["language"] == language and r["group"])
+            colour = COLOURS[1] if group == "low" else COLOURS[0]
+            error = [[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]]
+            style = {"fmt": "o", "color": colour, "markersize": 4, "elinewidth": 0.8}
+            axis.errorbar(places[language], gain["value"], yerr=error, **style)
+            shift = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
+            axis.annotate(gain["name"], (places[language], gain["value"]), **shift)
+        axis.axhline(0, color="#555555", linewidth=0.8)
+        axis.margins(x=0.2)
+        axis.set_xlabel(title)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("gain in MAP")
+    return figure
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
@@ -244,12 +356,19 @@ def _percent(row: Row) -> str:
 
 def main() -> None:
     """Rewrite all tables and figures of the studies."""
-    draw_figures(RESULTS, FIGURES, ("png",))
-    CURVES.parent.mkdir(exist_ok=True)
-    save(draw_curves(_of_collection(read_rows(FURTHER))), CURVES, ("png",))
-    rows = read_rows(RESULTS)
+    for part in PARTS:
+        rows = part.rows()
+        draw_figures(STUDIES / part.main / "results.csv", FIGURES / part.main, ("png",))
+        gains = draw_gains(rows)
+        if gains:
+            save(gains, FIGURES / part.main / "gains", ("png",))
+        if part.further:
+            curves = _curves(part)
+            curves.parent.mkdir(exist_ok=True)
+            further_rows = read_rows(STUDIES / part.further / "results.csv")
+            save(draw_curves(_of_collection(further_rows)), curves, ("png",))
+        for name, content in part.blocks().items():
+            operator_tables.write_block(PAGE, name, content)
+    rows = ENGLISH.rows()
     draw_overview(rows, OVERVIEW)
-    operator_tables.write_block(PAGE, BLOCK, block(rows))
-    operator_tables.write_block(PAGE, FURTHER_BLOCK, further())
-    operator_tables.write_block(PAGE, HELD_OUT_BLOCK, held_out_studies())
     operator_tables.write_block(operator_tables.README, README_BLOCK, answer(rows))

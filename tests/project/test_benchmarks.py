@@ -32,7 +32,6 @@ from benchmarks.operator import (
 from benchmarks.operator.jobs import MODES, ROOT, Results, Task
 from benchmarks.tables import operator as operator_tables
 from benchmarks.tables import study as study_tables
-from optical.report.table import read_rows
 
 CASE = cases.parse_shape("3x6x5x4x12")
 RAGGED = cases.parse_shape("3x20x24x4x12:ragged")
@@ -422,23 +421,14 @@ def test_operator_tables_match_the_committed_rows():
 
 
 def test_study_tables_match_the_committed_results():
-    results = read_rows(study_tables.RESULTS)
-    assert operator_tables.read_block(study_tables.PAGE, study_tables.BLOCK) == study_tables.block(
-        results
-    )
-    assert (
-        operator_tables.read_block(study_tables.PAGE, study_tables.FURTHER_BLOCK)
-        == study_tables.further()
-    )
-    assert (
-        operator_tables.read_block(study_tables.PAGE, study_tables.HELD_OUT_BLOCK)
-        == study_tables.held_out_studies()
-    )
+    for part in study_tables.PARTS:
+        for name, content in part.blocks().items():
+            assert operator_tables.read_block(study_tables.PAGE, name) == content, name
+        figures = {path.stem for path in (study_tables.FIGURES / part.main).glob("*.png")}
+        assert {"measure_per_language", "gap_per_arm", "alignment"} <= figures
     assert operator_tables.read_block(
         operator_tables.README, study_tables.README_BLOCK
-    ) == study_tables.answer(results)
-    figures = {path.stem for path in study_tables.FIGURES.glob("*.png")}
-    assert {"measure_per_language", "gap_per_arm", "alignment"} <= figures
+    ) == study_tables.answer(study_tables.ENGLISH.rows())
 
 
 def test_make_plots_regenerates_every_page_byte_for_byte(tmp_path, monkeypatch):
@@ -458,7 +448,7 @@ def test_make_plots_regenerates_every_page_byte_for_byte(tmp_path, monkeypatch):
         )
         copies[page].write_text(empty)
         monkeypatch.setattr(module, name, copies[page])
-    figure_folders = [(study_tables, name) for name in ("FIGURES", "CURVES", "OVERVIEW")]
+    figure_folders = [(study_tables, name) for name in ("FIGURES", "OVERVIEW")]
     for module, name in [(operator_tables, "FIGURES"), *figure_folders]:
         path = getattr(module, name)
         monkeypatch.setattr(module, name, tmp_path / path.relative_to(jobs.ROOT))
@@ -469,8 +459,50 @@ def test_make_plots_regenerates_every_page_byte_for_byte(tmp_path, monkeypatch):
     committed = jobs.ROOT / "docs" / "figures"
     assert drawn == {path.relative_to(committed) for path in committed.rglob("*.*")}
     first = study_tables.OVERVIEW.read_bytes()
-    study_tables.draw_overview(read_rows(study_tables.RESULTS), study_tables.OVERVIEW)
+    study_tables.draw_overview(study_tables.ENGLISH.rows(), study_tables.OVERVIEW)
     assert study_tables.OVERVIEW.read_bytes() == first
+
+
+def test_the_pool_table_sums_over_languages():
+    def rows(kind, values, arm="ot"):
+        groups = {"sw": "low", "so": "low", "de": "high"}
+        return [
+            {"kind": kind, "arm": arm, "language": x, "group": groups[x], "value": value}
+            for x, value in values.items()
+        ]
+
+    pool = {"kind": "pool", "arm": "ot", "language": "", "value": 0.5, "low": 0.4, "high": 0.6}
+    wanted = rows("pool_relevant", {"sw": 1 / 3, "so": 1 / 3, "de": 1 / 3})
+    shares = rows("pool_share", {"sw": 0.3, "so": 0.1, "de": 0.6})
+    table = study_tables.pools([pool, *shares, *wanted])
+    # The differences .033, .233 and .267, halved.
+    assert "| `ot` | .500 [.400, .600] | 40 % | 27 % |" in table
+    assert "67 % without bias" in table
+
+
+def test_gains_are_drawn_over_three_properties_of_the_languages():
+    pytest.importorskip("matplotlib", reason="needs the extra `study`")
+
+    def row(kind, arm, language, value, **more):
+        shared = {"collection": "", "measure": "", "name": language, "group": "low"}
+        return {"kind": kind, "arm": arm, "language": language, "value": value} | shared | more
+
+    rows = [
+        r
+        for language, value in (("sw", 0.1), ("so", 0.2))
+        for r in (
+            row("difference", "ot", language, value, against="zeroshot", low=0.0, high=0.3),
+            row("measure", "zeroshot", language, 0.5),
+            row("fertility", "teacher", language, 1.5),
+            row("unseen", "", language, 0.1),
+        )
+    ]
+    figure = study_tables.draw_gains(rows)
+    labels = ["MAP of the zero-shot model", "tokens per word", "share of words in no sentence pair"]
+    assert [axis.get_xlabel() for axis in figure.axes] == labels
+    assert [text.get_text() for text in figure.axes[2].texts] == ["sw", "so"]
+    # Without one of the properties there is no figure.
+    assert study_tables.draw_gains([r for r in rows if r["kind"] != "unseen"]) is None
 
 
 def test_the_held_out_table_lists_every_collection():
@@ -478,7 +510,7 @@ def test_the_held_out_table_lists_every_collection():
         shared = {"measure": "AP", "low": 0.0, "high": 0.5, "language": "de", "name": "German"}
         return {"kind": kind, "arm": arm, "value": value, "collection": collection} | shared | more
 
-    table = study_tables.held_out([
+    table = study_tables.held_out_table([
         row("ceiling", "English", 0.9, "news"),
         *(row("measure", arm, 0.2, "news") for arm in ("zeroshot", "ot")),
         row("measure", "ot", 0.3, "law"),
