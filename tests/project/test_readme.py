@@ -141,14 +141,14 @@ def test_command_is_understood(words, monkeypatch, tmp_path):
     if words[0] != "train":
         cli.build_parser()[0].parse_args(words)
         return
-    from optical.training import pretraining, recipes, runner, vocabulary_transfer
+    from optical.training import pretraining, recipes, runner, vocabulary_transfer, weight_average
 
     for module, name in (
         (recipes, "teacher"),
         (recipes, "distill"),
         (recipes, "codeswitch"),
         (vocabulary_transfer, "transfer"),
-        (recipes, "average"),
+        (weight_average, "average"),
         (pretraining, "encoder_trainer"),
     ):
         monkeypatch.setattr(module, name, lambda options, args=None: FakeTrainer((options, args)))
