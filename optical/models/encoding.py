@@ -116,7 +116,9 @@ def use_bfloat16(model: Any) -> None:
     def in_bfloat16(features: Any, **options: Any) -> Any:
         with torch.autocast(model.device.type, torch.bfloat16):
             output = forward(features, **options)
-        output["token_embeddings"] = output["token_embeddings"].float()
+        for name, value in output.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                output[name] = value.float()
         return output
 
     encoder.forward = in_bfloat16
