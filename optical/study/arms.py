@@ -46,6 +46,17 @@ class PretrainedOptions:
 
 
 @dataclass
+class EnsembleOptions:
+    """Options of an arm whose score is the mean of the scores of other arms.
+
+    Attributes:
+        arms: two or more earlier arms that search with token vectors.
+    """
+
+    arms: list[str] = field(default_factory=list)
+
+
+@dataclass
 class NoOptions:
     """The (empty) options of an arm that uses the teacher unchanged."""
 
@@ -61,6 +72,7 @@ RECIPES: dict[str, tuple[type[Any], bool]] = {
     "average": (AverageOptions, True),
     "dense": (PretrainedOptions, False),
     "multivector": (PretrainedOptions, False),
+    "ensemble": (EnsembleOptions, False),
 }
 
 
@@ -124,6 +136,16 @@ class ArmConfig:
     def trains(self) -> bool:
         """Whether the recipe makes a model."""
         return RECIPES[self.recipe][1]
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The arms of which this arm is an ensemble."""
+        return tuple(self.options.get("arms", ()))
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether the arm searches with one model, in the vector space of the teacher."""
+        return self.recipe not in ("bm25", "ensemble") and not self.pretrained
 
     @property
     def pretrained(self) -> bool:

@@ -277,12 +277,12 @@ class _Reader:
             translate=self.text_files(raw.pop("translate", {}), f"{key}.translate"),
             replace=self.text_files(raw.pop("replace", {}), f"{key}.replace"),
         )
+        if "seeds" in raw and (trains or recipe == "ensemble"):
+            arm.seeds = self.integers(raw.pop("seeds"), f"{key}.seeds")
         if trains:
             if recipe not in WITHOUT_STEPS:
                 own = self.trainer_args(raw.pop("arguments", None), f"{key}.arguments")
                 arm.trainer_args = {**(teacher_args if recipe == "teacher" else common), **own}
-            if "seeds" in raw:
-                arm.seeds = self.integers(raw.pop("seeds"), f"{key}.seeds")
             # A retriever trained on English only is the same for every language.
             arm.multilingual = self.typed(
                 raw.pop("multilingual", recipe == "teacher"), bool, f"{key}.multilingual"
@@ -297,6 +297,8 @@ class _Reader:
         arm.options = self.options(raw, options_class, key)
         if arm.pretrained and not arm.options.get("model"):
             raise self.error(f"{key}: no key `model`; it is required for the recipe {recipe}")
+        if recipe == "ensemble" and (arm.translate or arm.replace):
+            raise self.error(f"{key}: an ensemble has no texts of its own to translate or replace")
         if recipe == "dense" and arm.encodes == "role":
             raise self.error(f"{key}.encodes: a dense model encodes both sides")
         return arm
@@ -336,6 +338,7 @@ class _Reader:
                         f"arms.{arm.name} is multilingual but starts from {name}, which has a "
                         "model for each language"
                     )
+            self.members(arm, config)
             for name in arm.induced_lexicons(config):
                 source = config.lexicons[name].arm
                 if source and source not in earlier:
@@ -345,6 +348,19 @@ class _Reader:
                     )
             if arm.trains:
                 earlier.append(arm.name)
+
+    def members(self, arm: ArmConfig, config: StudyConfig) -> None:
+        """Check that an ensemble consists of arms before it that search with token vectors."""
+        if arm.recipe != "ensemble":
+            return
+        key = f"arms.{arm.name}.arms"
+        if len(set(arm.members)) < max(len(arm.members), 2):
+            raise self.error(f"{key}: {list(arm.members)!r}, expected two different arms or more")
+        before = config.arms[: config.arms.index(arm)]
+        # Scores of BM25 and of dense models have another scale.
+        accepted = [other.name for other in before if other.recipe not in ("bm25", "dense")]
+        for name in arm.members:
+            self.one_of(name, accepted, key)
 
     def word_alignment(self, config: StudyConfig, raw: dict[str, Any]) -> None:
         if raw.get(key := "word_alignment") is None:

@@ -42,24 +42,35 @@ class EvaluationTasks:
         layout = self.layout
         model = layout.model_name(arm, language, seed, role)
         collections = layout.searched_collections(language, role)
-        inputs = layout.evaluation_inputs(arm, model, language, role, collections)
+        members = [
+            self.evaluation(member, language, layout.effective_seed(member, seed), role).output
+            for member in map(layout.config.arm, arm.members)
+        ]
+        inputs: Any = [path.stem for path in members]
+        if not members:
+            inputs = layout.evaluation_inputs(arm, model, language, role, collections)
         stem = f"{file_name(arm.name)}-{language}-{seed}-{layout.fingerprints.of(inputs)}"
         output = layout.output / EVALUATIONS / f"{stem}.json"
 
         def run() -> None:
             from optical.data.trec import without_identical_ids, write_run
             from optical.retrieval.evaluation import evaluate
+            from optical.retrieval.fusion import mean_scores
 
             measures: dict[str, Any] = {}
-            search = self._searcher(arm, model, role)
+            search = None if members else self._searcher(arm, model, role)
             for name in collections:
                 collection = layout.load_collection(name, language)
-                texts = self._with_arm_texts(arm, collection, language, role)
-                # The document that is left out must not shorten the ranking.
-                ignored = bool(layout.config.collections[name].get("ignore_identical_ids"))
-                ranking = search(texts, DEPTH + ignored)
-                if ignored:
-                    ranking = without_identical_ids(ranking, DEPTH)
+                if search is None:
+                    runs = [self._read_run(self._run_path(name, path)) for path in members]
+                    ranking = mean_scores(runs, DEPTH)
+                else:
+                    texts = self._with_arm_texts(arm, collection, language, role)
+                    # The document that is left out must not shorten the ranking.
+                    ignored = bool(layout.config.collections[name].get("ignore_identical_ids"))
+                    ranking = search(texts, DEPTH + ignored)
+                    if ignored:
+                        ranking = without_identical_ids(ranking, DEPTH)
                 path = self._run_path(name, output)
                 write_run(ranking, path, tag=f"{file_name(arm.name)}-{language}-seed{seed}")
                 evaluation = evaluate(ranking, collection.qrels, layout.config.measures)
@@ -73,6 +84,14 @@ class EvaluationTasks:
     def _run_path(self, collection: str, evaluated: Path) -> Path:
         """Return the run of a collection that belongs to the output of an evaluation."""
         return self.layout.output / "runs" / f"{collection}.{evaluated.stem}.run.gz"
+
+    @staticmethod
+    def _read_run(path: Path) -> Run:
+        """Read a run of the study; one of a search without any result has no lines."""
+        from optical.data.trec import read_run
+        from optical.io.files import read_lines
+
+        return read_run(path) if any(read_lines(path)) else {}
 
     def pool(self, arm: ArmConfig, seed: int) -> Iterator[Task]:
         """Yield the task that merges an arm's runs of several languages into one ranking."""
@@ -102,14 +121,11 @@ class EvaluationTasks:
 
     def _pooled(self, name: str, evaluated: dict[str, Path], output: Path) -> dict[str, Any]:
         """Write the pooled run of a collection; return its measures and its language bias."""
-        from optical.data.trec import read_run, write_run
-        from optical.io.files import read_lines
+        from optical.data.trec import write_run
         from optical.retrieval.evaluation import evaluate
         from optical.study.pools import language_bias, merge_qrels, merge_runs
 
-        paths = {x: self._run_path(name, path) for x, path in evaluated.items()}
-        # A search may find nothing, such as BM25 in another script; its run has no lines.
-        runs = {x: read_run(path) if any(read_lines(path)) else {} for x, path in paths.items()}
+        runs = {x: self._read_run(self._run_path(name, path)) for x, path in evaluated.items()}
         qrels = {x: self.layout.load_collection(name, x).qrels for x in evaluated}
         # A run does not list queries without a result.
         runs = {x: {query: run.get(query, {}) for query in qrels[x]} for x, run in runs.items()}

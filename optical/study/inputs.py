@@ -36,7 +36,7 @@ def _names(config: StudyConfig, languages: tuple[str, ...]) -> Iterator[str]:
     sources: list[Any] = [config.encoder, config.teacher]
     sources += [vars(x) for x in (config.encoder_options, config.teacher_options) if x]
     for arm in config.arms:
-        sources += [arm.options, arm.replace, arm.translate]
+        sources += [() if arm.members else arm.options, arm.replace, arm.translate]
     sources += [vars(lexicon) for lexicon in config.lexicons.values()]
     sources.append(config.word_alignment or {})
     for parts in config.collections.values():

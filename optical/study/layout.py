@@ -125,11 +125,11 @@ class Layout:
         return seed if self.depends_on_seed(arm) else self.config.seeds[0]
 
     def depends_on_seed(self, arm: ArmConfig) -> bool:
-        """Whether an arm or a model that it starts from is trained in random steps."""
-        starts = [self.config.arm(name) for name in arm.start if name not in (TEACHER, ENCODER)]
-        return arm.trains and (
-            arm.recipe not in WITHOUT_STEPS or any(map(self.depends_on_seed, starts))
-        )
+        """Whether an arm, a model that it starts from or a member is trained in random steps."""
+        names = [*arm.members, *(name for name in arm.start if name not in (TEACHER, ENCODER))]
+        if arm.trains and arm.recipe not in WITHOUT_STEPS:
+            return True
+        return any(self.depends_on_seed(self.config.arm(name)) for name in names)
 
     def options(self, arm: ArmConfig, language: str, seed: int, role: str) -> Any:
         """Return the options of an arm with the paths of its models and lexicons."""

@@ -125,13 +125,15 @@ class Study:
         return [(arm, seed) for (_, seed), arm in found.items()]
 
     def _arm_tasks(self, arm: ArmConfig, language: str, seed: int, role: str) -> Iterator[Task]:
+        for member in map(self.config.arm, arm.members):
+            member_seed = self.layout.effective_seed(member, seed)
+            yield from self._arm_tasks(member, language, member_seed, role)
         yield from self.training.model(arm, language, seed, role)
         for lexicon in arm.translate.values():
             yield from self.training.lexicon(lexicon, language, role)
         yield self.evaluation.evaluation(arm, language, seed, role)
         word_alignment = self.config.word_alignment
-        # Models from elsewhere do not share the vector space of the teacher.
-        if word_alignment and arm.recipe != "bm25" and not arm.pretrained:
+        if word_alignment and arm.has_vectors:
             yield from self.training.lexicon(word_alignment["lexicon"], language, role)
             yield self.evaluation.word_alignment(arm, language, seed, role)
 

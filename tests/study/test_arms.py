@@ -92,6 +92,11 @@ def configuration(world, tiny_models, folder):
                 "start": ["transfer", "ot-transfer"],
                 "multilingual": True,
             },
+            "ensemble": {
+                "recipe": "ensemble",
+                "arms": ["transfer", "ot-transfer"],
+                "seeds": [0, 1],
+            },
         },
         "against": ["zeroshot", "ot"],
         "translation": "bm25-queries",
@@ -210,6 +215,27 @@ def test_models_as_they_are_search_with_their_own_vectors(finished, world, tiny_
     assert not [row for row in rows if row["kind"] == "aer" and row["arm"] in ("averaged", "other")]
 
 
+def test_an_ensemble_has_the_mean_scores_of_its_arms(finished):
+    from optical.data.trec import read_run
+
+    _, out = finished
+
+    def run(arm, seed):
+        (path,) = out.glob(f"runs/tiny.{arm}-sw-{seed}-*.run.gz")
+        return read_run(path)
+
+    start = run("transfer", 0)
+    for seed in (0, 1):
+        other, ensemble = run("ot-transfer", seed), run("ensemble", seed)
+        assert ensemble.keys() == start.keys()
+        for query, scores in ensemble.items():
+            expected = {x: (start[query][x] + other[query][x]) / 2 for x in start[query]}
+            assert scores == pytest.approx(expected, rel=1e-5)
+    rows = read_rows(out / "results.csv")
+    assert not [row for row in rows if row["kind"] == "aer" and row["arm"] == "ensemble"]
+    assert any((out / "results").glob("pool-ensemble-1-*.json"))
+
+
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
@@ -307,7 +333,7 @@ def test_report_has_the_configured_tables(finished):
     tested = {(row["arm"], row["against"]) for row in found["comparisons"]}
     assert {against for _, against in tested} == {"zeroshot", "ot"}
     assert ("ot", "zeroshot") in tested and ("zeroshot", "ot") not in tested
-    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (23 + 22)
+    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (24 + 23)
     gaps = {row["arm"]: row for row in found["gaps"]}
     assert gaps["ot"]["gain_low"] and gaps["bm25-queries"]["gain_low"] is None
     rates = {(row["arm"], row["language"]): row["rate"] for row in found["alignment_error_rates"]}

@@ -141,6 +141,22 @@ def test_starting_models_of_arms(read):
         read("arms.more", {"recipe": "distill", "start": "ot", "multilingual": True})
 
 
+def test_an_ensemble_needs_two_arms_above_it_with_token_vectors(read):
+    config = read("arms.more", {"recipe": "ensemble", "arms": ["ot", "switched"], "seeds": [0, 2]})
+    assert config.arm("more").members == ("ot", "switched")
+    assert config.arm("more").seeds == (0, 2)
+    for arms in ([], ["ot"], ["ot", "ot"]):
+        with pytest.raises(ValueError, match=r"arms.more.arms: .*, expected two different arms"):
+            read("arms.more", {"recipe": "ensemble", "arms": arms})
+    with pytest.raises(ValueError, match=r"arms.more.arms: 'more', expected \w+ or ot or switched"):
+        read("arms.more", {"recipe": "ensemble", "arms": ["ot", "more"]})
+    with pytest.raises(ValueError, match=r"arms.more: an ensemble has no texts of its own"):
+        read(
+            "arms.more",
+            {"recipe": "ensemble", "arms": ["ot", "switched"], "translate": {"queries": "x"}},
+        )
+
+
 def test_pools_hold_all_languages_or_some_of_them(read):
     for value in (True, ["de", "sw"]):
         config = read("collections.news.pool", value)
