@@ -328,8 +328,8 @@ class _Reader:
         earlier: list[str] = []
         for arm in config.arms:
             for name in arm.start:
-                accepted = [*earlier] if arm.recipe == "average" else [TEACHER, ENCODER, *earlier]
-                self.one_of(name, accepted, f"arms.{arm.name}.start")
+                bases = [TEACHER] if arm.recipe == "average" else [TEACHER, ENCODER]
+                self.one_of(name, [*bases, *earlier], f"arms.{arm.name}.start")
                 if name == ENCODER and not (config.encoder or config.encoder_options):
                     raise self.error(f"no key `encoder` for arms.{arm.name} to start from")
                 start = config.arm(name) if name in earlier else arm

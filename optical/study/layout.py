@@ -137,7 +137,10 @@ class Layout:
         for name in arm.start:
             if name == ENCODER:
                 start.append(self.encoder_name)
-            elif name != TEACHER:
+            elif name == TEACHER:
+                # Other recipes start from the teacher if they are given no model.
+                start += [self.teacher_name] if arm.recipe == "average" else []
+            else:
                 start.append(self.model_name(self.config.arm(name), language, seed, role))
         return arm.resolve_options(
             self.training_languages(arm, language),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optical.models.fingerprint import partners, set_partners
+from optical.models.fingerprint import fingerprints, partners, set_partners
 from optical.models.retriever import load_retriever
 from optical.training.options import AverageOptions
 
@@ -25,10 +25,10 @@ def average(options: AverageOptions) -> Any:
     first = load_retriever(options.models[0])
     sums = {name: value.double() for name, value in first.state_dict().items()}
     vocabulary = first.tokenizer.get_vocab()
-    common_partners = set(partners(first))
+    common_partners = _vector_spaces(first)
     for name in options.models[1:]:
         model = load_retriever(name)
-        common_partners &= set(partners(model))
+        common_partners &= _vector_spaces(model)
         if model.tokenizer.get_vocab() != vocabulary:
             raise ValueError(
                 f"models: {name} has another vocabulary than {options.models[0]}; expected "
@@ -47,3 +47,11 @@ def average(options: AverageOptions) -> Any:
     first.load_state_dict({key: total / len(options.models) for key, total in sums.items()})
     set_partners(first, common_partners)
     return first
+
+
+def _vector_spaces(model: Any) -> set[str]:
+    """Return the fingerprints of the model itself and of its partners.
+
+    The teacher may be averaged with its students, whose partner it is.
+    """
+    return {*partners(model), *fingerprints(model).values()}

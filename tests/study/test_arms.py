@@ -92,6 +92,12 @@ def configuration(world, tiny_models, folder):
                 "start": ["transfer", "ot-transfer"],
                 "multilingual": True,
             },
+            "half": {
+                "recipe": "average",
+                "start": ["teacher", "ot-all"],
+                "multilingual": True,
+                "seeds": [0, 1],
+            },
             "ensemble": {
                 "recipe": "ensemble",
                 "arms": ["transfer", "ot-transfer"],
@@ -148,6 +154,7 @@ def test_each_arm_has_the_configured_options(finished, world):
     expected = [
         "teacher", "zeroshot-all-0", "ot-all-all-0", "ot-all-all-1", "switched-all-0",
         "transfer-all-0", "ot-transfer-all-0", "ot-transfer-all-1", "average-all-0",
+        "half-all-0", "half-all-1",
         *(f"{arm}-{language}-0" for language in ("sw", "de") for arm in (
             "ot", "ot-20", "ot-idf", "position", "pooled", "greedy", "contrastive",
             "switched-table", "switched-plan", "both", "together", "english",
@@ -166,6 +173,8 @@ def test_each_arm_has_the_configured_options(finished, world):
     # The teacher still encodes the queries.
     assert read_config(config).arm("transfer").encodes == "role"
     assert "transfer-all-0" in record(out, "ot-transfer-all-0")["options"]["student"]
+    teacher, student = record(out, "half-all-1")["options"]["models"]
+    assert "teacher-" in teacher and "ot-all-all-1" in student
     lexicons = record(out, "switched-all-0")["options"]["lexicon"]
     assert [entry.split("=")[0] for entry in lexicons] == ["sw", "de"]
     (entry,) = record(out, "switched-plan-sw-0")["options"]["lexicon"]
@@ -333,7 +342,7 @@ def test_report_has_the_configured_tables(finished):
     tested = {(row["arm"], row["against"]) for row in found["comparisons"]}
     assert {against for _, against in tested} == {"zeroshot", "ot"}
     assert ("ot", "zeroshot") in tested and ("zeroshot", "ot") not in tested
-    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (24 + 23)
+    assert len(found["comparisons"]) == 2 * len(tested) == 2 * (25 + 24)
     gaps = {row["arm"]: row for row in found["gaps"]}
     assert gaps["ot"]["gain_low"] and gaps["bm25-queries"]["gain_low"] is None
     rates = {(row["arm"], row["language"]): row["rate"] for row in found["alignment_error_rates"]}

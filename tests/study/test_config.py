@@ -133,8 +133,8 @@ def test_starting_models_of_arms(read):
     for start in ("ot", ["ot"], []):
         with pytest.raises(ValueError, match=r"arms.more.start: .*, expected two arms or more"):
             read("arms.more", {"recipe": "average", "start": start})
-    with pytest.raises(ValueError, match=r"arms.more.start: 'teacher', expected ot or switched"):
-        read("arms.more", {"recipe": "average", "start": ["ot", "teacher"]})
+    with pytest.raises(ValueError, match=r"'encoder', expected teacher or ot or switched"):
+        read("arms.more", {"recipe": "average", "start": ["ot", "encoder"]})
     config = read("arms.more", {"recipe": "distill", "bitext": "b", "start": "ot"})
     assert config.arm("more").resolve_options("sw", "t", config, start=("s",)).student == "s"
     with pytest.raises(ValueError, match=r"more is multilingual but starts from ot, which has a"):

@@ -9,6 +9,7 @@ pytest.importorskip("sentence_transformers", reason="needs the extra `train`")
 
 from optical.cli import main as cli
 from optical.io.files import read_json
+from optical.models.fingerprint import fingerprints, partners, save_partners, set_partners
 from optical.models.retriever import load_retriever
 from optical.training import recipes, runner
 from optical.training.options import AverageOptions, TransferOptions
@@ -249,6 +250,19 @@ def test_average_has_the_mean_of_all_weights(models, tmp_path):
         factor = 3.0 if name in learnt else 1.0
         torch.testing.assert_close(value, factor * expected[name])
     assert found.tokenizer.get_vocab() == spelt.tokenizer.get_vocab()
+
+
+def test_the_teacher_and_its_student_average_to_a_partner_of_the_teacher(models, tmp_path):
+    _, spelt, _ = models
+    student = copy.deepcopy(spelt)
+    with torch.no_grad():
+        next(student.parameters()).mul_(2.0)
+    spelt.save_pretrained(str(tmp_path / "teacher"))
+    set_partners(student, fingerprints(spelt).values())
+    student.save_pretrained(str(tmp_path / "student"))
+    save_partners(student, tmp_path / "student")
+    known = partners(averaged(tmp_path / "o", tmp_path / "teacher", tmp_path / "student"))
+    assert set(known) == set(fingerprints(spelt).values())
 
 
 def test_average_refuses_students_of_different_models(world, tiny_models, models, tmp_path):
