@@ -30,12 +30,14 @@ class Part(NamedTuple):
         prefix: beginning of the names of the part's marked blocks.
         further: folder of a study with more arms, if there is one.
         held_out: folders of studies of collections that no choice was based on.
+        explained: arm whose gain is drawn over properties of the languages.
     """
 
     main: str
     prefix: str
     further: str = ""
     held_out: tuple[str, ...] = ()
+    explained: str = OURS
 
     def rows(self) -> list[Row]:
         """The results of the study."""
@@ -53,7 +55,9 @@ class Part(NamedTuple):
 
 # The students of the first part start from a multilingual model, those of the second from one that
 # was pre-trained on English.
-MULTILINGUAL = Part("multilingual", "")
+MULTILINGUAL = Part(
+    "multilingual", "", held_out=("multilingual_heldout",), explained="words-ot-average"
+)
 ENGLISH = Part("clir_cpu", "english_", "clir_further", ("clir_heldout", "clir_queries"))
 PARTS = (MULTILINGUAL, ENGLISH)
 # Rows of the README's table: arm -> description.
@@ -62,15 +66,15 @@ README_ARMS = {
     "bm25-queries": "BM25, queries translated word by word",
     "codeswitch": "code-switched training",
     "ot": "optimal-transport distillation",
-    "words-ot": "the same after word vectors from sentence pairs",
-    "ensemble": "mean of the scores of `zeroshot` and `words-ot`",
+    "words-ot": "the same, with new subwords from sentence pairs",
+    "words-ot-average": "mean of its weights before and after distillation",
 }
 OVERVIEW_ARMS = {
-    "bm25-queries": "BM25, translated\nqueries",
-    "zeroshot": "multilingual model,\nzero-shot",
+    "bm25-queries": "BM25, queries\ntranslated",
+    "zeroshot": "zero-shot",
     "codeswitch": "code-switched\ntraining",
     "ot": "optimal\ntransport",
-    "words-ot": "word vectors,\nthen transport",
+    "words-ot-average": "new subwords\nand transport",
 }
 
 
@@ -288,7 +292,7 @@ def pools(rows: Sequence[Row]) -> str:
 def _figures(part: Part) -> Iterable[str]:
     titles = {
         "gap_per_arm": "MAP, high- minus low-resource mean, per arm",
-        "gains": "Gain of distillation over properties of the languages",
+        "gains": "Gain in MAP over properties of the languages",
         "alignment": "A transport plan of the trained student",
     }
     for name, title in titles.items():
@@ -297,17 +301,17 @@ def _figures(part: Part) -> Iterable[str]:
             yield _link(title, figure)
 
 
-def draw_gains(rows: Sequence[Row]) -> Any:
-    """Draw the gain of optimal transport over properties of the languages, or return None.
+def draw_gains(rows: Sequence[Row], arm: str = OURS) -> Any:
+    """Draw the gain of an arm over properties of the languages, or return None.
 
-    The properties are the measure before the training, the tokens per word of the tokenizer that
-    all models share, and the share of words that no sentence pair contains.
+    The properties are the measure of the zero-shot model, the tokens per word of its tokenizer, and
+    the share of words that no sentence pair contains.
     """
     here = _of_collection(rows)
     gains = {
         row["language"]: row
         for row in here
-        if row["kind"] == "difference" and (row["arm"], row["against"]) == (OURS, BASELINE)
+        if row["kind"] == "difference" and (row["arm"], row["against"]) == (arm, BASELINE)
     }
     properties = {
         "MAP of the zero-shot model": ("measure", BASELINE),
@@ -318,27 +322,33 @@ def draw_gains(rows: Sequence[Row]) -> Any:
         title: {
             row["language"]: row["value"]
             for row in here
-            if row["kind"] == kind and row["arm"] == arm and row["language"] in gains
+            if row["kind"] == kind and row["arm"] == owner and row["language"] in gains
         }
-        for title, (kind, arm) in properties.items()
+        for title, (kind, owner) in properties.items()
     }
     if not all(values.values()):
         return None
     figure, axes = panels(len(values), len(values), 3.2, 3.0, sharey=True)
     for axis, (title, places) in zip(axes, values.items(), strict=True):
+        spread = max(places.values()) - min(places.values())
         for language, gain in gains.items():
             group = next(r["group"] for r in here if r["language"] == language and r["group"])
             colour = COLOURS[1] if group == "low" else COLOURS[0]
             error = [[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]]
             style = {"fmt": "o", "color": colour, "markersize": 4, "elinewidth": 0.8}
             axis.errorbar(places[language], gain["value"], yerr=error, **style)
-            shift = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
-            axis.annotate(gain["name"], (places[language], gain["value"]), **shift)
+            # The name stands below the point if the name of a near point stands above.
+            near = any(
+                0 <= x - places[language] < 0.15 * spread and abs(y["value"] - gain["value"]) < 0.01
+                for x, y in ((places[other], gains[other]) for other in gains if other != language)
+            )
+            shift = {"xytext": (5, -11 if near else 4), "textcoords": "offset points"}
+            axis.annotate(gain["name"], (places[language], gain["value"]), fontsize=8, **shift)
         axis.axhline(0, color="#555555", linewidth=0.8)
         axis.margins(x=0.2)
         axis.set_xlabel(title)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("gain in MAP")
+    axes[0].set_ylabel(f"gain in MAP of {arm}")
     return figure
 
 
@@ -363,7 +373,7 @@ def main() -> None:
     for part in PARTS:
         rows = part.rows()
         draw_figures(STUDIES / part.main / "results.csv", FIGURES / part.main, ("png",))
-        gains = draw_gains(rows)
+        gains = draw_gains(rows, part.explained)
         if gains:
             save(gains, FIGURES / part.main / "gains", ("png",))
         if part.further:

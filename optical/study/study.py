@@ -165,7 +165,9 @@ class Study:
         ]
         starts = {}
         for arm in arms:
-            names = arm.start or ((TEACHER,) if arm.trains else ())
+            # An arm with a model of its own starts from no arm.
+            own = "model" in arm.options or "student" in arm.options
+            names = arm.start or ((TEACHER,) if arm.trains and not own else ())
             known = [*(unchanged[:1] if TEACHER in names else ())]
             known += [name for name in names if name not in (TEACHER, ENCODER)]
             if known:

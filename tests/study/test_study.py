@@ -159,6 +159,7 @@ def test_report_knows_starts_and_the_aligned_pairs_that_arms_learnt_from(world, 
     raw["arms"] |= {
         "more": {**raw["arms"]["ot"], "start": "ot", "max_pairs": 20},
         "fresh": {**raw["arms"]["ot"], "start": "encoder"},
+        "other": {**raw["arms"]["switched"], "model": "elsewhere"},
         "translated": {"recipe": "none", "translate": {"queries": str(world / "lexicon")}},
     }
     raw["word_alignment"] = {
