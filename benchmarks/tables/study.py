@@ -267,9 +267,12 @@ def pools(rows: Sequence[Row]) -> str:
     cells = {(r["kind"], r["arm"], r["language"]): r["value"] for r in rows}
     groups = {r["language"]: r["group"] for r in rows if r["kind"] == "pool_share"}
     lines = [
-        operator_tables.table_row("arm", "MAP", "low-resource share", "displaced"),
-        operator_tables.table_row("---", *["---:"] * 3),
+        operator_tables.table_row(
+            "arm", "MAP", f"minus `{BASELINE}`", "low-resource share", "displaced"
+        ),
+        operator_tables.table_row("---", *["---:"] * 4),
     ]
+    gains = {row["arm"]: row for row in rows if row["kind"] == "pool_gain"}
     for arm, pool in _by_arm(rows, "pool").items():
         shares = {x: cells["pool_share", arm, x] for x in groups}
         wanted = {x: cells["pool_relevant", arm, x] for x in groups}
@@ -277,14 +280,14 @@ def pools(rows: Sequence[Row]) -> str:
             continue
         low = sum(share for x, share in shares.items() if groups[x] == "low")
         displaced = sum(abs(shares[x] - wanted[x]) for x in groups) / 2
-        lines.append(
-            operator_tables.table_row(f"`{arm}`", _interval(pool), f"{low:.0%}", f"{displaced:.0%}")
-        )
+        gain = _signed(gains[arm]) if arm in gains else ""
+        told = (_interval(pool), gain, f"{low:.0%}", f"{displaced:.0%}")
+        lines.append(operator_tables.table_row(f"`{arm}`", *told))
     fair = sum(group == "low" for group in groups.values()) / max(len(groups), 1)
     caption = (
-        "*All languages in one list. Low-resource share: of the first ten documents, "
-        f"{fair:.0%} without bias. Displaced: share of the first ten places that would have to "
-        "change language to equal the relevant documents.*"
+        "*All languages in one list; differences with paired 95 % intervals. Low-resource share: "
+        f"of the first ten documents, {fair:.0%} without bias. Displaced: share of the first ten "
+        "places that would have to change language to equal the relevant documents.*"
     )
     return "\n".join([*lines, "", caption]).replace("%", " %")
 
@@ -362,6 +365,11 @@ def _number(value: float) -> str:
 
 def _interval(row: Row) -> str:
     return f"{_number(row['value'])} [{_number(row['low'])}, {_number(row['high'])}]"
+
+
+def _signed(row: Row) -> str:
+    value, low, high = (f"{row[x]:+.3f}".replace("0.", ".", 1) for x in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _percent(row: Row) -> str:

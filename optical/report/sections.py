@@ -104,8 +104,9 @@ def pools(study: StudyDescription, summary: Summary) -> list[Block]:
                 f"{_told(own['share'], '.0%')} ({_told(own['rank'], '+.2f')})"
                 for own in (pool.bias[language] for language in languages)
             ]
-            row = [pool.arm, f"{value:.3f} [{low:.3f}, {high:.3f}]", _told(pool.distance, ".0%")]
-            rows.append([*row, *shares])
+            row = [pool.arm, f"{value:.3f} [{low:.3f}, {high:.3f}]"]
+            row.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*pool.gain) if pool.gain else "")
+            rows.append([*row, _told(pool.distance, ".0%"), *shares])
         relevant = ", ".join(
             f"{_told(own['relevant'], '.0%')} {study.name_of(language)}"
             for language, own in here[0].bias.items()
@@ -121,7 +122,7 @@ def pools(study: StudyDescription, summary: Summary) -> list[Block]:
         )
         if any(pool.distance is None for pool in here):
             caption += " The bias of a search that returned no document is not defined (–)."
-        head = ["arm", name, "bias", *map(study.name_of, languages)]
+        head = ["arm", name, f"minus {summary.arms[0]}", "bias", *map(study.name_of, languages)]
         blocks.append(Table(head, rows, caption))
     return [Heading("Mixed-language pools"), *blocks] if blocks else []
 

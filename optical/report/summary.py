@@ -139,6 +139,7 @@ class Pool:
             relevant documents, and ``rank``, the rank bias, all averaged over seeds; None if the
             searches returned nothing.
         queries: number of queries.
+        gain: the measure minus that of the first arm, paired; None for the first arm.
     """
 
     collection: str
@@ -146,6 +147,7 @@ class Pool:
     estimate: Estimate
     bias: dict[str, dict[str, float | None]]
     queries: int
+    gain: Estimate | None
 
     @property
     def distance(self) -> float | None:
@@ -406,18 +408,23 @@ def _pools(arms: Sequence[str], rows: Sequence[Mapping[str, Any]], measure: str)
     for row in rows:
         for collection, found in row["pools"].items():
             grouped.setdefault((collection, row["arm"]), []).append(found)
+    draws = {
+        key: bootstrap([seed["measures"][measure] for seed in seeds], (*key, "pool"))
+        for key, seeds in grouped.items()
+    }
     pools = []
     for (collection, arm), seeds in grouped.items():
-        values = [seed["measures"][measure] for seed in seeds]
-        draws = bootstrap(values, (collection, arm, "pool"))
+        own, first = draws[collection, arm], draws.get((collection, arms[0]))
+        gain = None if arm == arms[0] or first is None else estimate(own - first)
+        queries = len(seeds[0]["measures"][measure])
         bias = {
             language: {
                 name: _mean_of_known([seed["bias"][language][name] for seed in seeds])
-                for name in own
+                for name in names
             }
-            for language, own in seeds[0]["bias"].items()
+            for language, names in seeds[0]["bias"].items()
         }
-        pools.append(Pool(collection, arm, estimate(draws), bias, len(values[0])))
+        pools.append(Pool(collection, arm, estimate(own), bias, queries, gain))
     return sorted(pools, key=lambda pool: (pool.collection, arms.index(pool.arm)))
 
 

@@ -8,6 +8,7 @@ The column ``kind`` gives the meaning of a row:
                 `gain_high` are the shares of ``optical.report.summary.Gap``
     difference  an arm minus the arm in `against`; `p` and `p_holm` are the paired tests
     pool        a measure of an arm on the mixed-language pool of a collection
+    pool_gain   the same minus the first arm, which is in `against`; the interval is paired
     pool_share, pool_relevant, pool_rank   share of a language in the first ten documents and among
                 the relevant ones of a pool, and its rank bias
     curve       a point of a curve: the arm in `against` is trained on `pairs` sentence pairs
@@ -131,6 +132,10 @@ def _pool_rows(study: StudyDescription, summary: Summary) -> Iterable[Row]:
         value, low, high = pool.estimate
         measured = {"measure": summary.measure, "value": value, "low": low, "high": high}
         yield {"kind": "pool", **shared, **measured}
+        if pool.gain:
+            value, low, high = pool.gain
+            gained = {"against": summary.arms[0], "value": value, "low": low, "high": high}
+            yield {"kind": "pool_gain", **shared, **measured, **gained}
         for language, own in pool.bias.items():
             for name, number in own.items():
                 columns = _language_columns(study, language)

@@ -474,9 +474,10 @@ def test_the_pool_table_sums_over_languages():
     pool = {"kind": "pool", "arm": "ot", "language": "", "value": 0.5, "low": 0.4, "high": 0.6}
     wanted = rows("pool_relevant", {"sw": 1 / 3, "so": 1 / 3, "de": 1 / 3})
     shares = rows("pool_share", {"sw": 0.3, "so": 0.1, "de": 0.6})
-    table = study_tables.pools([pool, *shares, *wanted])
+    gain = pool | {"kind": "pool_gain", "value": 0.1, "low": -0.1, "high": 0.2}
+    table = study_tables.pools([pool, gain, *shares, *wanted])
     # The differences .033, .233 and .267, halved.
-    assert "| `ot` | .500 [.400, .600] | 40 % | 27 % |" in table
+    assert "| `ot` | .500 [.400, .600] | +.100 [-.100, +.200] | 40 % | 27 % |" in table
     assert "67 % without bias" in table
 
 

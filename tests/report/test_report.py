@@ -276,13 +276,30 @@ def test_a_pool_without_results_has_no_bias(tmp_path):
         for arm, own in (("zeroshot", full), ("ot", bias))
     ]
     text, found = write(tmp_path, describe(), [*RESULTS, *pools])
-    assert "| ot | 0.000 [0.000, 0.000] | – | – (–) | – (–) |" in text
-    assert "| zeroshot | 0.000 [0.000, 0.000] | 0% | 50% (+0.00) | 50% (+0.00) |" in text
+    assert "| ot | 0.000 [0.000, 0.000] | +0.000 [+0.000, +0.000] | – | – (–) | – (–) |" in text
+    assert "| zeroshot | 0.000 [0.000, 0.000] |  | 0% | 50% (+0.00) | 50% (+0.00) |" in text
     assert "of a search that returned no document is not defined (–)." in text
     assert [pool["distance"] for pool in found["pools"]] == [0.0, None]
     rows = read_rows(tmp_path / "results.csv")
     shares = [row["value"] for row in rows if row["kind"] == "pool_share"]
     assert shares == [0.5, 0.5, None, None]
+
+
+def test_the_gain_on_a_pool_is_paired(tmp_path):
+    bias = {x: {"share": 0.5, "relevant": 0.5, "rank": 0.0} for x in ("sw", "de")}
+    pools = []
+    for arm, mean in (("zeroshot", 0.4), ("ot", 0.5)):
+        measures = {"AP": values(mean, 0.8), "RR@10": values(mean)}
+        pool = {"news": {"measures": measures, "bias": bias}}
+        pools.append({"arm": arm, "seed": 0, "pools": pool})
+    write(tmp_path, describe(), [*RESULTS, *pools])
+    rows = {(r["kind"], r["arm"]): r for r in read_rows(tmp_path / "results.csv")}
+    assert ("pool_gain", "zeroshot") not in rows
+    gain = rows["pool_gain", "ot"]
+    # Each query gains as much, so the interval has no width, whereas the measures differ widely.
+    assert gain["against"] == "zeroshot"
+    assert [gain[x] for x in ("value", "low", "high")] == pytest.approx([0.1] * 3)
+    assert rows["pool", "ot"]["high"] - rows["pool", "ot"]["low"] > 0.1
 
 
 def test_alignment_is_drawn(tmp_path):
