@@ -331,7 +331,8 @@ def test_numbers_of_the_readme_are_in_its_tables_or_on_the_pages():
     text = README.read_text(encoding="utf-8")
     generated = re.findall(r"<!-- \w+:begin -->.*?<!-- \w+:end -->", text, re.DOTALL)
     prose = re.sub(r"<!-- \w+:begin -->.*?<!-- \w+:end -->|```.*?```", "", text, flags=re.DOTALL)
-    tables = [*generated, (DOCS / "benchmarks.md").read_text(encoding="utf-8")]
+    pages = (DOCS / "benchmarks.md", DOCS / "results.md")
+    tables = [*generated, *(page.read_text(encoding="utf-8") for page in pages)]
     for number in re.findall(r"(?<![\w.])\.\d{3}|[\d.]+ ms|\d+ of \d+(?= comparisons)", prose):
         assert any(number in table for table in tables), number
 
