@@ -100,6 +100,7 @@ def test_every_arm_of_an_example_runs(tmp_path: Path, monkeypatch, name: str):
     few = {"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_num_workers": 0}
     few |= {"bf16": False}
     config.languages, config.low, config.high = ("sw", "de"), ("sw",), ("de",)
+    config.pools = dict.fromkeys(config.pools, config.languages)
     config.seeds = config.seeds[:2]
     config.teacher_trainer_args |= few
     for arm in config.arms:
