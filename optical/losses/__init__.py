@@ -1,7 +1,12 @@
 """Losses on token vectors (alignment, divergence, distillation), and their compilation ahead."""
 
 from optical.losses.alignment import OTAlignmentLoss
-from optical.losses.distillation import DistillationLoss, OTDistillationLoss, Tokens
+from optical.losses.distillation import (
+    DistillationLoss,
+    DivergenceDistillationLoss,
+    OTDistillationLoss,
+    Tokens,
+)
 from optical.losses.divergence import (
     DivergenceResult,
     SinkhornDivergence,
@@ -19,6 +24,7 @@ __all__ = [
     "Compiled",
     "ContrastiveBitextLoss",
     "DistillationLoss",
+    "DivergenceDistillationLoss",
     "DivergenceResult",
     "GreedyDistillationLoss",
     "OTAlignmentLoss",

@@ -13,6 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from optical.losses.alignment import OTAlignmentLoss
+from optical.losses.divergence import (
+    DivergenceOptions,
+    check_divergence_options,
+    sinkhorn_divergence,
+)
 from optical.ot.functional import AlignmentOptions, Cost, sinkhorn_vectors
 
 if TYPE_CHECKING:
@@ -243,6 +248,62 @@ class OTDistillationLoss(DistillationLoss):
     archivePrefix={arXiv},
 }
 """  # noqa: E501
+
+
+class DivergenceDistillationLoss(DistillationLoss):
+    """Distillation by the Sinkhorn divergence between the tokens of parallel sentences.
+
+    The transport cost at ``epsilon`` is least where each student token is a mean of teacher tokens,
+    so it draws the tokens of a sentence together. The divergence subtracts half of the cost of each
+    side to itself, and is least where both sides are equal. It tends to the transport cost as
+    ``epsilon`` falls, and to the objective of ``PooledDistillationLoss``, halved, as it grows.
+
+    The loss has no terms across sentence pairs, as that of ``OTDistillationLoss``.
+
+    Args:
+        model, teacher, student_mass, teacher_mass: see ``OTDistillationLoss``.
+        epsilon, **options: see ``optical.sinkhorn_divergence``. The three solves run 50 plain
+            iterations unless ``max_iter`` or ``tol`` are given.
+
+    Raises:
+        TypeError, ValueError: an option is unknown, or has a wrong type or value.
+        ValueError: the token vectors of teacher and student differ in size.
+
+    Source: Feydy et al., "Interpolating between Optimal Transport and MMD using Sinkhorn
+    Divergences" (arXiv 1810.08278), equation 3.
+    """
+
+    name = "sinkhorn_divergence"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        *,
+        student_mass: Tensor | None = None,
+        teacher_mass: Tensor | None = None,
+        epsilon: float = 0.05,
+        **options: Unpack[DivergenceOptions],
+    ) -> None:
+        super().__init__(model, teacher, student_mass=student_mass, teacher_mass=teacher_mass)
+        short: dict[str, Any] = {"max_iter": 50, "tol": 0.0, **options}
+        check_divergence_options("DivergenceDistillationLoss", epsilon, short)
+        self.options: dict[str, Any] = {"epsilon": epsilon, **short}
+
+    def compare(self, student: Tokens, teacher: Tokens, role: str) -> Tensor:
+        """Compute the divergence, averaged over the batch."""
+        value: Tensor = sinkhorn_divergence(
+            student.vectors,
+            teacher.vectors,
+            _log_masses(student),
+            _log_masses(teacher),
+            **self.options,
+        )
+        return value.mean()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the options for the model card."""
+        return dict(self.options)
 
 
 def _same_vocabulary(student: nn.Module, teacher: nn.Module) -> bool:

@@ -54,7 +54,7 @@ def model_card(options: Any, model: Any, citation: str = "") -> str:
         "Teacher, and partner in search": _code(values.get("teacher")),
         "Started from": ", ".join(map(_code, base)),
         "Objective": f"{values['objective']}, epsilon {values['epsilon']:g}"
-        if values.get("objective") == "ot"
+        if values.get("objective") in ("ot", "divergence")
         else values.get("objective", ""),
         "Languages, by the names of the files": ", ".join(languages),
         "Token vectors": f"{dimension} dimensions, compared by MaxSim" if dimension else "",

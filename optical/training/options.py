@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 Role = Literal["query", "document"]
 # As `optical.ot.functional.Gradient`, whose module imports PyTorch.
 Gradient = Literal["envelope", "implicit", "unroll"]
-Objective = Literal["ot", "position", "pooled", "greedy", "contrastive"]
+Objective = Literal["ot", "divergence", "position", "pooled", "greedy", "contrastive"]
 Embeddings = Literal["auto", "all", "occurring", "none"]
 
 # Recipes that compute a model without training steps. Of the trainer's arguments they use

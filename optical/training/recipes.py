@@ -43,7 +43,11 @@ from optical.data.pairs import (
 )
 from optical.io.settings import nearest, typed
 from optical.losses import objectives
-from optical.losses.distillation import DistillationLoss, OTDistillationLoss
+from optical.losses.distillation import (
+    DistillationLoss,
+    DivergenceDistillationLoss,
+    OTDistillationLoss,
+)
 from optical.models.centering import center_vectors
 from optical.models.encoding import ROLES
 from optical.models.fingerprint import fingerprints, set_partners
@@ -386,8 +390,12 @@ def _distillation_loss(
         student_texts = [text for column in columns for text in dataset[column]]
         masses["student_mass"] = _token_mass(student, student_texts, options)
         masses["teacher_mass"] = _token_mass(teacher_model, list(dataset[source]), options)
-    if options.objective == "ot":
-        return OTDistillationLoss(
+    transport: dict[str, type[OTDistillationLoss | DivergenceDistillationLoss]] = {
+        "ot": OTDistillationLoss,
+        "divergence": DivergenceDistillationLoss,
+    }
+    if options.objective in transport:
+        return transport[options.objective](
             student,
             teacher_model,
             epsilon=options.epsilon,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from optical.losses import distillation, objectives
-from optical.losses.distillation import OTDistillationLoss, Tokens
+from optical.losses.distillation import DivergenceDistillationLoss, OTDistillationLoss, Tokens
+from optical.ot.functional import sinkhorn_vectors
 
 KINDS = {
     "position": objectives.PositionDistillationLoss,
@@ -14,6 +15,7 @@ KINDS = {
     "greedy": objectives.GreedyDistillationLoss,
     "contrastive": objectives.ContrastiveBitextLoss,
     "ot": OTDistillationLoss,
+    "divergence": DivergenceDistillationLoss,
 }
 
 
@@ -92,6 +94,46 @@ def test_greedy_matches_the_nearest_pair_first():
             left = [(a, b) for a, b in left if a != i and b != j]
     actual = loss("greedy").compare(student, teacher, "document")
     torch.testing.assert_close(actual, torch.stack(squares).mean())
+
+
+def test_divergence_subtracts_half_of_the_cost_of_each_side_to_itself():
+    student, teacher = pair()
+    values = []
+    for x, y in zip(rows(student), rows(teacher), strict=True):
+        across, within, fixed = (
+            sinkhorn_vectors(left[None], right[None], epsilon=0.2, max_iter=2000).value
+            for left, right in ((x, y), (x, x), (y, y))
+        )
+        values.append(across - (within + fixed) / 2)
+    actual = loss("divergence", epsilon=0.2, max_iter=2000).compare(student, teacher, "document")
+    torch.testing.assert_close(actual, torch.cat(values).mean())
+    # Equal sets have none, in any order; the transport cost does not see it.
+    turned = Tokens(student.vectors.flip(1), student.mask.flip(1))
+    assert loss("divergence", epsilon=0.2).compare(student, turned, "document").abs() < 1e-5
+    assert loss("ot", epsilon=0.2).compare(student, turned, "document") > 0.01
+
+
+def test_divergence_tends_to_transport_and_to_the_distance_of_the_means():
+    student, teacher = pair()
+    sharp = loss("divergence", epsilon=1e-3, max_iter=3000).compare(student, teacher, "document")
+    transport = loss("ot", epsilon=1e-3, max_iter=3000).compare(student, teacher, "document")
+    torch.testing.assert_close(sharp, transport, atol=5e-3, rtol=0)
+    blurred = loss("divergence", epsilon=1e4).compare(student, teacher, "document")
+    pooled = loss("pooled").compare(student, teacher, "document")
+    torch.testing.assert_close(blurred, pooled / 2, atol=1e-3, rtol=0)
+
+
+def test_divergence_does_not_draw_the_tokens_of_a_sentence_together():
+    """From the teacher's own tokens, the transport cost moves the student."""
+    _, teacher = pair()
+    gradients = {}
+    for kind in ("ot", "divergence"):
+        x = teacher.vectors.clone().requires_grad_()
+        loss(kind, epsilon=0.2, max_iter=500).compare(
+            teacher._replace(vectors=x), teacher, "document"
+        ).backward()
+        gradients[kind] = x.grad.norm()
+    assert gradients["divergence"] < 1e-4 * gradients["ot"]
 
 
 @pytest.mark.parametrize("role", ["query", "document"])

@@ -876,7 +876,9 @@ def test_invalid_combinations_of_options(distill, changes, message):
         distill(options=changes)
 
 
-@pytest.mark.parametrize("objective", ["ot", "position", "pooled", "greedy", "contrastive"])
+@pytest.mark.parametrize(
+    "objective", ["ot", "divergence", "position", "pooled", "greedy", "contrastive"]
+)
 def test_every_objective_reduces_its_loss(distill, objective):
     options = {"objective": objective, "reads": "both"}
     trainer, chosen = distill(options=options, max_steps=12)
