@@ -305,6 +305,21 @@ class DivergenceDistillationLoss(DistillationLoss):
         """Return the options for the model card."""
         return dict(self.options)
 
+    @property
+    def citation(self) -> str:
+        """BibTeX entry of the method for the model card."""
+        return """
+@inproceedings{feydy2019interpolating,
+    title={Interpolating between Optimal Transport and MMD using Sinkhorn Divergences},
+    author={Jean Feydy and Thibault S{\\'e}journ{\\'e} and Fran{\\c{c}}ois-Xavier Vialard and Shun-ichi Amari and Alain Trouv{\\'e} and Gabriel Peyr{\\'e}},
+    booktitle={Proceedings of the Twenty-Second International Conference on Artificial Intelligence and Statistics},
+    pages={2681--2690},
+    year={2019},
+    eprint={1810.08278},
+    archivePrefix={arXiv},
+}
+"""  # noqa: E501
+
 
 def _same_vocabulary(student: nn.Module, teacher: nn.Module) -> bool:
     """Return whether one tokenizer serves both models; unknown tokenizers count as equal."""

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from optical import ot_alignment
-from optical.losses.distillation import OTDistillationLoss
+from optical.losses.distillation import DivergenceDistillationLoss, OTDistillationLoss
 
 
 class Model(nn.Module):
@@ -142,10 +142,18 @@ def test_a_batch_without_translations_raises(models):
         OTDistillationLoss(*models)([batch()])
 
 
+@pytest.mark.parametrize("loss", [OTDistillationLoss, DivergenceDistillationLoss])
 @pytest.mark.parametrize("option", [{"epsilon": 0.0}, {"gradient": "x"}, {"backend": "gpu"}])
-def test_invalid_options_raise_in_the_constructor(models, option):
+def test_invalid_options_raise_in_the_constructor(models, loss, option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} is "):
-        OTDistillationLoss(*models, **option)
+        loss(*models, **option)
+
+
+def test_a_divergence_has_one_penalty_for_both_sides(models):
+    with pytest.raises(ValueError, match=r"rho is .*; expected one strength for both sides"):
+        DivergenceDistillationLoss(*models, rho=(0.1, 0.2))
+    with pytest.raises(TypeError, match=r"DivergenceDistillationLoss.*reach"):
+        DivergenceDistillationLoss(*models, reach=1.0)
 
 
 def test_provides_options_and_citation_for_the_model_card(models):
@@ -160,3 +168,8 @@ def test_provides_options_and_citation_for_the_model_card(models):
     }
     assert loss.citation.strip().startswith("@inproceedings{huang2023optical,")
     assert loss.citation.count("{") == loss.citation.count("}")
+    debiased = DivergenceDistillationLoss(*models, epsilon=0.2, rho=0.5)
+    expected = {"epsilon": 0.2, "max_iter": 50, "tol": 0.0, "rho": 0.5}
+    assert debiased.get_config_dict() == expected
+    assert "S{\\'e}journ{\\'e}" in debiased.citation
+    assert debiased.citation.count("{") == debiased.citation.count("}")

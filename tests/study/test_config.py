@@ -332,7 +332,11 @@ WRONG = [
         ["teacher", "encoder"],
         "arms.ot.start: ['teacher', 'encoder'], expected one name at most",
     ),
-    ("arms.ot.objective", "mse", "arms.ot.objective: 'mse', expected ot or position or pooled or"),
+    (
+        "arms.ot.objective",
+        "mse",
+        "arms.ot.objective: 'mse', expected ot or divergence or position or",
+    ),
     ("arms.ot.multilingual", "yes", "arms.ot.multilingual: 'yes', expected bool"),
     ("arms.zeroshot.seeds", [1], "unknown key `seeds` in arms.zeroshot"),
     ("collections.news.role", "both", "collections.news.role: 'both', expected query or document"),
