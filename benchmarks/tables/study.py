@@ -56,7 +56,11 @@ class Part(NamedTuple):
 # The students of the first part start from a multilingual model, those of the second from one that
 # was pre-trained on English.
 MULTILINGUAL = Part(
-    "multilingual", "", held_out=("multilingual_heldout",), explained="words-ot-average"
+    "multilingual",
+    "",
+    "multilingual_further",
+    ("multilingual_heldout",),
+    explained="words-divergence",
 )
 ENGLISH = Part("clir_cpu", "english_", "clir_further", ("clir_heldout", "clir_queries"))
 PARTS = (MULTILINGUAL, ENGLISH)
@@ -67,14 +71,14 @@ README_ARMS = {
     "codeswitch": "code-switched training",
     "ot": "optimal-transport distillation",
     "words-ot": "the same, with new subwords from sentence pairs",
-    "words-ot-average": "mean of its weights before and after distillation",
+    "words-divergence": "the same, without entropic bias (Sinkhorn divergence)",
 }
 OVERVIEW_ARMS = {
     "bm25-queries": "BM25, queries\ntranslated",
     "zeroshot": "zero-shot",
     "codeswitch": "code-switched\ntraining",
     "ot": "optimal\ntransport",
-    "words-ot-average": "new subwords\nand transport",
+    "words-divergence": "new subwords,\ndivergence",
 }
 
 
