@@ -856,7 +856,10 @@ def test_student_may_encode_plain_or_codeswitched_english(distill, world):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "mse"}, "objective: 'mse', expected ot or position or pooled or greedy or"),
+        (
+            {"objective": "mse"},
+            "objective: 'mse', expected ot or divergence or position or pooled or greedy or",
+        ),
         ({"mass": "tfidf"}, "mass: 'tfidf', expected uniform or idf"),
         ({"reads": "all"}, "reads: 'all', expected other or english or both"),
         ({"lexicon": ["sw=x"]}, "lexicon: given, but the student reads no English"),
