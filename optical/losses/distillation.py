@@ -258,7 +258,8 @@ class DivergenceDistillationLoss(DistillationLoss):
     side to itself, and is least where both sides are equal. It tends to the transport cost as
     ``epsilon`` falls, and to the objective of ``PooledDistillationLoss``, halved, as it grows.
 
-    The loss has no terms across sentence pairs, as that of ``OTDistillationLoss``.
+    The loss has no terms across sentence pairs, as that of ``OTDistillationLoss``. The cost of the
+    teacher to itself is constant in training; it makes 0 the loss of equal sides.
 
     Args:
         model, teacher, student_mass, teacher_mass: see ``OTDistillationLoss``.
