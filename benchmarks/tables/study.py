@@ -289,7 +289,7 @@ def pools(rows: Sequence[Row]) -> str:
         lines.append(operator_tables.table_row(f"`{arm}`", *told))
     fair = sum(group == "low" for group in groups.values()) / max(len(groups), 1)
     caption = (
-        "*All languages in one list; differences with paired 95 % intervals. Low-resource share: "
+        "*All languages in one list; differences with paired 95% intervals. Low-resource share: "
         f"of the first ten documents, {fair:.0%} without bias. Displaced: share of the first ten "
         "places that would have to change language to equal the relevant documents.*"
     )
