@@ -57,13 +57,17 @@ def _runner_up(summary: Summary, collection: str, arm: str, languages: Sequence[
     if not tested:
         return f", and {following} is next with {mean:.3f}, which was not tested"
     below = sum(p < ALPHA and difference > 0 for difference, p in tested)
-    where = f"{below} of {len(tested)}" if below else f"none of {len(tested)}"
-    return f", and {following} is next with {mean:.3f}, significantly below in {where} languages"
+    if len(tested) == 1:
+        verdict = "significantly below" if below else "not significantly below"
+    else:
+        verdict = f"significantly below in {below or 'none'} of {len(tested)} languages"
+    return f", and {following} is next with {mean:.3f}, {verdict}"
 
 
 def _trained(study: StudyDescription, summary: Summary) -> str:
     """Return which arms are better and which worse than what they start from."""
     verdicts: dict[str, list[str]] = {}
+    counted = False
     for arm in summary.arms:
         for start in study.starts.get(arm, ()):
             found = [x for c in summary.collections for x in summary.between(c, arm, start)]
@@ -79,14 +83,18 @@ def _trained(study: StudyDescription, summary: Summary) -> str:
                 count = f", {gains or losses} of {len(found)}"
             else:
                 verdict, count = "without a significant difference", ""
+            if len(found) == 1:
+                count = ""
+            counted = counted or bool(count)
             verdicts.setdefault(verdict, []).append(f"{arm} ({start}{count})")
     if not verdicts:
         return "No trained arm can be set against an arm that it starts from."
     parts = [f"{verdict}: {', '.join(found)}" for verdict, found in verdicts.items()]
     where = "languages" if len(summary.collections) == 1 else "pairs of collection and language"
+    number = f", with the number of {where}" if counted else ""
     return (
-        f"Against what they start from (in parentheses, with the number of {where}; Holm-corrected "
-        f"p < {ALPHA}), the trained arms are {'; '.join(parts)}."
+        f"Against what they start from (in parentheses{number}; Holm-corrected p < {ALPHA}), the "
+        f"trained arms are {'; '.join(parts)}."
     )
 
 
@@ -107,10 +115,14 @@ def _gap(study: StudyDescription, summary: Summary, best: dict[str, str]) -> str
         else:
             value, low, high = gap.narrowed
             change = "narrower" if low > 0 else "wider" if high < 0 else ""
-            verdict = f"{change} by {abs(value):.3f} than" if change else "not surely another than"
+            verdict = (
+                f"{change} by {abs(value):.3f} than with"
+                if change
+                else "not significantly different from that with"
+            )
             parts.append(
                 f"the gap between high- and low-resource languages on {collection} is "
-                f"{signed(gap.gap)} with {arm}, {verdict} with {first.arm} ({signed(first.gap)})"
+                f"{signed(gap.gap)} with {arm}, {verdict} {first.arm} ({signed(first.gap)})"
             )
     text = "; ".join(parts) + "."
     return text[0].upper() + text[1:]
@@ -123,6 +135,6 @@ def _range(study: StudyDescription, summary: Summary, collection: str, arm: str)
     )
     ends = [
         f"{means[collection, arm, language]:.3f} in {study.name_of(language)}"
-        for language in (languages[0], languages[-1])
+        for language in dict.fromkeys((languages[0], languages[-1]))
     ]
     return f"with {arm}, {measure_name(summary.measure)} on {collection} is {' to '.join(ends)}"

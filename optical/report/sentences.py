@@ -67,6 +67,12 @@ def _verdict(summary: Summary, collection: str, arm: str, against: str) -> str:
     better = sum(p < ALPHA and difference > 0 for difference, p in tested)
     worse = sum(p < ALPHA and difference < 0 for difference, p in tested)
     counted = f"{len(tested)} languages (Holm-corrected p < {ALPHA})."
+    if len(tested) == 1:
+        verdict = "better than" if better else "worse than" if worse else "different from"
+        known = "" if better or worse else "not "
+        return f"It is {known}significantly {verdict} {against} (Holm-corrected p < {ALPHA})."
+    if not worse and not better:
+        return f"It is not significantly different from {against} in any of {counted}"
     if worse and not better:
         return f"It is significantly worse than {against} in {worse} of {counted}"
     loss = f", and significantly worse in {worse}," if worse else ""

@@ -479,7 +479,39 @@ def test_the_conclusion_without_starts_groups_or_tests():
     best, trained, gap = concluded(study, equal)
     assert "significantly below in none of 2 languages" in best
     assert "without a significant difference: ot (zeroshot)" in trained
-    assert "not surely another than with" in gap or "high-resource languages of news are" in gap
+    assert gap.startswith("With zeroshot the high-resource languages of news are +0.000")
+    shifted = [*RESULTS[:3], row("ot", "sw", 0.3), row("ot", "de", 0.5)]
+    *_, gap = concluded(study, shifted)
+    assert "with ot, not significantly different from that with zeroshot" in gap
+
+
+@pytest.mark.parametrize(
+    ("mean", "next_one", "verdict", "group"),
+    [
+        (0.5, "zeroshot is next with 0.200, significantly below", "significantly better than", "b"),
+        (0.1, "ot is next with 0.100, significantly below", "significantly worse than", "w"),
+        (0.2, "ot is next with 0.200, not significantly below", "not significantly different", ""),
+    ],
+)
+def test_one_language_is_not_counted(mean, next_one, verdict, group):
+    results = [row("zeroshot", "sw", 0.2), row("ot", "sw", mean)]
+    study = describe(low=(), high=(), starts={"ot": ("zeroshot",)})
+    best, trained, gap = concluded(study, results)
+    assert best.endswith(f"{next_one}.")
+    expected = {"b": "significantly better", "w": "significantly worse"}
+    told = expected.get(group, "without a significant difference")
+    assert trained.endswith(f"the trained arms are {told}: ot (zeroshot).")
+    assert "number of" not in trained
+    assert gap.endswith(" in Swahili.") and " to " not in gap
+    found = sentences(study, results)
+    assert f"It is {verdict}" in found and " of 1 " not in found
+
+
+def test_an_arm_that_differs_nowhere_is_not_told_as_no_better():
+    results = [*RESULTS[:3], row("ot", "sw", 0.2), row("ot", "de", 0.4)]
+    found = sentences(describe(), results)
+    assert "It is not significantly different from zeroshot in any of 2 languages" in found
+    assert "better" not in found
 
 
 # --- unfinished studies --------------------------------------------------------------------------
