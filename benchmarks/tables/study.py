@@ -59,7 +59,7 @@ MULTILINGUAL = Part(
     "multilingual",
     "",
     "multilingual_further",
-    ("multilingual_heldout",),
+    ("multilingual_heldout", "multilingual_queries"),
     explained="words-divergence",
 )
 ENGLISH = Part("clir_cpu", "english_", "clir_further", ("clir_heldout", "clir_queries"))
